@@ -1,0 +1,161 @@
+"""Configuration of MMCoconut: which vision tower, which language model, how they meet, and how thoughts are fed back.
+
+The configuration describes the weights. What describes a run (stages, learning rates) stands in a recipe, and what
+describes the text around the placeholders (markers, number of latents) in the processor.
+"""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+
+
+IMAGE_TOKEN = "<image>"
+LATENT_TOKEN = "<|latent|>"
+START_LATENT_TOKEN = "<|start-latent|>"
+END_LATENT_TOKEN = "<|end-latent|>"
+PAD_TOKEN = "<|pad|>"
+SPECIAL_TOKENS = (IMAGE_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN, END_LATENT_TOKEN)
+
+CHOICES = {
+    "image_fusion": ("replace", "add"),
+    "projector_type": ("linear", "mlp", "transformer"),
+    "vision_feature_select_strategy": ("default", "full"),
+    "thought_mode": ("feedback", "pause"),
+    "thought_norm": ("none", "embedding", "projection"),
+}
+TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id", "end_latent_token_id")
+AUTO_MAP = {
+    "AutoConfig": "configuration_mmcoconut.MMCoconutConfig",
+    "AutoModel": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
+    "AutoModelForCausalLM": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
+}
+
+
+@strict
+class MMCoconutConfig(PreTrainedConfig):
+    r"""
+    Everything that decides the shape and the meaning of an MMCoconut checkpoint's weights.
+
+    Args:
+        vision_config (`dict | PreTrainedConfig`): any vision tower that `AutoModel` builds and that returns
+            `hidden_states` of shape (images, patches, width): CLIP, SigLIP, ViT, DINOv2, …
+        text_config (`dict | PreTrainedConfig`): any decoder that `AutoModel` builds and that takes `inputs_embeds`,
+            `position_ids` and `past_key_values`: GPT-2, Qwen2, Llama, …
+        image_fusion (`str`): `replace` puts image features in the place of the `<image>` embeddings, `add` adds them.
+        projector_type (`str`): from the tower's width to the decoder's: `linear`; `mlp` = linear, activation, linear;
+            `transformer` = linear, LayerNorm, one transformer encoder layer over an image's tokens.
+        projector_hidden_act (`str`): activation of the `mlp` projector.
+        projector_num_heads (`int`): attention heads of the `transformer` projector.
+        vision_feature_layer (`int | list[int]`): which hidden states of the tower are read; several are joined along
+            the width.
+        vision_feature_select_strategy (`str`): `default` leaves out the first (class) token, `full` keeps all.
+        image_seq_length (`int`): features, and so `<image>` placeholders, of one image.
+        image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): the placeholders' and
+            markers' rows in the vocabulary.
+        thought_mode (`str`): `feedback` feeds the last hidden state back as the next latent's embedding (Coconut);
+            `pause` leaves the latent token's own embedding, so that nothing is fed back.
+        thought_norm (`str`): what happens to a hidden state before it is fed back: `none` (the paper), `embedding`
+            (rescaled to the mean norm of the token embeddings), `projection` (a trained MLP and LayerNorm).
+        mmcoconut_version (`str`): version that wrote the checkpoint.
+
+    Raises:
+        ValueError: a value outside its choices, or a combination that cannot work; the message says what to change.
+    """
+
+    model_type = "mmcoconut"
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
+        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
+    }
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_fusion: str = "replace"
+    projector_type: str = "linear"
+    projector_hidden_act: str = "gelu"
+    projector_num_heads: int = 8
+    vision_feature_layer: int | list[int] = -1
+    vision_feature_select_strategy: str = "default"
+    image_seq_length: int | None = None
+    image_token_id: int | None = None
+    latent_token_id: int | None = None
+    start_latent_token_id: int | None = None
+    end_latent_token_id: int | None = None
+    thought_mode: str = "feedback"
+    thought_norm: str = "none"
+    tie_word_embeddings: bool = False
+    mmcoconut_version: str = "0.1.0"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)
+        self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        if self.image_seq_length is None:
+            self.image_seq_length = default_image_seq_length(self.vision_config, self.vision_feature_select_strategy)
+        check_choices(self)
+        check_token_ids(self)
+        check_projector(self)
+
+
+def default_image_seq_length(vision_config, select_strategy):
+    """Patches of a square image, and the class token where all features are kept; None where it cannot be told."""
+    image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
+    if not (isinstance(image_size, int) and isinstance(patch_size, int)):
+        return None
+    return (image_size // patch_size) ** 2 + (select_strategy == "full")
+
+
+def check_choices(config):
+    for field, choices in CHOICES.items():
+        value = getattr(config, field)
+        if value not in choices:
+            raise ValueError(f"{field}={value!r} is not one of {', '.join(choices)}: set {field} to one of them.")
+
+
+def check_token_ids(config):
+    """Given ids must differ from each other and lie inside the decoder's vocabulary."""
+    vocab_size = config.text_config.vocab_size
+    seen = {}
+    for field in TOKEN_ID_FIELDS:
+        token_id = getattr(config, field)
+        if token_id is None:
+            continue
+        if not 0 <= token_id < vocab_size:
+            raise ValueError(
+                f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: raise vocab_size to at least "
+                f"{token_id + 1}, or take the id from the tokenizer that the language model was resized to."
+            )
+        if token_id in seen:
+            raise ValueError(f"{field} and {seen[token_id]} are both {token_id}: give each token an id of its own.")
+        seen[token_id] = field
+
+
+def check_projector(config):
+    width, heads = config.text_config.hidden_size, config.projector_num_heads
+    if config.projector_type == "transformer" and width % heads:
+        raise ValueError(
+            f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: choose a divisor of {width}."
+        )
+    layers = config.vision_feature_layer
+    depth = config.vision_config.num_hidden_layers
+    for layer in [layers] if isinstance(layers, int) else layers:
+        if not -depth - 1 <= layer <= depth:
+            raise ValueError(
+                f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers: choose a number "
+                f"from {-depth - 1} to {depth}."
+            )
+
+
+def add_special_tokens(tokenizer) -> None:
+    """Give a tokenizer the placeholders and markers it lacks, as special tokens, and a pad token if it has none."""
+    missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+
+
+MMCoconutConfig.register_for_auto_class()
+
+__all__ = ["MMCoconutConfig"]

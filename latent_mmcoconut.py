@@ -1,0 +1,243 @@
+"""The recurrence of Coconut over any Hugging Face decoder: hidden states fed back as the next input embeddings.
+
+A row of the batch may hold latent placeholders anywhere after its first token. At a latent column c of row b the
+decoder reads, instead of a token's embedding, the thought
+
+    thought[b] = feed(last_hidden_state[b, c - 1])
+
+that is, the state (after the final norm) which the decoder itself computed one column earlier. `think` cuts the
+sequence at the columns where any row has a latent and runs each piece once over the KV cache; `think_uncached` is the
+definition it must equal, recomputing the whole prefix for every thought.
+
+Shapes: B batch, T tokens, N latents, D hidden, H heads, V vocabulary.
+Source: Hao et al. 2024, Training Large Language Models to Reason in a Continuous Latent Space,
+https://arxiv.org/abs/2412.06769.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class ThinkOutput:
+    """What one run of the loop leaves behind.
+
+    last_hidden_state (B, T, D): the decoder's output at every column.
+    inputs_embeds (B, T, D): what the decoder read, thoughts included.
+    past_key_values: the cache after the last column.
+    hidden_states, attentions: as the decoder gives them, joined over the pieces; None where not asked for.
+    """
+
+    last_hidden_state: torch.Tensor
+    inputs_embeds: torch.Tensor
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class ThoughtFeed(nn.Module):
+    """What a hidden state goes through before it is read as an embedding; (B, D) → (B, D).
+
+    `none`: h. `embedding`: h · r / ‖h‖ with r the mean norm of the token embeddings (no gradient through r).
+    `projection`: LayerNorm(W₂ gelu(W₁ h)). A forward hook on this module sees, and may replace, every thought.
+    """
+
+    def __init__(self, hidden_size: int, thought_norm: str):
+        super().__init__()
+        self.thought_norm = thought_norm
+        if thought_norm == "projection":
+            self.projection = nn.Sequential(
+                nn.Linear(hidden_size, hidden_size),
+                nn.GELU(),
+                nn.Linear(hidden_size, hidden_size),
+                nn.LayerNorm(hidden_size),
+            )
+
+    def forward(self, hidden_state: torch.Tensor, embedding_norm: torch.Tensor | None = None) -> torch.Tensor:
+        if self.thought_norm == "embedding":
+            return hidden_state * (embedding_norm / hidden_state.norm(dim=-1, keepdim=True)).to(hidden_state.dtype)
+        if self.thought_norm == "projection":
+            return self.projection(hidden_state)
+        return hidden_state
+
+
+class ReplayLayer(CacheLayerMixin):
+    """Keys and values of one layer for one pass: update(k, v) = [before, k], the same however often it is called.
+
+    Gradient checkpointing runs a layer again in the backward pass; a cache that appends would then hold its keys
+    twice. `before` never changes, so a replay sees what the first run saw.
+    """
+
+    is_sliding = False
+
+    def __init__(self, before: "ReplayLayer | None" = None):
+        super().__init__()
+        self.before = (before.keys, before.values) if before is not None else None
+        self.length = before.keys.shape[-2] if before is not None else 0
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states, value_states):
+        return None
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        keys, values = key_states, value_states
+        if self.before is not None:
+            keys = torch.cat([self.before[0], keys], dim=-2)  # (B, H, T, K)
+            values = torch.cat([self.before[1], values], dim=-2)  # (B, H, T, K)
+        if self.keys is None:
+            self.keys, self.values = keys, values
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class ReplayCache(Cache):
+    """The cache of one pass under gradient checkpointing; `next_pass` gives the one that holds this pass too."""
+
+    def __init__(self, num_layers: int, before: "ReplayCache | None" = None):
+        layers_before = before.layers if before is not None else [None] * num_layers
+        super().__init__(layers=[ReplayLayer(layer) for layer in layers_before])
+
+    def next_pass(self) -> "ReplayCache":
+        return ReplayCache(len(self.layers), self)
+
+
+def latent_columns(latent_mask: torch.Tensor) -> list[int]:
+    """The columns in which any row of (B, T) has a latent; the one time the loop waits for the device."""
+    return latent_mask.any(dim=0).nonzero().flatten().tolist()
+
+
+def check_has_predecessor(latent_mask: torch.Tensor, attention_mask: torch.Tensor | None, has_past: bool) -> None:
+    """A thought is the state of the column before it, which must be a token of the same row.
+
+    Raises:
+        ValueError: a latent at the first column of a sequence without a past, or directly after padding.
+    """
+    orphan = latent_mask[:, 0] & (not has_past)  # (B,)
+    if attention_mask is not None:
+        real = attention_mask[:, -latent_mask.shape[1] :].bool()
+        orphan = orphan | (latent_mask[:, 1:] & ~real[:, :-1]).any(dim=1)
+    if orphan.any():
+        row = orphan.nonzero()[0].item()
+        raise ValueError(
+            f"Row {row} of the batch has a latent token with no token before it, and a thought is the state of the "
+            "token before: put the question or <|start-latent|> in front, or pass the past_key_values of the text "
+            "before."
+        )
+
+
+def put_thought(piece: torch.Tensor, is_latent: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
+    """(B, t, D) with the first column replaced by (B, D) in the rows of (B,) that have a latent there."""
+    first = torch.where(is_latent[:, None], thought.to(piece.dtype), piece[:, 0])  # (B, D)
+    return torch.cat([first[:, None], piece[:, 1:]], dim=1)  # (B, t, D)
+
+
+def seen_until(attention_mask: torch.Tensor | None, end: int):
+    """The mask (B, keys) without its last -end columns; as it is, in whatever form, for the last piece (end = 0)."""
+    return attention_mask if attention_mask is None or end == 0 else attention_mask[:, :end]
+
+
+def join_columns(pieces: list[torch.Tensor]) -> torch.Tensor:
+    """Pieces (B, t, D) as (B, T, D); a single piece is returned as it is, not copied."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def join_attentions(pieces: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+    """Attention maps (B, H, t, keys so far) of the pieces, padded with zeros to all keys and joined: (B, H, T, keys)."""
+    num_keys = pieces[-1][0].shape[-1]
+    padded = [[nn.functional.pad(a, (0, num_keys - a.shape[-1])) for a in piece] for piece in pieces]
+    return tuple(torch.cat(layer, dim=2) for layer in zip(*padded))
+
+
+def think(
+    decoder,
+    inputs_embeds: torch.Tensor,
+    latent_mask: torch.Tensor,
+    *,
+    columns: list[int],
+    feed,
+    past_key_values: Cache | None = None,
+    previous: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    **kwargs,
+) -> ThinkOutput:
+    """Run the decoder over (B, T, D) with thoughts at the True columns of (B, T); every token passes once.
+
+    Args:
+        decoder: called as a Hugging Face base model; must write `past_key_values`.
+        columns: where thoughts are read, from `latent_columns(latent_mask)`; empty where nothing is fed back.
+        feed: (B, D) hidden states → (B, D) embeddings.
+        previous (B, D): the hidden state of the column before the first; needed only if that is a latent column.
+        attention_mask (B, past + T) or None; position_ids (B, T) or None.
+        kwargs: handed to every call of the decoder.
+    """
+    length = inputs_embeds.shape[1]
+    outputs, read = [], []
+    for start, end in pairwise(sorted({0, *columns, length})):
+        piece = inputs_embeds[:, start:end]  # (B, t, D)
+        if start in columns:
+            piece = put_thought(piece, latent_mask[:, start], feed(previous))
+        if isinstance(past_key_values, ReplayCache) and start > 0:
+            past_key_values = past_key_values.next_pass()
+        output = decoder(
+            inputs_embeds=piece,
+            attention_mask=seen_until(attention_mask, end - length),
+            position_ids=position_ids[..., start:end] if position_ids is not None else None,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        previous = output.last_hidden_state[:, -1]  # (B, D)
+        outputs.append(output)
+        read.append(piece)
+    return join_outputs(outputs, read, past_key_values)
+
+
+def join_outputs(outputs: list, read: list[torch.Tensor], past_key_values: Cache) -> ThinkOutput:
+    hidden_states = attentions = None
+    if getattr(outputs[0], "hidden_states", None) is not None:
+        hidden_states = tuple(join_columns(layer) for layer in zip(*(o.hidden_states for o in outputs)))
+    if getattr(outputs[0], "attentions", None) is not None:
+        attentions = join_attentions([o.attentions for o in outputs])
+    return ThinkOutput(
+        last_hidden_state=join_columns([o.last_hidden_state for o in outputs]),  # (B, T, D)
+        inputs_embeds=join_columns(read),  # (B, T, D)
+        past_key_values=past_key_values,
+        hidden_states=hidden_states,
+        attentions=attentions,
+    )
+
+
+def think_uncached(decoder, inputs_embeds, latent_mask, *, feed, attention_mask=None, position_ids=None) -> ThinkOutput:
+    """The definition of `think`: for each latent column from left to right, run the whole sequence again.
+
+        for c in columns:  embeds[rows, c] = feed(decoder(embeds).last_hidden_state[rows, c - 1])
+    """
+    inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+    for column in latent_columns(latent_mask):
+        hidden = decoder(inputs_embeds=inputs_embeds, **inputs).last_hidden_state  # (B, T, D)
+        tail = put_thought(inputs_embeds[:, column:], latent_mask[:, column], feed(hidden[:, column - 1]))
+        inputs_embeds = torch.cat([inputs_embeds[:, :column], tail], dim=1)  # (B, T, D)
+    hidden = decoder(inputs_embeds=inputs_embeds, **inputs).last_hidden_state  # (B, T, D)
+    return ThinkOutput(last_hidden_state=hidden, inputs_embeds=inputs_embeds)
+
+
+def gather_thoughts(inputs_embeds: torch.Tensor, latent_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What was read at each row's latents, packed to the left: (B, N, D) and the mask (B, N) of real ones."""
+    counts = latent_mask.sum(dim=1)  # (B,)
+    num_latents = int(counts.max())
+    columns = torch.argsort(~latent_mask, dim=1, stable=True)[:, :num_latents]  # (B, N)
+    thoughts = inputs_embeds.gather(1, columns[..., None].expand(-1, -1, inputs_embeds.shape[-1]))  # (B, N, D)
+    mask = torch.arange(num_latents, device=counts.device) < counts[:, None]  # (B, N)
+    return thoughts * mask[..., None], mask

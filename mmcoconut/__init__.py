@@ -1,0 +1,36 @@
+"""mmcoconut: continuous-thought (Coconut) reasoning for vision-language models; public names, imported when used.
+
+The model files lie flat in the repository's root, because that is what a checkpoint on the Hub ships; the root joins
+this package's path, so that they are `mmcoconut.modeling_mmcoconut` and so on wherever the package is installed.
+"""
+
+import importlib
+from pathlib import Path
+
+
+__path__.append(str(Path(__file__).resolve().parent.parent))
+__version__ = "0.1.0"
+
+PUBLIC_NAMES = {
+    "MMCoconutConfig": "configuration_mmcoconut",
+    "MMCoconutForConditionalGeneration": "modeling_mmcoconut",
+    "MMCoconutModel": "modeling_mmcoconut",
+    "MMCoconutProcessor": "processing_mmcoconut",
+    "Curriculum": "curriculum",
+    "CurriculumCallback": "curriculum",
+    "CurriculumCollator": "curriculum",
+    "CurriculumTrainer": "trainer",
+    "Example": "data",
+    "load_examples": "data",
+}
+__all__ = ["__version__", *PUBLIC_NAMES]
+
+
+def __getattr__(name: str):
+    if name in PUBLIC_NAMES:
+        return getattr(importlib.import_module(f"mmcoconut.{PUBLIC_NAMES[name]}"), name)
+    raise AttributeError(f"module 'mmcoconut' has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

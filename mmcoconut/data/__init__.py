@@ -1,0 +1,130 @@
+"""One schema for every data set: a row is a few pictures, a question, its reasoning steps and its accepted answers."""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import Any
+
+from datasets import Dataset, Features, Image, List, Value
+
+from mmcoconut.data.images import UnreadableImageError, open_images
+
+
+# Modules by name, imported on first use: a data set costs nothing to those who use another one.
+DATASETS = {
+    "arrow_mazes": "mmcoconut.data.arrow_mazes",
+    "json_steps": "mmcoconut.data.json_steps",
+    "puzzlevqa": "mmcoconut.data.puzzlevqa",
+}
+
+SPLITS = ("train", "validation", "test")
+
+FEATURES = Features(
+    {
+        "images": List(Image(decode=False)),
+        "question": Value("string"),
+        "choices": List(Value("string")),
+        "steps": List(Value("string")),
+        "answers": List(Value("string")),
+        "row_id": Value("string"),
+    }
+)
+
+
+@dataclass
+class Example:
+    """One row of every data set.
+
+    images: `{"bytes": ..., "path": ...}` each, as in `datasets.Image(decode=False)`: none, one or several, decoded
+        only when `open_images` is called.
+    question: what is asked, without the choices when `choices` holds them.
+    choices: the options in the order shown; empty when the question is open.
+    steps: the written reasoning, one thought each; may be empty.
+    answers: every accepted answer; the first one is the training target.
+    row_id: where the row comes from, for error messages: `"train.json row 17"`, counted from 0.
+    """
+
+    images: list[dict]
+    question: str
+    choices: list[str]
+    steps: list[str]
+    answers: list[str]
+    row_id: str
+
+    def __post_init__(self):
+        if not self.answers or not all(answer.strip() for answer in self.answers):
+            raise ValueError(
+                f"{self.row_id}, field 'answers': found {self.answers!r}; give at least one answer and no empty ones"
+            )
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the nearest valid one, then all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}valid are: {', '.join(valid)}"
+
+
+def split_of(content: bytes, fractions: Sequence[float]) -> str:
+    """The split `content` belongs to, whatever else is in the data set: its SHA-256 as a number in [0, 1), cut at the
+    running sums of `fractions` (train, validation, test)."""
+    position = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+    if position < fractions[0]:
+        return "train"
+    return "validation" if position < fractions[0] + fractions[1] else "test"
+
+
+def to_dataset(examples: Iterable[Example]) -> Dataset:
+    """A `datasets.Dataset` with `FEATURES` from examples."""
+    rows = [asdict(example) for example in examples]
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in FEATURES}, features=FEATURES)
+
+
+def question_text(row: Mapping[str, Any]) -> str:
+    """What the model reads: the question, and under it the choices if there are any."""
+    if not row["choices"]:
+        return row["question"]
+    return f"{row['question']}\nChoices: {', '.join(row['choices'])}"
+
+
+def drop_unreadable(dataset: Dataset) -> tuple[Dataset, list[str]]:
+    """The rows whose pictures can all be read, and one message for each row left out.
+
+    Decodes every picture once. This is the policy "skip", for the caller to choose and to report; under the policy
+    "error" nobody calls this and `open_images` stops the run.
+    """
+    kept, errors = [], []
+    for index, row in enumerate(dataset):
+        try:
+            open_images(row)
+        except UnreadableImageError as error:
+            errors.append(str(error))
+        else:
+            kept.append(index)
+    return (dataset.select(kept) if errors else dataset), errors
+
+
+def loader_of(name: str) -> ModuleType:
+    """The module of data set `name`: it has `load(*, split, **options)` and `write_sample(folder, *, num_rows, seed)`,
+    which writes a few made-up rows in the data set's own format and returns the options that load them."""
+    if name not in DATASETS:
+        raise ValueError(f"no data set is called {name!r}; {nearest(name, DATASETS)}")
+    return importlib.import_module(DATASETS[name])
+
+
+def load_examples(name: str, *, split: str, **options) -> Dataset:
+    """Split `split` of data set `name`, with `FEATURES`; the options are those of the data set's `load`."""
+    load = loader_of(name).load
+    parameters = {key: value for key, value in inspect.signature(load).parameters.items() if key != "split"}
+    for option in options:
+        if option not in parameters:
+            raise ValueError(f"data set {name!r} has no option {option!r}; {nearest(option, parameters)}")
+    for option, parameter in parameters.items():
+        if parameter.default is parameter.empty and option not in options:
+            raise ValueError(f"data set {name!r} needs the option {option!r}; found {sorted(options)}; add it")
+    return load(split=split, **options)

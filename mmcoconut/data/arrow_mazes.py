@@ -1,0 +1,279 @@
+"""Pictures of coloured grids with an arrow in every cell: which colour is reached after following a few arrows?
+
+The data set is generated, so it needs no download, and its steps are certain: each names one cell of the way. The grid
+is a torus: an arrow that leaves at one edge enters at the opposite one.
+"""
+
+import functools
+import io
+import os
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image, ImageDraw, ImageFont
+
+from mmcoconut.data import SPLITS, Example, nearest, split_of, to_dataset
+
+
+# The first six, the default, are near the corners of the RGB cube; none is near the arrows' black or the mark's white.
+PALETTE = {
+    "red": (230, 20, 20),
+    "green": (0, 170, 40),
+    "blue": (30, 80, 255),
+    "yellow": (255, 220, 0),
+    "pink": (255, 40, 220),
+    "cyan": (0, 215, 225),
+    "orange": (255, 130, 0),
+    "purple": (125, 0, 190),
+}
+DIRECTIONS = {"up": (-1, 0), "right": (0, 1), "down": (1, 0), "left": (0, -1)}  # (rows, columns)
+
+NUM_ROWS = {"train": 15_000, "validation": 500, "test": 500}
+FRACTIONS = (0.8, 0.1, 0.1)  # of all possible grids, by hash; the rows asked for are drawn inside a split's part
+
+MAX_GRID_SIZE = 26  # columns are named by letters
+MIN_CELL_SIZE = 8  # pixels; below, the four arrows are no longer distinct beside the mark
+PATH_SCALE = 8  # how many times larger `draw_path` shows the picture
+
+Cell = tuple[int, int]  # (row, column), from 0 at the top left
+
+
+def cell_name(cell: Cell) -> str:
+    """`"B3"` for row 2, column 1: the column's letter and the row's number from 1."""
+    row, column = cell
+    return f"{chr(ord('A') + column)}{row + 1}"
+
+
+@dataclass(frozen=True)
+class Maze:
+    """A grid of colours and arrows, both row by row by name, and the marked start cell."""
+
+    colors: tuple[str, ...]
+    arrows: tuple[str, ...]
+    start: Cell
+    grid_size: int
+
+    def color_at(self, cell: Cell) -> str:
+        return self.colors[cell[0] * self.grid_size + cell[1]]
+
+    def arrow_at(self, cell: Cell) -> str:
+        return self.arrows[cell[0] * self.grid_size + cell[1]]
+
+    def path(self, hops: int) -> list[Cell]:
+        """The cells stood on while following `hops` arrows: the start, then one cell a hop."""
+        cells = [self.start]
+        for _ in range(hops):
+            down, right = DIRECTIONS[self.arrow_at(cells[-1])]
+            row = (cells[-1][0] + down) % self.grid_size
+            column = (cells[-1][1] + right) % self.grid_size
+            cells.append((row, column))
+        return cells
+
+    def layout(self) -> bytes:
+        """The grid without its mark, as bytes: what decides the split, so that no grid is in two splits."""
+        return " ".join((str(self.grid_size), *self.colors, *self.arrows)).encode()
+
+
+def _mark_widths(cell_size: int) -> tuple[int, int, int]:
+    """Pixels of the start mark's white ring, of the black ring in it, and of the gap between that and the arrow."""
+    return max(1, cell_size // 8), max(1, cell_size // 16), cell_size // 16
+
+
+@functools.cache
+def _arrow_mask(arrow: str, size: int) -> np.ndarray:
+    """True where the arrow is: a triangle over a thin shaft, so that one half of the square is darker. (size, size)"""
+    y, x = np.indices((size, size))
+    off_axis = np.abs(x - (size - 1) / 2)
+    head = (y < size // 2) & (off_axis <= y + 0.5)
+    shaft = (y >= size // 2) & (off_axis <= size / 8)
+    return np.rot90(head | shaft, k=-list(DIRECTIONS).index(arrow))
+
+
+@functools.lru_cache(maxsize=1024)
+def _tile(color: str, arrow: str, *, marked: bool, cell_size: int) -> Image.Image:
+    white, black, gap = _mark_widths(cell_size)
+    ring = white + black
+    margin = ring + gap
+    pixels = np.full((cell_size, cell_size, 3), PALETTE[color], dtype=np.uint8)
+    if marked:
+        pixels[:] = 255
+        pixels[white:-white, white:-white] = 0
+        pixels[ring:-ring, ring:-ring] = PALETTE[color]
+    pixels[margin:-margin, margin:-margin][_arrow_mask(arrow, cell_size - 2 * margin)] = 0
+    return Image.fromarray(pixels)
+
+
+def draw(maze: Maze, cell_size: int = 16) -> Image.Image:
+    """The picture of a maze, `grid_size * cell_size` pixels square; the start wears a white and black frame."""
+    if cell_size < MIN_CELL_SIZE:
+        raise ValueError(f"cell_size is {cell_size} pixels and an arrow needs {MIN_CELL_SIZE}; raise cell_size")
+    side = maze.grid_size * cell_size
+    picture = Image.new("RGB", (side, side))
+    for row in range(maze.grid_size):
+        for column in range(maze.grid_size):
+            cell = (row, column)
+            tile = _tile(maze.color_at(cell), maze.arrow_at(cell), marked=cell == maze.start, cell_size=cell_size)
+            picture.paste(tile, (column * cell_size, row * cell_size))
+    return picture
+
+
+def _draw_hop(canvas: ImageDraw.ImageDraw, maze: Maze, *, cells: tuple[Cell, Cell], side: int) -> None:
+    """A line out of one cell and a line into the next: the same line, but for a hop over the edge of the torus."""
+    down, right = DIRECTIONS[maze.arrow_at(cells[0])]
+    for (row, column), sign in zip(cells, (1, -1), strict=True):
+        x, y = (column + 0.5) * side, (row + 0.5) * side
+        line = (x, y, x + sign * right * side, y + sign * down * side)
+        canvas.line(line, fill="black", width=side // 12)
+        canvas.line(line, fill="white", width=side // 24)
+
+
+def draw_path(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
+    """The same picture `PATH_SCALE` times larger, for reports: the way is a line, and each cell on it wears the numbers
+    of the hops that reach it (0 is the start)."""
+    side = cell_size * PATH_SCALE
+    picture = draw(maze, cell_size)
+    picture = picture.resize((picture.width * PATH_SCALE, picture.height * PATH_SCALE), Image.Resampling.NEAREST)
+    canvas = ImageDraw.Draw(picture)
+    cells = maze.path(hops)
+    for pair in zip(cells, cells[1:], strict=False):
+        _draw_hop(canvas, maze, cells=pair, side=side)
+    font = ImageFont.load_default(size=side // 4)
+    for cell in set(cells):
+        label = ",".join(str(hop) for hop, passed in enumerate(cells) if passed == cell)
+        center = ((cell[1] + 0.5) * side, (cell[0] + 0.5) * side)
+        canvas.text(center, label, fill="white", font=font, anchor="mm", stroke_width=side // 32, stroke_fill="black")
+    return picture
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", compress_level=1)  # a third of the default's time, for these few pixels
+    return buffer.getvalue()
+
+
+def _rows_of_split(num_rows: int | Mapping[str, int], split: str) -> int:
+    if split not in SPLITS:
+        raise ValueError(f"arrow_mazes has no split {split!r}; {nearest(split, SPLITS)}")
+    if isinstance(num_rows, Mapping):
+        if split not in num_rows:
+            raise ValueError(f"num_rows has no entry for split {split!r}, only {sorted(num_rows)}; add it")
+        num_rows = num_rows[split]
+    if num_rows < 1:
+        raise ValueError(f"num_rows is {num_rows} for split {split!r}; ask for at least 1")
+    return num_rows
+
+
+def _check_shape(grid_size: int, num_colors: int, *, min_hops: int, max_hops: int) -> None:
+    if not 1 <= grid_size <= MAX_GRID_SIZE:
+        raise ValueError(f"grid_size is {grid_size}; choose 1 to {MAX_GRID_SIZE}, columns being named by letters")
+    if not 2 <= num_colors <= len(PALETTE):
+        raise ValueError(f"num_colors is {num_colors}; choose 2 to {len(PALETTE)}, the colors in PALETTE")
+    if not 1 <= min_hops <= max_hops:
+        raise ValueError(f"min_hops is {min_hops} and max_hops is {max_hops}; choose 1 <= min_hops <= max_hops")
+
+
+def _too_small(num_rows: int, split: str, *, puzzles: int) -> ValueError:
+    share = FRACTIONS[SPLITS.index(split)]
+    return ValueError(
+        f"num_rows is {num_rows} for split {split!r}, whose {share:.0%} of all {puzzles} puzzles is too few to draw "
+        "that many different ones (half of them can be drawn); lower num_rows, or raise grid_size or num_colors"
+    )
+
+
+def _random_maze(rng: random.Random, grid_size: int, num_colors: int) -> Maze:
+    # Only random() is promised to give the same numbers in every version of Python.
+    cells = grid_size * grid_size
+    colors, arrows = tuple(PALETTE), tuple(DIRECTIONS)
+    return Maze(
+        colors=tuple(colors[int(rng.random() * num_colors)] for _ in range(cells)),
+        arrows=tuple(arrows[int(rng.random() * len(arrows))] for _ in range(cells)),
+        start=divmod(int(rng.random() * cells), grid_size),
+        grid_size=grid_size,
+    )
+
+
+def generate(
+    split: str,
+    *,
+    num_rows: int | Mapping[str, int] = NUM_ROWS,
+    seed: int = 0,
+    grid_size: int = 3,
+    num_colors: int = 6,
+    min_hops: int = 1,
+    max_hops: int = 3,
+) -> Iterator[tuple[Maze, int]]:
+    """The puzzles of a split, `(maze, hops)`, in the order of `load`'s rows.
+
+    Mazes are drawn at random and kept when the hash of their grid falls in this split's part, so two splits never
+    share a grid, whatever their seeds; inside a split no puzzle comes twice. More rows continue the same list.
+    """
+    num_rows = _rows_of_split(num_rows, split)
+    _check_shape(grid_size, num_colors, min_hops=min_hops, max_hops=max_hops)
+    share = FRACTIONS[SPLITS.index(split)]
+    puzzles = (num_colors * len(DIRECTIONS)) ** (grid_size**2) * grid_size**2 * (max_hops - min_hops + 1)
+    if 2 * num_rows > share * puzzles:
+        raise _too_small(num_rows, split, puzzles=puzzles)
+    rng = random.Random(f"arrow_mazes {split} {seed}")
+    seen = set()
+    for _ in range(1000 + int(20 * num_rows / share)):  # enough, unless a tiny space left this split without grids
+        maze = _random_maze(rng, grid_size, num_colors)
+        hops = min_hops + int(rng.random() * (max_hops - min_hops + 1))
+        if split_of(maze.layout(), FRACTIONS) != split or (maze, hops) in seen:
+            continue
+        seen.add((maze, hops))
+        yield maze, hops
+        if len(seen) == num_rows:
+            return
+    raise _too_small(num_rows, split, puzzles=puzzles)
+
+
+def _example(maze: Maze, hops: int, *, cell_size: int, row_id: str) -> Example:
+    cells = maze.path(hops)
+    arrows = "arrow" if hops == 1 else "arrows"
+    return Example(
+        images=[{"bytes": png_bytes(draw(maze, cell_size)), "path": None}],
+        question=f"Start at the marked cell and follow {hops} {arrows}. Which color do you stand on?",
+        choices=[],
+        steps=[cell_name(cell) for cell in cells[1:]],
+        answers=[maze.color_at(cells[-1])],
+        row_id=row_id,
+    )
+
+
+def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
+    """The options for `num_rows` rows a split; no file is written, for the data set has none."""
+    return {"num_rows": num_rows, "seed": seed}
+
+
+def load(
+    *,
+    split: str,
+    num_rows: int | Mapping[str, int] = NUM_ROWS,
+    seed: int = 0,
+    grid_size: int = 3,
+    num_colors: int = 6,
+    min_hops: int = 1,
+    max_hops: int = 3,
+    cell_size: int = 16,
+) -> Dataset:
+    """The rows of a split: one picture, an open question, one step a hop (the cell reached), the colour's name.
+
+    num_rows: for every split, or for each by name. min_hops, max_hops: the number of arrows is uniform between them.
+    cell_size: pixels of a cell's side.
+    """
+    puzzles = generate(
+        split,
+        num_rows=num_rows,
+        seed=seed,
+        grid_size=grid_size,
+        num_colors=num_colors,
+        min_hops=min_hops,
+        max_hops=max_hops,
+    )
+    return to_dataset(
+        _example(maze, hops, cell_size=cell_size, row_id=f"arrow_mazes {split} row {index}")
+        for index, (maze, hops) in enumerate(puzzles)
+    )

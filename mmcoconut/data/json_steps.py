@@ -1,0 +1,239 @@
+"""Loads questions with written steps from JSON or JSON Lines: `{"image", "question", "steps", "answer"}` a row.
+
+This is the format of the A-OKVQA files made for Coconut. There the choices stand in the question and the answer is the
+index of the right one: both are kept as they are. Optional fields: `choices`, a list, and `answers`, further accepted
+answers.
+"""
+
+import difflib
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from mmcoconut.data import SPLITS, Example, nearest, to_dataset
+from mmcoconut.data.images import resolve_image_path
+
+
+OPTIONAL_FIELDS = ("image", "choices", "answers")
+FIELDS = ("question", "steps", "answer", *OPTIONAL_FIELDS)
+
+# Half of a UTF-16 pair: JSON can spell it ("\ud83d"), text files and tokenizers cannot hold it.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def field_error(row_id: str, field: str, found: Any, remedy: str) -> ValueError:
+    return ValueError(f"{row_id}, field {field!r}: found {repr(found)[:100]}; {remedy}")
+
+
+def _parse(text: str, file: Path, *, first_line: int, last: bool) -> Any:
+    """`json.loads` whose error says where in the file, and whether the file seems to have been cut short."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = f"{file}, line {first_line + error.lineno - 1}, character {error.colno}"
+        text = text.rstrip()
+        cut = last and (error.pos >= len(text) or text[-1] not in "]}" or error.msg.startswith("Unterminated"))
+        if cut:
+            remedy = "it looks truncated: copy or download the file again"
+        else:
+            remedy = "write one JSON list, or JSON Lines with one whole object a line"
+        raise ValueError(f"{at}: not valid JSON ({error.msg}); {remedy}") from error
+
+
+def _read_text(file: Path) -> str:
+    if not file.is_file():
+        raise ValueError(f"{file}: there is no such file; correct the path in the data set's options")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file}, byte {error.start}: not UTF-8 ({error.reason}); save it as UTF-8, or download it again if the "
+            "file looks truncated there"
+        ) from error
+    if not text.strip():
+        raise ValueError(f"{file}: the file is empty; copy or download it again")
+    return text
+
+
+def read_rows(file: str | os.PathLike) -> list[dict]:
+    """The objects of a JSON list or of JSON Lines, told apart by the first character."""
+    file = Path(file)
+    text = _read_text(file)
+    if text.lstrip().startswith("["):
+        rows = _parse(text, file, first_line=1, last=True)
+    else:
+        # Not splitlines(): it also cuts at characters that may stand inside a JSON string.
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+        rows = [_parse(line, file, first_line=number, last=number == lines[-1][0]) for number, line in lines]
+    if not rows:
+        raise ValueError(f"{file}: the list holds no rows; write at least one")
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"{file} row {index}: found {repr(row)[:100]}; write an object with the fields {FIELDS}")
+    return rows
+
+
+def field_of(row: Mapping[str, Any], field: str, row_id: str) -> Any:
+    if field not in row:
+        raise field_error(row_id, field, sorted(row), "the field is missing among these; add it")
+    return row[field]
+
+
+def check_text(value: Any, field: str, row_id: str) -> str:
+    """`value` unchanged, if it is text with something in it."""
+    if not isinstance(value, str):
+        raise field_error(row_id, field, value, f"write a string, not {type(value).__name__}")
+    if not value.strip():
+        raise field_error(row_id, field, value, "it is empty; write the text, or remove the row")
+    if LONE_SURROGATE.search(value):
+        raise field_error(row_id, field, value, "it holds half of a surrogate pair; write the whole character")
+    return value
+
+
+def check_list(value: Any, field: str, row_id: str) -> list:
+    if not isinstance(value, list):
+        raise field_error(row_id, field, value, f"write a list, [] when there are none, not {type(value).__name__}")
+    return value
+
+
+def answer_text(value: Any, field: str, row_id: str) -> str:
+    """A string as it is, a number as its string."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise field_error(row_id, field, value, f"write a string or a number, not {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise field_error(row_id, field, value, "write a finite number or a string")
+    return check_text(str(value), field, row_id)
+
+
+def check_among(answer: str, choices: list[str], *, choices_field: str, row_id: str) -> None:
+    if choices and answer not in choices:
+        remedy = f"it is none of the {choices_field} {choices}; write one of them, word for word"
+        raise field_error(row_id, "answer", answer, remedy)
+
+
+def existing_image(image_root: str | os.PathLike, relative: Any, row_id: str) -> dict:
+    """The `images` item of a file under `image_root`, which must exist; it is not decoded."""
+    path = resolve_image_path(image_root, check_text(relative, "image", row_id), row_id)
+    if not os.path.isfile(path):
+        remedy = f"there is no file {str(path)!r}; correct the path or image_root, or put the file there"
+        raise field_error(row_id, "image", relative, remedy)
+    return {"bytes": None, "path": str(path)}
+
+
+def _check_spelling(row: Mapping[str, Any], row_id: str) -> None:
+    """Refuses a misspelt optional field, which would otherwise be lost without a word: `images` for `image`."""
+    for field in sorted(row.keys() - set(FIELDS)):
+        close = difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.8)
+        if close and close[0] not in row:
+            raise field_error(row_id, field, row[field], f"no such field; did you mean {close[0]!r}? Rename it")
+
+
+def _images(row: Mapping[str, Any], image_root: str | os.PathLike | None, row_id: str) -> list[dict]:
+    image = row.get("image")
+    if image is None:
+        return []
+    if not isinstance(image, (str, list)):
+        raise field_error(row_id, "image", image, "write a path, a list of paths, or null for no picture")
+    if image_root is None:
+        remedy = "give the option image_root, or images_required: false for text only"
+        raise field_error(row_id, "image", image, remedy)
+    return [existing_image(image_root, path, row_id) for path in ([image] if isinstance(image, str) else image)]
+
+
+def _answers(row: Mapping[str, Any], row_id: str) -> list[str]:
+    """`answer` first, then the others in `answers`; `answers` alone will do, and its first is the target."""
+    if row.get("answers") is None:
+        return [answer_text(field_of(row, "answer", row_id), "answer", row_id)]
+    accepted = [answer_text(value, "answers", row_id) for value in check_list(row["answers"], "answers", row_id)]
+    if "answer" in row:
+        accepted.insert(0, answer_text(row["answer"], "answer", row_id))
+    if not accepted:
+        raise field_error(row_id, "answers", row["answers"], "write at least one answer")
+    return list(dict.fromkeys(accepted))
+
+
+def _example(row: Mapping[str, Any], images: list[dict], row_id: str) -> Example:
+    choices = [] if row.get("choices") is None else check_list(row["choices"], "choices", row_id)
+    choices = [answer_text(choice, "choices", row_id) for choice in choices]
+    answers = _answers(row, row_id)
+    check_among(answers[0], choices, choices_field="choices", row_id=row_id)
+    return Example(
+        images=images,
+        question=check_text(field_of(row, "question", row_id), "question", row_id),
+        choices=choices,
+        steps=[check_text(s, "steps", row_id) for s in check_list(field_of(row, "steps", row_id), "steps", row_id)],
+        answers=answers,
+        row_id=row_id,
+    )
+
+
+def _file_of_split(file: str | os.PathLike | Mapping[str, str], split: str) -> Path:
+    if isinstance(file, Mapping):
+        if split not in file:
+            raise ValueError(f"the option file has no entry for split {split!r}; {nearest(split, file)}")
+        return Path(file[split])
+    if "{split}" not in str(file):
+        # One file for every split would put the training rows into the validation.
+        raise ValueError(
+            f"the option file is {str(file)!r} for every split; write {{split}} in it where the split's name stands, "
+            f"or map splits to files: {{{split!r}: {str(file)!r}}}"
+        )
+    return Path(str(file).replace("{split}", split))
+
+
+def _examples(rows: list[dict], file: Path, *, image_root: str | None, images_required: bool) -> Iterator[Example]:
+    for index, row in enumerate(rows):
+        row_id = f"{file.name} row {index}"
+        _check_spelling(row, row_id)
+        images = _images(row, image_root, row_id) if images_required else []
+        yield _example(row, images, row_id)
+
+
+def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
+    """Writes `num_rows` arrow mazes a split as `<split>.json` with their pictures; returns the options for `load`."""
+    from mmcoconut.data import arrow_mazes
+
+    folder = Path(folder)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for split in SPLITS:
+        rows = []
+        for index, row in enumerate(arrow_mazes.load(split=split, num_rows=num_rows, seed=seed)):
+            name = f"{split}_{index:04d}.png"
+            (folder / "images" / name).write_bytes(row["images"][0]["bytes"])
+            rows.append(
+                {"image": name, "question": row["question"], "steps": row["steps"], "answer": row["answers"][0]}
+            )
+        (folder / f"{split}.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
+    return {"file": str(folder / "{split}.json"), "image_root": str(folder / "images")}
+
+
+def load(
+    *,
+    split: str,
+    file: str | os.PathLike | Mapping[str, str],
+    image_root: str | os.PathLike | None = None,
+    images_required: bool = True,
+) -> Dataset:
+    """The rows of a split's file.
+
+    file: a path with `{split}` in it, or a mapping from split to path.
+    image_root: the folder that `image` paths are relative to; may hold `{split}` too.
+    images_required: True checks that every picture named is there, and that at least one row names one (a row without
+        `image` is a text row); False reads no picture at all and gives every row an empty list.
+    """
+    file = _file_of_split(file, split)
+    rows = read_rows(file)
+    if image_root is not None:
+        image_root = str(image_root).replace("{split}", split)
+    if images_required and not any(row.get("image") for row in rows):
+        raise ValueError(
+            f"{file}: none of its {len(rows)} rows has a picture in the field 'image' (row 0 has {sorted(rows[0])}); "
+            "correct the field's name, or set images_required: false for text only"
+        )
+    return to_dataset(_examples(rows, file, image_root=image_root, images_required=images_required))

@@ -1,0 +1,613 @@
+"""MMCoconut: vision tower → projector → fusion → language model, with continuous thoughts inside the forward pass.
+
+Shapes: B batch, T tokens, N latents, I images, P features an image, D hidden of the decoder, V vocabulary.
+The recurrence itself stands in latent_mmcoconut.py.
+"""
+
+import copy
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.activations import ACT2FN
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import select_hidden_states
+
+from .configuration_mmcoconut import SPECIAL_TOKENS, TOKEN_ID_FIELDS, MMCoconutConfig, add_special_tokens
+from .latent_mmcoconut import (
+    ReplayCache,
+    ThinkOutput,
+    ThoughtFeed,
+    check_has_predecessor,
+    gather_thoughts,
+    latent_columns,
+    think,
+)
+
+
+@dataclass
+class MMCoconutModelOutputWithPast(BaseModelOutputWithPast):
+    """The base model's output.
+
+    last_hidden_state (B, T, D), past_key_values, hidden_states, attentions: as in the library, for every column.
+    image_hidden_states: projected features, one (P, D) an image.
+    thoughts (B, N, D), thought_mask (B, N): what was read at the latents, packed to the left; with
+    `output_thoughts=True`.
+    """
+
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    thoughts: torch.Tensor | None = None
+    thought_mask: torch.Tensor | None = None
+
+
+@dataclass
+class MMCoconutCausalLMOutputWithPast(ModelOutput):
+    """The head's output: loss (), logits (B, T or kept, V), and the base model's fields.
+
+    In training with labels the logits are None unless `logits_to_keep` asks for some: the loss needs the head only at
+    the labelled positions.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    thoughts: torch.Tensor | None = None
+    thought_mask: torch.Tensor | None = None
+
+
+class TransformerProjector(nn.Module):
+    """Linear → LayerNorm → one transformer encoder layer over the tokens of an image; (I, P, W) → (I, P, D)."""
+
+    def __init__(self, vision_width: int, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.linear = nn.Linear(vision_width, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size)
+        self.layer = nn.TransformerEncoderLayer(hidden_size, num_heads, 4 * hidden_size, batch_first=True)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        image_features = self.norm(self.linear(image_features))  # (I, P, D)
+        return self.layer(image_features)  # (I, P, D)
+
+
+def build_projector(config: MMCoconutConfig) -> nn.Module:
+    num_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
+    vision_width, hidden_size = config.vision_config.hidden_size * num_layers, config.text_config.hidden_size
+    if config.projector_type == "transformer":
+        return TransformerProjector(vision_width, hidden_size, config.projector_num_heads)
+    if config.projector_type == "mlp":
+        activation = ACT2FN[config.projector_hidden_act]
+        return nn.Sequential(nn.Linear(vision_width, hidden_size), activation, nn.Linear(hidden_size, hidden_size))
+    return nn.Linear(vision_width, hidden_size)
+
+
+def replace_fusion(inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_mask: torch.Tensor) -> dict:
+    """Image features (all images' tokens, D) take the place of the embeddings (B, T, D) where (B, T) is True."""
+    mask = image_mask[..., None].expand_as(inputs_embeds)  # (B, T, D)
+    return {"inputs_embeds": inputs_embeds.masked_scatter(mask, image_features)}
+
+
+def add_fusion(inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_mask: torch.Tensor) -> dict:
+    """Image features (all images' tokens, D) are added to the embeddings (B, T, D) where (B, T) is True."""
+    mask = image_mask[..., None].expand_as(inputs_embeds)  # (B, T, D)
+    added = torch.zeros_like(inputs_embeds).masked_scatter(mask, image_features)  # (B, T, D)
+    return {"inputs_embeds": inputs_embeds + added}
+
+
+# A family is one function here: embeddings, features, where the placeholders are → what the decoder is called with.
+IMAGE_FUSIONS = {"replace": replace_fusion, "add": add_fusion}
+
+
+def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """Positions (B, num_columns) that count real tokens from 0; padding on the left gets position 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
+
+
+def remember(outputs: ThinkOutput, past_key_values: Cache) -> Cache:
+    """The cache with the state (B, D) of its last column, so that a next call may begin with a latent."""
+    compiled_step = outputs.last_hidden_state.shape[1] == 1 and torch.compiler.is_compiling()
+    if not compiled_step:
+        past_key_values.last_hidden_state = outputs.last_hidden_state[:, -1]
+    return past_key_values
+
+
+def load_vision_tower(name_or_path: str) -> PreTrainedModel:
+    """The vision part of a pretrained checkpoint: of CLIP and SigLIP only the image tower is built and loaded."""
+    config = AutoConfig.from_pretrained(name_or_path)
+    return AutoModel.from_pretrained(name_or_path, config=getattr(config, "vision_config", config))
+
+
+def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, new_token_init: str | None) -> None:
+    """Resize a language model to its tokenizer; new rows start at the mean of the old ones or at a named token's."""
+    old_size, new_size = causal_lm.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if new_token_init is not None and new_token_init not in tokenizer.get_vocab():
+        raise ValueError(
+            f"new_token_init={new_token_init!r} is not a token of this tokenizer: name one of its tokens, or leave it "
+            "out to start at the mean."
+        )
+    if new_size <= old_size:
+        return
+    causal_lm.resize_token_embeddings(new_size, mean_resizing=False)
+    for layer in {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()}:
+        weight = layer.weight.data  # (V, D)
+        known = weight[:old_size] if new_token_init is None else weight[[tokenizer.get_vocab()[new_token_init]]]
+        weight[old_size:] = known.mean(dim=0)
+
+
+def load_language_model(name_or_path: str, tokenizer, new_token_init: str | None) -> PreTrainedModel:
+    causal_lm = AutoModelForCausalLM.from_pretrained(name_or_path)
+    grow_embeddings(causal_lm, tokenizer, new_token_init)
+    return causal_lm
+
+
+def new_language_model(text_config: PreTrainedConfig, tokenizer) -> PreTrainedModel:
+    """A language model with random weights whose vocabulary and special ids are the tokenizer's."""
+    text_config = copy.deepcopy(text_config)
+    text_config.vocab_size = len(tokenizer)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_config, token, getattr(tokenizer, token))
+    return AutoModelForCausalLM.from_config(text_config)
+
+
+@torch.no_grad()
+def count_image_features(vision_tower: PreTrainedModel, config: MMCoconutConfig) -> int:
+    """Features that an image of the tower's own size gives, found by running a blank one through it."""
+    vision_config = vision_tower.config
+    size = vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.zeros(1, vision_config.num_channels, height, width, dtype=vision_tower.dtype)
+    num_tokens = vision_tower(pixels.to(vision_tower.device)).last_hidden_state.shape[1]
+    return num_tokens - (config.vision_feature_select_strategy == "default")
+
+
+class MMCoconutPreTrainedModel(PreTrainedModel):
+    """What both model classes share: names, supported backends, saving and checkpointing rules."""
+
+    config_class = MMCoconutConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As the library's, with every sub-model's weights under their present names.
+
+        ViT and DINOv2 would otherwise be written under older names, which a Trainer that resumes does not find.
+        """
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
+        """Checkpoint layer by layer, and let the decoder's layers keep the cache that thoughts are read from.
+
+        Decoders drop the cache when their own flag is set; the layers' flags alone leave it to `ReplayCache`.
+
+        Raises:
+            ValueError: `use_reentrant=True`, which loses the gradients through keys and values of earlier passes.
+        """
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            raise ValueError(
+                "Gradient checkpointing with use_reentrant=True loses the gradients through thoughts: set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for module in self.get_decoder().modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._can_checkpoint_with_cache = enable
+            elif isinstance(module, PreTrainedModel):
+                module.gradient_checkpointing = False
+
+
+class MMCoconutModel(MMCoconutPreTrainedModel):
+    """Vision tower, projector, fusion and language model without a head; thoughts happen in `forward`."""
+
+    def __init__(self, config: MMCoconutConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = build_projector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
+        self.fuse = IMAGE_FUSIONS[config.image_fusion]
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self):
+        return self.language_model
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @select_hidden_states("vision_feature_layer")
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D)."""
+        image_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+        first = 1 if vision_feature_select_strategy == "default" else 0
+        features = [image_outputs.hidden_states[layer][:, first:] for layer in layers]  # (I, P, W) each
+        image_features = self.multi_modal_projector(torch.cat(features, dim=-1))  # (I, P, D)
+        image_outputs.pooler_output = list(image_features)
+        return image_outputs
+
+    def get_token_mask(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor):
+        """(B, T), True where the token stands; read off the embeddings where no ids are given."""
+        if input_ids is not None:
+            return input_ids == token_id
+        token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
+    def get_placeholder_mask(self, input_ids, inputs_embeds: torch.Tensor, image_features: torch.Tensor):
+        """(B, T), True at the `<image>` placeholders.
+
+        Raises:
+            ValueError: their number differs from the number of image features.
+        """
+        image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)
+        num_placeholders, num_features = int(image_mask.sum()), image_features.shape[0]
+        if num_placeholders != num_features:
+            raise ValueError(
+                f"The batch holds {num_placeholders} <image> placeholders ({image_mask.sum(-1).tolist()} a row) but "
+                f"{num_features} image features ({self.config.image_seq_length} an image): give each row "
+                f"{self.config.image_seq_length} placeholders an image, as MMCoconutProcessor does, and do not "
+                "truncate them."
+            )
+        return image_mask
+
+    def fuse_images(self, input_ids, inputs_embeds: torch.Tensor, image_outputs) -> dict:
+        """What the decoder reads: the embeddings joined with the images' features by the configured fusion."""
+        if image_outputs is not None:
+            image_features = torch.cat(list(image_outputs.pooler_output), dim=0).to(inputs_embeds)  # (I·P, D)
+            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)  # (B, T)
+            return self.fuse(inputs_embeds, image_features, image_mask)
+        if inputs_embeds.shape[1] > 1:
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
+        return {"inputs_embeds": inputs_embeds}
+
+    def mean_embedding_norm(self) -> torch.Tensor | None:
+        """Mean norm of the token embeddings, without gradient; None where thoughts are not scaled by it."""
+        if self.config.thought_norm != "embedding":
+            return None
+        return self.get_input_embeddings().weight.detach().norm(dim=-1).mean()
+
+    def check_length(self, num_columns: int, position_ids: torch.Tensor | None, past_key_values: Cache | None) -> None:
+        """Raise before an embedding of positions is read past its end; single decoding steps are not looked at."""
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is None or num_columns == 1:
+            return
+        past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+        length = past_length + num_columns
+        if length > limit and position_ids is not None:
+            length = int(position_ids.max()) + 1
+        if length > limit:
+            raise ValueError(
+                f"The sequence has {length} tokens, images and latents included, but the language model has {limit} "
+                "positions: shorten the question or the steps, use fewer latents or image tokens, or take a language "
+                "model with more positions."
+            )
+
+    def start_cache(self, replayed: bool) -> Cache:
+        """A fresh cache for one forward pass: a growing one, or one that gradient checkpointing can replay."""
+        text_config = self.config.text_config
+        if not replayed:
+            return DynamicCache(config=text_config)
+        if set(getattr(text_config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            raise ValueError(
+                "Gradient checkpointing with latents works for full attention only, and text_config.layer_types is "
+                f"{text_config.layer_types}: switch gradient_checkpointing off."
+            )
+        return ReplayCache(text_config.num_hidden_layers)
+
+    def thought_columns(self, latent_mask: torch.Tensor, attention_mask, past_key_values, kwargs: dict) -> list[int]:
+        """Where hidden states are fed back in this call: nowhere with `pause`, nor in a compiled decoding step."""
+        compiled_step = latent_mask.shape[1] == 1 and torch.compiler.is_compiling()
+        if self.config.thought_mode == "pause" or compiled_step:
+            return []
+        columns = latent_columns(latent_mask)
+        if columns and kwargs.get("cache") is not None:
+            raise NotImplementedError(
+                "Continuous batching packs requests into one pass, and thoughts need a pass each: use generate()."
+            )
+        if columns and max(columns) > 0 and not (attention_mask is None or attention_mask.ndim == 2):
+            raise ValueError(f"Thoughts need a 2-D attention_mask (B, T), not {attention_mask.ndim}-D: pass that one.")
+        if columns:
+            has_past = getattr(past_key_values, "last_hidden_state", None) is not None
+            check_has_predecessor(latent_mask, attention_mask if max(columns) > 0 else None, has_past)
+        return columns
+
+    def run_decoder(
+        self, latent_mask, inputs_embeds, *, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+    ) -> ThinkOutput:
+        """Call the decoder once, and once more for every column at which a thought is fed back."""
+        num_columns = inputs_embeds.shape[1]
+        replayed = self.training and self.is_gradient_checkpointing
+        if replayed and past_key_values is not None:
+            raise ValueError(
+                "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
+                "gradient_checkpointing off, or pass the whole sequence."
+            )
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache
+        keeps_cache = past_key_values is not None or (use_cache and not replayed)
+        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            position_ids = positions_from_mask(attention_mask, num_columns)  # (B, T)
+        self.check_length(num_columns, position_ids, past_key_values)
+        columns = self.thought_columns(latent_mask, attention_mask, past_key_values, kwargs)
+        if past_key_values is None and (keeps_cache or columns):
+            past_key_values = self.start_cache(replayed)
+        outputs = think(
+            self.language_model,
+            inputs_embeds,
+            latent_mask,
+            columns=columns,
+            feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
+            previous=getattr(past_key_values, "last_hidden_state", None),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
+            use_cache=past_key_values is not None and not replayed,
+            **kwargs,
+        )
+        outputs.past_key_values = remember(outputs, past_key_values) if keeps_cache else None
+        return outputs
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        output_thoughts: bool = False,
+        **kwargs,
+    ) -> tuple | MMCoconutModelOutputWithPast:
+        """Run images and text through the model; each latent placeholder reads the state of the column before it.
+
+        Args:
+            input_ids (B, T) or inputs_embeds (B, T, D): exactly one.
+            pixel_values (I, channels, height, width): the images of all rows, in reading order.
+            attention_mask (B, past + T); position_ids (B, T), counted from the mask by default.
+            past_key_values: any cache of the library; a latent may stand first if it was filled by this model.
+            mm_encoder_outputs: {"image": output of get_image_features}, in the place of pixel_values.
+            output_thoughts: also return what was read at the latents.
+
+        Raises:
+            ValueError: placeholders and features differ in number; a latent without a token before it; more tokens
+                than positions; both or neither of ids and embeddings.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if pixel_values is not None and mm_encoder_outputs is not None:
+            raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+
+        latent_mask = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
+        decoder_inputs = self.fuse_images(input_ids, inputs_embeds, image_outputs)
+        outputs = self.run_decoder(
+            latent_mask,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **decoder_inputs,
+            **kwargs,
+        )
+        thoughts, thought_mask = gather_thoughts(outputs.inputs_embeds, latent_mask) if output_thoughts else (None, None)
+        return MMCoconutModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
+            thoughts=thoughts,
+            thought_mask=thought_mask,
+        )
+
+
+class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixin):
+    """MMCoconutModel with a language-model head: `forward` gives loss and logits, `generate` answers.
+
+    The prompt's latents are thought in the prefill, so every way of stock `generate()` works; a decoding step is
+    that of an ordinary language model.
+    """
+
+    def __init__(self, config: MMCoconutConfig):
+        super().__init__(config)
+        self.model = MMCoconutModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.embedding_name()}.weight"}
+        self.post_init()
+
+    def embedding_name(self) -> str:
+        """Where the decoder keeps its token embeddings: wte, embed_tokens, …"""
+        embeddings = self.model.get_input_embeddings()
+        return next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def set_output_embeddings(self, value):
+        self.lm_head = value
+
+    def get_decoder(self):
+        return self.model.get_decoder()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
+        """Leave a prefill's mask 2-D: each of its passes makes its own, and a ready 4-D one would fit only one."""
+        if inputs_embeds.shape[1] > 1:
+            return attention_mask
+        return create_masks_for_generate(
+            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
+
+    def labelled_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The causal loss of states (B, T, D) and labels (B, T) with the head on labelled positions only."""
+        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
+        labelled = targets != -100  # (B, T)
+        return self.loss_function(
+            logits=self.lm_head(hidden_states[labelled]),  # (labelled, V)
+            labels=None,
+            shift_labels=targets[labelled],  # (labelled,)
+            vocab_size=self.config.text_config.vocab_size,
+            **kwargs,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        use_cache: bool | None = None,
+        output_thoughts: bool = False,
+        **kwargs,
+    ) -> tuple | MMCoconutCausalLMOutputWithPast:
+        """The base model, its head and the causal loss.
+
+        Args:
+            labels (B, T): token ids, -100 where there is no loss; shifted inside.
+            logits_to_keep: as in the library. None means all, except in training with labels, where it means none:
+                the loss then runs the head on the labelled positions only.
+            The rest as in MMCoconutModel.forward; `num_items_in_batch` reaches the loss.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            use_cache=use_cache,
+            output_thoughts=output_thoughts,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (B, T, D)
+        loss = logits = None
+        if labels is not None and logits_to_keep is None and self.training:
+            loss = self.labelled_loss(hidden_states, labels, **kwargs)
+        else:
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep or 0))  # (B, kept, V)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+                )
+        return MMCoconutCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            thoughts=outputs.thoughts,
+            thought_mask=outputs.thought_mask,
+        )
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | None = None,
+        text: str | None = None,
+        *,
+        tokenizer=None,
+        vision_config: PreTrainedConfig | None = None,
+        text_config: PreTrainedConfig | None = None,
+        new_token_init: str | None = None,
+        **config_kwargs,
+    ):
+        """A new model out of a vision tower and a language model, pretrained or from their configurations.
+
+        Args:
+            vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
+                "openai-community/gpt2"; or
+            vision_config, text_config: configurations, for random weights.
+            tokenizer: the language model's tokenizer, loaded from `text` by default; the four special tokens are added to it where they are missing,
+                and the embeddings grow to its length.
+            new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
+                None takes the mean of the old embeddings.
+            config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add".
+
+        Raises:
+            ValueError: both or neither of a name and a configuration; an unknown `new_token_init`.
+        """
+        if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
+            raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
+        add_special_tokens(tokenizer)
+        vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
+        causal_lm = load_language_model(text, tokenizer, new_token_init) if text else new_language_model(text_config, tokenizer)
+        token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+        config = cls.config_class(
+            vision_config=vision_tower.config,
+            text_config=causal_lm.config,
+            **dict(zip(TOKEN_ID_FIELDS, token_ids)),
+            **config_kwargs,
+        )
+        config.image_seq_length = count_image_features(vision_tower, config)
+        model = cls(config)
+        model.model.vision_tower = vision_tower
+        model.model.language_model = causal_lm.base_model
+        model.lm_head.load_state_dict(causal_lm.get_output_embeddings().state_dict())
+        model.tie_weights()
+        model.generation_config.update(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
+            suppress_tokens=token_ids,
+        )
+        return model
+
+
+MMCoconutForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["MMCoconutForConditionalGeneration", "MMCoconutModel", "MMCoconutPreTrainedModel"]
