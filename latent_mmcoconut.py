@@ -137,6 +137,23 @@ def check_has_predecessor(latent_mask: torch.Tensor, attention_mask: torch.Tenso
         )
 
 
+def check_thoughts_matter(latent_mask: torch.Tensor, labelled: torch.Tensor) -> None:
+    """A thought after the last labelled token (both masks (B, T)) could not change the loss.
+
+    Raises:
+        ValueError: such a latent in a row that has labels.
+    """
+    labels_ahead = labelled.flip(1).cumsum(1).flip(1)  # (B, T), labels from here on
+    useless = (latent_mask & (labels_ahead == 0)).any(dim=1) & labelled.any(dim=1)  # (B,)
+    if useless.any():
+        row = useless.nonzero()[0].item()
+        raise ValueError(
+            f"Row {row} of the batch has a latent token after its last labelled token (column "
+            f"{labelled[row].nonzero().max().item()}), where it cannot change the answer: put the latents between the "
+            "question and the answer."
+        )
+
+
 def put_thought(piece: torch.Tensor, is_latent: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
     """(B, t, D) with the first column replaced by (B, D) in the rows of (B,) that have a latent there."""
     first = torch.where(is_latent[:, None], thought.to(piece.dtype), piece[:, 0])  # (B, D)

@@ -28,6 +28,7 @@ from .latent_mmcoconut import (
     ThinkOutput,
     ThoughtFeed,
     check_has_predecessor,
+    check_thoughts_matter,
     gather_thoughts,
     latent_columns,
     think,
@@ -344,7 +345,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
     ) -> ThinkOutput:
         """Call the decoder once, and once more for every column at which a thought is fed back."""
         num_columns = inputs_embeds.shape[1]
-        replayed = self.training and self.is_gradient_checkpointing
+        replayed = self.training and self.is_activation_checkpointing
         if replayed and past_key_values is not None:
             raise ValueError(
                 "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
@@ -516,9 +517,14 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         Args:
             labels (B, T): token ids, -100 where there is no loss; shifted inside.
             logits_to_keep: as in the library. None means all, except in training with labels, where it means none:
-                the loss then runs the head on the labelled positions only.
+                the loss runs the head on the labelled positions only.
             The rest as in MMCoconutModel.forward; `num_items_in_batch` reaches the loss.
+
+        Raises:
+            ValueError: a latent after the last labelled token of its row.
         """
+        if labels is not None and input_ids is not None:
+            check_thoughts_matter(input_ids == self.config.latent_token_id, labels != -100)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -533,14 +539,11 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         )
         hidden_states = outputs.last_hidden_state  # (B, T, D)
         loss = logits = None
-        if labels is not None and logits_to_keep is None and self.training:
+        if labels is not None:
             loss = self.labelled_loss(hidden_states, labels, **kwargs)
-        else:
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep or 0))  # (B, kept, V)
-            if labels is not None:
-                loss = self.loss_function(
-                    logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
-                )
+        if labels is None or logits_to_keep is not None or not self.training:
+            kept = 0 if logits_to_keep is None else logits_to_keep
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, kept))  # (B, kept, V)
         return MMCoconutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -131,8 +131,8 @@ def _draw_hop(canvas: ImageDraw.ImageDraw, maze: Maze, *, cells: tuple[Cell, Cel
 
 
 def draw_path(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
-    """The same picture `PATH_SCALE` times larger, for reports: the way is a line, and each cell on it wears the numbers
-    of the hops that reach it (0 is the start)."""
+    """The same picture `PATH_SCALE` times larger, for reports: the way is a line, and each cell on it wears the
+    numbers of the hops that reach it (0 is the start)."""
     side = cell_size * PATH_SCALE
     picture = draw(maze, cell_size)
     picture = picture.resize((picture.width * PATH_SCALE, picture.height * PATH_SCALE), Image.Resampling.NEAREST)
@@ -143,8 +143,8 @@ def draw_path(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
     font = ImageFont.load_default(size=side // 4)
     for cell in set(cells):
         label = ",".join(str(hop) for hop, passed in enumerate(cells) if passed == cell)
-        center = ((cell[1] + 0.5) * side, (cell[0] + 0.5) * side)
-        canvas.text(center, label, fill="white", font=font, anchor="mm", stroke_width=side // 32, stroke_fill="black")
+        corner = ((cell[1] + 0.04) * side, (cell[0] + 0.04) * side)
+        canvas.text(corner, label, fill="white", font=font, stroke_width=side // 32, stroke_fill="black")
     return picture
 
 

@@ -18,7 +18,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 MAX_IMAGE_PIXELS = 89_478_485
 
 # Only these are tried: other formats of Pillow run programs (EPS) or are never photographs.
-READABLE_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 REMEDY = "replace the file, or leave such rows out with mmcoconut.data.drop_unreadable"
 
@@ -46,7 +46,7 @@ def _named(where: str) -> Iterator[None]:
             f"{where}: is not a picture in any of the formats {', '.join(READABLE_FORMATS)}; {REMEDY}"
         ) from error
     except DAMAGE as error:
-        raise UnreadableImageError(f"{where}: is damaged, cut short or of a strange kind ({error}); {REMEDY}") from error
+        raise UnreadableImageError(f"{where}: is damaged, cut short or of a rare kind ({error}); {REMEDY}") from error
 
 
 def _check_whole_files_only() -> None:

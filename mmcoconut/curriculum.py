@@ -1,0 +1,257 @@
+"""The curriculum of Coconut: stage arithmetic, the collator that lays out a stage's batches, and the callback that advances it.
+
+At stage s the first s reasoning steps of a row are replaced by c_thought · s latents:
+
+    stage 0   question ⏎ <start> <end>                      step 1 ⏎ step 2 ⏎ step 3 ⏎ ### answer
+    stage 1   question ⏎ <start> <latent> <end>             step 2 ⏎ step 3 ⏎ ### answer
+    stage 3   question ⏎ <start> <latent>×3 <end>           ### answer
+
+Source: Hao et al. 2024, https://arxiv.org/abs/2412.06769, section 3, and its published configurations.
+"""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import TrainerCallback
+
+from .data import open_images, question_text
+
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+# Modes without a curriculum stay at stage 0; modes without thoughts have neither latents nor markers.
+STAGED_MODES = ("coconut", "pause", "no_thoughts")
+THINKING_MODES = ("coconut", "pause")
+MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause")
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What a stage does to a row: how many of its first steps go, and how many latents come."""
+
+    skipped_steps: int
+    num_latents: int
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """The schedule of a run; the same functions serve training, evaluation and inference.
+
+    Args:
+        mode: `coconut` and the matched controls `cot` (all steps written), `no_cot` (none), `no_thoughts` (curriculum,
+            no latents), `pause` (latents that feed nothing back).
+        c_thought: latents for each replaced step.
+        max_latent_stage: the last stage that adds latents; one stage later every remaining step goes too.
+        epochs_per_stage: length of each stage, or one length a stage, the last one repeating.
+        uniform_prob: probability that a training row takes a stage drawn uniformly from 0 to its number of steps.
+        pad_latent_to_max: give a row the stage's latents even if it has fewer steps; otherwise its steps cap them.
+        start_epoch: epochs that were trained elsewhere and count as done.
+        seed: of the draws of `uniform_prob`.
+    """
+
+    mode: str = "coconut"
+    c_thought: int = 1
+    max_latent_stage: int = 3
+    epochs_per_stage: int | tuple[int, ...] = 1
+    uniform_prob: float = 0.0
+    pad_latent_to_max: bool = True
+    start_epoch: int = 0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode={self.mode!r} is not one of {', '.join(MODES)}: set mode to one of them.")
+        lengths = self.stage_lengths
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"epochs_per_stage={self.epochs_per_stage} must hold numbers of at least 1.")
+
+    @property
+    def stage_lengths(self) -> tuple[int, ...]:
+        """Epochs of the first stages; the last number repeats."""
+        return (self.epochs_per_stage,) if isinstance(self.epochs_per_stage, int) else tuple(self.epochs_per_stage)
+
+    @property
+    def last_stage(self) -> int:
+        """The stage from which on nothing changes."""
+        return self.max_latent_stage + 1 if self.mode in STAGED_MODES else 0
+
+    def stage_at(self, epoch: int) -> int:
+        """The stage of an epoch, both counted from 0: epoch // epochs_per_stage where the stages are equally long."""
+        epoch += self.start_epoch
+        for stage in range(self.last_stage):
+            epoch -= self.stage_lengths[min(stage, len(self.stage_lengths) - 1)]
+            if epoch < 0:
+                return stage
+        return self.last_stage
+
+    def plan(self, stage: int, num_steps: int | None) -> RowPlan:
+        """What stage does to a row of num_steps steps; None where they are unknown, as at inference."""
+        if self.mode == "no_cot":
+            return RowPlan(skipped_steps=num_steps or 0, num_latents=0)
+        if self.mode == "cot":
+            return RowPlan(skipped_steps=0, num_latents=0)
+        groups = min(stage, self.max_latent_stage)
+        if num_steps is not None and not self.pad_latent_to_max:
+            groups = min(groups, num_steps)
+        skipped = stage if stage <= self.max_latent_stage else num_steps
+        num_latents = self.c_thought * groups if self.mode in THINKING_MODES else 0
+        return RowPlan(skipped_steps=min(skipped or 0, num_steps or 0), num_latents=num_latents)
+
+    def num_latents(self, stage: int) -> int:
+        """Latents of a prompt at this stage, for evaluation and inference: no row's own steps are looked at."""
+        return self.plan(stage, None).num_latents
+
+    def training_stage(self, stage: int, *, num_steps: int, epoch: int, index: int) -> int:
+        """The stage of one row in one epoch: the run's, or with `uniform_prob` a uniform one; equal in every worker."""
+        draw = random.Random(f"{self.seed} {epoch} {index}")
+        if self.mode in STAGED_MODES and draw.random() < self.uniform_prob:
+            return draw.randint(0, num_steps)
+        return stage
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: Sequence[int], length: int) -> torch.Tensor:
+    """Rows of ids as (B, length), `left[b]` pads before row b and the rest behind it."""
+    padded = [[value] * pad + list(row) + [value] * (length - pad - len(row)) for row, pad in zip(rows, left)]
+    return torch.tensor(padded)
+
+
+def align_rows(prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], *, pad_id: int, latent_id: int):
+    """Batch prompts and targets so that the first latents share a column, and label the targets only.
+
+        pad pad <img> q q <start> <lat> <lat> <end> ### a eos
+        <img> q q q q <start> <lat> <lat> <end> s ⏎ ### a eos     (rows are moved right, then padded behind)
+
+    A column with a latent costs a pass of the decoder, so shared columns cost the fewest. Without latents nothing
+    is moved. Returns input_ids, attention_mask, labels, each (B, T).
+    """
+    first = [list(prompt).index(latent_id) if latent_id in prompt else 0 for prompt in prompts]
+    left = [max(first) - column if column else 0 for column in first]
+    rows = [[*prompt, *target] for prompt, target in zip(prompts, targets)]
+    labels = [[*[IGNORED] * len(prompt), *target] for prompt, target in zip(prompts, targets)]
+    length = max(pad + len(row) for pad, row in zip(left, rows))
+    return {
+        "input_ids": pad_rows(rows, pad_id, left=left, length=length),
+        "attention_mask": pad_rows([[1] * len(row) for row in rows], 0, left=left, length=length),
+        "labels": pad_rows(labels, IGNORED, left=left, length=length),
+    }
+
+
+class CurriculumCollator:
+    """Rows of `mmcoconut.data` → batches of the present stage.
+
+    Calling it gives training batches; `prompts` gives evaluation batches, which end where the model is to go on.
+    `epoch` is set by `CurriculumCallback`; a data loader's workers read it when they start.
+
+    Args:
+        curriculum, processor: the schedule and the layout.
+        max_length: positions of the language model; longer rows are refused.
+        max_new_tokens: what evaluation will add to a prompt.
+    """
+
+    def __init__(self, curriculum: Curriculum, processor, *, max_length: int | None = None, max_new_tokens: int = 0):
+        self.curriculum, self.processor = curriculum, processor
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.epoch = 0
+
+    @property
+    def stage(self) -> int:
+        return self.curriculum.stage_at(self.epoch)
+
+    def check_length(self, row: dict, length: int, what: str) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"{row['row_id']}: {what} takes {length} tokens, images and latents included, and the language model "
+                f"has {self.max_length} positions: shorten the question or the steps, use fewer latents or image "
+                "tokens, or take a language model with more positions."
+            )
+
+    def encode_row(self, row: dict) -> tuple[list[int], list[int]]:
+        """Prompt and target of a training row at its stage."""
+        num_steps = len(row["steps"])
+        stage = self.curriculum.training_stage(
+            self.stage, num_steps=num_steps, epoch=self.epoch, index=row.get("index", 0)
+        )
+        plan = self.curriculum.plan(stage, num_steps)
+        prompt = self.processor.encode_prompt(
+            question_text(row), num_images=len(row["images"]), num_latents=plan.num_latents
+        )
+        target = self.processor.encode_target(row["steps"][plan.skipped_steps :], row["answers"][0])
+        self.check_length(row, len(prompt) + len(target), f"the sequence of stage {stage}")
+        return prompt, target
+
+    def pixels(self, rows: Sequence[dict]) -> dict:
+        """pixel_values (I, channels, height, width) of all rows' images in order; nothing for rows without images."""
+        images = [image for row in rows for image in open_images(row)]
+        return dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
+
+    def supervised(self, rows: Sequence[dict]) -> dict:
+        """input_ids, attention_mask, labels (B, T)."""
+        prompts, targets = zip(*(self.encode_row(row) for row in rows))
+        pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
+        return align_rows(prompts, targets, pad_id=pad_id, latent_id=latent_id)
+
+    def __call__(self, rows: Sequence[dict]) -> dict:
+        return {**self.supervised(rows), **self.pixels(rows)}
+
+    def prompts(self, rows: Sequence[dict]) -> dict:
+        """Left-padded prompts (B, T), pixels, the rows' `index` (B,), and the same rows with labels under `supervised`."""
+        num_latents = self.curriculum.num_latents(self.stage)
+        prompts = [
+            self.processor.encode_prompt(question_text(row), num_images=len(row["images"]), num_latents=num_latents)
+            for row in rows
+        ]
+        for row, prompt in zip(rows, prompts):
+            self.check_length(row, len(prompt) + self.max_new_tokens, "the prompt with max_new_tokens")
+        length = max(len(prompt) for prompt in prompts)
+        left = [length - len(prompt) for prompt in prompts]
+        return {
+            "input_ids": pad_rows(prompts, self.processor.tokenizer.pad_token_id, left=left, length=length),
+            "attention_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, left=left, length=length),
+            **self.pixels(rows),
+            "index": torch.tensor([row["index"] for row in rows]),
+            "supervised": self.supervised(rows),
+        }
+
+
+class CurriculumCallback(TrainerCallback):
+    """Moves the collator through the stages, and evaluates and saves at the end of each.
+
+    The stage follows from `state.epoch` alone, so a resumed run is at the right one. It is set before the epoch's data
+    loader starts its workers; persistent workers would keep the first stage, and are refused.
+
+    Args:
+        collator: the trainer's.
+        reset_optimizer: forget the optimizer's moments when a stage begins.
+    """
+
+    def __init__(self, collator: CurriculumCollator, *, reset_optimizer: bool = False):
+        self.collator, self.reset_optimizer = collator, reset_optimizer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.dataloader_persistent_workers:
+            raise ValueError("dataloader_persistent_workers keeps the workers at the first stage: set it to false.")
+
+    def on_epoch_begin(self, args, state, control, optimizer=None, **kwargs):
+        epoch, stage = int(state.epoch + 1e-6), None
+        self.collator.epoch = epoch
+        curriculum, stage = self.collator.curriculum, self.collator.stage
+        self.collator.processor.num_latents = curriculum.num_latents(stage)
+        begins = epoch == 0 or curriculum.stage_at(epoch - 1) != stage
+        resumed_inside = state.epoch - epoch > 1e-6
+        if begins and not resumed_inside:
+            num_latents = curriculum.num_latents(stage)
+            logger.info("epoch %d: stage %d begins, %d latents (%s)", epoch, stage, num_latents, curriculum.mode)
+            if self.reset_optimizer and epoch > 0:
+                getattr(optimizer, "optimizer", optimizer).state.clear()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """The stage's last epoch: evaluate and save, whatever the run's own strategy."""
+        next_epoch = self.collator.epoch + 1
+        ends = self.collator.curriculum.stage_at(next_epoch) != self.collator.stage
+        if ends or next_epoch >= args.num_train_epochs:
+            control.should_evaluate = control.should_save = True
+        return control

@@ -1,0 +1,103 @@
+"""The library's Trainer with a curriculum: batches of the present stage, and evaluation by generating answers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import Trainer
+
+from .curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+
+
+STAGE_FILE = "stage.json"
+
+
+def is_correct(answer: str, gold: Sequence[str]) -> bool:
+    """Exact equality with any gold answer, up to case and surrounding space; an empty answer is wrong.
+
+    >>> is_correct("Red ", ["red"]), is_correct("red or blue", ["red", "blue"]), is_correct("", ["red"])
+    (True, False, False)
+    """
+    return answer.strip().lower() in {text.strip().lower() for text in gold}
+
+
+class CurriculumTrainer(Trainer):
+    """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
+
+    Metrics: `accuracy` (exact match of the text after `###`), `generated_tokens` (mean of new tokens an answer, its eos
+    included), `loss` on the labelled tokens, `stage`, `num_latents`, `n`. The best model of stage s by accuracy is kept
+    in <output_dir>/stages/stage-s.
+
+    Args:
+        reset_optimizer: see CurriculumCallback.
+        data_collator: a CurriculumCollator, which brings processor and schedule.
+        kwargs: of the library's Trainer.
+    """
+
+    def __init__(self, *, data_collator: CurriculumCollator, reset_optimizer: bool = False, **kwargs):
+        kwargs.setdefault("processing_class", data_collator.processor)
+        super().__init__(data_collator=data_collator, **kwargs)
+        self.compute_metrics = self.score_answers
+        self.curriculum_collator = data_collator
+        self.add_callback(CurriculumCallback(data_collator, reset_optimizer=reset_optimizer))
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """The library's, collated by `prompts`: what is generated from never holds the answer."""
+        training_collator = self.data_collator
+        self.data_collator = self.curriculum_collator.prompts
+        dataloader = super().get_eval_dataloader(eval_dataset)
+        self.data_collator = training_collator
+        return dataloader
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of the labelled rows, new tokens (B, up to max_new_tokens), and the rows' index."""
+        inputs = self._prepare_inputs(inputs)
+        index, supervised = inputs.pop("index"), inputs.pop("supervised")
+        pixels = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+        with self.compute_loss_context_manager():
+            loss = model(**supervised, **pixels, logits_to_keep=1).loss
+            tokens = self.accelerator.unwrap_model(model).generate(
+                **inputs, max_new_tokens=self.curriculum_collator.max_new_tokens, do_sample=False, use_cache=True
+            )
+        return loss, tokens[:, inputs["input_ids"].shape[1] :], index
+
+    def score_answers(self, prediction) -> dict[str, float]:
+        """Metrics of generated ids (n, new tokens) padded with -100, and indices (n,) into the evaluation data."""
+        processor, collator = self.processing_class, self.curriculum_collator
+        tokens = torch.as_tensor(prediction.predictions)
+        is_pad = (tokens == IGNORED) | (tokens == processor.tokenizer.pad_token_id)
+        answers = processor.decode_answers(tokens.masked_fill(is_pad, processor.tokenizer.pad_token_id))
+        gold = self.evaluated["answers"]
+        correct = [is_correct(answer, gold[index]) for answer, index in zip(answers, prediction.label_ids.tolist())]
+        return {
+            "accuracy": sum(correct) / len(correct),
+            "generated_tokens": (~is_pad).sum(dim=1).float().mean().item(),
+            "n": len(correct),
+            "stage": collator.stage,
+            "num_latents": collator.curriculum.num_latents(collator.stage),
+        }
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """As the library's; within training the stage's best model so far is saved."""
+        self.evaluated = eval_dataset if eval_dataset is not None else self.eval_dataset
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if self.is_in_train:
+            self.keep_best_of_stage(metrics)
+        return metrics
+
+    def keep_best_of_stage(self, metrics: dict) -> None:
+        """Save the model if no evaluation of this stage was better; the log's history is restored on resuming."""
+        records = [record for record in self.state.log_history if record.get("eval_stage") == metrics["eval_stage"]]
+        if any(record["eval_accuracy"] >= metrics["eval_accuracy"] for record in records[:-1]):
+            return
+        folder = Path(self.args.output_dir, "stages", f"stage-{metrics['eval_stage']}")
+        self.save_model(str(folder))
+        if self.is_world_process_zero():
+            record = json.dumps({**metrics, "global_step": self.state.global_step}, indent=2)
+            (folder / STAGE_FILE).write_text(record + "\n")
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Every record carries the stage, so that trackers show where it changed."""
+        super().log({**logs, "stage": self.curriculum_collator.stage}, *args, **kwargs)

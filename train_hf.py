@@ -1,0 +1,253 @@
+"""Train a vision-language model to think in latent space: `accelerate launch train_hf.py recipe.yaml [--key value …]`.
+
+Read the recipe and the data, build model and processor, train through the curriculum, save, push, report.
+"""
+
+import json
+import logging
+import platform
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from mmcoconut.arguments import parse_recipe, save_recipe
+from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
+from mmcoconut.data import drop_unreadable, load_examples, nearest, question_text
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.smoke import smoke_arguments
+from mmcoconut.tokenizer import train_tokenizer
+from mmcoconut.trainer import CurriculumTrainer
+
+
+logger = logging.getLogger("mmcoconut")
+
+# Fields of the model's configuration that a recipe sets when it builds a model out of backbones.
+CONFIG_FIELDS = (
+    "image_fusion",
+    "projector_type",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "thought_norm",
+)
+
+
+def read_split(data_args, split: str, max_rows: int | None):
+    """One split with an `index` column, and messages about rows left out by `unreadable_images: skip`."""
+    examples = load_examples(data_args.dataset, split=split, **data_args.dataset_options)
+    if max_rows is not None:
+        examples = examples.select(range(min(max_rows, len(examples))))
+    skipped = []
+    if data_args.unreadable_images == "skip":
+        examples, skipped = drop_unreadable(examples)
+    for message in skipped:
+        logger.warning("left out: %s", message)
+    return examples.add_column("index", list(range(len(examples)))), skipped
+
+
+def read(data_args, run_args):
+    """Training rows (None where nothing is trained), evaluation rows, and what was left out."""
+    with run_args.main_process_first(desc="reading the data"):
+        eval_set, skipped = read_split(data_args, data_args.eval_split, data_args.max_eval_samples)
+        if not run_args.do_train:
+            return None, eval_set, skipped
+        train_set, skipped_train = read_split(data_args, "train", data_args.max_train_samples)
+    return train_set, eval_set, skipped_train + skipped
+
+
+def build_tokenizer(model_args, train_set):
+    if model_args.tokenizer != "train":
+        return AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.text_model)
+    texts = [
+        f"{question_text(row)}\n" + "".join(f"{step}\n" for step in row["steps"]) + f"### {row['answers'][0]}"
+        for row in train_set.select_columns(["question", "choices", "steps", "answers"])
+    ]
+    return train_tokenizer(texts, vocab_size=model_args.tokenizer_vocab_size)
+
+
+def build_image_processor(model_args):
+    """The tower's own; for a tower from scratch, pictures resized to its size and scaled to [-1, 1]."""
+    if model_args.vision_config is None:
+        return None
+    size = model_args.vision_config["image_size"]
+    half = [0.5, 0.5, 0.5]
+    return CLIPImageProcessor(
+        size={"height": size, "width": size}, do_center_crop=False, image_mean=half, image_std=half
+    )
+
+
+def config_of(values: dict | None):
+    return None if values is None else AutoConfig.for_model(**values)
+
+
+def build_from_backbones(model_args, train_set):
+    tokenizer = build_tokenizer(model_args, train_set)
+    model = MMCoconutForConditionalGeneration.from_backbones(
+        model_args.vision_model,
+        model_args.text_model,
+        tokenizer=tokenizer,
+        vision_config=config_of(model_args.vision_config),
+        text_config=config_of(model_args.text_config),
+        new_token_init=model_args.new_token_init,
+        **{field: getattr(model_args, field) for field in CONFIG_FIELDS},
+    )
+    processor = MMCoconutProcessor.from_backbones(
+        model_args.vision_model,
+        config=model.config,
+        tokenizer=tokenizer,
+        image_processor=build_image_processor(model_args),
+        markers=model_args.markers,
+    )
+    return model, processor
+
+
+def freeze(model, names: list[str]) -> None:
+    """Stop the gradients of sub-modules named by the end of their path, such as vision_tower."""
+    modules = dict(model.named_modules())
+    for name in names:
+        found = [module for path, module in modules.items() if path == name or path.endswith(f".{name}")]
+        if not found:
+            valid = sorted({path.rpartition(".")[2] for path in modules})
+            raise ValueError(f"freeze: the model has no sub-module {name!r}. Did you mean {nearest(name, valid)!r}?")
+        for module in found:
+            module.requires_grad_(False)
+
+
+def build(model_args, curriculum_args, train_set):
+    """Model and processor, from a checkpoint or out of backbones, set to the mode of this run."""
+    if model_args.model is not None:
+        model = MMCoconutForConditionalGeneration.from_pretrained(model_args.model)
+        processor = MMCoconutProcessor.from_pretrained(model_args.model)
+    else:
+        model, processor = build_from_backbones(model_args, train_set)
+    model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
+    if curriculum_args.mode not in THINKING_MODES:
+        processor.markers = "none"
+    if model_args.attn_implementation is not None:
+        model.set_attn_implementation(model_args.attn_implementation)
+    freeze(model, model_args.freeze)
+    return model, processor
+
+
+def build_trainer(model, processor, *, train_set, eval_set, data_args, curriculum_args, run_args):
+    fields = asdict(curriculum_args)
+    reset_optimizer, lengths = fields.pop("reset_optimizer"), fields.pop("epochs_per_stage")
+    curriculum = Curriculum(
+        **fields,
+        epochs_per_stage=tuple(lengths) if isinstance(lengths, list) else lengths,
+        seed=run_args.seed,
+    )
+    collator = CurriculumCollator(
+        curriculum,
+        processor,
+        max_length=getattr(model.config.text_config, "max_position_embeddings", None),
+        max_new_tokens=data_args.max_new_tokens,
+    )
+    return CurriculumTrainer(
+        model=model,
+        args=run_args,
+        data_collator=collator,
+        train_dataset=train_set,
+        eval_dataset=eval_set,
+        reset_optimizer=reset_optimizer,
+    )
+
+
+def train(trainer, run_args) -> float:
+    """Train, or go on from `resume_from_checkpoint`; the seconds it took."""
+    resume = run_args.resume_from_checkpoint
+    if resume is True:
+        resume = get_last_checkpoint(run_args.output_dir)
+    began = time.perf_counter()
+    trainer.train(resume_from_checkpoint=resume)
+    return time.perf_counter() - began
+
+
+def evaluate(trainer, run_args) -> None:
+    """Without training: one evaluation at the curriculum's last stage."""
+    trainer.curriculum_collator.epoch = sys.maxsize
+    trainer.evaluate()
+
+
+def stage_rows(log_history: list[dict]) -> list[dict]:
+    """The last evaluation of every stage, out of the trainer's log."""
+    rows = {}
+    for record in log_history:
+        if "eval_accuracy" in record:
+            fields = ("stage", "num_latents", "generated_tokens", "accuracy", "n", "loss")
+            rows[record["eval_stage"]] = {field: record[f"eval_{field}"] for field in fields}
+    return [rows[stage] for stage in sorted(rows)]
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["stage  latents  generated tokens  accuracy    n"]
+    for row in rows:
+        lines.append(
+            f"{row['stage']:5d}  {row['num_latents']:7d}  {row['generated_tokens']:16.1f}  {row['accuracy']:8.1%}"
+            f"  {row['n']:5d}"
+        )
+    return "\n".join(lines)
+
+
+def save_results(trainer, *, mode: str, train_seconds: float, skipped: list[str]) -> dict:
+    """results.json in the output folder: accuracy by stage, and what the numbers were made with."""
+    results = {
+        "mode": mode,
+        "stages": stage_rows(trainer.state.log_history),
+        "train_seconds": round(train_seconds, 1),
+        "train_steps": trainer.state.global_step,
+        "unreadable_images": skipped,
+        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {trainer.args.device}",
+        "processes": trainer.args.world_size,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if trainer.is_world_process_zero():
+        Path(trainer.args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def main(argv: list[str] | None = None) -> dict:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    arguments = parse_recipe(sys.argv[1:] if argv is None else argv)
+    if arguments[-1].smoke_test:
+        arguments = smoke_arguments(*arguments)
+    model_args, data_args, curriculum_args, run_args = arguments
+    set_seed(run_args.seed)
+
+    train_set, eval_set, skipped = read(data_args, run_args)
+    model, processor = build(model_args, curriculum_args, train_set)
+    trainer = build_trainer(
+        model,
+        processor,
+        train_set=train_set,
+        eval_set=eval_set,
+        data_args=data_args,
+        curriculum_args=curriculum_args,
+        run_args=run_args,
+    )
+    train_seconds = 0.0
+    if run_args.do_train:
+        save_recipe(Path(run_args.output_dir, "recipe.yaml"), *arguments)
+        train_seconds = train(trainer, run_args)
+        trainer.save_model()
+    else:
+        evaluate(trainer, run_args)
+    if run_args.push_to_hub:
+        trainer.push_to_hub()
+    results = save_results(trainer, mode=curriculum_args.mode, train_seconds=train_seconds, skipped=skipped)
+    if trainer.is_world_process_zero():
+        print(table(results["stages"]))
+        for message in skipped:
+            print(f"left out: {message}")
+    return results
+
+
+if __name__ == "__main__":
+    main()
