@@ -57,6 +57,7 @@ class MMCoconutConfig(PreTrainedConfig):
             `pause` leaves the latent token's own embedding, so that nothing is fed back.
         thought_norm (`str`): what happens to a hidden state before it is fed back: `none` (the paper), `embedding`
             (rescaled to the mean norm of the token embeddings), `projection` (a trained MLP and LayerNorm).
+        initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint.
 
     Raises:
@@ -84,6 +85,7 @@ class MMCoconutConfig(PreTrainedConfig):
     end_latent_token_id: int | None = None
     thought_mode: str = "feedback"
     thought_norm: str = "none"
+    initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     mmcoconut_version: str = "0.1.0"
 

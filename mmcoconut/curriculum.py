@@ -252,6 +252,6 @@ class CurriculumCallback(TrainerCallback):
         """The stage's last epoch: evaluate and save, whatever the run's own strategy."""
         next_epoch = self.collator.epoch + 1
         ends = self.collator.curriculum.stage_at(next_epoch) != self.collator.stage
-        if ends or next_epoch >= args.num_train_epochs:
+        if ends or state.global_step >= state.max_steps:
             control.should_evaluate = control.should_save = True
         return control

@@ -1,0 +1,551 @@
+"""A recipe means what it says, and everything that is wrong with it is said at once."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+import yaml
+
+from mmcoconut.arguments import (
+    CLASSES,
+    RecipeError,
+    RunArguments,
+    parse_recipe,
+    save_recipe,
+    translate_coconut_keys,
+)
+
+
+SCRATCH = """
+vision_config: {model_type: clip_vision_model, hidden_size: 32}
+text_config: {model_type: gpt2, hidden_size: 96, layer_norm_epsilon: 1e-5}
+tokenizer: train
+use_cpu: true
+"""
+
+# args/gsm_coconut.yaml of the original, with paths
+COCONUT = """
+project: coconut
+save_path: runs
+name: gsm-coconut
+
+only_eval: False
+
+coconut: True
+cot: False
+no_thoughts: False
+no_cot: False
+
+c_thought: 2
+epochs_per_stage: 3
+max_latent_stage: 3
+pad_latent_to_max: True
+
+save_only_improve: False
+uniform_prob: 0.0
+model_id: openai-community/gpt2
+load_model_path: "None"
+seed: 0
+resume: 3
+bf16: False
+train_path: {folder}/gsm_train.json
+val_path: {folder}/gsm_valid.json
+reset_optimizer: True
+batch_size_training: 32
+debug: False
+gradient_accumulation_steps: 1
+num_epochs: 25
+lr: !!float "1e-4"
+weight_decay: 0.01
+use_cpu: true
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe and gives its path."""
+
+    def write(text: str, name: str = "maze.yaml") -> str:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return str(tmp_path / name)
+
+    return write
+
+
+@pytest.fixture
+def coconut(recipe, tmp_path):
+    """The path of the original's recipe after replacements, its data files in place."""
+    for name in ("gsm_train.json", "gsm_valid.json"):
+        (tmp_path / name).write_text("[]")
+
+    def write(**changes) -> str:
+        values = yaml.safe_load(COCONUT.replace("{folder}", str(tmp_path))) | changes
+        return recipe(yaml.safe_dump(values), "gsm_coconut.yaml")
+
+    return write
+
+
+def problems(path: str, *words: str) -> list[tuple]:
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe([path, *words])
+    return caught.value.problems
+
+
+def only_problem(path: str, *words: str) -> tuple:
+    (problem,) = problems(path, *words)
+    assert str(RecipeError(path, [problem])).count("\n") == 1
+    return problem
+
+
+def test_an_empty_field_keeps_its_default(recipe):
+    model, data, curriculum, run = parse_recipe([recipe(SCRATCH)])
+    assert (model.image_fusion, model.projector_type, model.markers, model.freeze) == ("replace", "linear", "both", [])
+    assert (model.vision_feature_layer, model.vision_feature_select_strategy) == (-1, "default")
+    assert (data.dataset, data.dataset_options, data.eval_split) == ("arrow_mazes", {}, "validation")
+    assert dataclasses.asdict(curriculum) == {
+        "mode": "coconut",
+        "c_thought": 1,
+        "max_latent_stage": 3,
+        "epochs_per_stage": 1,
+        "uniform_prob": 0.0,
+        "pad_latent_to_max": True,
+        "reset_optimizer": False,
+        "start_epoch": 0,
+    }
+    assert (run.remove_unused_columns, run.report_to, run.do_train, run.smoke_test) == (False, [], True, False)
+    assert run.output_dir == "outputs/maze"
+
+
+def test_every_field_says_what_it_is_for_and_stands_in_one_class():
+    names = [field.name for cls in CLASSES for field in dataclasses.fields(cls) if field.init]
+    assert len(names) == len(set(names))
+    for cls in CLASSES[:-1]:
+        assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(cls))
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("learning_rate", "1e-5", 1e-5),
+        ("learning_rate", '"1e-5"', 1e-5),
+        ("learning_rate", "1", 1.0),
+        ("max_train_samples", "1e4", 10000),
+        ("max_train_samples", "null", None),
+        ("epochs_per_stage", "[3, 1]", [3, 1]),
+        ("freeze", "vision_tower", ["vision_tower"]),
+        ("run_name", '"2024"', "2024"),
+        ("bf16", "no", False),
+        ("resume_from_checkpoint", "true", True),
+        ("eval_steps", "10", 10.0),
+        ("lr_scheduler_kwargs", "{num_cycles: 2}", {"num_cycles": 2}),
+        ("label_names", "[labels]", ["labels"]),
+        ("optim_target_modules", "all-linear", "all-linear"),
+    ],
+)
+def test_yaml_is_read_as_the_type_of_the_field(recipe, field, text, value):
+    arguments = parse_recipe([recipe(f"{SCRATCH}\n{field}: {text}")])
+    (read,) = [getattr(part, field) for part in arguments if hasattr(part, field)]
+    assert read == value and type(read) is type(value)
+
+
+def test_a_bare_no_is_a_strategy_where_no_is_one(recipe):
+    run = parse_recipe([recipe(f"{SCRATCH}\neval_strategy: no\nsave_strategy: no")])[-1]
+    assert (run.eval_strategy.value, run.save_strategy.value) == ("no", "no")
+
+
+def test_numbers_inside_mappings_are_numbers(recipe):
+    assert parse_recipe([recipe(SCRATCH)])[0].text_config["layer_norm_epsilon"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "field", "value"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate", 1e-3),
+        (["--learning_rate=1e-3"], "learning_rate", 1e-3),
+        (["--seed", "3", "--seed", "4"], "seed", 4),
+        (["--reset_optimizer"], "reset_optimizer", True),
+        (["--reset_optimizer", "true"], "reset_optimizer", True),
+        (["--pad_latent_to_max", "false"], "pad_latent_to_max", False),
+        (["--pad_latent_to_max=no"], "pad_latent_to_max", False),
+        (["--freeze", "vision_tower", "language_model"], "freeze", ["vision_tower", "language_model"]),
+        (["--freeze", "vision_tower"], "freeze", ["vision_tower"]),
+        (["--freeze", '["vision_tower"]'], "freeze", ["vision_tower"]),
+        (["--freeze", "[]"], "freeze", []),
+        (["--epochs_per_stage", "3", "1"], "epochs_per_stage", [3, 1]),
+        (["--epochs_per_stage", "3"], "epochs_per_stage", 3),
+        (["--vision_feature_layer", "-2"], "vision_feature_layer", -2),
+        (["--run_name", "7"], "run_name", "7"),
+        (["--run_name", "2024-13-01"], "run_name", "2024-13-01"),
+        (["--run_name", "{a"], "run_name", "{a"),
+        (["--eval_strategy", "no"], "eval_strategy", "no"),
+        (["--resume_from_checkpoint"], "resume_from_checkpoint", True),
+        (["--new_token_init", "null"], "new_token_init", None),
+        (["--new_token_init", "<<"], "new_token_init", "<<"),
+        (["--dataset_options.num_rows", "100"], "dataset_options", {"num_rows": 100, "noise": {"level": 1}}),
+        (["--dataset_options.noise.level", "1e-2"], "dataset_options", {"num_rows": 8, "noise": {"level": 0.01}}),
+        (["--dataset_options", '{"num_rows": 2}'], "dataset_options", {"num_rows": 2}),
+        (["--lr_scheduler_kwargs", '{"num_cycles": 2}'], "lr_scheduler_kwargs", {"num_cycles": 2}),
+    ],
+)
+def test_the_command_line_wins_over_the_file(recipe, words, field, value):
+    text = f"{SCRATCH}\nlearning_rate: 1.0\nfreeze: [x]\nepochs_per_stage: 9\nnew_token_init: a\n"
+    path = recipe(f"{text}dataset_options: {{num_rows: 8, noise: {{level: 1}}}}\neval_strategy: epoch")
+    (read,) = [getattr(part, field) for part in parse_recipe([path, *words]) if hasattr(part, field)]
+    assert read == value
+
+
+def test_a_dotted_key_changes_one_entry_of_a_mapping(recipe):
+    model = parse_recipe([recipe(SCRATCH), "--text_config.hidden_size", "64"])[0]
+    assert model.text_config == {"model_type": "gpt2", "hidden_size": 64, "layer_norm_epsilon": 1e-5}
+
+
+def test_a_dotted_key_fills_a_mapping_that_is_not_there(recipe):
+    assert parse_recipe([recipe(SCRATCH), "--dataset_options.seed", "1"])[1].dataset_options == {"seed": 1}
+
+
+def test_variables_are_expanded_also_inside_mappings(recipe, monkeypatch):
+    monkeypatch.setenv("MMC_RATE", "1e-3")
+    monkeypatch.setenv("MMC_NAME", "7")
+    monkeypatch.setenv("MMC_EMPTY", "")
+    text = "learning_rate: ${MMC_RATE}\nrun_name: ${MMC_NAME}\nseed: ${MMC_UNSET:-5}\noutput_dir: ${MMC_EMPTY:-out}/x"
+    options = "dataset_options: {rows: '${MMC_NAME}', names: ['a-${MMC_NAME}', '${MMC_UNSET:-b}'], home: ~/x}"
+    _, data, _, run = parse_recipe([recipe(f"{SCRATCH}\n{text}\n{options}")])
+    assert (run.learning_rate, run.run_name, run.seed, run.output_dir) == (1e-3, "7", 5, "out/x")
+    assert data.dataset_options == {"rows": 7, "names": ["a-7", "b"], "home": os.path.expanduser("~/x")}
+
+
+def test_a_variable_that_is_not_set_is_named_with_its_key(recipe):
+    key, value, remedy = only_problem(recipe(f"{SCRATCH}\ndataset_options: {{note: 'x/${{MMC_UNSET}}'}}"))
+    assert (key, value) == ("dataset_options.note", "x/${MMC_UNSET}")
+    assert "MMC_UNSET" in remedy and "${MMC_UNSET:-default}" in remedy
+
+
+def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
+    path = recipe(f"{SCRATCH}\nrun_name: ${{MMC_UNSET}}")
+    assert parse_recipe([path, "--run_name", "x"])[-1].run_name == "x"
+
+
+@pytest.mark.parametrize(
+    ("line", "key", "value", "remedy"),
+    [
+        ("learning_rte: 1", "learning_rte", 1, "did you mean `learning_rate`?"),
+        ("c_thougt: 1", "c_thougt", 1, "did you mean `c_thought`?"),
+        ("qqqqqqqq: 1", "qqqqqqqq", 1, "no such key"),
+        ("seed: three", "seed", "three", "expected int"),
+        ("seed: 1.5", "seed", 1.5, "expected int"),
+        ("seed: true", "seed", True, "expected int"),
+        ("learning_rate: fast", "learning_rate", "fast", "expected float"),
+        ("bf16: 3", "bf16", 3, "expected bool"),
+        ("run_name: 7", "run_name", 7, "expected str | None"),
+        ("dataset_options: [1]", "dataset_options", [1], "expected dict"),
+        ("freeze: [1]", "freeze", [1], "expected list[str]"),
+        ("epochs_per_stage: [a]", "epochs_per_stage", ["a"], "expected int | list[int]"),
+        ("c_thought:", "c_thought", None, "expected int"),
+        ("c_thought: -1", "c_thought", -1, "between 0 and inf"),
+        ("start_epoch: -1", "start_epoch", -1, "between 0 and inf"),
+        ("max_train_samples: 0", "max_train_samples", 0, "between 1 and inf"),
+        ("epochs_per_stage: 0", "epochs_per_stage", 0, "between 1 and inf"),
+        ("epochs_per_stage: [2, 0]", "epochs_per_stage", [2, 0], "between 1 and inf"),
+        ("epochs_per_stage: []", "epochs_per_stage", [], "between 1 and inf"),
+        ("uniform_prob: 1.5", "uniform_prob", 1.5, "between 0 and 1"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size", 0, "between 1 and inf"),
+        ("mode: coconot", "mode", "coconot", "did you mean `coconut`?"),
+        ("image_fusion: replce", "image_fusion", "replce", "did you mean `replace`?"),
+        ("dataset: arrow_maze", "dataset", "arrow_maze", "did you mean `arrow_mazes`?"),
+        ("lr_scheduler_type: cosin", "lr_scheduler_type", "cosin", "did you mean `cosine`?"),
+        ("thought_norm: 1", "thought_norm", 1, "choose one of none, embedding, projection"),
+        ("unreadable_images: zeros", "unreadable_images", "zeros", "choose one of error, skip"),
+        ("remove_unused_columns: true", "remove_unused_columns", True, "drop the images"),
+        ("dataloader_persistent_workers: true", "dataloader_persistent_workers", True, "stage 0"),
+        ("max_latent_stage: 0", "max_latent_stage", 0, "no latents"),
+        ("{mode: pause, c_thought: 0}", "c_thought", 0, "no latents"),
+        ("fp16: true\nbf16: true", "TrainingArguments", "ValueError", "fp16"),
+        ("load_best_model_at_end: true", "TrainingArguments", "ValueError", "save and eval strategy"),
+        ("text_config: {hidden_size: 8}", "text_config", {"hidden_size": 8}, "model_type"),
+        ("tokenizer: null", "tokenizer", None, "tokenizer: train"),
+        ("text_config: null", "text_model", None, "set `text_model` or `text_config`"),
+        ("vision_config: null", "vision_model", None, "set `vision_model` or `vision_config`"),
+        ("vision_model: a/b", "vision_model", "a/b", "`vision_config` is set too"),
+        ("tokenizer: ./nowhere", "tokenizer", "./nowhere", "no such folder"),
+        (
+            "dataset_options: {images_required: false, image_root: .}",
+            "dataset_options.images_required",
+            False,
+            "no image would be read",
+        ),
+        (
+            "gradient_checkpointing_kwargs: {use_reentrant: true}",
+            "gradient_checkpointing_kwargs",
+            {"use_reentrant": True},
+            "use_reentrant: false",
+        ),
+        (
+            "activation_checkpointing_kwargs: '{\"use_reentrant\": true}'",
+            "activation_checkpointing_kwargs",
+            {"use_reentrant": True},
+            "use_reentrant: false",
+        ),
+    ],
+)
+def test_a_problem_is_reported_with_key_value_and_remedy(recipe, line, key, value, remedy):
+    values = yaml.safe_load(SCRATCH) | yaml.safe_load(line)
+    found = only_problem(recipe(yaml.safe_dump(values)))
+    assert found[:2] == (key, value)
+    assert remedy in found[2]
+    assert str(RecipeError("r", [found])) == f"r: 1 problem(s)\n  - {key} = {value!r}: {' '.join(found[2].split())}"
+
+
+def test_a_model_and_its_config_exclude_each_other(recipe):
+    path = recipe(f"{SCRATCH}\ntext_model: gpt2\n".replace("tokenizer: train", ""))
+    assert only_problem(path) == ("text_model", "gpt2", "`text_config` is set too: keep one")
+
+
+def test_a_checkpoint_excludes_other_backbones(recipe):
+    found = problems(recipe("model: user/mmcoconut\ntext_model: gpt2\ntokenizer: gpt2\nuse_cpu: true"))
+    assert [key for key, _, _ in found] == ["text_model", "tokenizer"]
+    assert "--text_model null" in found[0][2]
+
+
+def test_a_checkpoint_needs_nothing_else(recipe):
+    assert parse_recipe([recipe("model: user/mmcoconut\nuse_cpu: true")])[0].model == "user/mmcoconut"
+
+
+def test_a_pretrained_language_model_keeps_its_tokenizer(recipe):
+    path = recipe("vision_model: a/b\ntext_model: gpt2\ntokenizer: train\nuse_cpu: true")
+    assert only_problem(path)[0] == "tokenizer"
+
+
+def test_controls_without_latents_may_have_no_latent_stage(recipe):
+    for mode in ("cot", "no_cot", "no_thoughts"):
+        words = ["--mode", mode, "--max_latent_stage", "0", "--c_thought", "0"]
+        assert parse_recipe([recipe(SCRATCH), *words])[2].max_latent_stage == 0
+
+
+def test_all_problems_are_listed_at_once(recipe):
+    text = """
+text_modle: gpt2
+vision_model: /nowhere/clip
+seed: three
+uniform_prob: 2
+mode: coconot
+mode: coconot
+remove_unused_columns: true
+dataset_options: {file: /nowhere/x.json}
+freeze: ${MMC_UNSET}
+"""
+    with pytest.raises(RecipeError) as caught:
+        parse_recipe([recipe(text), "loose", "--c_thought", "-1", "--seed.x", "1"])
+    keys = [key for key, _, _ in caught.value.problems]
+    ours = ["uniform_prob", "mode", "mode", "c_thought", "vision_model", "text_model", "dataset_options.file"]
+    theirs = ["seed", "remove_unused_columns"]
+    assert sorted(keys) == sorted(["command line", "seed.x", "freeze", "text_modle", *ours, *theirs])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 1 + len(keys) and lines[0].endswith("maze.yaml: 13 problem(s)")
+    assert all(f"  - {key} = " in line for key, line in zip(keys, lines[1:], strict=True))
+
+
+def test_the_message_of_training_arguments_stands_beside_ours(recipe):
+    found = problems(recipe(f"{SCRATCH}\nload_best_model_at_end: true\nuniform_prob: 2"))
+    assert [key for key, _, _ in found] == ["uniform_prob", "TrainingArguments"]
+
+
+def test_a_key_written_twice_is_named_with_its_lines(recipe):
+    text = "seed: 1\nvision_config:\n  model_type: a\n  model_type: b\nseed: 2\ntext_model: gpt2\nuse_cpu: true\n"
+    assert problems(recipe(text)) == [
+        ("seed", "line 5", "already set in line 1: keep one"),
+        ("model_type", "line 4", "already set in line 3: keep one"),
+    ]
+    assert ("a", "line 1", "already set in line 1: keep one") in problems(recipe("dataset_options: {a: 1, a: 2}"))
+
+
+def test_a_recipe_that_cannot_be_read_says_why(recipe, tmp_path):
+    assert only_problem(str(tmp_path / "none.yaml"))[2].startswith("no such file")
+    assert only_problem(recipe("a: [1"))[2].startswith("not YAML")
+    assert only_problem(recipe("seed: \x07"))[2].startswith("not YAML")
+    assert only_problem(recipe("just text"))[1] == "just text"
+    (tmp_path / "latin.yaml").write_bytes("run_name: é".encode("latin-1"))
+    assert only_problem(str(tmp_path / "latin.yaml"))[2].startswith("not YAML")
+    with pytest.raises(RecipeError, match="no such file"):
+        parse_recipe([])
+
+
+@pytest.mark.parametrize("key", ["model", "vision_model", "text_model", "tokenizer", "resume_from_checkpoint"])
+def test_a_local_folder_must_exist_and_a_hub_id_is_not_looked_up(recipe, tmp_path, key):
+    base = {"use_cpu": True} if key == "model" else {"vision_model": "a/b", "text_model": "c/d", "use_cpu": True}
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "state.bin").write_text("")
+    for value in ("x/y", "gpt2", str(tmp_path / "weights")):
+        arguments = parse_recipe([recipe(yaml.safe_dump(base | {key: value}))])
+        assert value in [getattr(part, key, None) for part in arguments]
+    for value in ("./nowhere", "/nowhere/x", str(tmp_path / "weights" / "state.bin")):
+        assert only_problem(recipe(yaml.safe_dump(base | {key: value})))[:2] == (key, value)
+
+
+def test_data_paths_must_exist_for_the_splits_in_use(recipe, tmp_path):
+    (tmp_path / "train.json").write_text("[]")
+    (tmp_path / "images").mkdir()
+    pattern, images = str(tmp_path / "{split}.json"), str(tmp_path / "images")
+    path = recipe(SCRATCH + yaml.safe_dump({"dataset_options": {"file": pattern, "image_root": images}}))
+    missing = ("dataset_options.file", str(tmp_path / "validation.json"), "no such file or folder")
+    assert problems(path) == [missing]
+    assert parse_recipe([path, "--eval_split", "train"])[1].dataset_options["image_root"] == images
+    by_split = {"train": str(tmp_path / "none.json"), "validation": str(tmp_path / "train.json")}
+    path = recipe(SCRATCH + yaml.safe_dump({"dataset_options": {"file": by_split}}))
+    assert only_problem(path)[1] == by_split["train"]
+    assert parse_recipe([path, "--do_train", "false"])[1].dataset_options == {"file": by_split}
+    assert only_problem(recipe(SCRATCH), "--dataset_options.folder", "./none")[0] == "dataset_options.folder"
+
+
+def test_a_smoke_test_needs_neither_data_nor_weights_nor_variables(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = {"dataset_options": {"file": "/nowhere/x.json", "image_root": "${MMC_UNSET}/images"}, "bf16": True}
+    backbones = {"vision_model": "/nowhere/clip", "text_model": "/nowhere/gpt2", "text_model_type": "gpt2"}
+    path = recipe(yaml.safe_dump(backbones | options))
+    run = parse_recipe([path, "--smoke_test"])[-1]
+    assert run.smoke_test and not run.bf16
+    assert {"vision_model", "text_model", "dataset_options.file"} < {key for key, _, _ in problems(path)}
+    assert only_problem(path, "--smoke_test", "--seed", "x")[0] == "seed"
+
+
+def test_an_original_recipe_is_translated(coconut, tmp_path):
+    model, data, curriculum, run = parse_recipe([coconut()])
+    assert (model.text_model, model.model, model.new_token_init) == ("openai-community/gpt2", None, "<<")
+    assert model.vision_model == "openai/clip-vit-base-patch32"
+    files = {"train": str(tmp_path / "gsm_train.json"), "validation": str(tmp_path / "gsm_valid.json")}
+    assert (data.dataset, data.dataset_options) == ("json_steps", {"file": files, "images_required": False})
+    assert (data.max_new_tokens, data.max_train_samples) == (64, None)
+    assert (curriculum.mode, curriculum.c_thought, curriculum.epochs_per_stage) == ("coconut", 2, 3)
+    assert (curriculum.start_epoch, curriculum.reset_optimizer, curriculum.pad_latent_to_max) == (3, True, True)
+    assert (run.num_train_epochs, run.per_device_train_batch_size, run.learning_rate) == (22, 32, 1e-4)
+    assert (run.output_dir, run.run_name, run.project) == ("runs/gsm-coconut", "gsm-coconut", "coconut")
+    assert (run.weight_decay, run.seed, run.bf16, run.do_train, run.debug) == (0.01, 0, False, True, [])
+    assert (run.save_strategy.value, run.eval_strategy.value, run.max_grad_norm) == ("epoch", "epoch", 0.0)
+    assert run.lr_scheduler_type.value == "constant"
+
+
+def test_the_vision_tower_taken_for_an_original_recipe_is_said(monkeypatch):
+    said = []
+    monkeypatch.setattr("mmcoconut.arguments.logger.warning", said.append)
+    translate_coconut_keys({"model_id": "gpt2", "clip_id": "a/b"})
+    assert said == []
+    translate_coconut_keys({"model_id": "gpt2"})
+    assert "openai/clip-vit-base-patch32" in said[0]
+
+
+@pytest.mark.parametrize("mode", ["coconut", "cot", "no_thoughts", "no_cot"])
+def test_the_original_mode_is_the_flag_that_is_true(coconut, mode):
+    flags = {key: key == mode for key in ("coconut", "cot", "no_thoughts", "no_cot")}
+    assert parse_recipe([coconut(**flags)])[2].mode == mode
+
+
+def test_an_original_recipe_has_exactly_one_mode(coconut):
+    assert only_problem(coconut(coconut=False))[0] == "coconut"
+    assert only_problem(coconut(cot=True)) == ("cot", "cot", "`mode` is set too: keep one of them")
+
+
+def test_original_flags_are_translated():
+    base = {"model_id": "gpt2", "coconut": True, "val_path": "data/prosqa_valid.json"}
+    assert translate_coconut_keys(base)["max_new_tokens"] == 128
+    new = translate_coconut_keys(base | {"only_eval": True, "debug": True, "save_only_improve": True})
+    assert (new["do_train"], new["do_eval"]) == (False, True)
+    assert (new["max_train_samples"], new["max_eval_samples"]) == (32, 32)
+    assert (new["save_strategy"], new["metric_for_best_model"]) == ("best", "accuracy")
+    assert "debug" not in new
+    assert translate_coconut_keys(base | {"debug": "underflow_overflow"})["debug"] == "underflow_overflow"
+
+
+def test_the_multimodal_keys_are_translated():
+    for key in ("clip_id", "vision_model_id"):
+        new = translate_coconut_keys({"model_id": "gpt2", key: "a/b", "train_path": "x", "image_root": "images"})
+        assert (new["vision_model"], new["text_model"]) == ("a/b", "gpt2")
+        assert new["dataset_options"] == {"file": {"train": "x"}, "image_root": "images"}
+
+
+def test_an_original_checkpoint_replaces_the_backbones(coconut):
+    model = parse_recipe([coconut(load_model_path="user/gsm-cot", clip_id="a/b")])[0]
+    assert (model.model, model.text_model, model.vision_model) == ("user/gsm-cot", None, None)
+
+
+def test_a_new_recipe_is_not_translated():
+    values = {"text_model": "gpt2", "project": "x", "debug": "underflow_overflow", "c_thought": 2}
+    assert translate_coconut_keys(values) == values
+
+
+def test_an_old_key_alone_does_not_bring_the_habits_of_the_original():
+    assert translate_coconut_keys({"text_model": "gpt2", "lr": 1e-4}) == {"text_model": "gpt2", "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "value"),
+    [
+        ("lr", "learning_rate", 1e-3),
+        ("num_epochs", "num_train_epochs", 2),
+        ("train_path", "dataset_options", {"file": {}}),
+        ("save_only_improve", "save_strategy", "no"),
+        ("model_id", "text_model", "gpt2"),
+    ],
+)
+def test_an_old_key_beside_its_new_name_is_refused(coconut, old, new, value):
+    (key, _, remedy), *_ = problems(coconut(**{new: value}))
+    assert remedy == f"`{new}` is set too: keep one of them"
+    assert key in (old, "val_path")
+
+
+def test_two_old_keys_of_one_meaning_are_refused():
+    with pytest.raises(RecipeError, match="`vision_model` is set too"):
+        translate_coconut_keys({"clip_id": "a", "vision_model_id": "b"})
+
+
+def test_epochs_of_an_original_recipe_are_numbers(coconut):
+    assert only_problem(coconut(resume="later")) == ("resume", "later", "expected int")
+    assert only_problem(coconut(resume=30))[:2] == ("num_train_epochs", -5)
+
+
+def test_the_command_line_wins_over_an_original_recipe_in_both_spellings(coconut, monkeypatch):
+    monkeypatch.setenv("MMC_EPOCHS", "9")
+    words = ["--lr", "1e-2", "--num_epochs", "10", "--max_new_tokens", "7"]
+    _, data, _, run = parse_recipe([coconut(), *words, "--dataset_options.images_required", "true"])
+    assert (run.learning_rate, run.num_train_epochs, data.max_new_tokens) == (1e-2, 7, 7)
+    assert data.dataset_options["images_required"] is True
+    run = parse_recipe([coconut(num_epochs="${MMC_EPOCHS}"), "--learning_rate", "1e-2"])[-1]
+    assert (run.learning_rate, run.num_train_epochs) == (1e-2, 6)
+    assert parse_recipe([coconut(), "--mode", "pause"])[2].mode == "pause"
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
+def test_a_saved_recipe_gives_the_same_arguments(recipe, tmp_path):
+    words = ["--epochs_per_stage", "2", "1", "--freeze", "vision_tower", "--new_token_init", "1e5", "--lr", "1e-5"]
+    words += ["--eval_strategy", "steps", "--eval_steps", "10", "--save_strategy", "best", "--logging_steps", "5"]
+    words += ["--metric_for_best_model", "accuracy", "--lr_scheduler_type", "cosine", "--warmup_steps", "0.1"]
+    words += ["--gradient_checkpointing", "--gradient_checkpointing_kwargs.use_reentrant", "false"]
+    words += ["--debug", "underflow_overflow", "--report_to", "tensorboard", "--dataset_options.num_rows.train", "3"]
+    words += ["--accelerator_config.even_batches", "false", "--run_name", "no", "--resume_from_checkpoint"]
+    arguments = parse_recipe([recipe(SCRATCH), *words])
+    save_recipe(tmp_path / "run" / "recipe.yaml", *arguments)
+    assert parse_recipe([str(tmp_path / "run" / "recipe.yaml")]) == arguments
+
+
+def test_a_saved_original_recipe_gives_the_same_arguments(coconut, tmp_path):
+    arguments = parse_recipe([coconut()])
+    save_recipe(tmp_path / "recipe.yaml", *arguments)
+    assert parse_recipe([str(tmp_path / "recipe.yaml")]) == arguments
+
+
+def test_a_saved_recipe_holds_all_of_ours_and_what_is_not_default_of_the_rest(recipe, tmp_path):
+    arguments = parse_recipe([recipe(SCRATCH), "--learning_rate", "1e-3"])
+    save_recipe(tmp_path / "recipe.yaml", *arguments)
+    saved = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    ours = {field.name for cls in CLASSES[:-1] for field in dataclasses.fields(cls)}
+    assert ours < saved.keys()
+    rest = {key: saved[key] for key in saved.keys() - ours}
+    on_cpu = {"use_cpu": True, "dataloader_pin_memory": False}
+    assert rest == {"output_dir": "outputs/maze", "learning_rate": 1e-3, **on_cpu}
+
+
+def test_the_hub_token_is_neither_saved_nor_printed(recipe, tmp_path):
+    arguments = parse_recipe([recipe(SCRATCH), "--hub_token", "hf_secret"])
+    save_recipe(tmp_path / "recipe.yaml", *arguments)
+    assert arguments[-1].hub_token == "hf_secret"
+    assert "hf_secret" not in (tmp_path / "recipe.yaml").read_text() + repr(arguments[-1])
+    assert isinstance(arguments[-1], RunArguments)
