@@ -137,7 +137,7 @@ def check_projector(config):
     width, heads = config.text_config.hidden_size, config.projector_num_heads
     if config.projector_type == "transformer" and width % heads:
         raise ValueError(
-            f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: choose a divisor of {width}."
+            f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: choose a divisor."
         )
     layers = config.vision_feature_layer
     depth = config.vision_config.num_hidden_layers

@@ -15,7 +15,7 @@ https://arxiv.org/abs/2412.06769.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
@@ -50,18 +50,15 @@ class ThoughtFeed(nn.Module):
         super().__init__()
         self.thought_norm = thought_norm
         if thought_norm == "projection":
-            self.projection = nn.Sequential(
-                nn.Linear(hidden_size, hidden_size),
-                nn.GELU(),
-                nn.Linear(hidden_size, hidden_size),
-                nn.LayerNorm(hidden_size),
-            )
+            self.linear_1 = nn.Linear(hidden_size, hidden_size)
+            self.linear_2 = nn.Linear(hidden_size, hidden_size)
+            self.norm = nn.LayerNorm(hidden_size)
 
     def forward(self, hidden_state: torch.Tensor, embedding_norm: torch.Tensor | None = None) -> torch.Tensor:
         if self.thought_norm == "embedding":
             return hidden_state * (embedding_norm / hidden_state.norm(dim=-1, keepdim=True)).to(hidden_state.dtype)
         if self.thought_norm == "projection":
-            return self.projection(hidden_state)
+            return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(hidden_state))))
         return hidden_state
 
 
@@ -76,6 +73,11 @@ class ReplayLayer(CacheLayerMixin):
 
     def __init__(self, before: "ReplayLayer | None" = None):
         super().__init__()
+        if before is not None and before.keys is None:
+            raise ValueError(
+                "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
+                "language model alone: call gradient_checkpointing_enable() on the whole model."
+            )
         self.before = (before.keys, before.values) if before is not None else None
         self.length = before.keys.shape[-2] if before is not None else 0
         self.is_initialized = True
@@ -121,13 +123,15 @@ def latent_columns(latent_mask: torch.Tensor) -> list[int]:
 def check_has_predecessor(latent_mask: torch.Tensor, attention_mask: torch.Tensor | None, has_past: bool) -> None:
     """A thought is the state of the column before it, which must be a token of the same row.
 
+    attention_mask (B, past + T) or None.
+
     Raises:
         ValueError: a latent at the first column of a sequence without a past, or directly after padding.
     """
     orphan = latent_mask[:, 0] & (not has_past)  # (B,)
     if attention_mask is not None:
-        real = attention_mask[:, -latent_mask.shape[1] :].bool()
-        orphan = orphan | (latent_mask[:, 1:] & ~real[:, :-1]).any(dim=1)
+        follows = nn.functional.pad(attention_mask.bool(), (1, 0), value=True)[:, :-1]  # (B, past + T)
+        orphan = orphan | (latent_mask & ~follows[:, -latent_mask.shape[1] :]).any(dim=1)
     if orphan.any():
         row = orphan.nonzero()[0].item()
         raise ValueError(
@@ -170,11 +174,22 @@ def join_columns(pieces: list[torch.Tensor]) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
 
-def join_attentions(pieces: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    """Attention maps (B, H, t, keys so far) of the pieces, padded with zeros to all keys and joined: (B, H, T, keys)."""
-    num_keys = pieces[-1][0].shape[-1]
-    padded = [[nn.functional.pad(a, (0, num_keys - a.shape[-1])) for a in piece] for piece in pieces]
-    return tuple(torch.cat(layer, dim=2) for layer in zip(*padded))
+def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) -> tuple[torch.Tensor, ...]:
+    """Attention maps (B, H, t, keys) of the pieces as (B, H, T, all keys); a single piece is returned as it is.
+
+    Zeros stand for what a piece does not see: later keys, and earlier ones that a sliding window has let go.
+    """
+    if len(pieces) == 1:
+        return pieces[0]
+    ends = list(accumulate((piece[0].shape[2] for piece in pieces), initial=past_length))[1:]
+    num_keys = max(ends[-1], *(attention.shape[-1] for attention in pieces[-1]))
+    layers = []
+    for layer in zip(*pieces):
+        gone = [max(0, end - attention.shape[-1]) for end, attention in zip(ends, layer)]
+        rest = [num_keys - left - attention.shape[-1] for left, attention in zip(gone, layer)]
+        padded = [nn.functional.pad(attention, sides) for attention, *sides in zip(layer, gone, rest)]
+        layers.append(torch.cat(padded, dim=2))  # (B, H, T, keys)
+    return tuple(layers)
 
 
 def think(
@@ -201,10 +216,13 @@ def think(
         kwargs: handed to every call of the decoder.
     """
     length = inputs_embeds.shape[1]
+    past_length = int(past_key_values.get_seq_length()) if columns else 0
     outputs, read = [], []
-    for start, end in pairwise(sorted({0, *columns, length})):
+    # Not `start in columns`: torch.compile takes that for False where the columns change from call to call.
+    starts = [0, *(column for column in columns if column > 0)]
+    for start, end in pairwise([*starts, length]):
         piece = inputs_embeds[:, start:end]  # (B, t, D)
-        if start in columns:
+        if start > 0 or len(starts) == len(columns):
             piece = put_thought(piece, latent_mask[:, start], feed(previous))
         if isinstance(past_key_values, ReplayCache) and start > 0:
             past_key_values = past_key_values.next_pass()
@@ -218,15 +236,15 @@ def think(
         previous = output.last_hidden_state[:, -1]  # (B, D)
         outputs.append(output)
         read.append(piece)
-    return join_outputs(outputs, read, past_key_values)
+    return join_outputs(outputs, read, past_key_values, past_length=past_length)
 
 
-def join_outputs(outputs: list, read: list[torch.Tensor], past_key_values: Cache) -> ThinkOutput:
+def join_outputs(outputs: list, read: list[torch.Tensor], past_key_values: Cache, *, past_length: int) -> ThinkOutput:
     hidden_states = attentions = None
     if getattr(outputs[0], "hidden_states", None) is not None:
         hidden_states = tuple(join_columns(layer) for layer in zip(*(o.hidden_states for o in outputs)))
     if getattr(outputs[0], "attentions", None) is not None:
-        attentions = join_attentions([o.attentions for o in outputs])
+        attentions = join_attentions([o.attentions for o in outputs], past_length)
     return ThinkOutput(
         last_hidden_state=join_columns([o.last_hidden_state for o in outputs]),  # (B, T, D)
         inputs_embeds=join_columns(read),  # (B, T, D)
@@ -236,10 +254,12 @@ def join_outputs(outputs: list, read: list[torch.Tensor], past_key_values: Cache
     )
 
 
-def think_uncached(decoder, inputs_embeds, latent_mask, *, feed, attention_mask=None, position_ids=None) -> ThinkOutput:
+def think_uncached(
+    decoder, inputs_embeds, latent_mask, *, feed, attention_mask=None, position_ids=None
+) -> ThinkOutput:
     """The definition of `think`: for each latent column from left to right, run the whole sequence again.
 
-        for c in columns:  embeds[rows, c] = feed(decoder(embeds).last_hidden_state[rows, c - 1])
+    for c in columns:  embeds[rows, c] = feed(decoder(embeds).last_hidden_state[rows, c - 1])
     """
     inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
     for column in latent_columns(latent_mask):

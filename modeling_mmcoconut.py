@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -82,14 +82,28 @@ class TransformerProjector(nn.Module):
         return self.layer(image_features)  # (I, P, D)
 
 
+class MlpProjector(nn.Module):
+    """Linear → activation → linear; (I, P, W) → (I, P, D)."""
+
+    def __init__(self, vision_width: int, hidden_size: int, hidden_act: str):
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_width, hidden_size)
+        self.act = ACT2FN[hidden_act]
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(image_features)))  # (I, P, D)
+
+
 def build_projector(config: MMCoconutConfig) -> nn.Module:
-    num_layers = 1 if isinstance(config.vision_feature_layer, int) else len(config.vision_feature_layer)
-    vision_width, hidden_size = config.vision_config.hidden_size * num_layers, config.text_config.hidden_size
+    """The projector that the configuration names, from the joined width of the layers that are read."""
+    layers = config.vision_feature_layer
+    vision_width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    hidden_size = config.text_config.hidden_size
     if config.projector_type == "transformer":
         return TransformerProjector(vision_width, hidden_size, config.projector_num_heads)
     if config.projector_type == "mlp":
-        activation = ACT2FN[config.projector_hidden_act]
-        return nn.Sequential(nn.Linear(vision_width, hidden_size), activation, nn.Linear(hidden_size, hidden_size))
+        return MlpProjector(vision_width, hidden_size, config.projector_hidden_act)
     return nn.Linear(vision_width, hidden_size)
 
 
@@ -120,36 +134,43 @@ def remember(outputs: ThinkOutput, past_key_values: Cache) -> Cache:
     compiled_step = outputs.last_hidden_state.shape[1] == 1 and torch.compiler.is_compiling()
     if not compiled_step:
         past_key_values.last_hidden_state = outputs.last_hidden_state[:, -1]
+        past_key_values.last_hidden_length = torch.as_tensor(past_key_values.get_seq_length()).clone()
     return past_key_values
+
+
+def remembered(past_key_values: Cache | None) -> torch.Tensor | None:
+    """The state (B, D) of a cache's last column; None where another model filled it or it was cut since."""
+    state = getattr(past_key_values, "last_hidden_state", None)
+    if state is None or int(past_key_values.last_hidden_length) != int(past_key_values.get_seq_length()):
+        return None
+    return state
 
 
 def load_vision_tower(name_or_path: str) -> PreTrainedModel:
     """The vision part of a pretrained checkpoint: of CLIP and SigLIP only the image tower is built and loaded."""
     config = AutoConfig.from_pretrained(name_or_path)
-    return AutoModel.from_pretrained(name_or_path, config=getattr(config, "vision_config", config))
+    vision_config = getattr(config, "vision_config", config)
+    return AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=torch.get_default_dtype())
 
 
-def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, new_token_init: str | None) -> None:
-    """Resize a language model to its tokenizer; new rows start at the mean of the old ones or at a named token's."""
+def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, num_known: int, *, new_token_init: str | None) -> None:
+    """Resize a language model to its tokenizer, of which it knows the first tokens; many have spare rows behind them.
+
+    The rows of the other tokens start at the mean of the known ones or at a named token's.
+    """
     old_size, new_size = causal_lm.get_input_embeddings().weight.shape[0], len(tokenizer)
+    num_known = min(num_known, old_size)
     if new_token_init is not None and new_token_init not in tokenizer.get_vocab():
         raise ValueError(
             f"new_token_init={new_token_init!r} is not a token of this tokenizer: name one of its tokens, or leave it "
             "out to start at the mean."
         )
-    if new_size <= old_size:
-        return
-    causal_lm.resize_token_embeddings(new_size, mean_resizing=False)
+    if new_size > old_size:
+        causal_lm.resize_token_embeddings(new_size, mean_resizing=False)
     for layer in {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()}:
         weight = layer.weight.data  # (V, D)
-        known = weight[:old_size] if new_token_init is None else weight[[tokenizer.get_vocab()[new_token_init]]]
-        weight[old_size:] = known.mean(dim=0)
-
-
-def load_language_model(name_or_path: str, tokenizer, new_token_init: str | None) -> PreTrainedModel:
-    causal_lm = AutoModelForCausalLM.from_pretrained(name_or_path)
-    grow_embeddings(causal_lm, tokenizer, new_token_init)
-    return causal_lm
+        known = weight[:num_known] if new_token_init is None else weight[[tokenizer.get_vocab()[new_token_init]]]
+        weight[num_known:new_size] = known.mean(dim=0)
 
 
 def new_language_model(text_config: PreTrainedConfig, tokenizer) -> PreTrainedModel:
@@ -259,8 +280,15 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         """(B, T), True where the token stands; read off the embeddings where no ids are given."""
         if input_ids is not None:
             return input_ids == token_id
-        token = torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        embeddings = self.get_input_embeddings().weight  # (V, D)
+        token_mask = (inputs_embeds == embeddings[token_id]).all(-1)  # (B, T)
+        special = embeddings[[getattr(self.config, field) for field in TOKEN_ID_FIELDS]]
+        if token_mask.any() and (special == embeddings[token_id]).all(-1).sum() > 1:
+            raise ValueError(
+                "Special tokens have the same embedding, as new ones have before training, so inputs_embeds do not "
+                "tell where the images and the latents are: pass input_ids."
+            )
+        return token_mask
 
     def get_placeholder_mask(self, input_ids, inputs_embeds: torch.Tensor, image_features: torch.Tensor):
         """(B, T), True at the `<image>` placeholders.
@@ -325,19 +353,24 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     def thought_columns(self, latent_mask: torch.Tensor, attention_mask, past_key_values, kwargs: dict) -> list[int]:
         """Where hidden states are fed back in this call: nowhere with `pause`, nor in a compiled decoding step."""
-        compiled_step = latent_mask.shape[1] == 1 and torch.compiler.is_compiling()
-        if self.config.thought_mode == "pause" or compiled_step:
+        if self.config.thought_mode == "pause":
+            return []
+        if latent_mask.shape[1] == 1 and torch.compiler.is_compiling():
+            torch._assert_async(~latent_mask.any(), "A compiled step of one token cannot read a thought.")
             return []
         columns = latent_columns(latent_mask)
         if columns and kwargs.get("cache") is not None:
             raise NotImplementedError(
                 "Continuous batching packs requests into one pass, and thoughts need a pass each: use generate()."
             )
-        if columns and max(columns) > 0 and not (attention_mask is None or attention_mask.ndim == 2):
-            raise ValueError(f"Thoughts need a 2-D attention_mask (B, T), not {attention_mask.ndim}-D: pass that one.")
+        has_2d_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        if columns and columns[-1] > 0 and not (attention_mask is None or has_2d_mask):
+            raise ValueError(
+                "Thoughts need a 2-D attention_mask (B, T), not one made for a single pass: pass that one."
+            )
         if columns:
-            has_past = getattr(past_key_values, "last_hidden_state", None) is not None
-            check_has_predecessor(latent_mask, attention_mask if max(columns) > 0 else None, has_past)
+            has_past = remembered(past_key_values) is not None
+            check_has_predecessor(latent_mask, attention_mask if has_2d_mask else None, has_past)
         return columns
 
     def run_decoder(
@@ -366,7 +399,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             latent_mask,
             columns=columns,
             feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
-            previous=getattr(past_key_values, "last_hidden_state", None),
+            previous=remembered(past_key_values) if columns else None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -426,7 +459,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             **decoder_inputs,
             **kwargs,
         )
-        thoughts, thought_mask = gather_thoughts(outputs.inputs_embeds, latent_mask) if output_thoughts else (None, None)
+        thoughts, thought_mask = (
+            gather_thoughts(outputs.inputs_embeds, latent_mask) if output_thoughts else (None, None)
+        )
         return MMCoconutModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
@@ -573,8 +608,8 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
                 "openai-community/gpt2"; or
             vision_config, text_config: configurations, for random weights.
-            tokenizer: the language model's tokenizer, loaded from `text` by default; the four special tokens are added to it where they are missing,
-                and the embeddings grow to its length.
+            tokenizer: the language model's tokenizer, loaded from `text` by default; the four special tokens are added to
+                it where they are missing, and the embeddings grow to its length.
             new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
                 None takes the mean of the old embeddings.
             config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add".
@@ -585,9 +620,14 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
             raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
+        num_known = len(tokenizer)
         add_special_tokens(tokenizer)
         vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
-        causal_lm = load_language_model(text, tokenizer, new_token_init) if text else new_language_model(text_config, tokenizer)
+        if text:
+            causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=torch.get_default_dtype())
+            grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
+        else:
+            causal_lm = new_language_model(text_config, tokenizer)
         token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
         config = cls.config_class(
             vision_config=vision_tower.config,

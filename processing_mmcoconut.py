@@ -149,7 +149,7 @@ class MMCoconutProcessor(ProcessorMixin):
         return {"num_latents": self.num_latents if num_latents is None else num_latents, "markers": self.markers}
 
     def encode_prompt(self, question: str, *, num_images: int = 1, num_latents: int | None = None) -> list[int]:
-        """Ids of everything before the text that is to be predicted; strings of special tokens in `question` are text."""
+        """Ids of all that comes before the predicted text; strings of special tokens in `question` are text."""
         content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
         ids = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -167,7 +167,7 @@ class MMCoconutProcessor(ProcessorMixin):
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def encode_target(self, steps: Sequence[str], answer: str) -> list[int]:
-        """Ids of what is to be predicted: each step on its line, `### answer`, eos; each tokenized alone, as in the paper."""
+        """Ids of the predicted text: each step on its line, `### answer`, eos; tokenized apart, as in the paper."""
         ids = [token_id for step in steps for token_id in self.encode_text(f"{step}\n")]
         return [*ids, *self.encode_text(f"{ANSWER_MARKER} {answer}"), self.tokenizer.eos_token_id]
 

@@ -6,6 +6,7 @@ Read the recipe and the data, build model and processor, train through the curri
 import json
 import logging
 import platform
+import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -159,6 +160,20 @@ def build_trainer(model, processor, *, train_set, eval_set, data_args, curriculu
     )
 
 
+def prepare_output(run_args) -> None:
+    """Refuse to mix two runs in one folder: a new one starts in an empty folder, or says `overwrite`, or resumes."""
+    folder = Path(run_args.output_dir)
+    if run_args.resume_from_checkpoint or not folder.exists() or not any(folder.iterdir()):
+        return
+    if not run_args.overwrite:
+        raise ValueError(
+            f"{folder} holds an earlier run: give --resume_from_checkpoint true to go on with it, --overwrite true to "
+            "delete it, or another --output_dir."
+        )
+    with run_args.main_process_first(desc="deleting the earlier run"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def train(trainer, run_args) -> float:
     """Train, or go on from `resume_from_checkpoint`; the seconds it took."""
     resume = run_args.resume_from_checkpoint
@@ -219,6 +234,8 @@ def main(argv: list[str] | None = None) -> dict:
     if arguments[-1].smoke_test:
         arguments = smoke_arguments(*arguments)
     model_args, data_args, curriculum_args, run_args = arguments
+    if run_args.do_train and not run_args.smoke_test:
+        prepare_output(run_args)
     set_seed(run_args.seed)
 
     train_set, eval_set, skipped = read(data_args, run_args)

@@ -125,6 +125,7 @@ class RunArguments(TrainingArguments):
     """transformers.TrainingArguments with the defaults that this project needs."""
 
     smoke_test: bool = HfArg(default=False, help="Tiny model and made-up data: does the recipe run at all?")
+    overwrite: bool = HfArg(default=False, help="Delete an earlier run's output_dir before training anew.")
     do_train: bool = HfArg(default=True, help="Train; false only evaluates.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false: the collator needs the images.")
     resume_from_checkpoint: bool | str | None = HfArg(default=None, help="Folder, or true: last one in output_dir.")

@@ -1,4 +1,4 @@
-"""The curriculum of Coconut: stage arithmetic, the collator that lays out a stage's batches, and the callback that advances it.
+"""The curriculum of Coconut: stage arithmetic, the collator of a stage's batches, the callback that goes on.
 
 At stage s the first s reasoning steps of a row are replaced by c_thought · s latents:
 
@@ -106,7 +106,7 @@ class Curriculum:
         return self.plan(stage, None).num_latents
 
     def training_stage(self, stage: int, *, num_steps: int, epoch: int, index: int) -> int:
-        """The stage of one row in one epoch: the run's, or with `uniform_prob` a uniform one; equal in every worker."""
+        """The stage of a row in an epoch: the run's, or with `uniform_prob` a uniform one; equal in every worker."""
         draw = random.Random(f"{self.seed} {epoch} {index}")
         if self.mode in STAGED_MODES and draw.random() < self.uniform_prob:
             return draw.randint(0, num_steps)
@@ -198,7 +198,7 @@ class CurriculumCollator:
         return {**self.supervised(rows), **self.pixels(rows)}
 
     def prompts(self, rows: Sequence[dict]) -> dict:
-        """Left-padded prompts (B, T), pixels, the rows' `index` (B,), and the same rows with labels under `supervised`."""
+        """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows."""
         num_latents = self.curriculum.num_latents(self.stage)
         prompts = [
             self.processor.encode_prompt(question_text(row), num_images=len(row["images"]), num_latents=num_latents)

@@ -1,5 +1,6 @@
-"""Turn any recipe into one that runs offline in seconds: tiny random weights, a handful of rows in its data's format."""
+"""Turn any recipe into one that runs offline in seconds: tiny random weights, a few rows in its data's format."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,6 +42,8 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
     folder = Path(run_args.output_dir)
     folder = folder.with_name(f"{folder.name}-smoke")
     with run_args.main_process_first(desc="writing sample data"):
+        if run_args.process_index == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         options = loader_of(data_args.dataset).write_sample(folder / "data", num_rows=NUM_ROWS, seed=0)
     model_args = replace(
         model_args,
@@ -74,5 +77,3 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
     if not torch.cuda.is_available():
         run_args.bf16 = run_args.fp16 = False
     return model_args, data_args, curriculum_args, run_args
-
-

@@ -25,9 +25,9 @@ def is_correct(answer: str, gold: Sequence[str]) -> bool:
 class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
-    Metrics: `accuracy` (exact match of the text after `###`), `generated_tokens` (mean of new tokens an answer, its eos
-    included), `loss` on the labelled tokens, `stage`, `num_latents`, `n`. The best model of stage s by accuracy is kept
-    in <output_dir>/stages/stage-s.
+    Metrics: `accuracy` (exact match of the text after `###`), `generated_tokens` (mean of new tokens an answer, its
+    eos included), `loss` on the labelled tokens, `stage`, `num_latents`, `n`. The best model of stage s by accuracy is
+    kept in <output_dir>/stages/stage-s.
 
     Args:
         reset_optimizer: see CurriculumCallback.

@@ -548,9 +548,9 @@ def read_maze(picture, grid_size):
 
 
 def walk(cells, start, hops, grid_size):
-    """Names of the cells reached and the last one's colour, one arrow at a time."""
+    """Names of the cells stood on, the start first, and the last one's colour, one arrow at a time."""
     row, column = start
-    names = []
+    names = ["ABCDEFGHIJKLMNOPQRSTUVWXYZ"[column] + str(row + 1)]
     for _ in range(hops):
         arrow = cells[row, column][1]
         if arrow == "up":
@@ -632,7 +632,7 @@ def test_a_row_of_the_data_set_is_the_puzzle_generated_at_its_place():
     rows = data.load_examples("arrow_mazes", split="test", **options)
     for row, (maze, hops) in zip(rows, arrow_mazes.generate("test", **options), strict=True):
         assert open_images(row)[0].tobytes() == arrow_mazes.draw(maze).tobytes()
-        assert len(row["steps"]) == hops
+        assert len(row["steps"]) == hops + 1
 
 
 def test_hops_are_uniform():

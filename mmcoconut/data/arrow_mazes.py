@@ -1,7 +1,8 @@
 """Pictures of coloured grids with an arrow in every cell: which colour is reached after following a few arrows?
 
-The data set is generated, so it needs no download, and its steps are certain: each names one cell of the way. The grid
-is a torus: an arrow that leaves at one edge enters at the opposite one.
+The data set is generated, so it needs no download, and its steps are certain: each names one cell of the way,
+from the marked start to the cell whose colour is asked for. The grid is a torus: an arrow that leaves at one edge
+enters at the opposite one.
 """
 
 import functools
@@ -237,7 +238,7 @@ def _example(maze: Maze, hops: int, *, cell_size: int, row_id: str) -> Example:
         images=[{"bytes": png_bytes(draw(maze, cell_size)), "path": None}],
         question=f"Start at the marked cell and follow {hops} {arrows}. Which color do you stand on?",
         choices=[],
-        steps=[cell_name(cell) for cell in cells[1:]],
+        steps=[cell_name(cell) for cell in cells],
         answers=[maze.color_at(cells[-1])],
         row_id=row_id,
     )
@@ -259,7 +260,8 @@ def load(
     max_hops: int = 3,
     cell_size: int = 16,
 ) -> Dataset:
-    """The rows of a split: one picture, an open question, one step a hop (the cell reached), the colour's name.
+    """The rows of a split: one picture, an open question, hops + 1 steps (the cells stood on), the colour's
+    name.
 
     num_rows: for every split, or for each by name. min_hops, max_hops: the number of arrows is uniform between them.
     cell_size: pixels of a cell's side.

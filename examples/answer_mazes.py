@@ -1,0 +1,60 @@
+"""Load a trained maze model as any user would, ask it about three mazes, and draw each with its answer and true path.
+
+    python examples/answer_mazes.py outputs/quickstart [--num_latents 2]
+
+Nothing of the repository's model code is imported: AutoModel and AutoProcessor run the code that was saved beside the
+weights. The mazes come from the installed package, from the test split, which training never saw.
+"""
+
+import argparse
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from transformers import AutoModel, AutoProcessor
+
+from mmcoconut.data.arrow_mazes import draw, draw_path, generate
+
+
+MARGIN = 44
+
+
+def question_of(hops: int) -> str:
+    return f"Start at the marked cell and follow {hops} arrow{'s' * (hops > 1)}. Which color do you stand on?"
+
+
+def picture_of(maze, hops: int, answer: str) -> Image.Image:
+    """The maze with its true path drawn in, and under it the model's answer beside the true one."""
+    path = draw_path(maze, hops)
+    gold = maze.color_at(maze.path(hops)[-1])
+    picture = Image.new("RGB", (path.width, path.height + MARGIN), "white")
+    picture.paste(path)
+    text = f"{hops} hops: model says {answer!r}, true is {gold!r}"
+    ImageDraw.Draw(picture).text((8, path.height + 8), text, fill="black", font_size=18)
+    return picture
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--num_latents", type=int, help="thoughts; default: as many as at the end of training")
+    arguments = parser.parse_args()
+
+    model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(arguments.checkpoint, trust_remote_code=True)
+    mazes = [next(generate("test", num_rows=1, seed=hops, min_hops=hops, max_hops=hops)) for hops in (1, 2, 3)]
+    inputs = processor(
+        images=[draw(maze) for maze, _ in mazes],
+        text=[question_of(hops) for _, hops in mazes],
+        num_latents=arguments.num_latents,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, max_new_tokens=8)
+    answers = processor.decode_answers(tokens[:, inputs["input_ids"].shape[1] :])
+    for (maze, hops), answer in zip(mazes, answers):
+        file = arguments.checkpoint / f"answer_{hops}_hops.png"
+        picture_of(maze, hops, answer).save(file)
+        print(f"{hops} hops, path {' '.join(map(str, maze.path(hops)))}: model says {answer!r} -> {file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""train_hf.py as a user runs it: recipes, resuming, two processes, bad pictures."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train_hf
+from mmcoconut.data import json_steps
+from mmcoconut.data.images import UnreadableImageError
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+TINY = """
+vision_config: {model_type: clip_vision_model, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
+  num_attention_heads: 2, image_size: 24, patch_size: 8}
+text_config: {model_type: gpt2, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2,
+  max_position_embeddings: 64}
+tokenizer: train
+dataset: arrow_mazes
+dataset_options: {grid_size: 3, max_hops: 2, num_rows: {train: 48, validation: 8}, cell_size: 8}
+max_new_tokens: 4
+max_latent_stage: 2
+epochs_per_stage: 1
+num_train_epochs: 3
+per_device_train_batch_size: 8
+learning_rate: 3.0e-3
+logging_steps: 1
+save_strategy: "no"
+use_cpu: true
+disable_tqdm: true
+dataloader_pin_memory: false
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return str(path)
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss of every update, out of the newest checkpoint's log."""
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return {record["step"]: record["loss"] for record in history if "loss" in record}
+
+
+def launch(recipe: str, folder: Path, *options: str, processes: int) -> None:
+    """train_hf.py under torchrun, which starts as many processes as it says on a machine without a GPU too."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    command += [str(ROOT / "train_hf.py"), recipe, "--output_dir", str(folder), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_evaluates_saves_and_reloads_in_a_smoke_test(name, tmp_path):
+    results = train_hf.main(
+        [str(ROOT / "recipes" / name), "--smoke_test", "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
+    )
+    folder = tmp_path / "run-smoke"
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert all(math.isfinite(row["loss"]) and row["n"] > 0 for row in results["stages"])
+    model, info = MMCoconutForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    processor = MMCoconutProcessor.from_pretrained(folder)
+    assert processor.num_latents == results["stages"][-1]["num_latents"]
+    inputs = processor(images=Image.new("RGB", (32, 32)), text="Which?", return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs["input_ids"].shape[1] + 2
+
+
+def test_every_stage_is_logged_evaluated_and_keeps_its_best_checkpoint(recipe, tmp_path):
+    results = train_hf.main([recipe, "--output_dir", str(tmp_path / "run")])
+    assert [(row["stage"], row["num_latents"], row["n"]) for row in results["stages"]] == [
+        (0, 0, 8),
+        (1, 1, 8),
+        (2, 2, 8),
+    ]
+    state = json.loads((tmp_path / "run" / "checkpoint-18" / "trainer_state.json").read_text())
+    stages = [record["stage"] for record in state["log_history"] if "loss" in record]
+    assert stages == [0] * 6 + [1] * 6 + [2] * 6
+    for stage in range(3):
+        folder = tmp_path / "run" / "stages" / f"stage-{stage}"
+        assert json.loads((folder / "stage.json").read_text())["eval_stage"] == stage
+        assert MMCoconutProcessor.from_pretrained(folder).num_latents == stage
+
+
+@pytest.mark.parametrize("step", [8, 12])
+def test_run_resumed_in_a_stage_or_between_two_continues_exactly(recipe, tmp_path, step):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = ["--save_strategy", "steps", "--save_steps", "4", "--reset_optimizer", "--uniform_prob", "0.3"]
+    train_hf.main([recipe, "--output_dir", str(whole), *options])
+    shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+    train_hf.main([recipe, "--output_dir", str(resumed), *options, "--resume_from_checkpoint", "true"])
+    assert losses(resumed) == losses(whole)
+    weights = [MMCoconutForConditionalGeneration.from_pretrained(folder).state_dict() for folder in (whole, resumed)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("tower", ["vit", "dinov2"])
+def test_resuming_restores_towers_with_older_key_names(recipe, tmp_path, tower):
+    options = ["--vision_config.model_type", tower, "--vision_config.mlp_ratio", "2", "--save_steps", "6"]
+    options += ["--save_strategy", "steps"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    train_hf.main([recipe, "--output_dir", str(whole), *options])
+    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
+    train_hf.main([recipe, "--output_dir", str(resumed), *options, "--resume_from_checkpoint", "true"])
+    assert losses(resumed) == losses(whole)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path):
+    launch(recipe, tmp_path / "one", "--per_device_train_batch_size", "8", processes=1)
+    launch(recipe, tmp_path / "two", "--per_device_train_batch_size", "4", processes=2)
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two) == list(range(1, 19))
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=2e-4)
+    stages = [json.loads((tmp_path / run / "results.json").read_text())["stages"] for run in ("one", "two")]
+    for row, other in zip(*stages):
+        assert (row["accuracy"], row["generated_tokens"], row["n"]) == (
+            other["accuracy"],
+            other["generated_tokens"],
+            other["n"],
+        )
+
+
+def test_frozen_part_keeps_its_weights_and_the_rest_learns(recipe, tmp_path):
+    train_hf.main(
+        [recipe, "--output_dir", str(tmp_path / "run"), "--freeze", "vision_tower", "--num_train_epochs", "1"]
+    )
+    trained = MMCoconutForConditionalGeneration.from_pretrained(tmp_path / "run").state_dict()
+    train_hf.main(
+        [recipe, "--output_dir", str(tmp_path / "none"), "--num_train_epochs", "1", "--learning_rate", "0.0"]
+    )
+    fresh = MMCoconutForConditionalGeneration.from_pretrained(tmp_path / "none").state_dict()
+    changed = {name for name, weight in trained.items() if not torch.equal(weight, fresh[name])}
+    assert not any("vision_tower" in name for name in changed)
+    assert "model.multi_modal_projector.weight" in changed and "model.language_model.wte.weight" in changed
+
+
+def test_unknown_part_to_freeze_is_refused_with_the_nearest_name(recipe, tmp_path):
+    with pytest.raises(ValueError, match="'vision_towr'. Did you mean 'vision_tower'"):
+        train_hf.main([recipe, "--output_dir", str(tmp_path), "--freeze", "vision_towr"])
+
+
+def test_folder_of_an_earlier_run_is_refused_unless_told(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds an earlier run: give --resume_from_checkpoint"):
+        train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"])
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1", "--overwrite", "true"])
+    assert not (tmp_path / "run" / "notes.txt").exists()
+
+
+@pytest.fixture
+def json_data(tmp_path):
+    options = json_steps.write_sample(tmp_path / "data", num_rows=6, seed=0)
+    picture = next(Path(options["image_root"].replace("{split}", "train")).rglob("*.png"))
+    picture.write_bytes(picture.read_bytes()[:60])
+    return ["--dataset", "json_steps", "--dataset_options", json.dumps(options), "--text_config", json.dumps(
+        {"model_type": "gpt2", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+         "max_position_embeddings": 512})]  # fmt: skip
+
+
+def test_unreadable_picture_ends_training_with_row_and_remedy(recipe, tmp_path, json_data):
+    with pytest.raises(UnreadableImageError, match=r"train.* row \d"):
+        train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *json_data, "--num_train_epochs", "1"])
+
+
+def test_unreadable_picture_is_left_out_counted_and_reported_when_told(recipe, tmp_path, json_data):
+    options = ["--output_dir", str(tmp_path / "run"), *json_data, "--num_train_epochs", "1"]
+    results = train_hf.main([recipe, *options, "--unreadable_images", "skip"])
+    assert len(results["unreadable_images"]) == 1
+    assert "row" in results["unreadable_images"][0]
+
+
+def test_checkpoint_is_trained_on_and_evaluated_without_training(recipe, tmp_path):
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "first"), "--num_train_epochs", "1"])
+    start = [recipe, "--model", str(tmp_path / "first"), "--vision_config", "null", "--text_config", "null"]
+    start += ["--tokenizer", "null"]
+    train_hf.main([*start, "--output_dir", str(tmp_path / "second"), "--start_epoch", "1", "--num_train_epochs", "1"])
+    assert MMCoconutProcessor.from_pretrained(tmp_path / "second").num_latents == 1
+    results = train_hf.main([*start, "--output_dir", str(tmp_path / "third"), "--do_train", "false"])
+    assert [row["n"] for row in results["stages"]] == [8]
