@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -200,14 +201,35 @@ def stage_rows(log_history: list[dict]) -> list[dict]:
     return [rows[stage] for stage in sorted(rows)]
 
 
-def table(rows: list[dict]) -> str:
-    lines = ["stage  latents  generated tokens  accuracy    n"]
+def markdown_table(rows: list[dict]) -> str:
+    """A line a stage: latents of a prompt, mean of new tokens an answer, exact match, rows evaluated."""
+    lines = ["| stage | latents | generated tokens | accuracy | n |", "|---|---|---|---|---|"]
     for row in rows:
-        lines.append(
-            f"{row['stage']:5d}  {row['num_latents']:7d}  {row['generated_tokens']:16.1f}  {row['accuracy']:8.1%}"
-            f"  {row['n']:5d}"
-        )
+        stage, num_latents, tokens = row["stage"], row["num_latents"], row["generated_tokens"]
+        lines.append(f"| {stage} | {num_latents} | {tokens:.1f} | {row['accuracy']:.1%} | {row['n']} |")
     return "\n".join(lines)
+
+
+def write_card(trainer, data_args, results: dict) -> None:
+    """README.md of the output folder, from model_card.md and what was measured."""
+    processor, name = trainer.processing_class, trainer.args.hub_model_id or Path(trainer.args.output_dir).name
+    header = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["mmcoconut", "coconut", "latent-reasoning"],
+    )
+    card = ModelCard.from_template(
+        header,
+        template_path=str(Path(__file__).with_name("model_card.md")),
+        model_name=name,
+        mode=results["mode"],
+        num_latents=processor.num_latents,
+        markers=processor.markers,
+        max_new_tokens=data_args.max_new_tokens,
+        dataset=data_args.dataset,
+        results_table=markdown_table(results["stages"]),
+    )
+    card.save(Path(trainer.args.output_dir, "README.md"))
 
 
 def save_results(trainer, *, mode: str, train_seconds: float, skipped: list[str]) -> dict:
@@ -256,11 +278,13 @@ def main(argv: list[str] | None = None) -> dict:
         trainer.save_model()
     else:
         evaluate(trainer, run_args)
-    if run_args.push_to_hub:
-        trainer.push_to_hub()
     results = save_results(trainer, mode=curriculum_args.mode, train_seconds=train_seconds, skipped=skipped)
     if trainer.is_world_process_zero():
-        print(table(results["stages"]))
+        write_card(trainer, data_args, results)
+    if run_args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(markdown_table(results["stages"]))
         for message in skipped:
             print(f"left out: {message}")
     return results

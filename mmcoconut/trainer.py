@@ -98,6 +98,9 @@ class CurriculumTrainer(Trainer):
             record = json.dumps({**metrics, "global_step": self.state.global_step}, indent=2)
             (folder / STAGE_FILE).write_text(record + "\n")
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: train_hf.py writes README.md from model_card.md, and a push must not write over it."""
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Every record carries the stage, so that trackers show where it changed."""
         super().log({**logs, "stage": self.curriculum_collator.stage}, *args, **kwargs)

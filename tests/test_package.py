@@ -1,0 +1,71 @@
+"""The package: names, docstring examples, layout, and what a clean repository must not hold."""
+
+import configparser
+import doctest
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mmcoconut
+
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = [
+    "arguments",
+    "curriculum",
+    "data",
+    "data.arrow_mazes",
+    "data.images",
+    "data.json_steps",
+    "data.puzzlevqa",
+    "processing_mmcoconut",
+    "smoke",
+    "tokenizer",
+    "trainer",
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_are_true(name):
+    assert doctest.testmod(importlib.import_module(f"mmcoconut.{name}")).failed == 0
+
+
+@pytest.mark.parametrize("name", mmcoconut.PUBLIC_NAMES)
+def test_public_names_exist_and_say_what_they_are(name):
+    assert getattr(mmcoconut, name).__doc__
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'MMCocos'"):
+        mmcoconut.MMCocos  # noqa: B018
+
+
+def test_importing_the_package_imports_no_library():
+    code = "import sys, mmcoconut; print(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_root_modules_are_all_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert set(setup["options"]["py_modules"].split()) == {path.stem for path in ROOT.glob("*.py")}
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["README.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "Makefile", "model_card.md", "constraints.txt"],
+)
+def test_repository_has(file):
+    assert (ROOT / file).stat().st_size > 0
+
+
+def test_no_file_holds_a_path_of_one_machine():
+    tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
+    needles = ["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/"]
+    for name in tracked:
+        text = (ROOT / name).read_text(errors="ignore")
+        assert not [needle for needle in needles if needle in text], name
