@@ -635,9 +635,9 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             **dict(zip(TOKEN_ID_FIELDS, token_ids)),
             **config_kwargs,
         )
-        config.image_seq_length = count_image_features(vision_tower, config)
         model = cls(config)
         model.model.vision_tower = vision_tower
+        config.image_seq_length = count_image_features(vision_tower, config)
         model.model.language_model = causal_lm.base_model
         model.lm_head.load_state_dict(causal_lm.get_output_embeddings().state_dict())
         model.tie_weights()

@@ -115,8 +115,8 @@ def freeze(model, names: list[str]) -> None:
     for name in names:
         found = [module for path, module in modules.items() if path == name or path.endswith(f".{name}")]
         if not found:
-            valid = sorted({path.rpartition(".")[2] for path in modules})
-            raise ValueError(f"freeze: the model has no sub-module {name!r}. Did you mean {nearest(name, valid)!r}?")
+            parts = [part for part, _ in model.model.named_children()]
+            raise ValueError(f"freeze: the model has no sub-module {name!r}: {nearest(name, parts)}")
         for module in found:
             module.requires_grad_(False)
 

@@ -397,6 +397,8 @@ def _add_coconut_habits(new: dict, old: dict) -> None:
     if not new.keys() & {"model", "vision_model", "vision_config"}:
         logger.warning(f"this Coconut recipe names no vision tower: {COCONUT_VISION['vision_model']} is taken")
         new |= COCONUT_VISION
+    if "gpt2" in str(new.get("text_model")):
+        new.setdefault("text_model_type", "gpt2")
     if "image_root" not in old and "dataset_options" in new:
         new["dataset_options"]["images_required"] = False
 

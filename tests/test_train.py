@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ TINY = """
 vision_config: {model_type: clip_vision_model, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
   num_attention_heads: 2, image_size: 24, patch_size: 8}
 text_config: {model_type: gpt2, hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 2,
-  max_position_embeddings: 64}
+  max_position_embeddings: 64, resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}
 tokenizer: train
 dataset: arrow_mazes
 dataset_options: {grid_size: 3, max_hops: 2, num_rows: {train: 48, validation: 8}, cell_size: 8}
@@ -57,12 +58,17 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in history if "loss" in record}
 
 
-def launch(recipe: str, folder: Path, *options: str, processes: int) -> None:
-    """train_hf.py under torchrun, which starts as many processes as it says on a machine without a GPU too."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+def launch(recipe: str, folder: Path, *options: str, processes: int = 1, **variables: str) -> None:
+    """`accelerate launch train_hf.py`; on a machine without a GPU only --multi_gpu starts several processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+    command += ["--multi_gpu"] * (processes > 1) + ["--num_machines", "1", "--main_process_port", str(port)]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [str(ROOT / "train_hf.py"), recipe, "--output_dir", str(folder), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder.parent)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -102,6 +108,7 @@ def test_every_stage_is_logged_evaluated_and_keeps_its_best_checkpoint(recipe, t
 def test_run_resumed_in_a_stage_or_between_two_continues_exactly(recipe, tmp_path, step):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     options = ["--save_strategy", "steps", "--save_steps", "4", "--reset_optimizer", "--uniform_prob", "0.3"]
+    options += ["--text_config.resid_pdrop", "0.1"]
     train_hf.main([recipe, "--output_dir", str(whole), *options])
     shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
     train_hf.main([recipe, "--output_dir", str(resumed), *options, "--resume_from_checkpoint", "true"])
@@ -152,8 +159,8 @@ def test_frozen_part_keeps_its_weights_and_the_rest_learns(recipe, tmp_path):
 
 
 def test_unknown_part_to_freeze_is_refused_with_the_nearest_name(recipe, tmp_path):
-    with pytest.raises(ValueError, match="'vision_towr'. Did you mean 'vision_tower'"):
-        train_hf.main([recipe, "--output_dir", str(tmp_path), "--freeze", "vision_towr"])
+    with pytest.raises(ValueError, match="no sub-module 'vision_towr': did you mean 'vision_tower'"):
+        train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--freeze", "vision_towr"])
 
 
 def test_folder_of_an_earlier_run_is_refused_unless_told(recipe, tmp_path):
@@ -195,3 +202,69 @@ def test_checkpoint_is_trained_on_and_evaluated_without_training(recipe, tmp_pat
     assert MMCoconutProcessor.from_pretrained(tmp_path / "second").num_latents == 1
     results = train_hf.main([*start, "--output_dir", str(tmp_path / "third"), "--do_train", "false"])
     assert [row["n"] for row in results["stages"]] == [8]
+
+
+def test_accumulated_gradients_equal_one_batch(recipe, tmp_path):
+    options = ["--num_train_epochs", "2", "--seed", "3"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "one"), *options])
+    parts = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "two"), *options, *parts])
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=2e-4)
+
+
+def test_bf16_training_is_close_to_float32(recipe, tmp_path):
+    options = ["--num_train_epochs", "2"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "float32"), *options])
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "bf16"), *options, "--bf16"])
+    one, two = losses(tmp_path / "float32"), losses(tmp_path / "bf16")
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=0.05)
+    assert two != one
+
+
+def test_checkpointed_training_has_the_same_losses(recipe, tmp_path):
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "one")])
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "two"), "--gradient_checkpointing"])
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(two.values()) == pytest.approx(list(one.values()), abs=2e-4)
+
+
+def test_recipe_of_the_original_code_runs(tmp_path):
+    recipe = tmp_path / "gsm_coconut.yaml"
+    recipe.write_text(
+        f"project: coconut\nsave_path: {tmp_path}\nname: gsm\nonly_eval: False\ncoconut: True\ncot: False\n"
+        "no_thoughts: False\nno_cot: False\nc_thought: 2\nepochs_per_stage: 3\nmax_latent_stage: 3\n"
+        "pad_latent_to_max: True\nsave_only_improve: False\nuniform_prob: 0.0\nmodel_id: openai-community/gpt2\n"
+        "load_model_path: None\nseed: 0\nresume: 3\nbf16: False\ntrain_path: data/gsm_train.json\n"
+        "val_path: data/gsm_valid.json\nreset_optimizer: True\nbatch_size_training: 4\ndebug: False\n"
+        'gradient_accumulation_steps: 1\nnum_epochs: 25\nlr: !!float "1e-4"\nweight_decay: 0.01\n'
+    )
+    results = train_hf.main([str(recipe), "--smoke_test", "--disable_tqdm", "true"])
+    assert [(row["stage"], row["num_latents"]) for row in results["stages"]] == [(0, 0), (1, 2)]
+    assert (tmp_path / "gsm-smoke" / "results.json").exists()
+
+
+@pytest.mark.parametrize("tracker, files", [("tensorboard", "**/events.out.tfevents*"), ("trackio", "**/*.db")])
+def test_tracker_records_the_run(recipe, tmp_path, tracker, files):
+    pytest.importorskip(tracker)
+    folder = tmp_path / "tracked"
+    options = ["--num_train_epochs", "1", "--report_to", tracker]
+    variables = {"TENSORBOARD_LOGGING_DIR": str(folder), "TRACKIO_DIR": str(folder)}
+    launch(recipe, tmp_path / "run", *options, **variables)
+    assert any(path.stat().st_size > 0 for path in folder.glob(files))
+
+
+def test_control_without_thoughts_has_no_marker_and_pause_feeds_nothing_back(recipe, tmp_path):
+    settings = {}
+    for mode in ("coconut", "pause", "no_thoughts", "cot", "no_cot"):
+        options = ["--output_dir", str(tmp_path / mode), "--mode", mode, "--max_steps", "1"]
+        train_hf.main([recipe, *options])
+        model = MMCoconutForConditionalGeneration.from_pretrained(tmp_path / mode)
+        settings[mode] = (model.config.thought_mode, MMCoconutProcessor.from_pretrained(tmp_path / mode).markers)
+    assert settings == {
+        "coconut": ("feedback", "both"),
+        "pause": ("pause", "both"),
+        "no_thoughts": ("feedback", "none"),
+        "cot": ("feedback", "none"),
+        "no_cot": ("feedback", "none"),
+    }
