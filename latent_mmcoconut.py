@@ -218,7 +218,7 @@ def think(
     length = inputs_embeds.shape[1]
     past_length = int(past_key_values.get_seq_length()) if columns else 0
     outputs, read = [], []
-    # Not `start in columns`: torch.compile takes that for False where the columns change from call to call.
+    # Not `start in columns` over `sorted({0, *columns, length})`: torch.compile takes it for False in later calls.
     starts = [0, *(column for column in columns if column > 0)]
     for start, end in pairwise([*starts, length]):
         piece = inputs_embeds[:, start:end]  # (B, t, D)

@@ -183,6 +183,26 @@ def new_language_model(text_config: PreTrainedConfig, tokenizer) -> PreTrainedMo
 
 
 @torch.no_grad()
+def check_plain_head(causal_lm: PreTrainedModel) -> None:
+    """Logits must be states times one matrix (V, D), as ours are; found by running a token.
+
+    Raises:
+        ValueError: a language model that shifts, scales or caps its logits.
+    """
+    head, training = causal_lm.get_output_embeddings(), causal_lm.training
+    token = torch.zeros(1, 1, dtype=torch.long, device=causal_lm.device)
+    causal_lm.eval()
+    logits = causal_lm.base_model(token).last_hidden_state @ head.weight.T  # (1, 1, V)
+    plain = head.bias is None and torch.allclose(causal_lm(token).logits, logits, rtol=1e-3, atol=1e-3)
+    causal_lm.train(training)
+    if not plain:
+        raise ValueError(
+            f"The head of {type(causal_lm).__name__} has a bias, or scales or caps its logits, which would be lost: "
+            "take a language model whose logits are its states times one matrix (GPT-2, Qwen2, Llama, …)."
+        )
+
+
+@torch.no_grad()
 def count_image_features(vision_tower: PreTrainedModel, config: MMCoconutConfig) -> int:
     """Features that an image of the tower's own size gives, found by running a blank one through it."""
     vision_config = vision_tower.config
@@ -306,6 +326,17 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "truncate them."
             )
         return image_mask
+
+    def check_whole_images(self, input_ids, inputs_embeds: torch.Tensor) -> None:
+        """Every row must hold all placeholders of each of its images, or rows would read parts of others' images."""
+        counts = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds).sum(-1)  # (B,)
+        broken = counts % self.config.image_seq_length != 0
+        if broken.any():
+            row = broken.nonzero()[0].item()
+            raise ValueError(
+                f"Row {row} of the batch holds {counts[row].item()} <image> placeholders, which is no multiple of the "
+                f"{self.config.image_seq_length} of an image: do not truncate rows with images."
+            )
 
     def fuse_images(self, input_ids, inputs_embeds: torch.Tensor, image_outputs) -> dict:
         """What the decoder reads: the embeddings joined with the images' features by the configured fusion."""
@@ -450,6 +481,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
         latent_mask = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
         decoder_inputs = self.fuse_images(input_ids, inputs_embeds, image_outputs)
+        if pixel_values is not None:
+            self.check_whole_images(input_ids, inputs_embeds)
         outputs = self.run_decoder(
             latent_mask,
             attention_mask=attention_mask,
@@ -608,14 +641,15 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
                 "openai-community/gpt2"; or
             vision_config, text_config: configurations, for random weights.
-            tokenizer: the language model's tokenizer, loaded from `text` by default; the four special tokens are added to
-                it where they are missing, and the embeddings grow to its length.
+            tokenizer: the language model's tokenizer, loaded from `text` by default; it gets the four special tokens
+                where it lacks them, and the embeddings grow to its length.
             new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
                 None takes the mean of the old embeddings.
             config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add".
 
         Raises:
-            ValueError: both or neither of a name and a configuration; an unknown `new_token_init`.
+            ValueError: both or neither of a name and a configuration; an unknown `new_token_init`; a language model
+                whose head is more than a matrix.
         """
         if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
             raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
@@ -628,6 +662,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
         else:
             causal_lm = new_language_model(text_config, tokenizer)
+        check_plain_head(causal_lm)
         token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
         config = cls.config_class(
             vision_config=vision_tower.config,
@@ -648,7 +683,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
             suppress_tokens=token_ids,
         )
-        return model
+        return model.eval()  # as from_pretrained leaves a model
 
 
 MMCoconutForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
