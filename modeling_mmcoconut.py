@@ -415,8 +415,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
                 "gradient_checkpointing off, or pass the whole sequence."
             )
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache
+        if use_cache is None:  # a cache that nobody reads would copy all keys and values of a training step
+            use_cache = self.config.text_config.use_cache and not self.training
         keeps_cache = past_key_values is not None or (use_cache and not replayed)
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             position_ids = positions_from_mask(attention_mask, num_columns)  # (B, T)

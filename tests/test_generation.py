@@ -1,0 +1,333 @@
+"""Stock `generate()`: every way of it gives what the model gives without any cache, on ragged batches with images."""
+
+import threading
+
+import pytest
+import torch
+from tiny import (
+    DECODERS,
+    batch_of,
+    last_labels,
+    max_difference,
+    plain_language_model,
+    ragged_batch,
+    random_pixels,
+    rows_alone,
+    sliding_qwen2_config,
+    tiny_model,
+    tiny_tokenizer,
+    uncached,
+    words,
+)
+from transformers import CompileConfig, TextIteratorStreamer, TextStreamer
+
+from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, add_special_tokens
+from mmcoconut.latent_mmcoconut import latent_columns
+
+
+NEW_TOKENS = 8
+
+
+def generate(model, batch, **options):
+    """Sequences and the logits of every step, from one and the same state of the random numbers."""
+    torch.manual_seed(0)
+    recorded = {"return_dict_in_generate": True, "output_logits": True}
+    return model.generate(**batch, **{"max_new_tokens": NEW_TOKENS, **recorded, **options})
+
+
+def assert_equals_reference(model, batch, tolerance, *, reference=None, **options):
+    """`generate(**options)` against a definition that recomputes everything for each token and each thought.
+
+    `reference` are the options of the definition, for ways of decoding that must give what another way gives.
+    """
+    with uncached(model):
+        expected = generate(model, batch, use_cache=False, **(options if reference is None else reference))
+    outputs = generate(model, batch, **options)
+    assert torch.equal(outputs.sequences, expected.sequences)
+    assert len(outputs.logits) == len(expected.logits) or reference is not None
+    for logits, expected_logits in zip(outputs.logits, expected.logits):
+        assert max_difference(logits, expected_logits) <= tolerance
+    return outputs
+
+
+def text_batch(model, *latents_of_rows, length=12):
+    """Rows of text with latents at the given columns."""
+    rows = [words(length, seed) for seed, _ in enumerate(latents_of_rows)]
+    for row, columns in zip(rows, latents_of_rows):
+        for column in columns:
+            row[column] = model.config.latent_token_id
+    return batch_of(model, rows)
+
+
+def test_thoughts_and_images_decide_what_is_generated():
+    """Without this, equality with the definition would say little."""
+    model = tiny_model("qwen2")
+    batch = ragged_batch(model)
+    sequences = generate(model, batch).sequences
+    blind = generate(model, {**batch, "pixel_values": batch["pixel_values"].flip(0)}).sequences
+    model.config.thought_mode = "pause"
+    unfed = generate(model, batch).sequences
+    assert (sequences != unfed).any(dim=1).tolist() == [True, True, True, False]
+    assert (sequences != blind).any(dim=1).tolist() == [True, True, False, True]
+
+
+@pytest.mark.parametrize("image_fusion", ["replace", "add"])
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_greedy_generation_equals_the_definition_in_a_batch_and_alone(text, image_fusion, tolerance):
+    model = tiny_model(text, image_fusion=image_fusion)
+    batch = ragged_batch(model)
+    together = assert_equals_reference(model, batch, tolerance).sequences[:, batch["input_ids"].shape[1] :]
+    for row, alone in zip(together, rows_alone(model, batch)):
+        answer = assert_equals_reference(model, alone, tolerance).sequences[0, alone["input_ids"].shape[1] :]
+        assert torch.equal(row[: len(answer)], answer)
+        assert (row[len(answer) :] == model.generation_config.pad_token_id).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_cache": False},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+        {"do_sample": True, "temperature": 1.5},
+        {"do_sample": True, "top_k": 20, "num_return_sequences": 3},
+        {"do_sample": True, "num_beams": 2},
+        {"repetition_penalty": 1.5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_every_decoding_strategy_equals_the_definition(text, options, tolerance):
+    model = tiny_model(text)
+    reference = {key: value for key, value in options.items() if key != "use_cache"}
+    assert_equals_reference(model, ragged_batch(model), tolerance, reference=reference, **options)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("text", [*DECODERS, "sliding"])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_static_cache_equals_the_definition(text, num_beams, tolerance):
+    model = tiny_model(sliding_qwen2_config() if text == "sliding" else text)
+    options = {"num_beams": num_beams}
+    batch = ragged_batch(model)
+    assert_equals_reference(model, batch, tolerance, reference=options, cache_implementation="static", **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prefill_chunk_size": 5}], ids=str)
+@pytest.mark.parametrize("window", [2, 6])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_sliding_window_equals_the_definition(window, options, tolerance):
+    model = tiny_model(sliding_qwen2_config(window))
+    reference = {key: value for key, value in options.items() if key != "prefill_chunk_size"}
+    assert_equals_reference(model, ragged_batch(model), tolerance, reference=reference, **options)
+
+
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+@pytest.mark.parametrize("chunk_size", [1, 2, 5, 8, "a chunk begins with a latent", 64])
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_prefill_in_chunks_equals_the_definition(text, chunk_size, cache_implementation, tolerance):
+    model = tiny_model(text)
+    batch = ragged_batch(model)
+    if isinstance(chunk_size, str):
+        chunk_size = latent_columns(batch["input_ids"] == model.config.latent_token_id)[1]
+    chunks = {"prefill_chunk_size": chunk_size, "cache_implementation": cache_implementation}
+    assert_equals_reference(model, batch, tolerance, reference={}, **chunks)
+
+
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_prompt_lookup_equals_the_definition(text, tolerance):
+    model = tiny_model(text)
+    for row in rows_alone(model, ragged_batch(model)):
+        assert_equals_reference(model, row, tolerance, reference={}, prompt_lookup_num_tokens=3)
+
+
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_language_model_as_assistant_changes_nothing(text, tolerance):
+    model = tiny_model(text)
+    assistant = plain_language_model(tiny_model(text, seed=1))
+    assistant.generation_config.pad_token_id = model.generation_config.pad_token_id
+    for row in rows_alone(model, ragged_batch(model)):
+        assert_equals_reference(model, row, tolerance, reference={}, assistant_model=assistant)
+
+
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_thinking_assistant_changes_nothing(text, tolerance):
+    """On text: the library hands an assistant no images."""
+    model, assistant = tiny_model(text), tiny_model(text, seed=1)
+    row = text_batch(model, (4, 5, 9))
+    assert_equals_reference(model, row, tolerance, reference={}, assistant_model=assistant)
+
+
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_prompt_may_end_with_a_latent(text, tolerance):
+    model = tiny_model(text)
+    assert_equals_reference(model, text_batch(model, (5, 11), (10, 11)), tolerance)
+
+
+@pytest.mark.parametrize("config", [{"thought_norm": "embedding"}, {"thought_norm": "projection"}], ids=str)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_scaled_thoughts_generate_what_the_definition_does(config, tolerance):
+    model = tiny_model("qwen2", **config)
+    assert_equals_reference(model, ragged_batch(model), tolerance, reference={}, prefill_chunk_size=4)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_generation_from_embeddings_equals_that_from_ids(options, tolerance):
+    model = tiny_model("qwen2")
+    batch = ragged_batch(model)
+    expected = generate(model, batch, **options)
+    embeds = model.get_input_embeddings()(batch.pop("input_ids")).detach()
+    outputs = generate(model, {**batch, "inputs_embeds": embeds}, **options)
+    assert torch.equal(outputs.sequences, expected.sequences[:, -outputs.sequences.shape[1] :])
+    for logits, expected_logits in zip(outputs.logits, expected.logits):
+        assert max_difference(logits, expected_logits) <= tolerance
+
+
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+@pytest.mark.parametrize("text", [*DECODERS, "sliding"])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_further_turn_thinks_on_over_the_cache_of_the_first(text, cache_implementation, tolerance):
+    """The second turn brings an image and latents to each row; only its own image is given again."""
+    model = tiny_model(sliding_qwen2_config() if text == "sliding" else text)
+    config = model.config
+    first = ragged_batch(model)
+    exactly = {"max_new_tokens": 4, "min_new_tokens": 4}
+    cache = {"cache_implementation": cache_implementation}
+    if cache_implementation == "static":
+        cache["max_cache_len"] = 64
+    answered = generate(model, first, **exactly, **cache)
+
+    image, latent = [config.image_token_id] * config.image_seq_length, config.latent_token_id
+    turn = torch.tensor(
+        [[*words(2, seed), *image, *words(1, seed), latent, latent, *words(2, 9)] for seed in range(4)]
+    )
+    input_ids = torch.cat([answered.sequences, turn], dim=1)
+    added = input_ids.shape[1] - first["input_ids"].shape[1]
+    attention_mask = torch.nn.functional.pad(first["attention_mask"], (0, added), value=1)
+    both = {"input_ids": input_ids, "attention_mask": attention_mask}
+    pixels = random_pixels(4, seed=5)
+    outputs = generate(model, {**both, "pixel_values": pixels, "past_key_values": answered.past_key_values}, **exactly)
+
+    old = first["pixel_values"]  # one, two, no and one image a row
+    in_reading_order = torch.cat([old[:1], pixels[:1], old[1:3], pixels[1:2], pixels[2:3], old[3:], pixels[3:]])
+    with uncached(model):
+        expected = generate(model, {**both, "pixel_values": in_reading_order}, use_cache=False, **exactly)
+    assert torch.equal(outputs.sequences, expected.sequences)
+    for logits, expected_logits in zip(outputs.logits, expected.logits):
+        assert max_difference(logits, expected_logits) <= tolerance
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Without graphs of other tests, which count against the compiler's limit of one function."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(*, fullgraph: bool) -> dict:
+    """Options of a static cache with compiled steps; `generate` compiles on accelerators only unless it is told to."""
+    compile_config = CompileConfig(fullgraph=fullgraph, backend="eager", mode=None)
+    compile_config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
+@pytest.mark.parametrize("text", ["gpt2", "sliding"])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_compiled_steps_are_one_graph_and_equal_the_definition(fresh_compiler, text, tolerance):
+    model = tiny_model(sliding_qwen2_config() if text == "sliding" else text)
+    assert_equals_reference(model, ragged_batch(model), tolerance, reference={}, **compiled(fullgraph=True))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_compiled_chunks_with_latents_at_different_columns_equal_the_definition(fresh_compiler, tolerance):
+    model = tiny_model("gpt2")
+    batch = text_batch(model, (3, 8))
+    options = {"prefill_chunk_size": 6, "max_new_tokens": 3, **compiled(fullgraph=False)}
+    assert_equals_reference(model, batch, tolerance, reference={"max_new_tokens": 3}, **options)
+
+
+def test_a_compiled_chunk_of_one_latent_is_refused_not_misread(fresh_compiler):
+    model = tiny_model("gpt2")
+    with pytest.raises(RuntimeError, match="cannot read a thought"):
+        generate(model, text_batch(model, (6,), length=7), prefill_chunk_size=6, **compiled(fullgraph=False))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"prefill_chunk_size": 4}, {"use_cache": False}, {"do_sample": True}],
+    ids=str,
+)
+def test_the_vision_tower_runs_once_a_generation(options):
+    model = tiny_model()
+    runs = []
+    model.model.vision_tower.register_forward_hook(lambda *_: runs.append(1))
+    generate(model, ragged_batch(model), **options)
+    assert len(runs) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
+def test_special_tokens_are_never_generated(options):
+    """Even from a head that would give them every probability."""
+    model = tiny_model()
+    special = [getattr(model.config, field) for field in TOKEN_ID_FIELDS]
+    boost = torch.zeros(model.config.text_config.vocab_size)
+    boost[special] = 100.0
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits + boost)
+    batch = ragged_batch(model)
+    generated = generate(model, batch, **options).sequences[:, batch["input_ids"].shape[1] :]
+    assert not torch.isin(generated, torch.tensor(special)).any()
+    assert torch.isin(generate(model, batch, suppress_tokens=[]).logits[0].argmax(-1), torch.tensor(special)).all()
+
+
+def streaming_tokenizer():
+    tokenizer = tiny_tokenizer()
+    add_special_tokens(tokenizer)
+    return tokenizer
+
+
+def test_streamed_text_is_the_generated_text(capsys):
+    model, tokenizer = tiny_model(), streaming_tokenizer()
+    row = rows_alone(model, ragged_batch(model))[1]
+    answer = generate(model, row).sequences[0, row["input_ids"].shape[1] :]
+    expected = tokenizer.decode(answer)
+
+    generate(model, row, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out == expected + "\n"
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=30)
+    thread = threading.Thread(
+        target=model.generate, kwargs={**row, "streamer": streamer, "max_new_tokens": NEW_TOKENS}
+    )
+    thread.start()
+    assert "".join(streamer) == expected
+    thread.join()
+
+
+def test_generation_follows_training():
+    """A few steps on one answer, and greedy decoding gives it: labels, columns and thoughts meet where they should."""
+    model = tiny_model("gpt2").train()
+    batch = ragged_batch(model, padding="left")
+    answers = torch.tensor([words(3, seed) for seed in (11, 12, 13, 14)])
+    taught = {
+        **batch,
+        "input_ids": torch.cat([batch["input_ids"], answers], dim=1),
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 3), value=1),
+    }
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss = model(**taught, labels=last_labels(taught, num_labels=3)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    sequences = generate(model.eval(), batch, max_new_tokens=3).sequences
+    assert torch.equal(sequences, taught["input_ids"])

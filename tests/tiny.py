@@ -1,0 +1,226 @@
+"""Tiny models, batches and the no-cache reference for the tests: random weights, made in code, nothing downloaded.
+
+Shapes: B batch, T tokens, N latents, D hidden, V vocabulary.
+"""
+
+import contextlib
+from functools import partial
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    Dinov2Config,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    ViTConfig,
+)
+
+from mmcoconut.latent_mmcoconut import think_uncached
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.tokenizer import train_tokenizer
+
+
+TEXTS = (
+    "What colour is the left square?\nred\ngreen\nblue\n### red",
+    "Which shape is above the other circle?\n### a cube",
+)
+HIDDEN_SIZE = 32
+IMAGE_SIZE = 16
+NUM_FEATURES = 4  # (16 / 8)² patches
+FIRST_WORD_ID = 1  # id 0 is the end of the text
+
+# Weights of this size let one thought move the logits by ones, where tolerances are 1e-5.
+SPREAD = 0.15
+VISION_SIZES = {
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 8,
+}
+TEXT_SIZES = {
+    "hidden_size": HIDDEN_SIZE,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 128,
+    "initializer_range": SPREAD,
+}
+GPT2_SIZES = {"n_embd": HIDDEN_SIZE, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": SPREAD}
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+TEXT_CONFIGS = {
+    "gpt2": partial(GPT2Config, **GPT2_SIZES, **NO_DROPOUT),
+    "qwen2": partial(Qwen2Config, **TEXT_SIZES, num_key_value_heads=2, tie_word_embeddings=False),
+    "llama": partial(LlamaConfig, **TEXT_SIZES, num_key_value_heads=4, tie_word_embeddings=False),
+}
+VISION_CONFIGS = {
+    "clip": partial(CLIPVisionConfig, **VISION_SIZES),
+    "siglip": partial(SiglipVisionConfig, **VISION_SIZES),
+    "vit": partial(ViTConfig, **VISION_SIZES, initializer_range=SPREAD),
+    "dinov2": partial(Dinov2Config, **VISION_SIZES, initializer_range=SPREAD),
+}
+DECODERS = tuple(TEXT_CONFIGS)
+TOWERS = tuple(VISION_CONFIGS)
+
+
+def tiny_tokenizer():
+    """A fresh byte-level BPE of about 320 tokens, without the model's special tokens."""
+    return train_tokenizer(TEXTS, vocab_size=320)
+
+
+def sliding_qwen2_config(window: int = 6):
+    """Qwen2 with one full and one sliding-window layer."""
+    return TEXT_CONFIGS["qwen2"](
+        use_sliding_window=True, sliding_window=window, layer_types=["full_attention", "sliding_attention"]
+    )
+
+
+def tiny_model(text="gpt2", vision="clip", seed=0, **config):
+    """A model with random weights in eval mode; `text` and `vision` are names above or configurations."""
+    torch.manual_seed(seed)
+    config.setdefault("initializer_range", SPREAD)
+    if vision == "siglip":  # which has no class token to leave out
+        config.setdefault("vision_feature_select_strategy", "full")
+    return MMCoconutForConditionalGeneration.from_backbones(
+        vision_config=VISION_CONFIGS[vision]() if isinstance(vision, str) else vision,
+        text_config=TEXT_CONFIGS[text]() if isinstance(text, str) else text,
+        tokenizer=tiny_tokenizer(),
+        **config,
+    )
+
+
+def tiny_processor(model, **kwargs):
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    return MMCoconutProcessor.from_backbones(
+        config=model.config, tokenizer=tiny_tokenizer(), image_processor=image_processor, **kwargs
+    )
+
+
+def tiny_image(seed=0):
+    """A picture of random pixels."""
+    pixels = torch.randint(0, 256, (20, 24, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def words(num_words: int, seed: int) -> list[int]:
+    """Ids of ordinary tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(FIRST_WORD_ID, 300, (num_words,), generator=generator).tolist()
+
+
+def ragged_rows(config) -> list[list[int]]:
+    """Prompts of different lengths, with their latents at different columns and text after every latent.
+
+    One image and two latents; two images and three latents; no image and two groups of latents; no latent.
+    """
+    image = [config.image_token_id] * config.image_seq_length
+    latent, start, end = config.latent_token_id, config.start_latent_token_id, config.end_latent_token_id
+    return [
+        [*image, *words(4, 1), start, latent, latent, end, *words(3, 2)],
+        [*words(2, 3), *image, *words(1, 4), *image, *words(3, 5), start, latent, latent, latent, end],
+        [*words(5, 6), start, latent, end, *words(2, 7), latent, latent, *words(2, 8)],
+        [*image, *words(6, 9)],
+    ]
+
+
+def padded(rows: list[list[int]], *, padding: str, pad_token_id: int) -> dict:
+    """input_ids and attention_mask (B, T) of ragged rows."""
+    length = max(map(len, rows))
+    input_ids, attention_mask = [], []
+    for row in rows:
+        pad, real = [pad_token_id] * (length - len(row)), [1] * len(row)
+        zeros = [0] * len(pad)
+        input_ids.append(pad + row if padding == "left" else row + pad)
+        attention_mask.append(zeros + real if padding == "left" else real + zeros)
+    return {"input_ids": torch.tensor(input_ids), "attention_mask": torch.tensor(attention_mask)}
+
+
+def random_pixels(num_images: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_images, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def count_images(config, input_ids) -> int:
+    return int((torch.as_tensor(input_ids) == config.image_token_id).sum()) // config.image_seq_length
+
+
+def batch_of(model, rows: list[list[int]], *, padding: str = "left") -> dict:
+    """What `forward` and `generate` take for these rows, with random pixels for their images."""
+    batch = padded(rows, padding=padding, pad_token_id=model.generation_config.pad_token_id)
+    num_images = count_images(model.config, batch["input_ids"])
+    return {**batch, "pixel_values": random_pixels(num_images)} if num_images else batch
+
+
+def ragged_batch(model, padding: str = "left") -> dict:
+    return batch_of(model, ragged_rows(model.config), padding=padding)
+
+
+def rows_alone(model, batch: dict) -> list[dict]:
+    """The rows of a batch, each as a batch of one without its padding."""
+    alone, first_image = [], 0
+    for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
+        ids = ids[mask.bool()][None]
+        last_image = first_image + count_images(model.config, ids)
+        pixels = {"pixel_values": batch["pixel_values"][first_image:last_image]} if last_image > first_image else {}
+        alone.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
+        first_image = last_image
+    return alone
+
+
+def last_labels(batch: dict, num_labels: int = 2) -> torch.Tensor:
+    """Labels (B, T) on the last real tokens of each row."""
+    mask = batch["attention_mask"]
+    to_the_end = mask.flip(1).cumsum(1).flip(1) * mask  # (B, T), 1 at the last real token
+    return batch["input_ids"].masked_fill((to_the_end == 0) | (to_the_end > num_labels), -100)
+
+
+def plain_language_model(model):
+    """The library's own causal language model with this model's weights."""
+    causal_lm = AutoModelForCausalLM.from_config(model.config.text_config).eval()
+    causal_lm.base_model.load_state_dict(model.model.language_model.state_dict())
+    causal_lm.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
+    return causal_lm
+
+
+@contextlib.contextmanager
+def uncached(model):
+    """Inside, the model is its own definition: every call recomputes everything, once more for each thought.
+
+    Calls must not use a cache: `model(..., use_cache=False)`, `model.generate(..., use_cache=False)`.
+    """
+    base = model.model
+
+    def run_definition(
+        latent_mask, inputs_embeds, *, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+    ):
+        assert past_key_values is None and not use_cache, "the definition has no cache: pass use_cache=False"
+        if position_ids is None and attention_mask is not None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        if model.config.thought_mode == "pause":
+            latent_mask = torch.zeros_like(latent_mask)
+        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
+        norm = base.get_input_embeddings().weight.detach().norm(dim=-1).mean()
+        feed = partial(base.thought_feed, embedding_norm=norm)
+        outputs = think_uncached(base.language_model, inputs_embeds, latent_mask, feed=feed, **masks)
+        last = base.language_model(inputs_embeds=outputs.inputs_embeds, use_cache=False, **masks, **kwargs)
+        outputs.hidden_states, outputs.attentions = last.get("hidden_states"), last.get("attentions")
+        return outputs
+
+    base.run_decoder = run_definition
+    try:
+        yield model
+    finally:
+        del base.run_decoder
+
+
+def max_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return (a - b).abs().max().item()
