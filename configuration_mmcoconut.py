@@ -135,12 +135,14 @@ def check_token_ids(config):
 
 def check_projector(config):
     width, heads = config.text_config.hidden_size, config.projector_num_heads
-    if config.projector_type == "transformer" and width % heads:
+    if config.projector_type == "transformer" and (heads < 1 or width % heads):
         raise ValueError(
             f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: choose a divisor."
         )
     layers = config.vision_feature_layer
     depth = config.vision_config.num_hidden_layers
+    if layers == []:
+        raise ValueError("vision_feature_layer is empty: name at least one layer, such as -1.")
     for layer in [layers] if isinstance(layers, int) else layers:
         if not -depth - 1 <= layer <= depth:
             raise ValueError(

@@ -22,7 +22,13 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
-from .configuration_mmcoconut import SPECIAL_TOKENS, TOKEN_ID_FIELDS, MMCoconutConfig, add_special_tokens
+from .configuration_mmcoconut import (
+    SPECIAL_TOKENS,
+    TOKEN_ID_FIELDS,
+    MMCoconutConfig,
+    add_special_tokens,
+    default_image_seq_length,
+)
 from .latent_mmcoconut import (
     ReplayCache,
     ThinkOutput,
@@ -210,7 +216,13 @@ def count_image_features(vision_tower: PreTrainedModel, config: MMCoconutConfig)
     height, width = (size, size) if isinstance(size, int) else size
     pixels = torch.zeros(1, vision_config.num_channels, height, width, dtype=vision_tower.dtype)
     num_tokens = vision_tower(pixels.to(vision_tower.device)).last_hidden_state.shape[1]
-    return num_tokens - (config.vision_feature_select_strategy == "default")
+    leaves_out_first = config.vision_feature_select_strategy == "default"
+    if leaves_out_first and num_tokens == default_image_seq_length(vision_config, "default"):
+        raise ValueError(
+            f"vision_feature_select_strategy='default' leaves out the class token, and {vision_config.model_type} has "
+            f"none among its {num_tokens} tokens: set vision_feature_select_strategy='full'."
+        )
+    return num_tokens - leaves_out_first
 
 
 class MMCoconutPreTrainedModel(PreTrainedModel):
@@ -261,6 +273,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
+        missing = [field for field in TOKEN_ID_FIELDS if getattr(config, field) is None]
+        if missing:
+            raise ValueError(f"The configuration lacks {', '.join(missing)}: take the ids from the tokenizer.")
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -327,9 +342,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             )
         return image_mask
 
-    def check_whole_images(self, input_ids, inputs_embeds: torch.Tensor) -> None:
-        """Every row must hold all placeholders of each of its images, or rows would read parts of others' images."""
-        counts = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds).sum(-1)  # (B,)
+    def check_whole_images(self, image_mask: torch.Tensor) -> None:
+        """Every row of (B, T) must hold all placeholders of its images, or it would read parts of another row's."""
+        counts = image_mask.sum(-1)  # (B,)
         broken = counts % self.config.image_seq_length != 0
         if broken.any():
             row = broken.nonzero()[0].item()
@@ -482,7 +497,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         latent_mask = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
         decoder_inputs = self.fuse_images(input_ids, inputs_embeds, image_outputs)
         if pixel_values is not None:
-            self.check_whole_images(input_ids, inputs_embeds)
+            self.check_whole_images(self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds))
         outputs = self.run_decoder(
             latent_mask,
             attention_mask=attention_mask,
@@ -542,6 +557,13 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """Stock `generate()`, which encodes images before any forward pass could see whose they are."""
+        input_ids = kwargs.get("input_ids") if inputs is None else inputs
+        if input_ids is not None and kwargs.get("pixel_values") is not None:
+            self.model.check_whole_images(input_ids == self.config.image_token_id)
+        return super().generate(inputs, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import TEXT_CONFIGS, TOWERS, VISION_CONFIGS, tiny_model, tiny_tokenizer
+from tiny import TEXT_CONFIGS, TOWER_STRATEGIES, VISION_CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, CLIPVisionConfig, GPT2Config
 
 from mmcoconut.configuration_mmcoconut import (
@@ -130,8 +130,7 @@ def test_heads_are_tied_as_the_language_model_says(tied):
     assert MMCoconutConfig(text_config=text).tie_word_embeddings == tied
 
 
-@pytest.mark.parametrize("strategy", ["default", "full"])
-@pytest.mark.parametrize("vision", TOWERS)
+@pytest.mark.parametrize("vision, strategy", TOWER_STRATEGIES)
 def test_image_seq_length_is_what_the_tower_gives(vision, strategy):
     model = tiny_model(vision=vision, vision_feature_select_strategy=strategy)
     has_class_token = vision != "siglip"

@@ -11,6 +11,7 @@ from tiny import (
     NUM_FEATURES,
     TEXT_CONFIGS,
     TEXT_SIZES,
+    TOWER_STRATEGIES,
     TOWERS,
     VISION_CONFIGS,
     VISION_SIZES,
@@ -126,8 +127,7 @@ def tower_states(model, pixel_values, layer=-1):
     return model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[layer]
 
 
-@pytest.mark.parametrize("vision", TOWERS)
-@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("vision, strategy", TOWER_STRATEGIES)
 @pytest.mark.parametrize("layers", [-1, -2, [0, -1]])
 @pytest.mark.parametrize("tolerance", [1e-6])
 def test_features_are_the_layers_and_tokens_that_the_configuration_names(vision, strategy, layers, tolerance):
@@ -692,3 +692,24 @@ def test_continuous_batching_is_refused_where_thoughts_need_passes_of_their_own(
     model = tiny_model()
     with pytest.raises(NotImplementedError, match="Continuous batching"):
         model(torch.tensor([latent_row(model.config)]), cache=object())
+
+
+def test_rows_with_parts_of_images_are_refused_before_generation():
+    model = tiny_model()
+    batch = ragged_batch(model)
+    image = model.config.image_token_id
+    rows = torch.tensor([[image] * 3 + words(5, 1), [image] * 5 + words(3, 1)])
+    with pytest.raises(ValueError, match="Row 0 of the batch holds 3 <image> placeholders, .* no multiple of the 4"):
+        model.generate(input_ids=rows, pixel_values=batch["pixel_values"][:2], max_new_tokens=1)
+
+
+def test_tower_without_a_class_token_cannot_leave_it_out():
+    with pytest.raises(ValueError, match="siglip_vision_model has none among its 4 tokens: set .*'full'"):
+        tiny_model(vision="siglip", vision_feature_select_strategy="default")
+
+
+def test_configuration_without_token_ids_is_refused():
+    config = tiny_model().config
+    config.latent_token_id = None
+    with pytest.raises(ValueError, match="lacks latent_token_id: take the ids from the tokenizer"):
+        MMCoconutForConditionalGeneration(config)

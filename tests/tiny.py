@@ -69,6 +69,9 @@ VISION_CONFIGS = {
 }
 DECODERS = tuple(TEXT_CONFIGS)
 TOWERS = tuple(VISION_CONFIGS)
+# SigLIP has no class token to leave out.
+TOWER_STRATEGIES = [(vision, "full") for vision in TOWERS]
+TOWER_STRATEGIES += [(vision, "default") for vision in TOWERS if vision != "siglip"]
 
 
 def tiny_tokenizer():
