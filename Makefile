@@ -13,7 +13,7 @@ QUICKSTART := outputs/quickstart
 	touch $@
 
 quickstart: .venv/installed
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --num_cpu_threads_per_process 2 --mixed_precision no --dynamo_backend no \
 		train_hf.py recipes/quickstart.yaml --output_dir $(QUICKSTART) --overwrite true
 	cd / && $(abspath $(BIN))/python $(abspath examples/answer_mazes.py) $(abspath $(QUICKSTART))
 

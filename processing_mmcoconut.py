@@ -72,6 +72,15 @@ def images_of_each(images, texts: Sequence[str]) -> list[list]:
     return [list(group) for group in flat] if nested else [[image] for image in flat]
 
 
+def texts_of(conversation) -> list[str]:
+    """All texts in the messages of a conversation, or of a list of them."""
+    if isinstance(conversation, str):
+        return [conversation]
+    if isinstance(conversation, dict):
+        return texts_of(conversation.get("content", conversation.get("text", "")))
+    return [text for part in conversation for text in texts_of(part)]
+
+
 class MMCoconutProcessor(ProcessorMixin):
     r"""
     A tokenizer and an image processor under the layout of this file.
@@ -187,8 +196,14 @@ class MMCoconutProcessor(ProcessorMixin):
         Raises:
             ValueError: images and texts differ in number.
         """
+        if rendered and num_latents is not None:
+            raise ValueError("num_latents has no effect on rendered text: give it to apply_chat_template instead.")
         if rendered or kwargs.get("sanitize_control_tokens"):
             return super().__call__(images=images, text=text, **kwargs)
+        if kwargs.get("truncation"):
+            raise ValueError(
+                "truncation=True could cut images or thoughts: shorten the text before, and leave it out."
+            )
         if text is None:
             raise ValueError("text is None: give a question for each image ('' for none).")
         texts = [text] if isinstance(text, str) else list(text)
@@ -214,9 +229,18 @@ class MMCoconutProcessor(ProcessorMixin):
         return BatchFeature({**batch, **pixels}, tensor_type=return_tensors)
 
     def apply_chat_template(self, conversation, chat_template=None, *, num_latents: int | None = None, **kwargs):
-        """As the library's, with this processor's latents and markers; control tokens in messages are plain text."""
+        """As the library's, with this processor's latents and markers; control tokens in messages are plain text.
+
+        Raises:
+            ValueError: such a token in a message with tokenize=False, whose text could no longer tell it from ours.
+        """
         if kwargs.get("tokenize"):
             kwargs.setdefault("sanitize_control_tokens", True)
+        elif any(token in text for token in self.tokenizer.all_special_tokens for text in texts_of(conversation)):
+            raise ValueError(
+                "A message contains the string of a special token, which rendered text cannot tell from a real one: "
+                "call apply_chat_template with tokenize=True, return_dict=True."
+            )
         return super().apply_chat_template(conversation, chat_template, **{**self.layout(num_latents), **kwargs})
 
     def decode_answers(self, generated_ids) -> list[str]:

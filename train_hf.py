@@ -3,6 +3,7 @@
 Read the recipe and the data, build model and processor, train through the curriculum, save, push, report.
 """
 
+import datetime
 import json
 import logging
 import platform
@@ -15,12 +16,13 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, set_seed
+from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmcoconut.arguments import parse_recipe, save_recipe
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import drop_unreadable, load_examples, nearest, question_text
+from mmcoconut.data.images import open_images
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.smoke import smoke_arguments
@@ -30,6 +32,7 @@ from mmcoconut.trainer import CurriculumTrainer
 
 logger = logging.getLogger("mmcoconut")
 
+RECIPE_FILE = "recipe.yaml"
 # Fields of the model's configuration that a recipe sets when it builds a model out of backbones.
 CONFIG_FIELDS = (
     "image_fusion",
@@ -41,7 +44,7 @@ CONFIG_FIELDS = (
 
 
 def read_split(data_args, split: str, max_rows: int | None):
-    """One split with an `index` column, and messages about rows left out by `unreadable_images: skip`."""
+    """One split, and messages about rows left out by `unreadable_images: skip`."""
     examples = load_examples(data_args.dataset, split=split, **data_args.dataset_options)
     if max_rows is not None:
         examples = examples.select(range(min(max_rows, len(examples))))
@@ -50,17 +53,20 @@ def read_split(data_args, split: str, max_rows: int | None):
         examples, skipped = drop_unreadable(examples)
     for message in skipped:
         logger.warning("left out: %s", message)
-    return examples.add_column("index", list(range(len(examples)))), skipped
+    return examples, skipped
 
 
 def read(data_args, run_args):
-    """Training rows (None where nothing is trained), evaluation rows, and what was left out."""
+    """The splits that this run needs, by `train`, `eval` and `test`, and what was left out."""
+    splits = {"eval": (data_args.eval_split, data_args.max_eval_samples)}
+    if run_args.do_train:
+        splits["train"] = ("train", data_args.max_train_samples)
+    if run_args.do_train and data_args.test_split is not None:
+        splits["test"] = (data_args.test_split, data_args.max_eval_samples)
     with run_args.main_process_first(desc="reading the data"):
-        eval_set, skipped = read_split(data_args, data_args.eval_split, data_args.max_eval_samples)
-        if not run_args.do_train:
-            return None, eval_set, skipped
-        train_set, skipped_train = read_split(data_args, "train", data_args.max_train_samples)
-    return train_set, eval_set, skipped_train + skipped
+        read_splits = {name: read_split(data_args, *which) for name, which in splits.items()}
+    skipped = [message for _, messages in read_splits.values() for message in messages]
+    return {name: rows for name, (rows, _) in read_splits.items()}, skipped
 
 
 def build_tokenizer(model_args, train_set):
@@ -73,15 +79,13 @@ def build_tokenizer(model_args, train_set):
     return train_tokenizer(texts, vocab_size=model_args.tokenizer_vocab_size)
 
 
-def build_image_processor(model_args):
+def build_image_processor(model_args, vision_config):
     """The tower's own; for a tower from scratch, pictures resized to its size and scaled to [-1, 1]."""
     if model_args.vision_config is None:
         return None
-    size = model_args.vision_config["image_size"]
+    side = {"height": vision_config.image_size, "width": vision_config.image_size}
     half = [0.5, 0.5, 0.5]
-    return CLIPImageProcessor(
-        size={"height": size, "width": size}, do_center_crop=False, image_mean=half, image_std=half
-    )
+    return CLIPImageProcessorPil(size=side, do_center_crop=False, image_mean=half, image_std=half)
 
 
 def config_of(values: dict | None):
@@ -103,10 +107,25 @@ def build_from_backbones(model_args, train_set):
         model_args.vision_model,
         config=model.config,
         tokenizer=tokenizer,
-        image_processor=build_image_processor(model_args),
+        image_processor=build_image_processor(model_args, model.config.vision_config),
         markers=model_args.markers,
     )
     return model, processor
+
+
+def build_from_checkpoint(model_args):
+    """Model and processor of an earlier run; the recipe may change how thoughts are fed back, nothing else."""
+    name = model_args.model
+    model = MMCoconutForConditionalGeneration.from_pretrained(
+        name, trust_remote_code=False, thought_norm=model_args.thought_norm
+    )
+    for field in CONFIG_FIELDS:
+        if getattr(model.config, field) != getattr(model_args, field):
+            raise ValueError(
+                f"{field} is {getattr(model.config, field)!r} in the checkpoint {name} and "
+                f"{getattr(model_args, field)!r} in the recipe: set it in the recipe as the checkpoint has it."
+            )
+    return model, MMCoconutProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def freeze(model, names: list[str]) -> None:
@@ -124,20 +143,18 @@ def freeze(model, names: list[str]) -> None:
 def build(model_args, curriculum_args, train_set):
     """Model and processor, from a checkpoint or out of backbones, set to the mode of this run."""
     if model_args.model is not None:
-        model = MMCoconutForConditionalGeneration.from_pretrained(model_args.model)
-        processor = MMCoconutProcessor.from_pretrained(model_args.model)
+        model, processor = build_from_checkpoint(model_args)
     else:
         model, processor = build_from_backbones(model_args, train_set)
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
-    if curriculum_args.mode not in THINKING_MODES:
-        processor.markers = "none"
+    processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
     freeze(model, model_args.freeze)
     return model, processor
 
 
-def build_trainer(model, processor, *, train_set, eval_set, data_args, curriculum_args, run_args):
+def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_args):
     fields = asdict(curriculum_args)
     reset_optimizer, lengths = fields.pop("reset_optimizer"), fields.pop("epochs_per_stage")
     curriculum = Curriculum(
@@ -155,15 +172,18 @@ def build_trainer(model, processor, *, train_set, eval_set, data_args, curriculu
         model=model,
         args=run_args,
         data_collator=collator,
-        train_dataset=train_set,
-        eval_dataset=eval_set,
+        train_dataset=splits.get("train"),
+        eval_dataset=splits["eval"],
         reset_optimizer=reset_optimizer,
     )
 
 
-def prepare_output(run_args) -> None:
+def clear_output(run_args) -> None:
     """Refuse to mix two runs in one folder: a new one starts in an empty folder, or says `overwrite`, or resumes."""
     folder = Path(run_args.output_dir)
+    last = get_last_checkpoint(folder) if folder.exists() else None
+    if run_args.resume_from_checkpoint is True and last is None:
+        raise ValueError(f"{folder} holds no checkpoint to resume: name one, or start without resume_from_checkpoint.")
     if run_args.resume_from_checkpoint or not folder.exists() or not any(folder.iterdir()):
         return
     if not run_args.overwrite:
@@ -171,8 +191,18 @@ def prepare_output(run_args) -> None:
             f"{folder} holds an earlier run: give --resume_from_checkpoint true to go on with it, --overwrite true to "
             "delete it, or another --output_dir."
         )
-    with run_args.main_process_first(desc="deleting the earlier run"):
-        shutil.rmtree(folder, ignore_errors=True)
+    if not (folder / RECIPE_FILE).exists():
+        raise ValueError(f"{folder} holds no {RECIPE_FILE}, so no run of this script: --overwrite does not delete it.")
+    shutil.rmtree(folder)
+
+
+def prepare_output(run_args, arguments) -> None:
+    """An output folder that belongs to this run and says with which recipe it was made; one process writes."""
+    with run_args.main_process_first(desc="preparing the output folder"):
+        if run_args.process_index == 0:
+            if not run_args.smoke_test:
+                clear_output(run_args)
+            save_recipe(Path(run_args.output_dir, RECIPE_FILE), *arguments)
 
 
 def train(trainer, run_args) -> float:
@@ -185,10 +215,37 @@ def train(trainer, run_args) -> float:
     return time.perf_counter() - began
 
 
-def evaluate(trainer, run_args) -> None:
-    """Without training: one evaluation at the curriculum's last stage."""
-    trainer.curriculum_collator.epoch = sys.maxsize
-    trainer.evaluate()
+def evaluate(trainer, data_args) -> dict:
+    """Evaluate a checkpoint without training it, at the stage that it was saved at; written beside nothing else."""
+    collator = trainer.curriculum_collator
+    curriculum, num_latents = collator.curriculum, collator.processor.num_latents
+    stages = [s for s in range(curriculum.last_stage + 1) if curriculum.num_latents(s) == num_latents]
+    if not stages:
+        raise ValueError(
+            f"The checkpoint was saved with {num_latents} latents, which no stage of this recipe has: set c_thought, "
+            "max_latent_stage and mode as it was trained."
+        )
+    collator.fixed_stage = stages[0]
+    metrics = trainer.evaluate()
+    if trainer.is_world_process_zero():
+        folder = Path(trainer.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"eval_{data_args.eval_split}.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        print(markdown_table(stage_rows(trainer.state.log_history)))
+    return metrics
+
+
+def check_reload(folder: str, rows) -> None:
+    """The end of a smoke test: what was saved loads completely and answers a question."""
+    model, info = MMCoconutForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    lost = {key: names for key, names in info.items() if names}
+    if lost:
+        raise ValueError(f"{folder} does not load completely: {lost}")
+    processor = MMCoconutProcessor.from_pretrained(folder)
+    images = open_images(rows[0])
+    inputs = processor(images=[images] if images else None, text=[question_text(rows[0])], return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=2)
+    logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :]))
 
 
 def stage_rows(log_history: list[dict]) -> list[dict]:
@@ -212,7 +269,7 @@ def markdown_table(rows: list[dict]) -> str:
 
 def write_card(trainer, data_args, results: dict) -> None:
     """README.md of the output folder, from model_card.md and what was measured."""
-    processor, name = trainer.processing_class, trainer.args.hub_model_id or Path(trainer.args.output_dir).name
+    processor, name = trainer.processing_class, trainer.args.hub_model_id or str(trainer.args.output_dir)
     header = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
@@ -232,11 +289,18 @@ def write_card(trainer, data_args, results: dict) -> None:
     card.save(Path(trainer.args.output_dir, "README.md"))
 
 
-def save_results(trainer, *, mode: str, train_seconds: float, skipped: list[str]) -> dict:
+def save_results(trainer, *, arguments, test: dict, train_seconds: float, skipped: list[str]) -> dict:
     """results.json in the output folder: accuracy by stage, and what the numbers were made with."""
+    _, data_args, curriculum_args, run_args = arguments
     results = {
-        "mode": mode,
+        "mode": curriculum_args.mode,
+        "split": data_args.eval_split,
         "stages": stage_rows(trainer.state.log_history),
+        "test": test,
+        "seed": run_args.seed,
+        "dtype": str(trainer.model.dtype).removeprefix("torch."),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(sys.argv),
         "train_seconds": round(train_seconds, 1),
         "train_steps": trainer.state.global_step,
         "unreadable_images": skipped,
@@ -250,43 +314,45 @@ def save_results(trainer, *, mode: str, train_seconds: float, skipped: list[str]
     return results
 
 
+def report(results: dict) -> None:
+    print(markdown_table(results["stages"]))
+    if results["test"]:
+        print(f"test split, last stage: {results['test']['test_accuracy']:.1%} of {results['test']['test_n']}")
+    for message in results["unreadable_images"]:
+        print(f"left out: {message}")
+
+
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     arguments = parse_recipe(sys.argv[1:] if argv is None else argv)
     if arguments[-1].smoke_test:
         arguments = smoke_arguments(*arguments)
     model_args, data_args, curriculum_args, run_args = arguments
-    if run_args.do_train and not run_args.smoke_test:
-        prepare_output(run_args)
+    if run_args.do_train:
+        prepare_output(run_args, arguments)
     set_seed(run_args.seed)
 
-    train_set, eval_set, skipped = read(data_args, run_args)
-    model, processor = build(model_args, curriculum_args, train_set)
+    splits, skipped = read(data_args, run_args)
+    model, processor = build(model_args, curriculum_args, splits.get("train"))
     trainer = build_trainer(
-        model,
-        processor,
-        train_set=train_set,
-        eval_set=eval_set,
-        data_args=data_args,
-        curriculum_args=curriculum_args,
-        run_args=run_args,
+        model, processor, splits=splits, data_args=data_args, curriculum_args=curriculum_args, run_args=run_args
     )
-    train_seconds = 0.0
-    if run_args.do_train:
-        save_recipe(Path(run_args.output_dir, "recipe.yaml"), *arguments)
-        train_seconds = train(trainer, run_args)
-        trainer.save_model()
-    else:
-        evaluate(trainer, run_args)
-    results = save_results(trainer, mode=curriculum_args.mode, train_seconds=train_seconds, skipped=skipped)
+    if not run_args.do_train:
+        return evaluate(trainer, data_args)
+    train_seconds = train(trainer, run_args)
+    trainer.save_model()
+    test = trainer.evaluate(splits["test"], metric_key_prefix="test") if "test" in splits else {}
+    results = save_results(trainer, arguments=arguments, test=test, train_seconds=train_seconds, skipped=skipped)
     if trainer.is_world_process_zero():
         write_card(trainer, data_args, results)
+        if run_args.smoke_test:
+            check_reload(run_args.output_dir, splits["eval"])
+        report(results)
     if run_args.push_to_hub:
         trainer.push_to_hub()
-    if trainer.is_world_process_zero():
-        print(markdown_table(results["stages"]))
-        for message in skipped:
-            print(f"left out: {message}")
+    # Without this, processes that leave at different moments abort each other.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
     return results
 
 

@@ -9,17 +9,14 @@ weights. The mazes come from the installed package, from the test split, which t
 import argparse
 from pathlib import Path
 
+import yaml
 from PIL import Image, ImageDraw
 from transformers import AutoModel, AutoProcessor
 
-from mmcoconut.data.arrow_mazes import draw, draw_path, generate
+from mmcoconut.data.arrow_mazes import cell_name, draw, draw_path, generate, question_of
 
 
 MARGIN = 44
-
-
-def question_of(hops: int) -> str:
-    return f"Start at the marked cell and follow {hops} arrow{'s' * (hops > 1)}. Which color do you stand on?"
 
 
 def picture_of(maze, hops: int, answer: str) -> Image.Image:
@@ -33,6 +30,12 @@ def picture_of(maze, hops: int, answer: str) -> Image.Image:
     return picture
 
 
+def maze_of(hops: int, options: dict):
+    """The first test maze of so many hops, of the kind that the checkpoint was trained on."""
+    kind = {name: value for name, value in options.items() if name not in ("num_rows", "min_hops", "max_hops")}
+    return next(generate("test", num_rows=1, min_hops=hops, max_hops=hops, **kind))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path)
@@ -41,7 +44,8 @@ def main() -> None:
 
     model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(arguments.checkpoint, trust_remote_code=True)
-    mazes = [next(generate("test", num_rows=1, seed=hops, min_hops=hops, max_hops=hops)) for hops in (1, 2, 3)]
+    options = yaml.safe_load((arguments.checkpoint / "recipe.yaml").read_text())["dataset_options"]
+    mazes = [maze_of(hops, options) for hops in (1, 2, 3)]
     inputs = processor(
         images=[draw(maze) for maze, _ in mazes],
         text=[question_of(hops) for _, hops in mazes],
@@ -53,7 +57,7 @@ def main() -> None:
     for (maze, hops), answer in zip(mazes, answers):
         file = arguments.checkpoint / f"answer_{hops}_hops.png"
         picture_of(maze, hops, answer).save(file)
-        print(f"{hops} hops, path {' '.join(map(str, maze.path(hops)))}: model says {answer!r} -> {file}")
+        print(f"{hops} hops, path {' '.join(map(cell_name, maze.path(hops)))}: model says {answer!r} -> {file}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TypedDict, get_args, get_type_hints
 import torch
 import yaml
 from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, validate_typed_dict
-from transformers import TrainingArguments
+from transformers import CONFIG_MAPPING, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
@@ -35,6 +35,8 @@ AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gra
 LIMITS = dict.fromkeys(AT_LEAST_0, (0, math.inf)) | dict.fromkeys(AT_LEAST_1, (1, math.inf)) | {"uniform_prob": (0, 1)}
 REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
+    "load_best_model_at_end": "accuracies of different stages do not compare; stages/ keeps the best of each",
+    "fsdp": "ranks may run different numbers of decoder passes and would wait for each other: use DDP",
     "dataloader_persistent_workers": "workers that persist keep stage 0 for the whole run: remove this key",
 }
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
@@ -64,6 +66,8 @@ COCONUT_VISION = {"vision_model": "openai/clip-vit-base-patch32", "vision_model_
 
 # Saved under their new name, set by the launcher, or secret: a run's folder may be pushed.
 NOT_SAVED = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "hub_token")
+# About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
+NOT_SAVED += ("overwrite", "resume_from_checkpoint")
 # What TrainingArguments makes of a field that was not given.
 NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_tokens_seen": "no"}
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
@@ -103,7 +107,8 @@ class DataArguments:
     max_eval_samples: int | None = HfArg(default=None, help="Use only so many evaluation examples.")
     unreadable_images: str = HfArg(default="error", help="`skip` leaves out examples whose image cannot be read.")
     max_new_tokens: int = HfArg(default=64, help="Longest text generated in evaluation, in tokens.")
-    eval_split: str = HfArg(default="validation", help="Split that is evaluated.")
+    eval_split: str = HfArg(default="validation", help="Split that is evaluated at the end of every stage.")
+    test_split: str | None = HfArg(default=None, help="Split that is evaluated once, after training.")
 
 
 @dataclasses.dataclass
@@ -125,6 +130,9 @@ class RunArguments(TrainingArguments):
     """transformers.TrainingArguments with the defaults that this project needs."""
 
     smoke_test: bool = HfArg(default=False, help="Tiny model and made-up data: does the recipe run at all?")
+    ddp_find_unused_parameters: bool | None = HfArg(
+        default=True, help="Leave true: a vision tower's last norm gets no gradient."
+    )
     overwrite: bool = HfArg(default=False, help="Delete an earlier run's output_dir before training anew.")
     do_train: bool = HfArg(default=True, help="Train; false only evaluates.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false: the collator needs the images.")
@@ -305,6 +313,8 @@ def _conflicts(values: dict):
         yield "tokenizer", None, "a `text_config` has none: set `tokenizer: train`, a folder or a Hub id"
     if "text_model" in given and values["tokenizer"] == "train":
         yield "tokenizer", "train", "the embeddings of `text_model` belong to its own tokenizer: remove this key"
+    if not values.get("do_train", True) and values["model"] is None and values["tokenizer"] == "train":
+        yield "model", None, "with `do_train: false` there is nothing to evaluate: name a checkpoint"
     for key in ("c_thought", "max_latent_stage") if values["mode"] in THINKING_MODES else ():
         if values[key] == 0:
             yield key, 0, f"`mode: {values['mode']}` would have no latents: set 1 or more, or `mode: no_thoughts`"
@@ -316,6 +326,19 @@ def _conflicts(values: dict):
     for key in CHECKPOINTING:
         if isinstance(values.get(key), dict) and values[key].get("use_reentrant"):
             yield key, values[key], "re-entrant checkpointing cannot replay the latents' cache: use_reentrant: false"
+
+
+def _nested(values: dict):
+    """Fields of the configurations that their architecture does not have; data sets check their own options."""
+    for part in ("vision_config", "text_config"):
+        config = values[part] or {}
+        cls = CONFIG_MAPPING[config["model_type"]] if config.get("model_type") in CONFIG_MAPPING else None
+        if config.get("model_type") and cls is None:
+            yield part, config["model_type"], f"no such architecture{_nearest(config['model_type'], CONFIG_MAPPING)}"
+        if cls is not None:
+            valid = {"model_type", *cls.attribute_map, *(field.name for field in dataclasses.fields(cls))}
+            for key in sorted(config.keys() - valid):
+                yield f"{part}.{key}", config[key], f"{cls.__name__} has no such field{_nearest(key, valid)}"
 
 
 def _missing(values: dict):
@@ -340,7 +363,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
     built = [cls(**part) for cls, part in zip(CLASSES[:-1], parts[:-1], strict=True)]
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
-    found = [*_conflicts(complete), *([] if values.get("smoke_test") else _missing(complete))]
+    found = [*_conflicts(complete), *_nested(complete), *([] if values.get("smoke_test") else _missing(complete))]
     problems += [problem for problem in found if problem[0] not in wrong]
     if values.get("smoke_test") and not torch.cuda.is_available():
         parts[-1] |= {"bf16": False, "fp16": False}
@@ -382,9 +405,7 @@ def _coconut_settings(old: dict):
     if old.get("only_eval"):
         yield from (("only_eval", "do_train", False), ("only_eval", "do_eval", True))
     if "save_only_improve" in old:
-        yield "save_only_improve", "save_strategy", "best" if old["save_only_improve"] else "epoch"
-    if old.get("save_only_improve"):
-        yield "save_only_improve", "metric_for_best_model", "accuracy"
+        yield "save_only_improve", "save_strategy", "no" if old["save_only_improve"] else "epoch"
     if old.get("debug"):
         yield from (("debug", "max_train_samples", 32), ("debug", "max_eval_samples", 32))
 
@@ -415,7 +436,7 @@ def translate_coconut_keys(values: dict, problems: list[tuple] | None = None) ->
     | num_epochs, resume | num_train_epochs = num_epochs - resume, start_epoch = resume |
     | batch_size_training, lr | per_device_train_batch_size, learning_rate |
     | save_path, name | output_dir = save_path/name, run_name = name |
-    | save_only_improve | true: save_strategy best, by accuracy; false: save_strategy epoch |
+    | save_only_improve | true: save_strategy no (the best of each stage is kept anyhow); false: save_strategy epoch |
     | only_eval | true: do_train false, do_eval true |
     | debug | true: max_train_samples and max_eval_samples 32 |
 
@@ -447,9 +468,20 @@ def translate_coconut_keys(values: dict, problems: list[tuple] | None = None) ->
     return new
 
 
+def _help() -> str:
+    lines = ["usage: train_hf.py recipe.yaml [--key value ...]", ""]
+    for cls in CLASSES:
+        own = [field for field in dataclasses.fields(cls) if field.name in vars(cls).get("__annotations__", {})]
+        lines += [f"{cls.__doc__}", *(f"  --{field.name}: {field.metadata['help']}" for field in own), ""]
+    return "\n".join([*lines, "and every field of transformers.TrainingArguments."])
+
+
 def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, CurriculumArguments, RunArguments]:
     """The arguments of `recipe.yaml [--key value ...]`; RecipeError lists everything that is wrong with them."""
     recipe, *words = argv or [""]
+    if {"-h", "--help"} & {*argv}:
+        print(_help())
+        raise SystemExit(0)
     problems = []
     values = _read_file(recipe, problems)
     overrides = _read_overrides(words, problems)

@@ -10,6 +10,7 @@ Source: Hao et al. 2024, https://arxiv.org/abs/2412.06769, section 3, and its pu
 """
 
 import logging
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -156,10 +157,12 @@ class CurriculumCollator:
         self.curriculum, self.processor = curriculum, processor
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
         self.epoch = 0
+        self.fixed_stage: int | None = None
 
     @property
     def stage(self) -> int:
-        return self.curriculum.stage_at(self.epoch)
+        """The stage of the present epoch, unless one was fixed, as for evaluating a trained checkpoint."""
+        return self.curriculum.stage_at(self.epoch) if self.fixed_stage is None else self.fixed_stage
 
     def check_length(self, row: dict, length: int, what: str) -> None:
         if self.max_length is not None and length > self.max_length:
@@ -169,18 +172,23 @@ class CurriculumCollator:
                 "tokens, or take a language model with more positions."
             )
 
-    def encode_row(self, row: dict) -> tuple[list[int], list[int]]:
-        """Prompt and target of a training row at its stage."""
+    def training_plan(self, row: dict) -> RowPlan:
         num_steps = len(row["steps"])
-        stage = self.curriculum.training_stage(
-            self.stage, num_steps=num_steps, epoch=self.epoch, index=row.get("index", 0)
-        )
-        plan = self.curriculum.plan(stage, num_steps)
+        stage = self.curriculum.training_stage(self.stage, num_steps=num_steps, epoch=self.epoch, index=row["index"])
+        return self.curriculum.plan(stage, num_steps)
+
+    def evaluation_plan(self, row: dict) -> RowPlan:
+        """The stage's own, with the latents that an evaluation prompt has."""
+        skipped = self.curriculum.plan(self.stage, len(row["steps"])).skipped_steps
+        return RowPlan(skipped, self.curriculum.num_latents(self.stage))
+
+    def encode_row(self, row: dict, plan: RowPlan) -> tuple[list[int], list[int]]:
+        """Prompt and target of a row under a plan."""
         prompt = self.processor.encode_prompt(
             question_text(row), num_images=len(row["images"]), num_latents=plan.num_latents
         )
         target = self.processor.encode_target(row["steps"][plan.skipped_steps :], row["answers"][0])
-        self.check_length(row, len(prompt) + len(target), f"the sequence of stage {stage}")
+        self.check_length(row, len(prompt) + len(target), f"the sequence of stage {self.stage}")
         return prompt, target
 
     def pixels(self, rows: Sequence[dict]) -> dict:
@@ -188,14 +196,14 @@ class CurriculumCollator:
         images = [image for row in rows for image in open_images(row)]
         return dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
 
-    def supervised(self, rows: Sequence[dict]) -> dict:
-        """input_ids, attention_mask, labels (B, T)."""
-        prompts, targets = zip(*(self.encode_row(row) for row in rows))
+    def supervised(self, rows: Sequence[dict], plan_of) -> dict:
+        """input_ids, attention_mask, labels (B, T), each row under its plan."""
+        prompts, targets = zip(*(self.encode_row(row, plan_of(row)) for row in rows))
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
         return align_rows(prompts, targets, pad_id=pad_id, latent_id=latent_id)
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        return {**self.supervised(rows), **self.pixels(rows)}
+        return {**self.supervised(rows, self.training_plan), **self.pixels(rows)}
 
     def prompts(self, rows: Sequence[dict]) -> dict:
         """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows."""
@@ -213,7 +221,7 @@ class CurriculumCollator:
             "attention_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, left=left, length=length),
             **self.pixels(rows),
             "index": torch.tensor([row["index"] for row in rows]),
-            "supervised": self.supervised(rows),
+            "supervised": self.supervised(rows, self.evaluation_plan),
         }
 
 
@@ -234,17 +242,24 @@ class CurriculumCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.dataloader_persistent_workers:
             raise ValueError("dataloader_persistent_workers keeps the workers at the first stage: set it to false.")
+        # A finished run that is resumed has no epoch left to begin.
+        self.enter(min(int((state.epoch or 0) + 1e-6), math.ceil(args.num_train_epochs) - 1))
+
+    def enter(self, epoch: int) -> None:
+        """Set the collator's epoch, and the latents that a checkpoint's processor is saved with."""
+        self.collator.epoch = epoch
+        self.collator.processor.num_latents = self.collator.curriculum.num_latents(self.collator.stage)
 
     def on_epoch_begin(self, args, state, control, optimizer=None, **kwargs):
-        epoch, stage = int(state.epoch + 1e-6), None
-        self.collator.epoch = epoch
+        epoch = int(state.epoch + 1e-6)
+        self.enter(epoch)
         curriculum, stage = self.collator.curriculum, self.collator.stage
-        self.collator.processor.num_latents = curriculum.num_latents(stage)
         begins = epoch == 0 or curriculum.stage_at(epoch - 1) != stage
         resumed_inside = state.epoch - epoch > 1e-6
         if begins and not resumed_inside:
-            num_latents = curriculum.num_latents(stage)
-            logger.info("epoch %d: stage %d begins, %d latents (%s)", epoch, stage, num_latents, curriculum.mode)
+            if state.is_world_process_zero:
+                num_latents = curriculum.num_latents(stage)
+                logger.info("epoch %d: stage %d begins, %d latents (%s)", epoch, stage, num_latents, curriculum.mode)
             if self.reset_optimizer and epoch > 0:
                 getattr(optimizer, "optimizer", optimizer).state.clear()
 

@@ -1,5 +1,6 @@
 """Turn any recipe into one that runs offline in seconds: tiny random weights, a few rows in its data's format."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ TINY_TEXT = {
     "max_position_embeddings": 1024,
 }
 NUM_ROWS = 8
+OPTIONS_FILE = "sample_options.json"
 
 
 def tiny_config(model_type: str | None, config: dict | None, name: str | None, *, sizes: dict, key: str) -> dict:
@@ -44,7 +46,10 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
     with run_args.main_process_first(desc="writing sample data"):
         if run_args.process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        options = loader_of(data_args.dataset).write_sample(folder / "data", num_rows=NUM_ROWS, seed=0)
+            options = loader_of(data_args.dataset).write_sample(folder / "data", num_rows=NUM_ROWS, seed=0)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / OPTIONS_FILE).write_text(json.dumps(options, default=str))
+        options = json.loads((folder / OPTIONS_FILE).read_text())
     model_args = replace(
         model_args,
         model=None,
@@ -69,9 +74,9 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
         new_token_init=None,
     )
     data_args = replace(data_args, dataset_options=options, max_new_tokens=4, eval_split="validation")
-    if curriculum_args.max_latent_stage > 1:
-        curriculum_args = replace(curriculum_args, max_latent_stage=1, epochs_per_stage=1, start_epoch=0)
-    run_args.output_dir = str(folder)
+    max_latent_stage = min(1, curriculum_args.max_latent_stage)
+    curriculum_args = replace(curriculum_args, max_latent_stage=max_latent_stage, epochs_per_stage=1, start_epoch=0)
+    run_args.output_dir, run_args.do_train = str(folder), True
     run_args.num_train_epochs, run_args.max_steps = 2, -1
     run_args.push_to_hub = False
     if not torch.cuda.is_available():

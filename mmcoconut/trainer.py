@@ -22,6 +22,11 @@ def is_correct(answer: str, gold: Sequence[str]) -> bool:
     return answer.strip().lower() in {text.strip().lower() for text in gold}
 
 
+def with_index(dataset):
+    """The rows with their number in `index`, by which metrics and `uniform_prob` know them."""
+    return dataset if "index" in dataset.column_names else dataset.add_column("index", list(range(len(dataset))))
+
+
 class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
@@ -37,18 +42,27 @@ class CurriculumTrainer(Trainer):
 
     def __init__(self, *, data_collator: CurriculumCollator, reset_optimizer: bool = False, **kwargs):
         kwargs.setdefault("processing_class", data_collator.processor)
+        if kwargs.get("train_dataset") is not None:
+            kwargs["train_dataset"] = with_index(kwargs["train_dataset"])
         super().__init__(data_collator=data_collator, **kwargs)
         self.compute_metrics = self.score_answers
         self.curriculum_collator = data_collator
         self.add_callback(CurriculumCallback(data_collator, reset_optimizer=reset_optimizer))
 
-    def get_eval_dataloader(self, eval_dataset=None):
-        """The library's, collated by `prompts`: what is generated from never holds the answer."""
-        training_collator = self.data_collator
+    def prompt_dataloader(self, make, dataset):
+        """A data loader of the library, collated by `prompts`: what is generated from never holds the answer."""
+        self.evaluated = with_index(dataset)
         self.data_collator = self.curriculum_collator.prompts
-        dataloader = super().get_eval_dataloader(eval_dataset)
-        self.data_collator = training_collator
-        return dataloader
+        try:
+            return make(self.evaluated)
+        finally:
+            self.data_collator = self.curriculum_collator
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return self.prompt_dataloader(super().get_eval_dataloader, eval_dataset or self.eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        return self.prompt_dataloader(super().get_test_dataloader, test_dataset)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -81,7 +95,6 @@ class CurriculumTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As the library's; within training the stage's best model so far is saved."""
-        self.evaluated = eval_dataset if eval_dataset is not None else self.eval_dataset
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if self.is_in_train:
             self.keep_best_of_stage(metrics)

@@ -261,7 +261,16 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("max_latent_stage: 0", "max_latent_stage", 0, "no latents"),
         ("{mode: pause, c_thought: 0}", "c_thought", 0, "no latents"),
         ("fp16: true\nbf16: true", "TrainingArguments", "ValueError", "fp16"),
-        ("load_best_model_at_end: true", "TrainingArguments", "ValueError", "save and eval strategy"),
+        ("load_best_model_at_end: true", "load_best_model_at_end", True, "stages/ keeps the best of each"),
+        ("fsdp: full_shard", "fsdp", "full_shard", "use DDP"),
+        ("do_train: false", "model", None, "nothing to evaluate: name a checkpoint"),
+        (
+            "vision_config: {model_type: clip_vision_model, num_hiden_layers: 3}",
+            "vision_config.num_hiden_layers",
+            3,
+            "CLIPVisionConfig has no such field; did you mean `num_hidden_layers`?",
+        ),
+        ("text_config: {model_type: gpt22}", "text_config", "gpt22", "no such architecture; did you mean `gpt2`?"),
         ("text_config: {hidden_size: 8}", "text_config", {"hidden_size": 8}, "model_type"),
         ("tokenizer: null", "tokenizer", None, "tokenizer: train"),
         ("text_config: null", "text_model", None, "set `text_model` or `text_config`"),
@@ -346,12 +355,12 @@ freeze: ${MMC_UNSET}
 
 
 def test_the_message_of_training_arguments_stands_beside_ours(recipe):
-    found = problems(recipe(f"{SCRATCH}\nload_best_model_at_end: true\nuniform_prob: 2"))
+    found = problems(recipe(f"{SCRATCH}\nfp16: true\nbf16: true\nuniform_prob: 2"))
     assert [key for key, _, _ in found] == ["uniform_prob", "TrainingArguments"]
 
 
 def test_a_key_written_twice_is_named_with_its_lines(recipe):
-    text = "seed: 1\nvision_config:\n  model_type: a\n  model_type: b\nseed: 2\ntext_model: gpt2\nuse_cpu: true\n"
+    text = "seed: 1\nvision_config:\n  model_type: a\n  model_type: vit\nseed: 2\ntext_model: gpt2\nuse_cpu: true\n"
     assert problems(recipe(text)) == [
         ("seed", "line 5", "already set in line 1: keep one"),
         ("model_type", "line 4", "already set in line 3: keep one"),
@@ -393,7 +402,7 @@ def test_data_paths_must_exist_for_the_splits_in_use(recipe, tmp_path):
     by_split = {"train": str(tmp_path / "none.json"), "validation": str(tmp_path / "train.json")}
     path = recipe(SCRATCH + yaml.safe_dump({"dataset_options": {"file": by_split}}))
     assert only_problem(path)[1] == by_split["train"]
-    assert parse_recipe([path, "--do_train", "false"])[1].dataset_options == {"file": by_split}
+    assert parse_recipe([path, "--do_train", "false", "--tokenizer", "gpt2"])[1].dataset_options == {"file": by_split}
     assert only_problem(recipe(SCRATCH), "--dataset_options.folder", "./none")[0] == "dataset_options.folder"
 
 
@@ -450,7 +459,7 @@ def test_original_flags_are_translated():
     new = translate_coconut_keys(base | {"only_eval": True, "debug": True, "save_only_improve": True})
     assert (new["do_train"], new["do_eval"]) == (False, True)
     assert (new["max_train_samples"], new["max_eval_samples"]) == (32, 32)
-    assert (new["save_strategy"], new["metric_for_best_model"]) == ("best", "accuracy")
+    assert new["save_strategy"] == "no"
     assert "debug" not in new
     assert translate_coconut_keys(base | {"debug": "underflow_overflow"})["debug"] == "underflow_overflow"
 
@@ -482,7 +491,7 @@ def test_an_old_key_alone_does_not_bring_the_habits_of_the_original():
         ("lr", "learning_rate", 1e-3),
         ("num_epochs", "num_train_epochs", 2),
         ("train_path", "dataset_options", {"file": {}}),
-        ("save_only_improve", "save_strategy", "no"),
+        ("save_only_improve", "save_strategy", "steps"),
         ("model_id", "text_model", "gpt2"),
     ],
 )
@@ -520,10 +529,25 @@ def test_a_saved_recipe_gives_the_same_arguments(recipe, tmp_path):
     words += ["--metric_for_best_model", "accuracy", "--lr_scheduler_type", "cosine", "--warmup_steps", "0.1"]
     words += ["--gradient_checkpointing", "--gradient_checkpointing_kwargs.use_reentrant", "false"]
     words += ["--debug", "underflow_overflow", "--report_to", "tensorboard", "--dataset_options.num_rows.train", "3"]
-    words += ["--accelerator_config.even_batches", "false", "--run_name", "no", "--resume_from_checkpoint"]
+    words += ["--accelerator_config.even_batches", "false", "--run_name", "no"]
     arguments = parse_recipe([recipe(SCRATCH), *words])
     save_recipe(tmp_path / "run" / "recipe.yaml", *arguments)
     assert parse_recipe([str(tmp_path / "run" / "recipe.yaml")]) == arguments
+
+
+def test_a_saved_recipe_does_not_delete_or_resume_the_run_it_came_from(recipe, tmp_path):
+    words = ["--overwrite", "true", "--resume_from_checkpoint", "true"]
+    save_recipe(tmp_path / "recipe.yaml", *parse_recipe([recipe(SCRATCH), *words]))
+    run = parse_recipe([str(tmp_path / "recipe.yaml")])[3]
+    assert (run.overwrite, run.resume_from_checkpoint) == (False, None)
+
+
+def test_help_names_every_field_of_ours(capsys):
+    with pytest.raises(SystemExit):
+        parse_recipe(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"--{field.name}:" in printed for cls in CLASSES[:-1] for field in dataclasses.fields(cls))
+    assert "--overwrite:" in printed
 
 
 def test_a_saved_original_recipe_gives_the_same_arguments(coconut, tmp_path):

@@ -83,6 +83,11 @@ def test_user_text_never_becomes_a_special_token(processor, image, token):
     assert token in processor.tokenizer.decode(processor.encode_text(attack))
 
 
+def test_message_with_a_special_token_is_not_rendered_to_text(processor, image):
+    with pytest.raises(ValueError, match="cannot tell from a real one: call apply_chat_template with tokenize=True"):
+        processor.apply_chat_template([user(image, "hi <|latent|>")], add_generation_prompt=True)
+
+
 def test_ragged_batch_is_padded_on_the_left_and_each_row_is_as_alone(processor, image):
     images = [[image], [], [image, image]]
     texts = [QUESTION, "red?", "What shape?"]
@@ -146,6 +151,8 @@ def test_tokenizer_of_another_model_is_refused():
         ({"images": ["a", "b"], "text": ["1", "2", "3"]}, "2 images for 3 texts: give one image a text"),
         ({"text": ["1", "2"], "num_latents": [1]}, "1 entries in num_latents for 2 texts"),
         ({"images": "a"}, "text is None"),
+        ({"text": "1", "truncation": True}, "could cut images or thoughts"),
+        ({"text": "1", "rendered": True, "num_latents": 1}, "no effect on rendered text"),
     ],
 )
 def test_images_texts_and_latents_must_match_in_number(processor, call, message):

@@ -118,10 +118,11 @@ def test_run_resumed_in_a_stage_or_between_two_continues_exactly(recipe, tmp_pat
         torch.testing.assert_close(weights[1][name], weight, atol=0, rtol=0, msg=name)
 
 
-@pytest.mark.parametrize("tower", ["vit", "dinov2"])
-def test_resuming_restores_towers_with_older_key_names(recipe, tmp_path, tower):
-    options = ["--vision_config.model_type", tower, "--vision_config.mlp_ratio", "2", "--save_steps", "6"]
-    options += ["--save_strategy", "steps"]
+@pytest.mark.parametrize("tower, sizes", [("vit", {"intermediate_size": 32}), ("dinov2", {"mlp_ratio": 2})])
+def test_resuming_restores_towers_with_older_key_names(recipe, tmp_path, tower, sizes):
+    config = {"model_type": tower, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, **sizes}
+    options = ["--vision_config", json.dumps({**config, "image_size": 24, "patch_size": 8})]
+    options += ["--save_steps", "6", "--save_strategy", "steps"]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     train_hf.main([recipe, "--output_dir", str(whole), *options])
     shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
@@ -129,9 +130,11 @@ def test_resuming_restores_towers_with_older_key_names(recipe, tmp_path, tower):
     assert losses(resumed) == losses(whole)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path):
-    launch(recipe, tmp_path / "one", "--per_device_train_batch_size", "8", processes=1)
-    launch(recipe, tmp_path / "two", "--per_device_train_batch_size", "4", processes=2)
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path, checkpointing):
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "one")])
+    options = ["--per_device_train_batch_size", "4", "--activation_checkpointing", checkpointing]
+    launch(recipe, tmp_path / "two", *options, processes=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(one) == list(two) == list(range(1, 19))
     assert list(two.values()) == pytest.approx(list(one.values()), abs=2e-4)
@@ -164,12 +167,43 @@ def test_unknown_part_to_freeze_is_refused_with_the_nearest_name(recipe, tmp_pat
 
 
 def test_folder_of_an_earlier_run_is_refused_unless_told(recipe, tmp_path):
-    (tmp_path / "run").mkdir()
+    start = [recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
+    train_hf.main(start)
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds an earlier run: give --resume_from_checkpoint"):
-        train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"])
-    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1", "--overwrite", "true"])
+        train_hf.main(start)
+    train_hf.main([*start, "--overwrite", "true"])
     assert not (tmp_path / "run" / "notes.txt").exists()
+
+
+def test_folder_that_is_no_run_is_never_deleted(recipe, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="no run of this script: --overwrite does not delete it"):
+        train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--overwrite", "true"])
+    assert (tmp_path / "run" / "notes.txt").exists()
+
+
+def test_resuming_without_a_checkpoint_is_refused(recipe, tmp_path):
+    with pytest.raises(ValueError, match="holds no checkpoint to resume"):
+        train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "true"])
+
+
+def test_resuming_a_finished_run_keeps_its_latents(recipe, tmp_path):
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run")])
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "true"])
+    assert MMCoconutProcessor.from_pretrained(tmp_path / "run").num_latents == 2
+
+
+def test_coconut_starts_from_a_cot_checkpoint_with_the_recipes_layout(recipe, tmp_path):
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "cot"), "--mode", "cot", "--max_steps", "1"])
+    start = [recipe, "--vision_config", "null", "--text_config", "null", "--tokenizer", "null", "--max_steps", "1"]
+    start += ["--model", str(tmp_path / "cot"), "--output_dir", str(tmp_path / "run")]
+    train_hf.main([*start, "--markers", "start", "--thought_norm", "embedding"])
+    assert MMCoconutProcessor.from_pretrained(tmp_path / "run").markers == "start"
+    assert MMCoconutForConditionalGeneration.from_pretrained(tmp_path / "run").config.thought_norm == "embedding"
+    with pytest.raises(ValueError, match="image_fusion is 'replace' in the checkpoint .* and 'add' in the recipe"):
+        train_hf.main([*start, "--image_fusion", "add", "--overwrite", "true"])
 
 
 @pytest.fixture
@@ -200,8 +234,11 @@ def test_checkpoint_is_trained_on_and_evaluated_without_training(recipe, tmp_pat
     start += ["--tokenizer", "null"]
     train_hf.main([*start, "--output_dir", str(tmp_path / "second"), "--start_epoch", "1", "--num_train_epochs", "1"])
     assert MMCoconutProcessor.from_pretrained(tmp_path / "second").num_latents == 1
-    results = train_hf.main([*start, "--output_dir", str(tmp_path / "third"), "--do_train", "false"])
-    assert [row["n"] for row in results["stages"]] == [8]
+    before = (tmp_path / "second" / "results.json").read_text()
+    metrics = train_hf.main([*start, "--output_dir", str(tmp_path / "second"), "--do_train", "false"])
+    assert (metrics["eval_n"], metrics["eval_stage"], metrics["eval_num_latents"]) == (8, 0, 0)  # of `first`
+    assert json.loads((tmp_path / "second" / "eval_validation.json").read_text()) == metrics
+    assert (tmp_path / "second" / "results.json").read_text() == before
 
 
 def test_accumulated_gradients_equal_one_batch(recipe, tmp_path):
@@ -268,3 +305,29 @@ def test_control_without_thoughts_has_no_marker_and_pause_feeds_nothing_back(rec
         "cot": ("feedback", "none"),
         "no_cot": ("feedback", "none"),
     }
+
+
+def test_test_split_is_evaluated_once_at_the_last_stage(recipe, tmp_path):
+    options = ["--test_split", "test", "--dataset_options.num_rows.test", "6"]
+    results = train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *options])
+    assert (results["test"]["test_n"], results["test"]["test_stage"]) == (6, 2)
+    assert [row["n"] for row in results["stages"]] == [8, 8, 8]
+
+
+def test_evaluation_loss_belongs_to_the_stage_that_is_evaluated(recipe, tmp_path):
+    """With every training row at a random stage, the loss of evaluation still has the stage's latents."""
+    collator = train_hf.CurriculumCollator(
+        train_hf.Curriculum(uniform_prob=1.0, max_latent_stage=2, pad_latent_to_max=False),
+        MMCoconutProcessor.from_pretrained(trained(recipe, tmp_path)),
+    )
+    collator.fixed_stage = 2
+    rows = train_hf.load_examples("arrow_mazes", split="validation", num_rows=8, max_hops=2, cell_size=8)
+    batch = collator.prompts([{**row, "index": index} for index, row in enumerate(rows)])
+    latent = collator.processor.latent_token_id
+    assert (batch["supervised"]["input_ids"] == latent).sum(1).tolist() == [2] * 8
+    assert (batch["input_ids"] == latent).sum(1).tolist() == [2] * 8
+
+
+def trained(recipe: str, folder: Path) -> Path:
+    train_hf.main([recipe, "--output_dir", str(folder / "trained"), "--max_steps", "1"])
+    return folder / "trained"

@@ -231,12 +231,16 @@ def generate(
     raise _too_small(num_rows, split, puzzles=puzzles)
 
 
+def question_of(hops: int) -> str:
+    arrows = "arrow" if hops == 1 else "arrows"
+    return f"Start at the marked cell and follow {hops} {arrows}. Which color do you stand on?"
+
+
 def _example(maze: Maze, hops: int, *, cell_size: int, row_id: str) -> Example:
     cells = maze.path(hops)
-    arrows = "arrow" if hops == 1 else "arrows"
     return Example(
         images=[{"bytes": png_bytes(draw(maze, cell_size)), "path": None}],
-        question=f"Start at the marked cell and follow {hops} {arrows}. Which color do you stand on?",
+        question=question_of(hops),
         choices=[],
         steps=[cell_name(cell) for cell in cells],
         answers=[maze.color_at(cells[-1])],
