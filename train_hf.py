@@ -237,11 +237,13 @@ def evaluate(trainer, data_args) -> dict:
 
 def check_reload(folder: str, rows) -> None:
     """The end of a smoke test: what was saved loads completely and answers a question."""
-    model, info = MMCoconutForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    model, info = MMCoconutForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True, trust_remote_code=False
+    )
     lost = {key: names for key, names in info.items() if names}
     if lost:
         raise ValueError(f"{folder} does not load completely: {lost}")
-    processor = MMCoconutProcessor.from_pretrained(folder)
+    processor = MMCoconutProcessor.from_pretrained(folder, trust_remote_code=False)
     images = open_images(rows[0])
     inputs = processor(images=[images] if images else None, text=[question_text(rows[0])], return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=2)
