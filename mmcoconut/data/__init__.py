@@ -16,9 +16,19 @@ from mmcoconut.data.images import UnreadableImageError, open_images
 
 # Modules by name, imported on first use: a data set costs nothing to those who use another one.
 DATASETS = {
+    "aokvqa": "mmcoconut.data.aokvqa",
     "arrow_mazes": "mmcoconut.data.arrow_mazes",
+    "flickr30k": "mmcoconut.data.flickr30k",
+    "gsm8k_aug": "mmcoconut.data.gsm8k_aug",
     "json_steps": "mmcoconut.data.json_steps",
+    "llava_instruct": "mmcoconut.data.llava_instruct",
+    "m3cot": "mmcoconut.data.m3cot",
+    "path_vqa": "mmcoconut.data.hub_vqa",
+    "prosqa": "mmcoconut.data.prosqa",
     "puzzlevqa": "mmcoconut.data.puzzlevqa",
+    "scienceqa": "mmcoconut.data.scienceqa",
+    "vqa_rad": "mmcoconut.data.hub_vqa",
+    "vqav2": "mmcoconut.data.vqav2",
 }
 
 SPLITS = ("train", "validation", "test")

@@ -46,7 +46,7 @@ def _parse(text: str, file: Path, *, first_line: int, last: bool) -> Any:
         raise ValueError(f"{at}: not valid JSON ({error.msg}); {remedy}") from error
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
     if not file.is_file():
         raise ValueError(f"{file}: there is no such file; correct the path in the data set's options")
     try:
@@ -64,7 +64,7 @@ def _read_text(file: Path) -> str:
 def read_rows(file: str | os.PathLike) -> list[dict]:
     """The objects of a JSON list or of JSON Lines, told apart by the first character."""
     file = Path(file)
-    text = _read_text(file)
+    text = read_text(file)
     if text.lstrip().startswith("["):
         rows = _parse(text, file, first_line=1, last=True)
     else:
