@@ -29,9 +29,10 @@ CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type"
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
-AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm")
+AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "num_latents")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+AT_LEAST_1 += ("max_samples", "batch_size")
 LIMITS = dict.fromkeys(AT_LEAST_0, (0, math.inf)) | dict.fromkeys(AT_LEAST_1, (1, math.inf)) | {"uniform_prob": (0, 1)}
 REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
@@ -142,7 +143,6 @@ class RunArguments(TrainingArguments):
 CLASSES = (ModelArguments, DataArguments, CurriculumArguments, RunArguments)
 NAMES = [[field.name for field in dataclasses.fields(cls) if field.init] for cls in CLASSES]
 TYPES = {name: get_type_hints(cls)[name] for cls, names in zip(CLASSES, NAMES, strict=True) for name in names}
-Given = TypedDict("Given", TYPES, total=False)
 
 
 class RecipeError(ValueError):
@@ -192,17 +192,20 @@ def _nearest(word, words) -> str:
     return f"; did you mean `{close[0]}`?" if close else ""
 
 
-def _choices(key: str) -> tuple:
-    enums = [kind for kind in get_args(TYPES[key]) if isinstance(kind, EnumMeta)]
+def _choices(key: str, kind) -> tuple:
+    enums = [part for part in get_args(kind) if isinstance(part, EnumMeta)]
     return CHOICES.get(key) or tuple(member.value for enum in enums for member in enum)
 
 
-def _read(key: str, value):
-    """`value` as the type of the field `key`, within its choices and limits; ValueError with the remedy.
+def _read(key: str, value, kind):
+    """`value` as the type `kind` of the field `key`, within its choices and limits; ValueError with the remedy.
 
     Words on the command line and in variables have no type: the first meaning that fits the field is taken.
     """
-    kind, choices, (low, high) = TYPES[key], _choices(key), LIMITS.get(key, (-math.inf, math.inf))
+    choices, (low, high) = _choices(key, kind), LIMITS.get(key, (-math.inf, math.inf))
+    if value is None and type(None) in get_args(kind):
+        return None
+    field = TypedDict("Given", {key: kind}, total=False)
     if value is False and "no" in choices:  # YAML 1.1 takes a bare `no` for false
         value = "no"
     if choices and value not in choices:
@@ -212,7 +215,7 @@ def _read(key: str, value):
         meanings += [float(meanings[0])] + [int(meanings[0])] * float(meanings[0]).is_integer()
     for meaning in meanings:
         try:
-            validate_typed_dict(Given, {key: meaning})
+            validate_typed_dict(field, {key: meaning})
             break
         except StrictDataclassFieldValidationError:
             continue
@@ -284,13 +287,14 @@ def _expand(value, key: str, problems: list[tuple]):
     return _scalar(expanded) if "." in key and expanded != value else expanded
 
 
-def _typed(values: dict, problems: list[tuple]) -> dict:
+def _typed(values: dict, types: dict, problems: list[tuple], *, others=()) -> dict:
+    """The values as the types of their fields; `others` are names that an unknown key may have been meant for."""
     typed = {}
     for key, value in values.items():
         try:
-            if key not in TYPES:
-                raise ValueError(f"no such key{_nearest(key, {*TYPES, *COCONUT_KEYS})}")
-            typed[key] = _read(key, value)
+            if key not in types:
+                raise ValueError(f"no such key{_nearest(key, {*types, *others})}")
+            typed[key] = _read(key, value, types[key])
         except ValueError as error:
             problems.append((key, value, str(error)))
     return typed
@@ -468,19 +472,48 @@ def translate_coconut_keys(values: dict, problems: list[tuple] | None = None) ->
     return new
 
 
-def _help() -> str:
-    lines = ["usage: train_hf.py recipe.yaml [--key value ...]", ""]
-    for cls in CLASSES:
+def _help(usage: str, classes=CLASSES) -> str:
+    lines = [f"usage: {usage}", ""]
+    for cls in classes:
         own = [field for field in dataclasses.fields(cls) if field.name in vars(cls).get("__annotations__", {})]
         lines += [f"{cls.__doc__}", *(f"  --{field.name}: {field.metadata['help']}" for field in own), ""]
-    return "\n".join([*lines, "and every field of transformers.TrainingArguments."])
+    return "\n".join(lines)
+
+
+def read_arguments(argv: list[str], cls, usage: str):
+    """`--key value ...` as the dataclass `cls`, for commands without a recipe of their own.
+
+    Raises:
+        RecipeError: everything that is wrong with the command line.
+    """
+    if {"-h", "--help"} & {*argv}:
+        print(_help(usage, [cls]))
+        raise SystemExit(0)
+    problems, values = [], {}
+    for key, value in _read_overrides(argv, problems).items():
+        _assign(values, key, value, problems=problems)
+    values = _typed(_expand(values, "", problems), get_type_hints(cls), problems)
+    if problems:
+        raise RecipeError("command line", problems)
+    return cls(**values)
+
+
+def read_recipe(recipe: str | os.PathLike) -> dict:
+    """What a recipe says of the data and the training text, typed, as far as it is said; the rest is not looked at."""
+    problems = []
+    values = translate_coconut_keys(_expand(_read_file(str(recipe), problems), "", problems), problems)
+    values = _typed({key: value for key, value in values.items() if key in TYPES}, TYPES, problems)
+    if problems:
+        raise RecipeError(str(recipe), problems)
+    return values
 
 
 def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, CurriculumArguments, RunArguments]:
     """The arguments of `recipe.yaml [--key value ...]`; RecipeError lists everything that is wrong with them."""
     recipe, *words = argv or [""]
     if {"-h", "--help"} & {*argv}:
-        print(_help())
+        print(_help("train_hf.py recipe.yaml [--key value ...]"))
+        print("and every field of transformers.TrainingArguments.")
         raise SystemExit(0)
     problems = []
     values = _read_file(recipe, problems)
@@ -490,7 +523,7 @@ def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, Curric
         values = translate_coconut_keys(_expand(values, "", problems), problems)
     for key, value in overrides.items():
         _assign(values, key, value, problems=problems)
-    values = _typed(_expand(values, "", problems), problems)
+    values = _typed(_expand(values, "", problems), TYPES, problems, others=COCONUT_KEYS)
     values["output_dir"] = values.get("output_dir") or f"outputs/{Path(recipe).stem}"
     arguments = _build(values, problems)
     if values.get("smoke_test"):  # it makes its own data

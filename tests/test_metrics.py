@@ -14,12 +14,13 @@ import yaml
 
 
 METRICS = Path(__file__).resolve().parents[1] / "metrics"
-NAMES = ["aokvqa_da", "aokvqa_mc", "medical_vqa", "numeric_answer", "vqa_accuracy"]
+NAMES = ["aokvqa_da", "aokvqa_mc", "exact_match", "medical_vqa", "numeric_answer", "vqa_accuracy"]
 
 # A prediction and a reference that score 1, and a prediction that scores 0 with the same reference.
 SAMPLES = {
     "aokvqa_da": ("kite", {"direct_answers": ["kite"] * 10, "difficult_direct_answer": False}, "bird"),
     "aokvqa_mc": ("kite", {"choices": ["kite", "bird"], "correct_choice_idx": 0}, "bird"),
+    "exact_match": ("kite", ["bird", "kite"], "kites"),
     "medical_vqa": ("liver", "liver", "heart"),
     "numeric_answer": ("### 7", "7", "### 8"),
     "vqa_accuracy": ("kite", ["kite"] * 10, "bird"),

@@ -1,0 +1,474 @@
+"""Answer a data set with a checkpoint and score it: `python -m mmcoconut.evaluation --model … --dataset …`.
+
+Writes evaluation.json (one record) and predictions.jsonl (a line a row) into `--output_dir`. A run that was stopped
+goes on where it stopped; `accelerate launch -m mmcoconut.evaluation …` shares the rows among processes.
+
+Shapes: B rows of a batch, T tokens, D hidden, V vocabulary.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import set_seed
+from transformers.hf_argparser import HfArg
+
+from mmcoconut.arguments import RecipeError, read_arguments, read_recipe
+from mmcoconut.curriculum import align_rows
+from mmcoconut.data import load_examples, question_text
+from mmcoconut.data.images import open_images
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
+from mmcoconut.provenance import peak_memory_mb, provenance
+from mmcoconut.scoring import REFERENCES, default_metric, score
+from mmcoconut.statistics import bootstrap_mean
+
+
+logger = logging.getLogger("mmcoconut")
+
+SETTINGS_FILE = "settings.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+RECORD_FILE = "evaluation.json"
+PART = "predictions.part-{}.jsonl"
+RECIPE_FILE = "recipe.yaml"
+RESULTS_FILE = "results.json"
+# How an answer is found: written by `generate`, or the choice that the model thinks likeliest.
+SCORE_BY = ("generation", "likelihood", "likelihood_per_token")
+CHOICES = {"score_by": SCORE_BY, "metric": tuple(REFERENCES), "dtype": ("auto", "float32", "bfloat16", "float16")}
+# What a run's own recipe says where the command does not.
+FROM_RECIPE = ("dataset", "dataset_options", "max_new_tokens")
+# What does not change the answers, and may differ when an evaluation goes on.
+ABOUT_ONE_LAUNCH = ("output_dir", "overwrite", "recipe")
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated, on what, and how answers are scored."""
+
+    model: str | None = HfArg(default=None, help="Folder or Hub id of a trained checkpoint.")
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit of a checkpoint on the Hub.")
+    recipe: str | None = HfArg(default=None, help="Recipe that names the data; default: the one inside `model`.")
+    dataset: str | None = HfArg(default=None, help="A name in mmcoconut.data.DATASETS.")
+    dataset_options: dict | None = HfArg(default=None, help="Passed to the data set: --dataset_options.folder …")
+    split: str = HfArg(default="test", help="Split that is answered.")
+    max_samples: int | None = HfArg(default=None, help="Answer only so many rows.")
+    metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the data set's.")
+    score_by: str = HfArg(default="generation", help="Write answers, or choose the likeliest of a row's choices.")
+    num_latents: int | None = HfArg(default=None, help="Thoughts a question; default: the checkpoint's.")
+    max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
+    batch_size: int = HfArg(default=32, help="Rows answered at once in each process.")
+    dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
+    seed: int = HfArg(default=0, help="Of the bootstrap, and of sampling if the checkpoint samples.")
+    output_dir: str | None = HfArg(default=None, help="Default: outputs/evaluation/<model>-<dataset>-<split>.")
+    overwrite: bool = HfArg(default=False, help="Delete an earlier evaluation in output_dir.")
+
+
+def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
+    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run."""
+    options = {"revision": revision} if revision is not None else {}
+    model = MMCoconutForConditionalGeneration.from_pretrained(
+        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False, **options
+    )
+    processor = MMCoconutProcessor.from_pretrained(name, trust_remote_code=False, **options)
+    return model.to(device).eval(), processor
+
+
+def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
+    """How many of a row's new tokens it wrote: up to its first eos, that one included; what follows is padding.
+
+    >>> count_generated([5, 6, 0, 9, 9], [0]), count_generated([5, 6], [0])
+    (3, 2)
+    """
+    ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
+    return ends[0] + 1 if ends else len(tokens)
+
+
+class Answerer:
+    """A checkpoint that answers rows of `mmcoconut.data` in batches.
+
+    Args:
+        model, processor: of `load_checkpoint`.
+        num_latents: thoughts a question; None takes the checkpoint's.
+        max_new_tokens: longest text written.
+    """
+
+    def __init__(self, model, processor, *, num_latents: int | None = None, max_new_tokens: int = 64):
+        self.model, self.processor = model, processor
+        self.num_latents = processor.num_latents if num_latents is None else num_latents
+        self.max_new_tokens = max_new_tokens
+
+    def inputs(self, rows: Sequence[Mapping], questions: Sequence[str] | None = None):
+        """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width).
+
+        Raises:
+            ValueError: a prompt that leaves no room for `max_new_tokens` within the language model's positions.
+        """
+        images = [open_images(row) for row in rows]
+        batch = self.processor(
+            images=images if any(images) else None,
+            text=list(questions or map(question_text, rows)),
+            num_latents=self.num_latents,
+            return_tensors="pt",
+            padding=True,
+        )
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        lengths = batch["attention_mask"].sum(dim=1)  # (B,)
+        length, longest = int(lengths.max()), int(lengths.argmax())
+        if limit is not None and length + self.max_new_tokens > limit:
+            raise ValueError(
+                f"{rows[longest]['row_id']}: the prompt takes {length} tokens, images and {self.num_latents} latents "
+                f"included, and max_new_tokens is {self.max_new_tokens}, but the language model has {limit} "
+                "positions: lower max_new_tokens or num_latents, or leave the row out."
+            )
+        return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def decoder_passes(self, generated_tokens: int) -> int:
+        """Calls of the decoder, one after the other, that a row's answer needs: one a thought, one a token."""
+        fed_back = self.num_latents if self.model.config.thought_mode == "feedback" else 0
+        return fed_back + max(1, generated_tokens)
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Mapping], questions: Sequence[str] | None = None) -> list[dict]:
+        """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; greedily, in one batch."""
+        inputs = self.inputs(rows, questions)
+        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (B, up to max_new_tokens)
+        eos = self.model.generation_config.eos_token_id
+        counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in new_tokens]
+        texts = self.processor.tokenizer.batch_decode(
+            [row[:count] for row, count in zip(new_tokens, counts)], skip_special_tokens=True
+        )
+        return [
+            {
+                "output": text,
+                "answer": parse_answer(text),
+                "generated_tokens": count,
+                "decoder_passes": self.decoder_passes(count),
+            }
+            for text, count in zip(texts, counts)
+        ]
+
+    @torch.no_grad()
+    def choice_log_probs(self, row: Mapping) -> list[tuple[float, int]]:
+        """For each choice of a row: the log-probability of `### choice <eos>` after the thoughts, and its tokens.
+
+        Raises:
+            ValueError: a row without choices.
+        """
+        if not row["choices"]:
+            raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
+        inputs = self.inputs([row])
+        prompt = inputs.pop("input_ids")[0].tolist()
+        targets = [self.processor.encode_target([], choice) for choice in row["choices"]]
+        pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
+        batch = align_rows([prompt] * len(targets), targets, pad_id=pad_id, latent_id=latent_id)
+        inputs |= {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        if "pixel_values" in inputs:
+            pixels = inputs["pixel_values"]
+            inputs["pixel_values"] = pixels.repeat(len(targets), *[1] * (pixels.ndim - 1))
+        labels = nn.functional.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]  # (B, T)
+        hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
+        labelled = labels != -100
+        log_probs = self.model.lm_head(hidden[labelled]).float().log_softmax(dim=-1)  # (labelled, V)
+        of_labels = torch.zeros(labels.shape, device=log_probs.device)
+        of_labels[labelled] = log_probs.gather(1, labels[labelled][:, None])[:, 0]
+        return list(zip(of_labels.sum(dim=1).tolist(), labelled.sum(dim=1).tolist()))
+
+    def choose(self, rows: Sequence[Mapping], per_token: bool) -> list[dict]:
+        """As `answer`, with the likeliest choice of each row; `log_probs` holds what was compared."""
+        answers = []
+        for row in rows:
+            scores = [total / (count if per_token else 1) for total, count in self.choice_log_probs(row)]
+            best = row["choices"][scores.index(max(scores))]
+            answers.append(
+                {
+                    "output": f"### {best}",
+                    "answer": best,
+                    "generated_tokens": 0,
+                    "decoder_passes": self.decoder_passes(0),
+                    "log_probs": scores,
+                }
+            )
+        return answers
+
+
+def image_name(image: Mapping) -> str:
+    """The path of a picture, or, where it has none, the start of the SHA-256 of its bytes."""
+    return image["path"] or f"sha256:{hashlib.sha256(image['bytes']).hexdigest()[:16]}"
+
+
+def described(row: Mapping, answerer: Answerer) -> dict:
+    """What a line of predictions.jsonl repeats of its row."""
+    return {
+        "index": row["index"],
+        "row_id": row["row_id"],
+        "images": [image_name(image) for image in row["images"]],
+        "question": row["question"],
+        "choices": row["choices"],
+        "num_steps": len(row["steps"]),
+        "num_latents": answerer.num_latents,
+        "gold": row["answers"],
+    }
+
+
+def answered_rows(answerer: Answerer, batch: Sequence[Mapping], score_by: str) -> Iterator[dict]:
+    """The lines of predictions.jsonl for a batch, all but their scores; `seconds` is the batch's time by row."""
+    began = time.perf_counter()
+    if score_by == "generation":
+        answers = answerer.answer(batch)
+    else:
+        answers = answerer.choose(batch, per_token=score_by == "likelihood_per_token")
+    seconds = (time.perf_counter() - began) / len(batch)
+    for row, answer in zip(batch, answers):
+        yield {**described(row, answerer), **answer, "seconds": round(seconds, 6)}
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The complete lines of a JSON Lines file; a last line that was cut off in writing is left out."""
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def read_parts(folder: Path) -> dict[int, dict]:
+    """All rows that were answered, by index: of a finished evaluation, and of parts of any number of processes."""
+    files = [*folder.glob(PREDICTIONS_FILE), *sorted(folder.glob(PART.format("*")))]
+    return {line["index"]: line for file in files for line in read_lines(file)}
+
+
+def trim(file: Path) -> None:
+    """Cut off a last line that was not written to its end, so that the next one starts on a line of its own."""
+    if file.exists():
+        whole = file.read_bytes().rpartition(b"\n")
+        file.write_bytes(whole[0] + whole[1])
+
+
+def check_settings(folder: Path, settings: dict) -> None:
+    """The folder holds nothing, or parts of an evaluation with the same settings.
+
+    Raises:
+        ValueError: another evaluation, with each setting that differs.
+    """
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no evaluation: give another --output_dir.")
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(settings))
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if differing:
+        changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
+        raise ValueError(
+            f"{folder} holds an evaluation with other settings ({changes}): give --overwrite true to delete it, or "
+            "another --output_dir."
+        )
+
+
+def prepare_folder(folder: Path, settings: dict, *, overwrite: bool) -> None:
+    """A folder that belongs to this evaluation; the main process writes, the others wait."""
+    state = PartialState()
+    with state.main_process_first():
+        if state.is_main_process:
+            if overwrite and (folder / SETTINGS_FILE).exists():
+                shutil.rmtree(folder)
+            check_settings(folder, settings)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def answer_all(answerer: Answerer, rows, folder: Path, *, batch_size: int, score_by: str) -> list[dict]:
+    """The lines of all rows in order; each process answers its share of those that are missing in the folder."""
+    state = PartialState()
+    done = read_parts(folder)
+    state.wait_for_everyone()  # everyone has read before anyone writes
+    missing = [index for index in range(len(rows)) if index not in done]
+    if done:
+        logger.info("%d of %d rows were answered before", len(done), len(rows))
+    file = folder / PART.format(state.process_index)
+    trim(file)
+    with file.open("a", encoding="utf-8") as part, state.split_between_processes(missing) as mine:
+        for start in tqdm(range(0, len(mine), batch_size), unit="batch", disable=not state.is_main_process):
+            batch = [{**rows[index], "index": index} for index in mine[start : start + batch_size]]
+            for line in answered_rows(answerer, batch, score_by):
+                part.write(json.dumps(line, ensure_ascii=False) + "\n")
+            part.flush()
+    state.wait_for_everyone()
+    done = read_parts(folder)
+    return [done[index] for index in range(len(rows))]
+
+
+def add_scores(lines: list[dict], rows, metric: str) -> dict:
+    """Set `score` and `correct` of each line; the metric's other results."""
+    results = score(metric, [line["output"] for line in lines], [line["answer"] for line in lines], rows=rows)
+    for line, value in zip(lines, results.pop("scores"), strict=True):
+        line |= {"score": value, "correct": value == 1.0}
+    return {key: value for key, value in results.items() if not isinstance(value, list)}
+
+
+def mean_of(lines: Sequence[Mapping], key: str) -> float:
+    return sum(line[key] for line in lines) / len(lines)
+
+
+def accuracy_of(lines: Sequence[Mapping], seed: int) -> dict:
+    return bootstrap_mean([line["score"] for line in lines], seed=seed).asdict()
+
+
+def accuracy_by_steps(lines: Sequence[Mapping], seed: int) -> dict[str, dict]:
+    """Accuracy and number of the rows with equally many gold steps, which is how hard they are."""
+    groups = {}
+    for line in lines:
+        groups.setdefault(line["num_steps"], []).append(line)
+    return {str(steps): {**accuracy_of(group, seed), "n": len(group)} for steps, group in sorted(groups.items())}
+
+
+def trained_with(model: str) -> dict | None:
+    """How the checkpoint was trained, from the results.json beside its weights; None where there is none."""
+    file = Path(model, RESULTS_FILE)
+    if not file.exists():
+        return None
+    results = json.loads(file.read_text(encoding="utf-8"))
+    kept = ("mode", "seed", "train_steps", "train_seconds", "command", "commit", "versions", "machine")
+    return {key: results.get(key) for key in kept}
+
+
+def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dict:
+    """The one record of an evaluation."""
+    seed, seconds = settings["seed"], sum(line["seconds"] for line in lines)
+    return {
+        **{key: settings[key] for key in ("model", "revision", "dataset", "dataset_options", "split", "metric")},
+        "score_by": settings["score_by"],
+        "n": len(lines),
+        "accuracy": accuracy_of(lines, seed),
+        "metric_details": details,
+        "by_num_steps": accuracy_by_steps(lines, seed),
+        "generated_tokens": mean_of(lines, "generated_tokens"),
+        "num_latents": settings["num_latents"],
+        "decoder_passes": mean_of(lines, "decoder_passes"),
+        "seconds": round(seconds, 3),
+        "seconds_per_answer": round(seconds / len(lines), 6),
+        "peak_memory_mb": round(peak_memory_mb(model.device), 1),
+        "batch_size": settings["batch_size"],
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "seed": seed,
+        "processes": PartialState().num_processes,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "trained_with": trained_with(settings["model"]),
+        **provenance(model.device),
+    }
+
+
+def write_results(folder: Path, lines: list[dict], record: dict) -> None:
+    """predictions.jsonl in the rows' order in the place of the parts, and then the record."""
+    whole = folder / f"{PREDICTIONS_FILE}.new"
+    whole.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    whole.replace(folder / PREDICTIONS_FILE)
+    for part in folder.glob(PART.format("*")):
+        part.unlink()
+    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def parse_arguments(argv: list[str], cls=EvaluationArguments):
+    """Arguments of the command line, completed from the recipe named there or found beside the weights.
+
+    Raises:
+        RecipeError: every argument that is unknown, of the wrong type or missing.
+    """
+    arguments = read_arguments(argv, cls, f"python -m {cls.__module__} --model … --dataset … [--key value ...]")
+    problems = [
+        (name, getattr(arguments, name), f"choose one of {', '.join(choices)}")
+        for name, choices in CHOICES.items()
+        if getattr(arguments, name, None) not in (None, *choices)
+    ]
+    if arguments.model is None:
+        problems.append(("model", None, "name a checkpoint: its folder or Hub id"))
+    if problems:
+        raise RecipeError("command line", problems)
+    beside = Path(arguments.model, RECIPE_FILE)
+    if arguments.recipe is None and beside.is_file():
+        arguments.recipe = str(beside)
+    recipe = read_recipe(arguments.recipe) if arguments.recipe is not None else {}
+    if arguments.dataset not in (None, recipe.get("dataset")):
+        recipe = {}  # another data set has other options
+    for name in FROM_RECIPE:
+        given, default = getattr(arguments, name), recipe.get(name)
+        if name == "dataset_options":
+            setattr(arguments, name, {**(default or {}), **(given or {})})
+        elif given is None:
+            setattr(arguments, name, default)
+    if arguments.dataset is None:
+        raise RecipeError("command line", [("dataset", None, "name a data set, or a --recipe that does")])
+    arguments.max_new_tokens = arguments.max_new_tokens or 64
+    return arguments
+
+
+def read_rows(arguments):
+    """The rows to be answered."""
+    with PartialState().main_process_first():
+        rows = load_examples(arguments.dataset, split=arguments.split, **arguments.dataset_options)
+    count = len(rows) if arguments.max_samples is None else min(arguments.max_samples, len(rows))
+    return rows.select(range(count))
+
+
+def default_folder(arguments, room: str) -> Path:
+    model = Path(arguments.model.rstrip("/")).name
+    return Path("outputs", room, f"{model}-{arguments.dataset}-{arguments.split}")
+
+
+def settings_of(arguments, answerer: Answerer, rows) -> dict:
+    """All that the answers depend on."""
+    settings = {key: value for key, value in asdict(arguments).items() if key not in ABOUT_ONE_LAUNCH}
+    metric = arguments.metric or default_metric(arguments.dataset, rows[0])
+    return {**settings, "num_latents": answerer.num_latents, "metric": metric, "n": len(rows)}
+
+
+def summary(record: dict) -> str:
+    """The record as a few lines for the reader."""
+    accuracy = record["accuracy"]
+    lines = [
+        f"{record['metric']} on {record['n']} rows of {record['dataset']} ({record['split']}): "
+        f"{accuracy['mean']:.1%}, 95 % interval {accuracy['low']:.1%} to {accuracy['high']:.1%}",
+        f"{record['num_latents']} thoughts, {record['generated_tokens']:.1f} tokens and "
+        f"{record['decoder_passes']:.1f} decoder passes an answer; {record['seconds']:.1f} s in all",
+    ]
+    lines += [
+        f"  {steps} steps: {group['mean']:.1%} of {group['n']}" for steps, group in record["by_num_steps"].items()
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    state = PartialState()
+    set_seed(arguments.seed)
+    rows = read_rows(arguments)
+    model, processor = load_checkpoint(
+        arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
+    )
+    answerer = Answerer(model, processor, num_latents=arguments.num_latents, max_new_tokens=arguments.max_new_tokens)
+    settings = settings_of(arguments, answerer, rows)
+    folder = Path(arguments.output_dir or default_folder(arguments, "evaluation"))
+    prepare_folder(folder, settings, overwrite=arguments.overwrite)
+    lines = answer_all(answerer, rows, folder, batch_size=arguments.batch_size, score_by=arguments.score_by)
+    details = add_scores(lines, rows, settings["metric"])
+    record = record_of(lines, details, settings, model=model)
+    if state.is_main_process:
+        write_results(folder, lines, record)
+        print(summary(record))
+        print(f"written to {folder}")
+    state.wait_for_everyone()
+    return record
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What a figure was made with: machine, versions, the commit of the code, the command."""
+
+import datetime
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+import mmcoconut
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this code runs from, "+changes" behind it where files differ; None elsewhere."""
+    if not (ROOT / ".git").exists():
+        return None
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        status = [*git, "status", "--porcelain", "--untracked-files=no"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
+        return None
+    return f"{head}+changes" if changed else head
+
+
+def machine(device) -> str:
+    """Architecture, number of cores, threads in use and the device's name."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {name}"
+
+
+def versions() -> dict[str, str]:
+    return {
+        "mmcoconut": mmcoconut.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def peak_memory_mb(device) -> float:
+    """The most memory held so far: torch's on a CUDA device, the whole process's on the CPU. In MB (10⁶ bytes)."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def provenance(device) -> dict:
+    """What stands beside every figure: command, date, machine, versions, commit."""
+    return {
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(device),
+        "versions": versions(),
+        "commit": commit(),
+    }

@@ -1,0 +1,75 @@
+"""Which metric scores the answers to a data set, and the references it takes from the rows."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import evaluate
+
+import mmcoconut
+from mmcoconut.data import nearest
+
+
+def correct_choice(row: Mapping) -> dict:
+    """The row as `aokvqa_mc` takes it.
+
+    Raises:
+        ValueError: a row whose answer is none of its choices.
+    """
+    choices, answer = row["choices"], row["answers"][0]
+    if answer not in choices:
+        raise ValueError(
+            f"{row['row_id']}: the answer {answer!r} is none of the choices {choices}: take another metric than "
+            "aokvqa_mc, or correct the row."
+        )
+    return {"choices": choices, "correct_choice_idx": choices.index(answer)}
+
+
+# Metrics in metrics/, and the reference that each takes from a row.
+REFERENCES = {
+    # Rows have no mark of difficult questions: the loader leaves them out (skip_difficult).
+    "aokvqa_da": lambda row: {"direct_answers": row["answers"], "difficult_direct_answer": False},
+    "aokvqa_mc": correct_choice,
+    "exact_match": lambda row: row["answers"],
+    "medical_vqa": lambda row: row["answers"][0],
+    "numeric_answer": lambda row: row["answers"][0],
+    "vqa_accuracy": lambda row: row["answers"],
+}
+# These read the whole text that was written, not the answer after `###`.
+READ_WHOLE_TEXT = ("numeric_answer",)
+METRIC_OF_DATASET = {
+    "gsm8k_aug": "numeric_answer",
+    "path_vqa": "medical_vqa",
+    "vqa_rad": "medical_vqa",
+    "vqav2": "vqa_accuracy",
+}
+
+
+def default_metric(dataset: str, row: Mapping) -> str:
+    """The metric of a data set in `mmcoconut.data.DATASETS`, one of whose rows is given; most have `exact_match`."""
+    if dataset == "aokvqa":
+        return "aokvqa_mc" if row["choices"] else "aokvqa_da"
+    return METRIC_OF_DATASET.get(dataset, "exact_match")
+
+
+def metric_folder(name: str) -> Path:
+    """Where a metric's module lies: in the repository's metrics/, or in the installed package.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in REFERENCES:
+        raise ValueError(f"no metric is called {name!r}; {nearest(name, REFERENCES)}")
+    return next(folder for root in mmcoconut.__path__ if (folder := Path(root, "metrics", name)).is_dir())
+
+
+@functools.cache
+def load_metric(name: str) -> evaluate.EvaluationModule:
+    return evaluate.load(str(metric_folder(name)), keep_in_memory=True)
+
+
+def score(name: str, outputs: Sequence[str], answers: Sequence[str], *, rows: Sequence[Mapping]) -> dict:
+    """A metric's results for the texts written for rows and the answers in them, each (n,); among them `scores` (n,)."""
+    predictions = outputs if name in READ_WHOLE_TEXT else answers
+    references = [REFERENCES[name](row) for row in rows]
+    return load_metric(name).compute(predictions=list(predictions), references=references)
