@@ -1,7 +1,7 @@
 """Which metric scores the answers to a data set, and the references it takes from the rows."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import evaluate
@@ -68,8 +68,12 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
     return evaluate.load(str(metric_folder(name)), keep_in_memory=True)
 
 
+def references_of(name: str, rows: Iterable[Mapping]) -> list:
+    """What a metric takes as references; raises ValueError for a row that it cannot score."""
+    return [REFERENCES[name](row) for row in rows]
+
+
 def score(name: str, outputs: Sequence[str], answers: Sequence[str], *, rows: Sequence[Mapping]) -> dict:
-    """A metric's results for the texts written for rows and the answers in them, each (n,); among them `scores` (n,)."""
+    """A metric's results for the texts written for rows and the answers in them, each (n,); `scores` is (n,)."""
     predictions = outputs if name in READ_WHOLE_TEXT else answers
-    references = [REFERENCES[name](row) for row in rows]
-    return load_metric(name).compute(predictions=list(predictions), references=references)
+    return load_metric(name).compute(predictions=list(predictions), references=references_of(name, rows))

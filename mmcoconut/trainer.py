@@ -1,25 +1,17 @@
 """The library's Trainer with a curriculum: batches of the present stage, and evaluation by generating answers."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import Trainer
 
 from .curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+from .processing_mmcoconut import parse_answer
+from .scoring import score
 
 
 STAGE_FILE = "stage.json"
-
-
-def is_correct(answer: str, gold: Sequence[str]) -> bool:
-    """Exact equality with any gold answer, up to case and surrounding space; an empty answer is wrong.
-
-    >>> is_correct("Red ", ["red"]), is_correct("red or blue", ["red", "blue"]), is_correct("", ["red"])
-    (True, False, False)
-    """
-    return answer.strip().lower() in {text.strip().lower() for text in gold}
 
 
 def with_index(dataset):
@@ -30,23 +22,31 @@ def with_index(dataset):
 class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
-    Metrics: `accuracy` (exact match of the text after `###`), `generated_tokens` (mean of new tokens an answer, its
-    eos included), `loss` on the labelled tokens, `stage`, `num_latents`, `n`. The best model of stage s by accuracy is
+    Metrics: `accuracy` (the mean score of `metric`), `generated_tokens` (mean of new tokens an answer, its eos
+    included), `loss` on the labelled tokens, `stage`, `num_latents`, `n`. The best model of stage s by accuracy is
     kept in <output_dir>/stages/stage-s.
 
     Args:
+        metric: a name in mmcoconut.scoring.REFERENCES.
         reset_optimizer: see CurriculumCallback.
         data_collator: a CurriculumCollator, which brings processor and schedule.
         kwargs: of the library's Trainer.
     """
 
-    def __init__(self, *, data_collator: CurriculumCollator, reset_optimizer: bool = False, **kwargs):
+    def __init__(
+        self,
+        *,
+        data_collator: CurriculumCollator,
+        metric: str = "exact_match",
+        reset_optimizer: bool = False,
+        **kwargs,
+    ):
         kwargs.setdefault("processing_class", data_collator.processor)
         if kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"] = with_index(kwargs["train_dataset"])
         super().__init__(data_collator=data_collator, **kwargs)
         self.compute_metrics = self.score_answers
-        self.curriculum_collator = data_collator
+        self.curriculum_collator, self.metric = data_collator, metric
         self.add_callback(CurriculumCallback(data_collator, reset_optimizer=reset_optimizer))
 
     def prompt_dataloader(self, make, dataset):
@@ -82,13 +82,14 @@ class CurriculumTrainer(Trainer):
         processor, collator = self.processing_class, self.curriculum_collator
         tokens = torch.as_tensor(prediction.predictions)
         is_pad = (tokens == IGNORED) | (tokens == processor.tokenizer.pad_token_id)
-        answers = processor.decode_answers(tokens.masked_fill(is_pad, processor.tokenizer.pad_token_id))
-        gold = self.evaluated["answers"]
-        correct = [is_correct(answer, gold[index]) for answer, index in zip(answers, prediction.label_ids.tolist())]
+        tokens = tokens.masked_fill(is_pad, processor.tokenizer.pad_token_id)
+        texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        rows = self.evaluated.remove_columns("images").select(prediction.label_ids.tolist())
+        scores = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))["scores"]
         return {
-            "accuracy": sum(correct) / len(correct),
+            "accuracy": sum(scores) / len(scores),
             "generated_tokens": (~is_pad).sum(dim=1).float().mean().item(),
-            "n": len(correct),
+            "n": len(scores),
             "stage": collator.stage,
             "num_latents": collator.curriculum.num_latents(collator.stage),
         }
