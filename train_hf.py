@@ -3,28 +3,27 @@
 Read the recipe and the data, build model and processor, train through the curriculum, save, push, report.
 """
 
-import datetime
 import json
 import logging
-import platform
 import shutil
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmcoconut.arguments import parse_recipe, save_recipe
+from mmcoconut.compare import compare
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import drop_unreadable, load_examples, nearest, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.provenance import provenance
+from mmcoconut.scoring import default_metric, references_of
 from mmcoconut.smoke import smoke_arguments
 from mmcoconut.tokenizer import train_tokenizer
 from mmcoconut.trainer import CurriculumTrainer
@@ -168,12 +167,17 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
         max_length=getattr(model.config.text_config, "max_position_embeddings", None),
         max_new_tokens=data_args.max_new_tokens,
     )
+    metric = data_args.metric or default_metric(data_args.dataset, splits["eval"][0])
+    references_of(
+        metric, splits["eval"].remove_columns("images")
+    )  # fails now, not after a stage
     return CurriculumTrainer(
         model=model,
         args=run_args,
         data_collator=collator,
         train_dataset=splits.get("train"),
         eval_dataset=splits["eval"],
+        metric=metric,
         reset_optimizer=reset_optimizer,
     )
 
@@ -286,6 +290,7 @@ def write_card(trainer, data_args, results: dict) -> None:
         markers=processor.markers,
         max_new_tokens=data_args.max_new_tokens,
         dataset=data_args.dataset,
+        metric=results["metric"],
         results_table=markdown_table(results["stages"]),
     )
     card.save(Path(trainer.args.output_dir, "README.md"))
@@ -300,16 +305,14 @@ def save_results(trainer, *, arguments, test: dict, train_seconds: float, skippe
         "stages": stage_rows(trainer.state.log_history),
         "test": test,
         "seed": run_args.seed,
+        "metric": trainer.metric,
         "dtype": str(trainer.model.dtype).removeprefix("torch."),
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(sys.argv),
         "train_seconds": round(train_seconds, 1),
         "train_steps": trainer.state.global_step,
         "unreadable_images": skipped,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {trainer.args.device}",
         "processes": trainer.args.world_size,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **provenance(trainer.args.device),
     }
     if trainer.is_world_process_zero():
         Path(trainer.args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -326,9 +329,12 @@ def report(results: dict) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    arguments = parse_recipe(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse_recipe(argv)
     if arguments[-1].smoke_test:
         arguments = smoke_arguments(*arguments)
+    if arguments[-1].compare is not None:
+        return compare(*arguments, script=__file__, argv=argv)
     model_args, data_args, curriculum_args, run_args = arguments
     if run_args.do_train:
         prepare_output(run_args, arguments)

@@ -21,6 +21,7 @@ from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
 from mmcoconut.curriculum import MODES, THINKING_MODES
 from mmcoconut.data import DATASETS
 from mmcoconut.processing_mmcoconut import MARKERS
+from mmcoconut.scoring import REFERENCES
 
 
 logger = logging.get_logger(__name__)
@@ -28,17 +29,23 @@ logger = logging.get_logger(__name__)
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
+CHOICES |= {"metric": tuple(REFERENCES)}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "num_latents")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-AT_LEAST_1 += ("max_samples", "batch_size")
+AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs")
 LIMITS = dict.fromkeys(AT_LEAST_0, (0, math.inf)) | dict.fromkeys(AT_LEAST_1, (1, math.inf)) | {"uniform_prob": (0, 1)}
 REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
     "load_best_model_at_end": "accuracies of different stages do not compare; stages/ keeps the best of each",
     "fsdp": "ranks may run different numbers of decoder passes and would wait for each other: use DDP",
     "dataloader_persistent_workers": "workers that persist keep stage 0 for the whole run: remove this key",
+}
+# What a comparison does by itself, or what its runs would do to each other.
+NOT_COMPARED = {
+    "resume_from_checkpoint": "a comparison goes on by itself when it is called again: remove this key",
+    "push_to_hub": "the runs would overwrite each other on the Hub: remove this key, and push the run that you want",
 }
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 IN_A_CHECKPOINT = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
@@ -68,7 +75,7 @@ COCONUT_VISION = {"vision_model": "openai/clip-vit-base-patch32", "vision_model_
 # Saved under their new name, set by the launcher, or secret: a run's folder may be pushed.
 NOT_SAVED = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "hub_token")
 # About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
-NOT_SAVED += ("overwrite", "resume_from_checkpoint")
+NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compare_jobs")
 # What TrainingArguments makes of a field that was not given.
 NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_tokens_seen": "no"}
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
@@ -107,6 +114,7 @@ class DataArguments:
     max_train_samples: int | None = HfArg(default=None, help="Use only so many training examples.")
     max_eval_samples: int | None = HfArg(default=None, help="Use only so many evaluation examples.")
     unreadable_images: str = HfArg(default="error", help="`skip` leaves out examples whose image cannot be read.")
+    metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the data set's.")
     max_new_tokens: int = HfArg(default=64, help="Longest text generated in evaluation, in tokens.")
     eval_split: str = HfArg(default="validation", help="Split that is evaluated at the end of every stage.")
     test_split: str | None = HfArg(default=None, help="Split that is evaluated once, after training.")
@@ -138,6 +146,9 @@ class RunArguments(TrainingArguments):
     do_train: bool = HfArg(default=True, help="Train; false only evaluates.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false: the collator needs the images.")
     resume_from_checkpoint: bool | str | None = HfArg(default=None, help="Folder, or true: last one in output_dir.")
+    compare: str | list[str] | None = HfArg(default=None, help="Modes to train and compare: cot,no_cot,coconut ...")
+    seeds: int = HfArg(default=1, help="Runs of each compared mode, with the seeds seed, seed + 1, ...")
+    compare_jobs: int | None = HfArg(default=None, help="Compared runs at a time; default: what the devices allow.")
 
 
 CLASSES = (ModelArguments, DataArguments, CurriculumArguments, RunArguments)
@@ -177,6 +188,16 @@ class RecipeDumper(yaml.SafeDumper):
 
 for _class in (RecipeLoader, RecipeDumper):
     _class.add_implicit_resolver("tag:yaml.org,2002:float", YAML_1_2_FLOAT, list("-+.0123456789"))
+
+
+def compared_modes(compare: str | list[str] | None) -> list[str]:
+    """The modes that `compare` names, each once and in order.
+
+    >>> compared_modes("cot, coconut,cot"), compared_modes(["cot", "no_cot"]), compared_modes(None)
+    (['cot', 'coconut'], ['cot', 'no_cot'], [])
+    """
+    names = compare.split(",") if isinstance(compare, str) else compare or []
+    return list(dict.fromkeys(name.strip() for name in names))
 
 
 def _scalar(value):
@@ -319,9 +340,11 @@ def _conflicts(values: dict):
         yield "tokenizer", "train", "the embeddings of `text_model` belong to its own tokenizer: remove this key"
     if not values.get("do_train", True) and values["model"] is None and values["tokenizer"] == "train":
         yield "model", None, "with `do_train: false` there is nothing to evaluate: name a checkpoint"
-    for key in ("c_thought", "max_latent_stage") if values["mode"] in THINKING_MODES else ():
+    modes = compared_modes(values.get("compare")) or [values["mode"]]
+    thinking = [mode for mode in modes if mode in THINKING_MODES]
+    for key in ("c_thought", "max_latent_stage") if thinking else ():
         if values[key] == 0:
-            yield key, 0, f"`mode: {values['mode']}` would have no latents: set 1 or more, or `mode: no_thoughts`"
+            yield key, 0, f"`mode: {thinking[0]}` would have no latents: set 1 or more, or `mode: no_thoughts`"
     if values["dataset_options"].get("images_required") is False and values["dataset_options"].get("image_root"):
         yield "dataset_options.images_required", False, "no image would be read from `image_root`: keep one"
     for key in REFUSED:
@@ -330,6 +353,24 @@ def _conflicts(values: dict):
     for key in CHECKPOINTING:
         if isinstance(values.get(key), dict) and values[key].get("use_reentrant"):
             yield key, values[key], "re-entrant checkpointing cannot replay the latents' cache: use_reentrant: false"
+
+
+def _comparison(values: dict):
+    """What is wrong with `compare`, and what does not go with it or without it."""
+    compare = values.get("compare")
+    if compare is None:
+        for key in ("seeds", "compare_jobs"):
+            if values.get(key) not in (None, 1):
+                yield key, values[key], "only a comparison has several runs: set `compare` to its modes, or remove it"
+        return
+    for mode in compared_modes(compare) or [""]:
+        if mode not in MODES:
+            yield "compare", mode, f"choose from {', '.join(MODES)}{_nearest(mode, MODES)}"
+    for key in NOT_COMPARED:
+        if values.get(key):
+            yield key, values[key], NOT_COMPARED[key]
+    if not values.get("do_train", True):
+        yield "do_train", False, "a comparison trains every mode: remove this key"
 
 
 def _nested(values: dict):
@@ -367,7 +408,8 @@ def _build(values: dict, problems: list[tuple]) -> list:
     built = [cls(**part) for cls, part in zip(CLASSES[:-1], parts[:-1], strict=True)]
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
-    found = [*_conflicts(complete), *_nested(complete), *([] if values.get("smoke_test") else _missing(complete))]
+    found = [*_conflicts(complete), *_comparison(complete), *_nested(complete)]
+    found += [] if values.get("smoke_test") else _missing(complete)
     problems += [problem for problem in found if problem[0] not in wrong]
     if values.get("smoke_test") and not torch.cuda.is_available():
         parts[-1] |= {"bf16": False, "fp16": False}
@@ -533,12 +575,17 @@ def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, Curric
     return tuple(arguments)
 
 
-def save_recipe(path: str | os.PathLike, *arguments) -> None:
-    """Writes what `parse_recipe` returned as a recipe that gives the same again: all of ours, and of TrainingArguments
-    what differs from its defaults, without the Hub token."""
+def recipe_text(*arguments) -> str:
+    """What `parse_recipe` returned as a recipe that gives the same again: all of ours, and of TrainingArguments what
+    differs from its defaults, without the Hub token and what belongs to one launch."""
     sections = []
     for part in arguments:
         values = dataclasses.asdict(part) if not isinstance(part, RunArguments) else _run_values(part)
         sections.append(f"# {type(part).__name__}\n{yaml.dump(values, Dumper=RecipeDumper, sort_keys=False)}")
+    return "\n".join(sections)
+
+
+def save_recipe(path: str | os.PathLike, *arguments) -> None:
+    """Writes `recipe_text`, and the folder it goes to."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(sections), encoding="utf-8")
+    Path(path).write_text(recipe_text(*arguments), encoding="utf-8")

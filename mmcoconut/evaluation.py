@@ -9,7 +9,6 @@ Shapes: B rows of a batch, T tokens, D hidden, V vocabulary.
 import hashlib
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import set_seed
@@ -36,17 +36,20 @@ from mmcoconut.statistics import bootstrap_mean
 
 logger = logging.getLogger("mmcoconut")
 
-SETTINGS_FILE = "settings.json"
+SETTINGS_FILE = "evaluation_settings.json"
 PREDICTIONS_FILE = "predictions.jsonl"
+NEW_PREDICTIONS_FILE = "predictions.jsonl.new"
 RECORD_FILE = "evaluation.json"
 PART = "predictions.part-{}.jsonl"
+# All that an evaluation writes, and that `overwrite` deletes; its settings last, by which the folder is known.
+OWN_FILES = (RECORD_FILE, PREDICTIONS_FILE, NEW_PREDICTIONS_FILE, PART.format("*"), SETTINGS_FILE)
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
 # How an answer is found: written by `generate`, or the choice that the model thinks likeliest.
 SCORE_BY = ("generation", "likelihood", "likelihood_per_token")
 CHOICES = {"score_by": SCORE_BY, "metric": tuple(REFERENCES), "dtype": ("auto", "float32", "bfloat16", "float16")}
 # What a run's own recipe says where the command does not.
-FROM_RECIPE = ("dataset", "dataset_options", "max_new_tokens")
+FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens")
 # What does not change the answers, and may differ when an evaluation goes on.
 ABOUT_ONE_LAUNCH = ("output_dir", "overwrite", "recipe")
 
@@ -62,24 +65,33 @@ class EvaluationArguments:
     dataset_options: dict | None = HfArg(default=None, help="Passed to the data set: --dataset_options.folder …")
     split: str = HfArg(default="test", help="Split that is answered.")
     max_samples: int | None = HfArg(default=None, help="Answer only so many rows.")
-    metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the data set's.")
+    metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the recipe's, or the data set's.")
     score_by: str = HfArg(default="generation", help="Write answers, or choose the likeliest of a row's choices.")
     num_latents: int | None = HfArg(default=None, help="Thoughts a question; default: the checkpoint's.")
     max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
     batch_size: int = HfArg(default=32, help="Rows answered at once in each process.")
     dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
-    seed: int = HfArg(default=0, help="Of the bootstrap, and of sampling if the checkpoint samples.")
+    seed: int = HfArg(default=0, help="Of the bootstrap.")
     output_dir: str | None = HfArg(default=None, help="Default: outputs/evaluation/<model>-<dataset>-<split>.")
     overwrite: bool = HfArg(default=False, help="Delete an earlier evaluation in output_dir.")
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
-    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run."""
+    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run.
+
+    Raises:
+        ValueError: a checkpoint without some of the weights, which the library would draw at random.
+    """
     options = {"revision": revision} if revision is not None else {}
-    model = MMCoconutForConditionalGeneration.from_pretrained(
-        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), trust_remote_code=False, **options
+    options |= {"trust_remote_code": False}
+    model, info = MMCoconutForConditionalGeneration.from_pretrained(
+        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **options
     )
-    processor = MMCoconutProcessor.from_pretrained(name, trust_remote_code=False, **options)
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
+    processor = MMCoconutProcessor.from_pretrained(name, **options)
+    processor.tokenizer.padding_side = "left"  # which a saved tokenizer forgets, and without which batches go wrong
     return model.to(device).eval(), processor
 
 
@@ -100,35 +112,43 @@ class Answerer:
         model, processor: of `load_checkpoint`.
         num_latents: thoughts a question; None takes the checkpoint's.
         max_new_tokens: longest text written.
+        begin_with: text that every answer is made to begin with, such as "###" for an answer without written steps.
     """
 
-    def __init__(self, model, processor, *, num_latents: int | None = None, max_new_tokens: int = 64):
+    def __init__(
+        self, model, processor, *, num_latents: int | None = None, max_new_tokens: int = 64, begin_with: str = ""
+    ):
         self.model, self.processor = model, processor
         self.num_latents = processor.num_latents if num_latents is None else num_latents
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.begin_with = max_new_tokens, begin_with
 
-    def inputs(self, rows: Sequence[Mapping], questions: Sequence[str] | None = None):
+    def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
         """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width).
 
         Raises:
-            ValueError: a prompt that leaves no room for `max_new_tokens` within the language model's positions.
+            ValueError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
+                language model's positions.
         """
+        room = self.max_new_tokens if room is None else room
         images = [open_images(row) for row in rows]
         batch = self.processor(
             images=images if any(images) else None,
-            text=list(questions or map(question_text, rows)),
+            text=[question_text(row) for row in rows],
             num_latents=self.num_latents,
             return_tensors="pt",
             padding=True,
         )
+        begun = torch.tensor([self.processor.encode_text(self.begin_with)] * len(rows), dtype=torch.long)
+        batch["input_ids"] = torch.cat([batch["input_ids"], begun], dim=1)  # (B, T)
+        batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(begun)], dim=1)  # (B, T)
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         lengths = batch["attention_mask"].sum(dim=1)  # (B,)
         length, longest = int(lengths.max()), int(lengths.argmax())
-        if limit is not None and length + self.max_new_tokens > limit:
+        if limit is not None and length + room > limit:
             raise ValueError(
                 f"{rows[longest]['row_id']}: the prompt takes {length} tokens, images and {self.num_latents} latents "
-                f"included, and max_new_tokens is {self.max_new_tokens}, but the language model has {limit} "
-                "positions: lower max_new_tokens or num_latents, or leave the row out."
+                f"included, and {room} more may follow, but the language model has {limit} positions: lower "
+                "max_new_tokens or num_latents, or shorten the question."
             )
         return batch.to(self.model.device, dtype=self.model.dtype)
 
@@ -138,9 +158,9 @@ class Answerer:
         return fed_back + max(1, generated_tokens)
 
     @torch.no_grad()
-    def answer(self, rows: Sequence[Mapping], questions: Sequence[str] | None = None) -> list[dict]:
+    def answer(self, rows: Sequence[Mapping]) -> list[dict]:
         """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; greedily, in one batch."""
-        inputs = self.inputs(rows, questions)
+        inputs = self.inputs(rows)
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
         new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (B, up to max_new_tokens)
         eos = self.model.generation_config.eos_token_id
@@ -148,6 +168,7 @@ class Answerer:
         texts = self.processor.tokenizer.batch_decode(
             [row[:count] for row, count in zip(new_tokens, counts)], skip_special_tokens=True
         )
+        texts = [self.begin_with + text for text in texts]
         return [
             {
                 "output": text,
@@ -167,9 +188,9 @@ class Answerer:
         """
         if not row["choices"]:
             raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
-        inputs = self.inputs([row])
-        prompt = inputs.pop("input_ids")[0].tolist()
         targets = [self.processor.encode_target([], choice) for choice in row["choices"]]
+        inputs = self.inputs([row], room=max(map(len, targets)))
+        prompt = inputs.pop("input_ids")[0].tolist()
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
         batch = align_rows([prompt] * len(targets), targets, pad_id=pad_id, latent_id=latent_id)
         inputs |= {name: tensor.to(self.model.device) for name, tensor in batch.items()}
@@ -235,8 +256,9 @@ def answered_rows(answerer: Answerer, batch: Sequence[Mapping], score_by: str) -
 
 def read_lines(file: Path) -> list[dict]:
     """The complete lines of a JSON Lines file; a last line that was cut off in writing is left out."""
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    # Bytes: a line may end inside a character, and splitlines() also cuts at characters inside a JSON string.
+    lines = file.read_bytes().split(b"\n")[:-1]
+    return [json.loads(line) for line in lines]
 
 
 def read_parts(folder: Path) -> dict[int, dict]:
@@ -274,14 +296,22 @@ def check_settings(folder: Path, settings: dict) -> None:
         )
 
 
+def clear(folder: Path) -> None:
+    """Delete what an evaluation wrote into its folder, and nothing else."""
+    for name in OWN_FILES:
+        for file in folder.glob(name):
+            file.unlink()
+
+
 def prepare_folder(folder: Path, settings: dict, *, overwrite: bool) -> None:
     """A folder that belongs to this evaluation; the main process writes, the others wait."""
     state = PartialState()
     with state.main_process_first():
         if state.is_main_process:
             if overwrite and (folder / SETTINGS_FILE).exists():
-                shutil.rmtree(folder)
-            check_settings(folder, settings)
+                clear(folder)
+            else:
+                check_settings(folder, settings)
             folder.mkdir(parents=True, exist_ok=True)
             (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -294,9 +324,10 @@ def answer_all(answerer: Answerer, rows, folder: Path, *, batch_size: int, score
     missing = [index for index in range(len(rows)) if index not in done]
     if done:
         logger.info("%d of %d rows were answered before", len(done), len(rows))
+    mine = missing[state.process_index :: state.num_processes]
     file = folder / PART.format(state.process_index)
     trim(file)
-    with file.open("a", encoding="utf-8") as part, state.split_between_processes(missing) as mine:
+    with file.open("a", encoding="utf-8") as part:
         for start in tqdm(range(0, len(mine), batch_size), unit="batch", disable=not state.is_main_process):
             batch = [{**rows[index], "index": index} for index in mine[start : start + batch_size]]
             for line in answered_rows(answerer, batch, score_by):
@@ -307,9 +338,16 @@ def answer_all(answerer: Answerer, rows, folder: Path, *, batch_size: int, score
     return [done[index] for index in range(len(rows))]
 
 
+def check_references(rows, metric: str) -> None:
+    """Raise ValueError for a row that the metric cannot score: before the rows are answered, not after."""
+    nothing = [""] * len(rows)
+    score(metric, nothing, nothing, rows=rows.remove_columns("images"))
+
+
 def add_scores(lines: list[dict], rows, metric: str) -> dict:
     """Set `score` and `correct` of each line; the metric's other results."""
-    results = score(metric, [line["output"] for line in lines], [line["answer"] for line in lines], rows=rows)
+    outputs, answers = [line["output"] for line in lines], [line["answer"] for line in lines]
+    results = score(metric, outputs, answers, rows=rows.remove_columns("images"))
     for line, value in zip(lines, results.pop("scores"), strict=True):
         line |= {"score": value, "correct": value == 1.0}
     return {key: value for key, value in results.items() if not isinstance(value, list)}
@@ -369,7 +407,7 @@ def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dic
 
 def write_results(folder: Path, lines: list[dict], record: dict) -> None:
     """predictions.jsonl in the rows' order in the place of the parts, and then the record."""
-    whole = folder / f"{PREDICTIONS_FILE}.new"
+    whole = folder / NEW_PREDICTIONS_FILE
     whole.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     whole.replace(folder / PREDICTIONS_FILE)
     for part in folder.glob(PART.format("*")):
@@ -424,11 +462,41 @@ def default_folder(arguments, room: str) -> Path:
     return Path("outputs", room, f"{model}-{arguments.dataset}-{arguments.split}")
 
 
+def short_hash(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def hash_of_weights(model) -> str:
+    """Changes when the model is trained: of the first values of every parameter, which is quick for large ones too."""
+    return short_hash(
+        *(weight.detach().flatten()[:256].float().cpu().numpy().tobytes() for weight in model.parameters())
+    )
+
+
+def hash_of_rows(rows) -> str:
+    """Changes with what is asked: of all but the pictures."""
+    return short_hash(json.dumps(rows.remove_columns("images")[:]).encode())
+
+
 def settings_of(arguments, answerer: Answerer, rows) -> dict:
-    """All that the answers depend on."""
+    """All that the answers depend on; folders and files may have changed under the same name since."""
     settings = {key: value for key, value in asdict(arguments).items() if key not in ABOUT_ONE_LAUNCH}
-    metric = arguments.metric or default_metric(arguments.dataset, rows[0])
-    return {**settings, "num_latents": answerer.num_latents, "metric": metric, "n": len(rows)}
+    return {
+        **settings,
+        "num_latents": answerer.num_latents,
+        "metric": arguments.metric or default_metric(arguments.dataset, rows[0]),
+        "n": len(rows),
+        "weights": hash_of_weights(answerer.model),
+        "rows": hash_of_rows(rows),
+    }
+
+
+def finished_record(folder: Path, num_rows: int) -> dict | None:
+    """The record of an evaluation that is complete, with the machine and the date of the time when it ran."""
+    file = folder / RECORD_FILE
+    if not file.exists() or len(read_parts(folder)) < num_rows:
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def summary(record: dict) -> str:
@@ -446,10 +514,15 @@ def summary(record: dict) -> str:
     return "\n".join(lines)
 
 
+def join_processes() -> PartialState:
+    """The processes of `accelerate launch`, on the CPU too, where each would otherwise take itself for the only one."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
-    state = PartialState()
+    state = join_processes()
     set_seed(arguments.seed)
     rows = read_rows(arguments)
     model, processor = load_checkpoint(
@@ -457,13 +530,17 @@ def main(argv: list[str] | None = None) -> dict:
     )
     answerer = Answerer(model, processor, num_latents=arguments.num_latents, max_new_tokens=arguments.max_new_tokens)
     settings = settings_of(arguments, answerer, rows)
+    check_references(rows, settings["metric"])
     folder = Path(arguments.output_dir or default_folder(arguments, "evaluation"))
     prepare_folder(folder, settings, overwrite=arguments.overwrite)
-    lines = answer_all(answerer, rows, folder, batch_size=arguments.batch_size, score_by=arguments.score_by)
-    details = add_scores(lines, rows, settings["metric"])
-    record = record_of(lines, details, settings, model=model)
+    record = finished_record(folder, len(rows))
+    if record is None:
+        lines = answer_all(answerer, rows, folder, batch_size=arguments.batch_size, score_by=arguments.score_by)
+        details = add_scores(lines, rows, settings["metric"])
+        record = record_of(lines, details, settings, model=model)
+        if state.is_main_process:
+            write_results(folder, lines, record)
     if state.is_main_process:
-        write_results(folder, lines, record)
         print(summary(record))
         print(f"written to {folder}")
     state.wait_for_everyone()
@@ -472,3 +549,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

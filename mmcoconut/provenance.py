@@ -4,8 +4,10 @@ import datetime
 import os
 import platform
 import resource
+import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,10 +58,34 @@ def peak_memory_mb(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
+def without_tokens(words: Sequence[str]) -> list[str]:
+    """The words of a command line without secrets, since what they are written to may be pushed.
+
+    >>> without_tokens(["--hub_token", "hf_1", "--hub_token=hf_1", "--tokenizer", "train"])
+    ['--hub_token', 'hidden', '--hub_token=hidden', '--tokenizer', 'train']
+    """
+    shown = []
+    for before, word in zip(["", *words], words):
+        key, equals, _ = word.partition("=")
+        if before.startswith("--") and before.endswith("token") and not word.startswith("--"):
+            word = "hidden"
+        elif equals and key.startswith("--") and key.endswith("token"):
+            word = f"{key}=hidden"
+        shown.append(word)
+    return shown
+
+
+def command() -> str:
+    """What started this process, quoted as a shell needs it."""
+    spec = sys.modules["__main__"].__spec__  # of `python -m module`
+    program = [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name]
+    return shlex.join([*program, *without_tokens(sys.argv[1:])])
+
+
 def provenance(device) -> dict:
     """What stands beside every figure: command, date, machine, versions, commit."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "date": datetime.date.today().isoformat(),
         "machine": machine(device),
         "versions": versions(),

@@ -4,8 +4,6 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import evaluate
-
 import mmcoconut
 from mmcoconut.data import nearest
 
@@ -64,7 +62,10 @@ def metric_folder(name: str) -> Path:
 
 
 @functools.cache
-def load_metric(name: str) -> evaluate.EvaluationModule:
+def load_metric(name: str):
+    """The `evaluate.EvaluationModule` of a metric."""
+    import evaluate  # here, because it imports all of transformers' pipelines
+
     return evaluate.load(str(metric_folder(name)), keep_in_memory=True)
 
 

@@ -11,7 +11,21 @@ import numpy as np
 
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000
-BATCH = 1_000  # resamples drawn at a time; bounds the memory at BATCH · n indices
+MAX_DRAWN = 10_000_000  # numbers held at a time; bounds the memory
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 as text: `50.0 %`."""
+    return f"{100 * share:.1f} %"
+
+
+def points(difference: "Estimate") -> str:
+    """A difference of shares as text, in percentage points.
+
+    >>> points(Estimate(-0.5, -0.6, -0.4))
+    '-50.0 points [-60.0, -40.0]'
+    """
+    return f"{100 * difference.mean:+.1f} points [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
 
 
 @dataclass(frozen=True)
@@ -30,7 +44,7 @@ class Estimate:
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.mean:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]".replace("%", " %")
+        return f"{percent(self.mean)} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 def as_runs(scores) -> np.ndarray:
@@ -43,7 +57,8 @@ def as_runs(scores) -> np.ndarray:
         scores = np.atleast_2d(np.asarray(scores, dtype=float))
     except ValueError as error:
         raise ValueError(
-            f"The runs have different numbers of scores ({error}): evaluate all on the same rows."
+            f"The scores are no table of numbers ({error}): give each example a number, and evaluate all runs "
+            "on the same rows."
         ) from None
     if scores.ndim != 2 or scores.size == 0:
         raise ValueError(f"Scores of shape {scores.shape} have no mean: give (examples,) or (runs, examples).")
@@ -53,15 +68,20 @@ def as_runs(scores) -> np.ndarray:
 
 
 def resampled_means(scores: np.ndarray, seed: int) -> np.ndarray:
-    """Means (NUM_RESAMPLES,) of (S, n) with runs and examples drawn anew; an example is drawn for all runs at once."""
+    """Means (NUM_RESAMPLES,) of (S, n) with runs and examples drawn anew; an example is drawn for all runs at once.
+
+    Examples with the same scores are drawn together, m kinds of them: with 0 and 1 there are at most 2^S.
+    """
     rng = np.random.default_rng(seed)
     num_runs, num_examples = scores.shape
-    means = []
-    for _ in range(NUM_RESAMPLES // BATCH):
-        # How often each run and each example is drawn; the mean is then a product of the two, not a copy of the table.
-        runs = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=BATCH)  # (BATCH, S)
-        examples = rng.multinomial(num_examples, np.full(num_examples, 1 / num_examples), size=BATCH)  # (BATCH, n)
-        means.append(((runs @ scores) * examples).sum(axis=1) / scores.size)  # (BATCH,)
+    kinds, counts = np.unique(scores, axis=1, return_counts=True)  # (S, m), (m,)
+    means, at_once = [], max(1, MAX_DRAWN // counts.size)
+    for start in range(0, NUM_RESAMPLES, at_once):
+        size = min(at_once, NUM_RESAMPLES - start)
+        # How often each run and each kind is drawn; the mean is then a product of the two, not a copy of the table.
+        runs = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=size)  # (size, S)
+        examples = rng.multinomial(num_examples, counts / num_examples, size=size)  # (size, m)
+        means.append(((runs @ kinds) * examples).sum(axis=1) / scores.size)  # (size,)
     return np.concatenate(means)
 
 
@@ -78,8 +98,16 @@ def bootstrap_runs(scores, *, seed: int = 0, low: float = 0.0, high: float = 1.0
     """The mean of scores (S, n) between `low` and `high`, and the percentile interval over runs and examples.
 
     Where all scores are equal a resample could not differ, so the interval is that of `exact_bound` for one run.
+
+    Raises:
+        ValueError: a score outside the range; see also `as_runs`.
     """
     scores = as_runs(scores)
+    if scores.min() < low or scores.max() > high:
+        raise ValueError(
+            f"Scores from {scores.min():g} to {scores.max():g} do not lie between {low:g} and {high:g}: give shares, "
+            "not percent."
+        )
     mean = float(scores.mean())
     if (scores == scores.flat[0]).all():
         bound = exact_bound(scores.shape[1]) * (high - low)

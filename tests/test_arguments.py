@@ -11,6 +11,7 @@ from mmcoconut.arguments import (
     CLASSES,
     RecipeError,
     RunArguments,
+    compared_modes,
     parse_recipe,
     save_recipe,
     translate_coconut_keys,
@@ -264,6 +265,23 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("load_best_model_at_end: true", "load_best_model_at_end", True, "stages/ keeps the best of each"),
         ("fsdp: full_shard", "fsdp", "full_shard", "use DDP"),
         ("do_train: false", "model", None, "nothing to evaluate: name a checkpoint"),
+        ("compare: cot,coconot", "compare", "coconot", "did you mean `coconut`?"),
+        ("compare: [cot, nocot]", "compare", "nocot", "did you mean `no_cot`?"),
+        ("compare: []", "compare", "", "choose from coconut, cot, no_cot, no_thoughts, pause"),
+        ("compare: 3", "compare", 3, "expected str | list[str] | None"),
+        ("{compare: cot, seeds: 0}", "seeds", 0, "between 1 and inf"),
+        ("{compare: cot, compare_jobs: 0}", "compare_jobs", 0, "between 1 and inf"),
+        ("seeds: 3", "seeds", 3, "set `compare` to its modes"),
+        ("compare_jobs: 2", "compare_jobs", 2, "set `compare` to its modes"),
+        ("{compare: cot, push_to_hub: true}", "push_to_hub", True, "overwrite each other on the Hub"),
+        ("{compare: cot, resume_from_checkpoint: true}", "resume_from_checkpoint", True, "goes on by itself"),
+        (
+            "{compare: cot, model: a/b, vision_config: null, text_config: null, tokenizer: null, do_train: false}",
+            "do_train",
+            False,
+            "a comparison trains every mode",
+        ),
+        ("{compare: 'cot, pause', c_thought: 0}", "c_thought", 0, "`mode: pause` would have no latents"),
         (
             "vision_config: {model_type: clip_vision_model, num_hiden_layers: 3}",
             "vision_config.num_hiden_layers",
@@ -329,6 +347,17 @@ def test_controls_without_latents_may_have_no_latent_stage(recipe):
     for mode in ("cot", "no_cot", "no_thoughts"):
         words = ["--mode", mode, "--max_latent_stage", "0", "--c_thought", "0"]
         assert parse_recipe([recipe(SCRATCH), *words])[2].max_latent_stage == 0
+
+
+def test_compared_controls_without_latents_may_have_no_latent_stage(recipe):
+    words = ["--compare", "cot,no_thoughts", "--max_latent_stage", "0", "--seeds", "3"]
+    run = parse_recipe([recipe(SCRATCH), *words])[3]
+    assert (compared_modes(run.compare), run.seeds, run.compare_jobs) == (["cot", "no_thoughts"], 3, None)
+
+
+def test_compared_modes_are_a_list_or_words_with_commas(recipe):
+    for words in (["--compare=cot,coconut"], ["--compare=[cot, coconut]"], ["--compare", "cot", "coconut"]):
+        assert compared_modes(parse_recipe([recipe(SCRATCH), *words])[3].compare) == ["cot", "coconut"]
 
 
 def test_all_problems_are_listed_at_once(recipe):
@@ -540,6 +569,13 @@ def test_a_saved_recipe_does_not_delete_or_resume_the_run_it_came_from(recipe, t
     save_recipe(tmp_path / "recipe.yaml", *parse_recipe([recipe(SCRATCH), *words]))
     run = parse_recipe([str(tmp_path / "recipe.yaml")])[3]
     assert (run.overwrite, run.resume_from_checkpoint) == (False, None)
+
+
+def test_a_saved_recipe_is_one_run_of_a_comparison(recipe, tmp_path):
+    words = ["--compare", "cot,coconut", "--seeds", "2", "--compare_jobs", "2"]
+    save_recipe(tmp_path / "recipe.yaml", *parse_recipe([recipe(SCRATCH), *words]))
+    run = parse_recipe([str(tmp_path / "recipe.yaml")])[3]
+    assert (run.compare, run.seeds, run.compare_jobs) == (None, 1, None)
 
 
 def test_help_names_every_field_of_ours(capsys):

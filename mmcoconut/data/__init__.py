@@ -19,6 +19,7 @@ DATASETS = {
     "aokvqa": "mmcoconut.data.aokvqa",
     "arrow_mazes": "mmcoconut.data.arrow_mazes",
     "flickr30k": "mmcoconut.data.flickr30k",
+    "graph_paths": "mmcoconut.data.graph_paths",
     "gsm8k_aug": "mmcoconut.data.gsm8k_aug",
     "json_steps": "mmcoconut.data.json_steps",
     "llava_instruct": "mmcoconut.data.llava_instruct",

@@ -1,0 +1,600 @@
+"""Compare modes: train each with each seed on the same rows, order and updates, evaluate each, write one table.
+
+`python train_hf.py recipe.yaml --compare cot,no_cot,coconut --seeds 3` makes below the recipe's output_dir
+
+    coconut-seed1/              a run of train_hf.py like any other, and in evaluation/ what mmcoconut.evaluation wrote
+    coconut-seed1.yaml, .log    the recipe it was started with, and what it printed
+    compare.json, .md, .png     the table, as figures, for a README and as a picture
+
+Called again, it repeats only what is not finished. Shapes: S runs of a mode, one a seed; n examples.
+"""
+
+import copy
+import json
+import os
+import queue
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
+
+from .arguments import compared_modes, recipe_text
+from .scoring import score
+from .statistics import Estimate, bootstrap_difference, bootstrap_runs
+
+
+BASELINE = "coconut"
+RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
+# One process each, whatever `accelerate config` says of this machine.
+LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1")
+LAUNCH += ("--gpu_ids", "all", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
+LOG_LINES = 8
+STOPPED = -signal.SIGTERM
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker: a mode has the same in every plot.
+STYLES = {
+    "coconut": {"color": "#0072B2", "marker": "o"},
+    "cot": {"color": "#000000", "marker": "v"},
+    "no_cot": {"color": "#D55E00", "marker": "s"},
+    "no_thoughts": {"color": "#009E73", "marker": "^"},
+    "pause": {"color": "#CC79A7", "marker": "D"},
+}
+
+
+class ComparisonError(RuntimeError):
+    """Runs that failed, with the end of what each printed."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One mode with one seed: its folder, and the recipe that makes it."""
+
+    mode: str
+    seed: int
+    folder: Path
+    recipe: str
+
+    def __str__(self) -> str:
+        return f"{self.mode} seed {self.seed}"
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.yaml")
+
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation"
+
+    @property
+    def is_trained(self) -> bool:
+        return (self.folder / RESULTS_FILE).exists()
+
+    @property
+    def is_evaluated(self) -> bool:
+        return self.is_trained and (self.evaluation / "evaluation.json").exists()
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint that training can go on from exactly; its state is the last file to be written."""
+        found = [path.parent for path in self.folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+        whole = [path for path in found if (path / OPTIMIZER_NAME).exists()]
+        return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run left: results.json, evaluation.json, and its predictions by index."""
+
+    run: Run
+    results: dict
+    evaluation: dict
+    predictions: list[dict]
+
+    @cached_property
+    def rows(self) -> list[tuple]:
+        """What the run was asked; equal in all runs of a comparison."""
+        return [(row["index"], row["row_id"], row["num_steps"]) for row in self.predictions]
+
+    @cached_property
+    def scores(self) -> list[float]:
+        return [row["score"] for row in self.predictions]
+
+
+def plan_runs(model_args, data_args, curriculum_args, run_args) -> list[Run]:
+    """Every mode with every seed, one seed after the other; the runs differ in mode, seed and folder."""
+    runs = []
+    for seed in range(run_args.seed, run_args.seed + run_args.seeds):
+        for mode in compared_modes(run_args.compare):
+            name = f"{mode}-seed{seed}"
+            own = copy.copy(run_args)  # not dataclasses.replace, which would set up the device again
+            own.seed, own.output_dir = seed, str(Path(run_args.output_dir, name))
+            own.run_name = "-".join(filter(None, [run_args.run_name, name]))
+            own.disable_tqdm, own.smoke_test = True, False
+            recipe = recipe_text(model_args, data_args, replace(curriculum_args, mode=mode), own)
+            runs.append(Run(mode, seed, Path(own.output_dir), recipe))
+    return runs
+
+
+def evaluation_options(data_args, run_args) -> list[str]:
+    """What `mmcoconut.evaluation` is told of the recipe beside the recipe itself."""
+    options = {
+        "split": data_args.test_split or data_args.eval_split,
+        "max_samples": data_args.max_eval_samples,
+        "batch_size": run_args.per_device_eval_batch_size,
+    }
+    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+def differences(run: Run) -> list[str]:
+    """The keys in which the recipe of an earlier run in this folder differs, with both values."""
+    file = run.folder / RECIPE_FILE
+    earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+    wanted = yaml.safe_load(run.recipe)
+    keys = [key for key in wanted | earlier if earlier.get(key, ...) != wanted.get(key, ...)]
+    return [f"{key}: {earlier.get(key, 'not set')!r} there, {wanted.get(key, 'not set')!r} now" for key in keys]
+
+
+def check_folders(runs: list[Run]) -> None:
+    """Refuse to mix runs of two recipes in one table; what has not reached a checkpoint may go.
+
+    Raises:
+        ValueError: names the differing keys, both values and the runs.
+    """
+    folder = runs[0].folder.parent
+    if (folder / RECIPE_FILE).exists():
+        raise ValueError(f"{folder} is the folder of a single run: give a comparison another --output_dir.")
+    found = {}
+    for run in runs:
+        for difference in differences(run) if run.is_trained or run.checkpoint else ():
+            found.setdefault(difference, []).append(run.folder.name)
+    if found:
+        lines = [f"{difference} ({', '.join(names)})" for difference, names in found.items()]
+        raise ValueError(
+            "\n  - ".join([f"{folder} holds runs of another recipe:", *lines])
+            + "\nGive --overwrite true to delete and repeat them, or another --output_dir."
+        )
+
+
+def clear(runs: list[Run]) -> None:
+    """Delete earlier runs, and nothing that is no run."""
+    for run in runs:
+        if (run.folder / RECIPE_FILE).exists():
+            shutil.rmtree(run.folder)
+        run.log.unlink(missing_ok=True)
+
+
+def visible_devices(device) -> list[str]:
+    """The CUDA devices a run may have to itself, as CUDA_VISIBLE_DEVICES names them; elsewhere one that names none."""
+    if device.type != "cuda":
+        return [""]
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return named if named != [""] else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def share_machine(run_args, num_runs: int) -> tuple[list[str], int]:
+    """A device for each run that goes on at a time, and the threads that each of these has."""
+    devices, cores = visible_devices(run_args.device), torch.get_num_threads()
+    at_a_time = min(num_runs, cores) if run_args.device.type == "cpu" else len(devices)
+    jobs = min(num_runs, run_args.compare_jobs or at_a_time)
+    return [devices[job % len(devices)] for job in range(jobs)], max(1, cores // jobs)
+
+
+@contextmanager
+def terminated_as_interrupted():
+    """SIGTERM, and SIGHUP unless it is ignored as under nohup, end the comparison the way Ctrl-C does."""
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Jobs:
+    """Takes runs through training and evaluation, each in processes of its own, one a device at a time.
+
+    Args:
+        script: path of train_hf.py.
+        options: of the evaluations.
+        devices: CUDA_VISIBLE_DEVICES of each run that goes on at a time.
+        threads: of each run.
+    """
+
+    def __init__(self, script: str, *, options: list[str], devices: list[str], threads: int):
+        self.script, self.options, self.threads = script, options, threads
+        self.free_devices: queue.SimpleQueue = queue.SimpleQueue()
+        for device in devices:
+            self.free_devices.put(device)
+        self.num_jobs = len(devices)
+        self.lock = threading.Lock()
+        self.processes: set[subprocess.Popen] = set()
+        self.stopped = False
+        self.num_done = self.num_runs = 0
+
+    def train_command(self, run: Run) -> list[str]:
+        checkpoint = run.checkpoint
+        start = ["--overwrite", "true"] if checkpoint is None else ["--resume_from_checkpoint", str(checkpoint)]
+        threads = ["--num_cpu_threads_per_process", str(self.threads)]
+        return [sys.executable, *LAUNCH, *threads, self.script, str(run.recipe_file), *start]
+
+    def evaluation_command(self, run: Run) -> list[str]:
+        command = [sys.executable, "-m", "mmcoconut.evaluation", "--model", str(run.folder)]
+        command += ["--recipe", str(run.folder / RECIPE_FILE), "--output_dir", str(run.evaluation)]
+        return [*command, *self.options]
+
+    def environment(self, device: str) -> dict[str, str]:
+        """This process's own, with the run's device and threads, and the package that is running now."""
+        paths = [str(Path(self.script).parent), os.environ.get("PYTHONPATH")]
+        values = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(self.threads)}
+        return os.environ | values | {"CUDA_VISIBLE_DEVICES": device}
+
+    def call(self, command: list[str], *, run: Run, device: str) -> None:
+        """Run a command to its end, its words in the run's log; CalledProcessError if it failed."""
+        with run.log.open("a", encoding="utf-8") as log:
+            log.write(f"$ {shlex.join(command)}\n")
+            log.flush()
+            with self.lock:
+                if self.stopped:
+                    raise subprocess.CalledProcessError(STOPPED, command)
+                # A session of its own, so that `stop` reaches the launcher's children too.
+                options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+                process = subprocess.Popen(command, env=self.environment(device), **options)
+                self.processes.add(process)
+            status = process.wait()
+        with self.lock:
+            self.processes.discard(process)
+        if status != 0:
+            raise subprocess.CalledProcessError(status, command)
+
+    def stop(self) -> None:
+        """End everything that is running, and start nothing more."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                with suppress(ProcessLookupError):  # it ended at this moment
+                    os.killpg(process.pid, signal.SIGTERM)
+
+    def say(self, run: Run, what: str, *, done: int = 0) -> None:
+        """A line for a run whose state changed, with the number of runs that are done after it."""
+        with self.lock:
+            self.num_done += done
+            if not self.stopped:
+                print(f"{run}: {what} ({self.num_done} of {self.num_runs} runs done)", flush=True)
+
+    def finish(self, run: Run) -> None:
+        """Train and evaluate a run where that is not done yet."""
+        device = self.free_devices.get()
+        try:
+            if not run.is_trained:
+                self.say(run, "training …" if run.checkpoint is None else f"training on from {run.checkpoint.name} …")
+                shutil.rmtree(run.evaluation, ignore_errors=True)  # it belongs to the weights that are replaced now
+                run.recipe_file.write_text(run.recipe, encoding="utf-8")
+                self.call(self.train_command(run), run=run, device=device)
+            self.say(run, "evaluating …")
+            self.call(self.evaluation_command(run), run=run, device=device)
+            self.say(run, "done", done=1)
+        finally:
+            self.free_devices.put(device)
+
+    def finish_all(self, runs: list[Run]) -> dict[Run, int]:
+        """Finish every run; those that failed, with their exit status. Ctrl-C stops them all."""
+        waiting = [run for run in runs if not run.is_evaluated]
+        self.num_runs, self.num_done = len(runs), len(runs) - len(waiting)
+        failed = {}
+        with terminated_as_interrupted(), ThreadPoolExecutor(self.num_jobs) as executor:
+            futures = {executor.submit(self.finish, run): run for run in waiting}
+            try:
+                for future in as_completed(futures):
+                    try:
+                        future.result()
+                    except subprocess.CalledProcessError as error:
+                        failed[futures[future]] = error.returncode
+                        self.say(futures[future], f"failed, see {futures[future].log}")
+            except BaseException:
+                self.stop()
+                executor.shutdown(cancel_futures=True)
+                raise
+        return failed
+
+
+def check_finished(failed: dict[Run, int], num_runs: int) -> None:
+    """Name the runs that failed, and show how the log of each ends."""
+    if not failed:
+        return
+    message = [f"{len(failed)} of {num_runs} runs failed. The same command repeats only these; the others are kept."]
+    for run, status in failed.items():
+        lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+        message += [f"{run} ended with status {status}; {run.log} ends with", *(f"    {line}" for line in lines)]
+    raise ComparisonError("\n".join(message))
+
+
+def read_outcome(run: Run) -> Outcome:
+    lines = (run.evaluation / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return Outcome(
+        run=run,
+        results=json.loads((run.folder / RESULTS_FILE).read_text(encoding="utf-8")),
+        evaluation=json.loads((run.evaluation / "evaluation.json").read_text(encoding="utf-8")),
+        predictions=sorted(map(json.loads, lines), key=lambda row: row["index"]),
+    )
+
+
+def check_matched(outcomes: list[Outcome]) -> None:
+    """Raise ValueError unless all runs made as many updates and answered the same rows."""
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        steps = first.results["train_steps"], other.results["train_steps"]
+        if steps[0] != steps[1]:
+            raise ValueError(
+                f"{first.run} made {steps[0]} updates and {other.run} made {steps[1]}, so they do not compare: did "
+                "the training data change between them? Repeat the comparison with --overwrite true."
+            )
+        if first.rows != other.rows:
+            unpaired = sorted({*first.rows} ^ {*other.rows}, key=str)
+            raise ValueError(
+                f"{first.run} was evaluated on {len(first.rows)} rows and {other.run} on {len(other.rows)}; "
+                f"{len(unpaired)} of them are not the same, such as {unpaired[0]}: did the data change between them? "
+                f"Delete {first.run.evaluation} and {other.run.evaluation}, and repeat the command."
+            )
+
+
+def commonest_answer(outcome: Outcome) -> dict:
+    """The gold answer of most rows, and the accuracy of always giving it."""
+    rows = [{**row, "answers": row["gold"]} for row in outcome.predictions]
+    answer = Counter(answer for row in rows for answer in dict.fromkeys(row["answers"])).most_common(1)[0][0]
+    always = [answer] * len(rows)
+    scores = score(outcome.evaluation["metric"], always, always, rows=rows)["scores"]
+    return {"answer": answer, "accuracy": float(np.mean(scores))}
+
+
+def training_seconds(outcomes: list[Outcome]) -> float | None:
+    """Mean over runs; None if each was resumed, since a resumed run only knows the time after it."""
+    whole = [outcome for outcome in outcomes if "--resume_from_checkpoint" not in outcome.results["command"]]
+    return float(np.mean([outcome.results["train_seconds"] for outcome in whole])) if whole else None
+
+
+def mode_record(outcomes: list[Outcome], baseline: list[Outcome] | None) -> dict:
+    """All figures of a mode, from its runs; `baseline` holds those of coconut with the same seeds."""
+    scores = np.array([outcome.scores for outcome in outcomes])  # (S, n)
+    num_steps = np.array([row["num_steps"] for row in outcomes[0].predictions])  # (n,)
+    groups = {str(number): scores[:, num_steps == number] for number in np.unique(num_steps)}
+    by_steps = {number: {**bootstrap_runs(group).asdict(), "n": group.shape[1]} for number, group in groups.items()}
+    record = {
+        "mode": outcomes[0].run.mode,
+        "accuracy": bootstrap_runs(scores).asdict(),
+        "accuracy_by_seed": {str(outcome.run.seed): float(np.mean(outcome.scores)) for outcome in outcomes},
+        "difference_to_coconut": None,
+        "by_num_steps": by_steps,
+        "train_steps": outcomes[0].results["train_steps"],
+        "train_seconds": training_seconds(outcomes),
+        "parameters": outcomes[0].results["parameters"],
+    }
+    if baseline is not None and record["mode"] != BASELINE:
+        base = [outcome.scores for outcome in baseline]
+        record["difference_to_coconut"] = bootstrap_difference(scores, base).asdict()
+    for key in ("generated_tokens", "num_latents", "decoder_passes", "seconds_per_answer", "peak_memory_mb"):
+        record[key] = float(np.mean([outcome.evaluation[key] for outcome in outcomes]))
+    return record
+
+
+def distinct(values) -> list:
+    """The different values, in order; one, where all runs were made alike."""
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(value) for value in values)]
+
+
+def shared_recipe(run: Run) -> dict:
+    """What all runs have in common."""
+    own = ("mode", "seed", "output_dir", "run_name")
+    return {key: value for key, value in yaml.safe_load(run.recipe).items() if key not in own}
+
+
+def summarise(outcomes: list[Outcome], *, command: str, jobs: int, threads: int) -> dict:
+    """compare.json: a record a mode, in the order given, and what the figures were made with."""
+    by_mode: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_mode.setdefault(outcome.run.mode, []).append(outcome)
+    evaluations = [outcome.evaluation for outcome in outcomes]
+    return {
+        "modes": [mode_record(some, by_mode.get(BASELINE)) for some in by_mode.values()],
+        "commonest_answer": commonest_answer(outcomes[0]),
+        **{key: evaluations[0][key] for key in ("dataset", "split", "metric", "n")},
+        "seeds": distinct(outcome.run.seed for outcome in outcomes),
+        "command": command,
+        "date": max(outcome.results["date"] for outcome in outcomes),
+        "machine": distinct(outcome.results["machine"] for outcome in outcomes),
+        "evaluation_machine": distinct(evaluation["machine"] for evaluation in evaluations),
+        "runs_at_a_time": jobs,
+        "threads": threads,
+        "versions": distinct(
+            part["versions"] for outcome in outcomes for part in (outcome.results, outcome.evaluation)
+        ),
+        "commit": distinct(part["commit"] for outcome in outcomes for part in (outcome.results, outcome.evaluation)),
+        "recipe": shared_recipe(outcomes[0].run),
+    }
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+
+
+def points(difference: dict | None) -> str:
+    """A difference and its interval in percentage points."""
+    if difference is None:
+        return ""
+    mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def main_table(records: list[dict]) -> str:
+    header = ["mode", "accuracy", "by seed, %", "against `coconut`, points", "tokens written", "thoughts"]
+    header += ["decoder passes", "s an answer", "updates", "s of training"]
+    rows = []
+    for record in records:
+        seconds = record["train_seconds"]
+        rows.append(
+            [
+                f"`{record['mode']}`",
+                str(Estimate(**record["accuracy"])),
+                " / ".join(f"{100 * accuracy:.1f}" for accuracy in record["accuracy_by_seed"].values()),
+                points(record["difference_to_coconut"]),
+                f"{record['generated_tokens']:.1f}",
+                f"{record['num_latents']:g}",
+                f"{record['decoder_passes']:.1f}",
+                f"{record['seconds_per_answer']:.4f}",
+                str(record["train_steps"]),
+                "resumed" if seconds is None else f"{seconds:.1f}",
+            ]
+        )
+    return table(header, rows)
+
+
+def steps_table(records: list[dict]) -> str:
+    groups = records[0]["by_num_steps"]
+    header = ["accuracy by written steps of a row", *(f"{steps} (n = {groups[steps]['n']})" for steps in groups)]
+    rows = []
+    for record in records:
+        estimates = [Estimate(group["mean"], group["low"], group["high"]) for group in record["by_num_steps"].values()]
+        rows.append([f"`{record['mode']}`", *map(str, estimates)])
+    return table(header, rows)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def listed(values) -> str:
+    """Different values in one line; mappings as `torch 2.13.0, …`."""
+    parts = [
+        ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+        for value in values
+    ]
+    return "; ".join(parts)
+
+
+def markdown(summary: dict) -> str:
+    """compare.md: the table, accuracy by number of steps, and below what they were made with."""
+    commonest = summary["commonest_answer"]
+    seeds = ", ".join(map(str, summary["seeds"]))
+    notes = [
+        f"{summary['n']} rows of `{summary['dataset']}` ({summary['split']}), metric `{summary['metric']}`. Each mode "
+        f"was trained on the same rows in the same order, with the seeds: {seeds}. Accuracy is the mean over seeds, "
+        "and in brackets its 95 % interval: a bootstrap over seeds and rows, paired for differences. Always answering "
+        f"`{commonest['answer']}`, the commonest answer, gives {percent(commonest['accuracy'])}.",
+        "Seconds of training hold the evaluation at the end of each stage, and depend on what ran beside: "
+        f"{summary['runs_at_a_time']} at a time, threads of each: {summary['threads']}.",
+        f"Trained on {listed(summary['machine'])}; evaluated on {listed(summary['evaluation_machine'])}; "
+        f"{listed(summary['versions'])}; commit {listed(summary['commit'])}; {summary['date']}:",
+    ]
+    parts = [main_table(summary["modes"]), steps_table(summary["modes"]), *notes]
+    return "\n\n".join([*parts, f"```bash\n{summary['command']}\n```"]) + "\n"
+
+
+def error_bars(estimates: list[dict]) -> np.ndarray:
+    """Lengths (2, number) of the bars below and above the means, in %."""
+    below = [estimate["mean"] - estimate["low"] for estimate in estimates]
+    above = [estimate["high"] - estimate["mean"] for estimate in estimates]
+    return 100 * np.maximum([below, above], 0)
+
+
+def draw_modes(axes, records: list[dict], commonest: dict) -> None:
+    """Accuracy of each mode with its interval, the first on top, and a line where the commonest answer is."""
+    for place, record in enumerate(records):
+        mean, bars = 100 * record["accuracy"]["mean"], error_bars([record["accuracy"]])
+        axes.errorbar(mean, place, xerr=bars, markersize=7, capsize=4, **STYLES[record["mode"]])
+    axes.axvline(100 * commonest["accuracy"], color="grey", linestyle=":", label="commonest answer")
+    axes.set_yticks(range(len(records)), [record["mode"] for record in records])
+    axes.set_ylim(len(records) - 0.5, -0.5)
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("accuracy, %")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
+
+
+def draw_steps(axes, records: list[dict]) -> None:
+    """Accuracy over the number of written steps, a line a mode; moved apart a little, so that none covers another."""
+    steps = [int(number) for number in records[0]["by_num_steps"]]
+    for place, record in enumerate(records):
+        groups = list(record["by_num_steps"].values())
+        moved = [number + 0.05 * (place - (len(records) - 1) / 2) for number in steps]
+        means = [100 * group["mean"] for group in groups]
+        style = {**STYLES[record["mode"]], "label": record["mode"], "capsize": 2, "elinewidth": 0.8}
+        axes.errorbar(moved, means, yerr=error_bars(groups), **style)
+    axes.set_xticks(steps)
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("written steps of a row")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def draw(summary: dict, file: Path) -> None:
+    """compare.png, 1600 pixels wide, to be shown at 800."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), dpi=200, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_modes(left, summary["modes"], summary["commonest_answer"])
+    draw_steps(right, summary["modes"])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.savefig(file)
+
+
+def check_start(runs: list[Run], *, overwrite: bool) -> None:
+    """What would stop the comparison in the end stops it now."""
+    if find_spec("matplotlib") is None:
+        raise ImportError(
+            "A comparison draws its table with matplotlib, which is missing: pip install mmcoconut[audit]"
+        )
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError("A comparison launches its runs itself: start it with `python train_hf.py`, in one process.")
+    if overwrite:
+        clear(runs)
+    check_folders(runs)
+
+
+def compare(model_args, data_args, curriculum_args, run_args, *, script: str, argv: list[str]) -> dict:
+    """Train, evaluate and tabulate every mode in `run_args.compare`; returns what compare.json holds.
+
+    Args:
+        script: path of train_hf.py, which trains a run.
+        argv: the command line, to be written beside the figures.
+
+    Raises:
+        ComparisonError: runs that failed; those that finished stay.
+        ValueError: folders of another recipe, or runs that do not compare.
+    """
+    folder = Path(run_args.output_dir)
+    runs = plan_runs(model_args, data_args, curriculum_args, run_args)
+    check_start(runs, overwrite=run_args.overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    devices, threads = share_machine(run_args, len(runs))
+    jobs = Jobs(script, options=evaluation_options(data_args, run_args), devices=devices, threads=threads)
+    check_finished(jobs.finish_all(runs), len(runs))
+    outcomes = [read_outcome(run) for run in runs]
+    check_matched(outcomes)
+    command = shlex.join(["python", Path(script).name, *argv])
+    summary = summarise(outcomes, command=command, jobs=len(devices), threads=threads)
+    (folder / "compare.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (folder / "compare.md").write_text(markdown(summary), encoding="utf-8")
+    draw(summary, folder / "compare.png")
+    print(markdown(summary))
+    return summary

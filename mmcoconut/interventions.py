@@ -1,0 +1,417 @@
+"""Interventions on thoughts at inference: the same questions, other thoughts, and what that does to the answers.
+
+A thought is what is read at a latent; an intervention puts another vector in its place and lets the model go on. Later
+thoughts are computed from what was put there, and are replaced in their turn where the intervention says so.
+
+Shapes: n rows of the data, B rows of a batch, N thoughts a row, D hidden.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from mmcoconut.data import question_text
+from mmcoconut.evaluation import Answerer, image_name, mean_of
+from mmcoconut.processing_mmcoconut import ANSWER_MARKER
+from mmcoconut.scoring import score
+from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean, percent, points
+
+
+# Position j of the thought and what the model thought there (B, D) → what is read (B, D).
+Replace = Callable[[int, torch.Tensor], torch.Tensor]
+# A difference in accuracy that this much or less is taken for none.
+MARGIN = 0.05
+DEPENDS, DOES_NOT, CANNOT_TELL = "depends", "does not depend", "cannot be told"
+
+
+@contextmanager
+def intervening(model, replace: Replace) -> Iterator[None]:
+    """Inside, one call of `generate` or `forward` reads replace(j, thought) as its j-th thought, counted from 0.
+
+    Raises:
+        ValueError: a model that feeds nothing back.
+    """
+    if model.config.thought_mode != "feedback":
+        raise ValueError(
+            f"thought_mode is {model.config.thought_mode!r}: this checkpoint feeds no hidden state back, so it has no "
+            "thoughts to intervene on. Audit a checkpoint that was trained with mode: coconut."
+        )
+    positions = itertools.count()
+    hook = model.base_model.thought_feed.register_forward_hook(
+        lambda _, __, thought: replace(next(positions), thought)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@dataclass
+class Answers:
+    """What a checkpoint answered to n rows.
+
+    texts (n,): the answers. scores (n,): None where the rows are donors, which have no gold answer. generated_tokens:
+    mean an answer. thoughts (n, N, D): what the model thought, also where something else was read in its place; None
+    where it was not watched.
+    """
+
+    texts: list[str]
+    scores: list[float] | None
+    generated_tokens: float
+    thoughts: torch.Tensor | None
+
+
+@dataclass
+class Outcome:
+    """What an intervention did, beside the untouched run of the same rows.
+
+    difference: of the accuracies, paired. changed: share of the answers that are another text. follows_donor: of the
+    rows whose donor was answered otherwise than they, the share that now get the donor's answer; None without donors.
+    """
+
+    name: str
+    description: str
+    accuracy: Estimate
+    difference: Estimate
+    changed: Estimate
+    generated_tokens: float
+    follows_donor: Estimate | None = None
+    num_donors_that_differ: int | None = None
+    texts: list[str] = field(default_factory=list, repr=False)
+
+    def asdict(self) -> dict:
+        """For JSON, all but the answers themselves."""
+        values = asdict(self)
+        del values["texts"]
+        return values
+
+
+class Study:
+    """The rows of an audit, answered untouched and under interventions, always in the same batches.
+
+    Args:
+        answerer: the checkpoint.
+        rows: of `mmcoconut.data`.
+        metric: a name in mmcoconut.scoring.REFERENCES.
+        batch_size: rows answered at once.
+        seed: of donors, noise and bootstrap.
+
+    Raises:
+        ValueError: fewer than two rows, or a checkpoint without thoughts.
+    """
+
+    def __init__(
+        self, answerer: Answerer, rows: Sequence[Mapping], *, metric: str, batch_size: int = 32, seed: int = 0
+    ):
+        if len(rows) < 2:
+            raise ValueError(
+                f"An audit of {len(rows)} rows cannot give a row the thoughts of another: give more rows."
+            )
+        if answerer.num_latents == 0:
+            raise ValueError(
+                "The checkpoint has num_latents 0, so there are no thoughts to audit: pass --num_latents."
+            )
+        self.answerer, self.rows, self.metric = answerer, list(rows), metric
+        self.batch_size, self.seed = batch_size, seed
+        self.untouched = self.run(lambda indices: keep)
+
+    def batches(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield list(range(start, min(start + self.batch_size, len(self.rows))))
+
+    def run(
+        self,
+        replace_of: Callable[[list[int]], Replace] | None = None,
+        *,
+        donors: Sequence[Mapping] | None = None,
+        answerer: Answerer | None = None,
+    ) -> Answers:
+        """Answer all rows, or their donors; `replace_of` gives the replacement for the indices of a batch.
+
+        Without it the thoughts are not watched. answerer: another than the study's own.
+        """
+        rows, answerer = donors or self.rows, answerer or self.answerer
+        lines, thoughts = [], []
+        for indices in self.batches():
+            batch, seen = [rows[index] for index in indices], []
+            if replace_of is None:
+                lines += answerer.answer(batch)
+                continue
+            with intervening(answerer.model, recording(replace_of(indices), seen)):
+                lines += answerer.answer(batch)
+            thoughts.append(torch.stack(seen, dim=1).cpu())  # (B, N, D)
+        texts, outputs = [line["answer"] for line in lines], [line["output"] for line in lines]
+        scores = score(self.metric, outputs, texts, rows=rows)["scores"] if donors is None else None
+        return Answers(texts, scores, mean_of(lines, "generated_tokens"), torch.cat(thoughts) if thoughts else None)
+
+    def outcome(self, name: str, description: str, answers: Answers, donors: Sequence[str] | None = None) -> Outcome:
+        """Compare a run with the untouched one; `donors` (n,) are the answers that belong to the thoughts read."""
+        before = self.untouched
+        changed = [float(now != then) for now, then in zip(answers.texts, before.texts)]
+        follows, num_differ = None, None
+        if donors is not None:
+            rows = zip(answers.texts, before.texts, donors)
+            follow = [float(now == donor) for now, then, donor in rows if donor != then]
+            follows, num_differ = (bootstrap_mean(follow, seed=self.seed) if follow else None), len(follow)
+        return Outcome(
+            name=name,
+            description=description,
+            accuracy=bootstrap_mean(answers.scores, seed=self.seed),
+            difference=bootstrap_difference(answers.scores, before.scores, seed=self.seed),
+            changed=bootstrap_mean(changed, seed=self.seed),
+            generated_tokens=answers.generated_tokens,
+            follows_donor=follows,
+            num_donors_that_differ=num_differ,
+            texts=answers.texts,
+        )
+
+
+def keep(position: int, thought: torch.Tensor) -> torch.Tensor:
+    return thought
+
+
+def zero(position: int, thought: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(thought)
+
+
+def recording(replace: Replace, seen: list[torch.Tensor]) -> Replace:
+    """The same replacement, which appends every thought that the model had (B, D) to `seen`."""
+
+    def record(position: int, thought: torch.Tensor) -> torch.Tensor:
+        seen.append(thought)
+        return replace(position, thought)
+
+    return record
+
+
+def noise_like(thought: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Directions drawn uniformly, each as long as the thought of its row; (B, D)."""
+    noise = torch.randn(thought.shape, generator=generator).to(thought)
+    return noise * thought.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+
+
+def noise(seed: int) -> Callable[[list[int]], Replace]:
+    def of_batch(indices: list[int]) -> Replace:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + indices[0])
+        return lambda position, thought: noise_like(thought, generator)
+
+    return of_batch
+
+
+def given(thoughts: torch.Tensor, rows: Sequence[int] | None = None) -> Callable[[list[int]], Replace]:
+    """Thoughts (n, N, D) in the place of the model's, those of row rows[i] (default: i) for row i."""
+
+    def of_batch(indices: list[int]) -> Replace:
+        batch = thoughts[indices if rows is None else [rows[index] for index in indices]]  # (B, N, D)
+        return lambda position, thought: batch[:, position].to(thought)
+
+    return of_batch
+
+
+def mean_thought(thoughts: torch.Tensor) -> Callable[[list[int]], Replace]:
+    """The mean over rows of thoughts (n, N, D) at each position."""
+    mean = thoughts.float().mean(dim=0, keepdim=True)  # (1, N, D)
+    return given(mean.expand(len(thoughts), -1, -1))
+
+
+def only_at(position: int, replace_of: Callable[[list[int]], Replace]) -> Callable[[list[int]], Replace]:
+    """The replacement at one position, the model's own thoughts, computed after it, elsewhere."""
+
+    def of_batch(indices: list[int]) -> Replace:
+        replace = replace_of(indices)
+        return lambda j, thought: replace(j, thought) if j == position else thought
+
+    return of_batch
+
+
+def other_rows(keys: Sequence, seed: int, groups: Sequence | None = None) -> list[int] | None:
+    """For each row another one whose key differs, drawn at random, of its own group where there is one.
+
+    None where some row has no such partner, because all keys are equal.
+    """
+    if len(set(keys)) < 2:
+        return None
+    rng = random.Random(seed)
+    members = {}
+    for index, group in enumerate(groups if groups is not None else [None] * len(keys)):
+        members.setdefault(group, []).append(index)
+    partners = []
+    for index, key in enumerate(keys):
+        group = members[groups[index] if groups is not None else None]
+        candidates = [other for other in group if keys[other] != key] or range(len(keys))
+        partner = rng.choice(candidates)
+        while keys[partner] == key:  # only where the whole data are searched, which holds two keys
+            partner = rng.choice(candidates)
+        partners.append(partner)
+    return partners
+
+
+def images_key(row: Mapping) -> tuple[str, ...]:
+    return tuple(image_name(image) for image in row["images"])
+
+
+def with_images_of(row: Mapping, donor: Mapping) -> dict:
+    return {**row, "images": donor["images"]}
+
+
+def with_question_of(row: Mapping, donor: Mapping) -> dict:
+    return {**row, "question": donor["question"], "choices": donor["choices"]}
+
+
+def swapped(study: Study, name: str, description: str, donors: list[dict]) -> Outcome:
+    """Give every row the thoughts that the model has on its donor row."""
+    of_donors = study.run(lambda indices: keep, donors=donors)
+    answers = study.run(given(of_donors.thoughts))
+    return study.outcome(name, description, answers, of_donors.texts)
+
+
+def counts_to_try(trained: int, room: int) -> list[int]:
+    """Numbers of thoughts other than the trained one: down to none, and up to twice as many where there is room."""
+    fewer = (
+        range(trained) if trained <= 8 else sorted({0, 1, trained // 4, trained // 2, 3 * trained // 4, trained - 1})
+    )
+    more = sorted({trained + 1, trained + 2, 2 * trained})
+    return [*fewer, *(count for count in more if count - trained <= room)]
+
+
+def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
+    """Positions of the language model that the longest prompt and `max_new_tokens` leave free."""
+    limit = getattr(answerer.model.config.text_config, "max_position_embeddings", None)
+    if limit is None:
+        return 2 * answerer.num_latents
+    encode = answerer.processor.encode_prompt
+    lengths = [
+        len(encode(question_text(row), num_images=len(row["images"]), num_latents=answerer.num_latents))
+        for row in rows
+    ]
+    return limit - max(lengths) - answerer.max_new_tokens
+
+
+def swaps(study: Study) -> tuple[list[Outcome], list[str]]:
+    """Thoughts of other rows: what was run, and why something could not be."""
+    rows, seed = study.rows, study.seed
+    outcomes, reasons = [], []
+    images, questions = [images_key(row) for row in rows], [question_text(row) for row in rows]
+
+    partners = other_rows(list(range(len(rows))), seed)
+    texts = study.untouched.texts
+    answers = study.run(given(study.untouched.thoughts, partners))
+    description = "the thoughts of another row, drawn at random"
+    outcomes.append(study.outcome("shuffled", description, answers, [texts[partner] for partner in partners]))
+
+    partners = other_rows(images, seed, groups=questions)
+    if partners is None:
+        reasons.append("other_image was not run: no two rows have different images")
+    else:
+        donors = [with_images_of(row, rows[partner]) for row, partner in zip(rows, partners)]
+        outcomes.append(swapped(study, "other_image", "the thoughts on this question about another image", donors))
+    partners = other_rows(questions, seed, groups=images)
+    if partners is None or not any(images):
+        reasons.append("other_question was not run: it needs images, and two different questions")
+    else:
+        donors = [with_question_of(row, rows[partner]) for row, partner in zip(rows, partners)]
+        outcomes.append(swapped(study, "other_question", "the thoughts on another question about this image", donors))
+    return outcomes, reasons
+
+
+def replacements(study: Study) -> list[Outcome]:
+    """All thoughts replaced by nothing, by noise, by their mean."""
+    thoughts = study.untouched.thoughts
+    table = [
+        ("zero", "zeros", lambda indices: zero),
+        ("noise", "random directions as long as the thoughts", noise(study.seed)),
+        ("mean", "the mean thought of each position over all rows", mean_thought(thoughts)),
+    ]
+    return [study.outcome(name, description, study.run(replace_of)) for name, description, replace_of in table]
+
+
+def knock_outs(study: Study) -> list[Outcome]:
+    """One thought at a time replaced by its mean, the later ones computed anew."""
+    mean = mean_thought(study.untouched.thoughts)
+    return [
+        study.outcome(f"without_{j + 1}", f"thought {j + 1} alone replaced by its mean", study.run(only_at(j, mean)))
+        for j in range(study.answerer.num_latents)
+    ]
+
+
+def with_count(study: Study, count: int, *, begin_with: str = "") -> Answers:
+    own = study.answerer
+    answerer = Answerer(
+        own.model, own.processor, num_latents=count, max_new_tokens=own.max_new_tokens, begin_with=begin_with
+    )
+    return study.run(answerer=answerer)
+
+
+def other_counts(study: Study) -> list[Outcome]:
+    """Fewer and more thoughts than the checkpoint was trained with.
+
+    With fewer it may go on in words, as it learnt to in earlier stages; so each is also asked for the answer at once.
+    """
+    trained, free, at_once = study.answerer.num_latents, [], []
+    for count in counts_to_try(trained, room_for_more(study.answerer, study.rows)):
+        instead = f"{count} thought{'s' if count != 1 else ''} instead of {trained}"
+        free.append(study.outcome(f"count_{count}", instead, with_count(study, count)))
+        if count < trained:
+            answers = with_count(study, count, begin_with=ANSWER_MARKER)
+            at_once.append(study.outcome(f"count_{count}_at_once", f"{instead}, no written steps", answers))
+    return [*free, *at_once]
+
+
+@dataclass
+class Verdict:
+    """`label`: one of DEPENDS, DOES_NOT, CANNOT_TELL; `sentence` says it in words; `notes` say what else was seen."""
+
+    label: str
+    sentence: str
+    notes: list[str]
+
+
+def shuffled_in_words(shuffled: Outcome, untouched: Answers) -> str:
+    before, after = percent(sum(untouched.scores) / len(untouched.scores)), percent(shuffled.accuracy.mean)
+    return (
+        f"with the thoughts of another row accuracy goes from {before} to {after} "
+        f"({points(shuffled.difference)}) and {percent(shuffled.changed.mean)} of the answers change"
+    )
+
+
+def notes_of(outcomes: Mapping[str, Outcome], untouched: Answers, *, label: str, margin: float) -> list[str]:
+    """What a reader of the verdict should know besides."""
+    notes = []
+    hurt = [name for name in ("zero", "noise", "mean") if name in outcomes and outcomes[name].difference.high < 0]
+    if label == DOES_NOT and hurt:
+        notes.append(
+            f"Accuracy does fall with {' and '.join(hurt)}: something must stand in the place of the thoughts, but "
+            "which thoughts does not matter."
+        )
+    if label == CANNOT_TELL and outcomes["shuffled"].changed.low > margin:
+        notes.append("The answers do change with the thoughts, but no more often from right to wrong than back.")
+    fewer = [outcomes[name] for j in range(untouched.thoughts.shape[1]) if (name := f"count_{j}") in outcomes]
+    longest = max(fewer, key=lambda outcome: outcome.generated_tokens, default=None)
+    if longest is not None and longest.generated_tokens > 1.1 * untouched.generated_tokens:
+        notes.append(
+            f"With {longest.description} the model writes {longest.generated_tokens:.1f} tokens an answer, not "
+            f"{untouched.generated_tokens:.1f}: where it cannot think it reasons in words."
+        )
+    return notes
+
+
+def verdict_of(outcomes: Mapping[str, Outcome], untouched: Answers, *, margin: float = MARGIN) -> Verdict:
+    """Whether the answer depends on the thoughts, told by the shuffled run: real thoughts, of another question.
+
+    It depends if accuracy falls (the interval of the difference lies below 0). It does not if the difference and the
+    share of changed answers are within `margin`. Zeros and noise are no proof by themselves: a model may fail on them
+    because it never read such vectors.
+    """
+    shuffled = outcomes["shuffled"]
+    measured = shuffled_in_words(shuffled, untouched)
+    if shuffled.difference.high < 0:
+        label, sentence = DEPENDS, f"The answer depends on the thoughts: {measured}."
+    elif shuffled.difference.low > -margin and max(shuffled.difference.high, shuffled.changed.high) < margin:
+        label, sentence = DOES_NOT, f"The answer does not depend on the thoughts: {measured}."
+    else:
+        label, sentence = CANNOT_TELL, f"It cannot be told with {len(untouched.scores)} examples: {measured}."
+    return Verdict(label, sentence, notes_of(outcomes, untouched, label=label, margin=margin))

@@ -1,0 +1,307 @@
+"""Interventions replace what is read and nothing else; the verdict tells apart models that think and that do not."""
+
+import itertools
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from tiny import DECODERS, batch_of, max_difference, tiny_model, tiny_processor, words
+from torch import nn
+
+from mmcoconut import latent_mmcoconut
+from mmcoconut.data import load_examples, question_text
+from mmcoconut.evaluation import Answerer
+from mmcoconut.interventions import (
+    CANNOT_TELL,
+    DEPENDS,
+    DOES_NOT,
+    Study,
+    counts_to_try,
+    given,
+    images_key,
+    intervening,
+    knock_outs,
+    mean_thought,
+    noise_like,
+    only_at,
+    other_counts,
+    other_rows,
+    replacements,
+    room_for_more,
+    swaps,
+    verdict_of,
+    zero,
+)
+from mmcoconut.latent_mmcoconut import think_uncached
+from mmcoconut.statistics import Estimate
+
+
+NUM_LATENTS = 3
+
+
+def prompts(model, num_latents: int = NUM_LATENTS) -> dict:
+    """Two left-padded prompts, each with an image and latents at its end."""
+    config = model.config
+    image = [config.image_token_id] * config.image_seq_length
+    thoughts = [config.start_latent_token_id, *[config.latent_token_id] * num_latents]
+    return batch_of(model, [[*image, *words(4, 1), *thoughts], [*image, *words(7, 2), *thoughts]])
+
+
+def replaced_by_definition(model, inputs: dict, put) -> torch.Tensor:
+    """Logits (B, T, V) of the definition without a cache, with put(j, thought) as its j-th thought."""
+    base, positions = model.model, itertools.count()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    embeds = base.get_input_embeddings()(ids)
+    features = torch.cat(list(base.get_image_features(inputs["pixel_values"]).pooler_output))
+    embeds = base.fuse(embeds, features, ids == model.config.image_token_id)["inputs_embeds"]
+    with torch.no_grad():
+        hidden = think_uncached(
+            base.language_model,
+            embeds,
+            ids == model.config.latent_token_id,
+            feed=lambda state: put(next(positions), state),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        ).last_hidden_state
+        return model.lm_head(hidden)
+
+
+def zero_at_1(position, thought):
+    return torch.zeros_like(thought) if position == 1 else thought
+
+
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("put", [zero, zero_at_1], ids=["all", "one"])
+def test_intervention_equals_its_definition(text, put):
+    """Replacing a thought also changes the thoughts that are computed after it."""
+    model = tiny_model(text)
+    inputs = prompts(model)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad(), intervening(model, put):
+        logits = model(**inputs).logits
+    expected = replaced_by_definition(model, inputs, put)
+    untouched = replaced_by_definition(model, inputs, lambda position, thought: thought)
+    assert max_difference(logits[real], expected[real]) < 1e-4
+    assert max_difference(untouched[real], expected[real]) > 1e-2
+
+
+def test_nothing_stays_behind_after_an_intervention():
+    model = tiny_model()
+    inputs = prompts(model)
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with pytest.raises(RuntimeError, match="on purpose"), intervening(model, zero):
+            model(**inputs)
+            raise RuntimeError("on purpose")
+        assert torch.equal(model(**inputs).logits, before)
+
+
+def test_checkpoint_without_feedback_is_refused():
+    model = tiny_model(thought_mode="pause")
+    with pytest.raises(ValueError, match="'pause'.*mode: coconut"), intervening(model, zero):
+        pass
+
+
+def test_noise_has_the_norm_of_the_thought_and_another_direction():
+    thought = torch.randn(50, 64) * torch.linspace(0.1, 10, 50)[:, None]
+    noise = noise_like(thought, torch.Generator().manual_seed(12345))
+    torch.testing.assert_close(noise.norm(dim=-1), thought.norm(dim=-1))
+    assert torch.cosine_similarity(noise, thought, dim=-1).abs().max() < 0.6
+
+
+def test_mean_thought_is_the_mean_of_its_position():
+    thoughts = torch.arange(12.0).view(2, 3, 2)
+    put = mean_thought(thoughts)([1])
+    assert put(2, torch.zeros(1, 2)).tolist() == [[(4 + 10) / 2, (5 + 11) / 2]]
+
+
+def test_given_thoughts_are_those_of_the_partners():
+    thoughts = torch.arange(12.0).view(3, 2, 2)
+    put = given(thoughts, rows=[2, 0, 1])([0, 1])
+    assert put(1, torch.zeros(2, 2)).tolist() == [[10.0, 11.0], [2.0, 3.0]]
+
+
+def test_only_one_position_is_replaced():
+    put = only_at(1, lambda indices: zero)([0])
+    thought = torch.ones(1, 4)
+    assert [put(j, thought).sum().item() for j in range(3)] == [4, 0, 4]
+
+
+def test_partners_have_another_key_and_where_possible_the_same_group():
+    keys = ["a", "a", "b", "c", "a", "d"]
+    groups = [1, 1, 1, 2, 2, 3]
+    for seed in range(20):
+        partners = other_rows(keys, seed, groups)
+        assert all(keys[partner] != key for partner, key in zip(partners, keys))
+        assert all(groups[partner] == group for partner, group in list(zip(partners, groups))[:5])
+    assert other_rows(["a", "a"], 0) is None
+
+
+def test_partners_are_the_same_for_a_seed_and_differ_between_seeds():
+    assert other_rows(list(range(50)), 3) == other_rows(list(range(50)), 3)
+    assert other_rows(list(range(50)), 3) != other_rows(list(range(50)), 4)
+
+
+def test_counts_go_down_to_none_and_up_to_twice_where_there_is_room():
+    assert counts_to_try(3, room=10) == [0, 1, 2, 4, 5, 6]
+    assert counts_to_try(3, room=2) == [0, 1, 2, 4, 5]
+    assert counts_to_try(16, room=16) == [0, 1, 4, 8, 12, 15, 17, 18, 32]
+
+
+def maze_rows(num_rows: int) -> list[dict]:
+    return list(load_examples("arrow_mazes", split="test", num_rows=num_rows, grid_size=2, cell_size=8))
+
+
+def study_of(model, num_rows: int = 40, **kwargs) -> Study:
+    """A study whose gold answers are the model's own, so that every effect of an intervention shows as an error."""
+    processor = tiny_processor(model, markers="start", num_latents=NUM_LATENTS)
+    answerer = Answerer(model, processor, max_new_tokens=3, begin_with="###")
+    rows = maze_rows(num_rows)
+    answers = [line["answer"] for start in range(0, num_rows, 8) for line in answerer.answer(rows[start : start + 8])]
+    rows = [{**row, "answers": [answer]} for row, answer in zip(rows, answers) if answer]
+    assert len(rows) > num_rows / 2
+    return Study(answerer, rows, metric="exact_match", batch_size=8, **kwargs)
+
+
+class Restless(nn.Module):
+    """Thoughts that differ much from row to row, as those of a model with random weights need not."""
+
+    def forward(self, hidden_state, embedding_norm=None):
+        return 2 * torch.sin(4 * hidden_state)
+
+
+@pytest.fixture(scope="module")
+def thinking() -> Study:
+    """Constructed to depend: the last thought stands in the prompt's last column, whose state writes the answer."""
+    model = tiny_model()
+    model.model.thought_feed = Restless()
+    return study_of(model)
+
+
+@pytest.fixture
+def deaf(monkeypatch) -> Study:
+    """Constructed not to depend: thoughts are computed and handed over, but the latent's own embedding is read."""
+    monkeypatch.setattr(latent_mmcoconut, "put_thought", lambda piece, is_latent, thought: piece)
+    return study_of(tiny_model(thought_norm="embedding"), num_rows=120)
+
+
+def outcomes_of(study: Study) -> dict:
+    swapped, reasons = swaps(study)
+    assert reasons == []
+    return {outcome.name: outcome for outcome in [*swapped, *replacements(study), *knock_outs(study)]}
+
+
+def test_model_that_reads_its_thoughts_is_found_to_depend_on_them(thinking):
+    outcomes = outcomes_of(thinking)
+    verdict = verdict_of(outcomes, thinking.untouched)
+    assert verdict.label == DEPENDS
+    assert verdict.sentence.startswith("The answer depends on the thoughts")
+    for name in ("shuffled", "other_image", "other_question", "zero", "noise", "mean"):
+        assert outcomes[name].difference.high < 0 and outcomes[name].changed.low > 0.1, name
+    assert outcomes["without_3"].changed.low > 0
+
+
+def test_model_that_does_not_read_its_thoughts_is_found_not_to_depend_on_them(deaf):
+    outcomes = outcomes_of(deaf)
+    verdict = verdict_of(outcomes, deaf.untouched)
+    assert verdict.label == DOES_NOT
+    assert verdict.sentence.startswith("The answer does not depend on the thoughts")
+    for outcome in outcomes.values():
+        assert (outcome.difference.mean, outcome.changed.mean) == (0, 0), outcome.name
+
+
+def test_too_few_rows_cannot_tell(deaf):
+    few = Study(deaf.answerer, deaf.rows[:10], metric="exact_match", batch_size=8)
+    verdict = verdict_of({outcome.name: outcome for outcome in swaps(few)[0]}, few.untouched)
+    assert verdict.label == CANNOT_TELL
+    assert verdict.sentence.startswith("It cannot be told with 10 examples")
+
+
+def test_verdict_says_that_something_must_stand_in_the_place_of_thoughts(deaf):
+    outcomes = outcomes_of(deaf)
+    outcomes["zero"] = replace(outcomes["zero"], difference=Estimate(-0.5, -0.6, -0.4))
+    verdict = verdict_of(outcomes, deaf.untouched)
+    assert verdict.label == DOES_NOT
+    assert "fall with zero: something must stand in the place" in verdict.notes[0]
+
+
+def test_untouched_accuracy_and_own_thoughts_are_exact(thinking):
+    """Reading the recorded thoughts again gives the same answers, so that no difference comes from recording."""
+    assert thinking.untouched.scores == [1.0] * len(thinking.rows)
+    again = thinking.run(given(thinking.untouched.thoughts))
+    assert again.texts == thinking.untouched.texts
+    torch.testing.assert_close(again.thoughts, thinking.untouched.thoughts, rtol=1e-5, atol=1e-6)
+
+
+def test_recorded_thoughts_are_those_of_the_forward_pass(thinking):
+    answerer = thinking.answerer
+    with torch.no_grad():
+        outputs = answerer.model(**answerer.inputs(thinking.rows[:8]), output_thoughts=True)
+    torch.testing.assert_close(thinking.untouched.thoughts[:8], outputs.thoughts, rtol=1e-4, atol=1e-5)
+
+
+def test_thoughts_of_another_image_are_those_of_this_question_with_that_image(thinking):
+    """Whose thoughts were read is checked against a run of the donor row by itself."""
+    rows, seed = thinking.rows, thinking.seed
+    partners = other_rows([images_key(row) for row in rows], seed, groups=[question_text(row) for row in rows])
+    donors = [{**row, "images": rows[partner]["images"]} for row, partner in zip(rows, partners)]
+    own = thinking.run(lambda indices: lambda position, thought: thought, donors=donors)
+    expected = thinking.outcome("other_image", "", thinking.run(given(own.thoughts)), own.texts)
+    found = next(outcome for outcome in swaps(thinking)[0] if outcome.name == "other_image")
+    assert (found.texts, found.follows_donor) == (expected.texts, expected.follows_donor)
+    with torch.no_grad():
+        alone = thinking.answerer.model(**thinking.answerer.inputs(donors[:1]), output_thoughts=True).thoughts
+    torch.testing.assert_close(own.thoughts[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_changed_and_followed_answers_are_counted(thinking):
+    before = thinking.untouched
+    half = len(before.texts) // 2
+    texts = ["other"] * half + before.texts[half:]
+    scores = [0.0] * half + [1.0] * (len(texts) - half)
+    donors = ["other"] + before.texts[1:]  # only the first donor was answered otherwise than its row
+    answers = replace(before, texts=texts, scores=scores)
+    outcome = thinking.outcome("made", "made up", answers, donors)
+    assert outcome.changed.mean == half / len(texts)
+    assert outcome.difference.mean == pytest.approx(-half / len(texts))
+    assert (outcome.follows_donor.mean, outcome.num_donors_that_differ) == (1.0, 1)
+
+
+def test_other_counts_change_the_prompt_and_name_themselves(thinking):
+    outcomes = {outcome.name: outcome for outcome in other_counts(thinking)}
+    free = [name for name in outcomes if not name.endswith("_at_once")]
+    assert free == ["count_0", "count_1", "count_2", "count_4", "count_5", "count_6"]
+    assert outcomes["count_1"].description == "1 thought instead of 3"
+    own = thinking.answerer
+    fewer = Answerer(own.model, own.processor, num_latents=1, max_new_tokens=3)
+    expected = [line["answer"] for start in range(0, 16, 8) for line in fewer.answer(thinking.rows[start : start + 8])]
+    assert outcomes["count_1"].texts[:16] == expected
+
+
+def test_room_is_what_the_longest_prompt_leaves(thinking):
+    answerer, rows = thinking.answerer, thinking.rows[:5]
+    longest = answerer.inputs(rows)["attention_mask"].sum(dim=1).max().item() - len("###")
+    begun = len(answerer.processor.encode_text("###"))
+    room = room_for_more(answerer, rows)
+    limit = answerer.model.config.text_config.max_position_embeddings
+    assert room == limit - (longest + len("###") - begun) - answerer.max_new_tokens
+
+
+def test_data_without_images_or_with_one_question_say_why_swaps_are_missing(thinking):
+    build = partial(Study, thinking.answerer, metric="exact_match", batch_size=8)
+    text_only = [{**row, "images": []} for row in thinking.rows[:8]]
+    outcomes, reasons = swaps(build(text_only))
+    assert [outcome.name for outcome in outcomes] == ["shuffled"]
+    assert len(reasons) == 2 and "no two rows have different images" in reasons[0] and "needs images" in reasons[1]
+    one_question = [{**row, "question": "Which?"} for row in thinking.rows[:8]]
+    outcomes, reasons = swaps(build(one_question))
+    assert [outcome.name for outcome in outcomes] == ["shuffled", "other_image"]
+
+
+@pytest.mark.parametrize(("num_rows", "num_latents", "message"), [(1, 3, "1 rows"), (4, 0, "num_latents 0")])
+def test_study_that_could_show_nothing_is_refused(thinking, num_rows, num_latents, message):
+    own = thinking.answerer
+    answerer = Answerer(own.model, own.processor, num_latents=num_latents)
+    with pytest.raises(ValueError, match=message):
+        Study(answerer, thinking.rows[:num_rows], metric="exact_match")
