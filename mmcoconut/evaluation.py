@@ -515,7 +515,7 @@ def summary(record: dict) -> str:
 
 
 def join_processes() -> PartialState:
-    """The processes of `accelerate launch`, on the CPU too, where each would otherwise take itself for the only one."""
+    """The processes of `accelerate launch`; on a CPU, unless told, each would take itself for the only one."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 

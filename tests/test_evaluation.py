@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ from mmcoconut.statistics import bootstrap_mean
 NUM_LATENTS = 2
 NUM_ROWS = 7
 MAZES = {"cell_size": 8, "max_hops": 2, "num_rows": NUM_ROWS}
-OPTIONS = ["--dataset", "arrow_mazes", "--dataset_options", json.dumps(MAZES), "--split", "validation"]
+OPTIONS = ["--dataset", "arrow_mazes", "--split", "validation"]
+OPTIONS += [word for key, value in MAZES.items() for word in (f"--dataset_options.{key}", str(value))]
 OPTIONS += ["--max_new_tokens", "8", "--batch_size", "3"]
 MEASURED = ("seconds", "seconds_per_answer", "peak_memory_mb", "command", "processes", "machine", "batch_size")
 
@@ -332,7 +334,7 @@ def test_rows_with_every_kind_of_line_break_are_read_back(checkpoint, tmp_path, 
         (["--max_samples", "3"], "max_samples was None and is 3; n was 7 and is 3"),
         (
             ["--dataset_options.seed", "1"],
-            "dataset_options was {.*} and is {.*'seed': 1.*}; rows was '.*' and is '.*'",
+            "dataset_options was .* and is .*'seed': 1.*; rows was .* and is",
         ),
         (["--metric", "vqa_accuracy"], "metric was 'exact_match' and is 'vqa_accuracy'"),
         (["--dtype", "bfloat16"], "dtype was 'auto' and is 'bfloat16'"),
@@ -412,6 +414,22 @@ def test_two_processes_write_what_one_does(checkpoint, whole, tmp_path):
     assert done.stdout.count("written to") == 1
 
 
+def test_processes_share_the_missing_rows_and_answer_none_twice(loaded, rows, whole, tmp_path, monkeypatch, answered):
+    """Each of three processes in turn, with the two others' lines written by the time that all have met again."""
+    lines = unscored(whole)
+    for process in range(3):
+        folder = interrupted(whole, tmp_path / str(process), {"predictions.part-7.jsonl": lines[2]})
+        meetings = [lambda: None, partial((folder / "predictions.part-8.jsonl").write_bytes, b"".join(lines))]
+        state = SimpleNamespace(process_index=process, num_processes=3, is_main_process=process == 0)
+        state.wait_for_everyone = lambda meetings=meetings: meetings.pop(0)()
+        monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)
+        options = {"batch_size": 3, "score_by": "generation"}
+        found = evaluation.answer_all(Answerer(*loaded, max_new_tokens=8), rows, folder, **options)
+        assert [line["index"] for line in found] == list(range(NUM_ROWS))
+        assert len(read_lines(folder / f"predictions.part-{process}.jsonl")) == 2
+    assert sorted(answered) == [0, 1, 3, 4, 5, 6]
+
+
 # Likelihood
 
 
@@ -429,7 +447,7 @@ def choices_data(tmp_path_factory):
 
 
 def log_probs_alone(loaded, row: dict) -> list[tuple[float, int]]:
-    """For each choice alone: log p(### choice <eos> | prompt), from the logits of the whole sequence; and its tokens."""
+    """For each choice alone: log p(### choice <eos> | prompt), from all logits (T, V), and its number of tokens."""
     model, processor = loaded
     pixels = processor.image_processor(open_images(row), return_tensors="pt")["pixel_values"].to(model.device)
     found = []
@@ -542,8 +560,8 @@ def test_prompt_fills_the_positions_and_no_more(checkpoint, loaded, rows, tmp_pa
     longest, room = lengths.index(max(lengths)), 128 - max(lengths)
     evaluate(checkpoint, tmp_path / "fits", "--max_new_tokens", str(room), "--batch_size", "7")
     message = (
-        f"arrow_mazes validation row {longest}: the prompt takes {max(lengths)} tokens, images and 2 latents included, "
-        f"and {room + 1} more may follow, but the language model has 128 positions: lower max_new_tokens"
+        f"arrow_mazes validation row {longest}: the prompt takes {max(lengths)} tokens, images and 2 latents "
+        f"included, and {room + 1} more may follow, but the language model has 128 positions: lower max_new_tokens"
     )
     with pytest.raises(ValueError, match=message):
         evaluate(checkpoint, tmp_path / "out", "--max_new_tokens", str(room + 1), "--batch_size", "7")

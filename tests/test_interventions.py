@@ -16,6 +16,7 @@ from mmcoconut.interventions import (
     CANNOT_TELL,
     DEPENDS,
     DOES_NOT,
+    MARGIN,
     Study,
     counts_to_try,
     given,
@@ -168,7 +169,7 @@ class Restless(nn.Module):
     """Thoughts that differ much from row to row, as those of a model with random weights need not."""
 
     def forward(self, hidden_state, embedding_norm=None):
-        return 2 * torch.sin(4 * hidden_state)
+        return torch.sin(20 * hidden_state)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,7 @@ def test_model_that_reads_its_thoughts_is_found_to_depend_on_them(thinking):
     assert verdict.label == DEPENDS
     assert verdict.sentence.startswith("The answer depends on the thoughts")
     for name in ("shuffled", "other_image", "other_question", "zero", "noise", "mean"):
-        assert outcomes[name].difference.high < 0 and outcomes[name].changed.low > 0.1, name
+        assert outcomes[name].difference.high < 0 and outcomes[name].changed.low > MARGIN, name
     assert outcomes["without_3"].changed.low > 0
 
 
@@ -251,8 +252,8 @@ def test_thoughts_of_another_image_are_those_of_this_question_with_that_image(th
     found = next(outcome for outcome in swaps(thinking)[0] if outcome.name == "other_image")
     assert (found.texts, found.follows_donor) == (expected.texts, expected.follows_donor)
     with torch.no_grad():
-        alone = thinking.answerer.model(**thinking.answerer.inputs(donors[:1]), output_thoughts=True).thoughts
-    torch.testing.assert_close(own.thoughts[:1], alone, rtol=1e-4, atol=1e-5)
+        plain = thinking.answerer.model(**thinking.answerer.inputs(donors[:8]), output_thoughts=True).thoughts
+    torch.testing.assert_close(own.thoughts[:8], plain, rtol=1e-4, atol=1e-5)
 
 
 def test_changed_and_followed_answers_are_counted(thinking):

@@ -1,0 +1,160 @@
+"""`python -m mmcoconut.audit` writes a whole report about a checkpoint, and refuses what it could not judge."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+from PIL import Image
+from tiny import tiny_model, tiny_processor
+
+from mmcoconut import audit
+from mmcoconut.arguments import RecipeError
+from mmcoconut.audit_report import card_of, probe_line
+from mmcoconut.interventions import CANNOT_TELL
+
+
+NUM_ROWS = 12
+DATA = ["--dataset", "arrow_mazes", "--dataset_options.num_rows", str(NUM_ROWS), "--dataset_options.cell_size", "8"]
+OPTIONS = [*DATA, "--max_new_tokens", "3", "--batch_size", "6", "--num_shown", "2"]
+
+
+def save_checkpoint(folder, **config) -> str:
+    model = tiny_model(**config)
+    model.save_pretrained(folder)
+    tiny_processor(model, markers="start", num_latents=2).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="module")
+def audited(checkpoint, tmp_path_factory):
+    """The folder and the record of one audit of random weights."""
+    folder = tmp_path_factory.mktemp("audits") / "audit"
+    return folder, audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(folder)])
+
+
+class Page(HTMLParser):
+    """Collects what a page refers to, and its text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.references, self.words, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.references += [value for name, value in attrs if name in ("src", "href", "srcset", "action")]
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag, f"</{tag}> closes another element"
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_report_is_one_whole_page_that_needs_no_network(audited):
+    folder, record = audited
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert page.references and all(reference.startswith("data:image/png;base64,") for reference in page.references)
+    assert not re.search(r"https?://|url\(|@import|<script", text)
+    for reference in page.references:
+        Image.open(io.BytesIO(base64.b64decode(reference.partition(",")[2]))).verify()
+    words = " ".join(" ".join(page.words).split())
+    for said in (record["verdict"]["sentence"], *[o["description"] for o in record["interventions"].values()]):
+        assert said in words
+
+
+def test_pictures_of_the_report_are_saved_beside_it(audited):
+    folder, record = audited
+    names = {path.stem for path in (folder / "pictures").iterdir()}
+    assert names == {"interventions", "geometry", "row_0", "row_1"}  # too few rows for a probe
+    assert all("held-out rows, fewer than" in reason or "rows" in reason for reason in record["probe"]["reasons"])
+
+
+def test_record_holds_every_intervention_and_what_it_was_made_with(audited):
+    folder, record = audited
+    saved = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    assert saved == json.loads(json.dumps(record))
+    swaps, emptied = ["shuffled", "other_image", "other_question"], ["zero", "noise", "mean"]
+    counts = ["count_0", "count_1", "count_3", "count_4"]
+    alone, at_once = ["without_1", "without_2"], ["count_0_at_once", "count_1_at_once"]
+    assert list(saved["interventions"]) == [*swaps, *emptied, *alone, *counts, *at_once]
+    assert (saved["n"], saved["num_latents"], saved["metric"]) == (NUM_ROWS, 2, "exact_match")
+    assert {"commit", "machine", "versions", "command", "date", "dtype", "seed"} <= saved.keys()
+    assert len(saved["geometry"]["norm_mean"]) == 2
+
+
+def test_every_answer_is_kept(audited):
+    folder, record = audited
+    lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == NUM_ROWS
+    for name, outcome in record["interventions"].items():
+        changed = sum(line[name] != line["untouched"] for line in lines) / NUM_ROWS
+        assert outcome["changed"]["mean"] == changed
+
+
+def test_random_weights_are_not_said_to_depend_on_their_thoughts(audited):
+    """Whose accuracy is nothing cannot lose any."""
+    _, record = audited
+    assert record["accuracy"]["mean"] == 0
+    assert record["verdict"]["label"] == CANNOT_TELL
+
+
+def test_card_section_states_verdict_and_figures(audited):
+    folder, record = audited
+    card = (folder / "card.md").read_text(encoding="utf-8")
+    assert card == card_of(record)
+    assert record["verdict"]["sentence"] in card
+    assert card.count("\n| ") == 8  # head, untouched, three swaps, three replacements
+    assert "`exact_match` on 12 rows of `arrow_mazes` (test)" in card
+
+
+def test_probe_line_names_the_best_thought_of_each_target():
+    probe = {
+        "targets": ["step 1", "step 2"],
+        "reasons": [None, "3 held-out rows, fewer than 20"],
+        "accuracy": [[0.5, None], [0.9, None]],
+        "majority": [0.25, None],
+    }
+    assert probe_line(probe) == "step 1: 90.0 % in thought 2 (majority 25.0 %)"
+    assert probe_line({**probe, "reasons": ["few", "few"]}) is None
+
+
+def test_second_audit_into_the_same_folder_needs_overwrite(audited, checkpoint, tmp_path):
+    folder, _ = audited
+    with pytest.raises(ValueError, match="is not empty: give --overwrite true"):
+        audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(folder)])
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="--overwrite does not delete it"):
+        audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(tmp_path), "--overwrite", "true"])
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_pause_checkpoint_is_refused(tmp_path):
+    model = save_checkpoint(tmp_path / "pause", thought_mode="pause")
+    with pytest.raises(ValueError, match="feeds no hidden state back"):
+        audit.main(["--model", model, *OPTIONS, "--output_dir", str(tmp_path / "audit")])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_latents", "0"], "num_latents 0"),
+        (["--max_samples", "1"], "1 rows"),
+        (["--score_by", "likelihood"], "reads what is written"),
+        (["--margins", "0.1"], "did you mean `margin`"),
+    ],
+)
+def test_what_could_not_be_judged_is_refused(checkpoint, tmp_path, words, message):
+    with pytest.raises((ValueError, RecipeError), match=message):
+        audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(tmp_path / "audit"), *words])
