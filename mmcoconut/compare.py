@@ -9,41 +9,34 @@
 Called again, it repeats only what is not finished. Shapes: S runs of a mode, one a seed; n examples.
 """
 
-import copy
 import json
 import os
-import queue
 import shlex
-import shutil
-import signal
-import subprocess
-import sys
-import threading
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
-from .arguments import compared_modes, recipe_text
+from .matched_runs import (
+    RESULTS_FILE,
+    Jobs,
+    Run,
+    check_finished,
+    check_folders,
+    clear,
+    evaluation_options,
+    plan_runs,
+    share_machine,
+)
 from .scoring import score
-from .statistics import Estimate, bootstrap_difference, bootstrap_runs
+from .statistics import Estimate, bootstrap_difference, bootstrap_runs, percent
 
 
 BASELINE = "coconut"
-RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
-# One process each, whatever `accelerate config` says of this machine.
-LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1")
-LAUNCH += ("--gpu_ids", "all", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
-LOG_LINES = 8
-STOPPED = -signal.SIGTERM
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker: a mode has the same in every plot.
 STYLES = {
     "coconut": {"color": "#0072B2", "marker": "o"},
@@ -52,50 +45,6 @@ STYLES = {
     "no_thoughts": {"color": "#009E73", "marker": "^"},
     "pause": {"color": "#CC79A7", "marker": "D"},
 }
-
-
-class ComparisonError(RuntimeError):
-    """Runs that failed, with the end of what each printed."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One mode with one seed: its folder, and the recipe that makes it."""
-
-    mode: str
-    seed: int
-    folder: Path
-    recipe: str
-
-    def __str__(self) -> str:
-        return f"{self.mode} seed {self.seed}"
-
-    @property
-    def recipe_file(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.yaml")
-
-    @property
-    def log(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}.log")
-
-    @property
-    def evaluation(self) -> Path:
-        return self.folder / "evaluation"
-
-    @property
-    def is_trained(self) -> bool:
-        return (self.folder / RESULTS_FILE).exists()
-
-    @property
-    def is_evaluated(self) -> bool:
-        return self.is_trained and (self.evaluation / "evaluation.json").exists()
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """The newest checkpoint that training can go on from exactly; its state is the last file to be written."""
-        found = [path.parent for path in self.folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-        whole = [path for path in found if (path / OPTIMIZER_NAME).exists()]
-        return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 @dataclass(frozen=True)
@@ -115,216 +64,6 @@ class Outcome:
     @cached_property
     def scores(self) -> list[float]:
         return [row["score"] for row in self.predictions]
-
-
-def plan_runs(model_args, data_args, curriculum_args, run_args) -> list[Run]:
-    """Every mode with every seed, one seed after the other; the runs differ in mode, seed and folder."""
-    runs = []
-    for seed in range(run_args.seed, run_args.seed + run_args.seeds):
-        for mode in compared_modes(run_args.compare):
-            name = f"{mode}-seed{seed}"
-            own = copy.copy(run_args)  # not dataclasses.replace, which would set up the device again
-            own.seed, own.output_dir = seed, str(Path(run_args.output_dir, name))
-            own.run_name = "-".join(filter(None, [run_args.run_name, name]))
-            own.disable_tqdm, own.smoke_test = True, False
-            recipe = recipe_text(model_args, data_args, replace(curriculum_args, mode=mode), own)
-            runs.append(Run(mode, seed, Path(own.output_dir), recipe))
-    return runs
-
-
-def evaluation_options(data_args, run_args) -> list[str]:
-    """What `mmcoconut.evaluation` is told of the recipe beside the recipe itself."""
-    options = {
-        "split": data_args.test_split or data_args.eval_split,
-        "max_samples": data_args.max_eval_samples,
-        "batch_size": run_args.per_device_eval_batch_size,
-    }
-    return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
-
-
-def differences(run: Run) -> list[str]:
-    """The keys in which the recipe of an earlier run in this folder differs, with both values."""
-    file = run.folder / RECIPE_FILE
-    earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
-    wanted = yaml.safe_load(run.recipe)
-    keys = [key for key in wanted | earlier if earlier.get(key, ...) != wanted.get(key, ...)]
-    return [f"{key}: {earlier.get(key, 'not set')!r} there, {wanted.get(key, 'not set')!r} now" for key in keys]
-
-
-def check_folders(runs: list[Run]) -> None:
-    """Refuse to mix runs of two recipes in one table; what has not reached a checkpoint may go.
-
-    Raises:
-        ValueError: names the differing keys, both values and the runs.
-    """
-    folder = runs[0].folder.parent
-    if (folder / RECIPE_FILE).exists():
-        raise ValueError(f"{folder} is the folder of a single run: give a comparison another --output_dir.")
-    found = {}
-    for run in runs:
-        for difference in differences(run) if run.is_trained or run.checkpoint else ():
-            found.setdefault(difference, []).append(run.folder.name)
-    if found:
-        lines = [f"{difference} ({', '.join(names)})" for difference, names in found.items()]
-        raise ValueError(
-            "\n  - ".join([f"{folder} holds runs of another recipe:", *lines])
-            + "\nGive --overwrite true to delete and repeat them, or another --output_dir."
-        )
-
-
-def clear(runs: list[Run]) -> None:
-    """Delete earlier runs, and nothing that is no run."""
-    for run in runs:
-        if (run.folder / RECIPE_FILE).exists():
-            shutil.rmtree(run.folder)
-        run.log.unlink(missing_ok=True)
-
-
-def visible_devices(device) -> list[str]:
-    """The CUDA devices a run may have to itself, as CUDA_VISIBLE_DEVICES names them; elsewhere one that names none."""
-    if device.type != "cuda":
-        return [""]
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return named if named != [""] else [str(number) for number in range(torch.cuda.device_count())]
-
-
-def share_machine(run_args, num_runs: int) -> tuple[list[str], int]:
-    """A device for each run that goes on at a time, and the threads that each of these has."""
-    devices, cores = visible_devices(run_args.device), torch.get_num_threads()
-    at_a_time = min(num_runs, cores) if run_args.device.type == "cpu" else len(devices)
-    jobs = min(num_runs, run_args.compare_jobs or at_a_time)
-    return [devices[job % len(devices)] for job in range(jobs)], max(1, cores // jobs)
-
-
-@contextmanager
-def terminated_as_interrupted():
-    """SIGTERM, and SIGHUP unless it is ignored as under nohup, end the comparison the way Ctrl-C does."""
-    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-class Jobs:
-    """Takes runs through training and evaluation, each in processes of its own, one a device at a time.
-
-    Args:
-        script: path of train_hf.py.
-        options: of the evaluations.
-        devices: CUDA_VISIBLE_DEVICES of each run that goes on at a time.
-        threads: of each run.
-    """
-
-    def __init__(self, script: str, *, options: list[str], devices: list[str], threads: int):
-        self.script, self.options, self.threads = script, options, threads
-        self.free_devices: queue.SimpleQueue = queue.SimpleQueue()
-        for device in devices:
-            self.free_devices.put(device)
-        self.num_jobs = len(devices)
-        self.lock = threading.Lock()
-        self.processes: set[subprocess.Popen] = set()
-        self.stopped = False
-        self.num_done = self.num_runs = 0
-
-    def train_command(self, run: Run) -> list[str]:
-        checkpoint = run.checkpoint
-        start = ["--overwrite", "true"] if checkpoint is None else ["--resume_from_checkpoint", str(checkpoint)]
-        threads = ["--num_cpu_threads_per_process", str(self.threads)]
-        return [sys.executable, *LAUNCH, *threads, self.script, str(run.recipe_file), *start]
-
-    def evaluation_command(self, run: Run) -> list[str]:
-        command = [sys.executable, "-m", "mmcoconut.evaluation", "--model", str(run.folder)]
-        command += ["--recipe", str(run.folder / RECIPE_FILE), "--output_dir", str(run.evaluation)]
-        return [*command, *self.options]
-
-    def environment(self, device: str) -> dict[str, str]:
-        """This process's own, with the run's device and threads, and the package that is running now."""
-        paths = [str(Path(self.script).parent), os.environ.get("PYTHONPATH")]
-        values = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(self.threads)}
-        return os.environ | values | {"CUDA_VISIBLE_DEVICES": device}
-
-    def call(self, command: list[str], *, run: Run, device: str) -> None:
-        """Run a command to its end, its words in the run's log; CalledProcessError if it failed."""
-        with run.log.open("a", encoding="utf-8") as log:
-            log.write(f"$ {shlex.join(command)}\n")
-            log.flush()
-            with self.lock:
-                if self.stopped:
-                    raise subprocess.CalledProcessError(STOPPED, command)
-                # A session of its own, so that `stop` reaches the launcher's children too.
-                options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-                process = subprocess.Popen(command, env=self.environment(device), **options)
-                self.processes.add(process)
-            status = process.wait()
-        with self.lock:
-            self.processes.discard(process)
-        if status != 0:
-            raise subprocess.CalledProcessError(status, command)
-
-    def stop(self) -> None:
-        """End everything that is running, and start nothing more."""
-        with self.lock:
-            self.stopped = True
-            for process in self.processes:
-                with suppress(ProcessLookupError):  # it ended at this moment
-                    os.killpg(process.pid, signal.SIGTERM)
-
-    def say(self, run: Run, what: str, *, done: int = 0) -> None:
-        """A line for a run whose state changed, with the number of runs that are done after it."""
-        with self.lock:
-            self.num_done += done
-            if not self.stopped:
-                print(f"{run}: {what} ({self.num_done} of {self.num_runs} runs done)", flush=True)
-
-    def finish(self, run: Run) -> None:
-        """Train and evaluate a run where that is not done yet."""
-        device = self.free_devices.get()
-        try:
-            if not run.is_trained:
-                self.say(run, "training …" if run.checkpoint is None else f"training on from {run.checkpoint.name} …")
-                shutil.rmtree(run.evaluation, ignore_errors=True)  # it belongs to the weights that are replaced now
-                run.recipe_file.write_text(run.recipe, encoding="utf-8")
-                self.call(self.train_command(run), run=run, device=device)
-            self.say(run, "evaluating …")
-            self.call(self.evaluation_command(run), run=run, device=device)
-            self.say(run, "done", done=1)
-        finally:
-            self.free_devices.put(device)
-
-    def finish_all(self, runs: list[Run]) -> dict[Run, int]:
-        """Finish every run; those that failed, with their exit status. Ctrl-C stops them all."""
-        waiting = [run for run in runs if not run.is_evaluated]
-        self.num_runs, self.num_done = len(runs), len(runs) - len(waiting)
-        failed = {}
-        with terminated_as_interrupted(), ThreadPoolExecutor(self.num_jobs) as executor:
-            futures = {executor.submit(self.finish, run): run for run in waiting}
-            try:
-                for future in as_completed(futures):
-                    try:
-                        future.result()
-                    except subprocess.CalledProcessError as error:
-                        failed[futures[future]] = error.returncode
-                        self.say(futures[future], f"failed, see {futures[future].log}")
-            except BaseException:
-                self.stop()
-                executor.shutdown(cancel_futures=True)
-                raise
-        return failed
-
-
-def check_finished(failed: dict[Run, int], num_runs: int) -> None:
-    """Name the runs that failed, and show how the log of each ends."""
-    if not failed:
-        return
-    message = [f"{len(failed)} of {num_runs} runs failed. The same command repeats only these; the others are kept."]
-    for run, status in failed.items():
-        lines = run.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
-        message += [f"{run} ended with status {status}; {run.log} ends with", *(f"    {line}" for line in lines)]
-    raise ComparisonError("\n".join(message))
 
 
 def read_outcome(run: Run) -> Outcome:
@@ -475,10 +214,6 @@ def steps_table(records: list[dict]) -> str:
         estimates = [Estimate(group["mean"], group["low"], group["high"]) for group in record["by_num_steps"].values()]
         rows.append([f"`{record['mode']}`", *map(str, estimates)])
     return table(header, rows)
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def listed(values) -> str:

@@ -17,11 +17,12 @@ from test_train import TINY
 from tiny import tiny_model, tiny_processor
 
 import train_hf
-from mmcoconut import compare
+from mmcoconut import compare, matched_runs
 from mmcoconut.arguments import parse_recipe
-from mmcoconut.compare import ComparisonError, Jobs, Outcome, Run
+from mmcoconut.compare import Outcome
 from mmcoconut.curriculum import IGNORED, MODES, THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import load_examples
+from mmcoconut.matched_runs import ComparisonError, Jobs, Run
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
 
@@ -168,7 +169,7 @@ def test_order_of_rows_does_not_depend_on_the_mode_with_a_worker_either(recipe, 
 
 
 def planned(recipe: str, *options: str) -> list[Run]:
-    return compare.plan_runs(*parse_recipe([recipe, "--compare", "cot,coconut", "--seed", "3", *options]))
+    return matched_runs.plan_runs(*parse_recipe([recipe, "--compare", "cot,coconut", "--seed", "3", *options]))
 
 
 def test_runs_differ_in_mode_seed_folder_and_name_only(recipe, tmp_path):
@@ -184,7 +185,7 @@ def test_runs_differ_in_mode_seed_folder_and_name_only(recipe, tmp_path):
 def test_recipe_of_a_run_means_the_same_when_it_is_saved_by_the_run(recipe, tmp_path):
     run = planned(recipe, "--output_dir", str(tmp_path / "out"))[1]
     (tmp_path / "run.yaml").write_text(run.recipe)
-    assert compare.recipe_text(*parse_recipe([str(tmp_path / "run.yaml")])) == run.recipe
+    assert matched_runs.recipe_text(*parse_recipe([str(tmp_path / "run.yaml")])) == run.recipe
 
 
 def test_comparison_in_the_folder_of_a_single_run_is_refused(recipe, tmp_path):
@@ -211,7 +212,7 @@ def test_overwriting_deletes_the_runs_of_this_comparison_and_nothing_else(recipe
     for name in ("cot-seed3/recipe.yaml", "coconut-seed3/notes.txt", "cot-seed9/recipe.yaml", "cot-seed3.log"):
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).touch()
-    compare.clear(runs)
+    matched_runs.clear(runs)
     left = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
     assert left == {"coconut-seed3/notes.txt", "cot-seed9/recipe.yaml"}
 
@@ -256,7 +257,7 @@ def test_runs_share_devices_and_cores(monkeypatch, run_args, visible, num_runs, 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert compare.share_machine(run_args, num_runs) == (devices, threads)
+    assert matched_runs.share_machine(run_args, num_runs) == (devices, threads)
 
 
 def is_alive(pid: int) -> bool:
