@@ -116,6 +116,7 @@ class MMCoconutProcessor(ProcessorMixin):
             raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
         if num_latents < 0:
             raise ValueError(f"num_latents={num_latents} is negative: give 0 for no latents, or a number of them.")
+        tokenizer.padding_side = "left"  # a saved tokenizer forgets it, and prompts padded behind are answered wrongly
         self.image_seq_length = image_seq_length
         self.num_latents = num_latents
         self.markers = markers
@@ -140,7 +141,6 @@ class MMCoconutProcessor(ProcessorMixin):
         tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
         image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
         add_special_tokens(tokenizer)
-        tokenizer.padding_side = "left"
         for field, token in zip(TOKEN_ID_FIELDS, SPECIAL_TOKENS):
             token_id = tokenizer.convert_tokens_to_ids(token)
             if token_id != getattr(config, field):

@@ -280,7 +280,7 @@ def _assign(values: dict, key: str, value, *, problems: list[tuple]) -> None:
     """values["a"]["b"] = value for the key a.b; what stands inside a mapping has no type, so text is read as YAML."""
     *parents, last = key.split(".")
     for parent in parents:
-        values[parent] = {} if values.get(parent) is None else values[parent]
+        values[parent] = {} if values.get(parent) is None else _scalar(values[parent])
         if not isinstance(values[parent], dict):
             problems.append((key, value, f"`{parent}` is not a mapping"))
             return

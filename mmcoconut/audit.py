@@ -14,19 +14,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from PIL import Image
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
+from mmcoconut.answering import Answerer, load_checkpoint
 from mmcoconut.arguments import RecipeError
 from mmcoconut.audit_report import card_of, interventions_figure, report_of
 from mmcoconut.data import question_text
 from mmcoconut.evaluation import (
-    Answerer,
     EvaluationArguments,
     default_folder,
-    load_checkpoint,
+    join_processes,
     parse_arguments,
     read_rows,
     trained_with,
@@ -231,7 +230,7 @@ def main(argv: list[str] | None = None) -> dict:
     set_seed(arguments.seed)
     rows = list(read_rows(arguments))
     model, processor = load_checkpoint(
-        arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=PartialState().device
+        arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=join_processes().device
     )
     answerer = Answerer(model, processor, num_latents=arguments.num_latents, max_new_tokens=arguments.max_new_tokens)
     metric = arguments.metric or default_metric(arguments.dataset, rows[0])

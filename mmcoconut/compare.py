@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from .evaluation import PREDICTIONS_FILE, RECORD_FILE, read_lines
 from .matched_runs import (
     RESULTS_FILE,
     Jobs,
@@ -67,12 +68,11 @@ class Outcome:
 
 
 def read_outcome(run: Run) -> Outcome:
-    lines = (run.evaluation / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return Outcome(
         run=run,
         results=json.loads((run.folder / RESULTS_FILE).read_text(encoding="utf-8")),
-        evaluation=json.loads((run.evaluation / "evaluation.json").read_text(encoding="utf-8")),
-        predictions=sorted(map(json.loads, lines), key=lambda row: row["index"]),
+        evaluation=json.loads((run.evaluation / RECORD_FILE).read_text(encoding="utf-8")),
+        predictions=sorted(read_lines(run.evaluation / PREDICTIONS_FILE), key=lambda row: row["index"]),
     )
 
 

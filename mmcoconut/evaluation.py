@@ -2,8 +2,6 @@
 
 Writes evaluation.json (one record) and predictions.jsonl (a line a row) into `--output_dir`. A run that was stopped
 goes on where it stopped; `accelerate launch -m mmcoconut.evaluation …` shares the rows among processes.
-
-Shapes: B rows of a batch, T tokens, D hidden, V vocabulary.
 """
 
 import hashlib
@@ -18,20 +16,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
+from mmcoconut.answering import Answerer, image_name, load_checkpoint
 from mmcoconut.arguments import RecipeError, read_arguments, read_recipe
-from mmcoconut.curriculum import align_rows
-from mmcoconut.data import load_examples, question_text
-from mmcoconut.data.images import open_images
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
+from mmcoconut.data import drop_unreadable, load_examples
 from mmcoconut.provenance import peak_memory_mb, provenance
-from mmcoconut.scoring import REFERENCES, default_metric, score
-from mmcoconut.statistics import bootstrap_mean
+from mmcoconut.scoring import default_metric, score
+from mmcoconut.statistics import Estimate, bootstrap_mean, percent
 
 
 logger = logging.getLogger("mmcoconut")
@@ -47,11 +41,13 @@ RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
 # How an answer is found: written by `generate`, or the choice that the model thinks likeliest.
 SCORE_BY = ("generation", "likelihood", "likelihood_per_token")
-CHOICES = {"score_by": SCORE_BY, "metric": tuple(REFERENCES), "dtype": ("auto", "float32", "bfloat16", "float16")}
+CHOICES = {"score_by": SCORE_BY, "dtype": ("auto", "float32", "bfloat16", "float16")}
 # What a run's own recipe says where the command does not.
-FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens")
+FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "unreadable_images")
 # What does not change the answers, and may differ when an evaluation goes on.
 ABOUT_ONE_LAUNCH = ("output_dir", "overwrite", "recipe")
+# What may change when a stopped evaluation goes on, for lack of memory.
+MAY_CHANGE = ("batch_size",)
 
 
 @dataclass
@@ -69,163 +65,12 @@ class EvaluationArguments:
     score_by: str = HfArg(default="generation", help="Write answers, or choose the likeliest of a row's choices.")
     num_latents: int | None = HfArg(default=None, help="Thoughts a question; default: the checkpoint's.")
     max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
+    unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")
     batch_size: int = HfArg(default=32, help="Rows answered at once in each process.")
     dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
     seed: int = HfArg(default=0, help="Of the bootstrap.")
     output_dir: str | None = HfArg(default=None, help="Default: outputs/evaluation/<model>-<dataset>-<split>.")
     overwrite: bool = HfArg(default=False, help="Delete an earlier evaluation in output_dir.")
-
-
-def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
-    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run.
-
-    Raises:
-        ValueError: a checkpoint without some of the weights, which the library would draw at random.
-    """
-    options = {"revision": revision} if revision is not None else {}
-    options |= {"trust_remote_code": False}
-    model, info = MMCoconutForConditionalGeneration.from_pretrained(
-        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **options
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
-    processor = MMCoconutProcessor.from_pretrained(name, **options)
-    processor.tokenizer.padding_side = "left"  # which a saved tokenizer forgets, and without which batches go wrong
-    return model.to(device).eval(), processor
-
-
-def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
-    """How many of a row's new tokens it wrote: up to its first eos, that one included; what follows is padding.
-
-    >>> count_generated([5, 6, 0, 9, 9], [0]), count_generated([5, 6], [0])
-    (3, 2)
-    """
-    ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
-    return ends[0] + 1 if ends else len(tokens)
-
-
-class Answerer:
-    """A checkpoint that answers rows of `mmcoconut.data` in batches.
-
-    Args:
-        model, processor: of `load_checkpoint`.
-        num_latents: thoughts a question; None takes the checkpoint's.
-        max_new_tokens: longest text written.
-        begin_with: text that every answer is made to begin with, such as "###" for an answer without written steps.
-    """
-
-    def __init__(
-        self, model, processor, *, num_latents: int | None = None, max_new_tokens: int = 64, begin_with: str = ""
-    ):
-        self.model, self.processor = model, processor
-        self.num_latents = processor.num_latents if num_latents is None else num_latents
-        self.max_new_tokens, self.begin_with = max_new_tokens, begin_with
-
-    def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
-        """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width).
-
-        Raises:
-            ValueError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
-                language model's positions.
-        """
-        room = self.max_new_tokens if room is None else room
-        images = [open_images(row) for row in rows]
-        batch = self.processor(
-            images=images if any(images) else None,
-            text=[question_text(row) for row in rows],
-            num_latents=self.num_latents,
-            return_tensors="pt",
-            padding=True,
-        )
-        begun = torch.tensor([self.processor.encode_text(self.begin_with)] * len(rows), dtype=torch.long)
-        batch["input_ids"] = torch.cat([batch["input_ids"], begun], dim=1)  # (B, T)
-        batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(begun)], dim=1)  # (B, T)
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        lengths = batch["attention_mask"].sum(dim=1)  # (B,)
-        length, longest = int(lengths.max()), int(lengths.argmax())
-        if limit is not None and length + room > limit:
-            raise ValueError(
-                f"{rows[longest]['row_id']}: the prompt takes {length} tokens, images and {self.num_latents} latents "
-                f"included, and {room} more may follow, but the language model has {limit} positions: lower "
-                "max_new_tokens or num_latents, or shorten the question."
-            )
-        return batch.to(self.model.device, dtype=self.model.dtype)
-
-    def decoder_passes(self, generated_tokens: int) -> int:
-        """Calls of the decoder, one after the other, that a row's answer needs: one a thought, one a token."""
-        fed_back = self.num_latents if self.model.config.thought_mode == "feedback" else 0
-        return fed_back + max(1, generated_tokens)
-
-    @torch.no_grad()
-    def answer(self, rows: Sequence[Mapping]) -> list[dict]:
-        """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; greedily, in one batch."""
-        inputs = self.inputs(rows)
-        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (B, up to max_new_tokens)
-        eos = self.model.generation_config.eos_token_id
-        counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in new_tokens]
-        texts = self.processor.tokenizer.batch_decode(
-            [row[:count] for row, count in zip(new_tokens, counts)], skip_special_tokens=True
-        )
-        texts = [self.begin_with + text for text in texts]
-        return [
-            {
-                "output": text,
-                "answer": parse_answer(text),
-                "generated_tokens": count,
-                "decoder_passes": self.decoder_passes(count),
-            }
-            for text, count in zip(texts, counts)
-        ]
-
-    @torch.no_grad()
-    def choice_log_probs(self, row: Mapping) -> list[tuple[float, int]]:
-        """For each choice of a row: the log-probability of `### choice <eos>` after the thoughts, and its tokens.
-
-        Raises:
-            ValueError: a row without choices.
-        """
-        if not row["choices"]:
-            raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
-        targets = [self.processor.encode_target([], choice) for choice in row["choices"]]
-        inputs = self.inputs([row], room=max(map(len, targets)))
-        prompt = inputs.pop("input_ids")[0].tolist()
-        pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
-        batch = align_rows([prompt] * len(targets), targets, pad_id=pad_id, latent_id=latent_id)
-        inputs |= {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        if "pixel_values" in inputs:
-            pixels = inputs["pixel_values"]
-            inputs["pixel_values"] = pixels.repeat(len(targets), *[1] * (pixels.ndim - 1))
-        labels = nn.functional.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]  # (B, T)
-        hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
-        labelled = labels != -100
-        log_probs = self.model.lm_head(hidden[labelled]).float().log_softmax(dim=-1)  # (labelled, V)
-        of_labels = torch.zeros(labels.shape, device=log_probs.device)
-        of_labels[labelled] = log_probs.gather(1, labels[labelled][:, None])[:, 0]
-        return list(zip(of_labels.sum(dim=1).tolist(), labelled.sum(dim=1).tolist()))
-
-    def choose(self, rows: Sequence[Mapping], per_token: bool) -> list[dict]:
-        """As `answer`, with the likeliest choice of each row; `log_probs` holds what was compared."""
-        answers = []
-        for row in rows:
-            scores = [total / (count if per_token else 1) for total, count in self.choice_log_probs(row)]
-            best = row["choices"][scores.index(max(scores))]
-            answers.append(
-                {
-                    "output": f"### {best}",
-                    "answer": best,
-                    "generated_tokens": 0,
-                    "decoder_passes": self.decoder_passes(0),
-                    "log_probs": scores,
-                }
-            )
-        return answers
-
-
-def image_name(image: Mapping) -> str:
-    """The path of a picture, or, where it has none, the start of the SHA-256 of its bytes."""
-    return image["path"] or f"sha256:{hashlib.sha256(image['bytes']).hexdigest()[:16]}"
 
 
 def described(row: Mapping, answerer: Answerer) -> dict:
@@ -287,7 +132,8 @@ def check_settings(folder: Path, settings: dict) -> None:
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     now = json.loads(json.dumps(settings))
-    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    keys = [key for key in {**before, **now} if key not in MAY_CHANGE]
+    differing = [key for key in keys if before.get(key) != now.get(key)]
     if differing:
         changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
         raise ValueError(
@@ -450,15 +296,21 @@ def parse_arguments(argv: list[str], cls=EvaluationArguments):
 
 
 def read_rows(arguments):
-    """The rows to be answered."""
+    """The rows to be answered; those left out by `unreadable_images: skip` are named in the log."""
     with PartialState().main_process_first():
         rows = load_examples(arguments.dataset, split=arguments.split, **arguments.dataset_options)
     count = len(rows) if arguments.max_samples is None else min(arguments.max_samples, len(rows))
-    return rows.select(range(count))
+    rows = rows.select(range(count))
+    if arguments.unreadable_images == "skip":
+        rows, skipped = drop_unreadable(rows)
+        for message in skipped:
+            logger.warning("left out: %s", message)
+    return rows
 
 
 def default_folder(arguments, room: str) -> Path:
-    model = Path(arguments.model.rstrip("/")).name
+    """outputs/<room>/, and in it the checkpoint's path in one word, the data set and the split."""
+    model = arguments.model.strip("/.").replace("/", "-")
     return Path("outputs", room, f"{model}-{arguments.dataset}-{arguments.split}")
 
 
@@ -504,12 +356,12 @@ def summary(record: dict) -> str:
     accuracy = record["accuracy"]
     lines = [
         f"{record['metric']} on {record['n']} rows of {record['dataset']} ({record['split']}): "
-        f"{accuracy['mean']:.1%}, 95 % interval {accuracy['low']:.1%} to {accuracy['high']:.1%}",
+        f"{Estimate(**accuracy)}, in brackets the 95 % interval",
         f"{record['num_latents']} thoughts, {record['generated_tokens']:.1f} tokens and "
         f"{record['decoder_passes']:.1f} decoder passes an answer; {record['seconds']:.1f} s in all",
     ]
     lines += [
-        f"  {steps} steps: {group['mean']:.1%} of {group['n']}" for steps, group in record["by_num_steps"].items()
+        f"  {steps} steps: {percent(group['mean'])} of {group['n']}" for steps, group in record["by_num_steps"].items()
     ]
     return "\n".join(lines)
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from mmcoconut.answering import Answerer, image_name
 from mmcoconut.data import question_text
-from mmcoconut.evaluation import Answerer, image_name, mean_of
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.scoring import score
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean, percent, points
@@ -146,7 +146,12 @@ class Study:
             thoughts.append(torch.stack(seen, dim=1).cpu())  # (B, N, D)
         texts, outputs = [line["answer"] for line in lines], [line["output"] for line in lines]
         scores = score(self.metric, outputs, texts, rows=rows)["scores"] if donors is None else None
-        return Answers(texts, scores, mean_of(lines, "generated_tokens"), torch.cat(thoughts) if thoughts else None)
+        return Answers(
+            texts,
+            scores,
+            sum(line["generated_tokens"] for line in lines) / len(lines),
+            torch.cat(thoughts) if thoughts else None,
+        )
 
     def outcome(self, name: str, description: str, answers: Answers, donors: Sequence[str] | None = None) -> Outcome:
         """Compare a run with the untouched one; `donors` (n,) are the answers that belong to the thoughts read."""

@@ -10,8 +10,8 @@ from tiny import DECODERS, batch_of, max_difference, tiny_model, tiny_processor,
 from torch import nn
 
 from mmcoconut import latent_mmcoconut
+from mmcoconut.answering import Answerer
 from mmcoconut.data import load_examples, question_text
-from mmcoconut.evaluation import Answerer
 from mmcoconut.interventions import (
     CANNOT_TELL,
     DEPENDS,

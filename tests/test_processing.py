@@ -131,6 +131,17 @@ def test_answers_are_decoded_from_targets(processor):
     assert processor.decode_answers(torch.tensor(padded)) == ["a cube", "red"]
 
 
+def test_reloaded_processor_pads_prompts_in_front(processor, tmp_path):
+    """A saved tokenizer does not keep its side, and a prompt that is padded behind is answered wrongly."""
+    processor.save_pretrained(tmp_path)
+    reloaded = MMCoconutProcessor.from_pretrained(tmp_path)
+    texts = ["What?", "What colour is the left square?"]
+    expected, found = processor(text=texts, return_tensors="pt"), reloaded(text=texts, return_tensors="pt")
+    assert expected["attention_mask"][0, 0] == 0
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+    assert torch.equal(found["attention_mask"], expected["attention_mask"])
+
+
 def test_tokenizer_without_the_special_tokens_is_refused():
     with pytest.raises(ValueError, match="lacks the special tokens <image>, .*from_backbones"):
         MMCoconutProcessor(tiny_processor(tiny_model()).image_processor, tiny_tokenizer(), image_seq_length=4)

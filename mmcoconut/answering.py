@@ -1,0 +1,170 @@
+"""A checkpoint that answers rows of `mmcoconut.data` in batches: by writing, or by choosing the likeliest choice.
+
+Shapes: B rows of a batch, T tokens, D hidden, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from mmcoconut.curriculum import align_rows
+from mmcoconut.data import question_text
+from mmcoconut.data.images import open_images
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
+
+
+def image_name(image: Mapping) -> str:
+    """The path of a picture, or, where it has none, the start of the SHA-256 of its bytes."""
+    return image["path"] or f"sha256:{hashlib.sha256(image['bytes']).hexdigest()[:16]}"
+
+
+def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
+    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run.
+
+    Raises:
+        ValueError: a checkpoint without some of the weights, which the library would draw at random.
+    """
+    options = {"revision": revision} if revision is not None else {}
+    options |= {"trust_remote_code": False}
+    model, info = MMCoconutForConditionalGeneration.from_pretrained(
+        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **options
+    )
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
+    processor = MMCoconutProcessor.from_pretrained(name, **options)
+    return model.to(device).eval(), processor
+
+
+def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
+    """How many of a row's new tokens it wrote: up to its first eos, that one included; what follows is padding.
+
+    >>> count_generated([5, 6, 0, 9, 9], [0]), count_generated([5, 6], [0])
+    (3, 2)
+    """
+    ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
+    return ends[0] + 1 if ends else len(tokens)
+
+
+class Answerer:
+    """A checkpoint that answers rows of `mmcoconut.data` in batches.
+
+    Args:
+        model, processor: of `load_checkpoint`.
+        num_latents: thoughts a question; None takes the checkpoint's.
+        max_new_tokens: longest text written.
+        begin_with: text that every answer is made to begin with, such as "###" for an answer without written steps.
+    """
+
+    def __init__(
+        self, model, processor, *, num_latents: int | None = None, max_new_tokens: int = 64, begin_with: str = ""
+    ):
+        self.model, self.processor = model, processor
+        self.num_latents = processor.num_latents if num_latents is None else num_latents
+        self.max_new_tokens, self.begin_with = max_new_tokens, begin_with
+
+    def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
+        """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width).
+
+        Raises:
+            ValueError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
+                language model's positions.
+        """
+        room = self.max_new_tokens if room is None else room
+        images = [open_images(row) for row in rows]
+        batch = self.processor(
+            images=images if any(images) else None,
+            text=[question_text(row) for row in rows],
+            num_latents=self.num_latents,
+            return_tensors="pt",
+            padding=True,
+        )
+        begun = torch.tensor([self.processor.encode_text(self.begin_with)] * len(rows), dtype=torch.long)
+        batch["input_ids"] = torch.cat([batch["input_ids"], begun], dim=1)  # (B, T)
+        batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(begun)], dim=1)  # (B, T)
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        lengths = batch["attention_mask"].sum(dim=1)  # (B,)
+        length, longest = int(lengths.max()), int(lengths.argmax())
+        if limit is not None and length + room > limit:
+            raise ValueError(
+                f"{rows[longest]['row_id']}: the prompt takes {length} tokens, images and {self.num_latents} latents "
+                f"included, and {room} more may follow, but the language model has {limit} positions: lower "
+                "max_new_tokens or num_latents, or shorten the question."
+            )
+        return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def decoder_passes(self, generated_tokens: int) -> int:
+        """Calls of the decoder, one after the other, that a row's answer needs: one a thought, one a token."""
+        fed_back = self.num_latents if self.model.config.thought_mode == "feedback" else 0
+        return fed_back + max(1, generated_tokens)
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Mapping]) -> list[dict]:
+        """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; greedily, in one batch."""
+        inputs = self.inputs(rows)
+        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (B, up to max_new_tokens)
+        eos = self.model.generation_config.eos_token_id
+        counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in new_tokens]
+        texts = self.processor.tokenizer.batch_decode(
+            [row[:count] for row, count in zip(new_tokens, counts)], skip_special_tokens=True
+        )
+        texts = [self.begin_with + text for text in texts]
+        return [
+            {
+                "output": text,
+                "answer": parse_answer(text),
+                "generated_tokens": count,
+                "decoder_passes": self.decoder_passes(count),
+            }
+            for text, count in zip(texts, counts)
+        ]
+
+    @torch.no_grad()
+    def choice_log_probs(self, row: Mapping) -> list[tuple[float, int]]:
+        """For each choice of a row: the log-probability of `### choice <eos>` after the thoughts, and its tokens.
+
+        Raises:
+            ValueError: a row without choices.
+        """
+        if not row["choices"]:
+            raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
+        targets = [self.processor.encode_target([], choice) for choice in row["choices"]]
+        inputs = self.inputs([row], room=max(map(len, targets)))
+        prompt = inputs.pop("input_ids")[0].tolist()
+        pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
+        batch = align_rows([prompt] * len(targets), targets, pad_id=pad_id, latent_id=latent_id)
+        inputs |= {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        if "pixel_values" in inputs:
+            pixels = inputs["pixel_values"]
+            inputs["pixel_values"] = pixels.repeat(len(targets), *[1] * (pixels.ndim - 1))
+        labels = nn.functional.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]  # (B, T)
+        hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
+        labelled = labels != -100
+        log_probs = self.model.lm_head(hidden[labelled]).float().log_softmax(dim=-1)  # (labelled, V)
+        of_labels = torch.zeros(labels.shape, device=log_probs.device)
+        of_labels[labelled] = log_probs.gather(1, labels[labelled][:, None])[:, 0]
+        return list(zip(of_labels.sum(dim=1).tolist(), labelled.sum(dim=1).tolist()))
+
+    def choose(self, rows: Sequence[Mapping], per_token: bool) -> list[dict]:
+        """As `answer`, with the likeliest choice of each row; `log_probs` holds what was compared."""
+        answers = []
+        for row in rows:
+            scores = [total / (count if per_token else 1) for total, count in self.choice_log_probs(row)]
+            if not all(map(math.isfinite, scores)):
+                raise ValueError(f"{row['row_id']}: log-probabilities {scores} are not finite: pass --dtype float32.")
+            best = row["choices"][scores.index(max(scores))]
+            answers.append(
+                {
+                    "output": f"### {best}",
+                    "answer": best,
+                    "generated_tokens": 0,
+                    "decoder_passes": self.decoder_passes(0),
+                    "log_probs": scores,
+                }
+            )
+        return answers
