@@ -20,7 +20,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from tiny import tiny_image, tiny_model, tiny_processor
 
-from mmcoconut import evaluation, provenance
+from mmcoconut import answering, evaluation, provenance
 from mmcoconut.answering import Answerer, load_checkpoint
 from mmcoconut.arguments import RecipeError
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
@@ -575,7 +575,7 @@ def test_row_that_the_metric_cannot_score_ends_the_run_before_any_is_answered(ch
 
 
 def test_numeric_answers_are_read_out_of_the_whole_text(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "parse_answer", lambda text: "8")
+    monkeypatch.setattr(answering, "parse_answer", lambda text: "8")
     options = loader_of("gsm8k_aug").write_sample(tmp_path / "data", num_rows=2, seed=0)
     data = ["--dataset", "gsm8k_aug", "--dataset_options", json.dumps(options)]
     record = evaluate(checkpoint, tmp_path / "out", *data)
@@ -670,8 +670,9 @@ def test_everything_that_is_wrong_is_said_at_once():
 
 def test_folder_is_named_for_model_data_and_split(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    main(["--model", f"{checkpoint}/", *OPTIONS, "--max_samples", "1"])
-    assert (tmp_path / "outputs/evaluation/tiny-arrow_mazes-validation/evaluation.json").exists()
+    Path("runs").symlink_to(Path(checkpoint).parent)
+    main(["--model", "./runs/tiny/", *OPTIONS, "--max_samples", "1"])
+    assert (tmp_path / "outputs/evaluation/runs-tiny-arrow_mazes-validation/evaluation.json").exists()
 
 
 def test_command_is_written_as_a_shell_takes_it_and_without_tokens(monkeypatch):
@@ -679,3 +680,25 @@ def test_command_is_written_as_a_shell_takes_it_and_without_tokens(monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert provenance.command() == "train_hf.py recipe.yaml --freeze '[a, b]' --hub_token hidden --push"
+
+
+def test_unreadable_images_are_left_out_where_the_recipe_or_the_command_says_so(checkpoint, tmp_path, caplog):
+    options = loader_of("json_steps").write_sample(tmp_path / "data", num_rows=3, seed=0)
+    words = ["--dataset", "json_steps", "--dataset_options", json.dumps(options), "--split", "validation"]
+    rows = load_examples("json_steps", split="validation", **options)
+    Path(rows[1]["images"][0]["path"]).write_bytes(b"no picture")
+    model = ["--model", str(checkpoint), "--max_new_tokens", "2"]
+    with pytest.raises(UnreadableImageError):
+        main([*model, *words, "--output_dir", str(tmp_path / "error")])
+    record = main([*model, *words, "--output_dir", str(tmp_path / "skip"), "--unreadable_images", "skip"])
+    assert record["n"] == len(rows) - 1
+    assert "left out" in caplog.text and rows[1]["row_id"] in caplog.text
+
+
+def test_smaller_batches_may_finish_a_stopped_evaluation(checkpoint, tmp_path):
+    whole = evaluate(checkpoint, tmp_path / "whole")
+    evaluate(checkpoint, tmp_path / "stopped")
+    for name in ("evaluation.json", "predictions.jsonl"):
+        (tmp_path / "stopped" / name).unlink()
+    record = evaluate(checkpoint, tmp_path / "stopped", "--batch_size", "1")
+    assert (record["accuracy"], record["batch_size"]) == (whole["accuracy"], 1)
