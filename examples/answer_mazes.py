@@ -17,6 +17,7 @@ from mmcoconut.data.arrow_mazes import cell_name, draw, draw_path, generate, que
 
 
 MARGIN = 44
+HOPS = (1, 3, 6)
 
 
 def picture_of(maze, hops: int, answer: str) -> Image.Image:
@@ -45,7 +46,7 @@ def main() -> None:
     model = AutoModel.from_pretrained(arguments.checkpoint, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(arguments.checkpoint, trust_remote_code=True)
     options = yaml.safe_load((arguments.checkpoint / "recipe.yaml").read_text())["dataset_options"]
-    mazes = [maze_of(hops, options) for hops in (1, 2, 3)]
+    mazes = [maze_of(hops, options) for hops in HOPS]
     inputs = processor(
         images=[draw(maze) for maze, _ in mazes],
         text=[question_of(hops) for _, hops in mazes],
