@@ -3,7 +3,6 @@
 Read the recipe and the data, build model and processor, train through the curriculum, save, push, report.
 """
 
-import json
 import logging
 import shutil
 import sys
@@ -23,15 +22,16 @@ from mmcoconut.data.images import open_images
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.provenance import provenance
+from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, markdown_table, write_json
 from mmcoconut.scoring import default_metric, references_of
 from mmcoconut.smoke import smoke_arguments
+from mmcoconut.statistics import percent
 from mmcoconut.tokenizer import train_tokenizer
 from mmcoconut.trainer import CurriculumTrainer
 
 
 logger = logging.getLogger("mmcoconut")
 
-RECIPE_FILE = "recipe.yaml"
 # Fields of the model's configuration that a recipe sets when it builds a model out of backbones.
 CONFIG_FIELDS = (
     "image_fusion",
@@ -168,9 +168,8 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
         max_new_tokens=data_args.max_new_tokens,
     )
     metric = data_args.metric or default_metric(data_args.dataset, splits["eval"][0])
-    references_of(
-        metric, splits["eval"].remove_columns("images")
-    )  # fails now, not after a stage
+    for rows in splits.values():
+        references_of(metric, rows.remove_columns("images"))  # fails now, not after a stage
     return CurriculumTrainer(
         model=model,
         args=run_args,
@@ -234,8 +233,8 @@ def evaluate(trainer, data_args) -> dict:
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"eval_{data_args.eval_split}.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        print(markdown_table(stage_rows(trainer.state.log_history)))
+        write_json(folder / f"eval_{data_args.eval_split}.json", metrics)
+        print(stage_table(stage_rows(trainer.state.log_history)))
     return metrics
 
 
@@ -264,13 +263,13 @@ def stage_rows(log_history: list[dict]) -> list[dict]:
     return [rows[stage] for stage in sorted(rows)]
 
 
-def markdown_table(rows: list[dict]) -> str:
-    """A line a stage: latents of a prompt, mean of new tokens an answer, exact match, rows evaluated."""
-    lines = ["| stage | latents | generated tokens | accuracy | n |", "|---|---|---|---|---|"]
-    for row in rows:
-        stage, num_latents, tokens = row["stage"], row["num_latents"], row["generated_tokens"]
-        lines.append(f"| {stage} | {num_latents} | {tokens:.1f} | {row['accuracy']:.1%} | {row['n']} |")
-    return "\n".join(lines)
+def stage_table(rows: list[dict]) -> str:
+    """A line a stage: latents of a prompt, mean of new tokens an answer, accuracy, rows evaluated."""
+    cells = [
+        (row["stage"], row["num_latents"], f"{row['generated_tokens']:.1f}", percent(row["accuracy"]), row["n"])
+        for row in rows
+    ]
+    return markdown_table(["stage", "latents", "generated tokens", "accuracy", "n"], (map(str, row) for row in cells))
 
 
 def write_card(trainer, data_args, results: dict) -> None:
@@ -291,7 +290,7 @@ def write_card(trainer, data_args, results: dict) -> None:
         max_new_tokens=data_args.max_new_tokens,
         dataset=data_args.dataset,
         metric=results["metric"],
-        results_table=markdown_table(results["stages"]),
+        results_table=stage_table(results["stages"]),
     )
     card.save(Path(trainer.args.output_dir, "README.md"))
 
@@ -315,14 +314,14 @@ def save_results(trainer, *, arguments, test: dict, train_seconds: float, skippe
         **provenance(trainer.args.device),
     }
     if trainer.is_world_process_zero():
-        Path(trainer.args.output_dir, "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(Path(trainer.args.output_dir, RESULTS_FILE), results)
     return results
 
 
 def report(results: dict) -> None:
-    print(markdown_table(results["stages"]))
+    print(stage_table(results["stages"]))
     if results["test"]:
-        print(f"test split, last stage: {results['test']['test_accuracy']:.1%} of {results['test']['test_n']}")
+        print(f"test split, last stage: {percent(results['test']['test_accuracy'])} of {results['test']['test_n']}")
     for message in results["unreadable_images"]:
         print(f"left out: {message}")
 

@@ -17,9 +17,16 @@ from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
 
 
+def image_key(image: Mapping) -> str:
+    """What tells a picture from others: the start of the SHA-256 of its bytes, or, where it has none, its path."""
+    if image["bytes"] is None:
+        return image["path"]
+    return f"sha256:{hashlib.sha256(image['bytes']).hexdigest()[:16]}"
+
+
 def image_name(image: Mapping) -> str:
-    """The path of a picture, or, where it has none, the start of the SHA-256 of its bytes."""
-    return image["path"] or f"sha256:{hashlib.sha256(image['bytes']).hexdigest()[:16]}"
+    """The path of a picture, or, where it has none, its key."""
+    return image["path"] or image_key(image)
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
@@ -106,7 +113,7 @@ class Answerer:
     def answer(self, rows: Sequence[Mapping]) -> list[dict]:
         """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; greedily, in one batch."""
         inputs = self.inputs(rows)
-        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (B, up to max_new_tokens)
         eos = self.model.generation_config.eos_token_id
         counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in new_tokens]

@@ -31,11 +31,15 @@ CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_sel
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"metric": tuple(REFERENCES)}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
-AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "num_latents")
+AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "num_latents", "num_shown")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs")
-LIMITS = dict.fromkeys(AT_LEAST_0, (0, math.inf)) | dict.fromkeys(AT_LEAST_1, (1, math.inf)) | {"uniform_prob": (0, 1)}
+AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k")
+LIMITS = (
+    dict.fromkeys(AT_LEAST_0, (0, math.inf))
+    | dict.fromkeys(AT_LEAST_1, (1, math.inf))
+    | {"uniform_prob": (0, 1), "margin": (0, 1)}
+)
 REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
     "load_best_model_at_end": "accuracies of different stages do not compare; stages/ keeps the best of each",

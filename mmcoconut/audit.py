@@ -6,8 +6,8 @@ Answers the same questions again with other thoughts (mmcoconut/interventions.py
 Shapes: n rows, N thoughts a row, D hidden.
 """
 
-import json
 import logging
+import random
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,7 @@ from transformers.hf_argparser import HfArg
 
 from mmcoconut.answering import Answerer, load_checkpoint
 from mmcoconut.arguments import RecipeError
-from mmcoconut.audit_report import card_of, interventions_figure, report_of
-from mmcoconut.data import question_text
-from mmcoconut.evaluation import (
+from mmcoconut.asking import (
     EvaluationArguments,
     default_folder,
     join_processes,
@@ -30,8 +28,9 @@ from mmcoconut.evaluation import (
     read_rows,
     trained_with,
 )
+from mmcoconut.audit_report import card_of, interventions_figure, report_of
+from mmcoconut.data import question_text
 from mmcoconut.interventions import (
-    MARGIN,
     Outcome,
     Study,
     images_key,
@@ -39,13 +38,14 @@ from mmcoconut.interventions import (
     other_counts,
     replacements,
     swaps,
-    verdict_of,
 )
 from mmcoconut.provenance import provenance
+from mmcoconut.records import write_json, write_lines
 from mmcoconut.scoring import default_metric
 from mmcoconut.statistics import bootstrap_mean
 from mmcoconut.thought_pictures import geometry_figure, picture_grid, probe_figure, thought_strip
-from mmcoconut.thoughts import Readings, geometry, lens_text, linear_probe, probe_targets, read_thoughts
+from mmcoconut.thoughts import Readings, geometry, lens_text, linear_probe, load_extra, probe_targets, read_thoughts
+from mmcoconut.verdict import MARGIN, verdict_of
 
 
 logger = logging.getLogger("mmcoconut")
@@ -55,16 +55,17 @@ ANSWERS_FILE = "answers.jsonl"
 REPORT_FILE = "report.html"
 CARD_FILE = "card.md"
 PICTURES = "pictures"
+OWN_NAMES = {RECORD_FILE, ANSWERS_FILE, REPORT_FILE, CARD_FILE, PICTURES}
 
 
 @dataclass
 class AuditArguments(EvaluationArguments):
     """What is audited, on what, and what is drawn."""
 
-    max_samples: int | None = HfArg(default=500, help="Rows of the audit; each is answered some twenty times.")
+    max_samples: int | None = HfArg(default=500, help="Rows, drawn at random; each is answered some thirty times.")
     output_dir: str | None = HfArg(default=None, help="Default: outputs/audit/<model>-<dataset>-<split>.")
     overwrite: bool = HfArg(default=False, help="Delete an earlier audit in output_dir.")
-    margin: float = HfArg(default=MARGIN, help="A difference in accuracy up to this is taken for none.")
+    margin: float = HfArg(default=MARGIN, help="A smaller difference in accuracy is taken for none.")
     num_shown: int = HfArg(default=4, help="Rows whose thoughts are drawn and decoded one by one.")
     top_k: int = HfArg(default=5, help="Tokens that are listed for each thought and layer.")
 
@@ -86,19 +87,31 @@ class Shown:
     strip: Image.Image | None
 
 
-def prepare_folder(folder: Path, *, overwrite: bool) -> None:
-    """An empty folder for this audit.
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Nothing is in the folder but, with `overwrite`, an earlier audit.
 
     Raises:
         ValueError: something else is in it.
     """
-    if folder.exists() and any(folder.iterdir()):
-        if not overwrite:
-            raise ValueError(f"{folder} is not empty: give --overwrite true to delete an earlier audit, or another.")
-        if not (folder / RECORD_FILE).exists():
-            raise ValueError(f"{folder} holds no {RECORD_FILE}, so no finished audit: --overwrite does not delete it.")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if found and not overwrite:
+        raise ValueError(f"{folder} is not empty: give --overwrite true to replace an earlier audit, or another.")
+    if found and not found & OWN_NAMES:
+        raise ValueError(f"{folder} holds {sorted(found)[0]} and no audit: give another --output_dir.")
+
+
+def clear(folder: Path) -> None:
+    """Delete what an audit wrote into its folder, and nothing else."""
+    for name in OWN_NAMES - {PICTURES}:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / PICTURES, ignore_errors=True)
+
+
+def draw_rows(rows, count: int | None, seed: int) -> list[dict]:
+    """So many rows at random, in their order: the first ones may be of one kind."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    return list(rows.select(sorted(random.Random(seed).sample(range(len(rows)), count))))
 
 
 def strip_of(model, readings: Readings, pixels, *, row: int, captions: list[str]) -> Image.Image | None:
@@ -168,7 +181,7 @@ def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_r
         "num_latents": study.answerer.num_latents,
         "accuracy": bootstrap_mean(untouched.scores, seed=study.seed).asdict(),
         "generated_tokens": untouched.generated_tokens,
-        "verdict": asdict(verdict_of(outcomes, untouched, margin=arguments.margin)),
+        "verdict": asdict(verdict_of(study, outcomes, margin=arguments.margin)),
         "margin": arguments.margin,
         "interventions": {name: outcome.asdict() for name, outcome in outcomes.items()},
         "not_run": not_run,
@@ -208,37 +221,47 @@ def answer_lines(study: Study, outcomes: Mapping[str, Outcome]) -> list[dict]:
 
 
 def write(folder: Path, record: dict, *, pictures: Mapping[str, Image.Image], lines: list[dict], shown: list[Shown]):
-    (folder / PICTURES).mkdir()
+    """All files of the audit in the place of an earlier one's."""
+    clear(folder)
+    (folder / PICTURES).mkdir(parents=True)
     for name, picture in pictures.items():
         picture.save(folder / PICTURES / f"{name}.png")
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder / ANSWERS_FILE).write_text(text, encoding="utf-8")
+    write_lines(folder / ANSWERS_FILE, lines)
     (folder / REPORT_FILE).write_text(report_of(record, pictures, shown), encoding="utf-8")
     (folder / CARD_FILE).write_text(card_of(record), encoding="utf-8")
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / RECORD_FILE, record)
+
+
+def check_start(arguments, state) -> None:
+    """What would stop the audit in the end stops it now."""
+    if arguments.score_by != "generation":
+        raise RecipeError("command line", [("score_by", arguments.score_by, "an audit reads what is written")])
+    if state.num_processes > 1:
+        raise ValueError(f"An audit runs in one process, not in {state.num_processes}: start it without a launcher.")
+    for name in ("matplotlib", "sklearn"):
+        load_extra(name)
 
 
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, AuditArguments)
-    if arguments.score_by != "generation":
-        raise RecipeError(
-            "command line", [("score_by", arguments.score_by, "an audit reads what is written: leave it out")]
-        )
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, AuditArguments, "mmcoconut.audit")
+    state = join_processes()
+    check_start(arguments, state)
     folder = Path(arguments.output_dir or default_folder(arguments, "audit"))
-    prepare_folder(folder, overwrite=arguments.overwrite)
+    check_folder(folder, overwrite=arguments.overwrite)
     set_seed(arguments.seed)
-    rows = list(read_rows(arguments))
+    count, arguments.max_samples = arguments.max_samples, None
+    rows = draw_rows(read_rows(arguments), count, arguments.seed)
     model, processor = load_checkpoint(
-        arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=join_processes().device
+        arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
     )
     answerer = Answerer(model, processor, num_latents=arguments.num_latents, max_new_tokens=arguments.max_new_tokens)
     metric = arguments.metric or default_metric(arguments.dataset, rows[0])
     logger.info("answering %d rows untouched", len(rows))
     study = Study(answerer, rows, metric=metric, batch_size=arguments.batch_size, seed=arguments.seed)
+    shown = show(study, arguments.num_shown, arguments.top_k)
     outcomes, not_run = intervene(study)
     record = record_of(study, outcomes, arguments=arguments, not_run=not_run)
-    shown = show(study, arguments.num_shown, arguments.top_k)
     pictures = pictures_of(record, outcomes, shown)
     write(folder, record, pictures=pictures, lines=answer_lines(study, outcomes), shown=shown)
     print(card_of(record))

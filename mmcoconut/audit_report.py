@@ -63,7 +63,7 @@ def report_of(record: Mapping, pictures: Mapping[str, Image.Image], shown: Seque
 
 
 def probe_line(probe: Mapping) -> str | None:
-    """The thought that holds each target best, in one line; None where nothing could be probed."""
+    """Where each target is read best, of all thoughts, in one line; None where nothing could be probed."""
     found = []
     for k, name in enumerate(probe["targets"]):
         if probe["reasons"][k] is None:
@@ -93,5 +93,5 @@ def card_of(record: Mapping) -> str:
     lines[-1] += " 95 % bootstrap intervals, paired for the differences."
     held = probe_line(record["probe"])
     if held is not None:
-        lines += ["", f"A linear probe reads, on held-out rows: {held}."]
+        lines += ["", f"A linear probe reads, on held-out rows, at best: {held}."]
     return "\n".join(lines) + "\n"

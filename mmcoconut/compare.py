@@ -12,7 +12,6 @@ Called again, it repeats only what is not finished. Shapes: S runs of a mode, on
 import json
 import os
 import shlex
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -21,9 +20,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from .evaluation import PREDICTIONS_FILE, RECORD_FILE, read_lines
-from .matched_runs import (
-    RESULTS_FILE,
+from mmcoconut.evaluation import PREDICTIONS_FILE, RECORD_FILE
+from mmcoconut.matched_runs import (
     Jobs,
     Run,
     check_finished,
@@ -33,8 +31,10 @@ from .matched_runs import (
     plan_runs,
     share_machine,
 )
-from .scoring import score
-from .statistics import Estimate, bootstrap_difference, bootstrap_runs, percent
+from mmcoconut.provenance import without_tokens
+from mmcoconut.records import RESULTS_FILE, markdown_table, read_json, read_lines, write_json
+from mmcoconut.scoring import commonest_answer
+from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_runs, percent, points
 
 
 BASELINE = "coconut"
@@ -49,7 +49,7 @@ STYLES = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Finished:
     """What a finished run left: results.json, evaluation.json, and its predictions by index."""
 
     run: Run
@@ -67,16 +67,16 @@ class Outcome:
         return [row["score"] for row in self.predictions]
 
 
-def read_outcome(run: Run) -> Outcome:
-    return Outcome(
+def read_outcome(run: Run) -> Finished:
+    return Finished(
         run=run,
-        results=json.loads((run.folder / RESULTS_FILE).read_text(encoding="utf-8")),
-        evaluation=json.loads((run.evaluation / RECORD_FILE).read_text(encoding="utf-8")),
+        results=read_json(run.folder / RESULTS_FILE),
+        evaluation=read_json(run.evaluation / RECORD_FILE),
         predictions=sorted(read_lines(run.evaluation / PREDICTIONS_FILE), key=lambda row: row["index"]),
     )
 
 
-def check_matched(outcomes: list[Outcome]) -> None:
+def check_matched(outcomes: list[Finished]) -> None:
     """Raise ValueError unless all runs made as many updates and answered the same rows."""
     first = outcomes[0]
     for other in outcomes[1:]:
@@ -95,22 +95,20 @@ def check_matched(outcomes: list[Outcome]) -> None:
             )
 
 
-def commonest_answer(outcome: Outcome) -> dict:
+def commonest_gold(finished: Finished) -> dict:
     """The gold answer of most rows, and the accuracy of always giving it."""
-    rows = [{**row, "answers": row["gold"]} for row in outcome.predictions]
-    answer = Counter(answer for row in rows for answer in dict.fromkeys(row["answers"])).most_common(1)[0][0]
-    always = [answer] * len(rows)
-    scores = score(outcome.evaluation["metric"], always, always, rows=rows)["scores"]
-    return {"answer": answer, "accuracy": float(np.mean(scores))}
+    rows = [{**row, "answers": row["gold"]} for row in finished.predictions]
+    answer, accuracy = commonest_answer(rows, finished.evaluation["metric"])
+    return {"answer": answer, "accuracy": accuracy}
 
 
-def training_seconds(outcomes: list[Outcome]) -> float | None:
+def training_seconds(outcomes: list[Finished]) -> float | None:
     """Mean over runs; None if each was resumed, since a resumed run only knows the time after it."""
     whole = [outcome for outcome in outcomes if "--resume_from_checkpoint" not in outcome.results["command"]]
     return float(np.mean([outcome.results["train_seconds"] for outcome in whole])) if whole else None
 
 
-def mode_record(outcomes: list[Outcome], baseline: list[Outcome] | None) -> dict:
+def mode_record(outcomes: list[Finished], baseline: list[Finished] | None) -> dict:
     """All figures of a mode, from its runs; `baseline` holds those of coconut with the same seeds."""
     scores = np.array([outcome.scores for outcome in outcomes])  # (S, n)
     num_steps = np.array([row["num_steps"] for row in outcomes[0].predictions])  # (n,)
@@ -145,15 +143,15 @@ def shared_recipe(run: Run) -> dict:
     return {key: value for key, value in yaml.safe_load(run.recipe).items() if key not in own}
 
 
-def summarise(outcomes: list[Outcome], *, command: str, jobs: int, threads: int) -> dict:
+def summarise(outcomes: list[Finished], *, command: str, jobs: int, threads: int) -> dict:
     """compare.json: a record a mode, in the order given, and what the figures were made with."""
-    by_mode: dict[str, list[Outcome]] = {}
+    by_mode: dict[str, list[Finished]] = {}
     for outcome in outcomes:
         by_mode.setdefault(outcome.run.mode, []).append(outcome)
     evaluations = [outcome.evaluation for outcome in outcomes]
     return {
         "modes": [mode_record(some, by_mode.get(BASELINE)) for some in by_mode.values()],
-        "commonest_answer": commonest_answer(outcomes[0]),
+        "commonest_answer": commonest_gold(outcomes[0]),
         **{key: evaluations[0][key] for key in ("dataset", "split", "metric", "n")},
         "seeds": distinct(outcome.run.seed for outcome in outcomes),
         "command": command,
@@ -170,21 +168,16 @@ def summarise(outcomes: list[Outcome], *, command: str, jobs: int, threads: int)
     }
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
+def against_baseline(difference: dict | None) -> str:
+    return "" if difference is None else points(Estimate(**difference))
 
 
-def points(difference: dict | None) -> str:
-    """A difference and its interval in percentage points."""
-    if difference is None:
-        return ""
-    mean, low, high = (100 * difference[key] for key in ("mean", "low", "high"))
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+def group_estimate(group: dict) -> Estimate:
+    return Estimate(group["mean"], group["low"], group["high"])
 
 
 def main_table(records: list[dict]) -> str:
-    header = ["mode", "accuracy", "by seed, %", "against `coconut`, points", "tokens written", "thoughts"]
+    header = ["mode", "accuracy", "by seed, %", "against `coconut`", "tokens written", "latents"]
     header += ["decoder passes", "s an answer", "updates", "s of training"]
     rows = []
     for record in records:
@@ -194,7 +187,7 @@ def main_table(records: list[dict]) -> str:
                 f"`{record['mode']}`",
                 str(Estimate(**record["accuracy"])),
                 " / ".join(f"{100 * accuracy:.1f}" for accuracy in record["accuracy_by_seed"].values()),
-                points(record["difference_to_coconut"]),
+                against_baseline(record["difference_to_coconut"]),
                 f"{record['generated_tokens']:.1f}",
                 f"{record['num_latents']:g}",
                 f"{record['decoder_passes']:.1f}",
@@ -203,7 +196,7 @@ def main_table(records: list[dict]) -> str:
                 "resumed" if seconds is None else f"{seconds:.1f}",
             ]
         )
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def steps_table(records: list[dict]) -> str:
@@ -211,9 +204,9 @@ def steps_table(records: list[dict]) -> str:
     header = ["accuracy by written steps of a row", *(f"{steps} (n = {groups[steps]['n']})" for steps in groups)]
     rows = []
     for record in records:
-        estimates = [Estimate(group["mean"], group["low"], group["high"]) for group in record["by_num_steps"].values()]
-        rows.append([f"`{record['mode']}`", *map(str, estimates)])
-    return table(header, rows)
+        estimates = [str(group_estimate(group)) for group in record["by_num_steps"].values()]
+        rows.append([f"`{record['mode']}`", *estimates])
+    return markdown_table(header, rows)
 
 
 def listed(values) -> str:
@@ -225,15 +218,26 @@ def listed(values) -> str:
     return "; ".join(parts)
 
 
+def intervals(num_seeds: int) -> str:
+    """What the numbers in brackets are."""
+    if num_seeds == 1:
+        return "In brackets: 95 % bootstrap intervals over rows, paired for differences; other seeds may differ more."
+    return (
+        "Accuracy is the mean over seeds. In brackets: bootstrap intervals over seeds and rows, paired for "
+        "differences. With so few seeds they are too narrow (in simulations three of four hold the truth): read the "
+        "seeds too."
+    )
+
+
 def markdown(summary: dict) -> str:
     """compare.md: the table, accuracy by number of steps, and below what they were made with."""
     commonest = summary["commonest_answer"]
     seeds = ", ".join(map(str, summary["seeds"]))
     notes = [
         f"{summary['n']} rows of `{summary['dataset']}` ({summary['split']}), metric `{summary['metric']}`. Each mode "
-        f"was trained on the same rows in the same order, with the seeds: {seeds}. Accuracy is the mean over seeds, "
-        "and in brackets its 95 % interval: a bootstrap over seeds and rows, paired for differences. Always answering "
-        f"`{commonest['answer']}`, the commonest answer, gives {percent(commonest['accuracy'])}.",
+        f"was trained on the same rows in the same order, with the seeds: {seeds}. "
+        f"{intervals(len(summary['seeds']))} Always answering `{commonest['answer']}`, the commonest answer, gives "
+        f"{percent(commonest['accuracy'])}.",
         "Seconds of training hold the evaluation at the end of each stage, and depend on what ran beside: "
         f"{summary['runs_at_a_time']} at a time, threads of each: {summary['threads']}.",
         f"Trained on {listed(summary['machine'])}; evaluated on {listed(summary['evaluation_machine'])}; "
@@ -326,9 +330,9 @@ def compare(model_args, data_args, curriculum_args, run_args, *, script: str, ar
     check_finished(jobs.finish_all(runs), len(runs))
     outcomes = [read_outcome(run) for run in runs]
     check_matched(outcomes)
-    command = shlex.join(["python", Path(script).name, *argv])
+    command = shlex.join(["python", Path(script).name, *without_tokens(argv)])
     summary = summarise(outcomes, command=command, jobs=len(devices), threads=threads)
-    (folder / "compare.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "compare.json", summary)
     (folder / "compare.md").write_text(markdown(summary), encoding="utf-8")
     draw(summary, folder / "compare.png")
     print(markdown(summary))

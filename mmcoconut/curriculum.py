@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from transformers import TrainerCallback
 
-from .data import open_images, question_text
+from mmcoconut.data import open_images, question_text
 
 
 logger = logging.getLogger(__name__)

@@ -10,20 +10,17 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 from transformers import set_seed
-from transformers.hf_argparser import HfArg
 
 from mmcoconut.answering import Answerer, image_name, load_checkpoint
-from mmcoconut.arguments import RecipeError, read_arguments, read_recipe
-from mmcoconut.data import drop_unreadable, load_examples
+from mmcoconut.asking import default_folder, join_processes, parse_arguments, read_rows, trained_with
 from mmcoconut.provenance import peak_memory_mb, provenance
+from mmcoconut.records import json_line, read_json, read_lines, write_json, write_lines
 from mmcoconut.scoring import default_metric, score
 from mmcoconut.statistics import Estimate, bootstrap_mean, percent
 
@@ -37,40 +34,10 @@ RECORD_FILE = "evaluation.json"
 PART = "predictions.part-{}.jsonl"
 # All that an evaluation writes, and that `overwrite` deletes; its settings last, by which the folder is known.
 OWN_FILES = (RECORD_FILE, PREDICTIONS_FILE, NEW_PREDICTIONS_FILE, PART.format("*"), SETTINGS_FILE)
-RECIPE_FILE = "recipe.yaml"
-RESULTS_FILE = "results.json"
-# How an answer is found: written by `generate`, or the choice that the model thinks likeliest.
-SCORE_BY = ("generation", "likelihood", "likelihood_per_token")
-CHOICES = {"score_by": SCORE_BY, "dtype": ("auto", "float32", "bfloat16", "float16")}
-# What a run's own recipe says where the command does not.
-FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "unreadable_images")
 # What does not change the answers, and may differ when an evaluation goes on.
 ABOUT_ONE_LAUNCH = ("output_dir", "overwrite", "recipe")
 # What may change when a stopped evaluation goes on, for lack of memory.
 MAY_CHANGE = ("batch_size",)
-
-
-@dataclass
-class EvaluationArguments:
-    """What is evaluated, on what, and how answers are scored."""
-
-    model: str | None = HfArg(default=None, help="Folder or Hub id of a trained checkpoint.")
-    revision: str | None = HfArg(default=None, help="Branch, tag or commit of a checkpoint on the Hub.")
-    recipe: str | None = HfArg(default=None, help="Recipe that names the data; default: the one inside `model`.")
-    dataset: str | None = HfArg(default=None, help="A name in mmcoconut.data.DATASETS.")
-    dataset_options: dict | None = HfArg(default=None, help="Passed to the data set: --dataset_options.folder …")
-    split: str = HfArg(default="test", help="Split that is answered.")
-    max_samples: int | None = HfArg(default=None, help="Answer only so many rows.")
-    metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the recipe's, or the data set's.")
-    score_by: str = HfArg(default="generation", help="Write answers, or choose the likeliest of a row's choices.")
-    num_latents: int | None = HfArg(default=None, help="Thoughts a question; default: the checkpoint's.")
-    max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
-    unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")
-    batch_size: int = HfArg(default=32, help="Rows answered at once in each process.")
-    dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
-    seed: int = HfArg(default=0, help="Of the bootstrap.")
-    output_dir: str | None = HfArg(default=None, help="Default: outputs/evaluation/<model>-<dataset>-<split>.")
-    overwrite: bool = HfArg(default=False, help="Delete an earlier evaluation in output_dir.")
 
 
 def described(row: Mapping, answerer: Answerer) -> dict:
@@ -99,13 +66,6 @@ def answered_rows(answerer: Answerer, batch: Sequence[Mapping], score_by: str) -
         yield {**described(row, answerer), **answer, "seconds": round(seconds, 6)}
 
 
-def read_lines(file: Path) -> list[dict]:
-    """The complete lines of a JSON Lines file; a last line that was cut off in writing is left out."""
-    # Bytes: a line may end inside a character, and splitlines() also cuts at characters inside a JSON string.
-    lines = file.read_bytes().split(b"\n")[:-1]
-    return [json.loads(line) for line in lines]
-
-
 def read_parts(folder: Path) -> dict[int, dict]:
     """All rows that were answered, by index: of a finished evaluation, and of parts of any number of processes."""
     files = [*folder.glob(PREDICTIONS_FILE), *sorted(folder.glob(PART.format("*")))]
@@ -130,7 +90,7 @@ def check_settings(folder: Path, settings: dict) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no evaluation: give another --output_dir.")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    before = read_json(file)
     now = json.loads(json.dumps(settings))
     keys = [key for key in {**before, **now} if key not in MAY_CHANGE]
     differing = [key for key in keys if before.get(key) != now.get(key)]
@@ -177,10 +137,11 @@ def answer_all(answerer: Answerer, rows, folder: Path, *, batch_size: int, score
         for start in tqdm(range(0, len(mine), batch_size), unit="batch", disable=not state.is_main_process):
             batch = [{**rows[index], "index": index} for index in mine[start : start + batch_size]]
             for line in answered_rows(answerer, batch, score_by):
-                part.write(json.dumps(line, ensure_ascii=False) + "\n")
+                part.write(json_line(line))
             part.flush()
     state.wait_for_everyone()
     done = read_parts(folder)
+    state.wait_for_everyone()  # everyone has read before the parts become one file
     return [done[index] for index in range(len(rows))]
 
 
@@ -215,16 +176,6 @@ def accuracy_by_steps(lines: Sequence[Mapping], seed: int) -> dict[str, dict]:
     return {str(steps): {**accuracy_of(group, seed), "n": len(group)} for steps, group in sorted(groups.items())}
 
 
-def trained_with(model: str) -> dict | None:
-    """How the checkpoint was trained, from the results.json beside its weights; None where there is none."""
-    file = Path(model, RESULTS_FILE)
-    if not file.exists():
-        return None
-    results = json.loads(file.read_text(encoding="utf-8"))
-    kept = ("mode", "seed", "train_steps", "train_seconds", "command", "commit", "versions", "machine")
-    return {key: results.get(key) for key in kept}
-
-
 def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dict:
     """The one record of an evaluation."""
     seed, seconds = settings["seed"], sum(line["seconds"] for line in lines)
@@ -254,64 +205,11 @@ def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dic
 def write_results(folder: Path, lines: list[dict], record: dict) -> None:
     """predictions.jsonl in the rows' order in the place of the parts, and then the record."""
     whole = folder / NEW_PREDICTIONS_FILE
-    whole.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    write_lines(whole, lines)
     whole.replace(folder / PREDICTIONS_FILE)
     for part in folder.glob(PART.format("*")):
         part.unlink()
-    (folder / RECORD_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def parse_arguments(argv: list[str], cls=EvaluationArguments):
-    """Arguments of the command line, completed from the recipe named there or found beside the weights.
-
-    Raises:
-        RecipeError: every argument that is unknown, of the wrong type or missing.
-    """
-    arguments = read_arguments(argv, cls, f"python -m {cls.__module__} --model … --dataset … [--key value ...]")
-    problems = [
-        (name, getattr(arguments, name), f"choose one of {', '.join(choices)}")
-        for name, choices in CHOICES.items()
-        if getattr(arguments, name, None) not in (None, *choices)
-    ]
-    if arguments.model is None:
-        problems.append(("model", None, "name a checkpoint: its folder or Hub id"))
-    if problems:
-        raise RecipeError("command line", problems)
-    beside = Path(arguments.model, RECIPE_FILE)
-    if arguments.recipe is None and beside.is_file():
-        arguments.recipe = str(beside)
-    recipe = read_recipe(arguments.recipe) if arguments.recipe is not None else {}
-    if arguments.dataset not in (None, recipe.get("dataset")):
-        recipe = {}  # another data set has other options
-    for name in FROM_RECIPE:
-        given, default = getattr(arguments, name), recipe.get(name)
-        if name == "dataset_options":
-            setattr(arguments, name, {**(default or {}), **(given or {})})
-        elif given is None:
-            setattr(arguments, name, default)
-    if arguments.dataset is None:
-        raise RecipeError("command line", [("dataset", None, "name a data set, or a --recipe that does")])
-    arguments.max_new_tokens = arguments.max_new_tokens or 64
-    return arguments
-
-
-def read_rows(arguments):
-    """The rows to be answered; those left out by `unreadable_images: skip` are named in the log."""
-    with PartialState().main_process_first():
-        rows = load_examples(arguments.dataset, split=arguments.split, **arguments.dataset_options)
-    count = len(rows) if arguments.max_samples is None else min(arguments.max_samples, len(rows))
-    rows = rows.select(range(count))
-    if arguments.unreadable_images == "skip":
-        rows, skipped = drop_unreadable(rows)
-        for message in skipped:
-            logger.warning("left out: %s", message)
-    return rows
-
-
-def default_folder(arguments, room: str) -> Path:
-    """outputs/<room>/, and in it the checkpoint's path in one word, the data set and the split."""
-    model = arguments.model.strip("/.").replace("/", "-")
-    return Path("outputs", room, f"{model}-{arguments.dataset}-{arguments.split}")
+    write_json(folder / RECORD_FILE, record)
 
 
 def short_hash(*parts: bytes) -> str:
@@ -348,7 +246,7 @@ def finished_record(folder: Path, num_rows: int) -> dict | None:
     file = folder / RECORD_FILE
     if not file.exists() or len(read_parts(folder)) < num_rows:
         return None
-    return json.loads(file.read_text(encoding="utf-8"))
+    return read_json(file)
 
 
 def summary(record: dict) -> str:
@@ -358,17 +256,13 @@ def summary(record: dict) -> str:
         f"{record['metric']} on {record['n']} rows of {record['dataset']} ({record['split']}): "
         f"{Estimate(**accuracy)}, in brackets the 95 % interval",
         f"{record['num_latents']} thoughts, {record['generated_tokens']:.1f} tokens and "
-        f"{record['decoder_passes']:.1f} decoder passes an answer; {record['seconds']:.1f} s in all",
+        f"{record['decoder_passes']:.1f} decoder passes an answer; {record['seconds']:.1f} s, summed over "
+        "processes",
     ]
     lines += [
         f"  {steps} steps: {percent(group['mean'])} of {group['n']}" for steps, group in record["by_num_steps"].items()
     ]
     return "\n".join(lines)
-
-
-def join_processes() -> PartialState:
-    """The processes of `accelerate launch`; on a CPU, unless told, each would take itself for the only one."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def main(argv: list[str] | None = None) -> dict:

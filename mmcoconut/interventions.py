@@ -14,18 +14,15 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from mmcoconut.answering import Answerer, image_name
+from mmcoconut.answering import Answerer, image_key
 from mmcoconut.data import question_text
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.scoring import score
-from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean, percent, points
+from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
 
 
 # Position j of the thought and what the model thought there (B, D) → what is read (B, D).
 Replace = Callable[[int, torch.Tensor], torch.Tensor]
-# A difference in accuracy that this much or less is taken for none.
-MARGIN = 0.05
-DEPENDS, DOES_NOT, CANNOT_TELL = "depends", "does not depend", "cannot be told"
 
 
 @contextmanager
@@ -54,12 +51,13 @@ def intervening(model, replace: Replace) -> Iterator[None]:
 class Answers:
     """What a checkpoint answered to n rows.
 
-    texts (n,): the answers. scores (n,): None where the rows are donors, which have no gold answer. generated_tokens:
-    mean an answer. thoughts (n, N, D): what the model thought, also where something else was read in its place; None
-    where it was not watched.
+    texts, outputs (n,): the answers, and all that was written. scores (n,): None where the rows are donors, which have
+    no gold answer. generated_tokens: mean an answer. thoughts (n, N, D): what the model thought, also where something
+    else was read in its place; None where it was not watched.
     """
 
     texts: list[str]
+    outputs: list[str]
     scores: list[float] | None
     generated_tokens: float
     thoughts: torch.Tensor | None
@@ -69,14 +67,17 @@ class Answers:
 class Outcome:
     """What an intervention did, beside the untouched run of the same rows.
 
-    difference: of the accuracies, paired. changed: share of the answers that are another text. follows_donor: of the
-    rows whose donor was answered otherwise than they, the share that now get the donor's answer; None without donors.
+    difference: of the accuracies, paired; num_lost and num_gained: rows whose score fell and rose. changed: share of
+    the answers that are another text (where there is none before and after, of all that was written). follows_donor:
+    of the rows whose donor was answered, and otherwise than they, the share that now get the donor's answer.
     """
 
     name: str
     description: str
     accuracy: Estimate
     difference: Estimate
+    num_lost: int
+    num_gained: int
     changed: Estimate
     generated_tokens: float
     follows_donor: Estimate | None = None
@@ -148,6 +149,7 @@ class Study:
         scores = score(self.metric, outputs, texts, rows=rows)["scores"] if donors is None else None
         return Answers(
             texts,
+            outputs,
             scores,
             sum(line["generated_tokens"] for line in lines) / len(lines),
             torch.cat(thoughts) if thoughts else None,
@@ -156,17 +158,21 @@ class Study:
     def outcome(self, name: str, description: str, answers: Answers, donors: Sequence[str] | None = None) -> Outcome:
         """Compare a run with the untouched one; `donors` (n,) are the answers that belong to the thoughts read."""
         before = self.untouched
-        changed = [float(now != then) for now, then in zip(answers.texts, before.texts)]
+        pairs = zip(answers.texts, before.texts, answers.outputs, before.outputs)
+        changed = [float(now != then if now or then else written != old) for now, then, written, old in pairs]
+        scores = list(zip(answers.scores, before.scores))
         follows, num_differ = None, None
         if donors is not None:
             rows = zip(answers.texts, before.texts, donors)
-            follow = [float(now == donor) for now, then, donor in rows if donor != then]
+            follow = [float(now == donor) for now, then, donor in rows if donor not in ("", then)]
             follows, num_differ = (bootstrap_mean(follow, seed=self.seed) if follow else None), len(follow)
         return Outcome(
             name=name,
             description=description,
             accuracy=bootstrap_mean(answers.scores, seed=self.seed),
             difference=bootstrap_difference(answers.scores, before.scores, seed=self.seed),
+            num_lost=sum(now < then for now, then in scores),
+            num_gained=sum(now > then for now, then in scores),
             changed=bootstrap_mean(changed, seed=self.seed),
             generated_tokens=answers.generated_tokens,
             follows_donor=follows,
@@ -176,10 +182,12 @@ class Study:
 
 
 def keep(position: int, thought: torch.Tensor) -> torch.Tensor:
+    """The thought as it is, (B, D), for runs that only watch."""
     return thought
 
 
 def zero(position: int, thought: torch.Tensor) -> torch.Tensor:
+    """Zeros (B, D)."""
     return torch.zeros_like(thought)
 
 
@@ -200,6 +208,8 @@ def noise_like(thought: torch.Tensor, generator: torch.Generator) -> torch.Tenso
 
 
 def noise(seed: int) -> Callable[[list[int]], Replace]:
+    """Noise that is the same whenever it is drawn again."""
+
     def of_batch(indices: list[int]) -> Replace:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + indices[0])
         return lambda position, thought: noise_like(thought, generator)
@@ -207,11 +217,11 @@ def noise(seed: int) -> Callable[[list[int]], Replace]:
     return of_batch
 
 
-def given(thoughts: torch.Tensor, rows: Sequence[int] | None = None) -> Callable[[list[int]], Replace]:
-    """Thoughts (n, N, D) in the place of the model's, those of row rows[i] (default: i) for row i."""
+def given(thoughts: torch.Tensor, partners: Sequence[int] | None = None) -> Callable[[list[int]], Replace]:
+    """Thoughts (n, N, D) in the place of the model's, those of row partners[i] (default: i) for row i."""
 
     def of_batch(indices: list[int]) -> Replace:
-        batch = thoughts[indices if rows is None else [rows[index] for index in indices]]  # (B, N, D)
+        batch = thoughts[indices if partners is None else [partners[index] for index in indices]]  # (B, N, D)
         return lambda position, thought: batch[:, position].to(thought)
 
     return of_batch
@@ -256,7 +266,7 @@ def other_rows(keys: Sequence, seed: int, groups: Sequence | None = None) -> lis
 
 
 def images_key(row: Mapping) -> tuple[str, ...]:
-    return tuple(image_name(image) for image in row["images"])
+    return tuple(image_key(image) for image in row["images"])
 
 
 def with_images_of(row: Mapping, donor: Mapping) -> dict:
@@ -274,13 +284,11 @@ def swapped(study: Study, name: str, description: str, donors: list[dict]) -> Ou
     return study.outcome(name, description, answers, of_donors.texts)
 
 
-def counts_to_try(trained: int, room: int) -> list[int]:
-    """Numbers of thoughts other than the trained one: down to none, and up to twice as many where there is room."""
-    fewer = (
-        range(trained) if trained <= 8 else sorted({0, 1, trained // 4, trained // 2, 3 * trained // 4, trained - 1})
-    )
-    more = sorted({trained + 1, trained + 2, 2 * trained})
-    return [*fewer, *(count for count in more if count - trained <= room)]
+def counts_to_try(own: int, room: int) -> list[int]:
+    """Numbers of thoughts other than the study's own: down to none, and up to twice as many where there is room."""
+    fewer = range(own) if own <= 8 else sorted({0, 1, own // 4, own // 2, 3 * own // 4, own - 1})
+    more = sorted({own + 1, own + 2, 2 * own})
+    return [*fewer, *(count for count in more if count - own <= room)]
 
 
 def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
@@ -296,31 +304,45 @@ def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
     return limit - max(lengths) - answerer.max_new_tokens
 
 
+def shuffled(study: Study) -> Outcome | str:
+    """The thoughts of a row that was answered otherwise, or why there is none."""
+    partners = other_rows(study.untouched.texts, study.seed)
+    if partners is None:
+        return "shuffled was not run: all rows were answered alike"
+    answers = study.run(given(study.untouched.thoughts, partners))
+    donors = [study.untouched.texts[partner] for partner in partners]
+    return study.outcome("shuffled", "the thoughts of a random row that was answered otherwise", answers, donors)
+
+
+def other_image(study: Study) -> Outcome | str:
+    """The thoughts on the same question about the image of another row, or why there is none."""
+    images, questions = [images_key(row) for row in study.rows], [question_text(row) for row in study.rows]
+    if 0 in map(len, images) or len(set(map(len, images))) > 1:
+        return "other_image was not run: it needs rows with equally many images, at least one"
+    partners = other_rows(images, study.seed, groups=questions)
+    if partners is None:
+        return "other_image was not run: no two rows have different images"
+    donors = [with_images_of(row, study.rows[partner]) for row, partner in zip(study.rows, partners)]
+    return swapped(study, "other_image", "the thoughts on this question about another image", donors)
+
+
+def other_question(study: Study) -> Outcome | str:
+    """The thoughts on the question of another row about the same image, or why there is none."""
+    images, questions = [images_key(row) for row in study.rows], [question_text(row) for row in study.rows]
+    if 0 in map(len, images):
+        return "other_question was not run: some rows have no image"
+    partners = other_rows(questions, study.seed, groups=images)
+    if partners is None:
+        return "other_question was not run: all rows ask the same question"
+    donors = [with_question_of(row, study.rows[partner]) for row, partner in zip(study.rows, partners)]
+    return swapped(study, "other_question", "the thoughts on another question about this image", donors)
+
+
 def swaps(study: Study) -> tuple[list[Outcome], list[str]]:
     """Thoughts of other rows: what was run, and why something could not be."""
-    rows, seed = study.rows, study.seed
-    outcomes, reasons = [], []
-    images, questions = [images_key(row) for row in rows], [question_text(row) for row in rows]
-
-    partners = other_rows(list(range(len(rows))), seed)
-    texts = study.untouched.texts
-    answers = study.run(given(study.untouched.thoughts, partners))
-    description = "the thoughts of another row, drawn at random"
-    outcomes.append(study.outcome("shuffled", description, answers, [texts[partner] for partner in partners]))
-
-    partners = other_rows(images, seed, groups=questions)
-    if partners is None:
-        reasons.append("other_image was not run: no two rows have different images")
-    else:
-        donors = [with_images_of(row, rows[partner]) for row, partner in zip(rows, partners)]
-        outcomes.append(swapped(study, "other_image", "the thoughts on this question about another image", donors))
-    partners = other_rows(questions, seed, groups=images)
-    if partners is None or not any(images):
-        reasons.append("other_question was not run: it needs images, and two different questions")
-    else:
-        donors = [with_question_of(row, rows[partner]) for row, partner in zip(rows, partners)]
-        outcomes.append(swapped(study, "other_question", "the thoughts on another question about this image", donors))
-    return outcomes, reasons
+    results = [shuffled(study), other_image(study), other_question(study)]
+    outcomes = [result for result in results if isinstance(result, Outcome)]
+    return outcomes, [result for result in results if isinstance(result, str)]
 
 
 def replacements(study: Study) -> list[Outcome]:
@@ -352,71 +374,15 @@ def with_count(study: Study, count: int, *, begin_with: str = "") -> Answers:
 
 
 def other_counts(study: Study) -> list[Outcome]:
-    """Fewer and more thoughts than the checkpoint was trained with.
+    """Fewer and more thoughts than the study has.
 
     With fewer it may go on in words, as it learnt to in earlier stages; so each is also asked for the answer at once.
     """
-    trained, free, at_once = study.answerer.num_latents, [], []
-    for count in counts_to_try(trained, room_for_more(study.answerer, study.rows)):
-        instead = f"{count} thought{'s' if count != 1 else ''} instead of {trained}"
+    own, free, at_once = study.answerer.num_latents, [], []
+    for count in counts_to_try(own, room_for_more(study.answerer, study.rows)):
+        instead = f"{count} thought{'s' if count != 1 else ''} instead of {own}"
         free.append(study.outcome(f"count_{count}", instead, with_count(study, count)))
-        if count < trained:
+        if count < own:
             answers = with_count(study, count, begin_with=ANSWER_MARKER)
             at_once.append(study.outcome(f"count_{count}_at_once", f"{instead}, no written steps", answers))
     return [*free, *at_once]
-
-
-@dataclass
-class Verdict:
-    """`label`: one of DEPENDS, DOES_NOT, CANNOT_TELL; `sentence` says it in words; `notes` say what else was seen."""
-
-    label: str
-    sentence: str
-    notes: list[str]
-
-
-def shuffled_in_words(shuffled: Outcome, untouched: Answers) -> str:
-    before, after = percent(sum(untouched.scores) / len(untouched.scores)), percent(shuffled.accuracy.mean)
-    return (
-        f"with the thoughts of another row accuracy goes from {before} to {after} "
-        f"({points(shuffled.difference)}) and {percent(shuffled.changed.mean)} of the answers change"
-    )
-
-
-def notes_of(outcomes: Mapping[str, Outcome], untouched: Answers, *, label: str, margin: float) -> list[str]:
-    """What a reader of the verdict should know besides."""
-    notes = []
-    hurt = [name for name in ("zero", "noise", "mean") if name in outcomes and outcomes[name].difference.high < 0]
-    if label == DOES_NOT and hurt:
-        notes.append(
-            f"Accuracy does fall with {' and '.join(hurt)}: something must stand in the place of the thoughts, but "
-            "which thoughts does not matter."
-        )
-    if label == CANNOT_TELL and outcomes["shuffled"].changed.low > margin:
-        notes.append("The answers do change with the thoughts, but no more often from right to wrong than back.")
-    fewer = [outcomes[name] for j in range(untouched.thoughts.shape[1]) if (name := f"count_{j}") in outcomes]
-    longest = max(fewer, key=lambda outcome: outcome.generated_tokens, default=None)
-    if longest is not None and longest.generated_tokens > 1.1 * untouched.generated_tokens:
-        notes.append(
-            f"With {longest.description} the model writes {longest.generated_tokens:.1f} tokens an answer, not "
-            f"{untouched.generated_tokens:.1f}: where it cannot think it reasons in words."
-        )
-    return notes
-
-
-def verdict_of(outcomes: Mapping[str, Outcome], untouched: Answers, *, margin: float = MARGIN) -> Verdict:
-    """Whether the answer depends on the thoughts, told by the shuffled run: real thoughts, of another question.
-
-    It depends if accuracy falls (the interval of the difference lies below 0). It does not if the difference and the
-    share of changed answers are within `margin`. Zeros and noise are no proof by themselves: a model may fail on them
-    because it never read such vectors.
-    """
-    shuffled = outcomes["shuffled"]
-    measured = shuffled_in_words(shuffled, untouched)
-    if shuffled.difference.high < 0:
-        label, sentence = DEPENDS, f"The answer depends on the thoughts: {measured}."
-    elif shuffled.difference.low > -margin and max(shuffled.difference.high, shuffled.changed.high) < margin:
-        label, sentence = DOES_NOT, f"The answer does not depend on the thoughts: {measured}."
-    else:
-        label, sentence = CANNOT_TELL, f"It cannot be told with {len(untouched.scores)} examples: {measured}."
-    return Verdict(label, sentence, notes_of(outcomes, untouched, label=label, margin=margin))

@@ -22,10 +22,10 @@ import torch
 import yaml
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
-from .arguments import compared_modes, recipe_text
+from mmcoconut.arguments import compared_modes, recipe_text
+from mmcoconut.records import RECIPE_FILE, RESULTS_FILE
 
 
-RECIPE_FILE, RESULTS_FILE = "recipe.yaml", "results.json"
 # One process each, whatever `accelerate config` says of this machine.
 LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1")
 LAUNCH += ("--gpu_ids", "all", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")

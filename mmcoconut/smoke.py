@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .data import loader_of
+from mmcoconut.data import loader_of
 
 
 TINY_VISION = {

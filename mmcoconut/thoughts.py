@@ -89,7 +89,7 @@ def geometry(thoughts: torch.Tensor, embeddings: torch.Tensor) -> dict:
     check_finite(thoughts)
     thoughts = thoughts.detach().cpu().double()  # (n, N, D)
     norms = thoughts.norm(dim=-1)  # (n, N)
-    embedding_norms = torch.linalg.vector_norm(embeddings.detach(), dim=-1, dtype=torch.float64).cpu()  # (V,)
+    embedding_norms = torch.linalg.vector_norm(embeddings.detach().cpu(), dim=-1, dtype=torch.float64)  # (V,)
     to_next = nn.functional.cosine_similarity(thoughts[:, :-1], thoughts[:, 1:], dim=-1)  # (n, N − 1)
     across = [mean_pairwise_cosine(position) for position in thoughts.unbind(dim=1)]
     return {

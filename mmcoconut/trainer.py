@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from transformers import Trainer
 
-from .curriculum import IGNORED, CurriculumCallback, CurriculumCollator
-from .processing_mmcoconut import parse_answer
-from .scoring import score
+from mmcoconut.answering import count_generated
+from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+from mmcoconut.processing_mmcoconut import parse_answer
+from mmcoconut.scoring import score
 
 
 STAGE_FILE = "stage.json"
@@ -73,7 +74,11 @@ class CurriculumTrainer(Trainer):
         with self.compute_loss_context_manager():
             loss = model(**supervised, **pixels, logits_to_keep=1).loss
             tokens = self.accelerator.unwrap_model(model).generate(
-                **inputs, max_new_tokens=self.curriculum_collator.max_new_tokens, do_sample=False, use_cache=True
+                **inputs,
+                max_new_tokens=self.curriculum_collator.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
             )
         return loss, tokens[:, inputs["input_ids"].shape[1] :], index
 
@@ -81,14 +86,16 @@ class CurriculumTrainer(Trainer):
         """Metrics of generated ids (n, new tokens) padded with -100, and indices (n,) into the evaluation data."""
         processor, collator = self.processing_class, self.curriculum_collator
         tokens = torch.as_tensor(prediction.predictions)
-        is_pad = (tokens == IGNORED) | (tokens == processor.tokenizer.pad_token_id)
-        tokens = tokens.masked_fill(is_pad, processor.tokenizer.pad_token_id)
-        texts = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        eos = self.model.generation_config.eos_token_id
+        rows_of_tokens = [[token for token in row if token != IGNORED] for row in tokens.tolist()]
+        counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in rows_of_tokens]
+        written = [row[:count] for row, count in zip(rows_of_tokens, counts)]
+        texts = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
         rows = self.evaluated.remove_columns("images").select(prediction.label_ids.tolist())
         scores = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))["scores"]
         return {
             "accuracy": sum(scores) / len(scores),
-            "generated_tokens": (~is_pad).sum(dim=1).float().mean().item(),
+            "generated_tokens": sum(counts) / len(counts),
             "n": len(scores),
             "stage": collator.stage,
             "num_latents": collator.curriculum.num_latents(collator.stage),

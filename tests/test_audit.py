@@ -4,16 +4,19 @@ import base64
 import io
 import json
 import re
+import shutil
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from tiny import tiny_model, tiny_processor
+from tiny import tiny_image, tiny_model, tiny_processor
 
-from mmcoconut import audit
+from mmcoconut import answering, audit
 from mmcoconut.arguments import RecipeError
 from mmcoconut.audit_report import card_of, probe_line
-from mmcoconut.interventions import CANNOT_TELL
+from mmcoconut.data import load_examples
+from mmcoconut.verdict import CANNOT_TELL
 
 
 NUM_ROWS = 12
@@ -35,9 +38,11 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def audited(checkpoint, tmp_path_factory):
-    """The folder and the record of one audit of random weights."""
+    """The folder and the record of one audit of random weights; all that they write counts as their answer."""
     folder = tmp_path_factory.mktemp("audits") / "audit"
-    return folder, audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(folder)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answering, "parse_answer", str.strip)
+        return folder, audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(folder)])
 
 
 class Page(HTMLParser):
@@ -78,7 +83,7 @@ def test_pictures_of_the_report_are_saved_beside_it(audited):
     folder, record = audited
     names = {path.stem for path in (folder / "pictures").iterdir()}
     assert names == {"interventions", "geometry", "row_0", "row_1"}  # too few rows for a probe
-    assert all("held-out rows, fewer than" in reason or "rows" in reason for reason in record["probe"]["reasons"])
+    assert all("rows, fewer than 20" in reason for reason in record["probe"]["reasons"])
 
 
 def test_record_holds_every_intervention_and_what_it_was_made_with(audited):
@@ -135,9 +140,61 @@ def test_second_audit_into_the_same_folder_needs_overwrite(audited, checkpoint, 
     with pytest.raises(ValueError, match="is not empty: give --overwrite true"):
         audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(folder)])
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="--overwrite does not delete it"):
+    with pytest.raises(ValueError, match="holds thesis.tex and no audit"):
         audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(tmp_path), "--overwrite", "true"])
-    assert (tmp_path / "thesis.tex").read_text() == "mine"
+
+
+def test_overwriting_waits_for_the_new_audit_and_keeps_what_is_not_its_own(audited, checkpoint, tmp_path):
+    folder = tmp_path / "audit"
+    shutil.copytree(audited[0], folder)
+    (folder / "notes.txt").write_text("mine")
+    options = ["--model", checkpoint, *OPTIONS, "--output_dir", str(folder), "--overwrite", "true"]
+    before = (folder / "audit.json").read_text()
+    with pytest.raises(ValueError, match="num_latents 0"):
+        audit.main([*options, "--num_latents", "0"])
+    assert (folder / "audit.json").read_text() == before
+    audit.main([*options, "--num_shown", "1", "--seed", "5"])
+    assert json.loads((folder / "audit.json").read_text())["seed"] == 5
+    assert {path.stem for path in (folder / "pictures").iterdir()} == {"interventions", "geometry", "row_0"}
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_rows_are_drawn_at_random_and_kept_in_order():
+    rows = load_examples("arrow_mazes", split="test", num_rows=30, cell_size=8)
+    drawn = [row["row_id"] for row in audit.draw_rows(rows, 10, seed=1)]
+    numbers = [int(row_id.split()[-1]) for row_id in drawn]
+    assert numbers == sorted(set(numbers)) and numbers != list(range(10))
+    assert drawn == [row["row_id"] for row in audit.draw_rows(rows, 10, seed=1)]
+    assert len(audit.draw_rows(rows, None, seed=1)) == 30
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(ValueError, match="in one process, not in 2"):
+        audit.check_start(audit.AuditArguments(), SimpleNamespace(num_processes=2))
+
+
+@pytest.mark.parametrize("images", ["none", "several"])
+def test_text_only_and_several_images_can_be_audited(checkpoint, tmp_path, images):
+    rows = [
+        {"question": f"What is {index}?", "steps": [], "answer": "red" if index % 2 else "blue", "image": []}
+        for index in range(6)
+    ]
+    for index, row in enumerate(rows if images == "several" else []):
+        row["image"] = [f"{index}.png", f"{index}b.png"]
+        for seed, name in enumerate(row["image"]):
+            tiny_image(10 * index + seed).save(tmp_path / name)
+    (tmp_path / "test.json").write_text(json.dumps(rows))
+    data = ["--dataset", "json_steps", "--dataset_options.file", str(tmp_path / "{split}.json"), "--split", "test"]
+    data += (
+        ["--dataset_options.image_root", str(tmp_path)]
+        if images == "several"
+        else ["--dataset_options.images_required", "false"]
+    )
+    folder = tmp_path / "audit"
+    record = audit.main(["--model", checkpoint, *data, "--max_new_tokens", "3", "--output_dir", str(folder)])
+    assert record["n"] == 6
+    assert ("other_image" in record["interventions"]) == (images == "several")
+    assert (folder / "pictures" / "row_0.png").exists() == (images == "several")
 
 
 def test_pause_checkpoint_is_refused(tmp_path):

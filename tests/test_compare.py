@@ -19,7 +19,7 @@ from tiny import tiny_model, tiny_processor
 import train_hf
 from mmcoconut import compare, matched_runs
 from mmcoconut.arguments import parse_recipe
-from mmcoconut.compare import Outcome
+from mmcoconut.compare import Finished
 from mmcoconut.curriculum import IGNORED, MODES, THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import load_examples
 from mmcoconut.matched_runs import ComparisonError, Jobs, Run
@@ -295,7 +295,7 @@ def test_interrupt_stops_the_children_and_theirs_and_starts_no_more(recipe, tmp_
     assert capsys.readouterr().out == "cot seed 3: training … (0 of 2 runs done)\n"
 
 
-def outcome(mode: str, seed: int, scores, *, num_steps=None, **results) -> Outcome:
+def outcome(mode: str, seed: int, scores, *, num_steps=None, **results) -> Finished:
     """A finished run with these scores, the gold answers taken in turn from red, blue, red."""
     rows = [
         {"index": index, "row_id": f"row {index}", "num_steps": steps, "gold": [["red", "blue", "red"][index % 3]]}
@@ -305,7 +305,7 @@ def outcome(mode: str, seed: int, scores, *, num_steps=None, **results) -> Outco
     trained = {"train_steps": 18, "train_seconds": 10.0 * seed, "parameters": 5, "command": "", "date": "2026-01-01"}
     evaluated = {"generated_tokens": 3.0, "num_latents": 2, "decoder_passes": 5.0, "seconds_per_answer": 0.5}
     evaluated |= {"peak_memory_mb": 1.0, "dataset": "mazes", "split": "test", "metric": "exact_match", "n": len(rows)}
-    return Outcome(
+    return Finished(
         run=Run(mode, seed, Path("out", f"{mode}-seed{seed}"), f"mode: {mode}\nseed: {seed}\nlearning_rate: 0.1\n"),
         results={**trained, **shared, **results},
         evaluation={**evaluated, **shared},
@@ -313,7 +313,7 @@ def outcome(mode: str, seed: int, scores, *, num_steps=None, **results) -> Outco
     )
 
 
-def summary(outcomes: list[Outcome]) -> dict:
+def summary(outcomes: list[Finished]) -> dict:
     return compare.summarise(outcomes, command="python train_hf.py", jobs=2, threads=1)
 
 

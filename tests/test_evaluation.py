@@ -421,6 +421,7 @@ def test_processes_share_the_missing_rows_and_answer_none_twice(loaded, rows, wh
     for process in range(3):
         folder = interrupted(whole, tmp_path / str(process), {"predictions.part-7.jsonl": lines[2]})
         meetings = [lambda: None, partial((folder / "predictions.part-8.jsonl").write_bytes, b"".join(lines))]
+        meetings.append(lambda: None)  # all have read, before the parts become one file
         state = SimpleNamespace(process_index=process, num_processes=3, is_main_process=process == 0)
         state.wait_for_everyone = lambda meetings=meetings: meetings.pop(0)()
         monkeypatch.setattr(evaluation, "PartialState", lambda state=state: state)

@@ -33,7 +33,7 @@ NAMES = ("Alex", "Bob", "Carol", "Davis", "Eva", "Fae", "Jack", "Max", "Polly", 
 ONSETS = ("b", "br", "d", "f", "g", "gr", "h", "j", "k", "l", "n", "r", "s", "sh", "st", "t", "w", "y", "z")
 RIMES = ("empus", "impus", "orpus", "umpus")
 WORDS = tuple(onset + rime for onset in ONSETS for rime in RIMES)
-SYMBOLS = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+SYMBOLS = tuple("abcdefghijklmnopqrstuvwxyz0123456789")  # none differs from another by case alone, as answers must
 MAX_NODES = {"prosqa": len(WORDS), "symbols": len(SYMBOLS)}
 MAX_DRAWS = 100  # of a graph with too many edges, before it is said to be impossible
 
@@ -156,7 +156,7 @@ class Puzzle:
 
 
 def _symbols(rng: random.Random, wording: str, *, num_nodes: int, roots: Nodes) -> tuple[str, ...]:
-    """What the nodes are called: always the first letters, or words drawn anew, and names for the roots."""
+    """What the nodes are called: always the first letters and digits, or words drawn anew, and names for the roots."""
     if wording == "symbols":
         return SYMBOLS[:num_nodes]
     symbols = _shuffled(rng, WORDS)[:num_nodes]

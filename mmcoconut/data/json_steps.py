@@ -227,6 +227,10 @@ def load(
     images_required: True checks that every picture named is there, and that at least one row names one (a row without
         `image` is a text row); False reads no picture at all and gives every row an empty list.
     """
+    if image_root is not None and not images_required:
+        raise ValueError(
+            f"images_required is False, so no picture would be read from image_root {str(image_root)!r}: remove one"
+        )
     file = _file_of_split(file, split)
     rows = read_rows(file)
     if image_root is not None:
