@@ -405,7 +405,7 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
     command = [recipe, "--compare", "cot,coconut", "--seeds", "2", "--seed", "1", "--output_dir", str(out)]
-    command += ["--compare_jobs", "2"]
+    command += ["--compare_jobs", "2", "--hub_token", "hf_secret"]
     blocker = out / "cot-seed1" / "notes.txt"
     blocker.parent.mkdir(parents=True)
     blocker.write_text("mine")
@@ -437,6 +437,7 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
     assert (result["seeds"], result["n"], result["split"]) == ([1, 2], 8, "validation")
     assert (out / "compare.md").read_text() == compare.markdown(result)
     assert (out / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "hf_secret" not in (out / "compare.md").read_text() + (out / "compare.json").read_text()
 
     assert train_hf.main(command) == result
     assert files_of(out) == everything and "training" not in capsys.readouterr().out.split("| mode |")[0]
