@@ -288,12 +288,8 @@ def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
     limit = getattr(answerer.model.config.text_config, "max_position_embeddings", None)
     if limit is None:
         return 2 * answerer.num_latents
-    encode = answerer.processor.encode_prompt
-    lengths = [
-        len(encode(question_text(row), num_images=len(row["images"]), num_latents=answerer.num_latents))
-        for row in rows
-    ]
-    return limit - max(lengths) - answerer.max_new_tokens
+    longest = max(answerer.inputs([row], room=0)["input_ids"].shape[1] for row in rows)
+    return limit - longest - answerer.max_new_tokens
 
 
 def swaps(study: Study) -> tuple[list[Outcome], list[str]]:
