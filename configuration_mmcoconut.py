@@ -192,6 +192,17 @@ def check_projector(config):
             )
 
 
+def image_token_of(tokenizer, image_token_id: int) -> str:
+    """The string of a vision-language model's image token."""
+    image_token = tokenizer.convert_ids_to_tokens(image_token_id)
+    if image_token is None:
+        raise ValueError(
+            f"The tokenizer of {len(tokenizer)} tokens has none at the model's image_token_id={image_token_id}: use "
+            "the tokenizer that the model was built with."
+        )
+    return image_token
+
+
 def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
     """Give a tokenizer the placeholders and markers it lacks, as special tokens, and a pad token if it has none."""
     missing = [token for token in (image_token, *THOUGHT_TOKENS) if token not in tokenizer.get_vocab()]

@@ -39,6 +39,7 @@ from .configuration_mmcoconut import (
     TOKEN_ID_FIELDS,
     MMCoconutConfig,
     add_special_tokens,
+    image_token_of,
     shuffle_factor,
 )
 from .latent_mmcoconut import (
@@ -734,7 +735,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         vlm = load_vlm(vlm)
         fields = fields_of_vlm(vlm)
         num_known = len(tokenizer)
-        add_special_tokens(tokenizer, tokenizer.convert_ids_to_tokens(fields["image_token_id"]))
+        add_special_tokens(tokenizer, image_token_of(tokenizer, fields["image_token_id"]))
         grow_embeddings(vlm, tokenizer, num_known, new_token_init=new_token_init)
         thought_ids = dict(zip(TOKEN_ID_FIELDS[1:], tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))))
         config = cls.config_class(

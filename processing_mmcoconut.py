@@ -26,6 +26,7 @@ from .configuration_mmcoconut import (
     THOUGHT_TOKENS,
     TOKEN_ID_FIELDS,
     add_special_tokens,
+    image_token_of,
 )
 
 
@@ -277,7 +278,7 @@ class MMCoconutProcessor(ProcessorMixin):
         if not isinstance(chat_template, str):
             raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
         set_tiles(image_processor, image_size=config.image_size, min_tiles=min_tiles, max_tiles=max_tiles)
-        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        image_token = image_token_of(tokenizer, config.image_token_id)
         chat_template = with_thoughts(chat_template, tokenizer)
         add_special_tokens(tokenizer, image_token)
         check_token_ids(tokenizer, config, image_token)
