@@ -67,8 +67,8 @@ THINKING_MESSAGES = (
     "{%- endfor -%}"
     "{%- set messages = thinking.messages -%}"
 )
-# Text of a chat that is rendered to see how a template begins.
-SAMPLE_CHAT = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+# A chat that is rendered to see how a template begins and writes an image.
+SAMPLE_CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
 
 
 def starts_with_bos(tokenizer) -> bool:
@@ -76,13 +76,23 @@ def starts_with_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def with_thoughts(chat_template: str, tokenizer) -> str:
+def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str:
     """A chat template of another model with the latents and markers where the assistant begins to write.
 
     The bos token is written in front where the tokenizer would put it and the template does not.
+
+    Raises:
+        ValueError: no template, or one that does not write the image token once an image.
     """
-    begin = tokenizer.apply_chat_template(SAMPLE_CHAT, chat_template=chat_template, tokenize=False)
-    lacks_bos = starts_with_bos(tokenizer) and not begin.startswith(tokenizer.bos_token)
+    if not isinstance(chat_template, str):
+        raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
+    sample = tokenizer.apply_chat_template(SAMPLE_CHAT, chat_template=chat_template, tokenize=False)
+    if sample.count(image_token) != 1:
+        raise ValueError(
+            f"The chat template writes {image_token} {sample.count(image_token)} times for an image, and once is "
+            "wanted: give a chat_template=… that does."
+        )
+    lacks_bos = starts_with_bos(tokenizer) and not sample.startswith(tokenizer.bos_token)
     bos = "{{ bos_token }}" if lacks_bos else "{{ '' }}"  # an expression, after which no white space is cut
     end = "{{ thoughts if add_generation_prompt else '' }}"
     return SET_THOUGHTS + THINKING_MESSAGES + bos + chat_template.removesuffix("\n") + end
@@ -275,11 +285,9 @@ class MMCoconutProcessor(ProcessorMixin):
             kwargs.pop(name, None) or part
             for name, part in zip(("tokenizer", "image_processor", "chat_template"), parts_of_vlm(vlm))
         )
-        if not isinstance(chat_template, str):
-            raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
         set_tiles(image_processor, image_size=config.image_size, min_tiles=min_tiles, max_tiles=max_tiles)
         image_token = image_token_of(tokenizer, config.image_token_id)
-        chat_template = with_thoughts(chat_template, tokenizer)
+        chat_template = with_thoughts(chat_template, tokenizer, image_token)
         add_special_tokens(tokenizer, image_token)
         check_token_ids(tokenizer, config, image_token)
         kwargs.setdefault("start_image_token", getattr(tokenizer, "start_image_token", None))

@@ -102,7 +102,7 @@ class ModelArguments:
     tokenizer_vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer trained on the training texts.")
     image_fusion: str = HfArg(default="replace", help="How image features reach the decoder.")
     projector_type: str = HfArg(default="linear", help="What maps image features to the decoder's width.")
-    vision_feature_layer: int = HfArg(default=-1, help="Hidden layer of the vision tower that is read.")
+    vision_feature_layer: int | list[int] = HfArg(default=-1, help="Hidden layer, or layers, of the vision tower.")
     vision_feature_select_strategy: str = HfArg(default="default", help="`default` leaves out the class token.")
     image_size: int | None = HfArg(default=None, help="Side of the tiles that the vlm reads; default: its own.")
     min_tiles: int | None = HfArg(default=None, help="Least tiles of an image for the vlm; default: its own.")

@@ -209,6 +209,15 @@ def test_a_batch_equals_its_rows_alone_also_under_beams(kind, tolerance):
     assert all(torch.equal(beam[: len(row)], row) for beam, row in zip(beams, rows))
 
 
+@pytest.mark.parametrize("options", [{"prefill_chunk_size": 7}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("kind", ["internvl", "llava"])
+def test_ways_to_generate_agree_on_tiles_and_thoughts(kind, options):
+    model = thinking(kind)
+    batch = thoughtful_batch(model)
+    expected = model.generate(**batch, max_new_tokens=5)
+    assert torch.equal(model.generate(**batch, max_new_tokens=5, **options), expected)
+
+
 @pytest.mark.parametrize("config", [{}, {"thought_norm": "embedding"}, {"thought_norm": "projection"}])
 @pytest.mark.parametrize("kind", ["internvl tied", "llava"])
 @pytest.mark.parametrize("tolerance", [1e-5])
@@ -538,8 +547,13 @@ def test_settings_that_cannot_be_met_are_refused():
     untold.chat_template = None
     with pytest.raises(ValueError, match="chat template is NoneType"):
         MMCoconutProcessor.from_vlm(untold, config=model.config)
-    with pytest.raises(ValueError, match="use the tokenizer that the model was built with"):
+    with pytest.raises(ValueError, match="writes <IMG_CONTEXT> 0 times for an image"):
+        MMCoconutProcessor.from_vlm(untold, config=model.config, chat_template="{{ messages[0]['role'] }}")
+    with pytest.raises(ValueError, match=r"has none at the model's image_token_id=\d+: use the tokenizer"):
         MMCoconutProcessor.from_vlm(vlm_processor(), config=tiny_model().config)
+    model.config.latent_token_id -= 1
+    with pytest.raises(ValueError, match="use the tokenizer that the model was built with"):
+        MMCoconutProcessor.from_vlm(vlm_processor(), config=model.config)
 
 
 def test_what_is_no_internvl_and_no_llava_is_refused():
