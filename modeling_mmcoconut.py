@@ -693,12 +693,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             **dict(zip(TOKEN_ID_FIELDS, token_ids)),
             **config_kwargs,
         )
-        model = cls.join(
-            config,
-            vision_tower=vision_tower,
-            language_model=causal_lm.base_model,
-            head=causal_lm.get_output_embeddings(),
-        )
+        model = cls(config).join(vision_tower, causal_lm.base_model, head=causal_lm.get_output_embeddings())
         model.generation_config.update(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -745,12 +740,8 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             **thought_ids,
             **config_kwargs,
         )
-        model = cls.join(
-            config,
-            vision_tower=vlm.model.vision_tower,
-            language_model=vlm.model.language_model,
-            head=vlm.get_output_embeddings(),
-        )
+        model = cls.without_backbones(config)
+        model.join(vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
         model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
         suppress_tokens = model.generation_config.suppress_tokens
         model.generation_config = copy.deepcopy(vlm.generation_config)
@@ -762,17 +753,23 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         return model.to(vlm.device, vlm.dtype)
 
     @classmethod
-    def join(cls, config: MMCoconutConfig, *, vision_tower: PreTrainedModel, language_model: PreTrainedModel, head):
-        """A model of these parts, with a new projector, in evaluation mode, as from_pretrained leaves a model."""
-        model = cls(config)
-        model.model.vision_tower = vision_tower
-        config.image_seq_length = count_image_features(vision_tower, config)
-        model.model.language_model = language_model
-        model.lm_head.load_state_dict(head.state_dict())
-        model.tie_weights()
+    def without_backbones(cls, config: MMCoconutConfig):
+        """A model to be joined with large backbones: only projector and thoughts take memory, with new weights."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
+        thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
+        model.model.thought_feed = thought_feed.apply(model._init_weights)
+        return model
+
+    def join(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):
+        """This model with these parts, in evaluation mode, as from_pretrained leaves a model."""
+        self.model.vision_tower, self.model.language_model, self.lm_head = vision_tower, language_model, head
+        self.config.image_seq_length = count_image_features(vision_tower, self.config)
+        self.tie_weights()
         # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
-        model.generation_config.suppress_tokens = [getattr(config, field) for field in TOKEN_ID_FIELDS]
-        return model.eval()
+        self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
+        return self.eval()
 
 
 MMCoconutForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -324,6 +324,14 @@ def test_a_model_of_another_dtype_stays_in_it(dtype):
     vlm, tokenizer = tiny_vlm("internvl tied")
     model = MMCoconutForConditionalGeneration.from_vlm(vlm.to(dtype), tokenizer=tokenizer, thought_norm="projection")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_layers_for_thoughts_start_as_the_configuration_says():
+    layers = thinking(thought_norm="projection", initializer_range=SPREAD).model.thought_feed
+    assert layers.linear_1.weight.std().item() == pytest.approx(SPREAD, rel=0.1)
+    assert layers.linear_1.bias.abs().max() == 0
+    assert torch.equal(layers.norm.weight, torch.ones_like(layers.norm.weight))
 
 
 @pytest.mark.parametrize("kind", ["internvl", "llava"])
