@@ -350,17 +350,26 @@ def test_prompt_is_the_vlms_own_and_thoughts(kind, parts):
         assert torch.equal(found["pixel_values"], expected["pixel_values"])
 
 
-def test_thoughts_stand_before_every_text_of_the_assistant():
-    own, (_, processor) = vlm_processor(), thinking_pair()
+@pytest.mark.parametrize("kind, begins", [("internvl", "<|im_start|>assistant\n"), ("llava", "ASSISTANT:")])
+def test_thoughts_stand_before_every_text_of_the_assistant(kind, begins):
+    own, (_, processor) = vlm_processor(kind), thinking_pair(kind)
     answer = {"role": "assistant", "content": [{"type": "text", "text": "### red"}]}
     messages = [user(ONE, QUESTION), answer, user("Why?")]
-    expected = own.tokenizer.decode(chat(own, messages)["input_ids"][0])
-    thoughts = "".join(THOUGHTS)
-    expected = expected.replace("<|im_start|>assistant\n", f"<|im_start|>assistant\n{thoughts}")
-    assert expected.count(thoughts) == 2
-    for answered in (answer, {"role": "assistant", "content": "### red"}):
-        ids = chat(processor, [messages[0], answered, messages[2]], num_latents=2)["input_ids"][0]
-        assert processor.tokenizer.decode(ids) == expected
+    first, second, third = own.tokenizer.decode(chat(own, messages)["input_ids"][0]).split(begins)
+    thoughts, space = "".join(THOUGHTS), " " * second.startswith(" ")  # LLaVA writes one before a text
+    expected = begins.join([first, space + thoughts + second.removeprefix(space), thoughts + third])
+    ids = chat(processor, messages, num_latents=2)["input_ids"][0]
+    assert processor.tokenizer.decode(ids) == expected
+
+
+def test_thoughts_stand_before_an_assistant_message_that_is_one_string_and_before_no_image(pair):
+    _, processor = pair
+    texts = [
+        {"role": "assistant", "content": content} for content in ("### red", [{"type": "text", "text": "### red"}])
+    ]
+    first, second = (chat(processor, [user(QUESTION), text, user("Why?")], num_latents=2) for text in texts)
+    assert torch.equal(first["input_ids"], second["input_ids"])
+    assert (first["input_ids"] == processor.latent_token_id).sum() == 4
     with pytest.raises(Exception, match="must begin with text"):
         chat(processor, [user("a"), {**user(ONE), "role": "assistant"}])
 
