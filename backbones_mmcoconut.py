@@ -1,4 +1,4 @@
-"""What `from_backbones` does to a vision tower and a language model before they become one model.
+"""What `from_backbones` and `from_vlm` do to a vision tower and a language model before they become one model.
 
 Shapes: D hidden of the language model, V vocabulary.
 """
@@ -6,11 +6,71 @@ Shapes: D hidden of the language model, V vocabulary.
 import copy
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_mmcoconut import MMCoconutConfig, default_image_seq_length
+from .configuration_mmcoconut import MMCoconutConfig, default_image_seq_length, num_features
+
+
+def internvl_fields(vlm: PreTrainedModel) -> dict:
+    """InternVL's projector; of the tower's last layer it reads the output, which some towers normalise first."""
+    if vlm.config.vision_feature_layer == -1:
+        vlm.model.vision_tower.config.tie_last_hidden_states = True
+    return {"projector_type": "pixel_shuffle", "downsample_ratio": vlm.config.downsample_ratio}
+
+
+def llava_fields(vlm: PreTrainedModel) -> dict:
+    """LLaVA's projector."""
+    return {"projector_type": "mlp", "projector_bias": vlm.config.multimodal_projector_bias}
+
+
+# A vision-language model that `from_vlm` takes over is one function here, by the model type of its configuration.
+VLM_FIELDS = {"internvl": internvl_fields, "llava": llava_fields}
+SHARED_FIELDS = ("image_token_id", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
+
+
+def check_convertible(config: PreTrainedConfig) -> None:
+    if config.model_type not in VLM_FIELDS:
+        raise ValueError(
+            f"from_vlm cannot take over a {config.model_type}, only {', '.join(VLM_FIELDS)}: take one of these, or "
+            "join a vision tower and a language model with from_backbones."
+        )
+
+
+def load_vlm(vlm: str | PreTrainedModel) -> PreTrainedModel:
+    """A pretrained vision-language model by name, or as it is; which kind is looked at before weights are loaded."""
+    if isinstance(vlm, PreTrainedModel):
+        check_convertible(vlm.config)
+        return vlm
+    check_convertible(AutoConfig.from_pretrained(vlm))
+    return AutoModelForImageTextToText.from_pretrained(vlm, dtype=torch.get_default_dtype())
+
+
+def settle_tying(vlm: PreTrainedModel) -> bool:
+    """Whether head and embeddings are one matrix; the configurations may say otherwise, and are made to agree.
+
+    A checkpoint that brings two matrices is loaded untied whatever its configuration says, but would be tied, and its
+    head lost, at the next resizing.
+    """
+    tied = vlm.get_output_embeddings().weight is vlm.get_input_embeddings().weight
+    for config in (vlm.config, vlm.config.text_config, vlm.model.language_model.config):
+        config.tie_word_embeddings = tied
+    return tied
+
+
+def fields_of_vlm(vlm: PreTrainedModel) -> dict:
+    """The fields of MMCoconutConfig that a vision-language model decides."""
+    shared = {field: getattr(vlm.config, field) for field in SHARED_FIELDS}
+    return {**shared, **VLM_FIELDS[vlm.config.model_type](vlm), "tie_word_embeddings": settle_tying(vlm)}
+
+
+def ends_of(generation_config, tokenizer) -> int | list[int]:
+    """The tokens that end an answer: those of a generation configuration, and the one that ends a training text."""
+    ends = generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
+    return ends if len(ends) > 1 else ends[0]
 
 
 def load_vision_tower(name_or_path: str) -> PreTrainedModel:
@@ -71,16 +131,21 @@ def check_plain_head(causal_lm: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def count_image_features(vision_tower: PreTrainedModel, config: MMCoconutConfig) -> int:
-    """Features that an image of the tower's own size gives, found by running a blank one through it."""
+    """Features that an image of config.image_size, or the tower's own, gives; found by running two blank ones."""
     vision_config = vision_tower.config
-    size = vision_config.image_size
+    size = config.image_size or vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.zeros(1, vision_config.num_channels, height, width, dtype=vision_tower.dtype)
-    num_tokens = vision_tower(pixels.to(vision_tower.device)).last_hidden_state.shape[1]
+    pixels = torch.zeros(2, vision_config.num_channels, height, width, dtype=vision_tower.dtype)
+    num_images, num_tokens = vision_tower(pixels.to(vision_tower.device)).last_hidden_state.shape[:2]
+    if num_images != 2:
+        raise ValueError(
+            f"The vision tower {vision_config.model_type} gives {num_images} row of features for 2 images: take one "
+            "that gives a row an image (CLIP, SigLIP, InternVL, …)."
+        )
     leaves_out_first = config.vision_feature_select_strategy == "default"
     if leaves_out_first and num_tokens == default_image_seq_length(vision_config, "default"):
         raise ValueError(
             f"vision_feature_select_strategy='default' leaves out the class token, and {vision_config.model_type} has "
             f"none among its {num_tokens} tokens: set vision_feature_select_strategy='full'."
         )
-    return num_tokens - leaves_out_first
+    return num_features(config, num_tokens - leaves_out_first)

@@ -14,11 +14,12 @@ LATENT_TOKEN = "<|latent|>"
 START_LATENT_TOKEN = "<|start-latent|>"
 END_LATENT_TOKEN = "<|end-latent|>"
 PAD_TOKEN = "<|pad|>"
-SPECIAL_TOKENS = (IMAGE_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN, END_LATENT_TOKEN)
+THOUGHT_TOKENS = (LATENT_TOKEN, START_LATENT_TOKEN, END_LATENT_TOKEN)
+SPECIAL_TOKENS = (IMAGE_TOKEN, *THOUGHT_TOKENS)
 
 CHOICES = {
     "image_fusion": ("replace", "add"),
-    "projector_type": ("linear", "mlp", "transformer"),
+    "projector_type": ("linear", "mlp", "transformer", "pixel_shuffle"),
     "vision_feature_select_strategy": ("default", "full"),
     "thought_mode": ("feedback", "pause"),
     "thought_norm": ("none", "embedding", "projection"),
@@ -44,13 +45,18 @@ class MMCoconutConfig(PreTrainedConfig):
             `position_ids` and `past_key_values`: GPT-2, Qwen2, Llama, …
         image_fusion (`str`): `replace` puts image features in the place of the `<image>` embeddings, `add` adds them.
         projector_type (`str`): from the tower's width to the decoder's: `linear`; `mlp` = linear, activation, linear;
-            `transformer` = linear, LayerNorm, one transformer encoder layer over an image's tokens.
-        projector_hidden_act (`str`): activation of the `mlp` projector.
+            `transformer` = linear, LayerNorm, one transformer encoder layer over an image's tokens; `pixel_shuffle` =
+            squares of neighbouring tokens joined into one, LayerNorm, then as `mlp`.
+        projector_hidden_act (`str`): activation of the `mlp` and `pixel_shuffle` projectors.
+        projector_bias (`bool`): whether their linear layers have a bias.
         projector_num_heads (`int`): attention heads of the `transformer` projector.
+        downsample_ratio (`float`): side of the grid after `pixel_shuffle` over the side before it: 0.5 joins 2 × 2.
         vision_feature_layer (`int | list[int]`): which hidden states of the tower are read; several are joined along
             the width.
         vision_feature_select_strategy (`str`): `default` leaves out the first (class) token, `full` keeps all.
-        image_seq_length (`int`): features, and so `<image>` placeholders, of one image.
+        image_size (`int`): side of the square pictures, or tiles of them, that the tower reads; None is the tower's
+            own, and another needs a tower that interpolates its positions.
+        image_seq_length (`int`): features, and so image placeholders, of one such picture or tile.
         image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): the placeholders' and
             markers' rows in the vocabulary.
         thought_mode (`str`): `feedback` feeds the last hidden state back as the next latent's embedding (Coconut);
@@ -75,9 +81,12 @@ class MMCoconutConfig(PreTrainedConfig):
     image_fusion: str = "replace"
     projector_type: str = "linear"
     projector_hidden_act: str = "gelu"
+    projector_bias: bool = True
     projector_num_heads: int = 8
+    downsample_ratio: float = 0.5
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: str = "default"
+    image_size: int | None = None
     image_seq_length: int | None = None
     image_token_id: int | None = None
     latent_token_id: int | None = None
@@ -93,11 +102,12 @@ class MMCoconutConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.auto_map = dict(AUTO_MAP)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
-        if self.image_seq_length is None:
-            self.image_seq_length = default_image_seq_length(self.vision_config, self.vision_feature_select_strategy)
         check_choices(self)
         check_token_ids(self)
         check_projector(self)
+        if self.image_seq_length is None:
+            num_patches = default_image_seq_length(self.vision_config, self.vision_feature_select_strategy)
+            self.image_seq_length = None if num_patches is None else num_features(self, num_patches)
 
 
 def default_image_seq_length(vision_config, select_strategy):
@@ -106,6 +116,36 @@ def default_image_seq_length(vision_config, select_strategy):
     if not (isinstance(image_size, int) and isinstance(patch_size, int)):
         return None
     return (image_size // patch_size) ** 2 + (select_strategy == "full")
+
+
+def shuffle_factor(downsample_ratio: float) -> int:
+    """Side of the squares of tokens that `pixel_shuffle` joins into one.
+
+    >>> shuffle_factor(0.5)
+    2
+    """
+    factor = round(1 / downsample_ratio) if downsample_ratio > 0 else 0
+    if factor < 1 or abs(factor * downsample_ratio - 1) > 1e-6:
+        raise ValueError(f"downsample_ratio={downsample_ratio} is not 1 over a whole number: set it to 0.5 or 1.0.")
+    return factor
+
+
+def num_features(config, num_patches: int) -> int:
+    """Features that the projector makes of a picture's patches.
+
+    Raises:
+        ValueError: patches that `pixel_shuffle` cannot join, for they are no square or do not divide.
+    """
+    if config.projector_type != "pixel_shuffle":
+        return num_patches
+    side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
+    if side**2 != num_patches or side % factor:
+        raise ValueError(
+            f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no square "
+            f"with a side that {factor} divides: choose another image_size or downsample_ratio, and "
+            "vision_feature_select_strategy='default' for a tower with a class token."
+        )
+    return (side // factor) ** 2
 
 
 def check_choices(config):
@@ -139,6 +179,7 @@ def check_projector(config):
         raise ValueError(
             f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: choose a divisor."
         )
+    shuffle_factor(config.downsample_ratio)
     layers = config.vision_feature_layer
     depth = config.vision_config.num_hidden_layers
     if layers == []:
@@ -151,9 +192,20 @@ def check_projector(config):
             )
 
 
-def add_special_tokens(tokenizer) -> None:
+def image_token_of(tokenizer, image_token_id: int) -> str:
+    """The string of a vision-language model's image token."""
+    image_token = tokenizer.convert_ids_to_tokens(image_token_id)
+    if image_token is None:
+        raise ValueError(
+            f"The tokenizer of {len(tokenizer)} tokens has none at the model's image_token_id={image_token_id}: use "
+            "the tokenizer that the model was built with."
+        )
+    return image_token
+
+
+def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
     """Give a tokenizer the placeholders and markers it lacks, as special tokens, and a pad token if it has none."""
-    missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+    missing = [token for token in (image_token, *THOUGHT_TOKENS) if token not in tokenizer.get_vocab()]
     if missing:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:

@@ -4,8 +4,10 @@ Shapes: B batch, T tokens, N latents, I images, P features an image, D hidden of
 The recurrence itself stands in latent_mmcoconut.py.
 """
 
+import copy
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -24,11 +26,22 @@ from transformers.utils.output_capturing import select_hidden_states
 from .backbones_mmcoconut import (
     check_plain_head,
     count_image_features,
+    ends_of,
+    fields_of_vlm,
     grow_embeddings,
     load_vision_tower,
+    load_vlm,
     new_language_model,
 )
-from .configuration_mmcoconut import SPECIAL_TOKENS, TOKEN_ID_FIELDS, MMCoconutConfig, add_special_tokens
+from .configuration_mmcoconut import (
+    SPECIAL_TOKENS,
+    THOUGHT_TOKENS,
+    TOKEN_ID_FIELDS,
+    MMCoconutConfig,
+    add_special_tokens,
+    image_token_of,
+    shuffle_factor,
+)
 from .latent_mmcoconut import (
     ReplayCache,
     ThinkOutput,
@@ -46,7 +59,7 @@ class MMCoconutModelOutputWithPast(BaseModelOutputWithPast):
     """The base model's output.
 
     last_hidden_state (B, T, D), past_key_values, hidden_states, attentions: as in the library, for every column.
-    image_hidden_states: projected features, one (P, D) an image.
+    image_hidden_states: projected features, one (P, D) an image, or (tiles · P, D).
     thoughts (B, N, D), thought_mask (B, N): what was read at the latents, packed to the left; with
     `output_thoughts=True`.
     """
@@ -91,14 +104,35 @@ class TransformerProjector(nn.Module):
 class MlpProjector(nn.Module):
     """Linear → activation → linear; (I, P, W) → (I, P, D)."""
 
-    def __init__(self, vision_width: int, hidden_size: int, hidden_act: str):
+    def __init__(self, vision_width: int, hidden_size: int, *, hidden_act: str, bias: bool):
         super().__init__()
-        self.linear_1 = nn.Linear(vision_width, hidden_size)
+        self.linear_1 = nn.Linear(vision_width, hidden_size, bias=bias)
         self.act = ACT2FN[hidden_act]
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(image_features)))  # (I, P, D)
+
+
+def pixel_shuffle(image_features: torch.Tensor, factor: int) -> torch.Tensor:
+    """Join each square of factor² neighbouring tokens into one: (I, P, W) → (I, P / factor², factor² · W)."""
+    num_images, num_patches, width = image_features.shape
+    side = round(num_patches**0.5)
+    grid = image_features.reshape(num_images, side // factor, factor, side // factor, factor, width)
+    return grid.transpose(2, 3).reshape(num_images, (side // factor) ** 2, factor**2 * width)
+
+
+class PixelShuffleProjector(MlpProjector):
+    """Pixel shuffle → LayerNorm → linear → activation → linear; (I, patches, W) → (I, P, D), as in InternVL."""
+
+    def __init__(self, vision_width: int, hidden_size: int, *, factor: int, **mlp):
+        super().__init__(factor**2 * vision_width, hidden_size, **mlp)
+        self.factor = factor
+        self.layer_norm = nn.LayerNorm(factor**2 * vision_width)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        image_features = pixel_shuffle(image_features, self.factor)  # (I, P, factor² · W)
+        return super().forward(self.layer_norm(image_features))  # (I, P, D)
 
 
 def build_projector(config: MMCoconutConfig) -> nn.Module:
@@ -108,8 +142,11 @@ def build_projector(config: MMCoconutConfig) -> nn.Module:
     hidden_size = config.text_config.hidden_size
     if config.projector_type == "transformer":
         return TransformerProjector(vision_width, hidden_size, config.projector_num_heads)
+    mlp = {"hidden_act": config.projector_hidden_act, "bias": config.projector_bias}
     if config.projector_type == "mlp":
-        return MlpProjector(vision_width, hidden_size, config.projector_hidden_act)
+        return MlpProjector(vision_width, hidden_size, **mlp)
+    if config.projector_type == "pixel_shuffle":
+        return PixelShuffleProjector(vision_width, hidden_size, factor=shuffle_factor(config.downsample_ratio), **mlp)
     return nn.Linear(vision_width, hidden_size)
 
 
@@ -133,6 +170,15 @@ IMAGE_FUSIONS = {"replace": replace_fusion, "add": add_fusion}
 def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch.Tensor:
     """Positions (B, num_columns) that count real tokens from 0; padding on the left gets position 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
+
+
+def check_num_tiles(num_tiles: torch.Tensor | None, pixel_values: torch.Tensor) -> None:
+    """The tiles of all images (images,) must be those of the pixels (I, channels, height, width)."""
+    if num_tiles is not None and int(num_tiles.sum()) != pixel_values.shape[0]:
+        raise ValueError(
+            f"num_tiles counts {int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image), but pixel_values holds "
+            f"{pixel_values.shape[0]}: pass both as MMCoconutProcessor returns them."
+        )
 
 
 def remember(outputs: ThinkOutput, past_key_values: Cache) -> Cache:
@@ -227,15 +273,24 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        num_tiles: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | BaseModelOutputWithPooling:
-        """Features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D)."""
+        """Features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
+
+        With num_tiles (images,) the pixels are tiles, and the list holds an image's tiles joined: (num_tiles · P, D).
+        """
+        check_num_tiles(num_tiles, pixel_values)
         image_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
         first = 1 if vision_feature_select_strategy == "default" else 0
         features = [image_outputs.hidden_states[layer][:, first:] for layer in layers]  # (I, P, W) each
         image_features = self.multi_modal_projector(torch.cat(features, dim=-1))  # (I, P, D)
-        image_outputs.pooler_output = list(image_features)
+        if num_tiles is None:
+            image_outputs.pooler_output = list(image_features)
+        else:
+            of_images = image_features.split(num_tiles.tolist())  # (tiles, P, D) each
+            image_outputs.pooler_output = [tiles.flatten(0, 1) for tiles in of_images]
         return image_outputs
 
     def get_token_mask(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor):
@@ -263,14 +318,17 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         if num_placeholders != num_features:
             raise ValueError(
                 f"The batch holds {num_placeholders} <image> placeholders ({image_mask.sum(-1).tolist()} a row) but "
-                f"{num_features} image features ({self.config.image_seq_length} an image): give each row "
-                f"{self.config.image_seq_length} placeholders an image, as MMCoconutProcessor does, and do not "
-                "truncate them."
+                f"{num_features} image features ({self.config.image_seq_length} an image or tile): give each row "
+                f"{self.config.image_seq_length} placeholders an image or tile, as MMCoconutProcessor does, and do "
+                "not truncate them."
             )
         return image_mask
 
-    def check_whole_images(self, image_mask: torch.Tensor) -> None:
-        """Every row of (B, T) must hold all placeholders of its images, or it would read parts of another row's."""
+    def check_whole_images(self, image_mask: torch.Tensor, num_tiles: torch.Tensor | None = None) -> None:
+        """Every row of (B, T) must hold all placeholders of its images, or it would read parts of another row's.
+
+        num_tiles (images,): the tiles of each image; by default every image is one.
+        """
         counts = image_mask.sum(-1)  # (B,)
         broken = counts % self.config.image_seq_length != 0
         if broken.any():
@@ -279,6 +337,17 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 f"Row {row} of the batch holds {counts[row].item()} <image> placeholders, which is no multiple of the "
                 f"{self.config.image_seq_length} of an image: do not truncate rows with images."
             )
+        if num_tiles is None:
+            return
+        tiles = (counts // self.config.image_seq_length).tolist()  # (B,)
+        ends = {0, *accumulate(num_tiles.tolist())}
+        for row, end in enumerate(accumulate(tiles)):
+            if end not in ends:
+                raise ValueError(
+                    f"Row {row} of the batch holds placeholders of {tiles[row]} tiles and ends inside an image: the "
+                    f"rows have {tiles} tiles and the images {num_tiles.tolist()}. Give each row all the tiles of its "
+                    "images, as MMCoconutProcessor does."
+                )
 
     def fuse_images(self, input_ids, inputs_embeds: torch.Tensor, image_outputs) -> dict:
         """What the decoder reads: the embeddings joined with the images' features by the configured fusion."""
@@ -392,6 +461,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         output_thoughts: bool = False,
@@ -401,7 +471,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
         Args:
             input_ids (B, T) or inputs_embeds (B, T, D): exactly one.
-            pixel_values (I, channels, height, width): the images of all rows, in reading order.
+            pixel_values (I, channels, height, width): the images of all rows, in reading order, or their tiles.
+            num_tiles (images,): how many of the pixel_values each image is; by default one.
             attention_mask (B, past + T); position_ids (B, T), counted from the mask by default.
             past_key_values: any cache of the library; a latent may stand first if it was filled by this model.
             mm_encoder_outputs: {"image": output of get_image_features}, in the place of pixel_values.
@@ -419,12 +490,13 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            image_outputs = self.get_image_features(pixel_values, num_tiles=num_tiles, return_dict=True)
 
         latent_mask = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
         decoder_inputs = self.fuse_images(input_ids, inputs_embeds, image_outputs)
         if pixel_values is not None:
-            self.check_whole_images(self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds))
+            image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)  # (B, T)
+            self.check_whole_images(image_mask, num_tiles)
         outputs = self.run_decoder(
             latent_mask,
             attention_mask=attention_mask,
@@ -489,7 +561,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         """Stock `generate()`, which encodes images before any forward pass could see whose they are."""
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         if input_ids is not None and kwargs.get("pixel_values") is not None:
-            self.model.check_whole_images(input_ids == self.config.image_token_id)
+            self.model.check_whole_images(input_ids == self.config.image_token_id, kwargs.get("num_tiles"))
         return super().generate(inputs, *args, **kwargs)
 
     @staticmethod
@@ -524,6 +596,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         output_thoughts: bool = False,
@@ -549,6 +622,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            num_tiles=num_tiles,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             output_thoughts=output_thoughts,
@@ -619,20 +693,83 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             **dict(zip(TOKEN_ID_FIELDS, token_ids)),
             **config_kwargs,
         )
-        model = cls(config)
-        model.model.vision_tower = vision_tower
-        config.image_seq_length = count_image_features(vision_tower, config)
-        model.model.language_model = causal_lm.base_model
-        model.lm_head.load_state_dict(causal_lm.get_output_embeddings().state_dict())
-        model.tie_weights()
+        model = cls(config).join(vision_tower, causal_lm.base_model, head=causal_lm.get_output_embeddings())
         model.generation_config.update(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
-            suppress_tokens=token_ids,
         )
-        return model.eval()  # as from_pretrained leaves a model
+        return model
+
+    @classmethod
+    def from_vlm(
+        cls,
+        vlm: str | PreTrainedModel,
+        *,
+        tokenizer=None,
+        processor=None,
+        new_token_init: str | None = None,
+        **config_kwargs,
+    ):
+        """A pretrained InternVL or LLaVA that can think: tower, projector, decoder and head as they are.
+
+        Args:
+            vlm: Hub id or folder, e.g. "OpenGVLab/InternVL3-1B-hf", or the model itself, whose parts are taken over:
+                do not use it afterwards.
+            tokenizer, or processor with one: loaded from `vlm` by default; the tokenizer gets the latent and the two
+                markers where it lacks them, and the embeddings grow to its length. The image token is the VLM's own.
+            new_token_init: a token whose embedding the new tokens start from; None takes the mean of the old ones.
+            config_kwargs: fields of MMCoconutConfig that the VLM does not decide, e.g. thought_norm or image_size.
+
+        Raises:
+            ValueError: a model of another kind; a model without its tokenizer; an unknown `new_token_init`.
+        """
+        if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
+            raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
+        tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
+        vlm = load_vlm(vlm)
+        fields = fields_of_vlm(vlm)
+        num_known = len(tokenizer)
+        add_special_tokens(tokenizer, image_token_of(tokenizer, fields["image_token_id"]))
+        grow_embeddings(vlm, tokenizer, num_known, new_token_init=new_token_init)
+        thought_ids = dict(zip(TOKEN_ID_FIELDS[1:], tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))))
+        config = cls.config_class(
+            vision_config=vlm.model.vision_tower.config,
+            text_config=vlm.model.language_model.config,
+            **fields,
+            **thought_ids,
+            **config_kwargs,
+        )
+        model = cls.without_backbones(config)
+        model.join(vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
+        model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
+        suppress_tokens = model.generation_config.suppress_tokens
+        model.generation_config = copy.deepcopy(vlm.generation_config)
+        model.generation_config.update(
+            eos_token_id=ends_of(vlm.generation_config, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=suppress_tokens,
+        )
+        return model.to(vlm.device, vlm.dtype)
+
+    @classmethod
+    def without_backbones(cls, config: MMCoconutConfig):
+        """A model to be joined with large backbones: only projector and thoughts take memory, with new weights."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
+        thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
+        model.model.thought_feed = thought_feed.apply(model._init_weights)
+        return model
+
+    def join(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):
+        """This model with these parts, in evaluation mode, as from_pretrained leaves a model."""
+        self.model.vision_tower, self.model.language_model, self.lm_head = vision_tower, language_model, head
+        self.config.image_seq_length = count_image_features(vision_tower, self.config)
+        self.tie_weights()
+        # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
+        self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
+        return self.eval()
 
 
 MMCoconutForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -5,9 +5,12 @@ One sequence layout, written once, in the chat template:
     [<image>…] question \\n <|start-latent|> <|latent|>×num_latents <|end-latent|> step \\n … ### answer <eos>
 
 `markers` says which of the two markers stand around the latents. Training, evaluation, `pipeline` and chat all go
-through `encode_prompt` or the template itself, so that they cannot differ.
+through `encode_prompt` or the template itself, so that they cannot differ. A processor from `from_vlm` keeps the
+layout of the vision-language model, its turns and the frames around images, and adds the latents where the assistant
+begins to write.
 """
 
+import copy
 from collections.abc import Sequence
 
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
@@ -19,10 +22,11 @@ from .configuration_mmcoconut import (
     END_LATENT_TOKEN,
     IMAGE_TOKEN,
     LATENT_TOKEN,
-    SPECIAL_TOKENS,
     START_LATENT_TOKEN,
+    THOUGHT_TOKENS,
     TOKEN_ID_FIELDS,
     add_special_tokens,
+    image_token_of,
 )
 
 
@@ -30,11 +34,13 @@ logger = logging.get_logger(__name__)
 
 ANSWER_MARKER = "###"
 MARKERS = ("both", "start", "none")
-CHAT_TEMPLATE = (
+SET_THOUGHTS = (
     "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
     " ~ '<|latent|>' * (num_latents | default(0))"
     " ~ ('<|end-latent|>' if markers | default('both') == 'both' else '') -%}"
-    "{{- BOS -}}"
+)
+CHAT_TEMPLATE = (
+    SET_THOUGHTS + "{{- BOS -}}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}{{- thoughts -}}{%- endif -%}"
     "{%- if message['content'] is string -%}{{- message['content'] -}}"
@@ -45,11 +51,105 @@ CHAT_TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- thoughts -}}{%- endif -%}"
 )
+# Before another model's template: assistant messages get the thoughts in front of their text.
+THINKING_MESSAGES = (
+    "{%- set thinking = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- if message['role'] == 'assistant' and content is string -%}{%- set content = thoughts ~ content -%}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{%- if content[0]['type'] != 'text' -%}"
+    "{{- raise_exception('An assistant message must begin with text, for thoughts stand before it.') -}}"
+    "{%- endif -%}"
+    "{%- set content = [dict(content[0], text=thoughts ~ content[0]['text'])] + content[1:] -%}"
+    "{%- endif -%}"
+    "{%- set thinking.messages = thinking.messages + [dict(message, content=content)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = thinking.messages -%}"
+)
+# A chat that is rendered to see how a template begins and writes an image.
+SAMPLE_CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
 
 
 def starts_with_bos(tokenizer) -> bool:
     """Whether this tokenizer puts its bos token in front of a text (Llama does, GPT-2 and Qwen2 do not)."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str:
+    """A chat template of another model with the latents and markers where the assistant begins to write.
+
+    The bos token is written in front where the tokenizer would put it and the template does not.
+
+    Raises:
+        ValueError: no template, or one that does not write the image token once an image.
+    """
+    if not isinstance(chat_template, str):
+        raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
+    sample = tokenizer.apply_chat_template(SAMPLE_CHAT, chat_template=chat_template, tokenize=False)
+    if sample.count(image_token) != 1:
+        raise ValueError(
+            f"The chat template writes {image_token} {sample.count(image_token)} times for an image, and once is "
+            "wanted: give a chat_template=… that does."
+        )
+    lacks_bos = starts_with_bos(tokenizer) and not sample.startswith(tokenizer.bos_token)
+    bos = "{{ bos_token }}" if lacks_bos else "{{ '' }}"  # an expression, after which no white space is cut
+    end = "{{ thoughts if add_generation_prompt else '' }}"
+    return SET_THOUGHTS + THINKING_MESSAGES + bos + chat_template.removesuffix("\n") + end
+
+
+def makes_tiles(image_processor) -> bool:
+    """Whether this image processor can cut a picture into tiles."""
+    return "crop_to_patches" in image_processor.valid_kwargs.__annotations__
+
+
+def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None, max_tiles: int | None) -> None:
+    """Switch tiles on where the image processor can make them, with the given side and numbers or its own.
+
+    Raises:
+        ValueError: a setting for an image processor without tiles; more tiles at least than at most.
+    """
+    settings = {"min_patches": min_tiles, "max_patches": max_tiles}
+    settings["size"] = None if image_size is None else {"height": image_size, "width": image_size}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not makes_tiles(image_processor):
+        if given:
+            raise ValueError(
+                f"{type(image_processor).__name__} cuts no tiles, so image_size={image_size}, min_tiles={min_tiles} "
+                f"and max_tiles={max_tiles} have no effect: leave them out, or set up its own sizes and give it."
+            )
+        return
+    image_processor.crop_to_patches = True
+    for name, value in given.items():
+        setattr(image_processor, name, value)
+    if not 1 <= image_processor.min_patches <= image_processor.max_patches:
+        raise ValueError(
+            f"At least {image_processor.min_patches} and at most {image_processor.max_patches} tiles: set min_tiles "
+            "and max_tiles so that 1 <= min_tiles <= max_tiles."
+        )
+
+
+def parts_of_vlm(vlm) -> tuple:
+    """Tokenizer, image processor and chat template of a processor, or of the files of a checkpoint.
+
+    The checkpoint's processor itself is not built, because it may want libraries for videos.
+    """
+    if isinstance(vlm, ProcessorMixin):
+        return copy.deepcopy(vlm.tokenizer), copy.deepcopy(vlm.image_processor), vlm.chat_template
+    tokenizer = AutoTokenizer.from_pretrained(vlm)
+    chat_template = ProcessorMixin.get_processor_dict(vlm)[0].get("chat_template") or tokenizer.chat_template
+    return tokenizer, AutoImageProcessor.from_pretrained(vlm), chat_template
+
+
+def check_token_ids(tokenizer, config, image_token: str) -> None:
+    """The tokenizer must have the placeholders and markers where the model's configuration has them."""
+    for field, token in zip(TOKEN_ID_FIELDS, (image_token, *THOUGHT_TOKENS)):
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        if token_id != getattr(config, field):
+            raise ValueError(
+                f"The tokenizer has {token} at {token_id}, the model's {field} is {getattr(config, field)}: use "
+                "the tokenizer that the model was built with."
+            )
 
 
 def images_of_each(images, texts: Sequence[str]) -> list[list]:
@@ -72,6 +172,16 @@ def images_of_each(images, texts: Sequence[str]) -> list[list]:
     return [list(group) for group in flat] if nested else [[image] for image in flat]
 
 
+def without_thumbnails(inputs: dict) -> dict:
+    """pixel_values, a list of tiles, and num_tiles, a list, without the last tile of every image that has several."""
+    kept, counts, first = [], [], 0
+    for number in inputs["num_tiles"]:
+        last = first + max(1, number - 1)
+        kept, counts = [*kept, *inputs["pixel_values"][first:last]], [*counts, last - first]
+        first += number
+    return {**inputs, "pixel_values": kept, "num_tiles": counts}
+
+
 def texts_of(conversation) -> list[str]:
     """All texts in the messages of a conversation, or of a list of them."""
     if isinstance(conversation, str):
@@ -87,10 +197,13 @@ class MMCoconutProcessor(ProcessorMixin):
 
     Args:
         image_processor, tokenizer: of the backbones; the tokenizer must hold the special tokens.
-        image_seq_length (`int`): `<image>` placeholders of one image, `config.image_seq_length` of the model.
+        image_seq_length (`int`): placeholders of one image or tile, `config.image_seq_length` of the model.
         num_latents (`int`): latents of a prompt where a call does not say otherwise; a trained checkpoint carries the
             number of its last stage.
         markers (`str`): `both` (the paper) | `start` | `none`, which markers stand around the latents.
+        image_token (`str`): the placeholder, in the chat template once an image.
+        start_image_token, end_image_token (`str`): what frames the placeholders of an image; None is nothing.
+        use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
 
     Raises:
         ValueError: a tokenizer without the special tokens; unknown `markers`; a negative `num_latents`.
@@ -104,13 +217,18 @@ class MMCoconutProcessor(ProcessorMixin):
         num_latents: int = 0,
         markers: str = "both",
         chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        start_image_token: str | None = None,
+        end_image_token: str | None = None,
+        use_thumbnail: bool = True,
         **kwargs,
     ):
-        missing = [token for token in SPECIAL_TOKENS if token not in tokenizer.get_vocab()]
+        frame = [token for token in (start_image_token, end_image_token) if token is not None]
+        missing = [token for token in (image_token, *THOUGHT_TOKENS, *frame) if token not in tokenizer.get_vocab()]
         if missing:
             raise ValueError(
                 f"The tokenizer lacks the special tokens {', '.join(missing)}: build model and tokenizer with "
-                "from_backbones, which adds them and grows the embeddings."
+                "from_backbones or from_vlm, which add them and grow the embeddings."
             )
         if markers not in MARKERS:
             raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
@@ -120,7 +238,9 @@ class MMCoconutProcessor(ProcessorMixin):
         self.image_seq_length = image_seq_length
         self.num_latents = num_latents
         self.markers = markers
-        self.image_token, self.image_token_id = IMAGE_TOKEN, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
+        self.start_image_token, self.end_image_token = start_image_token, end_image_token
+        self.use_thumbnail = use_thumbnail
         self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
         if chat_template is None:
             chat_template = CHAT_TEMPLATE.replace("BOS", "bos_token" if starts_with_bos(tokenizer) else "''")
@@ -141,25 +261,102 @@ class MMCoconutProcessor(ProcessorMixin):
         tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
         image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
         add_special_tokens(tokenizer)
-        for field, token in zip(TOKEN_ID_FIELDS, SPECIAL_TOKENS):
-            token_id = tokenizer.convert_tokens_to_ids(token)
-            if token_id != getattr(config, field):
-                raise ValueError(
-                    f"The tokenizer has {token} at {token_id}, the model's {field} is {getattr(config, field)}: use "
-                    "the tokenizer that the model was built with."
-                )
+        check_token_ids(tokenizer, config, IMAGE_TOKEN)
         return cls(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)
 
-    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
-        return self.image_token * self.image_seq_length
+    @classmethod
+    def from_vlm(cls, vlm, *, config, min_tiles: int | None = None, max_tiles: int | None = None, **kwargs):
+        """The processor of a model from `from_vlm`: the VLM's tokenizer, image processor and chat template.
+
+        Args:
+            vlm: Hub id or folder, or the VLM's processor, which stays as it is.
+            config: the model's configuration; its image token, image_seq_length and image_size are taken.
+            min_tiles, max_tiles: tiles that an image is cut into, its thumbnail not counted; default: the VLM's. An
+                image processor that can make tiles does so.
+            kwargs: the arguments of this class, among them `tokenizer`, `image_processor` and `chat_template` in the
+                place of the VLM's, and `start_image_token`, `end_image_token`, by default those that the tokenizer
+                names, as InternVL's does.
+
+        Raises:
+            ValueError: the tokenizer's ids differ from the configuration's; no chat template; settings of tiles for
+                an image processor that makes none.
+        """
+        tokenizer, image_processor, chat_template = (
+            kwargs.pop(name, None) or part
+            for name, part in zip(("tokenizer", "image_processor", "chat_template"), parts_of_vlm(vlm))
+        )
+        set_tiles(image_processor, image_size=config.image_size, min_tiles=min_tiles, max_tiles=max_tiles)
+        image_token = image_token_of(tokenizer, config.image_token_id)
+        chat_template = with_thoughts(chat_template, tokenizer, image_token)
+        add_special_tokens(tokenizer, image_token)
+        check_token_ids(tokenizer, config, image_token)
+        kwargs.setdefault("start_image_token", getattr(tokenizer, "start_image_token", None))
+        kwargs.setdefault("end_image_token", getattr(tokenizer, "end_image_token", None))
+        return cls(
+            image_processor,
+            tokenizer,
+            image_seq_length=config.image_seq_length,
+            image_token=image_token,
+            chat_template=chat_template,
+            **kwargs,
+        )
+
+    def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[int]]]:
+        """What the model reads for groups of images, and the number of tiles of each image of each group.
+
+        Returns:
+            pixel_values (images, channels, height, width) of all groups in order. Of an image processor that makes
+            tiles: (tiles, channels, height, width), and num_tiles (images,).
+        """
+        images = [image for group in groups for image in group]
+        if not images:
+            return {}, [[] for _ in groups]
+        return_tensors = kwargs.pop("return_tensors", None)
+        if not makes_tiles(self.image_processor):
+            inputs = dict(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+            return inputs, [[1] * len(group) for group in groups]
+        inputs = dict(self.image_processor(images, **kwargs))
+        inputs["num_tiles"] = inputs.pop("num_patches")
+        if not self.use_thumbnail:
+            inputs = without_thumbnails(inputs)
+        tiles = iter(inputs["num_tiles"])
+        return dict(BatchFeature(inputs, tensor_type=return_tensors)), [[next(tiles) for _ in g] for g in groups]
+
+    def _process_images(self, images, **kwargs) -> tuple[dict, list[str]]:
+        """As the library's, which replaces each image token of a rendered text by what this says."""
+        inputs, [num_tiles] = self.encode_images([make_flat_list_of_images(images)], **kwargs)
+        return inputs, [self.replace_image_token(inputs, index, num_tiles=n) for index, n in enumerate(num_tiles)]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, *, num_tiles: int = 1, **kwargs) -> str:
+        placeholders = self.image_token * (self.image_seq_length * num_tiles)
+        return f"{self.start_image_token or ''}{placeholders}{self.end_image_token or ''}"
+
+    def image_ids(self, num_tiles: int) -> list[int]:
+        """Ids of an image: its placeholders, and what frames them."""
+        frame = [
+            [] if token is None else [self.tokenizer.convert_tokens_to_ids(token)]
+            for token in (self.start_image_token, self.end_image_token)
+        ]
+        return [*frame[0], *[self.image_token_id] * (self.image_seq_length * num_tiles), *frame[1]]
 
     def layout(self, num_latents: int | None) -> dict:
         """The template's variables: how many latents and which markers."""
         return {"num_latents": self.num_latents if num_latents is None else num_latents, "markers": self.markers}
 
-    def encode_prompt(self, question: str, *, num_images: int = 1, num_latents: int | None = None) -> list[int]:
-        """Ids of all that comes before the predicted text; strings of special tokens in `question` are text."""
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+    def encode_prompt(
+        self,
+        question: str,
+        *,
+        num_images: int = 1,
+        num_latents: int | None = None,
+        num_tiles: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Ids of all that comes before the predicted text; strings of special tokens in `question` are text.
+
+        num_tiles: the tiles of each image, as `encode_images` gives them; without, num_images images of one.
+        """
+        tiles = [1] * num_images if num_tiles is None else list(num_tiles)
+        content = [{"type": "image"}] * len(tiles) + [{"type": "text", "text": question}]
         ids = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": content}],
             chat_template=self.chat_template,
@@ -168,8 +365,9 @@ class MMCoconutProcessor(ProcessorMixin):
             return_dict=False,
             **self.layout(num_latents),
         )
-        repeats = [self.image_seq_length if token_id == self.image_token_id else 1 for token_id in ids]
-        return [token_id for token_id, repeat in zip(ids, repeats) for _ in range(repeat)]
+        images = (self.image_ids(number) for number in tiles)
+        pieces = (next(images) if token_id == self.image_token_id else [token_id] for token_id in ids)
+        return [token_id for piece in pieces for token_id in piece]
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of ordinary text: no special tokens are added, and none are read out of it."""
@@ -191,7 +389,7 @@ class MMCoconutProcessor(ProcessorMixin):
             kwargs: of the tokenizer's `pad` (`return_tensors`, `padding`) or, if rendered, of the library's call.
 
         Returns:
-            input_ids, attention_mask (B, T), padded on the left for a batch, and pixel_values of all images.
+            input_ids, attention_mask (B, T), padded on the left for a batch, and what encode_images gives.
 
         Raises:
             ValueError: images and texts differ in number.
@@ -207,7 +405,7 @@ class MMCoconutProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("text is None: give a question for each image ('' for none).")
         texts = [text] if isinstance(text, str) else list(text)
-        if any(token in question for token in SPECIAL_TOKENS for question in texts):
+        if any(token in question for token in (self.image_token, *THOUGHT_TOKENS) for question in texts):
             logger.warning_once(
                 "A question contains the string of a special token, which is read as plain text; pass rendered=True "
                 "for text that apply_chat_template(tokenize=False) made."
@@ -216,16 +414,14 @@ class MMCoconutProcessor(ProcessorMixin):
         counts = list(num_latents) if isinstance(num_latents, (list, tuple)) else [num_latents] * len(texts)
         if len(counts) != len(texts):
             raise ValueError(f"{len(counts)} entries in num_latents for {len(texts)} texts: give one a text, or one.")
+        return_tensors, padding = kwargs.pop("return_tensors", None), kwargs.pop("padding", len(texts) > 1)
+        groups = [make_flat_list_of_images(group) if group else [] for group in groups]
+        pixels, tiles = self.encode_images(groups, return_tensors=return_tensors, **kwargs)
         input_ids = [
-            self.encode_prompt(question, num_images=len(group), num_latents=count)
-            for question, group, count in zip(texts, groups, counts)
+            self.encode_prompt(question, num_tiles=num_tiles, num_latents=count)
+            for question, num_tiles, count in zip(texts, tiles, counts)
         ]
-        return_tensors = kwargs.pop("return_tensors", None)
-        batch = self.tokenizer.pad(
-            {"input_ids": input_ids}, padding=kwargs.pop("padding", len(texts) > 1), return_tensors=return_tensors
-        )
-        flat = make_flat_list_of_images([image for group in groups for image in group]) if any(groups) else []
-        pixels = self.image_processor(flat, return_tensors=return_tensors, **kwargs) if flat else {}
+        batch = self.tokenizer.pad({"input_ids": input_ids}, padding=padding, return_tensors=return_tensors)
         return BatchFeature({**batch, **pixels}, tensor_type=return_tensors)
 
     def apply_chat_template(self, conversation, chat_template=None, *, num_latents: int | None = None, **kwargs):

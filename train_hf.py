@@ -112,6 +112,25 @@ def build_from_backbones(model_args, train_set):
     return model, processor
 
 
+def build_from_vlm(model_args):
+    """Model and processor of a pretrained vision-language model, with its own tokenizer and tiles."""
+    model = MMCoconutForConditionalGeneration.from_vlm(
+        model_args.vlm,
+        new_token_init=model_args.new_token_init,
+        thought_norm=model_args.thought_norm,
+        image_size=model_args.image_size,
+    )
+    processor = MMCoconutProcessor.from_vlm(
+        model_args.vlm,
+        config=model.config,
+        min_tiles=model_args.min_tiles,
+        max_tiles=model_args.max_tiles,
+        use_thumbnail=model_args.use_thumbnail,
+        markers=model_args.markers,
+    )
+    return model, processor
+
+
 def build_from_checkpoint(model_args):
     """Model and processor of an earlier run; the recipe may change how thoughts are fed back, nothing else."""
     name = model_args.model
@@ -140,9 +159,11 @@ def freeze(model, names: list[str]) -> None:
 
 
 def build(model_args, curriculum_args, train_set):
-    """Model and processor, from a checkpoint or out of backbones, set to the mode of this run."""
+    """Model and processor, from a checkpoint, a vision-language model or backbones, set to the mode of this run."""
     if model_args.model is not None:
         model, processor = build_from_checkpoint(model_args)
+    elif model_args.vlm is not None:
+        model, processor = build_from_vlm(model_args)
     else:
         model, processor = build_from_backbones(model_args, train_set)
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"

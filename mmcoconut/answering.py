@@ -75,7 +75,8 @@ class Answerer:
         self.max_new_tokens, self.begin_with = max_new_tokens, begin_with
 
     def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
-        """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width).
+        """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width),
+        and num_tiles (images,) where those are tiles.
 
         Raises:
             ValueError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
@@ -146,9 +147,9 @@ class Answerer:
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
         batch = align_rows([prompt] * len(targets), targets, pad_id=pad_id, latent_id=latent_id)
         inputs |= {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        if "pixel_values" in inputs:
-            pixels = inputs["pixel_values"]
-            inputs["pixel_values"] = pixels.repeat(len(targets), *[1] * (pixels.ndim - 1))
+        for name in ("pixel_values", "num_tiles"):
+            if name in inputs:  # the row's images once for each choice
+                inputs[name] = inputs[name].repeat(len(targets), *[1] * (inputs[name].ndim - 1))
         labels = nn.functional.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]  # (B, T)
         hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
         labelled = labels != -100

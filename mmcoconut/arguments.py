@@ -34,7 +34,7 @@ AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs"
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "num_latents", "num_shown")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k")
+AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
 LIMITS = (
     dict.fromkeys(AT_LEAST_0, (0, math.inf))
     | dict.fromkeys(AT_LEAST_1, (1, math.inf))
@@ -52,8 +52,12 @@ NOT_COMPARED = {
     "push_to_hub": "the runs would overwrite each other on the Hub: remove this key, and push the run that you want",
 }
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
-IN_A_CHECKPOINT = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
-FOLDERS = ("model", "vision_model", "text_model", "tokenizer", "resume_from_checkpoint")
+IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
+IN_A_CHECKPOINT = ("vlm", *IN_A_VLM)
+# What a vision-language model decides by its weights, and what only its processor can be told.
+JOINED_IN_A_VLM = ("image_fusion", "projector_type", "vision_feature_layer", "vision_feature_select_strategy")
+OF_A_VLM = ("image_size", "min_tiles", "max_tiles", "use_thumbnail")
+FOLDERS = ("model", "vlm", "vision_model", "text_model", "tokenizer", "resume_from_checkpoint")
 DATA_PATHS = ("file", "folder", "image_root")
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 YAML_1_2_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
@@ -90,18 +94,24 @@ class ModelArguments:
     """What the model starts from and how its parts are joined."""
 
     model: str | None = HfArg(default=None, help="Folder or Hub id of an mmcoconut checkpoint to start from.")
+    vlm: str | None = HfArg(default=None, help="Folder or Hub id of a pretrained InternVL or LLaVA to start from.")
     vision_model: str | None = HfArg(default=None, help="Folder or Hub id of the pretrained vision tower.")
     text_model: str | None = HfArg(default=None, help="Folder or Hub id of the pretrained language model.")
     vision_config: dict | None = HfArg(default=None, help="Vision tower from scratch: {model_type: ..., ...}.")
     text_config: dict | None = HfArg(default=None, help="Language model from scratch: {model_type: gpt2, ...}.")
+    vlm_model_type: str | None = HfArg(default=None, help="Architecture of vlm, for a smoke test.")
     vision_model_type: str | None = HfArg(default=None, help="Architecture of vision_model, for a smoke test.")
     text_model_type: str | None = HfArg(default=None, help="Architecture of text_model, for a smoke test.")
     tokenizer: str | None = HfArg(default=None, help="Folder, Hub id or `train`; default: text_model's.")
     tokenizer_vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer trained on the training texts.")
     image_fusion: str = HfArg(default="replace", help="How image features reach the decoder.")
     projector_type: str = HfArg(default="linear", help="What maps image features to the decoder's width.")
-    vision_feature_layer: int = HfArg(default=-1, help="Hidden layer of the vision tower that is read.")
+    vision_feature_layer: int | list[int] = HfArg(default=-1, help="Hidden layer, or layers, of the vision tower.")
     vision_feature_select_strategy: str = HfArg(default="default", help="`default` leaves out the class token.")
+    image_size: int | None = HfArg(default=None, help="Side of the tiles that the vlm reads; default: its own.")
+    min_tiles: int | None = HfArg(default=None, help="Least tiles of an image for the vlm; default: its own.")
+    max_tiles: int | None = HfArg(default=None, help="Most tiles of an image for the vlm; default: its own.")
+    use_thumbnail: bool = HfArg(default=True, help="Several tiles of an image are followed by the whole picture.")
     thought_norm: str = HfArg(default="none", help="What is done to a thought before it is fed back.")
     markers: str = HfArg(default="both", help="Which of <|start-latent|> and <|end-latent|> frame the thoughts.")
     freeze: list[str] = HfArg(default_factory=list, help="Sub-modules that are not trained, such as vision_tower.")
@@ -325,17 +335,30 @@ def _typed(values: dict, types: dict, problems: list[tuple], *, others=()) -> di
     return typed
 
 
+def _vlm_conflicts(values: dict):
+    """What a vision-language model brings itself, and what means nothing without one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(ModelArguments)}
+    changed = [key for key in (*JOINED_IN_A_VLM, *OF_A_VLM) if values[key] != defaults[key]]
+    if values["vlm"] is None:
+        for key in {*changed} & {*OF_A_VLM}:
+            yield key, values[key], "it sets up the images of a `vlm`, and there is none: remove this key"
+        return
+    for key in [key for key in IN_A_VLM if values[key] is not None] + [key for key in changed if key not in OF_A_VLM]:
+        yield key, values[key], "the `vlm` brings its own: remove this key"
+
+
 def _conflicts(values: dict):
     """The combinations of typed `values` that cannot be meant."""
     given = dict.fromkeys(key for key in IN_A_CHECKPOINT if values[key] is not None).keys()
     for key in given if values["model"] is not None else ():
         yield key, values[key], f"the checkpoint `model` brings its own: remove one (--{key} null)"
+    yield from _vlm_conflicts(values)
     for part in ("vision", "text"):
         model, config = f"{part}_model", f"{part}_config"
         if {model, config} <= given:
             yield model, values[model], f"`{config}` is set too: keep one"
-        if values["model"] is None and not {model, config} & given:
-            yield model, None, f"set `{model}` or `{config}`, or `model` to start from a checkpoint"
+        if values["model"] is None and values["vlm"] is None and not {model, config} & given:
+            yield model, None, f"set `{model}` or `{config}`, or `model` to start from a checkpoint, or `vlm`"
         if config in given and "model_type" not in values[config]:
             yield config, values[config], "name the architecture: add `model_type`"
     if "text_config" in given and not {"text_model", "tokenizer"} & given:
@@ -465,7 +488,7 @@ def _add_coconut_habits(new: dict, old: dict) -> None:
     for key, value in COCONUT_HABITS.items():
         new.setdefault(key, value)
     new.setdefault("max_new_tokens", 64 if "gsm" in str(old.get("val_path")) else 128)
-    if not new.keys() & {"model", "vision_model", "vision_config"}:
+    if not new.keys() & {"model", "vlm", "vision_model", "vision_config"}:
         logger.warning(f"this Coconut recipe names no vision tower: {COCONUT_VISION['vision_model']} is taken")
         new |= COCONUT_VISION
     if "gpt2" in str(new.get("text_model")):

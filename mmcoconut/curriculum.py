@@ -182,35 +182,34 @@ class CurriculumCollator:
         skipped = self.curriculum.plan(self.stage, len(row["steps"])).skipped_steps
         return RowPlan(skipped, self.curriculum.num_latents(self.stage))
 
-    def encode_row(self, row: dict, plan: RowPlan) -> tuple[list[int], list[int]]:
-        """Prompt and target of a row under a plan."""
-        prompt = self.processor.encode_prompt(
-            question_text(row), num_images=len(row["images"]), num_latents=plan.num_latents
-        )
+    def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Prompt and target of a row under a plan; num_tiles holds the tiles of each of its images."""
+        prompt = self.processor.encode_prompt(question_text(row), num_tiles=num_tiles, num_latents=plan.num_latents)
         target = self.processor.encode_target(row["steps"][plan.skipped_steps :], row["answers"][0])
         self.check_length(row, len(prompt) + len(target), f"the sequence of stage {self.stage}")
         return prompt, target
 
-    def pixels(self, rows: Sequence[dict]) -> dict:
-        """pixel_values (I, channels, height, width) of all rows' images in order; nothing for rows without images."""
-        images = [image for row in rows for image in open_images(row)]
-        return dict(self.processor.image_processor(images, return_tensors="pt")) if images else {}
+    def pixels(self, rows: Sequence[dict]) -> tuple[dict, list[list[int]]]:
+        """What the model reads for all rows' images in order, and the tiles of each image of each row."""
+        return self.processor.encode_images([open_images(row) for row in rows], return_tensors="pt")
 
-    def supervised(self, rows: Sequence[dict], plan_of) -> dict:
-        """input_ids, attention_mask, labels (B, T), each row under its plan."""
-        prompts, targets = zip(*(self.encode_row(row, plan_of(row)) for row in rows))
+    def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence[int]]) -> dict:
+        """input_ids, attention_mask, labels (B, T), each row under its plan; tiles as `pixels` gives them."""
+        prompts, targets = zip(*(self.encode_row(row, plan_of(row), num) for row, num in zip(rows, tiles)))
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
         return align_rows(prompts, targets, pad_id=pad_id, latent_id=latent_id)
 
     def __call__(self, rows: Sequence[dict]) -> dict:
-        return {**self.supervised(rows, self.training_plan), **self.pixels(rows)}
+        pixels, tiles = self.pixels(rows)
+        return {**self.supervised(rows, self.training_plan, tiles), **pixels}
 
     def prompts(self, rows: Sequence[dict]) -> dict:
         """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows."""
         num_latents = self.curriculum.num_latents(self.stage)
+        pixels, tiles = self.pixels(rows)
         prompts = [
-            self.processor.encode_prompt(question_text(row), num_images=len(row["images"]), num_latents=num_latents)
-            for row in rows
+            self.processor.encode_prompt(question_text(row), num_tiles=num_tiles, num_latents=num_latents)
+            for row, num_tiles in zip(rows, tiles)
         ]
         for row, prompt in zip(rows, prompts):
             self.check_length(row, len(prompt) + self.max_new_tokens, "the prompt with max_new_tokens")
@@ -219,9 +218,9 @@ class CurriculumCollator:
         return {
             "input_ids": pad_rows(prompts, self.processor.tokenizer.pad_token_id, left=left, length=length),
             "attention_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, left=left, length=length),
-            **self.pixels(rows),
+            **pixels,
             "index": torch.tensor([row["index"] for row in rows]),
-            "supervised": self.supervised(rows, self.evaluation_plan),
+            "supervised": self.supervised(rows, self.evaluation_plan, tiles),
         }
 
 

@@ -16,6 +16,7 @@ import torch
 
 from mmcoconut.answering import Answerer, image_key
 from mmcoconut.data import question_text
+from mmcoconut.data.images import open_images
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.scoring import score
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
@@ -296,11 +297,13 @@ def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
     limit = getattr(answerer.model.config.text_config, "max_position_embeddings", None)
     if limit is None:
         return 2 * answerer.num_latents
-    encode = answerer.processor.encode_prompt
-    lengths = [
-        len(encode(question_text(row), num_images=len(row["images"]), num_latents=answerer.num_latents))
-        for row in rows
-    ]
+    lengths = []
+    for row in rows:  # one at a time: the number of an image's tiles follows from its size
+        _, [num_tiles] = answerer.processor.encode_images([open_images(row)])
+        prompt = answerer.processor.encode_prompt(
+            question_text(row), num_tiles=num_tiles, num_latents=answerer.num_latents
+        )
+        lengths.append(len(prompt))
     return limit - max(lengths) - answerer.max_new_tokens
 
 

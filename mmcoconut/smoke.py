@@ -6,8 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    GotOcr2ImageProcessorPil,
+    PreTrainedTokenizerFast,
+)
 
 from mmcoconut.data import loader_of
+from mmcoconut.tokenizer import train_tokenizer
 
 
 TINY_VISION = {
@@ -24,6 +32,37 @@ TINY_TEXT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
+TINY_DECODER = {**TINY_TEXT, "intermediate_size": 64, "num_key_value_heads": 2}
+# How the vision-language models that from_vlm takes over write a chat; trimmed to what a recipe's rows hold.
+INTERNVL_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ '<IMG_CONTEXT>\n' if part['type'] == 'image' else part['text'] }}"
+    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAVA_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}"
+    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+# By model type: the chat template, the image processor, and the tokens, of which the last stands for an image.
+TINY_VLMS = {
+    "internvl": (
+        INTERNVL_TEMPLATE,
+        GotOcr2ImageProcessorPil,
+        {
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "video_token": "<video>",
+            "context_image_token": "<IMG_CONTEXT>",
+        },
+    ),
+    "llava": (LLAVA_TEMPLATE, CLIPImageProcessorPil, {"image_token": "<image>"}),
+}
 NUM_ROWS = 8
 OPTIONS_FILE = "sample_options.json"
 
@@ -39,6 +78,71 @@ def tiny_config(model_type: str | None, config: dict | None, name: str | None, *
     return {"model_type": model_type, **sizes}
 
 
+def tiny_vlm_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with the special tokens and the chat template of a vision-language model."""
+    template, _, named = TINY_VLMS[model_type]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(["What? ### a"], vocab_size=300).backend_tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens={"turn_token": "<|im_start|>", **named},
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_vlm_image_processor(model_type: str, image_size: int):
+    side = {"height": image_size, "width": image_size}
+    return TINY_VLMS[model_type][1](size=side, do_center_crop=False)
+
+
+def tiny_vlm_config(model_type: str, tokenizer, *, vision: dict, text: dict, **fields):
+    """The configuration of a vision-language model with these sizes and the vocabulary of the tokenizer."""
+    image_token = [*TINY_VLMS[model_type][2].values()][-1]
+    text = {**text, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    config = AutoConfig.for_model(model_type, vision_config=vision, text_config=text, **fields)
+    config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+    return config
+
+
+def write_tiny_vlm(folder: Path, model_type: str | None) -> None:
+    """A vision-language model of random weights with its tokenizer and image processor, as from_vlm reads them."""
+    if model_type not in TINY_VLMS:
+        raise ValueError(
+            f"--smoke_test cannot make a tiny {model_type}: set vlm_model_type in the recipe to one of "
+            f"{', '.join(TINY_VLMS)}."
+        )
+    tokenizer = tiny_vlm_tokenizer(model_type)
+    config = tiny_vlm_config(model_type, tokenizer, vision=TINY_VISION, text=TINY_DECODER)
+    image_processor = tiny_vlm_image_processor(model_type, TINY_VISION["image_size"])
+    for part in (AutoModelForImageTextToText.from_config(config), tokenizer, image_processor):
+        part.save_pretrained(folder)
+
+
+def tiny_backbones(model_args) -> dict:
+    """What a recipe of two backbones changes for a smoke test: the same architectures with tiny sizes."""
+    return {
+        "vision_model": None,
+        "text_model": None,
+        "vision_config": tiny_config(
+            model_args.vision_model_type,
+            model_args.vision_config,
+            model_args.vision_model,
+            sizes=TINY_VISION,
+            key="vision_model_type",
+        ),
+        "text_config": tiny_config(
+            model_args.text_model_type,
+            model_args.text_config,
+            model_args.text_model,
+            sizes=TINY_TEXT,
+            key="text_model_type",
+        ),
+        "tokenizer": "train",
+        "tokenizer_vocab_size": 400,
+    }
+
+
 def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
     """The recipe's architecture, fusion, curriculum and objective on tiny sizes, two stages of one epoch each."""
     folder = Path(run_args.output_dir)
@@ -48,31 +152,12 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
             shutil.rmtree(folder, ignore_errors=True)
             options = loader_of(data_args.dataset).write_sample(folder / "data", num_rows=NUM_ROWS, seed=0)
             folder.mkdir(parents=True, exist_ok=True)
+            if model_args.vlm:
+                write_tiny_vlm(folder / "vlm", model_args.vlm_model_type)
             (folder / OPTIONS_FILE).write_text(json.dumps(options, default=str))
         options = json.loads((folder / OPTIONS_FILE).read_text())
-    model_args = replace(
-        model_args,
-        model=None,
-        vision_model=None,
-        text_model=None,
-        vision_config=tiny_config(
-            model_args.vision_model_type,
-            model_args.vision_config,
-            model_args.vision_model,
-            sizes=TINY_VISION,
-            key="vision_model_type",
-        ),
-        text_config=tiny_config(
-            model_args.text_model_type,
-            model_args.text_config,
-            model_args.text_model,
-            sizes=TINY_TEXT,
-            key="text_model_type",
-        ),
-        tokenizer="train",
-        tokenizer_vocab_size=400,
-        new_token_init=None,
-    )
+    tiny = {"vlm": str(folder / "vlm"), "image_size": None} if model_args.vlm else tiny_backbones(model_args)
+    model_args = replace(model_args, model=None, new_token_init=None, **tiny)
     data_args = replace(data_args, dataset_options=options, max_new_tokens=4, eval_split="validation")
     max_latent_stage = min(1, curriculum_args.max_latent_stage)
     curriculum_args = replace(curriculum_args, max_latent_stage=max_latent_stage, epochs_per_stage=1, start_epoch=0)

@@ -70,7 +70,7 @@ class CurriculumTrainer(Trainer):
         """Loss of the labelled rows, new tokens (B, up to max_new_tokens), and the rows' index."""
         inputs = self._prepare_inputs(inputs)
         index, supervised = inputs.pop("index"), inputs.pop("supervised")
-        pixels = {"pixel_values": inputs["pixel_values"]} if "pixel_values" in inputs else {}
+        pixels = {name: inputs[name] for name in ("pixel_values", "num_tiles") if name in inputs}
         with self.compute_loss_context_manager():
             loss = model(**supervised, **pixels, logits_to_keep=1).loss
             tokens = self.accelerator.unwrap_model(model).generate(

@@ -15,6 +15,7 @@ import mmcoconut
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
     "arguments",
+    "configuration_mmcoconut",
     "curriculum",
     "data",
     "data.arrow_mazes",
