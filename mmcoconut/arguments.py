@@ -170,6 +170,15 @@ NAMES = [[field.name for field in dataclasses.fields(cls) if field.init] for cls
 TYPES = {name: get_type_hints(cls)[name] for cls, names in zip(CLASSES, NAMES, strict=True) for name in names}
 
 
+def default_of(key: str):
+    """What a recipe without this key stands for; also for keys that are younger than a saved recipe."""
+    fields = {field.name: field for cls in CLASSES for field in dataclasses.fields(cls)}
+    if key not in fields:
+        return None
+    factory = fields[key].default_factory
+    return fields[key].default if factory is dataclasses.MISSING else factory()
+
+
 class RecipeError(ValueError):
     """Everything that is wrong with a recipe, a line each; `problems` holds it as (key, value found, remedy)."""
 

@@ -22,7 +22,7 @@ import torch
 import yaml
 from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
-from mmcoconut.arguments import compared_modes, recipe_text
+from mmcoconut.arguments import compared_modes, default_of, recipe_text
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE
 
 
@@ -107,7 +107,7 @@ def differences(run: Run) -> list[str]:
     file = run.folder / RECIPE_FILE
     earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     wanted = yaml.safe_load(run.recipe)
-    keys = [key for key in wanted | earlier if earlier.get(key, ...) != wanted.get(key, ...)]
+    keys = [key for key in wanted | earlier if earlier.get(key, default_of(key)) != wanted.get(key, default_of(key))]
     return [f"{key}: {earlier.get(key, 'not set')!r} there, {wanted.get(key, 'not set')!r} now" for key in keys]
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -454,3 +455,14 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
     runs = "cot-seed1, coconut-seed1, cot-seed2, coconut-seed2"
     assert f"- learning_rate: 0.003 there, 0.5 now ({runs})\nGive --overwrite true" in str(refused.value)
     assert len(files_of(out)) == 8
+
+
+def test_run_of_an_older_version_is_not_another_recipe_for_the_keys_it_lacks(recipe, tmp_path):
+    """A key that came later and has its default changes nothing; another value of it does."""
+    run = planned(recipe, "--output_dir", str(tmp_path / "out"))[0]
+    earlier = {key: value for key, value in yaml.safe_load(run.recipe).items() if key != "image_size"}
+    run.folder.mkdir(parents=True)
+    (run.folder / "recipe.yaml").write_text(yaml.safe_dump(earlier))
+    assert matched_runs.differences(run) == []
+    now = replace(run, recipe=yaml.safe_dump({**yaml.safe_load(run.recipe), "image_size": 32}))
+    assert matched_runs.differences(now) == ["image_size: 'not set' there, 32 now"]
