@@ -368,7 +368,7 @@ def test_training_time_of_a_resumed_run_is_left_out(outcomes):
 def test_markdown_says_what_the_figures_were_made_with(outcomes):
     text = compare.markdown(summary(outcomes))
     cot = next(line for line in text.splitlines() if line.startswith("| `cot` | 87.5 % ["))
-    assert "| 75.0 / 100.0 | +37.5 [" in cot
+    assert "| 75.0 / 100.0 | +37.5 points [" in cot
     for part in (
         "4 rows of `mazes` (test)",
         "seeds: 1, 2",
