@@ -16,7 +16,8 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 
-from mmcoconut.data import SPLITS, Example, nearest, split_of, to_dataset
+from mmcoconut.data import SPLITS, Example, split_of, to_dataset
+from mmcoconut.data.public import rows_of_split
 
 
 # The first six, the default, are near the corners of the RGB cube; none is near the arrows' black or the mark's white.
@@ -155,18 +156,6 @@ def png_bytes(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _rows_of_split(num_rows: int | Mapping[str, int], split: str) -> int:
-    if split not in SPLITS:
-        raise ValueError(f"arrow_mazes has no split {split!r}; {nearest(split, SPLITS)}")
-    if isinstance(num_rows, Mapping):
-        if split not in num_rows:
-            raise ValueError(f"num_rows has no entry for split {split!r}, only {sorted(num_rows)}; add it")
-        num_rows = num_rows[split]
-    if num_rows < 1:
-        raise ValueError(f"num_rows is {num_rows} for split {split!r}; ask for at least 1")
-    return num_rows
-
-
 def _check_shape(grid_size: int, num_colors: int, *, min_hops: int, max_hops: int) -> None:
     if not 1 <= grid_size <= MAX_GRID_SIZE:
         raise ValueError(f"grid_size is {grid_size}; choose 1 to {MAX_GRID_SIZE}, columns being named by letters")
@@ -211,7 +200,7 @@ def generate(
     Mazes are drawn at random and kept when the hash of their grid falls in this split's part, so two splits never
     share a grid, whatever their seeds; inside a split no puzzle comes twice. More rows continue the same list.
     """
-    num_rows = _rows_of_split(num_rows, split)
+    num_rows = rows_of_split("arrow_mazes", num_rows, split)
     _check_shape(grid_size, num_colors, min_hops=min_hops, max_hops=max_hops)
     share = FRACTIONS[SPLITS.index(split)]
     puzzles = (num_colors * len(DIRECTIONS)) ** (grid_size**2) * grid_size**2 * (max_hops - min_hops + 1)

@@ -22,7 +22,7 @@ from datasets import Dataset
 
 from mmcoconut.data import SPLITS, Example, nearest, split_of, to_dataset
 from mmcoconut.data.prosqa import FILES
-from mmcoconut.data.public import check_split, save_json
+from mmcoconut.data.public import rows_of_split, save_json
 
 
 NUM_ROWS = {"train": 15_000, "validation": 500, "test": 500}
@@ -179,17 +179,6 @@ def _random_puzzle(rng: random.Random, hops: int, *, num_nodes: int, num_edges: 
     )
 
 
-def _rows_of_split(num_rows: int | Mapping[str, int], split: str) -> int:
-    check_split("graph_paths", split)
-    if isinstance(num_rows, Mapping):
-        if split not in num_rows:
-            raise ValueError(f"num_rows has no entry for split {split!r}, only {sorted(num_rows)}; add it")
-        num_rows = num_rows[split]
-    if num_rows < 1:
-        raise ValueError(f"num_rows is {num_rows} for split {split!r}; ask for at least 1")
-    return num_rows
-
-
 def _check_shape(num_nodes: int, num_edges: int, *, min_hops: int, max_hops: int, wording: str) -> None:
     if wording not in WORDINGS:
         raise ValueError(f"wording is {wording!r}; {nearest(wording, WORDINGS)}")
@@ -225,7 +214,7 @@ def generate(
     share a graph, whatever their seeds; inside a split no question about a graph comes twice. More rows continue the
     same list.
     """
-    num_rows = _rows_of_split(num_rows, split)
+    num_rows = rows_of_split("graph_paths", num_rows, split)
     _check_shape(num_nodes, num_edges, min_hops=min_hops, max_hops=max_hops, wording=wording)
     share = FRACTIONS[SPLITS.index(split)]
     rng = random.Random(f"graph_paths {split} {seed}")

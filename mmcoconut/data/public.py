@@ -36,6 +36,18 @@ def check_split(dataset: str, split: str) -> None:
         raise ValueError(f"{dataset} has no split {split!r}; {nearest(split, SPLITS)}")
 
 
+def rows_of_split(dataset: str, num_rows: int | Mapping[str, int], split: str) -> int:
+    """How many rows of a split a generated data set is asked for: a number for every split, or one for each."""
+    check_split(dataset, split)
+    if isinstance(num_rows, Mapping):
+        if split not in num_rows:
+            raise ValueError(f"num_rows has no entry for split {split!r}, only {sorted(num_rows)}; add it")
+        num_rows = num_rows[split]
+    if num_rows < 1:
+        raise ValueError(f"num_rows is {num_rows} for split {split!r}; ask for at least 1")
+    return num_rows
+
+
 def check_fractions(fractions: Sequence[float]) -> None:
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
         raise ValueError(
