@@ -45,17 +45,13 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def estimate(values: Mapping) -> Estimate:
-    return Estimate(values["mean"], values["low"], values["high"])
-
-
 def report_of(record: Mapping, pictures: Mapping[str, Image.Image], shown: Sequence) -> str:
     """The HTML page: verdict, interventions, geometry, probe, and the rows whose thoughts were read one by one."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "percent": percent,
-        "estimate": lambda values: str(estimate(values)),
-        "points": lambda values: points(estimate(values)),
+        "estimate": lambda values: str(Estimate.of(values)),
+        "points": lambda values: points(Estimate.of(values)),
     }
     template = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
     images = {name: data_uri(picture) for name, picture in pictures.items()}
@@ -75,7 +71,7 @@ def probe_line(probe: Mapping) -> str | None:
 
 def card_of(record: Mapping) -> str:
     """A section for the model card: the verdict, and what each kind of intervention did to the accuracy."""
-    verdict, accuracy = record["verdict"], estimate(record["accuracy"])
+    verdict, accuracy = record["verdict"], Estimate.of(record["accuracy"])
     lines = ["## Do the thoughts matter?", "", f"**{verdict['sentence']}**", ""]
     lines += [f"- {note}" for note in verdict["notes"]] + [""] * bool(verdict["notes"])
     lines += ["| thoughts | accuracy | difference | answers changed |", "|---|---|---|---|"]
@@ -83,9 +79,10 @@ def card_of(record: Mapping) -> str:
     for name in IN_THE_CARD:
         if name in record["interventions"]:
             outcome = record["interventions"][name]
-            difference = points(estimate(outcome["difference"]))
+            difference = points(Estimate.of(outcome["difference"]))
             changed = percent(outcome["changed"]["mean"])
-            lines.append(f"| {outcome['description']} | {estimate(outcome['accuracy'])} | {difference} | {changed} |")
+            share = Estimate.of(outcome["accuracy"])
+            lines.append(f"| {outcome['description']} | {share} | {difference} | {changed} |")
     lines += [
         "",
         f"`{record['metric']}` on {record['n']} rows of `{record['dataset']}` ({record['split']}), in brackets",

@@ -169,11 +169,7 @@ def summarise(outcomes: list[Finished], *, command: str, jobs: int, threads: int
 
 
 def against_baseline(difference: dict | None) -> str:
-    return "" if difference is None else points(Estimate(**difference))
-
-
-def group_estimate(group: dict) -> Estimate:
-    return Estimate(group["mean"], group["low"], group["high"])
+    return "" if difference is None else points(Estimate.of(difference))
 
 
 def main_table(records: list[dict]) -> str:
@@ -185,7 +181,7 @@ def main_table(records: list[dict]) -> str:
         rows.append(
             [
                 f"`{record['mode']}`",
-                str(Estimate(**record["accuracy"])),
+                str(Estimate.of(record["accuracy"])),
                 " / ".join(f"{100 * accuracy:.1f}" for accuracy in record["accuracy_by_seed"].values()),
                 against_baseline(record["difference_to_coconut"]),
                 f"{record['generated_tokens']:.1f}",
@@ -204,7 +200,7 @@ def steps_table(records: list[dict]) -> str:
     header = ["accuracy by written steps of a row", *(f"{steps} (n = {groups[steps]['n']})" for steps in groups)]
     rows = []
     for record in records:
-        estimates = [str(group_estimate(group)) for group in record["by_num_steps"].values()]
+        estimates = [str(Estimate.of(group)) for group in record["by_num_steps"].values()]
         rows.append([f"`{record['mode']}`", *estimates])
     return markdown_table(header, rows)
 

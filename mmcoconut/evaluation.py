@@ -254,7 +254,7 @@ def summary(record: dict) -> str:
     accuracy = record["accuracy"]
     lines = [
         f"{record['metric']} on {record['n']} rows of {record['dataset']} ({record['split']}): "
-        f"{Estimate(**accuracy)}, in brackets the 95 % interval",
+        f"{Estimate.of(accuracy)}, in brackets the 95 % interval",
         f"{record['num_latents']} thoughts, {record['generated_tokens']:.1f} tokens and "
         f"{record['decoder_passes']:.1f} decoder passes an answer; {record['seconds']:.1f} s, summed over "
         "processes",

@@ -6,6 +6,7 @@ Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (p
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -41,6 +42,11 @@ class Estimate:
     mean: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, record: Mapping) -> "Estimate":
+        """The estimate in a record, whatever else that holds."""
+        return cls(record["mean"], record["low"], record["high"])
 
     def asdict(self) -> dict[str, float]:
         return asdict(self)
