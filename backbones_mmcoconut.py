@@ -6,11 +6,11 @@ Shapes: D hidden of the language model, V vocabulary.
 import copy
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_mmcoconut import MMCoconutConfig, default_image_seq_length, num_features
+from .configuration_mmcoconut import MMCoconutConfig, num_patches_of, num_placeholders, settle_decoder
 
 
 def internvl_fields(vlm: PreTrainedModel) -> dict:
@@ -100,13 +100,76 @@ def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, num_known: int, *, ne
         weight[num_known:new_size] = known.mean(dim=0)
 
 
-def new_language_model(text_config: PreTrainedConfig, tokenizer) -> PreTrainedModel:
+def load_language_model(name_or_path: str, auto_class, *, image_fusion: str) -> PreTrainedModel:
+    """A pretrained language model, whole; cross-attention that it has not learnt yet starts from random weights.
+
+    Raises:
+        ValueError: a checkpoint without some of the other weights.
+    """
+    config = AutoConfig.from_pretrained(name_or_path)
+    settle_decoder(config, image_fusion)
+    causal_lm, info = auto_class.from_pretrained(
+        name_or_path, config=config, dtype=torch.get_default_dtype(), output_loading_info=True
+    )
+    missing = sorted(name for name in info["missing_keys"] if "cross" not in name and "encoder_attn" not in name)
+    if missing:
+        raise ValueError(
+            f"{name_or_path} lacks {len(missing)} weights of {type(causal_lm).__name__}, {missing[0]} the first: name "
+            "a checkpoint of a language model."
+        )
+    return causal_lm
+
+
+def new_language_model(text_config: PreTrainedConfig, tokenizer, auto_class, *, image_fusion: str) -> PreTrainedModel:
     """A language model with random weights whose vocabulary and special ids are the tokenizer's."""
     text_config = copy.deepcopy(text_config)
     text_config.vocab_size = len(tokenizer)
+    if getattr(text_config, "decoder_vocab_size", None) is not None:  # Marian's head goes by this one
+        text_config.decoder_vocab_size = len(tokenizer)
+    settle_decoder(text_config, image_fusion)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text_config, token, getattr(tokenizer, token))
-    return AutoModelForCausalLM.from_config(text_config)
+    if text_config.is_encoder_decoder:  # as BART: the end of a text is what the decoder starts from
+        text_config.decoder_start_token_id = tokenizer.eos_token_id
+    return auto_class.from_config(text_config)
+
+
+def call_with_row_positions(decoder, *, inputs_embeds, position_ids=None, past_key_values=None, **kwargs):
+    """Call a decoder that numbers positions by column (Marian, BART), so that each row has those of position_ids.
+
+    Its position embeddings E are added to what it reads, so it is given inputs_embeds + E[position] - E[column].
+    """
+    if position_ids is not None:
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length  # (T,)
+        of_rows = decoder.embed_positions(None, position_ids=position_ids.flatten())  # (1, B · T, D) or without 1
+        of_columns = decoder.embed_positions(None, position_ids=columns)  # (1, T, D) or without 1
+        shift = of_rows.view(inputs_embeds.shape) - of_columns.view(1, *inputs_embeds.shape[1:])  # (B, T, D)
+        inputs_embeds = inputs_embeds + shift
+    return decoder(inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs)
+
+
+@torch.no_grad()
+def check_row_positions(decoder: PreTrainedModel) -> None:
+    """A row behind padding must be read as it is without; found by running two tokens both ways.
+
+    Raises:
+        ValueError: a decoder whose positions cannot be set for each row.
+    """
+    embeds = decoder.get_input_embeddings()(torch.zeros(1, 3, dtype=torch.long, device=decoder.device))  # (1, 3, D)
+    mask = torch.tensor([[0, 1, 1]], device=decoder.device)
+    positions = torch.tensor([[0, 0, 1]], device=decoder.device)
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    training = decoder.training
+    decoder.eval()
+    padded = call_with_row_positions(decoder, **inputs).last_hidden_state[:, 1:]  # (1, 2, D)
+    alone = decoder(inputs_embeds=embeds[:, 1:]).last_hidden_state  # (1, 2, D)
+    decoder.train(training)
+    if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{type(decoder).__name__} scales what it reads before it adds positions, so rows behind padding would be "
+            "read wrongly: set scale_embedding=False in its configuration."
+        )
 
 
 @torch.no_grad()
@@ -130,8 +193,12 @@ def check_plain_head(causal_lm: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def count_image_features(vision_tower: PreTrainedModel, config: MMCoconutConfig) -> int:
-    """Features that an image of config.image_size, or the tower's own, gives; found by running two blank ones."""
+def count_placeholders(vision_tower: PreTrainedModel, config: MMCoconutConfig) -> int:
+    """Placeholders of an image of config.image_size, or the tower's own; found by running two blank ones.
+
+    Raises:
+        ValueError: a tower that joins images, or that has no class token to leave out.
+    """
     vision_config = vision_tower.config
     size = config.image_size or vision_config.image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -143,9 +210,9 @@ def count_image_features(vision_tower: PreTrainedModel, config: MMCoconutConfig)
             "that gives a row an image (CLIP, SigLIP, InternVL, …)."
         )
     leaves_out_first = config.vision_feature_select_strategy == "default"
-    if leaves_out_first and num_tokens == default_image_seq_length(vision_config, "default"):
+    if leaves_out_first and num_tokens == num_patches_of(vision_config, "default"):
         raise ValueError(
             f"vision_feature_select_strategy='default' leaves out the class token, and {vision_config.model_type} has "
             f"none among its {num_tokens} tokens: set vision_feature_select_strategy='full'."
         )
-    return num_features(config, num_tokens - leaves_out_first)
+    return num_placeholders(config, num_tokens - leaves_out_first)

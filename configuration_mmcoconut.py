@@ -18,18 +18,30 @@ THOUGHT_TOKENS = (LATENT_TOKEN, START_LATENT_TOKEN, END_LATENT_TOKEN)
 SPECIAL_TOKENS = (IMAGE_TOKEN, *THOUGHT_TOKENS)
 
 CHOICES = {
-    "image_fusion": ("replace", "add"),
-    "projector_type": ("linear", "mlp", "transformer", "pixel_shuffle"),
+    "image_fusion": ("replace", "add", "cross_attention", "encoder"),
+    "projector_type": ("linear", "mlp", "transformer", "pixel_shuffle", "pooled_prefix", "attention_prefix"),
+    "image_pooling": ("mean", "cls"),
     "vision_feature_select_strategy": ("default", "full"),
     "thought_mode": ("feedback", "pause"),
     "thought_norm": ("none", "embedding", "projection"),
 }
 TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id", "end_latent_token_id")
+# Image features are read beside the text, not in it: one placeholder says which row an image belongs to.
+READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
+# They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
+PREFIX_PROJECTORS = ("pooled_prefix", "attention_prefix")
 AUTO_MAP = {
     "AutoConfig": "configuration_mmcoconut.MMCoconutConfig",
     "AutoModel": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
     "AutoModelForCausalLM": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
+}
+SEQ2SEQ_CLASS = "seq2seq_mmcoconut.MMCoconutForSeq2SeqLM"
+SEQ2SEQ_AUTO_MAP = {
+    "AutoConfig": "configuration_mmcoconut.MMCoconutConfig",
+    "AutoModel": SEQ2SEQ_CLASS,
+    "AutoModelForImageTextToText": SEQ2SEQ_CLASS,
+    "AutoModelForSeq2SeqLM": SEQ2SEQ_CLASS,
 }
 
 
@@ -43,20 +55,27 @@ class MMCoconutConfig(PreTrainedConfig):
             `hidden_states` of shape (images, patches, width): CLIP, SigLIP, ViT, DINOv2, …
         text_config (`dict | PreTrainedConfig`): any decoder that `AutoModel` builds and that takes `inputs_embeds`,
             `position_ids` and `past_key_values`: GPT-2, Qwen2, Llama, …
-        image_fusion (`str`): `replace` puts image features in the place of the `<image>` embeddings, `add` adds them.
+        image_fusion (`str`): `replace` puts image features in the place of the `<image>` embeddings, `add` adds them,
+            `cross_attention` lets the decoder read them by cross-attention, `encoder` joins them to a text encoder's
+            states, which the decoder reads by cross-attention (for MMCoconutForSeq2SeqLM).
         projector_type (`str`): from the tower's width to the decoder's: `linear`; `mlp` = linear, activation, linear;
             `transformer` = linear, LayerNorm, one transformer encoder layer over an image's tokens; `pixel_shuffle` =
-            squares of neighbouring tokens joined into one, LayerNorm, then as `mlp`.
+            squares of neighbouring tokens joined into one, LayerNorm, then as `mlp`; `pooled_prefix` = visual tokens
+            out of the image's one pooled vector; `attention_prefix` = learnt queries that attend to all patches.
         projector_hidden_act (`str`): activation of the `mlp` and `pixel_shuffle` projectors.
         projector_bias (`bool`): whether their linear layers have a bias.
-        projector_num_heads (`int`): attention heads of the `transformer` projector.
+        projector_num_heads (`int`): attention heads of the `transformer` and `attention_prefix` projectors.
+        num_visual_tokens (`int`): visual tokens that a `_prefix` projector makes of an image.
+        image_pooling (`str`): the pooled vector of a `_prefix` projector: `mean` of the patches or the `cls` token.
+        alignment_adapter (`bool`): whether that vector goes through a linear layer before it is compared with text.
         downsample_ratio (`float`): side of the grid after `pixel_shuffle` over the side before it: 0.5 joins 2 × 2.
         vision_feature_layer (`int | list[int]`): which hidden states of the tower are read; several are joined along
             the width.
         vision_feature_select_strategy (`str`): `default` leaves out the first (class) token, `full` keeps all.
         image_size (`int`): side of the square pictures, or tiles of them, that the tower reads; None is the tower's
             own, and another needs a tower that interpolates its positions.
-        image_seq_length (`int`): features, and so image placeholders, of one such picture or tile.
+        image_seq_length (`int`): image placeholders of such a picture or tile: one a feature, or 1 where the features
+            are read by cross-attention.
         image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): the placeholders' and
             markers' rows in the vocabulary.
         thought_mode (`str`): `feedback` feeds the last hidden state back as the next latent's embedding (Coconut);
@@ -83,6 +102,9 @@ class MMCoconutConfig(PreTrainedConfig):
     projector_hidden_act: str = "gelu"
     projector_bias: bool = True
     projector_num_heads: int = 8
+    num_visual_tokens: int = 8
+    image_pooling: str = "mean"
+    alignment_adapter: bool = True
     downsample_ratio: float = 0.5
     vision_feature_layer: int | list[int] = -1
     vision_feature_select_strategy: str = "default"
@@ -100,17 +122,36 @@ class MMCoconutConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.auto_map = dict(AUTO_MAP)
+        self.is_encoder_decoder = self.image_fusion == "encoder"
+        self.auto_map = dict(SEQ2SEQ_AUTO_MAP if self.is_encoder_decoder else AUTO_MAP)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
+        settle_decoder(self.text_config, self.image_fusion)
         check_choices(self)
         check_token_ids(self)
         check_projector(self)
         if self.image_seq_length is None:
-            num_patches = default_image_seq_length(self.vision_config, self.vision_feature_select_strategy)
-            self.image_seq_length = None if num_patches is None else num_features(self, num_patches)
+            num_patches = num_patches_of(self.vision_config, self.vision_feature_select_strategy)
+            self.image_seq_length = None if num_patches is None else num_placeholders(self, num_patches)
+
+    def get_text_config(self, decoder=None, encoder=None):
+        """The language model's configuration; of an encoder-decoder the side that is asked for."""
+        return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-def default_image_seq_length(vision_config, select_strategy):
+def settle_decoder(text_config, image_fusion: str) -> None:
+    """Say in a language model's configuration what this fusion makes of it.
+
+    Of an encoder-decoder only the decoder is used, except by `encoder`, and caches ask for its depth by the name that
+    the encoder's has.
+    """
+    if image_fusion == "cross_attention":
+        text_config.add_cross_attention = True
+    if image_fusion != "encoder" and getattr(text_config, "decoder_layers", None) is not None:
+        text_config.num_hidden_layers = text_config.decoder_layers
+        text_config.num_attention_heads = text_config.decoder_attention_heads
+
+
+def num_patches_of(vision_config, select_strategy):
     """Patches of a square image, and the class token where all features are kept; None where it cannot be told."""
     image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     if not (isinstance(image_size, int) and isinstance(patch_size, int)):
@@ -136,6 +177,8 @@ def num_features(config, num_patches: int) -> int:
     Raises:
         ValueError: patches that `pixel_shuffle` cannot join, for they are no square or do not divide.
     """
+    if config.projector_type in PREFIX_PROJECTORS:
+        return config.num_visual_tokens
     if config.projector_type != "pixel_shuffle":
         return num_patches
     side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
@@ -146,6 +189,12 @@ def num_features(config, num_patches: int) -> int:
             "vision_feature_select_strategy='default' for a tower with a class token."
         )
     return (side // factor) ** 2
+
+
+def num_placeholders(config, num_patches: int) -> int:
+    """Placeholders of a picture: one a feature, or one for all of them where they are not read in the text."""
+    features = num_features(config, num_patches)
+    return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else features
 
 
 def check_choices(config):
@@ -173,13 +222,34 @@ def check_token_ids(config):
         seen[token_id] = field
 
 
+def check_prefix(config):
+    """What a `_prefix` projector needs."""
+    if config.projector_type not in PREFIX_PROJECTORS:
+        return
+    if config.num_visual_tokens < 1:
+        raise ValueError(f"num_visual_tokens={config.num_visual_tokens} must be at least 1: set it to 8, for example.")
+    if config.image_pooling == "cls" and config.vision_feature_select_strategy == "default":
+        raise ValueError(
+            "image_pooling='cls' needs the class token, and vision_feature_select_strategy='default' leaves it out: "
+            "set it to 'full', or image_pooling to 'mean'."
+        )
+    layers = config.vision_feature_layer
+    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    if not config.alignment_adapter and width != config.text_config.hidden_size:
+        raise ValueError(
+            f"alignment_adapter=False compares image vectors of width {width} with text vectors of width "
+            f"{config.text_config.hidden_size}: set alignment_adapter=True."
+        )
+
+
 def check_projector(config):
     width, heads = config.text_config.hidden_size, config.projector_num_heads
-    if config.projector_type == "transformer" and (heads < 1 or width % heads):
+    if config.projector_type in ("transformer", "attention_prefix") and (heads < 1 or width % heads):
         raise ValueError(
             f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: choose a divisor."
         )
     shuffle_factor(config.downsample_ratio)
+    check_prefix(config)
     layers = config.vision_feature_layer
     depth = config.vision_config.num_hidden_layers
     if layers == []:

@@ -19,7 +19,7 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
 
 @dataclass
@@ -29,7 +29,8 @@ class ThinkOutput:
     last_hidden_state (B, T, D): the decoder's output at every column.
     inputs_embeds (B, T, D): what the decoder read, thoughts included.
     past_key_values: the cache after the last column.
-    hidden_states, attentions: as the decoder gives them, joined over the pieces; None where not asked for.
+    hidden_states, attentions, cross_attentions: as the decoder gives them, joined over the pieces; None where not
+        asked for.
     """
 
     last_hidden_state: torch.Tensor
@@ -37,6 +38,7 @@ class ThinkOutput:
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class ThoughtFeed(nn.Module):
@@ -73,11 +75,6 @@ class ReplayLayer(CacheLayerMixin):
 
     def __init__(self, before: "ReplayLayer | None" = None):
         super().__init__()
-        if before is not None and before.keys is None:
-            raise ValueError(
-                "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
-                "language model alone: call gradient_checkpointing_enable() on the whole model."
-            )
         self.before = (before.keys, before.values) if before is not None else None
         self.length = before.keys.shape[-2] if before is not None else 0
         self.is_initialized = True
@@ -107,12 +104,56 @@ class ReplayLayer(CacheLayerMixin):
 class ReplayCache(Cache):
     """The cache of one pass under gradient checkpointing; `next_pass` gives the one that holds this pass too."""
 
-    def __init__(self, num_layers: int, before: "ReplayCache | None" = None):
-        layers_before = before.layers if before is not None else [None] * num_layers
-        super().__init__(layers=[ReplayLayer(layer) for layer in layers_before])
+    def __init__(self, before: "ReplayCache | None" = None):
+        if before is None:
+            super().__init__(layer_class_to_replicate=ReplayLayer)
+        else:
+            super().__init__(layers=[ReplayLayer(layer) for layer in before.layers])
 
     def next_pass(self) -> "ReplayCache":
-        return ReplayCache(len(self.layers), self)
+        if not self.layers:
+            raise ValueError(
+                "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
+                "language model alone: call gradient_checkpointing_enable() on the whole model."
+            )
+        return ReplayCache(self)
+
+
+class CrossAttentionCache(EncoderDecoderCache):
+    """The cache of a decoder that reads encoder states: their keys and values are computed once, in the first pass.
+
+    encoder_inputs: the states (B, E, D) and their mask (B, E), which every later call is to be given again.
+    """
+
+    def __init__(self, past_key_values: Cache, states: torch.Tensor, mask: torch.Tensor):
+        super().__init__(past_key_values, DynamicCache())
+        self.encoder_inputs = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Reorder the text only: the beams of a row read the same states."""
+        self.self_attention_cache.reorder_cache(beam_idx)
+
+
+class FixedFlags(dict):
+    """A dictionary whose values stay as they are."""
+
+    def __setitem__(self, key, value):
+        return None
+
+
+class ReplayCrossCache(EncoderDecoderCache):
+    """CrossAttentionCache of one pass under gradient checkpointing, of which a replay does what the first run did.
+
+    The first pass computes keys and values of the encoder states, in a replay too; later passes read them.
+    """
+
+    def __init__(self, past_key_values: ReplayCache, before: "ReplayCrossCache | None" = None):
+        cross = ReplayCache() if before is None else before.cross_attention_cache
+        super().__init__(past_key_values, cross)
+        self.is_updated = FixedFlags.fromkeys(range(len(cross.layers)), before is not None)
+
+    def next_pass(self) -> "ReplayCrossCache":
+        return ReplayCrossCache(self.self_attention_cache.next_pass(), self)
 
 
 def latent_columns(latent_mask: torch.Tensor) -> list[int]:
@@ -224,7 +265,7 @@ def think(
         piece = inputs_embeds[:, start:end]  # (B, t, D)
         if start > 0 or len(starts) == len(columns):
             piece = put_thought(piece, latent_mask[:, start], feed(previous))
-        if isinstance(past_key_values, ReplayCache) and start > 0:
+        if isinstance(past_key_values, (ReplayCache, ReplayCrossCache)) and start > 0:
             past_key_values = past_key_values.next_pass()
         output = decoder(
             inputs_embeds=piece,
@@ -240,17 +281,20 @@ def think(
 
 
 def join_outputs(outputs: list, read: list[torch.Tensor], past_key_values: Cache, *, past_length: int) -> ThinkOutput:
-    hidden_states = attentions = None
+    hidden_states = attentions = cross_attentions = None
     if getattr(outputs[0], "hidden_states", None) is not None:
         hidden_states = tuple(join_columns(layer) for layer in zip(*(o.hidden_states for o in outputs)))
     if getattr(outputs[0], "attentions", None) is not None:
         attentions = join_attentions([o.attentions for o in outputs], past_length)
+    if getattr(outputs[0], "cross_attentions", None) is not None:
+        cross_attentions = tuple(torch.cat(layer, dim=2) for layer in zip(*(o.cross_attentions for o in outputs)))
     return ThinkOutput(
         last_hidden_state=join_columns([o.last_hidden_state for o in outputs]),  # (B, T, D)
         inputs_embeds=join_columns(read),  # (B, T, D)
         past_key_values=past_key_values,
         hidden_states=hidden_states,
         attentions=attentions,
+        cross_attentions=cross_attentions,
     )
 
 

@@ -5,6 +5,7 @@ The recurrence itself stands in latent_mmcoconut.py.
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -12,8 +13,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
@@ -24,26 +24,32 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import select_hidden_states
 
 from .backbones_mmcoconut import (
+    call_with_row_positions,
     check_plain_head,
-    count_image_features,
+    check_row_positions,
+    count_placeholders,
     ends_of,
     fields_of_vlm,
     grow_embeddings,
+    load_language_model,
     load_vision_tower,
     load_vlm,
     new_language_model,
 )
 from .configuration_mmcoconut import (
+    READ_BY_CROSS_ATTENTION,
     SPECIAL_TOKENS,
     THOUGHT_TOKENS,
     TOKEN_ID_FIELDS,
     MMCoconutConfig,
     add_special_tokens,
     image_token_of,
-    shuffle_factor,
 )
+from .fusions_mmcoconut import IMAGE_FUSIONS
 from .latent_mmcoconut import (
+    CrossAttentionCache,
     ReplayCache,
+    ReplayCrossCache,
     ThinkOutput,
     ThoughtFeed,
     check_has_predecessor,
@@ -52,18 +58,21 @@ from .latent_mmcoconut import (
     latent_columns,
     think,
 )
+from .projectors_mmcoconut import build_projector
 
 
 @dataclass
 class MMCoconutModelOutputWithPast(BaseModelOutputWithPast):
     """The base model's output.
 
-    last_hidden_state (B, T, D), past_key_values, hidden_states, attentions: as in the library, for every column.
-    image_hidden_states: projected features, one (P, D) an image, or (tiles · P, D).
+    last_hidden_state (B, T, D), past_key_values, hidden_states, attentions, cross_attentions: as in the library, for
+    every column.
+    image_hidden_states: projected features, one (P, D) an image, or (tiles · P, D); for cross-attention (1, P · D).
     thoughts (B, N, D), thought_mask (B, N): what was read at the latents, packed to the left; with
     `output_thoughts=True`.
     """
 
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
     thoughts: torch.Tensor | None = None
     thought_mask: torch.Tensor | None = None
@@ -82,89 +91,10 @@ class MMCoconutCausalLMOutputWithPast(ModelOutput):
     past_key_values: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+    cross_attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
     thoughts: torch.Tensor | None = None
     thought_mask: torch.Tensor | None = None
-
-
-class TransformerProjector(nn.Module):
-    """Linear → LayerNorm → one transformer encoder layer over the tokens of an image; (I, P, W) → (I, P, D)."""
-
-    def __init__(self, vision_width: int, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.linear = nn.Linear(vision_width, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size)
-        self.layer = nn.TransformerEncoderLayer(hidden_size, num_heads, 4 * hidden_size, batch_first=True)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        image_features = self.norm(self.linear(image_features))  # (I, P, D)
-        return self.layer(image_features)  # (I, P, D)
-
-
-class MlpProjector(nn.Module):
-    """Linear → activation → linear; (I, P, W) → (I, P, D)."""
-
-    def __init__(self, vision_width: int, hidden_size: int, *, hidden_act: str, bias: bool):
-        super().__init__()
-        self.linear_1 = nn.Linear(vision_width, hidden_size, bias=bias)
-        self.act = ACT2FN[hidden_act]
-        self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(image_features)))  # (I, P, D)
-
-
-def pixel_shuffle(image_features: torch.Tensor, factor: int) -> torch.Tensor:
-    """Join each square of factor² neighbouring tokens into one: (I, P, W) → (I, P / factor², factor² · W)."""
-    num_images, num_patches, width = image_features.shape
-    side = round(num_patches**0.5)
-    grid = image_features.reshape(num_images, side // factor, factor, side // factor, factor, width)
-    return grid.transpose(2, 3).reshape(num_images, (side // factor) ** 2, factor**2 * width)
-
-
-class PixelShuffleProjector(MlpProjector):
-    """Pixel shuffle → LayerNorm → linear → activation → linear; (I, patches, W) → (I, P, D), as in InternVL."""
-
-    def __init__(self, vision_width: int, hidden_size: int, *, factor: int, **mlp):
-        super().__init__(factor**2 * vision_width, hidden_size, **mlp)
-        self.factor = factor
-        self.layer_norm = nn.LayerNorm(factor**2 * vision_width)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        image_features = pixel_shuffle(image_features, self.factor)  # (I, P, factor² · W)
-        return super().forward(self.layer_norm(image_features))  # (I, P, D)
-
-
-def build_projector(config: MMCoconutConfig) -> nn.Module:
-    """The projector that the configuration names, from the joined width of the layers that are read."""
-    layers = config.vision_feature_layer
-    vision_width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    hidden_size = config.text_config.hidden_size
-    if config.projector_type == "transformer":
-        return TransformerProjector(vision_width, hidden_size, config.projector_num_heads)
-    mlp = {"hidden_act": config.projector_hidden_act, "bias": config.projector_bias}
-    if config.projector_type == "mlp":
-        return MlpProjector(vision_width, hidden_size, **mlp)
-    if config.projector_type == "pixel_shuffle":
-        return PixelShuffleProjector(vision_width, hidden_size, factor=shuffle_factor(config.downsample_ratio), **mlp)
-    return nn.Linear(vision_width, hidden_size)
-
-
-def replace_fusion(inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_mask: torch.Tensor) -> dict:
-    """Image features (all images' tokens, D) take the place of the embeddings (B, T, D) where (B, T) is True."""
-    mask = image_mask[..., None].expand_as(inputs_embeds)  # (B, T, D)
-    return {"inputs_embeds": inputs_embeds.masked_scatter(mask, image_features)}
-
-
-def add_fusion(inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_mask: torch.Tensor) -> dict:
-    """Image features (all images' tokens, D) are added to the embeddings (B, T, D) where (B, T) is True."""
-    mask = image_mask[..., None].expand_as(inputs_embeds)  # (B, T, D)
-    added = torch.zeros_like(inputs_embeds).masked_scatter(mask, image_features)  # (B, T, D)
-    return {"inputs_embeds": inputs_embeds + added}
-
-
-# A family is one function here: embeddings, features, where the placeholders are → what the decoder is called with.
-IMAGE_FUSIONS = {"replace": replace_fusion, "add": add_fusion}
 
 
 def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch.Tensor:
@@ -179,6 +109,16 @@ def check_num_tiles(num_tiles: torch.Tensor | None, pixel_values: torch.Tensor) 
             f"num_tiles counts {int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image), but pixel_values holds "
             f"{pixel_values.shape[0]}: pass both as MMCoconutProcessor returns them."
         )
+
+
+def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> EncoderDecoderCache:
+    """The cache with a place for the keys of the encoder states in encoder_inputs; as it is where it has one."""
+    if isinstance(past_key_values, EncoderDecoderCache):
+        return past_key_values
+    if isinstance(past_key_values, ReplayCache):
+        return ReplayCrossCache(past_key_values)
+    states, mask = encoder_inputs["encoder_hidden_states"], encoder_inputs["encoder_attention_mask"]
+    return CrossAttentionCache(past_key_values, states, mask)
 
 
 def remember(outputs: ThinkOutput, past_key_values: Cache) -> Cache:
@@ -251,10 +191,24 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             raise ValueError(f"The configuration lacks {', '.join(missing)}: take the ids from the tokenizer.")
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = self.build_language_model(config)
         self.thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
         self.fuse = IMAGE_FUSIONS[config.image_fusion]
+        self.cross_attends = config.image_fusion in READ_BY_CROSS_ATTENTION
+        decoder_inputs = inspect.signature(self.get_decoder().forward).parameters
+        self.counts_columns = "position_ids" not in decoder_inputs
+        if self.cross_attends and "encoder_hidden_states" not in decoder_inputs:
+            raise ValueError(
+                f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, and "
+                f"{config.text_config.model_type} has none: take one that has (GPT-2, Marian, BART), or "
+                "image_fusion='replace'."
+            )
         self.post_init()
+
+    @staticmethod
+    def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
+        """The decoder with random weights; of an encoder-decoder architecture its decoder alone."""
+        return AutoModelForCausalLM.from_config(config.text_config).get_decoder()
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -279,6 +233,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         """Features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
 
         With num_tiles (images,) the pixels are tiles, and the list holds an image's tiles joined: (num_tiles · P, D).
+        Each row of them belongs to a placeholder; for cross-attention that is one of all features, (1, P · D).
         """
         check_num_tiles(num_tiles, pixel_values)
         image_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
@@ -286,6 +241,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         first = 1 if vision_feature_select_strategy == "default" else 0
         features = [image_outputs.hidden_states[layer][:, first:] for layer in layers]  # (I, P, W) each
         image_features = self.multi_modal_projector(torch.cat(features, dim=-1))  # (I, P, D)
+        if self.cross_attends:
+            image_features = image_features.flatten(1)[:, None]  # (I, 1, P · D)
         if num_tiles is None:
             image_outputs.pooler_output = list(image_features)
         else:
@@ -349,15 +306,28 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                     "images, as MMCoconutProcessor does."
                 )
 
-    def fuse_images(self, input_ids, inputs_embeds: torch.Tensor, image_outputs) -> dict:
-        """What the decoder reads: the embeddings joined with the images' features by the configured fusion."""
+    def fuse_images(self, input_ids, inputs_embeds: torch.Tensor, image_outputs, past_key_values=None) -> dict:
+        """What the decoder reads: the embeddings joined with the images' features by the configured fusion.
+
+        Raises:
+            ValueError: placeholders and features differ in number; an image after a cache that holds others' keys.
+        """
+        known = past_key_values.encoder_inputs if isinstance(past_key_values, CrossAttentionCache) else {}
+        decodes = inputs_embeds.shape[1] == 1 and image_outputs is None
+        if decodes and (known or not self.cross_attends):  # a step that looks for no images
+            return {"inputs_embeds": inputs_embeds, **known}
+        image_features = inputs_embeds[0, :0]  # (0, D)
         if image_outputs is not None:
             image_features = torch.cat(list(image_outputs.pooler_output), dim=0).to(inputs_embeds)  # (I·P, D)
-            image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)  # (B, T)
+        image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)  # (B, T)
+        if not known:
             return self.fuse(inputs_embeds, image_features, image_mask)
-        if inputs_embeds.shape[1] > 1:
-            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
-        return {"inputs_embeds": inputs_embeds}
+        if image_outputs is not None:
+            raise ValueError(
+                "past_key_values already hold what the decoder reads by cross-attention, so new images would not be "
+                "seen: pass all images in the first call, and no prefill_chunk_size that would cut between them."
+            )
+        return {"inputs_embeds": inputs_embeds, **known}
 
     def mean_embedding_norm(self) -> torch.Tensor | None:
         """Mean norm of the token embeddings, without gradient; None where thoughts are not scaled by it."""
@@ -372,7 +342,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             return
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = past_length + num_columns
-        if length > limit and position_ids is not None:
+        if length > limit and position_ids is not None and not self.counts_columns:
             length = int(position_ids.max()) + 1
         if length > limit:
             raise ValueError(
@@ -383,7 +353,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     def start_cache(self, replayed: bool) -> Cache:
         """A fresh cache for one forward pass: a growing one, or one that gradient checkpointing can replay."""
-        text_config = self.config.text_config
+        text_config = self.config.get_text_config(decoder=True)
         if not replayed:
             return DynamicCache(config=text_config)
         if set(getattr(text_config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
@@ -391,7 +361,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "Gradient checkpointing with latents works for full attention only, and text_config.layer_types is "
                 f"{text_config.layer_types}: switch gradient_checkpointing off."
             )
-        return ReplayCache(text_config.num_hidden_layers)
+        return ReplayCache()
 
     def thought_columns(self, latent_mask: torch.Tensor, attention_mask, past_key_values, kwargs: dict) -> list[int]:
         """Where hidden states are fed back in this call: nowhere with `pause`, nor in a compiled decoding step."""
@@ -435,8 +405,11 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         columns = self.thought_columns(latent_mask, attention_mask, past_key_values, kwargs)
         if past_key_values is None and (keeps_cache or columns):
             past_key_values = self.start_cache(replayed)
+        if "encoder_hidden_states" in kwargs and past_key_values is not None:
+            past_key_values = with_cross_attention(past_key_values, kwargs)
+        decoder = self.get_decoder()
         outputs = think(
-            self.language_model,
+            partial(call_with_row_positions, decoder) if self.counts_columns else decoder,
             inputs_embeds,
             latent_mask,
             columns=columns,
@@ -493,7 +466,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             image_outputs = self.get_image_features(pixel_values, num_tiles=num_tiles, return_dict=True)
 
         latent_mask = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
-        decoder_inputs = self.fuse_images(input_ids, inputs_embeds, image_outputs)
+        decoder_inputs = self.fuse_images(input_ids, inputs_embeds, image_outputs, past_key_values)
         if pixel_values is not None:
             image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)  # (B, T)
             self.check_whole_images(image_mask, num_tiles)
@@ -514,6 +487,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
             image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
             thoughts=thoughts,
             thought_mask=thought_mask,
@@ -527,9 +501,12 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
     that of an ordinary language model.
     """
 
+    base_class = MMCoconutModel
+    text_auto_class = AutoModelForCausalLM
+
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
-        self.model = MMCoconutModel(config)
+        self.model = self.base_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.embedding_name()}.weight"}
         self.post_init()
@@ -553,6 +530,14 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
 
     def get_decoder(self):
         return self.model.get_decoder()
+
+    @property
+    def vision_tower(self) -> PreTrainedModel:
+        return self.model.vision_tower
+
+    @property
+    def language_model(self) -> PreTrainedModel:
+        return self.model.language_model
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
@@ -641,6 +626,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
             image_hidden_states=outputs.image_hidden_states,
             thoughts=outputs.thoughts,
             thought_mask=outputs.thought_mask,
@@ -680,11 +666,12 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         num_known = len(tokenizer)
         add_special_tokens(tokenizer)
         vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
+        image_fusion = config_kwargs.get("image_fusion", cls.config_class.image_fusion)
         if text:
-            causal_lm = AutoModelForCausalLM.from_pretrained(text, dtype=torch.get_default_dtype())
+            causal_lm = load_language_model(text, cls.text_auto_class, image_fusion=image_fusion)
             grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
         else:
-            causal_lm = new_language_model(text_config, tokenizer)
+            causal_lm = new_language_model(text_config, tokenizer, cls.text_auto_class, image_fusion=image_fusion)
         check_plain_head(causal_lm)
         token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
         config = cls.config_class(
@@ -693,13 +680,24 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             **dict(zip(TOKEN_ID_FIELDS, token_ids)),
             **config_kwargs,
         )
-        model = cls(config).join(vision_tower, causal_lm.base_model, head=causal_lm.get_output_embeddings())
+        head = causal_lm.get_output_embeddings()
+        model = cls(config)
+        model.join(vision_tower, model.language_part(causal_lm), head=head)
+        if model.model.counts_columns:
+            check_row_positions(model.get_decoder())
         model.generation_config.update(
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            forced_bos_token_id=None,  # BART's summaries want them, and an answer begins and ends by itself
+            forced_eos_token_id=None,
         )
         return model
+
+    @staticmethod
+    def language_part(causal_lm: PreTrainedModel) -> PreTrainedModel:
+        """What MMCoconutModel has of a language model: its decoder, without the head."""
+        return causal_lm.get_decoder()
 
     @classmethod
     def from_vlm(
@@ -765,7 +763,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
     def join(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):
         """This model with these parts, in evaluation mode, as from_pretrained leaves a model."""
         self.model.vision_tower, self.model.language_model, self.lm_head = vision_tower, language_model, head
-        self.config.image_seq_length = count_image_features(vision_tower, self.config)
+        self.config.image_seq_length = count_placeholders(vision_tower, self.config)
         self.tie_weights()
         # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
         self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]

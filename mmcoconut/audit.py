@@ -114,8 +114,10 @@ def draw_rows(rows, count: int | None, seed: int) -> list[dict]:
     return list(rows.select(sorted(random.Random(seed).sample(range(len(rows)), count))))
 
 
-def strip_of(model, readings: Readings, pixels, *, row: int, captions: list[str]) -> Image.Image | None:
-    if readings.image_attention is None or picture_grid(model.config.image_seq_length) is None or len(pixels) == 0:
+def strip_of(readings: Readings, pixels, *, row: int, captions: list[str]) -> Image.Image | None:
+    if readings.image_attention is None or len(pixels) == 0:
+        return None
+    if picture_grid(readings.image_attention[row].shape[-1] // len(pixels)) is None:
         return None
     return thought_strip(pixels, readings.image_map(row), captions)
 
@@ -147,7 +149,7 @@ def show(study: Study, count: int, top_k: int) -> list[Shown]:
                 answer=study.untouched.texts[index],
                 lens=decoded(readings, tokenizer, 0),
                 image_share=readings.image_share(0).tolist() if has_images else None,
-                strip=strip_of(model, readings, inputs.get("pixel_values", ()), row=0, captions=captions),
+                strip=strip_of(readings, inputs.get("pixel_values", ()), row=0, captions=captions),
             )
         )
     return shown

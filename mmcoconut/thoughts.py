@@ -215,7 +215,7 @@ def logit_lens(states: Sequence[torch.Tensor], model, *, top_k: int) -> tuple[to
 
 
 def attention_to_images(attentions, latent_columns: torch.Tensor, *, image_mask: torch.Tensor) -> list[torch.Tensor]:
-    """Maps (n, H, T, T), one a layer, as (L, N, P) for each row: from its latents to its image placeholders."""
+    """Maps (n, H, T, keys), one a layer, as (L, N, P) for each row: from its latents to the keys of its images."""
     if not attentions:
         raise ValueError(
             "The language model gave no attention maps under eager attention: call read_thoughts with attention=False."
@@ -223,6 +223,17 @@ def attention_to_images(attentions, latent_columns: torch.Tensor, *, image_mask:
     layers = [take_columns(layer.mean(dim=1), latent_columns) for layer in attentions]  # (n, N, T) each
     maps = torch.stack(layers, dim=1).float().cpu()  # (n, L, N, T)
     return [row[..., mask] for row, mask in zip(maps, image_mask.cpu())]
+
+
+def image_keys(inputs: Mapping, outputs, image_token_id: int) -> torch.Tensor:
+    """(n, keys), True where attention looks at a row's images: in the text, or first among what is read beside it."""
+    image_mask = inputs["input_ids"] == image_token_id  # (n, T)
+    if not outputs.cross_attentions:
+        return image_mask
+    num_keys = outputs.cross_attentions[0].shape[-1]
+    hidden_size = outputs.last_hidden_state.shape[-1]
+    num_features = outputs.image_hidden_states[0].shape[-1] // hidden_size if outputs.image_hidden_states else 0
+    return torch.arange(num_keys, device=image_mask.device) < num_features * image_mask.sum(dim=1, keepdim=True)
 
 
 @torch.no_grad()
@@ -250,13 +261,17 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
     columns = read_columns(inputs, latent_columns)  # (n, N + 1)
     layers = (*outputs.hidden_states[:-1], outputs.last_hidden_state)  # (n, T, D) each
     tokens, probabilities = logit_lens([take_columns(layer, columns) for layer in layers], model, top_k=top_k)
-    image_mask = inputs["input_ids"] == model.config.image_token_id  # (n, T)
+    maps = outputs.cross_attentions or outputs.attentions
     return Readings(
         thoughts=outputs.thoughts.cpu(),
         tokens=tokens,
         probabilities=probabilities,
         image_attention=(
-            attention_to_images(outputs.attentions, latent_columns, image_mask=image_mask) if attention else None
+            attention_to_images(
+                maps, latent_columns, image_mask=image_keys(inputs, outputs, model.config.image_token_id)
+            )
+            if attention
+            else None
         ),
     )
 

@@ -5,7 +5,9 @@ import threading
 import pytest
 import torch
 from tiny import (
+    CROSS_DECODERS,
     DECODERS,
+    IN_TEXT_DECODERS,
     batch_of,
     last_labels,
     max_difference,
@@ -100,7 +102,7 @@ def test_greedy_generation_equals_the_definition_in_a_batch_and_alone(text, imag
 @pytest.mark.parametrize("text", DECODERS)
 @pytest.mark.parametrize("tolerance", [1e-5])
 def test_every_decoding_strategy_equals_the_definition(text, options, tolerance):
-    model = tiny_model(text)
+    model = tiny_model(text, seed=1)  # with seed 0 two beams of BART tie, and rounding chooses
     reference = {key: value for key, value in options.items() if key != "use_cache"}
     assert_equals_reference(model, ragged_batch(model), tolerance, reference=reference, **options)
 
@@ -126,7 +128,7 @@ def test_a_sliding_window_equals_the_definition(window, options, tolerance):
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
 @pytest.mark.parametrize("chunk_size", [1, 2, 5, 8, "a chunk begins with a latent", 64])
-@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("text", IN_TEXT_DECODERS)
 @pytest.mark.parametrize("tolerance", [1e-5])
 def test_a_prefill_in_chunks_equals_the_definition(text, chunk_size, cache_implementation, tolerance):
     model = tiny_model(text)
@@ -192,7 +194,7 @@ def test_generation_from_embeddings_equals_that_from_ids(options, tolerance):
 
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
-@pytest.mark.parametrize("text", [*DECODERS, "sliding"])
+@pytest.mark.parametrize("text", [*IN_TEXT_DECODERS, "sliding"])
 @pytest.mark.parametrize("tolerance", [1e-5])
 def test_a_further_turn_thinks_on_over_the_cache_of_the_first(text, cache_implementation, tolerance):
     """The second turn brings an image and latents to each row; only its own image is given again."""
@@ -225,6 +227,18 @@ def test_a_further_turn_thinks_on_over_the_cache_of_the_first(text, cache_implem
         assert max_difference(logits, expected_logits) <= tolerance
 
 
+@pytest.mark.parametrize("text", CROSS_DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_cross_attention_takes_chunks_of_text_and_refuses_an_image_after_the_first(text, tolerance):
+    model = tiny_model(text)
+    image, latent = model.config.image_token_id, model.config.latent_token_id
+    early = batch_of(model, [[*words(2, seed), image, latent, *words(6, seed)] for seed in range(2)])
+    assert_equals_reference(model, early, tolerance, reference={}, prefill_chunk_size=4)
+    late = batch_of(model, [[*words(6, seed), image, latent, *words(2, seed)] for seed in range(2)])
+    with pytest.raises(ValueError, match="all images in the first call"):
+        generate(model, late, prefill_chunk_size=4)
+
+
 @pytest.fixture
 def fresh_compiler():
     """Without graphs of other tests, which count against the compiler's limit of one function."""
@@ -240,7 +254,7 @@ def compiled(*, fullgraph: bool) -> dict:
     return {"cache_implementation": "static", "compile_config": compile_config}
 
 
-@pytest.mark.parametrize("text", ["gpt2", "sliding"])
+@pytest.mark.parametrize("text", ["gpt2", "marian", "sliding"])
 @pytest.mark.parametrize("tolerance", [1e-5])
 def test_compiled_steps_are_one_graph_and_equal_the_definition(fresh_compiler, text, tolerance):
     model = tiny_model(sliding_qwen2_config() if text == "sliding" else text)

@@ -12,6 +12,7 @@ from torch import nn
 
 from mmcoconut import latent_mmcoconut
 from mmcoconut.answering import Answerer
+from mmcoconut.backbones_mmcoconut import call_with_row_positions
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.interventions import (
     Study,
@@ -52,10 +53,12 @@ def replaced_by_definition(model, inputs: dict, put) -> torch.Tensor:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     embeds = base.get_input_embeddings()(ids)
     features = torch.cat(list(base.get_image_features(inputs["pixel_values"]).pooler_output))
-    embeds = base.fuse(embeds, features, ids == model.config.image_token_id)["inputs_embeds"]
+    read = base.fuse(embeds, features, ids == model.config.image_token_id)
+    embeds = read.pop("inputs_embeds")
+    decoder = partial(call_with_row_positions, base.language_model) if base.counts_columns else base.language_model
     with torch.no_grad():
         hidden = think_uncached(
-            base.language_model,
+            partial(decoder, **read),
             embeds,
             ids == model.config.latent_token_id,
             feed=lambda state: put(next(positions), state),

@@ -207,10 +207,13 @@ def test_attention_is_that_of_one_plain_pass_over_the_filled_sequence(text, padd
     readings = read_thoughts(model, batch)
     model.set_attn_implementation("eager")
     with torch.no_grad(), uncached(model):
-        maps = model(**batch, use_cache=False, output_attentions=True).attentions  # (n, H, T, T) each
+        outputs = model(**batch, use_cache=False, output_attentions=True)
+    maps = outputs.cross_attentions or outputs.attentions  # (n, H, T, keys) each
     for row, num_images in enumerate([1, 2, 0]):
         latents = latent_columns(model, batch, row)
         images = (batch["input_ids"][row] == model.config.image_token_id).nonzero().flatten()  # (P,)
+        if outputs.cross_attentions:
+            images = torch.arange(NUM_FEATURES * num_images)  # (P,)
         expected = torch.stack([layer[row].mean(dim=0)[latents][:, images] for layer in maps])  # (L, N, P)
         assert expected.shape == (2, NUM_THOUGHTS, NUM_FEATURES * num_images)
         assert torch.allclose(readings.image_attention[row], expected, rtol=0, atol=tolerance)

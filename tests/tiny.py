@@ -10,16 +10,19 @@ import torch
 from PIL import Image
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
     CLIPImageProcessor,
     CLIPVisionConfig,
     Dinov2Config,
     GPT2Config,
     LlamaConfig,
+    MarianConfig,
     Qwen2Config,
     SiglipVisionConfig,
     ViTConfig,
 )
 
+from mmcoconut.backbones_mmcoconut import call_with_row_positions
 from mmcoconut.latent_mmcoconut import think_uncached
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
@@ -54,13 +57,29 @@ TEXT_SIZES = {
     "initializer_range": SPREAD,
 }
 GPT2_SIZES = {"n_embd": HIDDEN_SIZE, "n_layer": 2, "n_head": 4, "n_positions": 128, "initializer_range": SPREAD}
+ENCODER_DECODER_SIZES = {
+    "d_model": HIDDEN_SIZE,
+    "encoder_layers": 1,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
+    "max_position_embeddings": 128,
+    "init_std": SPREAD,
+    "dropout": 0.0,
+}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 TEXT_CONFIGS = {
     "gpt2": partial(GPT2Config, **GPT2_SIZES, **NO_DROPOUT),
     "qwen2": partial(Qwen2Config, **TEXT_SIZES, num_key_value_heads=2, tie_word_embeddings=False),
     "llama": partial(LlamaConfig, **TEXT_SIZES, num_key_value_heads=4, tie_word_embeddings=False),
+    "marian": partial(MarianConfig, **ENCODER_DECODER_SIZES),
+    "bart": partial(BartConfig, **ENCODER_DECODER_SIZES),
 }
+# These read the pictures by cross-attention, the others in the place of placeholders.
+CROSS_DECODERS = ("marian", "bart")
 VISION_CONFIGS = {
     "clip": partial(CLIPVisionConfig, **VISION_SIZES),
     "siglip": partial(SiglipVisionConfig, **VISION_SIZES),
@@ -68,6 +87,7 @@ VISION_CONFIGS = {
     "dinov2": partial(Dinov2Config, **VISION_SIZES, initializer_range=SPREAD),
 }
 DECODERS = tuple(TEXT_CONFIGS)
+IN_TEXT_DECODERS = tuple(name for name in DECODERS if name not in CROSS_DECODERS)
 TOWERS = tuple(VISION_CONFIGS)
 # SigLIP has no class token to leave out.
 TOWER_STRATEGIES = [(vision, "full") for vision in TOWERS]
@@ -90,6 +110,8 @@ def tiny_model(text="gpt2", vision="clip", seed=0, **config):
     """A model with random weights in eval mode; `text` and `vision` are names above or configurations."""
     torch.manual_seed(seed)
     config.setdefault("initializer_range", SPREAD)
+    if text in CROSS_DECODERS:
+        config.setdefault("image_fusion", "cross_attention")
     if vision == "siglip":  # which has no class token to leave out
         config.setdefault("vision_feature_select_strategy", "full")
     return MMCoconutForConditionalGeneration.from_backbones(
@@ -189,9 +211,15 @@ def last_labels(batch: dict, num_labels: int = 2) -> torch.Tensor:
 def plain_language_model(model):
     """The library's own causal language model with this model's weights."""
     causal_lm = AutoModelForCausalLM.from_config(model.config.text_config).eval()
-    causal_lm.base_model.load_state_dict(model.model.language_model.state_dict())
+    causal_lm.get_decoder().load_state_dict(model.model.language_model.state_dict())
     causal_lm.get_output_embeddings().load_state_dict(model.lm_head.state_dict())
     return causal_lm
+
+
+def no_picture(model, num_rows: int) -> dict:
+    """What the plain language model is given for rows without pictures: with cross-attention, a feature of zeros."""
+    states = torch.zeros(num_rows, 1, HIDDEN_SIZE)
+    return {"encoder_hidden_states": states} if model.model.cross_attends else {}
 
 
 @contextlib.contextmanager
@@ -213,9 +241,14 @@ def uncached(model):
         masks = {"attention_mask": attention_mask, "position_ids": position_ids}
         norm = base.get_input_embeddings().weight.detach().norm(dim=-1).mean()
         feed = partial(base.thought_feed, embedding_norm=norm)
-        outputs = think_uncached(base.language_model, inputs_embeds, latent_mask, feed=feed, **masks)
-        last = base.language_model(inputs_embeds=outputs.inputs_embeds, use_cache=False, **masks, **kwargs)
+        encoder_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("encoder_")}
+        decoder = base.get_decoder()
+        call = partial(call_with_row_positions, decoder) if base.counts_columns else decoder
+        call = partial(call, **encoder_inputs)
+        outputs = think_uncached(call, inputs_embeds, latent_mask, feed=feed, **masks)
+        last = call(inputs_embeds=outputs.inputs_embeds, use_cache=False, **masks, **kwargs)
         outputs.hidden_states, outputs.attentions = last.get("hidden_states"), last.get("attentions")
+        outputs.cross_attentions = last.get("cross_attentions")
         return outputs
 
     base.run_decoder = run_definition
