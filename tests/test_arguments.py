@@ -7,15 +7,9 @@ import pytest
 import torch
 import yaml
 
-from mmcoconut.arguments import (
-    CLASSES,
-    RecipeError,
-    RunArguments,
-    compared_modes,
-    parse_recipe,
-    save_recipe,
-    translate_coconut_keys,
-)
+from mmcoconut.arguments import CLASSES, RunArguments, compared_modes, parse_recipe, save_recipe
+from mmcoconut.coconut_recipes import translate_coconut_keys
+from mmcoconut.recipe_files import RecipeError
 
 
 SCRATCH = """
@@ -464,7 +458,7 @@ def test_an_original_recipe_is_translated(coconut, tmp_path):
 
 def test_the_vision_tower_taken_for_an_original_recipe_is_said(monkeypatch):
     said = []
-    monkeypatch.setattr("mmcoconut.arguments.logger.warning", said.append)
+    monkeypatch.setattr("mmcoconut.coconut_recipes.logger.warning", said.append)
     translate_coconut_keys({"model_id": "gpt2", "clip_id": "a/b"})
     assert said == []
     translate_coconut_keys({"model_id": "gpt2"})
