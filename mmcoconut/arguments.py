@@ -1,4 +1,4 @@
-"""The recipe of a run: one YAML file plus `--key value` overrides become four checked dataclasses."""
+"""The recipe of a run: a YAML file, its bases and `--key value` overrides become four checked dataclasses."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,19 @@ from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
 from mmcoconut.curriculum import MODES, THINKING_MODES
 from mmcoconut.data import DATASETS
 from mmcoconut.processing_mmcoconut import MARKERS
-from mmcoconut.recipe_files import RecipeDumper, RecipeError, assign, expand, read_file, read_overrides, scalar
+from mmcoconut.recipe_files import (
+    BASE,
+    MergedRecipe,
+    RecipeDumper,
+    RecipeError,
+    assign,
+    expand,
+    forget_sources,
+    name_sources,
+    read_overrides,
+    read_recipe_file,
+    scalar,
+)
 from mmcoconut.scoring import REFERENCES
 
 
@@ -65,6 +77,10 @@ NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compar
 # What TrainingArguments makes of a field that was not given.
 NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_tokens_seen": "no"}
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
+HELP = """and every field of transformers.TrainingArguments.
+
+A recipe that says `base: other.yaml` (a path from its own folder) holds only what differs from that file: its keys win
+one by one, also inside mappings, and `key: null` removes what the base sets. The command line comes last."""
 
 
 @dataclasses.dataclass
@@ -369,13 +385,29 @@ def read_arguments(argv: list[str], cls, usage: str):
     return cls(**values)
 
 
+def _read_values(recipe: str, words: list[str]) -> MergedRecipe:
+    """What a recipe, its bases and the command line say together, variables expanded and old keys translated."""
+    values, sources, problems = read_recipe_file(recipe)
+    overrides = read_overrides(words, problems)
+    if BASE in overrides:
+        problems.append((BASE, overrides.pop(BASE), "a base stands in a recipe, not on the command line"))
+    old = {key: overrides.pop(key) for key in overrides.keys() & {*COCONUT_KEYS, "debug"}}
+    values |= old
+    forget_sources(sources, old)
+    if values.keys() & COCONUT_KEYS:  # before the rest of the command line, which may change what this implies
+        values = translate_coconut_keys(expand(values, "", problems), problems, sources)
+    for key, value in overrides.items():
+        assign(values, key, value, problems=problems)
+    forget_sources(sources, overrides)
+    return MergedRecipe(expand(values, "", problems), sources, problems)
+
+
 def read_recipe(recipe: str | os.PathLike) -> dict:
     """What a recipe says of the data and the training text, typed, as far as it is said; the rest is not looked at."""
-    problems = []
-    values = translate_coconut_keys(expand(read_file(str(recipe), problems), "", problems), problems)
+    values, sources, problems = _read_values(str(recipe), [])
     values = _typed({key: value for key, value in values.items() if key in TYPES}, TYPES, problems)
     if problems:
-        raise RecipeError(str(recipe), problems)
+        raise RecipeError(str(recipe), name_sources(problems, sources, str(recipe)))
     return values
 
 
@@ -384,23 +416,16 @@ def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, Curric
     recipe, *words = argv or [""]
     if {"-h", "--help"} & {*argv}:
         print(_help("train_hf.py recipe.yaml [--key value ...]"))
-        print("and every field of transformers.TrainingArguments.")
+        print(HELP)
         raise SystemExit(0)
-    problems = []
-    values = read_file(recipe, problems)
-    overrides = read_overrides(words, problems)
-    values |= {key: overrides.pop(key) for key in overrides.keys() & {*COCONUT_KEYS, "debug"}}
-    if values.keys() & COCONUT_KEYS:  # before the rest of the command line, which may change what this implies
-        values = translate_coconut_keys(expand(values, "", problems), problems)
-    for key, value in overrides.items():
-        assign(values, key, value, problems=problems)
-    values = _typed(expand(values, "", problems), TYPES, problems, others=COCONUT_KEYS)
+    values, sources, problems = _read_values(recipe, words)
+    values = _typed(values, TYPES, problems, others=COCONUT_KEYS)
     values["output_dir"] = values.get("output_dir") or f"outputs/{Path(recipe).stem}"
     arguments = _build(values, problems)
     if values.get("smoke_test"):  # it makes its own data
         problems = [problem for problem in problems if not problem[0].startswith("dataset_options.")]
     if problems:
-        raise RecipeError(recipe, problems)
+        raise RecipeError(recipe, name_sources(problems, sources, recipe))
     return tuple(arguments)
 
 

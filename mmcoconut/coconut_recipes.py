@@ -68,7 +68,18 @@ def _add_coconut_habits(new: dict, old: dict) -> None:
         new["dataset_options"]["images_required"] = False
 
 
-def translate_coconut_keys(values: dict, problems: list[tuple] | None = None) -> dict:
+def _add_sources(sources: dict[str, str], old: dict) -> None:
+    """The file of each old key is also the file of what it became."""
+    names = [(old_key, key) for old_key, key, _ in _coconut_settings(old) if key != "dataset_options"]
+    names += [(key, f"dataset_options.file.{split}") for key, split in COCONUT_FILES.items()]
+    for old_key, key in [*names, ("image_root", "dataset_options.image_root")]:
+        if old_key in sources:
+            sources.setdefault(key, sources[old_key])
+
+
+def translate_coconut_keys(
+    values: dict, problems: list[tuple] | None = None, sources: dict[str, str] | None = None
+) -> dict:
     """The recipe that a YAML file of facebookresearch/coconut (args/*.yaml) stands for; any other comes back as it is.
 
     | old key | becomes |
@@ -86,7 +97,8 @@ def translate_coconut_keys(values: dict, problems: list[tuple] | None = None) ->
 
     All others keep their names. With model_id come the habits of the original's script, which the recipe may change:
     COCONUT_HABITS, max_new_tokens 64 (GSM) or 128, and without image_root images_required false.
-    Contradictions are added to `problems`, or raised as RecipeError where that is None.
+    Contradictions are added to `problems`, or raised as RecipeError where that is None. `sources`, the files of the
+    keys, gains the new ones.
     """
     if not values.keys() & COCONUT_KEYS:
         return values
@@ -99,6 +111,8 @@ def translate_coconut_keys(values: dict, problems: list[tuple] | None = None) ->
     for key in ("num_epochs", "resume"):
         if type(old.get(key, 0)) is not int:
             found.append((key, old.pop(key), "expected int"))
+    if sources is not None:
+        _add_sources(sources, old)
     for old_key, key, value in _coconut_settings(old):
         if key in new:
             found.append((old_key, value, f"`{key}` is set too: keep one of them"))

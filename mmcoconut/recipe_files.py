@@ -1,14 +1,24 @@
-"""What a recipe's YAML and the words `--key value` say, before any key has a type: reading, variables, mistakes."""
+"""What a recipe's YAML, its bases and the words `--key value` say, before any key has a type.
 
+A recipe that says `base: other.yaml` holds only what differs from that file, which stands beside it and may have a
+base of its own.
+"""
+
+import functools
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 YAML_1_2_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+KEY_IN_A_REMEDY = re.compile(r"`(\w+)`")
+BASE = "base"
+WHERE_FILES_ARE = {"recipe": "the first argument is a YAML file", BASE: "its path starts at the recipe's own folder"}
 
 
 class RecipeError(ValueError):
@@ -51,20 +61,6 @@ def scalar(value):
         return yaml.load(value, RecipeLoader) if isinstance(value, str) else value
     except (yaml.YAMLError, ValueError):  # a ValueError is a date such as 2024-13-01
         return value
-
-
-def read_file(recipe: str, problems: list[tuple]) -> dict:
-    if not Path(recipe).is_file():
-        raise RecipeError(recipe, [("recipe", recipe, "no such file: the first argument is a YAML file")])
-    try:
-        loader = RecipeLoader(Path(recipe).read_text(encoding="utf-8"))
-        values = loader.get_single_data() or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(recipe, [("recipe", recipe, f"not YAML: {error}")]) from error
-    if not isinstance(values, dict):
-        raise RecipeError(recipe, [("recipe", values, "expected lines of `key: value`")])
-    problems += loader.duplicates
-    return {str(key): value for key, value in values.items()}
 
 
 def read_overrides(words: list[str], problems: list[tuple]) -> dict:
@@ -111,3 +107,124 @@ def expand(value, key: str, problems: list[tuple]):
     expanded = VARIABLE.sub(substitute, value)
     expanded = os.path.expanduser(expanded) if expanded.startswith("~/") else expanded
     return scalar(expanded) if "." in key and expanded != value else expanded
+
+
+def merge(far: dict, near: dict) -> dict:
+    """`far` with what `near` says instead, also inside mappings; None takes away what `far` says.
+
+    >>> merge({"seed": 1, "mode": "cot", "sizes": {"a": 1, "b": 2}}, {"seed": 2, "mode": None, "sizes": {"b": 3}})
+    {'seed': 2, 'sizes': {'a': 1, 'b': 3}}
+    """
+    merged = dict(far)
+    for key, value in near.items():
+        if value is None and key in far:
+            del merged[key]
+        elif isinstance(value, dict) and isinstance(far.get(key), dict):
+            merged[key] = merge(far[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _leaves(values: dict, path: tuple = ()) -> Iterator[tuple]:
+    """The keys that lead to each value which is not a mapping of others."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, (*path, key))
+        else:
+            yield *path, key
+
+
+def _says(values, path: tuple) -> bool:
+    for key in path:
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
+
+
+def _refused(chain: tuple[str, ...], value, remedy: str, key: str = BASE) -> RecipeError:
+    """The error of a file that cannot be read, with the files that led to it."""
+    way = f"; the files: {' → '.join(chain)}" if chain[1:] else ""
+    return RecipeError(chain[0], [(key, value, remedy + way)])
+
+
+def _read_file(chain: tuple[str, ...]) -> tuple[dict, list[tuple]]:
+    """What the last file of the chain says, and the keys that it writes twice."""
+    file, key = chain[-1], BASE if chain[1:] else "recipe"
+    if not Path(file).is_file():
+        raise _refused(chain, file, f"no such file: {WHERE_FILES_ARE[key]}", key)
+    try:
+        loader = RecipeLoader(Path(file).read_text(encoding="utf-8"))
+        values = loader.get_single_data() or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise _refused(chain, file, f"not YAML: {error}", key) from error
+    if not isinstance(values, dict):
+        raise _refused(chain, values, "expected lines of `key: value`", key)
+    lines = [(key, f"{line} of {file}" if chain[1:] else line, remedy) for key, line, remedy in loader.duplicates]
+    return {str(key): value for key, value in values.items()}, lines
+
+
+def _base_of(chain: tuple[str, ...], base) -> str:
+    """The file that the last one of the chain names as its base."""
+    problems = []
+    path = expand(base, BASE, problems)
+    if problems:
+        raise _refused(chain, base, problems[0][-1])
+    if not isinstance(path, str):
+        raise _refused(chain, base, "expected the path of one recipe")
+    file = str(Path(chain[-1]).parent / path)
+    if Path(file).resolve() in [Path(earlier).resolve() for earlier in chain]:
+        raise _refused((*chain, file), base, "a recipe cannot be a base of itself: remove one of these lines")
+    return file
+
+
+def _read_chain(chain: tuple[str, ...]) -> list[tuple[str, dict, list]]:
+    """The last file of the chain and its bases, nearest first: name, values, keys that it writes twice."""
+    values, twice = _read_file(chain)
+    base = values.pop(BASE, None)
+    bases = [] if base is None else _read_chain((*chain, _base_of(chain, base)))
+    return [(chain[-1], values, twice), *bases]
+
+
+class MergedRecipe(NamedTuple):
+    """What a recipe and its bases say: values, the file that each comes from (nested ones as a.b), and mistakes."""
+
+    values: dict
+    sources: dict[str, str]
+    problems: list[tuple]
+
+
+def read_recipe_file(recipe: str) -> MergedRecipe:
+    """A recipe with what its bases say where it says nothing, key by key.
+
+    Raises:
+        RecipeError: a file that is not there or holds no mapping, a base of itself; with the files that led there.
+    """
+    files = _read_chain((recipe,))
+    merged = functools.reduce(merge, [values for _, values, _ in reversed(files)])
+    sources = {
+        ".".join(map(str, path)): next(file for file, values, _ in files if _says(values, path))
+        for path in _leaves(merged)
+    }
+    return MergedRecipe(merged, sources, [problem for _, _, twice in files for problem in twice])
+
+
+def forget_sources(sources: dict[str, str], keys) -> None:
+    """The values of these keys, and what stands inside them, no longer come from a file."""
+    for name in [*sources]:
+        if any(name == key or name.startswith(f"{key}.") for key in keys):
+            del sources[name]
+
+
+def name_sources(problems: list[tuple], sources: dict[str, str], recipe: str) -> list[tuple]:
+    """The problems, each with the files that its keys are set in unless that is the recipe itself."""
+    named = []
+    for key, value, remedy in problems:
+        for name in dict.fromkeys([key, *KEY_IN_A_REMEDY.findall(remedy)]):
+            inside = (leaf for leaf in sources if f"{leaf}.".startswith(f"{name}.") or name.startswith(f"{leaf}."))
+            files = dict.fromkeys(sources[leaf] for leaf in inside)
+            if files.keys() - {recipe}:
+                remedy += f"; `{name}` is set in {', '.join(files)}"
+        named.append((key, value, remedy))
+    return named
