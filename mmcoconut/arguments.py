@@ -41,14 +41,18 @@ CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_sel
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"metric": tuple(REFERENCES)}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
-AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "num_latents", "num_shown")
+AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
+AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
+FRACTIONS = ("uniform_prob", "margin", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 LIMITS = (
     dict.fromkeys(AT_LEAST_0, (0, math.inf))
     | dict.fromkeys(AT_LEAST_1, (1, math.inf))
-    | {"uniform_prob": (0, 1), "margin": (0, 1)}
+    | dict.fromkeys(FRACTIONS, (0, 1))
+    | dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1))  # what numpy takes
+    | {"max_steps": (-1, math.inf)}
 )
 REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
@@ -246,6 +250,8 @@ def _vlm_conflicts(values: dict):
         return
     for key in [key for key in IN_A_VLM if values[key] is not None] + [key for key in changed if key not in OF_A_VLM]:
         yield key, values[key], "the `vlm` brings its own: remove this key"
+    if None not in (values["min_tiles"], values["max_tiles"]) and values["min_tiles"] > values["max_tiles"]:
+        yield "min_tiles", values["min_tiles"], f"`max_tiles` is {values['max_tiles']}: set it to no more than that"
 
 
 def _conflicts(values: dict):

@@ -2,16 +2,26 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from mmcoconut.arguments import CLASSES, RunArguments, compared_modes, parse_recipe, read_recipe, save_recipe
+from mmcoconut.arguments import (
+    CLASSES,
+    LIMITS,
+    RunArguments,
+    compared_modes,
+    parse_recipe,
+    read_recipe,
+    save_recipe,
+)
 from mmcoconut.coconut_recipes import translate_coconut_keys
-from mmcoconut.recipe_files import RecipeError
+from mmcoconut.recipe_files import RecipeError, read_recipe_file
 
 
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SCRATCH = """
 vision_config: {model_type: clip_vision_model, hidden_size: 32}
 text_config: {model_type: gpt2, hidden_size: 96, layer_norm_epsilon: 1e-5}
@@ -243,6 +253,14 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("epochs_per_stage: 0", "epochs_per_stage", 0, "between 1 and inf"),
         ("epochs_per_stage: [2, 0]", "epochs_per_stage", [2, 0], "between 1 and inf"),
         ("epochs_per_stage: []", "epochs_per_stage", [], "between 1 and inf"),
+        ("warmup_steps: -1", "warmup_steps", -1, "between 0 and inf"),
+        ("save_total_limit: -1", "save_total_limit", -1, "between 0 and inf"),
+        ("adam_beta1: 1.1", "adam_beta1", 1.1, "between 0 and 1"),
+        ("seed: -1", "seed", -1, "between 0 and 4294967295"),
+        ("max_steps: -2", "max_steps", -2, "between -1 and inf"),
+        ("image_size: 0", "image_size", 0, "between 1 and inf"),
+        ("min_tiles: 0", "min_tiles", 0, "between 1 and inf"),
+        ("max_tiles: -1", "max_tiles", -1, "between 1 and inf"),
         ("uniform_prob: 1.5", "uniform_prob", 1.5, "between 0 and 1"),
         ("per_device_train_batch_size: 0", "per_device_train_batch_size", 0, "between 1 and inf"),
         ("mode: coconot", "mode", "coconot", "did you mean `coconut`?"),
@@ -725,6 +743,43 @@ def test_a_saved_recipe_is_one_run_of_a_comparison(recipe, tmp_path):
     save_recipe(tmp_path / "recipe.yaml", *parse_recipe([recipe(SCRATCH), *words]))
     run = parse_recipe([str(tmp_path / "recipe.yaml")])[3]
     assert (run.compare, run.seeds, run.compare_jobs) == (None, 1, None)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_number_of_a_recipe_has_limits(path):
+    values = read_recipe_file(str(path)).values
+    numbers = {key for key, value in values.items() if type(value) in (int, float)}
+    assert numbers and not numbers - LIMITS.keys()
+
+
+def test_the_internvl_recipes_differ_where_they_say_so():
+    def settings(name: str) -> dict:
+        parts = parse_recipe([str(RECIPES / f"internvl3_{name}.yaml"), "--smoke_test", "--bf16", "false"])
+        fields = {key: value for part in parts[:3] for key, value in vars(part).items()}
+        run = ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "num_train_epochs", "do_train")
+        return fields | {key: getattr(parts[3], key) for key in (*run, "gradient_accumulation_steps")}
+
+    whole = settings("coconut")
+    stages = {"c_thought": 2, "max_latent_stage": 4, "epochs_per_stage": 5, "uniform_prob": 0.1}
+    updates = {"learning_rate": 1e-5, "weight_decay": 0.01, "warmup_steps": 1000, "max_grad_norm": 1.0}
+    assert whole | stages | updates == whole
+    place = {"vlm", "model", "projector_type", "max_tiles"}
+    few = {"max_train_samples", "max_eval_samples", "max_new_tokens", "max_tiles", "gradient_accumulation_steps"}
+    for name, changed in (
+        ("cot", {"mode", "num_train_epochs"}),
+        ("coconut_from_cot", place | {"start_epoch", "num_train_epochs"}),
+        ("eval", place | {"dataset_options", "eval_split", "do_train"}),
+        ("debug", few | {"c_thought", "max_latent_stage", "epochs_per_stage", "num_train_epochs", "warmup_steps"}),
+    ):
+        variant = settings(name)
+        assert {key for key in whole if whole[key] != variant[key]} == changed, name
+    assert settings("coconut_from_cot")["start_epoch"] == settings("cot")["num_train_epochs"] == 5
+
+
+def test_the_fewest_tiles_are_no_more_than_the_most(recipe):
+    values = "vlm: a/b\nuse_cpu: true\nmin_tiles: 3\nmax_tiles: "
+    assert only_problem(recipe(f"{values}2"))[:2] == ("min_tiles", 3)
+    assert parse_recipe([recipe(f"{values}3")])[0].max_tiles == 3
 
 
 def test_help_names_every_field_of_ours(capsys):
