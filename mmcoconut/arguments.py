@@ -1,10 +1,9 @@
-"""The recipe of a run: one YAML file plus `--key value` overrides become four checked dataclasses."""
+"""The recipe of a run: a YAML file, its bases and `--key value` overrides become four checked dataclasses."""
 
 import dataclasses
 import difflib
 import math
 import os
-import re
 from enum import EnumMeta
 from pathlib import Path
 from typing import TypedDict, get_args, get_type_hints
@@ -15,30 +14,45 @@ from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, val
 from transformers import CONFIG_MAPPING, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
-from transformers.utils import logging
 
+from mmcoconut.coconut_recipes import COCONUT_KEYS, translate_coconut_keys
 from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
 from mmcoconut.curriculum import MODES, THINKING_MODES
 from mmcoconut.data import DATASETS
 from mmcoconut.processing_mmcoconut import MARKERS
+from mmcoconut.recipe_files import (
+    BASE,
+    MergedRecipe,
+    RecipeDumper,
+    RecipeError,
+    assign,
+    expand,
+    forget_sources,
+    name_sources,
+    read_overrides,
+    read_recipe_file,
+    scalar,
+)
 from mmcoconut.scoring import REFERENCES
 
-
-logger = logging.get_logger(__name__)
 
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"metric": tuple(REFERENCES)}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
-AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "num_latents", "num_shown")
+AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
+AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
+FRACTIONS = ("uniform_prob", "margin", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 LIMITS = (
     dict.fromkeys(AT_LEAST_0, (0, math.inf))
     | dict.fromkeys(AT_LEAST_1, (1, math.inf))
-    | {"uniform_prob": (0, 1), "margin": (0, 1)}
+    | dict.fromkeys(FRACTIONS, (0, 1))
+    | dict.fromkeys(("seed", "data_seed"), (0, 2**32 - 1))  # what numpy takes
+    | {"max_steps": (-1, math.inf)}
 )
 REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
@@ -59,26 +73,6 @@ JOINED_IN_A_VLM = ("image_fusion", "projector_type", "vision_feature_layer", "vi
 OF_A_VLM = ("image_size", "min_tiles", "max_tiles", "use_thumbnail")
 FOLDERS = ("model", "vlm", "vision_model", "text_model", "tokenizer", "resume_from_checkpoint")
 DATA_PATHS = ("file", "folder", "image_root")
-VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
-YAML_1_2_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
-
-COCONUT_RENAMED = {
-    "model_id": "text_model",
-    "clip_id": "vision_model",
-    "vision_model_id": "vision_model",
-    "load_model_path": "model",
-    "batch_size_training": "per_device_train_batch_size",
-    "lr": "learning_rate",
-    "resume": "start_epoch",
-}
-COCONUT_MODES = ("coconut", "cot", "no_thoughts", "no_cot")
-COCONUT_OTHERS = ("num_epochs", "save_path", "name", "only_eval", "save_only_improve")
-COCONUT_FILES = {"train_path": "train", "val_path": "validation"}
-COCONUT_KEYS = {*COCONUT_RENAMED, *COCONUT_MODES, *COCONUT_OTHERS, *COCONUT_FILES, "image_root"}
-# What the original's script does without being told.
-COCONUT_HABITS = {"eval_strategy": "epoch", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-COCONUT_HABITS |= {"new_token_init": "<<"}
-COCONUT_VISION = {"vision_model": "openai/clip-vit-base-patch32", "vision_model_type": "clip_vision_model"}
 
 # Saved under their new name, set by the launcher, or secret: a run's folder may be pushed.
 NOT_SAVED = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "hub_token")
@@ -87,6 +81,10 @@ NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compar
 # What TrainingArguments makes of a field that was not given.
 NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_tokens_seen": "no"}
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
+HELP = """and every field of transformers.TrainingArguments.
+
+A recipe that says `base: other.yaml` (a path from its own folder) holds only what differs from that file: its keys win
+one by one, also inside mappings, and `key: null` removes what the base sets. The command line comes last."""
 
 
 @dataclasses.dataclass
@@ -179,40 +177,6 @@ def default_of(key: str):
     return fields[key].default if factory is dataclasses.MISSING else factory()
 
 
-class RecipeError(ValueError):
-    """Everything that is wrong with a recipe, a line each; `problems` holds it as (key, value found, remedy)."""
-
-    def __init__(self, recipe: str, problems: list[tuple]):
-        self.problems = list(problems)
-        lines = [f"{key} = {value!r}: {' '.join(remedy.split())}" for key, value, remedy in self.problems]
-        super().__init__("\n  - ".join([f"{recipe}: {len(lines)} problem(s)", *lines]))
-
-
-class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-5 as a number (YAML 1.2) and notes the keys that are written twice."""
-
-    def __init__(self, stream):
-        super().__init__(stream)
-        self.duplicates = []
-
-    def construct_mapping(self, node, deep=False):
-        lines = {}
-        for key_node, _ in node.value:
-            key, line = str(key_node.value), key_node.start_mark.line + 1
-            if key in lines:
-                self.duplicates.append((key, f"line {line}", f"already set in line {lines[key]}: keep one"))
-            lines[key] = line
-        return super().construct_mapping(node, deep)
-
-
-class RecipeDumper(yaml.SafeDumper):
-    """Quotes the text that RecipeLoader would read as a number."""
-
-
-for _class in (RecipeLoader, RecipeDumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", YAML_1_2_FLOAT, list("-+.0123456789"))
-
-
 def compared_modes(compare: str | list[str] | None) -> list[str]:
     """The modes that `compare` names, each once and in order.
 
@@ -221,14 +185,6 @@ def compared_modes(compare: str | list[str] | None) -> list[str]:
     """
     names = compare.split(",") if isinstance(compare, str) else compare or []
     return list(dict.fromkeys(name.strip() for name in names))
-
-
-def _scalar(value):
-    """What text means as YAML; text that is not YAML, and what is not text, stands for itself."""
-    try:
-        return yaml.load(value, RecipeLoader) if isinstance(value, str) else value
-    except (yaml.YAMLError, ValueError):  # a ValueError is a date such as 2024-13-01
-        return value
 
 
 def _nearest(word, words) -> str:
@@ -254,7 +210,7 @@ def _read(key: str, value, kind):
         value = "no"
     if choices and value not in choices:
         raise ValueError(f"choose one of {', '.join(choices)}{_nearest(value, choices)}")
-    meanings = [_scalar(value), value, [value]]
+    meanings = [scalar(value), value, [value]]
     if type(meanings[0]) in (int, float):
         meanings += [float(meanings[0])] + [int(meanings[0])] * float(meanings[0]).is_integer()
     for meaning in meanings:
@@ -269,66 +225,6 @@ def _read(key: str, value, kind):
     if key in LIMITS and meaning is not None and not (numbers and all(low <= number <= high for number in numbers)):
         raise ValueError(f"must lie between {low} and {high}")
     return meaning
-
-
-def _read_file(recipe: str, problems: list[tuple]) -> dict:
-    if not Path(recipe).is_file():
-        raise RecipeError(recipe, [("recipe", recipe, "no such file: the first argument is a YAML file")])
-    try:
-        loader = RecipeLoader(Path(recipe).read_text(encoding="utf-8"))
-        values = loader.get_single_data() or {}
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(recipe, [("recipe", recipe, f"not YAML: {error}")]) from error
-    if not isinstance(values, dict):
-        raise RecipeError(recipe, [("recipe", values, "expected lines of `key: value`")])
-    problems += loader.duplicates
-    return {str(key): value for key, value in values.items()}
-
-
-def _read_overrides(words: list[str], problems: list[tuple]) -> dict:
-    """`--key value`, `--key=value`, `--key a b` (a list) and a bare `--key` (true)."""
-    given, key = {}, None
-    for word in words:
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            given[key] = [value] if equals else []
-        elif key is None:
-            problems.append(("command line", word, "stands before the first --key"))
-        else:
-            given[key].append(word)
-    return {key: [*map(_scalar, some)] if some[1:] else some[0] if some else True for key, some in given.items()}
-
-
-def _assign(values: dict, key: str, value, *, problems: list[tuple]) -> None:
-    """values["a"]["b"] = value for the key a.b; what stands inside a mapping has no type, so text is read as YAML."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        values[parent] = {} if values.get(parent) is None else _scalar(values[parent])
-        if not isinstance(values[parent], dict):
-            problems.append((key, value, f"`{parent}` is not a mapping"))
-            return
-        values = values[parent]
-    values[last] = _scalar(value) if parents else value
-
-
-def _expand(value, key: str, problems: list[tuple]):
-    """`value` with ${VAR}, ${VAR:-default} and a leading ~ replaced, also inside mappings and lists."""
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        parts = {name: _expand(item, f"{key}.{name}".lstrip("."), problems) for name, item in items}
-        return parts if isinstance(value, dict) else [*parts.values()]
-    if not isinstance(value, str):
-        return value
-
-    def substitute(match: re.Match) -> str:
-        name, default = match.groups()
-        if name not in os.environ and default is None:
-            problems.append((key, value, f"set the environment variable {name}, or write ${{{name}:-default}}"))
-        return os.environ.get(name) or default or ""
-
-    expanded = VARIABLE.sub(substitute, value)
-    expanded = os.path.expanduser(expanded) if expanded.startswith("~/") else expanded
-    return _scalar(expanded) if "." in key and expanded != value else expanded
 
 
 def _typed(values: dict, types: dict, problems: list[tuple], *, others=()) -> dict:
@@ -354,6 +250,8 @@ def _vlm_conflicts(values: dict):
         return
     for key in [key for key in IN_A_VLM if values[key] is not None] + [key for key in changed if key not in OF_A_VLM]:
         yield key, values[key], "the `vlm` brings its own: remove this key"
+    if None not in (values["min_tiles"], values["max_tiles"]) and values["min_tiles"] > values["max_tiles"]:
+        yield "min_tiles", values["min_tiles"], f"`max_tiles` is {values['max_tiles']}: set it to no more than that"
 
 
 def _conflicts(values: dict):
@@ -467,89 +365,6 @@ def _run_values(run: RunArguments) -> dict:
     return {key: value for key, value in values.items() if value not in (defaults[key], NOT_GIVEN.get(key, ...))}
 
 
-def _coconut_settings(old: dict):
-    """What the old keys say: (old key, new key, value)."""
-    for key, new in COCONUT_RENAMED.items():
-        if key in old and not ("load_model_path" in old and new in IN_A_CHECKPOINT):
-            yield key, new, old[key]
-    yield from ((mode, "mode", mode) for mode in COCONUT_MODES if old.get(mode))
-    if "num_epochs" in old:
-        yield "num_epochs", "num_train_epochs", old["num_epochs"] - old.get("resume", 0)
-    if "name" in old:
-        yield "name", "run_name", str(old["name"])
-    if "save_path" in old:
-        yield "save_path", "output_dir", str(Path(str(old["save_path"]), str(old.get("name", ""))))
-    files = {split: old[key] for key, split in COCONUT_FILES.items() if key in old}
-    options = ({"file": files} if files else {}) | {key: old[key] for key in ["image_root"] if key in old}
-    if options:
-        yield "val_path", "dataset", "json_steps"
-        yield "val_path", "dataset_options", options
-    if old.get("only_eval"):
-        yield from (("only_eval", "do_train", False), ("only_eval", "do_eval", True))
-    if "save_only_improve" in old:
-        yield "save_only_improve", "save_strategy", "no" if old["save_only_improve"] else "epoch"
-    if old.get("debug"):
-        yield from (("debug", "max_train_samples", 32), ("debug", "max_eval_samples", 32))
-
-
-def _add_coconut_habits(new: dict, old: dict) -> None:
-    """What the original's script does without being told; the recipe's own keys come first."""
-    for key, value in COCONUT_HABITS.items():
-        new.setdefault(key, value)
-    new.setdefault("max_new_tokens", 64 if "gsm" in str(old.get("val_path")) else 128)
-    if not new.keys() & {"model", "vlm", "vision_model", "vision_config"}:
-        logger.warning(f"this Coconut recipe names no vision tower: {COCONUT_VISION['vision_model']} is taken")
-        new |= COCONUT_VISION
-    if "gpt2" in str(new.get("text_model")):
-        new.setdefault("text_model_type", "gpt2")
-    if "image_root" not in old and "dataset_options" in new:
-        new["dataset_options"]["images_required"] = False
-
-
-def translate_coconut_keys(values: dict, problems: list[tuple] | None = None) -> dict:
-    """The recipe that a YAML file of facebookresearch/coconut (args/*.yaml) stands for; any other comes back as it is.
-
-    | old key | becomes |
-    |---|---|
-    | model_id; clip_id or vision_model_id | text_model; vision_model (without: openai/clip-vit-base-patch32) |
-    | load_model_path | model, instead of the backbones; "None" is none |
-    | coconut, cot, no_thoughts, no_cot | mode: the one that is true |
-    | train_path, val_path; image_root | dataset: json_steps, dataset_options.file; .image_root |
-    | num_epochs, resume | num_train_epochs = num_epochs - resume, start_epoch = resume |
-    | batch_size_training, lr | per_device_train_batch_size, learning_rate |
-    | save_path, name | output_dir = save_path/name, run_name = name |
-    | save_only_improve | true: save_strategy no (the best of each stage is kept anyhow); false: save_strategy epoch |
-    | only_eval | true: do_train false, do_eval true |
-    | debug | true: max_train_samples and max_eval_samples 32 |
-
-    All others keep their names. With model_id come the habits of the original's script, which the recipe may change:
-    COCONUT_HABITS, max_new_tokens 64 (GSM) or 128, and without image_root images_required false.
-    Contradictions are added to `problems`, or raised as RecipeError where that is None.
-    """
-    if not values.keys() & COCONUT_KEYS:
-        return values
-    found = [] if problems is None else problems
-    old = {key: _scalar(value) for key, value in values.items() if key in COCONUT_KEYS}
-    if isinstance(_scalar(values.get("debug")), bool):  # elsewhere `debug` is text
-        old["debug"] = _scalar(values["debug"])
-    new = {key: value for key, value in values.items() if key not in old}
-    old = {key: value for key, value in old.items() if value not in (None, "None")}
-    for key in ("num_epochs", "resume"):
-        if type(old.get(key, 0)) is not int:
-            found.append((key, old.pop(key), "expected int"))
-    for old_key, key, value in _coconut_settings(old):
-        if key in new:
-            found.append((old_key, value, f"`{key}` is set too: keep one of them"))
-        new.setdefault(key, value)
-    if "mode" not in new and old.keys() & {*COCONUT_MODES}:
-        found.append(("coconut", False, f"set exactly one of {', '.join(COCONUT_MODES)} to true"))
-    if "model_id" in old:
-        _add_coconut_habits(new, old)
-    if problems is None and found:
-        raise RecipeError("recipe", found)
-    return new
-
-
 def _help(usage: str, classes=CLASSES) -> str:
     lines = [f"usage: {usage}", ""]
     for cls in classes:
@@ -568,21 +383,37 @@ def read_arguments(argv: list[str], cls, usage: str):
         print(_help(usage, [cls]))
         raise SystemExit(0)
     problems, values = [], {}
-    for key, value in _read_overrides(argv, problems).items():
-        _assign(values, key, value, problems=problems)
-    values = _typed(_expand(values, "", problems), get_type_hints(cls), problems)
+    for key, value in read_overrides(argv, problems).items():
+        assign(values, key, value, problems=problems)
+    values = _typed(expand(values, "", problems), get_type_hints(cls), problems)
     if problems:
         raise RecipeError("command line", problems)
     return cls(**values)
 
 
+def _read_values(recipe: str, words: list[str]) -> MergedRecipe:
+    """What a recipe, its bases and the command line say together, variables expanded and old keys translated."""
+    values, sources, problems = read_recipe_file(recipe)
+    overrides = read_overrides(words, problems)
+    if BASE in overrides:
+        problems.append((BASE, overrides.pop(BASE), "a base stands in a recipe, not on the command line"))
+    old = {key: overrides.pop(key) for key in overrides.keys() & {*COCONUT_KEYS, "debug"}}
+    values |= old
+    forget_sources(sources, old)
+    if values.keys() & COCONUT_KEYS:  # before the rest of the command line, which may change what this implies
+        values = translate_coconut_keys(expand(values, "", problems), problems, sources)
+    for key, value in overrides.items():
+        assign(values, key, value, problems=problems)
+    forget_sources(sources, overrides)
+    return MergedRecipe(expand(values, "", problems), sources, problems)
+
+
 def read_recipe(recipe: str | os.PathLike) -> dict:
     """What a recipe says of the data and the training text, typed, as far as it is said; the rest is not looked at."""
-    problems = []
-    values = translate_coconut_keys(_expand(_read_file(str(recipe), problems), "", problems), problems)
+    values, sources, problems = _read_values(str(recipe), [])
     values = _typed({key: value for key, value in values.items() if key in TYPES}, TYPES, problems)
     if problems:
-        raise RecipeError(str(recipe), problems)
+        raise RecipeError(str(recipe), name_sources(problems, sources, str(recipe)))
     return values
 
 
@@ -591,23 +422,16 @@ def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, Curric
     recipe, *words = argv or [""]
     if {"-h", "--help"} & {*argv}:
         print(_help("train_hf.py recipe.yaml [--key value ...]"))
-        print("and every field of transformers.TrainingArguments.")
+        print(HELP)
         raise SystemExit(0)
-    problems = []
-    values = _read_file(recipe, problems)
-    overrides = _read_overrides(words, problems)
-    values |= {key: overrides.pop(key) for key in overrides.keys() & {*COCONUT_KEYS, "debug"}}
-    if values.keys() & COCONUT_KEYS:  # before the rest of the command line, which may change what this implies
-        values = translate_coconut_keys(_expand(values, "", problems), problems)
-    for key, value in overrides.items():
-        _assign(values, key, value, problems=problems)
-    values = _typed(_expand(values, "", problems), TYPES, problems, others=COCONUT_KEYS)
+    values, sources, problems = _read_values(recipe, words)
+    values = _typed(values, TYPES, problems, others=COCONUT_KEYS)
     values["output_dir"] = values.get("output_dir") or f"outputs/{Path(recipe).stem}"
     arguments = _build(values, problems)
     if values.get("smoke_test"):  # it makes its own data
         problems = [problem for problem in problems if not problem[0].startswith("dataset_options.")]
     if problems:
-        raise RecipeError(recipe, problems)
+        raise RecipeError(recipe, name_sources(problems, sources, recipe))
     return tuple(arguments)
 
 

@@ -9,8 +9,9 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers.hf_argparser import HfArg
 
-from mmcoconut.arguments import RecipeError, read_arguments, read_recipe
+from mmcoconut.arguments import read_arguments, read_recipe
 from mmcoconut.data import drop_unreadable, load_examples
+from mmcoconut.recipe_files import RecipeError
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 
 

@@ -19,7 +19,6 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.answering import Answerer, load_checkpoint
-from mmcoconut.arguments import RecipeError
 from mmcoconut.asking import (
     EvaluationArguments,
     default_folder,
@@ -40,6 +39,7 @@ from mmcoconut.interventions import (
     swaps,
 )
 from mmcoconut.provenance import provenance
+from mmcoconut.recipe_files import RecipeError
 from mmcoconut.records import write_json, write_lines
 from mmcoconut.scoring import default_metric
 from mmcoconut.statistics import bootstrap_mean

@@ -147,16 +147,17 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
     """The recipe's architecture, fusion, curriculum and objective on tiny sizes, two stages of one epoch each."""
     folder = Path(run_args.output_dir)
     folder = folder.with_name(f"{folder.name}-smoke")
+    from_vlm = bool(model_args.vlm or model_args.vlm_model_type)  # a `model` may have been a vlm before
     with run_args.main_process_first(desc="writing sample data"):
         if run_args.process_index == 0:
             shutil.rmtree(folder, ignore_errors=True)
             options = loader_of(data_args.dataset).write_sample(folder / "data", num_rows=NUM_ROWS, seed=0)
             folder.mkdir(parents=True, exist_ok=True)
-            if model_args.vlm:
+            if from_vlm:
                 write_tiny_vlm(folder / "vlm", model_args.vlm_model_type)
             (folder / OPTIONS_FILE).write_text(json.dumps(options, default=str))
         options = json.loads((folder / OPTIONS_FILE).read_text())
-    tiny = {"vlm": str(folder / "vlm"), "image_size": None} if model_args.vlm else tiny_backbones(model_args)
+    tiny = {"vlm": str(folder / "vlm"), "image_size": None} if from_vlm else tiny_backbones(model_args)
     model_args = replace(model_args, model=None, new_token_init=None, **tiny)
     data_args = replace(data_args, dataset_options=options, max_new_tokens=4, eval_split="validation")
     max_latent_stage = min(1, curriculum_args.max_latent_stage)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,15 +10,18 @@ import yaml
 
 from mmcoconut.arguments import (
     CLASSES,
-    RecipeError,
+    LIMITS,
     RunArguments,
     compared_modes,
     parse_recipe,
+    read_recipe,
     save_recipe,
-    translate_coconut_keys,
 )
+from mmcoconut.coconut_recipes import translate_coconut_keys
+from mmcoconut.recipe_files import RecipeError, read_recipe_file
 
 
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 SCRATCH = """
 vision_config: {model_type: clip_vision_model, hidden_size: 32}
 text_config: {model_type: gpt2, hidden_size: 96, layer_norm_epsilon: 1e-5}
@@ -249,6 +253,14 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("epochs_per_stage: 0", "epochs_per_stage", 0, "between 1 and inf"),
         ("epochs_per_stage: [2, 0]", "epochs_per_stage", [2, 0], "between 1 and inf"),
         ("epochs_per_stage: []", "epochs_per_stage", [], "between 1 and inf"),
+        ("warmup_steps: -1", "warmup_steps", -1, "between 0 and inf"),
+        ("save_total_limit: -1", "save_total_limit", -1, "between 0 and inf"),
+        ("adam_beta1: 1.1", "adam_beta1", 1.1, "between 0 and 1"),
+        ("seed: -1", "seed", -1, "between 0 and 4294967295"),
+        ("max_steps: -2", "max_steps", -2, "between -1 and inf"),
+        ("image_size: 0", "image_size", 0, "between 1 and inf"),
+        ("min_tiles: 0", "min_tiles", 0, "between 1 and inf"),
+        ("max_tiles: -1", "max_tiles", -1, "between 1 and inf"),
         ("uniform_prob: 1.5", "uniform_prob", 1.5, "between 0 and 1"),
         ("per_device_train_batch_size: 0", "per_device_train_batch_size", 0, "between 1 and inf"),
         ("mode: coconot", "mode", "coconot", "did you mean `coconut`?"),
@@ -464,7 +476,7 @@ def test_an_original_recipe_is_translated(coconut, tmp_path):
 
 def test_the_vision_tower_taken_for_an_original_recipe_is_said(monkeypatch):
     said = []
-    monkeypatch.setattr("mmcoconut.arguments.logger.warning", said.append)
+    monkeypatch.setattr("mmcoconut.coconut_recipes.logger.warning", said.append)
     translate_coconut_keys({"model_id": "gpt2", "clip_id": "a/b"})
     assert said == []
     translate_coconut_keys({"model_id": "gpt2"})
@@ -551,6 +563,166 @@ def test_the_command_line_wins_over_an_original_recipe_in_both_spellings(coconut
     assert parse_recipe([coconut(), "--mode", "pause"])[2].mode == "pause"
 
 
+def test_a_recipe_takes_from_its_base_what_it_does_not_say(recipe):
+    recipe(
+        f"{SCRATCH}\nseed: 1\nlearning_rate: 1e-3\nc_thought: 2\ndataset_options: {{num_rows: 8, seed: 3}}", "a.yaml"
+    )
+    recipe("base: a.yaml\nseed: 2\nc_thought: 4\ndataset_options: {noise: {level: 1, kind: x}}", "b.yaml")
+    path = recipe(
+        "base: b.yaml\nc_thought: 5\ndataset_options: {seed: 4, noise: {level: 2}}\nvision_config: {hidden_size: 8}"
+    )
+    model, data, curriculum, run = parse_recipe([path, "--weight_decay", "0.5"])
+    assert (curriculum.c_thought, run.seed, run.learning_rate, run.weight_decay) == (5, 2, 1e-3, 0.5)
+    assert data.dataset_options == {"num_rows": 8, "seed": 4, "noise": {"level": 2, "kind": "x"}}
+    assert model.vision_config == {"model_type": "clip_vision_model", "hidden_size": 8}
+    assert run.output_dir == "outputs/maze"
+    assert parse_recipe([path, "--c_thought", "6", "--dataset_options.seed", "7"])[2].c_thought == 6
+
+
+def test_a_null_takes_an_inherited_value_away(recipe):
+    options = "dataset_options: {num_rows: 8, noise: {level: 1, kind: x}}"
+    recipe(f"{SCRATCH}\nc_thought: 2\nnew_token_init: a\n{options}", "a.yaml")
+    path = recipe(
+        "base: a.yaml\nc_thought: null\nnew_token_init:\ndataset_options: {num_rows: null, noise: {kind: null}}"
+    )
+    model, data, curriculum, _ = parse_recipe([path])
+    assert (curriculum.c_thought, model.new_token_init) == (1, None)
+    assert data.dataset_options == {"noise": {"level": 1}}
+    assert only_problem(recipe("base: a.yaml\nc_thought: 1\nmax_latent_stage: null"))[0] == "max_latent_stage"
+
+
+def test_a_mapping_and_a_plain_value_replace_each_other(recipe):
+    recipe(f"{SCRATCH}\ndataset_options: {{rows: 8, names: {{a: 1}}}}", "a.yaml")
+    options = parse_recipe([recipe("base: a.yaml\ndataset_options: {rows: {train: 1}, names: b}")])[1].dataset_options
+    assert options == {"rows": {"train": 1}, "names": "b"}
+
+
+def test_a_base_is_found_from_the_folder_of_the_recipe_that_names_it(recipe, tmp_path, monkeypatch):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    recipe(f"{SCRATCH}\nseed: 5", "a.yaml")
+    recipe("base: ../${MMC_BASE:-none}.yaml", "deep/b.yaml")
+    path = recipe(f"base: {tmp_path}/deep/b.yaml", "deep/er/c.yaml")
+    monkeypatch.setenv("MMC_BASE", "a")
+    monkeypatch.chdir(tmp_path / "deep")
+    assert parse_recipe([path])[-1].seed == 5
+    assert parse_recipe(["er/c.yaml"])[-1].seed == 5
+    monkeypatch.delenv("MMC_BASE")
+    assert "none.yaml" in only_problem(path)[1]
+
+
+def test_a_base_that_cannot_be_read_is_refused_with_the_files_that_lead_to_it(recipe, tmp_path):
+    def found(text: str) -> tuple:
+        recipe(text, "b.yaml")
+        return only_problem(recipe("base: b.yaml", "c.yaml"))
+
+    b, c = tmp_path / "b.yaml", tmp_path / "c.yaml"
+    for text, value, words in (
+        ("base: a.yaml", str(tmp_path / "a.yaml"), "no such file: its path starts at the recipe's own folder"),
+        ("just text", "just text", "expected lines of `key: value`"),
+        ("a: [1", str(b), "not YAML"),
+        ("base: [x]", ["x"], "expected the path of one recipe"),
+        ("base: ${MMC_UNSET}", "${MMC_UNSET}", "set the environment variable MMC_UNSET"),
+        ("base: ../" + tmp_path.name + "/c.yaml", "../" + tmp_path.name + "/c.yaml", "cannot be a base of itself"),
+    ):
+        key, said, remedy = found(text)
+        assert (key, said) == ("base", value) and words in remedy
+        assert f"the files: {c} → {b}" in remedy
+    assert str(tmp_path / "a.yaml") in found("base: a.yaml")[2]
+    assert only_problem(recipe("base: c.yaml", "c.yaml"))[2].endswith(f"{c} → {c}")
+
+
+def test_a_problem_names_the_base_that_its_value_comes_from(recipe, tmp_path):
+    base = tmp_path / "a.yaml"
+    recipe(f"{SCRATCH}\nseed: three\nc_thought: -1\nlerning_rate: 1\nmode: cot\nmode: no_cot", "a.yaml")
+    found = problems(recipe("base: a.yaml\nuniform_prob: 2\nmax_latent_stage: 0"), "--c_thought", "-2")
+    remedies = {key: remedy for key, _, remedy in found}
+    assert remedies["seed"] == f"expected int; `seed` is set in {base}"
+    assert remedies["lerning_rate"].endswith(f"`lerning_rate` is set in {base}")
+    assert (remedies["uniform_prob"], remedies["c_thought"]) == (
+        "must lie between 0 and 1",
+        "must lie between 0 and inf",
+    )
+    assert ("mode", f"line 11 of {base}") in [problem[:2] for problem in found]
+
+
+def test_a_problem_inside_a_mapping_names_the_files_that_fill_it(recipe, tmp_path):
+    recipe(SCRATCH.replace("layer_norm_epsilon", "layer_norm_epsilom"), "a.yaml")
+    path = recipe("base: a.yaml\ntext_config: {n_hed: 2}")
+    (_, _, far), (_, _, near) = problems(path)
+    assert f"{tmp_path}/a.yaml" in far and "is set in" not in near
+    recipe(f"{SCRATCH}\ndataset_options: {{names: ['${{MMC_UNSET}}']}}", "a.yaml")
+    key, _, remedy = only_problem(recipe("base: a.yaml"))
+    assert key == "dataset_options.names.0" and remedy.endswith(f"is set in {tmp_path}/a.yaml")
+    recipe(f"{SCRATCH}\ndataset_options: {{file: {{train: ./none.json}}}}", "a.yaml")
+    path = recipe("base: a.yaml\ndataset_options: {file: {validation: ./neither.json}}")
+    assert all(f"set in {tmp_path}/a.yaml, {path}" in remedy for _, _, remedy in problems(path))
+    (tmp_path / "here.json").write_text("[]")
+    found = problems(path, "--dataset_options.file", f"{{train: ./x.json, validation: {tmp_path}/here.json}}")
+    assert found == [("dataset_options.file", "./x.json", "no such file or folder")]
+
+
+def test_two_keys_that_exclude_each_other_name_the_base_that_sets_one(recipe, tmp_path):
+    recipe(SCRATCH, "a.yaml")
+    assert only_problem(recipe("base: a.yaml\nvision_model: b/c")) == (
+        "vision_model",
+        "b/c",
+        f"`vision_config` is set too: keep one; `vision_config` is set in {tmp_path}/a.yaml",
+    )
+    assert parse_recipe([recipe("base: a.yaml\nvision_model: b/c\nvision_config: null")])[0].vision_config is None
+
+
+def test_a_base_in_the_keys_of_the_original_is_translated_with_the_recipe(coconut, recipe, tmp_path):
+    base = coconut(num_epochs=10)
+    path = recipe("base: gsm_coconut.yaml\ncoconut: false\ncot: true\nlr: 1e-2\nc_thought: 3\nresume: 0")
+    _, data, curriculum, run = parse_recipe([path])
+    assert (curriculum.mode, curriculum.c_thought, run.learning_rate, run.num_train_epochs) == ("cot", 3, 1e-2, 10)
+    assert data.dataset_options["file"]["train"] == str(tmp_path / "gsm_train.json")
+    note = f"is set in {base}"
+    key, value, remedy = only_problem(recipe("base: gsm_coconut.yaml\nlearning_rate: 1e-2"))
+    assert (key, value, remedy) == ("lr", 1e-4, f"`learning_rate` is set too: keep one of them; `lr` {note}")
+    assert only_problem(recipe("base: gsm_coconut.yaml\ncot: true"))[2].endswith(f"keep one of them; `mode` {note}")
+    assert only_problem(recipe("base: gsm_coconut.yaml\ncoconut: false"))[2].endswith("to true")
+    found = only_problem(recipe("base: gsm_coconut.yaml\nresume: 11"))
+    assert found[:2] == ("num_train_epochs", -1) and found[2].endswith(f"`num_train_epochs` {note}")
+    coconut(train_path="./none.json")
+    path = recipe(f"base: gsm_coconut.yaml\nval_path: {tmp_path}/gsm_train.json")
+    assert f"set in {base}, {path}" in only_problem(path)[2]
+    coconut()
+    found = only_problem(recipe("base: gsm_coconut.yaml"), "--lr", "-1")
+    assert found == ("learning_rate", -1, "must lie between 0 and inf")
+
+
+def test_a_saved_recipe_needs_no_base(recipe, tmp_path):
+    recipe(f"{SCRATCH}\nlearning_rate: 1e-3\ndataset_options: {{seed: 3}}", "a.yaml")
+    arguments = parse_recipe([recipe("base: a.yaml\ndataset_options: {num_rows: 4}")])
+    save_recipe(tmp_path / "run" / "recipe.yaml", *arguments)
+    (tmp_path / "a.yaml").unlink()
+    saved = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    assert "base" not in saved and saved["dataset_options"] == {"seed": 3, "num_rows": 4}
+    assert parse_recipe([str(tmp_path / "run" / "recipe.yaml")]) == arguments
+
+
+def test_evaluation_reads_a_recipe_with_its_base(recipe, tmp_path):
+    recipe("dataset: json_steps\nmax_new_tokens: 9\ndataset_options: {image_root: x}", "a.yaml")
+    values = read_recipe(recipe("base: a.yaml\ndataset_options: {file: y}"))
+    assert values == {
+        "dataset": "json_steps",
+        "max_new_tokens": 9,
+        "dataset_options": {"image_root": "x", "file": "y"},
+    }
+    recipe("max_new_tokens: 0", "a.yaml")
+    with pytest.raises(RecipeError, match=f"`max_new_tokens` is set in {tmp_path}/a.yaml"):
+        read_recipe(recipe("base: a.yaml"))
+
+
+def test_a_base_stands_in_a_file(recipe):
+    assert only_problem(recipe(SCRATCH), "--base", "a.yaml") == (
+        "base",
+        "a.yaml",
+        "a base stands in a recipe, not on the command line",
+    )
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
 def test_a_saved_recipe_gives_the_same_arguments(recipe, tmp_path):
     words = ["--epochs_per_stage", "2", "1", "--freeze", "vision_tower", "--new_token_init", "1e5", "--lr", "1e-5"]
@@ -578,12 +750,49 @@ def test_a_saved_recipe_is_one_run_of_a_comparison(recipe, tmp_path):
     assert (run.compare, run.seeds, run.compare_jobs) == (None, 1, None)
 
 
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_number_of_a_recipe_has_limits(path):
+    values = read_recipe_file(str(path)).values
+    numbers = {key for key, value in values.items() if type(value) in (int, float)}
+    assert numbers and not numbers - LIMITS.keys()
+
+
+def test_the_internvl_recipes_differ_where_they_say_so():
+    def settings(name: str) -> dict:
+        parts = parse_recipe([str(RECIPES / f"internvl3_{name}.yaml"), "--smoke_test", "--bf16", "false"])
+        fields = {key: value for part in parts[:3] for key, value in vars(part).items()}
+        run = ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "num_train_epochs", "do_train")
+        return fields | {key: getattr(parts[3], key) for key in (*run, "gradient_accumulation_steps")}
+
+    whole = settings("coconut")
+    stages = {"c_thought": 2, "max_latent_stage": 4, "epochs_per_stage": 5, "uniform_prob": 0.1}
+    updates = {"learning_rate": 1e-5, "weight_decay": 0.01, "warmup_steps": 1000, "max_grad_norm": 1.0}
+    assert whole | stages | updates == whole
+    place = {"vlm", "model", "projector_type", "max_tiles"}
+    few = {"max_train_samples", "max_eval_samples", "max_new_tokens", "max_tiles", "gradient_accumulation_steps"}
+    for name, changed in (
+        ("cot", {"mode", "num_train_epochs"}),
+        ("coconut_from_cot", place | {"start_epoch", "num_train_epochs"}),
+        ("eval", place | {"dataset_options", "eval_split", "do_train"}),
+        ("debug", few | {"c_thought", "max_latent_stage", "epochs_per_stage", "num_train_epochs", "warmup_steps"}),
+    ):
+        variant = settings(name)
+        assert {key for key in whole if whole[key] != variant[key]} == changed, name
+    assert settings("coconut_from_cot")["start_epoch"] == settings("cot")["num_train_epochs"] == 5
+
+
+def test_the_fewest_tiles_are_no_more_than_the_most(recipe):
+    values = "vlm: a/b\nuse_cpu: true\nmin_tiles: 3\nmax_tiles: "
+    assert only_problem(recipe(f"{values}2"))[:2] == ("min_tiles", 3)
+    assert parse_recipe([recipe(f"{values}3")])[0].max_tiles == 3
+
+
 def test_help_names_every_field_of_ours(capsys):
     with pytest.raises(SystemExit):
         parse_recipe(["--help"])
     printed = capsys.readouterr().out
     assert all(f"--{field.name}:" in printed for cls in CLASSES[:-1] for field in dataclasses.fields(cls))
-    assert "--overwrite:" in printed
+    assert "--overwrite:" in printed and "base: other.yaml" in printed
 
 
 def test_a_saved_original_recipe_gives_the_same_arguments(coconut, tmp_path):

@@ -13,9 +13,9 @@ from PIL import Image
 from tiny import tiny_image, tiny_model, tiny_processor
 
 from mmcoconut import answering, audit
-from mmcoconut.arguments import RecipeError
 from mmcoconut.audit_report import card_of, probe_line
 from mmcoconut.data import load_examples
+from mmcoconut.recipe_files import RecipeError
 from mmcoconut.verdict import CANNOT_TELL
 
 

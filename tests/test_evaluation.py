@@ -22,11 +22,11 @@ from tiny import tiny_image, tiny_model, tiny_processor
 
 from mmcoconut import answering, evaluation, provenance
 from mmcoconut.answering import Answerer, load_checkpoint
-from mmcoconut.arguments import RecipeError
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
 from mmcoconut.data import load_examples, loader_of, question_text
 from mmcoconut.data.images import UnreadableImageError, open_images
 from mmcoconut.evaluation import main, parse_arguments, read_lines
+from mmcoconut.recipe_files import RecipeError
 from mmcoconut.scoring import score
 from mmcoconut.statistics import bootstrap_mean
 

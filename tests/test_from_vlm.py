@@ -31,12 +31,13 @@ from transformers import (
 
 import train_hf
 from mmcoconut.answering import Answerer
-from mmcoconut.arguments import RecipeError, parse_recipe
+from mmcoconut.arguments import parse_recipe
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, shuffle_factor
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.projectors_mmcoconut import pixel_shuffle
+from mmcoconut.recipe_files import RecipeError
 from mmcoconut.smoke import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
 
 

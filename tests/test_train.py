@@ -18,6 +18,7 @@ from mmcoconut.data import json_steps
 from mmcoconut.data.images import UnreadableImageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.smoke import write_tiny_vlm
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,29 @@ def test_recipe_trains_evaluates_saves_and_reloads_in_a_smoke_test(name, tmp_pat
     assert processor.num_latents == results["stages"][-1]["num_latents"]
     inputs = processor(images=Image.new("RGB", (32, 32)), text="Which?", return_tensors="pt")
     assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs["input_ids"].shape[1] + 2
+
+
+def test_internvl_recipes_go_from_cot_over_coconut_to_evaluation(tmp_path, monkeypatch):
+    write_tiny_vlm(tmp_path / "vlm", "internvl")
+    json_steps.write_sample(tmp_path / "steps", num_rows=8, seed=0)
+    for name, place in (("STEPS", "steps"), ("COT", "cot"), ("CHECKPOINT", "coconut")):
+        monkeypatch.setenv(name, str(tmp_path / place))
+
+    def run(name: str, folder: str, *options: str) -> dict:
+        tiny = ["--bf16", "false", "--use_cpu", "true", "--max_new_tokens", "4", "--disable_tqdm", "true", *options]
+        recipe = str(ROOT / "recipes" / f"internvl3_{name}.yaml")
+        return train_hf.main([recipe, *tiny, "--output_dir", str(tmp_path / folder)])
+
+    few = ["--gradient_accumulation_steps", "4", "--warmup_steps", "0", "--save_strategy", "no"]
+    cot = run("cot", "cot", "--vlm", str(tmp_path / "vlm"), *few, "--num_train_epochs", "1", "--max_tiles", "2")
+    assert (cot["mode"], [row["num_latents"] for row in cot["stages"]]) == ("cot", [0])
+    coconut = run("coconut_from_cot", "coconut", *few, "--num_train_epochs", "1")
+    assert [(row["stage"], row["num_latents"]) for row in coconut["stages"]] == [(1, 2)]
+    processor = MMCoconutProcessor.from_pretrained(tmp_path / "coconut")
+    assert (processor.markers, processor.image_processor.max_patches) == ("both", 2)
+    metrics = run("eval", "eval")
+    assert (metrics["eval_stage"], metrics["eval_num_latents"], metrics["eval_n"]) == (1, 2, 8)
+    assert [path.name for path in (tmp_path / "eval").iterdir()] == ["eval_test.json"]
 
 
 def test_every_stage_is_logged_evaluated_and_keeps_its_best_checkpoint(recipe, tmp_path):
