@@ -20,7 +20,7 @@ from transformers import set_seed
 from mmcoconut.answering import Answerer, image_name, load_checkpoint
 from mmcoconut.asking import default_folder, join_processes, parse_arguments, read_rows, trained_with
 from mmcoconut.provenance import peak_memory_mb, provenance
-from mmcoconut.records import json_line, read_json, read_lines, write_json, write_lines
+from mmcoconut.records import changed_settings, json_line, read_json, read_lines, write_json, write_lines
 from mmcoconut.scoring import default_metric, figures_of, score
 from mmcoconut.statistics import Estimate, bootstrap_mean, percent
 
@@ -90,12 +90,8 @@ def check_settings(folder: Path, settings: dict) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no evaluation: give another --output_dir.")
         return
-    before = read_json(file)
-    now = json.loads(json.dumps(settings))
-    keys = [key for key in {**before, **now} if key not in MAY_CHANGE]
-    differing = [key for key in keys if before.get(key) != now.get(key)]
-    if differing:
-        changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
+    changes = changed_settings(read_json(file), settings, may_change=MAY_CHANGE)
+    if changes:
         raise ValueError(
             f"{folder} holds an evaluation with other settings ({changes}): give --overwrite true to delete it, or "
             "another --output_dir."

@@ -23,6 +23,7 @@ MODULES = [
     "data.json_steps",
     "data.puzzlevqa",
     "processing_mmcoconut",
+    "records",
     "scoring",
     "smoke",
     "tokenizer",
