@@ -10,7 +10,7 @@ import io
 import logging
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -65,7 +65,9 @@ class PreparationArguments:
     fractions: list[float] = HfArg(
         default_factory=lambda: list(FRACTIONS), help="Parts of train, validation and test, if `file` has no splits."
     )
-    unreadable_images: str = HfArg(default="error", help="`skip` leaves out, and counts, pictures that are not there.")
+    unreadable_images: str = HfArg(
+        default="error", help="`skip` leaves out, and counts, missing and damaged pictures."
+    )
 
 
 def parse_arguments(argv: list[str]) -> PreparationArguments:
@@ -147,6 +149,12 @@ def rows_of(pictures: Iterable[tuple[str, dict]], split: str, arguments: Prepara
     return rows
 
 
+def counted(pictures: Iterable[tuple[str, dict]], progress: tqdm) -> Iterator[tuple[str, dict]]:
+    for picture in pictures:
+        yield picture
+        progress.update()
+
+
 def write_shard(folder: Path, rows: list[dict]) -> None:
     """Rows on disk, under their final name only when they are all there; no rows are an empty folder."""
     unfinished = folder.with_suffix(".new")
@@ -168,10 +176,11 @@ def write_shards(
         for split, named in pictures.items():
             for start in range(0, len(named), SHARD_SIZE):
                 part, folder = named[start : start + SHARD_SIZE], partial / f"{split}-{start:06d}"
-                if not folder.exists():
-                    write_shard(folder, rows_of(part, split, arguments))
+                if folder.exists():
+                    progress.update(len(part))
+                else:
+                    write_shard(folder, rows_of(counted(part, progress), split, arguments))
                 shards[split].append(folder)
-                progress.update(len(part))
     enable_progress_bars()
     return shards
 
