@@ -6,6 +6,7 @@ import datasets
 import evaluate
 from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU
 
 
@@ -79,7 +80,7 @@ def rouge_l(predictions, references):
     >>> rouge_l(["a red dog", ""], [["dogs", "A dog."], ["a cat"]])
     [0.8, 0.0]
     """
-    scorer = RougeScorer(["rougeL"])
+    scorer = RougeScorer(["rougeL"], tokenizer=DefaultTokenizer())  # named, it is not logged at every call
     pairs = zip(predictions, references)
     return [float(scorer.score_multi(captions, text)["rougeL"].fmeasure) for text, captions in pairs]
 
