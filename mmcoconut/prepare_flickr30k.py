@@ -192,7 +192,6 @@ def join_shards(shards: Mapping[str, list[Path]], partial: Path, output_dir: Pat
     if not splits:
         raise ValueError(f"none of the pictures is in {settings['image_root']}: correct --image_root.{SOURCES}")
     whole = partial / "whole"
-    shutil.rmtree(whole, ignore_errors=True)
     DatasetDict(splits).save_to_disk(whole)
     write_json(whole / SETTINGS_FILE, settings)
     whole.replace(output_dir)
