@@ -20,8 +20,8 @@ from transformers import set_seed
 from mmcoconut.answering import Answerer, image_name, load_checkpoint
 from mmcoconut.asking import default_folder, join_processes, parse_arguments, read_rows, trained_with
 from mmcoconut.provenance import peak_memory_mb, provenance
-from mmcoconut.records import json_line, read_json, read_lines, write_json, write_lines
-from mmcoconut.scoring import default_metric, score
+from mmcoconut.records import changed_settings, json_line, read_json, read_lines, write_json, write_lines
+from mmcoconut.scoring import default_metric, figures_of, score
 from mmcoconut.statistics import Estimate, bootstrap_mean, percent
 
 
@@ -90,12 +90,8 @@ def check_settings(folder: Path, settings: dict) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no evaluation: give another --output_dir.")
         return
-    before = read_json(file)
-    now = json.loads(json.dumps(settings))
-    keys = [key for key in {**before, **now} if key not in MAY_CHANGE]
-    differing = [key for key in keys if before.get(key) != now.get(key)]
-    if differing:
-        changes = "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in differing)
+    changes = changed_settings(read_json(file), settings, may_change=MAY_CHANGE)
+    if changes:
         raise ValueError(
             f"{folder} holds an evaluation with other settings ({changes}): give --overwrite true to delete it, or "
             "another --output_dir."
@@ -251,14 +247,18 @@ def finished_record(folder: Path, num_rows: int) -> dict | None:
 
 def summary(record: dict) -> str:
     """The record as a few lines for the reader."""
-    accuracy = record["accuracy"]
+    accuracy, metric = record["accuracy"], record["metric"]
+    figures = {
+        name: value for name, value in figures_of(record["metric_details"]).items() if name not in (metric, "n")
+    }
     lines = [
-        f"{record['metric']} on {record['n']} rows of {record['dataset']} ({record['split']}): "
+        f"{metric} on {record['n']} rows of {record['dataset']} ({record['split']}): "
         f"{Estimate.of(accuracy)}, in brackets the 95 % interval",
         f"{record['num_latents']} thoughts, {record['generated_tokens']:.1f} tokens and "
         f"{record['decoder_passes']:.1f} decoder passes an answer; {record['seconds']:.1f} s, summed over "
         "processes",
     ]
+    lines += [f"  {name}: {value:.4g}" for name, value in figures.items()]
     lines += [
         f"  {steps} steps: {percent(group['mean'])} of {group['n']}" for steps, group in record["by_num_steps"].items()
     ]

@@ -1,7 +1,7 @@
 """How records are kept: JSON, JSON Lines, and tables in Markdown."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -30,6 +30,17 @@ def read_lines(file: Path) -> list[dict]:
     """The complete lines of a JSON Lines file; a last line that was cut off in writing is left out."""
     # Bytes: a line may end inside a character, and splitlines() also cuts at characters inside a JSON string.
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
+
+
+def changed_settings(before: Mapping, now: Mapping, *, may_change: Container[str] = ()) -> str:
+    """What differs between the settings that a folder was made with and those of today; empty if nothing does.
+
+    >>> changed_settings({"split": "test", "seed": 1}, {"split": "train", "seed": 2, "n": 3}, may_change=["seed"])
+    "split was 'test' and is 'train'; n was None and is 3"
+    """
+    now = json.loads(json.dumps(now))  # as `before` was read
+    keys = [key for key in {**before, **now} if key not in may_change and before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)!r} and is {now.get(key)!r}" for key in keys)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

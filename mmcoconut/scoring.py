@@ -29,6 +29,7 @@ REFERENCES = {
     # Rows have no mark of difficult questions: the loader leaves them out (skip_difficult).
     "aokvqa_da": lambda row: {"direct_answers": row["answers"], "difficult_direct_answer": False},
     "aokvqa_mc": correct_choice,
+    "captions": lambda row: row["answers"],
     "exact_match": lambda row: row["answers"],
     "medical_vqa": lambda row: row["answers"][0],
     "numeric_answer": lambda row: row["answers"][0],
@@ -37,6 +38,7 @@ REFERENCES = {
 # These read the whole text that was written, not the answer after `###`.
 READ_WHOLE_TEXT = ("numeric_answer",)
 METRIC_OF_DATASET = {
+    "flickr30k": "captions",
     "gsm8k_aug": "numeric_answer",
     "path_vqa": "medical_vqa",
     "vqa_rad": "medical_vqa",
@@ -79,6 +81,15 @@ def score(name: str, outputs: Sequence[str], answers: Sequence[str], *, rows: Se
     """A metric's results for the texts written for rows and the answers in them, each (n,); `scores` is (n,)."""
     predictions = outputs if name in READ_WHOLE_TEXT else answers
     return load_metric(name).compute(predictions=list(predictions), references=references_of(name, rows))
+
+
+def figures_of(results: Mapping) -> dict[str, float]:
+    """The numbers that a metric gives for all rows together, by name; a mean over no rows (None) is left out.
+
+    >>> figures_of({"medical_vqa": 0.5, "scores": [1.0, 0.0], "n": 2, "yes_no_accuracy": 0.5, "open_f1": None})
+    {'medical_vqa': 0.5, 'n': 2, 'yes_no_accuracy': 0.5}
+    """
+    return {name: value for name, value in results.items() if isinstance(value, int | float)}
 
 
 def commonest_answer(rows: Sequence[Mapping], metric: str) -> tuple[str, float]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
+import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
 
 EOS_TOKEN = "<|endoftext|>"
@@ -11,7 +11,19 @@ EOS_TOKEN = "<|endoftext|>"
 WORD = r" ?[^\s]+\n?|\s+"
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedTokenizerFast:
+class TokenizersBackend(transformers.TokenizersBackend):
+    """The library's tokenizer, whose `save_pretrained` writes the BPE's vocab.json and merges.txt beside
+    tokenizer.json, for programs that read only these.
+
+    It keeps the library's name, which is what tokenizer_config.json tells AutoTokenizer to load.
+    """
+
+    def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
+        file_names = super()._save_pretrained(save_directory, file_names, legacy_format, filename_prefix)
+        return (*file_names, *self.backend_tokenizer.model.save(str(save_directory), filename_prefix))
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TokenizersBackend:
     """Train on texts; any string can be encoded and decoded without loss, whatever the texts were."""
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
@@ -24,4 +36,4 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> PreTrainedToken
         vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[EOS_TOKEN], show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS_TOKEN)
+    return TokenizersBackend(tokenizer_object=tokenizer, eos_token=EOS_TOKEN)

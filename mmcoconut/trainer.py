@@ -9,7 +9,7 @@ from transformers import Trainer
 from mmcoconut.answering import count_generated
 from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
 from mmcoconut.processing_mmcoconut import parse_answer
-from mmcoconut.scoring import score
+from mmcoconut.scoring import figures_of, score
 
 
 STAGE_FILE = "stage.json"
@@ -23,9 +23,10 @@ def with_index(dataset):
 class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
-    Metrics: `accuracy` (the mean score of `metric`), `generated_tokens` (mean of new tokens an answer, its eos
-    included), `loss` on the labelled tokens, `stage`, `num_latents`, `n`. The best model of stage s by accuracy is
-    kept in <output_dir>/stages/stage-s.
+    Metrics: `accuracy` (the mean score of `metric`), the other figures of `metric` under its own names (such as
+    `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean of new tokens an answer, its eos included), `loss` on the
+    labelled tokens, `stage`, `num_latents`, `n`. The best model of stage s by accuracy is kept in
+    <output_dir>/stages/stage-s.
 
     Args:
         metric: a name in mmcoconut.scoring.REFERENCES.
@@ -92,8 +93,10 @@ class CurriculumTrainer(Trainer):
         written = [row[:count] for row, count in zip(rows_of_tokens, counts)]
         texts = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
         rows = self.evaluated.remove_columns("images").select(prediction.label_ids.tolist())
-        scores = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))["scores"]
+        results = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))
+        scores = results["scores"]
         return {
+            **figures_of(results),
             "accuracy": sum(scores) / len(scores),
             "generated_tokens": sum(counts) / len(counts),
             "n": len(scores),

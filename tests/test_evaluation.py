@@ -23,7 +23,7 @@ from tiny import tiny_image, tiny_model, tiny_processor
 from mmcoconut import answering, evaluation, provenance
 from mmcoconut.answering import Answerer, load_checkpoint
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
-from mmcoconut.data import load_examples, loader_of, question_text
+from mmcoconut.data import Example, load_examples, loader_of, question_text, to_dataset
 from mmcoconut.data.images import UnreadableImageError, open_images
 from mmcoconut.evaluation import main, parse_arguments, read_lines
 from mmcoconut.recipe_files import RecipeError
@@ -189,6 +189,21 @@ def test_record_holds_the_means_of_the_predictions(checkpoint, loaded, whole):
     assert (record["dtype"], record["dataset_options"], record["trained_with"]) == ("float32", MAZES, None)
     assert sorted(path.name for path in whole.iterdir()) == [
         "evaluation.json", "evaluation_settings.json", "predictions.jsonl"]  # fmt: skip
+
+
+def test_figures_of_a_metric_are_recorded_and_printed_apart(whole):
+    rows = to_dataset(Example([], "?", [], [], [gold], "row") for gold in ("yes", "no", "no", "red lobe", "liver"))
+    lines = [{"output": f"### {answer}", "answer": answer} for answer in ("yes", "no", "yes", "red", "liver")]
+    details = evaluation.add_scores(lines, rows, "medical_vqa")
+    assert [line["score"] for line in lines] == [1.0, 1.0, 0.0, 0.0, 1.0]
+    assert details == {
+        "medical_vqa": 0.6, "n": 5, "yes_no_accuracy": pytest.approx(2 / 3), "n_yes_no": 3,
+        "open_exact_match": 0.5, "open_f1": pytest.approx((2 / 3 + 1) / 2), "n_open": 2}  # fmt: skip
+    record = json.loads((whole / "evaluation.json").read_text())
+    printed = evaluation.summary({**record, "metric": "medical_vqa", "metric_details": details}).split("\n")
+    assert printed[2:5] == ["  yes_no_accuracy: 0.6667", "  n_yes_no: 3", "  open_exact_match: 0.5"]
+    assert printed[5:7] == ["  open_f1: 0.8333", "  n_open: 2"]
+    assert evaluation.summary(record).split("\n")[2].startswith("  2 steps")  # exact_match has no other figures
 
 
 def test_record_says_how_the_checkpoint_was_trained(checkpoint, tmp_path):

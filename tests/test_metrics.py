@@ -1,6 +1,8 @@
 """The metrics equal values worked out by hand, load offline from their folders, and refuse rows they cannot score."""
 
 import doctest
+import math
+import random
 import re
 import runpy
 import socket
@@ -11,15 +13,19 @@ import evaluate
 import evaluate.utils
 import pytest
 import yaml
+from pycocoevalcap.cider.cider import Cider
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU
 
 
 METRICS = Path(__file__).resolve().parents[1] / "metrics"
-NAMES = ["aokvqa_da", "aokvqa_mc", "exact_match", "medical_vqa", "numeric_answer", "vqa_accuracy"]
+NAMES = ["aokvqa_da", "aokvqa_mc", "captions", "exact_match", "medical_vqa", "numeric_answer", "vqa_accuracy"]
 
 # A prediction and a reference that score 1, and a prediction that scores 0 with the same reference.
 SAMPLES = {
     "aokvqa_da": ("kite", {"direct_answers": ["kite"] * 10, "difficult_direct_answer": False}, "bird"),
     "aokvqa_mc": ("kite", {"choices": ["kite", "bird"], "correct_choice_idx": 0}, "bird"),
+    "captions": ("a kite", ["Birds.", "A kite."], "two men"),
     "exact_match": ("kite", ["bird", "kite"], "kites"),
     "medical_vqa": ("liver", "liver", "heart"),
     "numeric_answer": ("### 7", "7", "### 8"),
@@ -166,6 +172,9 @@ def test_missing_prediction_is_refused_with_its_row(name):
             {"direct_answers": ["kite"], "difficult_direct_answer": None},
             "row 1: difficult_direct_answer is None; give True or False",
         ),
+        ("captions", [], r"row 1: the references are \[\]; give one or more captions"),
+        ("captions", ["A kite.", " ..."], r"row 1: the references are \['A kite.', ' ...'\]; .* a word of a-z"),
+        ("captions", None, "row 1: the references are None; give one or more"),
         ("medical_vqa", " ", "row 1: the reference is ' '; give the gold answer"),
         ("medical_vqa", None, "row 1: the reference is None; give the gold answer"),
         ("numeric_answer", "seven", "row 1: the reference is 'seven'; give a number"),
@@ -404,3 +413,89 @@ def test_medical_vqa_mean_of_no_questions_is_none(gold, empty):
 )
 def test_numeric_answer_is_the_number_after_the_last_marker(prediction, gold, score):
     assert compute("numeric_answer", (prediction, gold))["scores"] == [score]
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "score"),
+    [
+        ("A dog runs .", ["a DOG runs!"], 1.0),  # neither case nor marks count
+        ("a dog runs", ["a red dog runs"], 6 / 7),  # three words in order: precision 1, recall 3/4
+        ("dog a runs", ["a red dog runs"], 4 / 7),  # two in order: precision 2/3, recall 1/2
+        ("a red dog", ["the dog", "a dog", "cats"], 0.8),  # the best: precision 2/3, recall 1
+        ("running dogs", ["run dog"], 0.0),  # not stemmed
+        ("a a a", ["a"], 0.5),
+        ("", ["a dog"], 0.0),
+        ("?!", ["a dog"], 0.0),
+    ],
+)
+def test_captions_score_of_a_row_is_rouge_l_with_the_best_reference(prediction, references, score):
+    assert compute("captions", (prediction, references))["scores"] == [pytest.approx(score, abs=1e-12)]
+
+
+def test_captions_bleu4_by_hand():
+    # Matching n-grams: 6 of 6, 5 of 5, 3 of 4 (not "the cat is"), 2 of 3; as long as the references.
+    results = compute("captions", ("The cat is on the mat", ["the cat sat on the mat", "A cat is on the mat"]))
+    assert results["bleu4"] == pytest.approx((3 / 4 * 2 / 3) ** 0.25)
+
+
+def test_captions_bleu4_is_of_the_whole_set_and_counts_marks_and_length():
+    pairs = [("a dog runs on the beach .", ["A dog runs on the beach."]), ("two men", ["two men are cooking"])]
+    # All n-grams match; 9 words, marks counted, for 11 in the references.
+    assert compute("captions", *pairs)["bleu4"] == pytest.approx(math.exp(1 - 11 / 9))
+
+
+def test_captions_cider_by_hand():
+    dog, men = "A dog runs fast.", "two men are cooking"
+    # Every word is of one picture only, so all weigh the same: ten times the mean cosine of 1- to 4-grams.
+    assert compute("captions", (dog, [dog]), (men, [men]))["cider"] == pytest.approx(10)
+    assert compute("captions", (dog, [dog]), (dog, [men]))["cider"] == pytest.approx(5)
+    assert compute("captions", (dog, [dog, "kites"]), ("", [men]))["cider"] == pytest.approx(2.5)  # the mean of two
+    assert compute("captions", (dog, [dog]), (dog, [dog]))["cider"] == 0  # what every picture has weighs nothing
+    assert compute("captions", (dog, [dog]))["cider"] == 0
+
+
+def test_captions_equal_the_libraries_called_directly():
+    draw = random.Random(0)
+    vocabulary = [
+        "a",
+        "the",
+        "Dog",
+        "red",
+        "runs",
+        "men",
+        "two",
+        "beach",
+        "on",
+        "near",
+        "kite",
+        "-",
+        ",",
+        '"',
+        "man's",
+    ]
+
+    def caption():
+        return " ".join(["a", *draw.choices(vocabulary, k=draw.randint(2, 9))]) + draw.choice([".", " .", ""])
+
+    references = [[caption() for _ in range(draw.randint(1, 5))] for _ in range(40)]
+    predictions = [*(caption() for _ in range(30)), *(captions[-1] for captions in references[30:39]), ""]
+    results = compute("captions", *zip(predictions, references))
+    streams = [[captions[i] if i < len(captions) else "" for captions in references] for i in range(5)]
+    assert results["bleu4"] == pytest.approx(BLEU(lowercase=True).corpus_score(predictions, streams).score / 100)
+    one_by_one = RougeScorer(["rougeL"])
+    assert results["scores"] == [
+        max(one_by_one.score(reference, text)["rougeL"].fmeasure for reference in captions)
+        for text, captions in zip(predictions, references)
+    ]
+    unmarked = str.maketrans("", "", '.,-"')
+    gold = {row: [text.lower().translate(unmarked) for text in captions] for row, captions in enumerate(references)}
+    written = {row: [text.lower().translate(unmarked)] for row, text in enumerate(predictions)}
+    assert results["cider"] == pytest.approx(Cider().compute_score(gold, written)[0])
+    assert 0.1 < results["bleu4"] < results["rouge_l"] < 0.9 and 0.1 < results["cider"] < 9
+
+
+@pytest.mark.parametrize("library", ["sacrebleu", "rouge_score", "pycocoevalcap"])
+def test_captions_without_a_library_say_what_to_install(library, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=f"pip install {library}"):
+        load("captions")

@@ -24,6 +24,8 @@ MODULES = [
     "data.puzzlevqa",
     "processing_mmcoconut",
     "recipe_files",
+    "records",
+    "scoring",
     "smoke",
     "tokenizer",
     "trainer",

@@ -464,6 +464,7 @@ TABLES = {
     "captions.txt": 'image,caption\na.jpg,"A ""big"" dog , alone ."\na.jpg,A dog runs .\n',
     "annotations.csv": 'raw,sentids,split,filename,img_id\n"[""A \\""big\\"" dog , alone ."", ""A dog runs .""]"'
     ',"[0, 1]",train,a.jpg,0\n',
+    "captions.json": '{"a.jpg": ["A \\"big\\" dog , alone .", "A dog runs ."]}',
 }
 
 

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # All others have exact_match.
 METRICS = {
     "aokvqa": "aokvqa_mc",
+    "flickr30k": "captions",
     "gsm8k_aug": "numeric_answer",
     "path_vqa": "medical_vqa",
     "vqa_rad": "medical_vqa",
@@ -79,6 +80,7 @@ def test_aokvqa_is_scored_by_the_task_that_was_loaded(tmp_path):
     [
         ("aokvqa_da", {"direct_answers": ["7", "seven"], "difficult_direct_answer": False}),
         ("aokvqa_mc", {"choices": ["kite", "bird", "7"], "correct_choice_idx": 2}),
+        ("captions", ["7", "seven"]),
         ("exact_match", ["7", "seven"]),
         ("medical_vqa", "7"),
         ("numeric_answer", "7"),

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import train_hf
+from mmcoconut import trainer
 from mmcoconut.data import json_steps
 from mmcoconut.data.images import UnreadableImageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -263,6 +264,26 @@ def test_checkpoint_is_trained_on_and_evaluated_without_training(recipe, tmp_pat
     assert (metrics["eval_n"], metrics["eval_stage"], metrics["eval_num_latents"]) == (8, 0, 0)  # of `first`
     assert json.loads((tmp_path / "second" / "eval_validation.json").read_text()) == metrics
     assert (tmp_path / "second" / "results.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("metric", "figures"),
+    [
+        ("medical_vqa", {"accuracy": 0.5, "yes_no_accuracy": 2 / 3, "open_exact_match": 0, "open_f1": 0, "n_open": 1}),
+        # One word has no 4-gram, and of the four cosines of CIDEr it has the first: 10 / 4 for half of the rows.
+        ("captions", {"accuracy": 0.5, "rouge_l": 0.5, "bleu4": 0, "cider": 1.25}),
+    ],
+)
+def test_evaluation_in_training_logs_every_figure_of_the_metric(metric, figures, recipe, tmp_path, monkeypatch):
+    rows = [{"question": "?", "steps": [], "answer": answer} for answer in ("yes", "yes", "no", "red")]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    source = json.dumps({"file": str(tmp_path / "{split}.json"), "images_required": False})
+    options = ["--dataset", "json_steps", "--dataset_options", source, "--metric", metric, "--num_train_epochs", "1"]
+    monkeypatch.setattr(trainer, "parse_answer", lambda text: "yes")
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *options])
+    record = json.loads((tmp_path / "run" / "stages" / "stage-0" / "stage.json").read_text())
+    assert {name: record[f"eval_{name}"] for name in figures} == pytest.approx(figures)
 
 
 def test_accumulated_gradients_equal_one_batch(recipe, tmp_path):

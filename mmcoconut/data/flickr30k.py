@@ -1,4 +1,5 @@
-"""Loads Flickr30k: five captions a picture, from `results.csv`, Karpathy's `dataset_flickr30k.json`, or the Hub.
+"""Loads Flickr30k: five captions a picture, from `results.csv`, Karpathy's `dataset_flickr30k.json`, a JSON object
+`{"image.jpg": ["caption", ...]}`, the Hub, or what `python -m mmcoconut.prepare_flickr30k` made of these files.
 
 A picture is in one split with all its captions: in the split that the source gives it, else by the hash of its file
 name. There is no question and there are no steps. Paper: https://aclanthology.org/Q14-1006
@@ -90,11 +91,23 @@ def _table(file: Path) -> Iterator[tuple[str, dict]]:
     yield from pictures.values()
 
 
-def _karpathy(file: Path) -> Iterator[tuple[str, dict]]:
-    for index, row in enumerate(objects_in(read_object(file), "images", file.name)):
+def _karpathy(content: Mapping[str, Any], file: Path) -> Iterator[tuple[str, dict]]:
+    for index, row in enumerate(objects_in(content, "images", file.name)):
         row_id = f"{file.name} row {index}"
         captions = [text_of(sentence, "raw", row_id) for sentence in objects_in(row, "sentences", row_id)]
         yield row_id, {**row, "split": text_of(row, "split", row_id), "captions": captions}
+
+
+def _json(file: Path) -> Iterator[tuple[str, dict]]:
+    """Karpathy's file, known by its list `images`, or file names with their captions."""
+    content = read_object(file)
+    if "images" in content:
+        yield from _karpathy(content, file)
+        return
+    for index, (name, captions) in enumerate(content.items()):
+        row_id = f"{file.name} row {index}"
+        texts_of(content, name, row_id)
+        yield row_id, {"filename": name, "captions": captions}
 
 
 def _one_split_each(named: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, dict]]:
@@ -107,13 +120,24 @@ def _one_split_each(named: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, di
         yield row_id, row
 
 
-def _in_split(row: Mapping[str, Any], row_id: str, *, split: str, fractions: Sequence[float]) -> bool:
+def captions_of(file: Path) -> Iterator[tuple[str, dict]]:
+    """The pictures of a file of captions: the name for errors, and `filename`, `captions`, and `split` where the file
+    gives one."""
+    return _one_split_each(_json(file)) if file.suffix == ".json" else _table(file)
+
+
+def split_of_picture(row: Mapping[str, Any], row_id: str, fractions: Sequence[float]) -> str:
+    """The split that the source gives a picture, else the one of its file name."""
     given = row.get("split")
     if given is None:
-        return split_of(text_of(row, "filename", row_id).encode(), fractions) == split
+        return split_of(text_of(row, "filename", row_id).encode(), fractions)
     if given not in GIVEN_SPLITS:
         raise field_error(row_id, "split", given, f"write one of {', '.join(GIVEN_SPLITS)}")
-    return GIVEN_SPLITS[given] == split
+    return GIVEN_SPLITS[given]
+
+
+def _in_split(row: Mapping[str, Any], row_id: str, *, split: str, fractions: Sequence[float]) -> bool:
+    return split_of_picture(row, row_id, fractions) == split
 
 
 def _image(row: Mapping[str, Any], row_id: str, *, image_root: str | os.PathLike | None) -> list[dict]:
@@ -174,9 +198,11 @@ def load(
 ) -> Dataset:
     """The rows of a split: one picture and its captions as accepted answers.
 
-    file: `results.csv` with bars, a table with commas and a header (`image,caption`, or `filename,raw,split`), or
-        Karpathy's JSON; one file for all splits. image_root: holds the pictures that it names.
-    path: instead of them, a Hub id such as `lmms-lab/flickr30k`, or a folder as `hub.read_published` takes it.
+    file: `results.csv` with bars, a table with commas and a header (`image,caption`, or `filename,raw,split`),
+        Karpathy's JSON, or `{"image.jpg": ["caption", ...]}` in a .json; one file for all splits. image_root: holds
+        the pictures that it names.
+    path: instead of them, a Hub id such as `lmms-lab/flickr30k`, or a folder as `hub.read_published` takes it, such
+        as `mmcoconut.prepare_flickr30k` writes it.
     fractions: parts of train, validation and test where the source gives no splits; the same for every split you load.
     question: what every row asks.
     row_per_caption: one row a caption, which is then the training target; by default one row a picture, and the
@@ -189,7 +215,7 @@ def load(
     if path is not None:
         return _published(path, split, examples=examples, fractions=fractions)
     file = Path(file)
-    named = _one_split_each(_karpathy(file)) if file.suffix == ".json" else _table(file)
+    named = captions_of(file)
     in_split = partial(_in_split, split=split, fractions=fractions)
     images = partial(_image, image_root=image_root)
     return from_rows(named, partial(examples, images=images, in_split=in_split), source=file)
