@@ -37,6 +37,7 @@ from .backbones_mmcoconut import (
     new_language_model,
 )
 from .configuration_mmcoconut import (
+    PREFIX_PROJECTORS,
     READ_BY_CROSS_ATTENTION,
     SPECIAL_TOKENS,
     THOUGHT_TOKENS,
@@ -59,6 +60,16 @@ from .latent_mmcoconut import (
     think,
 )
 from .projectors_mmcoconut import build_projector
+
+
+@dataclass
+class MMCoconutImageOutput(BaseModelOutputWithPooling):
+    """The vision tower's output, with pooler_output a list of what the decoder reads of each image; see below.
+
+    image_embeds (I, D): one vector an image, where the projector makes one.
+    """
+
+    image_embeds: torch.Tensor | None = None
 
 
 @dataclass
@@ -184,8 +195,15 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
 class MMCoconutModel(MMCoconutPreTrainedModel):
     """Vision tower, projector, fusion and language model without a head; thoughts happen in `forward`."""
 
+    is_seq2seq = False
+
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
+        if config.is_encoder_decoder != self.is_seq2seq:
+            raise ValueError(
+                f"image_fusion={config.image_fusion!r} does not belong to {type(self).__name__}: `encoder` is "
+                "MMCoconutForSeq2SeqLM's, the others are MMCoconutForConditionalGeneration's."
+            )
         missing = [field for field in TOKEN_ID_FIELDS if getattr(config, field) is None]
         if missing:
             raise ValueError(f"The configuration lacks {', '.join(missing)}: take the ids from the tokenizer.")
@@ -229,7 +247,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         num_tiles: torch.Tensor | None = None,
         **kwargs,
-    ) -> tuple | BaseModelOutputWithPooling:
+    ) -> tuple | MMCoconutImageOutput:
         """Features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
 
         With num_tiles (images,) the pixels are tiles, and the list holds an image's tiles joined: (num_tiles · P, D).
@@ -240,7 +258,11 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
         first = 1 if vision_feature_select_strategy == "default" else 0
         features = [image_outputs.hidden_states[layer][:, first:] for layer in layers]  # (I, P, W) each
-        image_features = self.multi_modal_projector(torch.cat(features, dim=-1))  # (I, P, D)
+        features = torch.cat(features, dim=-1)  # (I, P, W)
+        image_features = self.multi_modal_projector(features)  # (I, P, D)
+        image_outputs = MMCoconutImageOutput(**image_outputs)
+        if self.config.projector_type in PREFIX_PROJECTORS:
+            image_outputs.image_embeds = self.multi_modal_projector.embedding(features)  # (I, D)
         if self.cross_attends:
             image_features = image_features.flatten(1)[:, None]  # (I, 1, P · D)
         if num_tiles is None:
@@ -506,6 +528,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
+        self.loss_type = "ForCausalLM"
         self.model = self.base_class(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.embedding_name()}.weight"}
@@ -558,17 +581,26 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
         )
 
-    def labelled_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The causal loss of states (B, T, D) and labels (B, T) with the head on labelled positions only."""
-        targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
-        labelled = targets != -100  # (B, T)
-        return self.loss_function(
-            logits=self.lm_head(hidden_states[labelled]),  # (labelled, V)
-            labels=None,
-            shift_labels=targets[labelled],  # (labelled,)
-            vocab_size=self.config.text_config.vocab_size,
-            **kwargs,
-        )
+    def loss_and_logits(self, hidden_states, targets, logits_to_keep, **kwargs) -> tuple:
+        """The loss of states (B, T, D) and what each is to predict, targets (B, T) or None; logits (B, kept, V).
+
+        The loss runs the head on the labelled positions only; in training with targets the logits are None unless
+        logits_to_keep asks for some.
+        """
+        loss = logits = None
+        if targets is not None:
+            labelled = targets != -100  # (B, T)
+            loss = self.loss_function(
+                logits=self.lm_head(hidden_states[labelled]),  # (labelled, V)
+                labels=None,
+                shift_labels=targets[labelled],  # (labelled,)
+                vocab_size=self.config.text_config.vocab_size,
+                **kwargs,
+            )
+        if targets is None or logits_to_keep is not None or not self.training:
+            kept = 0 if logits_to_keep is None else logits_to_keep
+            logits = self.lm_head(slice_logits_to_keep(hidden_states, kept))  # (B, kept, V)
+        return loss, logits
 
     @can_return_tuple
     def forward(
@@ -613,13 +645,8 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             output_thoughts=output_thoughts,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state  # (B, T, D)
-        loss = logits = None
-        if labels is not None:
-            loss = self.labelled_loss(hidden_states, labels, **kwargs)
-        if labels is None or logits_to_keep is not None or not self.training:
-            kept = 0 if logits_to_keep is None else logits_to_keep
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, kept))  # (B, kept, V)
+        targets = None if labels is None else nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, targets, logits_to_keep, **kwargs)
         return MMCoconutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,

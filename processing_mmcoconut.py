@@ -4,6 +4,7 @@ One sequence layout, written once, in the chat template:
 
     [<image>…] question \\n <|start-latent|> <|latent|>×num_latents <|end-latent|> step \\n … ### answer <eos>
 
+Of an encoder-decoder the encoder reads the question, and the decoder begins with its start token and the thoughts.
 `markers` says which of the two markers stand around the latents. Training, evaluation, `pipeline` and chat all go
 through `encode_prompt` or the template itself, so that they cannot differ. A processor from `from_vlm` keeps the
 layout of the vision-language model, its turns and the frames around images, and adds the latents where the assistant
@@ -204,6 +205,7 @@ class MMCoconutProcessor(ProcessorMixin):
         image_token (`str`): the placeholder, in the chat template once an image.
         start_image_token, end_image_token (`str`): what frames the placeholders of an image; None is nothing.
         use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
+        decoder_start_token_id (`int`): of an encoder-decoder, what its decoder begins with; None for a decoder alone.
 
     Raises:
         ValueError: a tokenizer without the special tokens; unknown `markers`; a negative `num_latents`.
@@ -221,6 +223,7 @@ class MMCoconutProcessor(ProcessorMixin):
         start_image_token: str | None = None,
         end_image_token: str | None = None,
         use_thumbnail: bool = True,
+        decoder_start_token_id: int | None = None,
         **kwargs,
     ):
         frame = [token for token in (start_image_token, end_image_token) if token is not None]
@@ -241,6 +244,7 @@ class MMCoconutProcessor(ProcessorMixin):
         self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
         self.start_image_token, self.end_image_token = start_image_token, end_image_token
         self.use_thumbnail = use_thumbnail
+        self.decoder_start_token_id = decoder_start_token_id
         self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
         if chat_template is None:
             chat_template = CHAT_TEMPLATE.replace("BOS", "bos_token" if starts_with_bos(tokenizer) else "''")
@@ -262,6 +266,8 @@ class MMCoconutProcessor(ProcessorMixin):
         image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
         add_special_tokens(tokenizer)
         check_token_ids(tokenizer, config, IMAGE_TOKEN)
+        if config.is_encoder_decoder:
+            kwargs.setdefault("decoder_start_token_id", config.text_config.decoder_start_token_id)
         return cls(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)
 
     @classmethod
@@ -369,6 +375,34 @@ class MMCoconutProcessor(ProcessorMixin):
         pieces = (next(images) if token_id == self.image_token_id else [token_id] for token_id in ids)
         return [token_id for piece in pieces for token_id in piece]
 
+    @property
+    def prompt_names(self) -> tuple[str, str]:
+        """What the model calls the ids, and their mask, that the thoughts stand in and the answer follows."""
+        prefix = "" if self.decoder_start_token_id is None else "decoder_"
+        return f"{prefix}input_ids", f"{prefix}attention_mask"
+
+    def split_prompt(self, prompt: list[int]) -> tuple[list[int], list[int]]:
+        """A prompt as what the encoder reads and what the decoder begins with; a decoder alone begins with all."""
+        if self.decoder_start_token_id is None:
+            return [], prompt
+        thought_ids = self.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
+        end = len(prompt)
+        while end > 0 and prompt[end - 1] in thought_ids:
+            end -= 1
+        return [*prompt[:end], self.tokenizer.eos_token_id], [self.decoder_start_token_id, *prompt[end:]]
+
+    def pad_prompts(self, prompts: Sequence[list[int]], **kwargs) -> dict:
+        """Prompts as one batch: padded on the left where the answer follows, on the right for an encoder.
+
+        Returns:
+            input_ids, attention_mask (B, T), and of an encoder-decoder decoder_input_ids, decoder_attention_mask.
+        """
+        encoder, decoder = zip(*map(self.split_prompt, prompts))
+        batch = dict(zip(self.prompt_names, self.tokenizer.pad({"input_ids": list(decoder)}, **kwargs).values()))
+        if self.decoder_start_token_id is None:
+            return batch
+        return {**batch, **self.tokenizer.pad({"input_ids": list(encoder)}, padding_side="right", **kwargs)}
+
     def encode_text(self, text: str) -> list[int]:
         """Ids of ordinary text: no special tokens are added, and none are read out of it."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
@@ -389,7 +423,7 @@ class MMCoconutProcessor(ProcessorMixin):
             kwargs: of the tokenizer's `pad` (`return_tensors`, `padding`) or, if rendered, of the library's call.
 
         Returns:
-            input_ids, attention_mask (B, T), padded on the left for a batch, and what encode_images gives.
+            what pad_prompts and encode_images give.
 
         Raises:
             ValueError: images and texts differ in number.
@@ -397,7 +431,7 @@ class MMCoconutProcessor(ProcessorMixin):
         if rendered and num_latents is not None:
             raise ValueError("num_latents has no effect on rendered text: give it to apply_chat_template instead.")
         if rendered or kwargs.get("sanitize_control_tokens"):
-            return super().__call__(images=images, text=text, **kwargs)
+            return self.split_batch(super().__call__(images=images, text=text, **kwargs))
         if kwargs.get("truncation"):
             raise ValueError(
                 "truncation=True could cut images or thoughts: shorten the text before, and leave it out."
@@ -421,8 +455,18 @@ class MMCoconutProcessor(ProcessorMixin):
             self.encode_prompt(question, num_tiles=num_tiles, num_latents=count)
             for question, num_tiles, count in zip(texts, tiles, counts)
         ]
-        batch = self.tokenizer.pad({"input_ids": input_ids}, padding=padding, return_tensors=return_tensors)
+        batch = self.pad_prompts(input_ids, padding=padding, return_tensors=return_tensors)
         return BatchFeature({**batch, **pixels}, tensor_type=return_tensors)
+
+    def split_batch(self, batch: BatchFeature) -> BatchFeature:
+        """A rendered batch as an encoder-decoder takes it; as it is for a decoder alone."""
+        if self.decoder_start_token_id is None:
+            return batch
+        rows = zip(batch.pop("input_ids"), batch.pop("attention_mask"))
+        is_list = isinstance(next(iter(batch.values()), []), list)
+        prompts = [[int(token) for token, real in zip(*row) if real] for row in rows]
+        padded = self.pad_prompts(prompts, padding=True, return_tensors=None if is_list else "pt")
+        return BatchFeature({**batch, **padded})
 
     def apply_chat_template(self, conversation, chat_template=None, *, num_latents: int | None = None, **kwargs):
         """As the library's, with this processor's latents and markers; control tokens in messages are plain text.

@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 PUBLIC_NAMES = {
     "MMCoconutConfig": "configuration_mmcoconut",
     "MMCoconutForConditionalGeneration": "modeling_mmcoconut",
+    "MMCoconutForSeq2SeqLM": "seq2seq_mmcoconut",
     "MMCoconutModel": "modeling_mmcoconut",
     "MMCoconutProcessor": "processing_mmcoconut",
     "Curriculum": "curriculum",

@@ -13,7 +13,7 @@ from torch import nn
 from mmcoconut.curriculum import align_rows
 from mmcoconut.data import question_text
 from mmcoconut.data.images import open_images
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.models import load_model
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
 
 
@@ -30,20 +30,10 @@ def image_name(image: Mapping) -> str:
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
-    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run.
-
-    Raises:
-        ValueError: a checkpoint without some of the weights, which the library would draw at random.
-    """
-    options = {"revision": revision} if revision is not None else {}
-    options |= {"trust_remote_code": False}
-    model, info = MMCoconutForConditionalGeneration.from_pretrained(
-        name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), output_loading_info=True, **options
-    )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
-    processor = MMCoconutProcessor.from_pretrained(name, **options)
+    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run."""
+    model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), revision=revision)
+    options = {} if revision is None else {"revision": revision}
+    processor = MMCoconutProcessor.from_pretrained(name, trust_remote_code=False, **options)
     return model.to(device).eval(), processor
 
 
@@ -76,7 +66,7 @@ class Answerer:
 
     def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
         """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width),
-        and num_tiles (images,) where those are tiles.
+        num_tiles (images,) where those are tiles, and of an encoder-decoder also the decoder's prompt.
 
         Raises:
             ValueError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
@@ -92,10 +82,11 @@ class Answerer:
             padding=True,
         )
         begun = torch.tensor([self.processor.encode_text(self.begin_with)] * len(rows), dtype=torch.long)
-        batch["input_ids"] = torch.cat([batch["input_ids"], begun], dim=1)  # (B, T)
-        batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(begun)], dim=1)  # (B, T)
+        ids, mask = self.processor.prompt_names
+        batch[ids] = torch.cat([batch[ids], begun], dim=1)  # (B, T)
+        batch[mask] = torch.cat([batch[mask], torch.ones_like(begun)], dim=1)  # (B, T)
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
-        lengths = batch["attention_mask"].sum(dim=1)  # (B,)
+        lengths = batch[mask].sum(dim=1)  # (B,)
         length, longest = int(lengths.max()), int(lengths.argmax())
         if limit is not None and length + room > limit:
             raise ValueError(
@@ -115,7 +106,8 @@ class Answerer:
         """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; greedily, in one batch."""
         inputs = self.inputs(rows)
         tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
-        new_tokens = tokens[:, inputs["input_ids"].shape[1] :].tolist()  # (B, up to max_new_tokens)
+        prompt_length = inputs[self.processor.prompt_names[0]].shape[1]
+        new_tokens = tokens[:, prompt_length:].tolist()  # (B, up to max_new_tokens)
         eos = self.model.generation_config.eos_token_id
         counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in new_tokens]
         texts = self.processor.tokenizer.batch_decode(
@@ -143,14 +135,16 @@ class Answerer:
             raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
         targets = [self.processor.encode_target([], choice) for choice in row["choices"]]
         inputs = self.inputs([row], room=max(map(len, targets)))
-        prompt = inputs.pop("input_ids")[0].tolist()
+        ids, mask = self.processor.prompt_names
+        prompt = inputs.pop(ids)[0].tolist()
+        inputs.pop(mask)
+        # All else, such as the row's images, once for each choice.
+        inputs = {name: tensor.repeat(len(targets), *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
         batch = align_rows([prompt] * len(targets), targets, pad_id=pad_id, latent_id=latent_id)
-        inputs |= {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        for name in ("pixel_values", "num_tiles"):
-            if name in inputs:  # the row's images once for each choice
-                inputs[name] = inputs[name].repeat(len(targets), *[1] * (inputs[name].ndim - 1))
-        labels = nn.functional.pad(inputs.pop("labels"), (0, 1), value=-100)[:, 1:]  # (B, T)
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        inputs |= {ids: batch["input_ids"], mask: batch["attention_mask"]}
+        labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]  # (B, T)
         hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
         labelled = labels != -100
         log_probs = self.model.lm_head(hidden[labelled]).float().log_softmax(dim=-1)  # (labelled, V)

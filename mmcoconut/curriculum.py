@@ -186,18 +186,36 @@ class CurriculumCollator:
         """Prompt and target of a row under a plan; num_tiles holds the tiles of each of its images."""
         prompt = self.processor.encode_prompt(question_text(row), num_tiles=num_tiles, num_latents=plan.num_latents)
         target = self.processor.encode_target(row["steps"][plan.skipped_steps :], row["answers"][0])
-        self.check_length(row, len(prompt) + len(target), f"the sequence of stage {self.stage}")
+        self.check_length(row, self.longest_part(prompt, len(target)), f"the sequence of stage {self.stage}")
         return prompt, target
+
+    def longest_part(self, prompt: list[int], num_following: int) -> int:
+        """Tokens of a prompt and what follows it; of an encoder-decoder those of the longer side."""
+        encoder, decoder = self.processor.split_prompt(prompt)
+        return max(len(encoder), len(decoder) + num_following)
 
     def pixels(self, rows: Sequence[dict]) -> tuple[dict, list[list[int]]]:
         """What the model reads for all rows' images in order, and the tiles of each image of each row."""
         return self.processor.encode_images([open_images(row) for row in rows], return_tensors="pt")
 
     def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence[int]]) -> dict:
-        """input_ids, attention_mask, labels (B, T), each row under its plan; tiles as `pixels` gives them."""
+        """input_ids, attention_mask, labels (B, T), each row under its plan; tiles as `pixels` gives them.
+
+        For an encoder-decoder these are the decoder's, labels what each column predicts, beside the encoder's.
+        """
         prompts, targets = zip(*(self.encode_row(row, plan_of(row), num) for row, num in zip(rows, tiles)))
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
-        return align_rows(prompts, targets, pad_id=pad_id, latent_id=latent_id)
+        encoder, decoder = zip(*map(self.processor.split_prompt, prompts))
+        batch = align_rows(decoder, targets, pad_id=pad_id, latent_id=latent_id)
+        if not encoder[0]:
+            return batch
+        ids, mask = self.processor.prompt_names
+        return {
+            ids: batch["input_ids"][:, :-1],
+            mask: batch["attention_mask"][:, :-1],
+            "labels": batch["labels"][:, 1:],
+            **self.processor.tokenizer.pad({"input_ids": list(encoder)}, padding_side="right", return_tensors="pt"),
+        }
 
     def __call__(self, rows: Sequence[dict]) -> dict:
         pixels, tiles = self.pixels(rows)
@@ -212,12 +230,10 @@ class CurriculumCollator:
             for row, num_tiles in zip(rows, tiles)
         ]
         for row, prompt in zip(rows, prompts):
-            self.check_length(row, len(prompt) + self.max_new_tokens, "the prompt with max_new_tokens")
-        length = max(len(prompt) for prompt in prompts)
-        left = [length - len(prompt) for prompt in prompts]
+            length = self.longest_part(prompt, self.max_new_tokens)
+            self.check_length(row, length, "the prompt with max_new_tokens")
         return {
-            "input_ids": pad_rows(prompts, self.processor.tokenizer.pad_token_id, left=left, length=length),
-            "attention_mask": pad_rows([[1] * len(prompt) for prompt in prompts], 0, left=left, length=length),
+            **self.processor.pad_prompts(prompts, padding=True, return_tensors="pt"),
             **pixels,
             "index": torch.tensor([row["index"] for row in rows]),
             "supervised": self.supervised(rows, self.evaluation_plan, tiles),

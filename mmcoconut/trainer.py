@@ -81,7 +81,7 @@ class CurriculumTrainer(Trainer):
                 num_beams=1,
                 use_cache=True,
             )
-        return loss, tokens[:, inputs["input_ids"].shape[1] :], index
+        return loss, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], index
 
     def score_answers(self, prediction) -> dict[str, float]:
         """Metrics of generated ids (n, new tokens) padded with -100, and indices (n,) into the evaluation data."""

@@ -1,0 +1,298 @@
+"""MMCoconutForSeq2SeqLM: visual tokens join a text encoder's states, and the decoder thinks before it answers.
+
+    picture  → vision tower → visual tokens ┐
+    question → text encoder → states        ┴→ cross-attention of the decoder: <start> thoughts → answer
+
+The encoder is also the teacher of an alignment: one vector a picture is drawn to the mean of a text's states (JEPA).
+
+Shapes: B batch, S tokens of the encoder, T of the decoder, I images, E visual tokens and states that a row reads, D
+hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForSeq2SeqLM
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_mmcoconut import MMCoconutConfig
+from .latent_mmcoconut import check_thoughts_matter, gather_thoughts
+from .modeling_mmcoconut import (
+    MMCoconutCausalLMOutputWithPast,
+    MMCoconutForConditionalGeneration,
+    MMCoconutModel,
+    MMCoconutModelOutputWithPast,
+)
+
+
+@dataclass
+class MMCoconutEncoderOutput(ModelOutput):
+    """What the decoder reads: states (B, E, D), visual tokens first, and their mask (B, E); image_embeds (I, D)."""
+
+    last_hidden_state: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class MMCoconutSeq2SeqModelOutput(MMCoconutModelOutputWithPast):
+    """The base model's output of the decoder, and encoder_last_hidden_state (B, E, D), image_embeds (I, D)."""
+
+    encoder_last_hidden_state: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+
+
+@dataclass
+class MMCoconutSeq2SeqLMOutput(MMCoconutCausalLMOutputWithPast):
+    """The head's output: loss () of the labels alone, alignment_loss () in [0, 2], and the base model's fields."""
+
+    alignment_loss: torch.Tensor | None = None
+    encoder_last_hidden_state: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+
+
+def alignment_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+    """1 - cosine of each image's vector and its text's, both (I, D), meaned over images.
+
+    Raises:
+        ValueError: another number of texts than of images.
+    """
+    if image_embeds.shape[0] != text_embeds.shape[0]:
+        raise ValueError(
+            f"{image_embeds.shape[0]} images to be aligned with {text_embeds.shape[0]} texts: give a text an image."
+        )
+    return (1 - nn.functional.cosine_similarity(image_embeds, text_embeds, dim=-1)).mean()
+
+
+class MMCoconutSeq2SeqModel(MMCoconutModel):
+    """Vision tower, projector and an encoder-decoder without a head; thoughts happen in the decoder."""
+
+    is_seq2seq = True
+
+    @staticmethod
+    def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
+        """Encoder and decoder with random weights."""
+        return AutoModel.from_config(config.text_config)
+
+    def get_decoder(self):
+        return self.language_model.get_decoder()
+
+    def get_encoder(self, modality: str | None = None):
+        return super().get_encoder(modality) if modality is not None else self.language_model.get_encoder()
+
+    @torch.no_grad()
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The teacher's vector of texts (n, S): its encoder's states meaned over the tokens, L2-normalised; (n, D)."""
+        states = self.get_encoder()(input_ids, attention_mask=attention_mask).last_hidden_state  # (n, S, D)
+        mask = attention_mask[..., None].to(states.dtype)  # (n, S, 1)
+        return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+    def encode(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        num_tiles: torch.Tensor | None = None,
+        **kwargs,
+    ) -> MMCoconutEncoderOutput:
+        """What the decoder is to read of questions (B, S) and their images; placeholders are not read as text.
+
+        Raises:
+            ValueError: placeholders and images differ in number.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)  # (B, S)
+        text_mask = attention_mask * (input_ids != self.config.image_token_id)  # (B, S)
+        states = self.get_encoder()(input_ids, attention_mask=text_mask).last_hidden_state  # (B, S, D)
+        image_features, image_outputs = states[0, :0], None  # (0, D)
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, num_tiles=num_tiles, return_dict=True)
+            image_features = torch.cat(list(image_outputs.pooler_output), dim=0).to(states)  # (I, P · D)
+        image_mask = self.get_placeholder_mask(input_ids, states, image_features)  # (B, S)
+        self.check_whole_images(image_mask, num_tiles)
+        read = self.fuse(states, image_features, image_mask, attention_mask)
+        return MMCoconutEncoderOutput(
+            last_hidden_state=read["encoder_hidden_states"],
+            attention_mask=read["encoder_attention_mask"],
+            image_embeds=getattr(image_outputs, "image_embeds", None),
+            image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
+        )
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: MMCoconutEncoderOutput | None = None,
+        past_key_values: Cache | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_thoughts: bool = False,
+        **kwargs,
+    ) -> tuple | MMCoconutSeq2SeqModelOutput:
+        """Encode question and images, then run the decoder; each latent reads the state of the column before it.
+
+        Args:
+            input_ids (B, S), attention_mask (B, S), pixel_values, num_tiles: as `encode` takes them; or
+            encoder_outputs: what it gave.
+            decoder_input_ids (B, T), decoder_attention_mask (B, past + T): the decoder's text, latents included.
+            past_key_values, use_cache, output_thoughts: as in MMCoconutModel.forward.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles)
+        inputs_embeds = self.get_input_embeddings()(decoder_input_ids)  # (B, T, D)
+        latent_mask = decoder_input_ids == self.config.latent_token_id  # (B, T)
+        outputs = self.run_decoder(
+            latent_mask,
+            inputs_embeds,
+            attention_mask=decoder_attention_mask,
+            position_ids=None,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_attention_mask=encoder_outputs.attention_mask,
+            **kwargs,
+        )
+        thoughts, thought_mask = (
+            gather_thoughts(outputs.inputs_embeds, latent_mask) if output_thoughts else (None, None)
+        )
+        return MMCoconutSeq2SeqModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            image_hidden_states=encoder_outputs.image_hidden_states,
+            thoughts=thoughts,
+            thought_mask=thought_mask,
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            image_embeds=encoder_outputs.image_embeds,
+        )
+
+
+class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
+    """MMCoconutSeq2SeqModel with a language-model head; `image_fusion: encoder`.
+
+    The decoder's prompt, `decoder_input_ids`, holds the thoughts; the processor of such a model returns it.
+    """
+
+    base_class = MMCoconutSeq2SeqModel
+    text_auto_class = AutoModelForSeq2SeqLM
+
+    def get_encoder(self, modality: str | None = None):
+        return self.model.get_encoder(modality)
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.model.get_text_features(input_ids, attention_mask)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, **kwargs):
+        """Stock `generate()` over what `encode` gives, which is computed once, before any decoding step."""
+        if encoder_outputs is None:
+            input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+            images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles")}
+            with torch.no_grad():
+                encoder_outputs = self.model.encode(input_ids, kwargs.pop("attention_mask", None), **images)
+        kwargs["attention_mask"] = encoder_outputs.attention_mask
+        # Not this class's parent, whose generate() checks images that are read in the text.
+        return super(MMCoconutForConditionalGeneration, self).generate(
+            None, *args, encoder_outputs=encoder_outputs, **kwargs
+        )
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Labels (B, T) moved right by one behind the decoder's start token; -100 becomes the pad token."""
+        text_config = self.config.text_config
+        start = labels.new_full((labels.shape[0], 1), text_config.decoder_start_token_id)  # (B, 1)
+        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, text_config.pad_token_id)], dim=1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: MMCoconutEncoderOutput | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        alignment_input_ids: torch.LongTensor | None = None,
+        alignment_attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_thoughts: bool = False,
+        **kwargs,
+    ) -> tuple | MMCoconutSeq2SeqLMOutput:
+        """The base model, its head, the loss of the labels, and the alignment loss.
+
+        Args:
+            labels (B, T): what each column of decoder_input_ids is to predict, -100 where nothing; not shifted inside.
+                Without decoder_input_ids these are made of them.
+            alignment_input_ids, alignment_attention_mask (I, S): a text an image, whose vector the image's is drawn
+                to. With them and neither labels nor decoder_input_ids the decoder does not run.
+            The rest as in MMCoconutSeq2SeqModel.forward, logits_to_keep as in MMCoconutForConditionalGeneration.
+
+        Raises:
+            ValueError: a latent after the last labelled token of its row; texts for images that have no vector.
+        """
+        aligned = None
+        if encoder_outputs is None:
+            encoder_outputs = self.model.encode(input_ids, attention_mask, pixel_values, num_tiles)
+        if alignment_input_ids is not None:
+            aligned = self.align(encoder_outputs.image_embeds, alignment_input_ids, alignment_attention_mask)
+        if decoder_input_ids is None and labels is None and aligned is not None:
+            return MMCoconutSeq2SeqLMOutput(alignment_loss=aligned, image_embeds=encoder_outputs.image_embeds)
+        if decoder_input_ids is None and labels is not None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
+        if labels is not None:
+            check_thoughts_matter(decoder_input_ids == self.config.latent_token_id, labels != -100)
+        outputs = self.model(
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            output_thoughts=output_thoughts,
+            **kwargs,
+        )
+        loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        return MMCoconutSeq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            alignment_loss=aligned,
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
+        )
+
+    def align(self, image_embeds, alignment_input_ids, alignment_attention_mask) -> torch.Tensor:
+        """The alignment loss of a batch's images and their texts."""
+        if image_embeds is None:
+            raise ValueError(
+                "There are texts to align images with, but no image vectors: pass pixel_values, and take a projector "
+                f"that makes them, pooled_prefix or attention_prefix, not {self.config.projector_type}."
+            )
+        return alignment_loss(image_embeds, self.get_text_features(alignment_input_ids, alignment_attention_mask))
+
+    @classmethod
+    def from_backbones(cls, *args, **kwargs):
+        """As MMCoconutForConditionalGeneration.from_backbones, with an encoder-decoder such as BART for its text."""
+        model = super().from_backbones(*args, **{"image_fusion": "encoder", **kwargs})
+        model.generation_config.update(decoder_start_token_id=model.config.text_config.decoder_start_token_id)
+        return model
+
+    @staticmethod
+    def language_part(causal_lm: PreTrainedModel) -> PreTrainedModel:
+        """Encoder and decoder, without the head."""
+        return causal_lm.base_model
+
+
+MMCoconutForSeq2SeqLM.register_for_auto_class("AutoModelForSeq2SeqLM")
+
+__all__ = ["MMCoconutForSeq2SeqLM", "MMCoconutSeq2SeqModel"]
