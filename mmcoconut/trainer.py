@@ -5,9 +5,11 @@ from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmcoconut.answering import count_generated
 from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+from mmcoconut.lora import ADAPTER_FOLDER, load_adapter, merged_model
 from mmcoconut.processing_mmcoconut import parse_answer
 from mmcoconut.scoring import score
 
@@ -118,6 +120,28 @@ class CurriculumTrainer(Trainer):
         if self.is_world_process_zero():
             record = json.dumps({**metrics, "global_step": self.state.global_step}, indent=2)
             (folder / STAGE_FILE).write_text(record + "\n")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the library's; of a model with an adapter, a whole model and the adapter in a folder inside.
+
+        Only what a run resumes from, checkpoint-n, is the adapter alone.
+        """
+        adapted, folder = self.model, Path(output_dir or self.args.output_dir)
+        if not adapted._hf_peft_config_loaded or folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            return super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            adapted.save_pretrained(folder / ADAPTER_FOLDER, state_dict=state_dict)
+            self.model = merged_model(adapted)
+            try:
+                super()._save(output_dir)
+            finally:
+                self.model = adapted
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.model._hf_peft_config_loaded:
+            load_adapter(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: train_hf.py writes README.md from model_card.md, and a push must not write over it."""
