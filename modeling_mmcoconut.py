@@ -46,9 +46,11 @@ from .latent_mmcoconut import (
     ReplayCache,
     ThinkOutput,
     ThoughtFeed,
+    agreed_columns,
     check_has_predecessor,
     check_thoughts_matter,
     gather_thoughts,
+    is_sharded,
     latent_columns,
     think,
 )
@@ -394,13 +396,18 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return ReplayCache(text_config.num_hidden_layers)
 
     def thought_columns(self, latent_mask: torch.Tensor, attention_mask, past_key_values, kwargs: dict) -> list[int]:
-        """Where hidden states are fed back in this call: nowhere with `pause`, nor in a compiled decoding step."""
+        """Where hidden states are fed back in this call: nowhere with `pause`, nor in a compiled decoding step.
+
+        Under FSDP the sequence is cut at further columns, so that all processes make the same number of passes.
+        """
         if self.config.thought_mode == "pause":
             return []
         if latent_mask.shape[1] == 1 and torch.compiler.is_compiling():
             torch._assert_async(~latent_mask.any(), "A compiled step of one token cannot read a thought.")
             return []
         columns = latent_columns(latent_mask)
+        if is_sharded(self.language_model):
+            columns = agreed_columns(columns, latent_mask.shape[1], latent_mask.device)
         if columns and kwargs.get("cache") is not None:
             raise NotImplementedError(
                 "Continuous batching packs requests into one pass, and thoughts need a pass each: use generate()."
