@@ -130,6 +130,15 @@ def is_sharded(decoder: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in decoder.modules())
 
 
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the whole of one that FSDP2 has cut into shards; every process must call this."""
+    if not dist.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor  # not in a build of torch without torch.distributed
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def agreed_columns(columns: list[int], num_columns: int, device: torch.device) -> list[int]:
     """The columns, and as many more as the process with the most decoder passes needs; every process must call this.
 

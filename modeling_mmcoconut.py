@@ -53,6 +53,7 @@ from .latent_mmcoconut import (
     is_sharded,
     latent_columns,
     think,
+    whole_tensor,
 )
 
 
@@ -365,7 +366,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         """Mean norm of the token embeddings, without gradient; None where thoughts are not scaled by it."""
         if self.config.thought_norm != "embedding":
             return None
-        return self.get_input_embeddings().weight.detach().norm(dim=-1).mean()
+        norms = self.get_input_embeddings().weight.detach().norm(dim=-1)  # (V,)
+        return whole_tensor(norms).mean()
 
     def check_length(self, num_columns: int, position_ids: torch.Tensor | None, past_key_values: Cache | None) -> None:
         """Raise before an embedding of positions is read past its end; single decoding steps are not looked at."""

@@ -44,7 +44,7 @@ LIMITS = (
 REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
     "load_best_model_at_end": "accuracies of different stages do not compare; stages/ keeps the best of each",
-    "fsdp": "ranks may run different numbers of decoder passes and would wait for each other: use DDP",
+    "fsdp": "it belongs to the machine: accelerate launch --config_file recipes/accelerate/fsdp2_8gpu.yaml",
     "dataloader_persistent_workers": "workers that persist keep stage 0 for the whole run: remove this key",
 }
 # What a comparison does by itself, or what its runs would do to each other.

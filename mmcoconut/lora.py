@@ -5,7 +5,6 @@ peft's own files, and a whole model with the adapter added to its weights, which
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
 
-import copy
 import dataclasses
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
 
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
+from mmcoconut.saving import ordinary_model
 
 
 if is_peft_available():  # an optional extra; recipes with `lora` are refused without it
@@ -111,9 +111,4 @@ def merged_model(model):
         elif isinstance(module, ModulesToSaveWrapper):
             trained = module.modules_to_save[ADAPTER_NAME].state_dict()
             weights |= {f"{path}.{name}": tensor for name, tensor in trained.items()}
-    with torch.device("meta"):
-        merged = type(model)(copy.deepcopy(model.config))
-    merged.load_state_dict({key: weights[key] for key in merged.state_dict()}, assign=True)
-    merged.tie_weights()
-    merged.generation_config = copy.deepcopy(model.generation_config)
-    return merged
+    return ordinary_model(type(model), model, weights)
