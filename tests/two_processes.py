@@ -14,11 +14,14 @@ from tiny import batch_of, last_labels, ragged_rows, tiny_model, words
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from mmcoconut.lora import add_lora
+
 
 # wrapper, decoder, whether layers are checkpointed
 CASES = (
     ("ddp", "gpt2", False),
     ("ddp", "qwen2", True),
+    ("ddp", "qwen2 with lora", True),
     ("fsdp", "gpt2", False),
     ("fsdp", "qwen2", False),
     ("fsdp", "qwen2", True),
@@ -26,7 +29,14 @@ CASES = (
 
 
 def make_model(text: str):
-    return tiny_model(text, thought_norm="projection")
+    """The same in every process; an adapter is given values, as its second matrix begins with zeros."""
+    model = tiny_model(text.removesuffix(" with lora"), thought_norm="projection")
+    if text.endswith(" with lora"):
+        add_lora(model, {"r": 4})
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
 
 
 def rows_of(config, rank: int) -> list[list[int]]:
