@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
@@ -161,6 +162,47 @@ def latent_columns(latent_mask: torch.Tensor) -> list[int]:
     return latent_mask.any(dim=0).nonzero().flatten().tolist()
 
 
+def is_sharded(decoder: nn.Module) -> bool:
+    """Whether FSDP2 gathers the decoder's weights at every pass, so that all processes must make as many passes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # not in a build of torch without torch.distributed
+
+    return any(isinstance(module, FSDPModule) for module in decoder.modules())
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the whole of one that FSDP2 has cut into shards; every process must call this."""
+    if not dist.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor  # not in a build of torch without torch.distributed
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def agreed_columns(columns: list[int], num_columns: int, device: torch.device) -> list[int]:
+    """The columns, and as many more as the process with the most decoder passes needs; every process must call this.
+
+    At an additional column no row has a latent, so the sequence is only cut there: the same keys and values in two
+    passes. They come first, where a pass has the fewest keys to attend to.
+
+    Raises:
+        ValueError: in every process, if one of them has fewer columns than another has passes.
+    """
+    num_passes = len({0, *columns})
+    most = torch.tensor([num_passes, -num_columns], device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    most_passes, least_columns = most[0].item(), -most[1].item()
+    if most_passes > least_columns:
+        raise ValueError(
+            f"With FSDP every process runs the decoder {most_passes} times in this step, as one of them has so many "
+            f"latents, but the sequence of another has {least_columns} columns to be cut into: batch rows of similar "
+            "lengths, or use fewer latents."
+        )
+    free = [column for column in range(1, num_columns) if column not in columns]
+    return sorted([*columns, *free[: most_passes - num_passes]])
+
+
 def check_has_predecessor(latent_mask: torch.Tensor, attention_mask: torch.Tensor | None, has_past: bool) -> None:
     """A thought is the state of the column before it, which must be a token of the same row.
 
@@ -250,7 +292,8 @@ def think(
 
     Args:
         decoder: called as a Hugging Face base model; must write `past_key_values`.
-        columns: where thoughts are read, from `latent_columns(latent_mask)`; empty where nothing is fed back.
+        columns: where thoughts are read, from `latent_columns(latent_mask)`; empty where nothing is fed back. At one
+            where no row has a latent the sequence is cut, and nothing else.
         feed: (B, D) hidden states → (B, D) embeddings.
         previous (B, D): the hidden state of the column before the first; needed only if that is a latent column.
         attention_mask (B, past + T) or None; position_ids (B, T) or None.

@@ -53,11 +53,14 @@ from .latent_mmcoconut import (
     ReplayCrossCache,
     ThinkOutput,
     ThoughtFeed,
+    agreed_columns,
     check_has_predecessor,
     check_thoughts_matter,
     gather_thoughts,
+    is_sharded,
     latent_columns,
     think,
+    whole_tensor,
 )
 from .projectors_mmcoconut import build_projector
 
@@ -226,6 +229,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
     @staticmethod
     def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
         """The decoder with random weights; of an encoder-decoder architecture its decoder alone."""
+        if getattr(config.text_config, "decoder_layers", None) is None:
+            return AutoModel.from_config(config.text_config)
         return AutoModelForCausalLM.from_config(config.text_config).get_decoder()
 
     def get_input_embeddings(self):
@@ -355,7 +360,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         """Mean norm of the token embeddings, without gradient; None where thoughts are not scaled by it."""
         if self.config.thought_norm != "embedding":
             return None
-        return self.get_input_embeddings().weight.detach().norm(dim=-1).mean()
+        norms = self.get_input_embeddings().weight.detach().norm(dim=-1)  # (V,)
+        return whole_tensor(norms).mean()
 
     def check_length(self, num_columns: int, position_ids: torch.Tensor | None, past_key_values: Cache | None) -> None:
         """Raise before an embedding of positions is read past its end; single decoding steps are not looked at."""
@@ -386,13 +392,18 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return ReplayCache()
 
     def thought_columns(self, latent_mask: torch.Tensor, attention_mask, past_key_values, kwargs: dict) -> list[int]:
-        """Where hidden states are fed back in this call: nowhere with `pause`, nor in a compiled decoding step."""
+        """Where hidden states are fed back in this call: nowhere with `pause`, nor in a compiled decoding step.
+
+        Under FSDP the sequence is cut at further columns, so that all processes make the same number of passes.
+        """
         if self.config.thought_mode == "pause":
             return []
         if latent_mask.shape[1] == 1 and torch.compiler.is_compiling():
             torch._assert_async(~latent_mask.any(), "A compiled step of one token cannot read a thought.")
             return []
         columns = latent_columns(latent_mask)
+        if is_sharded(self.language_model):
+            columns = agreed_columns(columns, latent_mask.shape[1], latent_mask.device)
         if columns and kwargs.get("cache") is not None:
             raise NotImplementedError(
                 "Continuous batching packs requests into one pass, and thoughts need a pass each: use generate()."

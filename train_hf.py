@@ -19,6 +19,7 @@ from mmcoconut.compare import compare
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import drop_unreadable, load_examples, nearest, question_text
 from mmcoconut.data.images import open_images
+from mmcoconut.lora import add_lora
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.provenance import provenance
@@ -171,6 +172,8 @@ def build(model_args, curriculum_args, train_set):
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
     freeze(model, model_args.freeze)
+    if model_args.lora is not None:
+        add_lora(model, model_args.lora)
     return model, processor
 
 
@@ -331,6 +334,7 @@ def save_results(trainer, *, arguments, test: dict, train_seconds: float, skippe
         "train_steps": trainer.state.global_step,
         "unreadable_images": skipped,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "processes": trainer.args.world_size,
         **provenance(trainer.args.device),
     }

@@ -14,11 +14,13 @@ from huggingface_hub.dataclasses import StrictDataclassFieldValidationError, val
 from transformers import CONFIG_MAPPING, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.utils import is_peft_available
 
 from mmcoconut.coconut_recipes import COCONUT_KEYS, translate_coconut_keys
 from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
 from mmcoconut.curriculum import MODES, THINKING_MODES
 from mmcoconut.data import DATASETS
+from mmcoconut.lora import lora_fields
 from mmcoconut.processing_mmcoconut import MARKERS
 from mmcoconut.recipe_files import (
     BASE,
@@ -57,7 +59,7 @@ LIMITS = (
 REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
     "load_best_model_at_end": "accuracies of different stages do not compare; stages/ keeps the best of each",
-    "fsdp": "ranks may run different numbers of decoder passes and would wait for each other: use DDP",
+    "fsdp": "it belongs to the machine: accelerate launch --config_file recipes/accelerate/fsdp2_8gpu.yaml",
     "dataloader_persistent_workers": "workers that persist keep stage 0 for the whole run: remove this key",
 }
 # What a comparison does by itself, or what its runs would do to each other.
@@ -113,6 +115,7 @@ class ModelArguments:
     thought_norm: str = HfArg(default="none", help="What is done to a thought before it is fed back.")
     markers: str = HfArg(default="both", help="Which of <|start-latent|> and <|end-latent|> frame the thoughts.")
     freeze: list[str] = HfArg(default_factory=list, help="Sub-modules that are not trained, such as vision_tower.")
+    lora: dict | None = HfArg(default=None, help="Train adapters: fields of peft.LoraConfig; {} for the defaults.")
     new_token_init: str | None = HfArg(default=None, help="Token that new embeddings copy; default: their mean.")
     attn_implementation: str | None = HfArg(default=None, help="Attention function, as in from_pretrained.")
 
@@ -281,6 +284,8 @@ def _conflicts(values: dict):
             yield key, 0, f"`mode: {thinking[0]}` would have no latents: set 1 or more, or `mode: no_thoughts`"
     if values["dataset_options"].get("images_required") is False and values["dataset_options"].get("image_root"):
         yield "dataset_options.images_required", False, "no image would be read from `image_root`: keep one"
+    if values["lora"] is not None and values.get("push_to_hub") and values.get("hub_strategy") != "end":
+        yield "hub_strategy", values.get("hub_strategy"), "a checkpoint with `lora` is no whole model to push: set end"
     for key in REFUSED:
         if values.get(key):
             yield key, values[key], REFUSED[key]
@@ -320,6 +325,18 @@ def _nested(values: dict):
                 yield f"{part}.{key}", config[key], f"{cls.__name__} has no such field{_nearest(key, valid)}"
 
 
+def _lora(values: dict):
+    """Fields that peft.LoraConfig does not have."""
+    lora = values["lora"]
+    if lora is None:
+        return
+    if not is_peft_available():
+        yield "lora", lora, "adapters need peft: pip install 'mmcoconut[lora]'"
+        return
+    for key in sorted(lora.keys() - lora_fields()):
+        yield f"lora.{key}", lora[key], f"peft.LoraConfig has no such field{_nearest(key, lora_fields())}"
+
+
 def _missing(values: dict):
     """The paths that lead nowhere; a Hub id is not looked up."""
     for key in FOLDERS:
@@ -342,7 +359,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
     built = [cls(**part) for cls, part in zip(CLASSES[:-1], parts[:-1], strict=True)]
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
-    found = [*_conflicts(complete), *_comparison(complete), *_nested(complete)]
+    found = [*_conflicts(complete), *_comparison(complete), *_nested(complete), *_lora(complete)]
     found += [] if values.get("smoke_test") else _missing(complete)
     problems += [problem for problem in found if problem[0] not in wrong]
     if values.get("smoke_test") and not torch.cuda.is_available():

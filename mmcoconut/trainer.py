@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmcoconut.answering import count_generated
 from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+from mmcoconut.lora import ADAPTER_FOLDER, load_adapter, merged_model
 from mmcoconut.processing_mmcoconut import parse_answer
+from mmcoconut.saving import ordinary_model
 from mmcoconut.scoring import figures_of, score
 
 
@@ -18,6 +21,33 @@ STAGE_FILE = "stage.json"
 def with_index(dataset):
     """The rows with their number in `index`, by which metrics and `uniform_prob` know them."""
     return dataset if "index" in dataset.column_names else dataset.add_column("index", list(range(len(dataset))))
+
+
+def check_sharding(plugin, *, adapted: bool) -> None:
+    """Refuse the ways of sharding that would hang, or leave no model behind.
+
+    Raises:
+        ValueError: FSDP of version 1; weights that are not gathered for saving; FSDP with LoRA.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version is {plugin.fsdp_version}: set 2, or use DDP.")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"fsdp_state_dict_type is {plugin.state_dict_type}, which leaves no model to load: set FULL_STATE_DICT."
+        )
+    if adapted:
+        raise ValueError("`lora` is not merged from sharded weights: use DDP, or remove `lora`.")
+
+
+class ShardingCallback(TrainerCallback):
+    """Gives parameters that a sharded model did not use in a step a gradient of zero.
+
+    Processes must reduce the same gradients, and one of them may have a batch without images; and an optimizer is not
+    restored without a state of every parameter.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.set_reduce_scatter_unused_params(True)
 
 
 class CurriculumTrainer(Trainer):
@@ -47,6 +77,10 @@ class CurriculumTrainer(Trainer):
         if kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"] = with_index(kwargs["train_dataset"])
         super().__init__(data_collator=data_collator, **kwargs)
+        self.model_class = type(self.model)  # before it is sharded, which changes it
+        if self.is_fsdp_enabled:
+            check_sharding(self.accelerator.state.fsdp_plugin, adapted=self.model._hf_peft_config_loaded)
+            self.add_callback(ShardingCallback())
         self.compute_metrics = self.score_answers
         self.curriculum_collator, self.metric = data_collator, metric
         self.add_callback(CurriculumCallback(data_collator, reset_optimizer=reset_optimizer))
@@ -80,6 +114,8 @@ class CurriculumTrainer(Trainer):
                 do_sample=False,
                 num_beams=1,
                 use_cache=True,
+                # A process that is done goes on calling the shards that others still need.
+                synced_gpus=self.is_fsdp_enabled or None,
             )
         return loss, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], index
 
@@ -121,6 +157,33 @@ class CurriculumTrainer(Trainer):
         if self.is_world_process_zero():
             record = json.dumps({**metrics, "global_step": self.state.global_step}, indent=2)
             (folder / STAGE_FILE).write_text(record + "\n")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the library's, but always an ordinary model: of one with an adapter, the merged one and, in a folder
+        inside, the adapter; of a sharded one, its own class, whose code goes with it, with the gathered weights.
+
+        Only what a run with an adapter resumes from, checkpoint-n, is the adapter alone.
+        """
+        trained, folder = self.model, Path(output_dir or self.args.output_dir)
+        adapted, sharded = trained._hf_peft_config_loaded, type(trained) is not self.model_class
+        resumed_from = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        if not self.args.should_save or not (sharded or adapted) or (adapted and resumed_from):
+            return super()._save(output_dir, state_dict)
+        if adapted:
+            trained.save_pretrained(folder / ADAPTER_FOLDER)
+            self.model = merged_model(trained)
+        else:
+            self.model = ordinary_model(self.model_class, trained, state_dict)
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.model._hf_peft_config_loaded:
+            load_adapter(self.model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: train_hf.py writes README.md from model_card.md, and a push must not write over it."""

@@ -275,7 +275,7 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("{mode: pause, c_thought: 0}", "c_thought", 0, "no latents"),
         ("fp16: true\nbf16: true", "TrainingArguments", "ValueError", "fp16"),
         ("load_best_model_at_end: true", "load_best_model_at_end", True, "stages/ keeps the best of each"),
-        ("fsdp: full_shard", "fsdp", "full_shard", "use DDP"),
+        ("fsdp: full_shard", "fsdp", "full_shard", "fsdp2_8gpu.yaml"),
         ("do_train: false", "model", None, "nothing to evaluate: name a checkpoint"),
         ("compare: cot,coconot", "compare", "coconot", "did you mean `coconut`?"),
         ("compare: [cot, nocot]", "compare", "nocot", "did you mean `no_cot`?"),

@@ -157,8 +157,10 @@ def test_resuming_restores_towers_with_older_key_names(recipe, tmp_path, tower, 
 
 @pytest.mark.parametrize("checkpointing", ["false", "true"])
 def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path, checkpointing):
-    train_hf.main([recipe, "--output_dir", str(tmp_path / "one")])
-    options = ["--per_device_train_batch_size", "4", "--activation_checkpointing", checkpointing]
+    """Also where the processes' batches have different numbers of latents."""
+    ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "one"), *ragged])
+    options = [*ragged, "--per_device_train_batch_size", "4", "--activation_checkpointing", checkpointing]
     launch(recipe, tmp_path / "two", *options, processes=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(one) == list(two) == list(range(1, 19))

@@ -1,0 +1,140 @@
+"""Two processes whose batches differ in their latents: nothing waits for ever, and together they equal one process."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from test_train import losses, recipe  # noqa: F401  (a fixture)
+from tiny import batch_of, last_labels
+from two_processes import CASES, make_model, prompt, rows_of
+
+import train_hf
+from mmcoconut.answering import load_checkpoint
+from mmcoconut.latent_mmcoconut import latent_columns
+from mmcoconut.trainer import check_sharding
+
+
+TESTS = Path(__file__).parent
+ACCELERATE = sorted((TESTS.parent / "recipes" / "accelerate").glob("*.yaml"))
+SECONDS = 240  # a process that waits for the other for ever fails the tests here
+QWEN2 = {"model_type": "qwen2", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+QWEN2 |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+
+
+def torchrun(script: str, *arguments: str, **variables: str) -> None:
+    """The script in two processes; accelerate's own launcher starts one on a machine without GPUs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    paths = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths, **variables}
+    command += [str(TESTS / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def launched(config: Path):
+    """The options of `accelerate launch --config_file config train_hf.py`, as it reads and completes them."""
+    words = ["--config_file", str(config), "train_hf.py", "recipe.yaml"]
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What the two processes found; all cases in one launch, as starting them takes longest."""
+    folder = tmp_path_factory.mktemp("processes")
+    torchrun("two_processes.py", str(folder))
+    return torch.load(folder / "found.pt")
+
+
+def test_the_two_processes_differ_in_their_passes():
+    model = make_model("gpt2")
+    masks = [
+        batch_of(model, rows_of(model.config, rank))["input_ids"] == model.config.latent_token_id for rank in (0, 1)
+    ]
+    assert [len(latent_columns(mask)) for mask in masks] == [6, 0]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ragged_latents_give_the_joined_batch_its_loss_and_gradients(found, case):
+    model = make_model(case[1]).train()
+    batch = batch_of(model, [row for rank in (0, 1) for row in rows_of(model.config, rank)])
+    loss = model(**batch, labels=last_labels(batch)).loss
+    loss.backward()
+    assert found[case]["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
+    gradients = found[case]["gradients"]
+    expected = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert {name for name in gradients if gradients[name] is not None} >= expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("text", ["gpt2", "qwen2"])
+def test_sharded_model_generates_what_a_whole_one_does_from_ragged_prompts(found, text):
+    model = make_model(text)
+    for rank, tokens in enumerate(found["generate", text]):
+        expected = model.generate(**prompt(model, rank), max_new_tokens=4 + rank)
+        assert torch.equal(tokens, expected), rank
+
+
+def test_sequence_too_short_to_be_cut_is_refused_in_both_processes(found):
+    message = "every process runs the decoder 3 times in this step, .* another has 2 columns"
+    assert all(re.search(message, error) for error in found["too short"]), found["too short"]
+
+
+def test_sharded_training_saves_and_resumes_and_equals_one_process(recipe, tmp_path):  # noqa: F811
+    """With `fsdp2_8gpu.yaml`, whose settings the launcher hands over in the environment."""
+    fsdp = prepare_multi_gpu_env(launched(TESTS.parent / "recipes" / "accelerate" / "fsdp2_8gpu.yaml"))
+    fsdp = {name: value for name, value in fsdp.items() if "FSDP" in name}
+    ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false", "--thought_norm", "embedding"]
+    ragged += ["--num_train_epochs", "2"]
+    options = [*ragged, "--text_config", json.dumps({**QWEN2, "tie_word_embeddings": False})]
+    one, whole, resumed = tmp_path / "one", tmp_path / "whole", tmp_path / "resumed"
+    results = train_hf.main([recipe, "--output_dir", str(one), *options])
+    options += ["--per_device_train_batch_size", "4"]
+    torchrun("fsdp_on_cpu.py", recipe, "--output_dir", str(whole), *options, **fsdp)
+    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
+    options += ["--resume_from_checkpoint", "true", "--activation_checkpointing"]
+    torchrun("fsdp_on_cpu.py", recipe, "--output_dir", str(resumed), *options, **fsdp)
+    expected = load_checkpoint(str(one))[0].state_dict()
+    for folder in (whole, resumed):
+        assert list(losses(folder).values()) == pytest.approx(list(losses(one).values()), abs=2e-4)
+        stages = json.loads((folder / "results.json").read_text())["stages"]
+        assert [row["generated_tokens"] for row in stages] == [row["generated_tokens"] for row in results["stages"]]
+        for name, weight in load_checkpoint(str(folder))[0].state_dict().items():
+            torch.testing.assert_close(weight, expected[name], atol=1e-3, rtol=0, msg=name)
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"]["AutoModelForImageTextToText"].startswith("modeling_mmcoconut.MMCoconut")
+        assert (folder / "modeling_mmcoconut.py").exists() and (folder / "latent_mmcoconut.py").exists()
+
+
+@pytest.mark.parametrize(
+    "changed, adapted, message",
+    [
+        ({"fsdp_version": 1}, False, "fsdp_version is 1: set 2"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, False, "leaves no model to load: set FULL_STATE_DICT"),
+        ({}, True, "`lora` is not merged from sharded weights"),
+    ],
+)
+def test_sharding_that_leaves_no_model_is_refused(changed, adapted, message):
+    plugin = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    check_sharding(SimpleNamespace(**plugin), adapted=False)
+    with pytest.raises(ValueError, match=message):
+        check_sharding(SimpleNamespace(**{**plugin, **changed}), adapted=adapted)
+
+
+@pytest.mark.parametrize("config", ACCELERATE, ids=lambda path: path.name)
+def test_file_for_accelerate_has_no_key_that_accelerate_lacks(config):
+    read = load_config_from_file(str(config))  # refuses unknown keys, but for those of fsdp_config
+    assert read.num_processes in (1, 8 * read.num_machines)
+    assert (read.fsdp_config or {}).keys() <= vars(launched(config)).keys()
+    for key, value in (read.fsdp_config or {}).items():
+        assert str(getattr(launched(config), key)).lower() == str(value).lower(), key
