@@ -40,6 +40,7 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second")
 CONFIG_FIELDS = (
     "image_fusion",
     "projector_type",
+    "projector_num_heads",
     "num_visual_tokens",
     "image_pooling",
     "alignment_adapter",
