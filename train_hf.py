@@ -35,6 +35,8 @@ from mmcoconut.trainer import CurriculumTrainer
 
 logger = logging.getLogger("mmcoconut")
 
+# Of an evaluation; what else it measures are the figures of the metric and of the objective.
+COMMON_FIGURES = ("accuracy", "generated_tokens", "loss", "n", "num_latents", "stage")
 SPEED = ("runtime", "samples_per_second", "steps_per_second")
 # Fields of the model's configuration that a recipe sets when it builds a model out of backbones.
 CONFIG_FIELDS = (
@@ -357,7 +359,10 @@ def save_results(trainer, *, arguments, test: dict, train_seconds: float, skippe
 def report(results: dict) -> None:
     print(stage_table(results["stages"]))
     if results["test"]:
-        print(f"test split, last stage: {percent(results['test']['test_accuracy'])} of {results['test']['test_n']}")
+        test = {name.removeprefix("test_"): value for name, value in results["test"].items()}
+        print(f"test split, last stage: {percent(test['accuracy'])} of {test['n']} by {results['metric']}")
+        others = [name for name in test if name not in (*COMMON_FIGURES, *SPEED, results["metric"])]
+        print("\n".join(f"  {name}: {test[name]:.4g}" for name in others if isinstance(test[name], (int, float))))
     for message in results["unreadable_images"]:
         print(f"left out: {message}")
 
