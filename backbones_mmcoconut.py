@@ -183,13 +183,19 @@ def check_plain_head(causal_lm: PreTrainedModel) -> None:
     """Logits must be states times one matrix (V, D), as ours are; found by running a token.
 
     Raises:
-        ValueError: a language model that shifts, scales or caps its logits.
+        ValueError: a language model that shifts, scales or caps its logits, or has no part without its head.
     """
+    if causal_lm.base_model is causal_lm:
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no part without its head, which thoughts are states of: take an "
+            "encoder-decoder that has one (BART, mBART, Marian)."
+        )
     head, training = causal_lm.get_output_embeddings(), causal_lm.training
     token = torch.zeros(1, 1, dtype=torch.long, device=causal_lm.device)
+    inputs = {"input_ids": token, **({"decoder_input_ids": token} if causal_lm.config.is_encoder_decoder else {})}
     causal_lm.eval()
-    logits = causal_lm.base_model(token).last_hidden_state @ head.weight.T  # (1, 1, V)
-    plain = head.bias is None and torch.allclose(causal_lm(token).logits, logits, rtol=1e-3, atol=1e-3)
+    logits = causal_lm.base_model(**inputs).last_hidden_state @ head.weight.T  # (1, 1, V)
+    plain = head.bias is None and torch.allclose(causal_lm(**inputs).logits, logits, rtol=1e-3, atol=1e-3)
     causal_lm.train(training)
     if not plain:
         raise ValueError(

@@ -206,6 +206,12 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         missing = [field for field in TOKEN_ID_FIELDS if getattr(config, field) is None]
         if missing:
             raise ValueError(f"The configuration lacks {', '.join(missing)}: take the ids from the tokenizer.")
+        layerdrop = getattr(config.text_config, "decoder_layerdrop", 0)
+        if layerdrop:
+            raise ValueError(
+                f"text_config.decoder_layerdrop={layerdrop} leaves out other layers in each pass, and passes with "
+                "thoughts share a cache: set it to 0."
+            )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
         self.language_model = self.build_language_model(config)

@@ -6,6 +6,7 @@ Shapes: B batch, S tokens of the encoder, T of the decoder, I images, D hidden, 
 import pytest
 import torch
 from tiny import (
+    ENCODER_DECODER_SIZES,
     FIRST_WORD_ID,
     HIDDEN_SIZE,
     TEXT_CONFIGS,
@@ -25,7 +26,7 @@ from tiny import (
     words,
 )
 from torch.nn import functional
-from transformers import AutoModel, BartForConditionalGeneration, Dinov2Model
+from transformers import AutoModel, BartForConditionalGeneration, Dinov2Model, MBartConfig, T5Config
 
 from mmcoconut.latent_mmcoconut import latent_columns
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -446,6 +447,37 @@ def test_each_fusion_has_one_class(model, tmp_path):
     for build in wrong:
         with pytest.raises(ValueError, match="`encoder` is MMCoconutForSeq2SeqLM's, the others are"):
             build()
+
+
+OTHERS = {
+    "marian": TEXT_CONFIGS["marian"](),
+    "scaled bart": TEXT_CONFIGS["bart"](scale_embedding=True),
+    "mbart": MBartConfig(**ENCODER_DECODER_SIZES),
+}
+
+
+@pytest.mark.parametrize("text", OTHERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_other_encoder_decoders_think_as_the_definition_says(text, tolerance):
+    model = tiny_seq2seq(text=OTHERS[text])
+    batch = seq2seq_batch(model)
+    real = batch["decoder_attention_mask"].bool()
+    with torch.no_grad():
+        logits = model(**batch).logits[real]
+        with uncached(model):
+            assert max_difference(logits, model(**batch, use_cache=False).logits[real]) <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (T5Config(d_model=HIDDEN_SIZE, d_kv=8, num_heads=4, d_ff=64, num_layers=2), "has no part without its head"),
+        (TEXT_CONFIGS["bart"](decoder_layerdrop=0.5), "decoder_layerdrop=0.5 leaves out other layers in each pass"),
+    ],
+)
+def test_encoder_decoders_that_could_not_think_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_seq2seq(text=text)
 
 
 def save_backbones(folder, *, bias: float = 0.0) -> tuple:

@@ -123,13 +123,13 @@ def tiny_model(text="gpt2", vision="clip", seed=0, **config):
     )
 
 
-def tiny_seq2seq(projector_type="pooled_prefix", seed=0, vision=None, **config):
-    """BART beside DINOv2 (or a configuration) with random weights in eval mode; two visual tokens an image."""
+def tiny_seq2seq(projector_type="pooled_prefix", seed=0, vision=None, text=None, **config):
+    """BART beside DINOv2, or configurations, with random weights in eval mode; two visual tokens an image."""
     torch.manual_seed(seed)
     config = {"num_visual_tokens": 2, "initializer_range": SPREAD, **config}
     return MMCoconutForSeq2SeqLM.from_backbones(
         vision_config=vision or VISION_CONFIGS["dinov2"](),
-        text_config=TEXT_CONFIGS["bart"](),
+        text_config=text or TEXT_CONFIGS["bart"](),
         tokenizer=tiny_tokenizer(),
         projector_type=projector_type,
         **config,
