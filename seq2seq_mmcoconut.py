@@ -77,7 +77,16 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
 
     @staticmethod
     def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
-        """Encoder and decoder with random weights."""
+        """Encoder and decoder with random weights.
+
+        Raises:
+            ValueError: embeddings of their own for each, of which get_input_embeddings() knows the encoder's only.
+        """
+        if not getattr(config.text_config, "share_encoder_decoder_embeddings", True):
+            raise ValueError(
+                "text_config.share_encoder_decoder_embeddings is False, and the decoder's text would be read with the "
+                "encoder's embeddings: take a language model that shares them."
+            )
         return AutoModel.from_config(config.text_config)
 
     def get_decoder(self):

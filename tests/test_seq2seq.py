@@ -472,6 +472,7 @@ def test_other_encoder_decoders_think_as_the_definition_says(text, tolerance):
     ("text", "message"),
     [
         (T5Config(d_model=HIDDEN_SIZE, d_kv=8, num_heads=4, d_ff=64, num_layers=2), "has no part without its head"),
+        (TEXT_CONFIGS["marian"](share_encoder_decoder_embeddings=False), "take a language model that shares them"),
         (TEXT_CONFIGS["bart"](decoder_layerdrop=0.5), "decoder_layerdrop=0.5 leaves out other layers in each pass"),
     ],
 )
