@@ -80,6 +80,13 @@ def load_vision_tower(name_or_path: str) -> PreTrainedModel:
     return AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=torch.get_default_dtype())
 
 
+def settle_vocabulary(text_config: PreTrainedConfig, vocab_size: int) -> None:
+    """Say the size of the vocabulary under each name that a language model goes by."""
+    text_config.vocab_size = vocab_size
+    if getattr(text_config, "decoder_vocab_size", None) is not None:  # Marian's decoder and head
+        text_config.decoder_vocab_size = vocab_size
+
+
 def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, num_known: int, *, new_token_init: str | None) -> None:
     """Resize a language model to its tokenizer, of which it knows the first tokens; many have spare rows behind them.
 
@@ -94,6 +101,7 @@ def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, num_known: int, *, ne
         )
     if new_size > old_size:
         causal_lm.resize_token_embeddings(new_size, mean_resizing=False)
+        settle_vocabulary(causal_lm.config.get_text_config(), new_size)
     for layer in {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()}:
         weight = layer.weight.data  # (V, D)
         known = weight[:num_known] if new_token_init is None else weight[[tokenizer.get_vocab()[new_token_init]]]
@@ -123,9 +131,7 @@ def load_language_model(name_or_path: str, auto_class, *, image_fusion: str) -> 
 def new_language_model(text_config: PreTrainedConfig, tokenizer, auto_class, *, image_fusion: str) -> PreTrainedModel:
     """A language model with random weights whose vocabulary and special ids are the tokenizer's."""
     text_config = copy.deepcopy(text_config)
-    text_config.vocab_size = len(tokenizer)
-    if getattr(text_config, "decoder_vocab_size", None) is not None:  # Marian's head goes by this one
-        text_config.decoder_vocab_size = len(tokenizer)
+    settle_vocabulary(text_config, len(tokenizer))
     settle_decoder(text_config, image_fusion)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(text_config, token, getattr(tokenizer, token))
@@ -177,13 +183,19 @@ def check_plain_head(causal_lm: PreTrainedModel) -> None:
     """Logits must be states times one matrix (V, D), as ours are; found by running a token.
 
     Raises:
-        ValueError: a language model that shifts, scales or caps its logits.
+        ValueError: a language model that shifts, scales or caps its logits, or has no part without its head.
     """
+    if causal_lm.base_model is causal_lm:
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no part without its head, which thoughts are states of: take an "
+            "encoder-decoder that has one (BART, mBART, Marian)."
+        )
     head, training = causal_lm.get_output_embeddings(), causal_lm.training
     token = torch.zeros(1, 1, dtype=torch.long, device=causal_lm.device)
+    inputs = {"input_ids": token, **({"decoder_input_ids": token} if causal_lm.config.is_encoder_decoder else {})}
     causal_lm.eval()
-    logits = causal_lm.base_model(token).last_hidden_state @ head.weight.T  # (1, 1, V)
-    plain = head.bias is None and torch.allclose(causal_lm(token).logits, logits, rtol=1e-3, atol=1e-3)
+    logits = causal_lm.base_model(**inputs).last_hidden_state @ head.weight.T  # (1, 1, V)
+    plain = head.bias is None and torch.allclose(causal_lm(**inputs).logits, logits, rtol=1e-3, atol=1e-3)
     causal_lm.train(training)
     if not plain:
         raise ValueError(

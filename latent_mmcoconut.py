@@ -151,7 +151,7 @@ class ReplayCrossCache(EncoderDecoderCache):
     def __init__(self, past_key_values: ReplayCache, before: "ReplayCrossCache | None" = None):
         cross = ReplayCache() if before is None else before.cross_attention_cache
         super().__init__(past_key_values, cross)
-        self.is_updated = FixedFlags.fromkeys(range(len(cross.layers)), before is not None)
+        self.is_updated = FixedFlags(dict.fromkeys(range(len(cross.layers)), before is not None))
 
     def next_pass(self) -> "ReplayCrossCache":
         return ReplayCrossCache(self.self_attention_cache.next_pass(), self)

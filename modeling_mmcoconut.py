@@ -202,14 +202,16 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
-        if config.is_encoder_decoder != self.is_seq2seq:
-            raise ValueError(
-                f"image_fusion={config.image_fusion!r} does not belong to {type(self).__name__}: `encoder` is "
-                "MMCoconutForSeq2SeqLM's, the others are MMCoconutForConditionalGeneration's."
-            )
+        self.check_fusion(config.image_fusion)
         missing = [field for field in TOKEN_ID_FIELDS if getattr(config, field) is None]
         if missing:
             raise ValueError(f"The configuration lacks {', '.join(missing)}: take the ids from the tokenizer.")
+        layerdrop = getattr(config.text_config, "decoder_layerdrop", 0)
+        if layerdrop:
+            raise ValueError(
+                f"text_config.decoder_layerdrop={layerdrop} leaves out other layers in each pass, and passes with "
+                "thoughts share a cache: set it to 0."
+            )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
         self.language_model = self.build_language_model(config)
@@ -225,6 +227,15 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "image_fusion='replace'."
             )
         self.post_init()
+
+    @classmethod
+    def check_fusion(cls, image_fusion: str) -> None:
+        """Whether this class is the one of a fusion."""
+        if (image_fusion == "encoder") != cls.is_seq2seq:
+            raise ValueError(
+                f"image_fusion={image_fusion!r} does not belong to {cls.__name__}: `encoder` is "
+                "MMCoconutForSeq2SeqLM's, the others are MMCoconutForConditionalGeneration's."
+            )
 
     @staticmethod
     def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
@@ -700,11 +711,12 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         """
         if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
             raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
+        image_fusion = config_kwargs.get("image_fusion", cls.config_class.image_fusion)
+        cls.base_class.check_fusion(image_fusion)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
         num_known = len(tokenizer)
         add_special_tokens(tokenizer)
         vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
-        image_fusion = config_kwargs.get("image_fusion", cls.config_class.image_fusion)
         if text:
             causal_lm = load_language_model(text, cls.text_auto_class, image_fusion=image_fusion)
             grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)

@@ -382,13 +382,22 @@ class MMCoconutProcessor(ProcessorMixin):
         return f"{prefix}input_ids", f"{prefix}attention_mask"
 
     def split_prompt(self, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """A prompt as what the encoder reads and what the decoder begins with; a decoder alone begins with all."""
+        """A prompt as what the encoder reads and what the decoder begins with; a decoder alone begins with all.
+
+        Raises:
+            ValueError: thoughts before other text, as in a chat with answers, which an encoder would read as text.
+        """
         if self.decoder_start_token_id is None:
             return [], prompt
         thought_ids = self.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
         end = len(prompt)
         while end > 0 and prompt[end - 1] in thought_ids:
             end -= 1
+        if any(token in thought_ids for token in prompt[:end]):
+            raise ValueError(
+                "The prompt goes on after its thoughts, and an encoder-decoder has them at its end: leave assistant "
+                "messages out, and pass add_generation_prompt=True."
+            )
         return [*prompt[:end], self.tokenizer.eos_token_id], [self.decoder_start_token_id, *prompt[end:]]
 
     def pad_prompts(self, prompts: Sequence[list[int]], **kwargs) -> dict:
@@ -462,8 +471,8 @@ class MMCoconutProcessor(ProcessorMixin):
         """A rendered batch as an encoder-decoder takes it; as it is for a decoder alone."""
         if self.decoder_start_token_id is None:
             return batch
+        is_list = isinstance(batch["input_ids"], list)
         rows = zip(batch.pop("input_ids"), batch.pop("attention_mask"))
-        is_list = isinstance(next(iter(batch.values()), []), list)
         prompts = [[int(token) for token, real in zip(*row) if real] for row in rows]
         padded = self.pad_prompts(prompts, padding=True, return_tensors=None if is_list else "pt")
         return BatchFeature({**batch, **padded})

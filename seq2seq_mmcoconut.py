@@ -26,6 +26,7 @@ from .modeling_mmcoconut import (
     MMCoconutForConditionalGeneration,
     MMCoconutModel,
     MMCoconutModelOutputWithPast,
+    positions_from_mask,
 )
 
 
@@ -76,7 +77,16 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
 
     @staticmethod
     def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
-        """Encoder and decoder with random weights."""
+        """Encoder and decoder with random weights.
+
+        Raises:
+            ValueError: embeddings of their own for each, of which get_input_embeddings() knows the encoder's only.
+        """
+        if not getattr(config.text_config, "share_encoder_decoder_embeddings", True):
+            raise ValueError(
+                "text_config.share_encoder_decoder_embeddings is False, and the decoder's text would be read with the "
+                "encoder's embeddings: take a language model that shares them."
+            )
         return AutoModel.from_config(config.text_config)
 
     def get_decoder(self):
@@ -92,6 +102,14 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         mask = attention_mask[..., None].to(states.dtype)  # (n, S, 1)
         return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 
+    def check_encoder_length(self, num_tokens: int) -> None:
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and num_tokens > limit:
+            raise ValueError(
+                f"The question takes {num_tokens} tokens, but the text encoder has {limit} positions: shorten it, or "
+                "take a language model with more positions."
+            )
+
     def encode(
         self,
         input_ids: torch.LongTensor,
@@ -103,8 +121,9 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         """What the decoder is to read of questions (B, S) and their images; placeholders are not read as text.
 
         Raises:
-            ValueError: placeholders and images differ in number.
+            ValueError: placeholders and images differ in number; more tokens than the encoder has positions.
         """
+        self.check_encoder_length(input_ids.shape[1])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)  # (B, S)
         text_mask = attention_mask * (input_ids != self.config.image_token_id)  # (B, S)
@@ -131,6 +150,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
         encoder_outputs: MMCoconutEncoderOutput | None = None,
         past_key_values: Cache | None = None,
         num_tiles: torch.LongTensor | None = None,
@@ -143,7 +163,8 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         Args:
             input_ids (B, S), attention_mask (B, S), pixel_values, num_tiles: as `encode` takes them; or
             encoder_outputs: what it gave.
-            decoder_input_ids (B, T), decoder_attention_mask (B, past + T): the decoder's text, latents included.
+            decoder_input_ids (B, T), decoder_attention_mask (B, past + T), decoder_position_ids (B, T): the decoder's
+            text, latents included; positions are counted from the mask by default.
             past_key_values, use_cache, output_thoughts: as in MMCoconutModel.forward.
         """
         if encoder_outputs is None:
@@ -154,7 +175,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             latent_mask,
             inputs_embeds,
             attention_mask=decoder_attention_mask,
-            position_ids=None,
+            position_ids=decoder_position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
@@ -194,7 +215,13 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         return self.model.get_text_features(input_ids, attention_mask)
 
     def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, **kwargs):
-        """Stock `generate()` over what `encode` gives, which is computed once, before any decoding step."""
+        """Stock `generate()` over what `encode` gives, which is computed once, before any decoding step.
+
+        Raises:
+            ValueError: `prefill_chunk_size`, which the library can cut a decoder's text into only where that is all.
+        """
+        if kwargs.get("prefill_chunk_size") is not None:
+            raise ValueError("prefill_chunk_size does not work with an encoder-decoder: leave it out.")
         if encoder_outputs is None:
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
             images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles")}
@@ -205,6 +232,15 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         return super(MMCoconutForConditionalGeneration, self).generate(
             None, *args, encoder_outputs=encoder_outputs, **kwargs
         )
+
+    def prepare_inputs_for_generation(
+        self, *args, decoder_attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> dict:
+        """As the library's, with each row's positions: a static cache's mask, which is 4-D, does not tell them."""
+        if decoder_attention_mask is not None:
+            columns = decoder_attention_mask.shape[1]
+            kwargs["decoder_position_ids"] = positions_from_mask(decoder_attention_mask, columns)  # (B, past + T)
+        return super().prepare_inputs_for_generation(*args, decoder_attention_mask=decoder_attention_mask, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """Labels (B, T) moved right by one behind the decoder's start token; -100 becomes the pad token."""
@@ -220,6 +256,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
+        decoder_position_ids: torch.LongTensor | None = None,
         encoder_outputs: MMCoconutEncoderOutput | None = None,
         past_key_values: Cache | None = None,
         labels: torch.LongTensor | None = None,
@@ -241,22 +278,29 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             The rest as in MMCoconutSeq2SeqModel.forward, logits_to_keep as in MMCoconutForConditionalGeneration.
 
         Raises:
-            ValueError: a latent after the last labelled token of its row; texts for images that have no vector.
+            ValueError: a latent after the last labelled token of its row; texts for images that have no vector;
+                nothing for the decoder to read and nothing to align.
         """
+        if decoder_input_ids is None and labels is None and alignment_input_ids is None:
+            raise ValueError(
+                "There is nothing for the decoder to read: pass decoder_input_ids, as MMCoconutProcessor returns "
+                "them, or labels, or alignment_input_ids to align images with texts only."
+            )
         aligned = None
         if encoder_outputs is None:
             encoder_outputs = self.model.encode(input_ids, attention_mask, pixel_values, num_tiles)
         if alignment_input_ids is not None:
             aligned = self.align(encoder_outputs.image_embeds, alignment_input_ids, alignment_attention_mask)
-        if decoder_input_ids is None and labels is None and aligned is not None:
+        if decoder_input_ids is None and labels is None:
             return MMCoconutSeq2SeqLMOutput(alignment_loss=aligned, image_embeds=encoder_outputs.image_embeds)
-        if decoder_input_ids is None and labels is not None:
+        if decoder_input_ids is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         if labels is not None:
             check_thoughts_matter(decoder_input_ids == self.config.latent_token_id, labels != -100)
         outputs = self.model(
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
+            decoder_position_ids=decoder_position_ids,
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
             use_cache=use_cache,

@@ -303,7 +303,7 @@ def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
         prompt = answerer.processor.encode_prompt(
             question_text(row), num_tiles=num_tiles, num_latents=answerer.num_latents
         )
-        lengths.append(len(prompt))
+        lengths.append(len(answerer.processor.split_prompt(prompt)[1]))  # what thoughts stand in
     return limit - max(lengths) - answerer.max_new_tokens
 
 

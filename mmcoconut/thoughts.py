@@ -187,11 +187,15 @@ def columns_of_latents(latent_mask: torch.Tensor) -> torch.Tensor:
     return latent_mask.nonzero()[:, 1].view(len(latent_mask), -1)
 
 
-def read_columns(inputs: Mapping, latent_columns: torch.Tensor) -> torch.Tensor:
-    """(n, N + 1): the column before each latent, whose state becomes the thought, and the prompt's last column."""
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = torch.ones_like(inputs["input_ids"])
+def thought_text(model, inputs: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask (n, T) of the text that thoughts stand in: of an encoder-decoder the decoder's."""
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+    ids, mask = inputs[f"{prefix}input_ids"], inputs.get(f"{prefix}attention_mask")
+    return ids, torch.ones_like(ids) if mask is None else mask
+
+
+def read_columns(mask: torch.Tensor, latent_columns: torch.Tensor) -> torch.Tensor:
+    """(n, N + 1): the column before each latent, whose state becomes the thought, and the last real one of (n, T)."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1, keepdim=True)  # (n, 1)
     return torch.cat([latent_columns - 1, last], dim=1)
 
@@ -246,7 +250,8 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
 
     Args:
         model: an MMCoconut model in eval mode, on the device of the inputs.
-        inputs: as the processor returns them: input_ids, attention_mask (n, T), pixel_values of all rows' images.
+        inputs: as the processor returns them: input_ids, attention_mask (n, T), pixel_values of all rows' images, and
+            of an encoder-decoder the decoder's ids and mask.
         attention: also return image_attention; runs the language model under eager attention for this call.
 
     Raises:
@@ -254,11 +259,12 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
     """
     if model.training:
         raise ValueError("The model is in training mode, where dropout changes what is read: call model.eval().")
-    latent_columns = columns_of_latents(inputs["input_ids"] == model.config.latent_token_id)  # (n, N)
+    input_ids, mask = thought_text(model, inputs)  # (n, T)
+    latent_columns = columns_of_latents(input_ids == model.config.latent_token_id)  # (n, N)
     asked = {"output_hidden_states": True, "output_attentions": attention, "output_thoughts": True}
     with eager_attention(model.get_decoder()) if attention else nullcontext():
         outputs = model.base_model(**inputs, **asked)
-    columns = read_columns(inputs, latent_columns)  # (n, N + 1)
+    columns = read_columns(mask, latent_columns)  # (n, N + 1)
     layers = (*outputs.hidden_states[:-1], outputs.last_hidden_state)  # (n, T, D) each
     tokens, probabilities = logit_lens([take_columns(layer, columns) for layer in layers], model, top_k=top_k)
     maps = outputs.cross_attentions or outputs.attentions

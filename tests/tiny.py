@@ -26,6 +26,7 @@ from mmcoconut.backbones_mmcoconut import call_with_row_positions
 from mmcoconut.latent_mmcoconut import think_uncached
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 from mmcoconut.tokenizer import train_tokenizer
 
 
@@ -122,6 +123,19 @@ def tiny_model(text="gpt2", vision="clip", seed=0, **config):
     )
 
 
+def tiny_seq2seq(projector_type="pooled_prefix", seed=0, vision=None, text=None, **config):
+    """BART beside DINOv2, or configurations, with random weights in eval mode; two visual tokens an image."""
+    torch.manual_seed(seed)
+    config = {"num_visual_tokens": 2, "initializer_range": SPREAD, **config}
+    return MMCoconutForSeq2SeqLM.from_backbones(
+        vision_config=vision or VISION_CONFIGS["dinov2"](),
+        text_config=text or TEXT_CONFIGS["bart"](),
+        tokenizer=tiny_tokenizer(),
+        projector_type=projector_type,
+        **config,
+    )
+
+
 def tiny_processor(model, **kwargs):
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
@@ -199,6 +213,41 @@ def rows_alone(model, batch: dict) -> list[dict]:
         alone.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels})
         first_image = last_image
     return alone
+
+
+def seq2seq_rows(config) -> list[tuple[list[int], list[int]]]:
+    """Questions of one, two, no and one image, and decoder prompts with two, three, one and no latents."""
+    image, end = config.image_token_id, config.text_config.eos_token_id
+    latent, open_, close = config.latent_token_id, config.start_latent_token_id, config.end_latent_token_id
+    start = config.text_config.decoder_start_token_id
+    return [
+        ([image, *words(4, 1), end], [start, open_, latent, latent, close, *words(3, 2)]),
+        ([*words(2, 3), image, *words(1, 4), image, *words(3, 5), end], [start, open_, *[latent] * 3, close]),
+        ([*words(5, 6), end], [start, open_, latent, close, *words(2, 7)]),
+        ([image, *words(6, 9), end], [start, *words(4, 8)]),
+    ]
+
+
+def seq2seq_batch(model, padding: str = "left") -> dict:
+    """The rows above as a batch, the decoder's side padded as asked, the encoder's behind."""
+    questions, prompts = zip(*seq2seq_rows(model.config))
+    pad = {"pad_token_id": model.generation_config.pad_token_id}
+    decoder = padded(prompts, padding=padding, **pad)
+    encoder = padded(questions, padding="right", **pad)
+    pixels = {"pixel_values": random_pixels(count_images(model.config, encoder["input_ids"]))}
+    return {**encoder, **pixels, **{f"decoder_{name}": tensor for name, tensor in decoder.items()}}
+
+
+def decoder_side(batch: dict) -> dict:
+    """input_ids and attention_mask (B, T) of what thoughts stand in, for helpers that know a decoder alone."""
+    return {name: batch[f"decoder_{name}"] for name in ("input_ids", "attention_mask")}
+
+
+def seq2seq_rows_alone(model, batch: dict) -> list[dict]:
+    """The rows of a batch, each as a batch of one without padding on either side."""
+    alone = rows_alone(model, {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")})
+    prompts = rows_alone(model, {**decoder_side(batch), "pixel_values": None})
+    return [{**row, **{f"decoder_{name}": prompt[name] for name in prompt}} for row, prompt in zip(alone, prompts)]
 
 
 def last_labels(batch: dict, num_labels: int = 2) -> torch.Tensor:
