@@ -21,6 +21,8 @@ from mmcoconut.data import drop_unreadable, load_examples, nearest, question_tex
 from mmcoconut.data.images import open_images
 from mmcoconut.lora import add_lora
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.models import load_model, model_class
+from mmcoconut.objectives import Alignment
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, markdown_table, write_json
@@ -37,6 +39,9 @@ logger = logging.getLogger("mmcoconut")
 CONFIG_FIELDS = (
     "image_fusion",
     "projector_type",
+    "num_visual_tokens",
+    "image_pooling",
+    "alignment_adapter",
     "vision_feature_layer",
     "vision_feature_select_strategy",
     "thought_norm",
@@ -94,7 +99,7 @@ def config_of(values: dict | None):
 
 def build_from_backbones(model_args, train_set):
     tokenizer = build_tokenizer(model_args, train_set)
-    model = MMCoconutForConditionalGeneration.from_backbones(
+    model = model_class(model_args.image_fusion).from_backbones(
         model_args.vision_model,
         model_args.text_model,
         tokenizer=tokenizer,
@@ -135,9 +140,7 @@ def build_from_vlm(model_args):
 def build_from_checkpoint(model_args):
     """Model and processor of an earlier run; the recipe may change how thoughts are fed back, nothing else."""
     name = model_args.model
-    model = MMCoconutForConditionalGeneration.from_pretrained(
-        name, trust_remote_code=False, thought_norm=model_args.thought_norm
-    )
+    model = load_model(name, thought_norm=model_args.thought_norm)
     for field in CONFIG_FIELDS:
         if getattr(model.config, field) != getattr(model_args, field):
             raise ValueError(
@@ -180,6 +183,12 @@ def build(model_args, curriculum_args, train_set):
 def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_args):
     fields = asdict(curriculum_args)
     reset_optimizer, lengths = fields.pop("reset_optimizer"), fields.pop("epochs_per_stage")
+    alignment = Alignment(
+        align_weight=fields.pop("align_weight"),
+        ce_weight=fields.pop("ce_weight"),
+        warmup_epochs=fields.pop("align_warmup_epochs"),
+        targets=tuple(fields.pop("alignment_target")),
+    )
     curriculum = Curriculum(
         **fields,
         epochs_per_stage=tuple(lengths) if isinstance(lengths, list) else lengths,
@@ -190,6 +199,7 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
         processor,
         max_length=getattr(model.config.text_config, "max_position_embeddings", None),
         max_new_tokens=data_args.max_new_tokens,
+        alignment=alignment if alignment.align_weight else None,
     )
     metric = data_args.metric or default_metric(data_args.dataset, splits["eval"][0])
     for rows in splits.values():
@@ -201,6 +211,7 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
         train_dataset=splits.get("train"),
         eval_dataset=splits["eval"],
         metric=metric,
+        num_beams=data_args.num_beams,
         reset_optimizer=reset_optimizer,
     )
 
@@ -264,17 +275,13 @@ def evaluate(trainer, data_args) -> dict:
 
 def check_reload(folder: str, rows) -> None:
     """The end of a smoke test: what was saved loads completely and answers a question."""
-    model, info = MMCoconutForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True, trust_remote_code=False
-    )
-    lost = {key: names for key, names in info.items() if names}
-    if lost:
-        raise ValueError(f"{folder} does not load completely: {lost}")
+    model = load_model(folder)
     processor = MMCoconutProcessor.from_pretrained(folder, trust_remote_code=False)
     images = open_images(rows[0])
     inputs = processor(images=[images] if images else None, text=[question_text(rows[0])], return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=2)
-    logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :]))
+    prompt_length = inputs[processor.prompt_names[0]].shape[1]
+    logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, prompt_length:]))
 
 
 def stage_rows(log_history: list[dict]) -> list[dict]:

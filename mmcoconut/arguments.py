@@ -18,9 +18,11 @@ from transformers.utils import is_peft_available
 
 from mmcoconut.coconut_recipes import COCONUT_KEYS, translate_coconut_keys
 from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
-from mmcoconut.curriculum import MODES, THINKING_MODES
+from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
+from mmcoconut.curriculum import MODES, STAGED_MODES, THINKING_MODES
 from mmcoconut.data import DATASETS
 from mmcoconut.lora import lora_fields
+from mmcoconut.objectives import ALIGNMENT_TARGETS
 from mmcoconut.processing_mmcoconut import MARKERS
 from mmcoconut.recipe_files import (
     BASE,
@@ -41,12 +43,14 @@ from mmcoconut.scoring import REFERENCES
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
-CHOICES |= {"metric": tuple(REFERENCES)}
+CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
 AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
+AT_LEAST_0 += ("align_weight", "ce_weight", "align_warmup_epochs")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+AT_LEAST_1 += ("num_visual_tokens", "num_beams")
 AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
 FRACTIONS = ("uniform_prob", "margin", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 LIMITS = (
@@ -106,6 +110,9 @@ class ModelArguments:
     tokenizer_vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer trained on the training texts.")
     image_fusion: str = HfArg(default="replace", help="How image features reach the decoder.")
     projector_type: str = HfArg(default="linear", help="What maps image features to the decoder's width.")
+    num_visual_tokens: int = HfArg(default=8, help="Visual tokens an image of a `_prefix` projector.")
+    image_pooling: str = HfArg(default="mean", help="How a `_prefix` projector makes one vector of an image.")
+    alignment_adapter: bool = HfArg(default=True, help="That vector goes through a linear layer.")
     vision_feature_layer: int | list[int] = HfArg(default=-1, help="Hidden layer, or layers, of the vision tower.")
     vision_feature_select_strategy: str = HfArg(default="default", help="`default` leaves out the class token.")
     image_size: int | None = HfArg(default=None, help="Side of the tiles that the vlm reads; default: its own.")
@@ -131,13 +138,14 @@ class DataArguments:
     unreadable_images: str = HfArg(default="error", help="`skip` leaves out examples whose image cannot be read.")
     metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the data set's.")
     max_new_tokens: int = HfArg(default=64, help="Longest text generated in evaluation, in tokens.")
+    num_beams: int = HfArg(default=1, help="Beams of the search that evaluation generates by; 1 is greedy.")
     eval_split: str = HfArg(default="validation", help="Split that is evaluated at the end of every stage.")
     test_split: str | None = HfArg(default=None, help="Split that is evaluated once, after training.")
 
 
 @dataclasses.dataclass
 class CurriculumArguments:
-    """The stages of Coconut and its controls."""
+    """The stages of Coconut, its controls, and what is minimised."""
 
     mode: str = HfArg(default="coconut", help="Latent reasoning, or one of its controls.")
     c_thought: int = HfArg(default=1, help="Latent tokens for each replaced step.")
@@ -147,6 +155,12 @@ class CurriculumArguments:
     pad_latent_to_max: bool = HfArg(default=True, help="As many latents for rows with fewer steps than the stage.")
     reset_optimizer: bool = HfArg(default=False, help="Forget the optimizer's state at each stage.")
     start_epoch: int = HfArg(default=0, help="Epochs trained elsewhere: the first epoch here counts as this one.")
+    align_weight: float = HfArg(default=0.0, help="Of the alignment of images with texts in the loss; 0: none.")
+    ce_weight: float = HfArg(default=1.0, help="Of the answer's cross-entropy, where there is an alignment.")
+    align_warmup_epochs: int = HfArg(default=0, help="First epochs, of alignment alone.")
+    alignment_target: list[str] = HfArg(
+        default_factory=lambda: ["question", "answer"], help="What images are aligned with, by priority."
+    )
 
 
 @dataclasses.dataclass(repr=False)  # the inherited __repr__ hides tokens
@@ -156,6 +170,9 @@ class RunArguments(TrainingArguments):
     smoke_test: bool = HfArg(default=False, help="Tiny model and made-up data: does the recipe run at all?")
     ddp_find_unused_parameters: bool | None = HfArg(
         default=True, help="Leave true: a vision tower's last norm gets no gradient."
+    )
+    learning_rates: dict[str, float] | None = HfArg(
+        default=None, help="Of parts of the model: {vision_tower: 3.0e-4}; the others have learning_rate."
     )
     overwrite: bool = HfArg(default=False, help="Delete an earlier run's output_dir before training anew.")
     do_train: bool = HfArg(default=True, help="Train; false only evaluates.")
@@ -286,12 +303,39 @@ def _conflicts(values: dict):
         yield "dataset_options.images_required", False, "no image would be read from `image_root`: keep one"
     if values["lora"] is not None and values.get("push_to_hub") and values.get("hub_strategy") != "end":
         yield "hub_strategy", values.get("hub_strategy"), "a checkpoint with `lora` is no whole model to push: set end"
+    for part, rate in (values.get("learning_rates") or {}).items():
+        if rate < 0:
+            yield f"learning_rates.{part}", rate, "must be at least 0"
     for key in REFUSED:
         if values.get(key):
             yield key, values[key], REFUSED[key]
     for key in CHECKPOINTING:
         if isinstance(values.get(key), dict) and values[key].get("use_reentrant"):
             yield key, values[key], "re-entrant checkpointing cannot replay the latents' cache: use_reentrant: false"
+
+
+def _alignment(values: dict):
+    """What an alignment of images with texts needs, and what means nothing without one."""
+    for target in values["alignment_target"]:
+        if target not in ALIGNMENT_TARGETS:
+            remedy = f"choose from {', '.join(ALIGNMENT_TARGETS)}{_nearest(target, ALIGNMENT_TARGETS)}"
+            yield "alignment_target", target, remedy
+    if values["align_weight"] == 0:
+        if values["align_warmup_epochs"]:
+            yield "align_warmup_epochs", values["align_warmup_epochs"], "there is no alignment: set `align_weight` too"
+        return
+    if values["model"] is None and values["projector_type"] not in PREFIX_PROJECTORS:
+        remedy = f"an alignment needs one vector an image: set one of {', '.join(PREFIX_PROJECTORS)}"
+        yield "projector_type", values["projector_type"], remedy
+    if values["model"] is None and values["image_fusion"] != "encoder":
+        yield "image_fusion", values["image_fusion"], "an alignment needs a text encoder: set `encoder`"
+    lengths = values["epochs_per_stage"]
+    first = lengths if isinstance(lengths, int) else lengths[0]
+    epochs = values.get("num_train_epochs", RunArguments.num_train_epochs)
+    key, available = ("epochs_per_stage", first) if values["mode"] in STAGED_MODES else ("num_train_epochs", epochs)
+    if values["align_warmup_epochs"] >= available:
+        remedy = f"it leaves none of the {available} epochs of `{key}` for the answer: set that to more"
+        yield "align_warmup_epochs", values["align_warmup_epochs"], remedy
 
 
 def _comparison(values: dict):
@@ -360,6 +404,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
     found = [*_conflicts(complete), *_comparison(complete), *_nested(complete), *_lora(complete)]
+    found += _alignment(complete)
     found += [] if values.get("smoke_test") else _missing(complete)
     problems += [problem for problem in found if problem[0] not in wrong]
     if values.get("smoke_test") and not torch.cuda.is_available():

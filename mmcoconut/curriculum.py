@@ -19,11 +19,13 @@ import torch
 from transformers import TrainerCallback
 
 from mmcoconut.data import open_images, question_text
+from mmcoconut.objectives import Alignment
 
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 # Modes without a curriculum stay at stage 0; modes without thoughts have neither latents nor markers.
 STAGED_MODES = ("coconut", "pause", "no_thoughts")
 THINKING_MODES = ("coconut", "pause")
@@ -151,11 +153,21 @@ class CurriculumCollator:
         curriculum, processor: the schedule and the layout.
         max_length: positions of the language model; longer rows are refused.
         max_new_tokens: what evaluation will add to a prompt.
+        alignment: what the rows' pictures are aligned with, if anything.
     """
 
-    def __init__(self, curriculum: Curriculum, processor, *, max_length: int | None = None, max_new_tokens: int = 0):
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        processor,
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int = 0,
+        alignment: Alignment | None = None,
+    ):
         self.curriculum, self.processor = curriculum, processor
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.alignment = alignment
         self.epoch = 0
         self.fixed_stage: int | None = None
 
@@ -217,9 +229,28 @@ class CurriculumCollator:
             **self.processor.tokenizer.pad({"input_ids": list(encoder)}, padding_side="right", return_tensors="pt"),
         }
 
+    def aligned(self, rows: Sequence[dict]) -> dict:
+        """alignment_input_ids and alignment_attention_mask (images, S): of each row's text, once for each picture."""
+        texts = [self.alignment.text(row) for row in rows for _ in row["images"]]
+        if not texts:
+            return {}
+        tokenizer = self.processor.tokenizer
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", split_special_tokens=True)
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            raise ValueError(
+                f"A text to align a picture with takes {batch['input_ids'].shape[1]} tokens, and the language model "
+                f"has {self.max_length} positions: set alignment_target to a shorter one."
+            )
+        return {f"alignment_{name}": batch[name] for name in ("input_ids", "attention_mask")}
+
     def __call__(self, rows: Sequence[dict]) -> dict:
         pixels, tiles = self.pixels(rows)
-        return {**self.supervised(rows, self.training_plan, tiles), **pixels}
+        batch = {**self.supervised(rows, self.training_plan, tiles), **pixels}
+        if self.alignment is None:
+            return batch
+        if self.alignment.warms_up(self.epoch):
+            batch = {name: tensor for name, tensor in batch.items() if name not in ("labels", *DECODER_INPUTS)}
+        return {**batch, **self.aligned(rows)}
 
     def prompts(self, rows: Sequence[dict]) -> dict:
         """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows."""
@@ -236,7 +267,10 @@ class CurriculumCollator:
             **self.processor.pad_prompts(prompts, padding=True, return_tensors="pt"),
             **pixels,
             "index": torch.tensor([row["index"] for row in rows]),
-            "supervised": self.supervised(rows, self.evaluation_plan, tiles),
+            "supervised": {
+                **self.supervised(rows, self.evaluation_plan, tiles),
+                **(self.aligned(rows) if self.alignment is not None else {}),
+            },
         }
 
 

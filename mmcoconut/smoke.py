@@ -1,5 +1,6 @@
 """Turn any recipe into one that runs offline in seconds: tiny random weights, a few rows in its data's format."""
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForImageTextToText,
     CLIPImageProcessorPil,
@@ -30,6 +32,16 @@ TINY_TEXT = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
+    "max_position_embeddings": 1024,
+}
+TINY_ENCODER_DECODER = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64,
     "max_position_embeddings": 1024,
 }
 TINY_DECODER = {**TINY_TEXT, "intermediate_size": 64, "num_key_value_heads": 2}
@@ -68,14 +80,16 @@ OPTIONS_FILE = "sample_options.json"
 
 
 def tiny_config(model_type: str | None, config: dict | None, name: str | None, *, sizes: dict, key: str) -> dict:
-    """The same architecture with tiny sizes; its type comes from the recipe, since nothing is downloaded."""
+    """The same architecture with the tiny sizes that it has; its type is the recipe's, for nothing is downloaded."""
     model_type = model_type or (config or {}).get("model_type")
     if model_type is None:
         raise ValueError(
             f"--smoke_test cannot tell the architecture of {name} without downloading it: add {key} to the recipe, "
             "e.g. clip_vision_model or gpt2."
         )
-    return {"model_type": model_type, **sizes}
+    fields = {field.name for field in dataclasses.fields(CONFIG_MAPPING[model_type])}
+    fields |= CONFIG_MAPPING[model_type].attribute_map.keys()
+    return {"model_type": model_type, **{name: size for name, size in sizes.items() if name in fields}}
 
 
 def tiny_vlm_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
@@ -135,7 +149,7 @@ def tiny_backbones(model_args) -> dict:
             model_args.text_model_type,
             model_args.text_config,
             model_args.text_model,
-            sizes=TINY_TEXT,
+            sizes={**TINY_TEXT, **TINY_ENCODER_DECODER},
             key="text_model_type",
         ),
         "tokenizer": "train",

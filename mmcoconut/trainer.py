@@ -1,6 +1,7 @@
 """The library's Trainer with a curriculum: batches of the present stage, and evaluation by generating answers."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmcoconut.answering import count_generated
 from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+from mmcoconut.learning_rates import set_learning_rates
 from mmcoconut.lora import ADAPTER_FOLDER, load_adapter, merged_model
 from mmcoconut.processing_mmcoconut import parse_answer
 from mmcoconut.saving import ordinary_model
@@ -50,16 +52,43 @@ class ShardingCallback(TrainerCallback):
         model.set_reduce_scatter_unused_params(True)
 
 
+class Terms:
+    """Running means of the parts of the loss, over all processes; empty where there is one part only."""
+
+    NAMES = ("ce_loss", "align_loss")
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, *, weight: float = 1.0, ce_loss=None, align_loss=None, steps: int = 1) -> None:
+        """Count the losses () of a batch; ce_loss is that batch's part of an update of so many steps."""
+        losses = {"ce_loss": None if ce_loss is None else ce_loss * steps, "align_loss": align_loss}
+        for name, loss in losses.items():
+            if loss is not None:
+                total, count = self.sums.get(name, (0.0, 0.0))
+                self.sums[name] = (total + weight * loss.detach().float(), count + weight)
+
+    def means(self, accelerator) -> dict[str, float]:
+        """Means since the last call; every process must call it at the same time."""
+        sums, self.sums = self.sums, {}
+        local = [float(number) for name in self.NAMES for number in sums.get(name, (0.0, 0.0))]
+        totals = accelerator.reduce(torch.tensor(local, device=accelerator.device), reduction="sum").tolist()
+        pairs = zip(self.NAMES, totals[::2], totals[1::2])
+        return {name: total / count for name, total, count in pairs if count}
+
+
 class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
     Metrics: `accuracy` (the mean score of `metric`), the other figures of `metric` under its own names (such as
     `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean of new tokens an answer, its eos included), `loss` on the
-    labelled tokens, `stage`, `num_latents`, `n`. The best model of stage s by accuracy is kept in
-    <output_dir>/stages/stage-s.
+    labelled tokens, `stage`, `num_latents`, `n`. With an alignment `loss` is the weighted sum of `ce_loss` and
+    `align_loss`, which are logged too. The best model of stage s by `metric_for_best_model`, by default accuracy, is
+    kept in <output_dir>/stages/stage-s; epochs of alignment alone do not count.
 
     Args:
         metric: a name in mmcoconut.scoring.REFERENCES.
+        num_beams: of the search that evaluation generates by.
         reset_optimizer: see CurriculumCallback.
         data_collator: a CurriculumCollator, which brings processor and schedule.
         kwargs: of the library's Trainer.
@@ -70,6 +99,7 @@ class CurriculumTrainer(Trainer):
         *,
         data_collator: CurriculumCollator,
         metric: str = "exact_match",
+        num_beams: int = 1,
         reset_optimizer: bool = False,
         **kwargs,
     ):
@@ -82,8 +112,34 @@ class CurriculumTrainer(Trainer):
             check_sharding(self.accelerator.state.fsdp_plugin, adapted=self.model._hf_peft_config_loaded)
             self.add_callback(ShardingCallback())
         self.compute_metrics = self.score_answers
-        self.curriculum_collator, self.metric = data_collator, metric
+        self.curriculum_collator, self.metric, self.num_beams = data_collator, metric, num_beams
+        self.alignment = data_collator.alignment
+        self.training_terms, self.evaluation_terms = Terms(), Terms()
         self.add_callback(CurriculumCallback(data_collator, reset_optimizer=reset_optimizer))
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the library's, with the rates of `learning_rates` for the parts that it names."""
+        created = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.learning_rates and not created:
+            set_learning_rates(optimizer, self.model, self.args.learning_rates)
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As the library's; with an alignment the weighted sum of both losses, or in its warm-up of that alone."""
+        if self.alignment is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        ce_loss, steps = None, 1
+        if "labels" in inputs:
+            ce_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        else:
+            outputs = model(**inputs)
+        if num_items_in_batch is not None:  # then the labels' loss is divided by all batches of an update already
+            steps = self.current_gradient_accumulation_steps
+        self.training_terms.add(ce_loss=ce_loss, align_loss=outputs.alignment_loss, steps=steps)
+        align_loss = None if outputs.alignment_loss is None else outputs.alignment_loss / steps
+        loss = self.alignment.total(ce_loss, align_loss)
+        return (loss, outputs) if return_outputs else loss
 
     def prompt_dataloader(self, make, dataset):
         """A data loader of the library, collated by `prompts`: what is generated from never holds the answer."""
@@ -107,12 +163,16 @@ class CurriculumTrainer(Trainer):
         index, supervised = inputs.pop("index"), inputs.pop("supervised")
         pixels = {name: inputs[name] for name in ("pixel_values", "num_tiles") if name in inputs}
         with self.compute_loss_context_manager():
-            loss = model(**supervised, **pixels, logits_to_keep=1).loss
+            outputs = model(**supervised, **pixels, logits_to_keep=1)
+            loss = outputs.loss
+            if self.alignment is not None:
+                self.evaluation_terms.add(ce_loss=loss, align_loss=outputs.alignment_loss, weight=len(index))
+                loss = self.alignment.total(loss, outputs.alignment_loss)
             tokens = self.accelerator.unwrap_model(model).generate(
                 **inputs,
                 max_new_tokens=self.curriculum_collator.max_new_tokens,
                 do_sample=False,
-                num_beams=1,
+                num_beams=self.num_beams,
                 use_cache=True,
                 # A process that is done goes on calling the shards that others still need.
                 synced_gpus=self.is_fsdp_enabled or None,
@@ -133,6 +193,7 @@ class CurriculumTrainer(Trainer):
         scores = results["scores"]
         return {
             **figures_of(results),
+            **(self.evaluation_terms.means(self.accelerator) if self.alignment is not None else {}),
             "accuracy": sum(scores) / len(scores),
             "generated_tokens": sum(counts) / len(counts),
             "n": len(scores),
@@ -147,10 +208,23 @@ class CurriculumTrainer(Trainer):
             self.keep_best_of_stage(metrics)
         return metrics
 
+    def warmed_up(self, record: dict) -> bool:
+        """Whether the epoch that an evaluation stands at the end of, or within, learnt the answer."""
+        return self.alignment is None or not self.alignment.warms_up(math.ceil(record["epoch"] - 1e-6) - 1)
+
     def keep_best_of_stage(self, metrics: dict) -> None:
-        """Save the model if no evaluation of this stage was better; the log's history is restored on resuming."""
+        """Save the model if no evaluation of this stage was better; the log's history is restored on resuming.
+
+        Raises:
+            ValueError: a `metric_for_best_model` that evaluation does not give.
+        """
+        name = f"eval_{(self.args.metric_for_best_model or 'accuracy').removeprefix('eval_')}"
+        if name not in metrics:
+            raise ValueError(f"metric_for_best_model is {name}: choose one of {', '.join(sorted(metrics))}.")
+        sign = 1 if self.args.metric_for_best_model is None or self.args.greater_is_better else -1
         records = [record for record in self.state.log_history if record.get("eval_stage") == metrics["eval_stage"]]
-        if any(record["eval_accuracy"] >= metrics["eval_accuracy"] for record in records[:-1]):
+        *earlier, latest = [(self.warmed_up(record), sign * record[name]) for record in records]
+        if not latest[0] or any(record >= latest for record in earlier):
             return
         folder = Path(self.args.output_dir, "stages", f"stage-{metrics['eval_stage']}")
         self.save_model(str(folder))
@@ -189,5 +263,7 @@ class CurriculumTrainer(Trainer):
         """Nothing: train_hf.py writes README.md from model_card.md, and a push must not write over it."""
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Every record carries the stage, so that trackers show where it changed."""
+        """Every record carries the stage, so that trackers show where it changed, and the parts of the loss."""
+        if "loss" in logs and self.alignment is not None:
+            logs = {**logs, **self.training_terms.means(self.accelerator)}
         super().log({**logs, "stage": self.curriculum_collator.stage}, *args, **kwargs)

@@ -194,7 +194,7 @@ def load(
     path: str | os.PathLike | None = None,
     fractions: Sequence[float] = FRACTIONS,
     question: str = QUESTION,
-    row_per_caption: bool = False,
+    row_per_caption: bool | Mapping[str, bool] = False,
 ) -> Dataset:
     """The rows of a split: one picture and its captions as accepted answers.
 
@@ -206,11 +206,13 @@ def load(
     fractions: parts of train, validation and test where the source gives no splits; the same for every split you load.
     question: what every row asks.
     row_per_caption: one row a caption, which is then the training target; by default one row a picture, and the
-        target is its first caption.
+        target is its first caption. Also as {train: true}, for some splits.
     """
     check_split("flickr30k", split)
     check_source("flickr30k", file=file, path=path)
     check_fractions(fractions)
+    if isinstance(row_per_caption, Mapping):
+        row_per_caption = row_per_caption.get(split, False)
     examples = partial(_examples, question=question, row_per_caption=row_per_caption)
     if path is not None:
         return _published(path, split, examples=examples, fractions=fractions)
