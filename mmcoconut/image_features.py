@@ -148,6 +148,21 @@ def check_frozen(model) -> None:
 
 
 @contextmanager
+def tower_in_place(trainer) -> Iterator[None]:
+    """Inside, the tower is in evaluation mode, on the run's device, and in every process the first one's.
+
+    A model that is to be sharded is still on the CPU, and its weights may have been loaded by the first process alone.
+    """
+    tower, device = trainer.model.vision_tower.eval(), trainer.model.vision_tower.device
+    tower.to(trainer.args.device)
+    if trainer.accelerator.num_processes > 1:
+        for tensor in (*tower.parameters(), *tower.buffers()):
+            torch.distributed.broadcast(tensor.data, src=0)
+    yield
+    tower.to(device)
+
+
+@contextmanager
 def one_run_at_a_time(folder: Path, accelerator) -> Iterator[None]:
     """Runs that share a folder fill it one after the other, and the processes of one run together."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -214,17 +229,33 @@ def write_features(batches: Iterable, folder: Path, *, progress: tqdm) -> None:
 
 
 def compute_features(trainer, datasets: Sequence[Dataset], pictures: list[tuple], folder: Path) -> None:
-    """Run this process's pictures through image processor and tower, in evaluation mode, and write their features."""
-    model, args = trainer.model, trainer.args
-    batch_size, device = args.per_device_eval_batch_size, model.vision_tower.device
+    """Run this process's pictures through image processor and tower, and write their features."""
+    args, batch_size = trainer.args, trainer.args.per_device_eval_batch_size
     load = partial(load_pixels, datasets=datasets, processor=trainer.processing_class)
     loader = DataLoader(pictures, batch_size, collate_fn=load, num_workers=args.dataloader_num_workers)
-    run = partial(run_tower, model, batch_size=batch_size, accelerator=trainer.accelerator)
-    model.vision_tower.eval().to(args.device)  # a model that is to be sharded is still on the CPU
+    run = partial(run_tower, trainer.model, batch_size=batch_size, accelerator=trainer.accelerator)
     silent = args.disable_tqdm or not trainer.is_local_process_zero()
     with tqdm(total=len(pictures), unit="picture", desc="image features", disable=silent) as progress:
         write_features(((keys, run(pixels), tiles) for keys, pixels, tiles in loader), folder, progress=progress)
-    model.vision_tower.to(device)
+
+
+def fill_cache(trainer, datasets: Sequence[Dataset], cache: str | Path) -> tuple[ImageFeatures, dict]:
+    """What `precompute_image_features` gives, and where each picture stands, before it is known to be complete."""
+    accelerator, processor = trainer.accelerator, trainer.processing_class
+    description = description_of(trainer.model, processor, accelerator.mixed_precision)
+    folder = Path(cache, fingerprint(description))
+    pictures = distinct_pictures(datasets, silent=trainer.args.disable_tqdm or not trainer.is_local_process_zero())
+    with one_run_at_a_time(folder, accelerator):
+        tiled = makes_tiles(processor.image_processor)
+        features = ImageFeatures(folder, tower_hash=description["weights"], tiled=tiled)
+        missing = [(key, place) for key, place in pictures.items() if key not in features]
+        if trainer.is_world_process_zero():
+            (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            logger.info("image features: %d of %d pictures to compute, %s", len(missing), len(pictures), folder)
+        accelerator.wait_for_everyone()  # until all know what is missing, nobody writes
+        compute_features(trainer, datasets, missing[accelerator.process_index :: accelerator.num_processes], folder)
+    features.refresh()
+    return features, pictures
 
 
 def precompute_image_features(trainer, datasets: Sequence[Dataset], cache: str | Path) -> ImageFeatures:
@@ -238,26 +269,12 @@ def precompute_image_features(trainer, datasets: Sequence[Dataset], cache: str |
         ValueError: a tower that is trained; a folder that is not the same for all processes.
     """
     check_frozen(trainer.model)
-    accelerator, processor = trainer.accelerator, trainer.processing_class
-    description = description_of(trainer.model, processor, accelerator.mixed_precision)
-    folder = Path(cache, fingerprint(description))
-    silent = trainer.args.disable_tqdm or not trainer.is_local_process_zero()
-    pictures = distinct_pictures(datasets, silent=silent)
-    with one_run_at_a_time(folder, accelerator):
-        tiled = makes_tiles(processor.image_processor)
-        features = ImageFeatures(folder, tower_hash=description["weights"], tiled=tiled)
-        missing = [(key, place) for key, place in pictures.items() if key not in features]
-        if trainer.is_world_process_zero():
-            (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-            logger.info("image features: %d of %d pictures to compute, %s", len(missing), len(pictures), folder)
-        accelerator.wait_for_everyone()  # until all know what is missing, nobody writes
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        compute_features(trainer, datasets, mine, folder)
-    features.refresh()
+    with tower_in_place(trainer):
+        features, pictures = fill_cache(trainer, datasets, cache)
     absent = pictures.keys() - features.shards.keys()
     if absent:
         raise ValueError(
-            f"Features of {len(absent)} pictures are missing from {folder}, as other processes wrote them elsewhere: "
-            "set image_features_cache to a folder that all machines share."
+            f"Features of {len(absent)} pictures are missing from {features.folder}, as other processes wrote them "
+            "elsewhere: set image_features_cache to a folder that all machines share."
         )
     return features
