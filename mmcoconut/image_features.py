@@ -149,15 +149,9 @@ def check_frozen(model) -> None:
 
 @contextmanager
 def tower_in_place(trainer) -> Iterator[None]:
-    """Inside, the tower is in evaluation mode, on the run's device, and in every process the first one's.
-
-    A model that is to be sharded is still on the CPU, and its weights may have been loaded by the first process alone.
-    """
+    """Inside, the tower is in evaluation mode and on the run's device; a model that is to be sharded is not yet."""
     tower, device = trainer.model.vision_tower.eval(), trainer.model.vision_tower.device
     tower.to(trainer.args.device)
-    if trainer.accelerator.num_processes > 1:
-        for tensor in (*tower.parameters(), *tower.buffers()):
-            torch.distributed.broadcast(tensor.data, src=0)
     yield
     tower.to(device)
 

@@ -117,7 +117,7 @@ def test_sharded_training_saves_and_resumes_and_equals_one_process(recipe, tmp_p
 
 
 def test_sharded_training_reads_kept_features_also_when_it_resumes(recipe, tmp_path):  # noqa: F811
-    """Of weights that only the first process has: the other one loads none under cpu_ram_efficient_loading."""
+    """From a checkpoint, as cpu_ram_efficient_loading concerns what is loaded; both processes fill one folder."""
     fsdp = prepare_multi_gpu_env(launched(TESTS.parent / "recipes" / "accelerate" / "fsdp2_8gpu.yaml"))
     fsdp = {name: value for name, value in fsdp.items() if "FSDP" in name}
     started, whole, resumed = tmp_path / "started", tmp_path / "whole", tmp_path / "resumed"
