@@ -36,10 +36,12 @@ from mmcoconut.trainer import CurriculumTrainer
 
 logger = logging.getLogger("mmcoconut")
 
+SPEED = ("runtime", "samples_per_second", "steps_per_second")
 # Fields of the model's configuration that a recipe sets when it builds a model out of backbones.
 CONFIG_FIELDS = (
     "image_fusion",
     "projector_type",
+    "projector_num_heads",
     "num_visual_tokens",
     "image_pooling",
     "alignment_adapter",
@@ -286,12 +288,14 @@ def check_reload(folder: str, rows) -> None:
 
 
 def stage_rows(log_history: list[dict]) -> list[dict]:
-    """The last evaluation of every stage, out of the trainer's log."""
+    """The last evaluation of every stage, out of the trainer's log: all that it measured but its speed."""
     rows = {}
     for record in log_history:
         if "eval_accuracy" in record:
-            fields = ("stage", "num_latents", "generated_tokens", "accuracy", "n", "loss")
-            rows[record["eval_stage"]] = {field: record[f"eval_{field}"] for field in fields}
+            measured = {
+                name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")
+            }
+            rows[record["eval_stage"]] = {name: value for name, value in measured.items() if name not in SPEED}
     return [rows[stage] for stage in sorted(rows)]
 
 

@@ -54,15 +54,23 @@ class Answerer:
         model, processor: of `load_checkpoint`.
         num_latents: thoughts a question; None takes the checkpoint's.
         max_new_tokens: longest text written.
+        num_beams: of the search; 1 is greedy.
         begin_with: text that every answer is made to begin with, such as "###" for an answer without written steps.
     """
 
     def __init__(
-        self, model, processor, *, num_latents: int | None = None, max_new_tokens: int = 64, begin_with: str = ""
+        self,
+        model,
+        processor,
+        *,
+        num_latents: int | None = None,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+        begin_with: str = "",
     ):
         self.model, self.processor = model, processor
         self.num_latents = processor.num_latents if num_latents is None else num_latents
-        self.max_new_tokens, self.begin_with = max_new_tokens, begin_with
+        self.max_new_tokens, self.num_beams, self.begin_with = max_new_tokens, num_beams, begin_with
 
     def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
         """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width),
@@ -103,9 +111,11 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Mapping]) -> list[dict]:
-        """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; greedily, in one batch."""
+        """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; all in one batch."""
         inputs = self.inputs(rows)
-        tokens = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
+        tokens = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=self.num_beams
+        )
         prompt_length = inputs[self.processor.prompt_names[0]].shape[1]
         new_tokens = tokens[:, prompt_length:].tolist()  # (B, up to max_new_tokens)
         eos = self.model.generation_config.eos_token_id

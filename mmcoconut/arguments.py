@@ -50,7 +50,7 @@ AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", 
 AT_LEAST_0 += ("align_weight", "ce_weight", "align_warmup_epochs")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-AT_LEAST_1 += ("num_visual_tokens", "num_beams")
+AT_LEAST_1 += ("num_visual_tokens", "projector_num_heads", "num_beams")
 AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
 FRACTIONS = ("uniform_prob", "margin", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 LIMITS = (
@@ -110,6 +110,7 @@ class ModelArguments:
     tokenizer_vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer trained on the training texts.")
     image_fusion: str = HfArg(default="replace", help="How image features reach the decoder.")
     projector_type: str = HfArg(default="linear", help="What maps image features to the decoder's width.")
+    projector_num_heads: int = HfArg(default=8, help="Heads of the `transformer` and `attention_prefix` projectors.")
     num_visual_tokens: int = HfArg(default=8, help="Visual tokens an image of a `_prefix` projector.")
     image_pooling: str = HfArg(default="mean", help="How a `_prefix` projector makes one vector of an image.")
     alignment_adapter: bool = HfArg(default=True, help="That vector goes through a linear layer.")

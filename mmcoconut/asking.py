@@ -21,7 +21,7 @@ logger = logging.getLogger("mmcoconut")
 SCORE_BY = ("generation", "likelihood", "likelihood_per_token")
 CHOICES = {"score_by": SCORE_BY, "dtype": ("auto", "float32", "bfloat16", "float16")}
 # What a run's own recipe says where the command does not.
-FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "unreadable_images")
+FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "num_beams", "unreadable_images")
 
 
 @dataclass
@@ -39,6 +39,7 @@ class EvaluationArguments:
     score_by: str = HfArg(default="generation", help="Write answers, or choose the likeliest of a row's choices.")
     num_latents: int | None = HfArg(default=None, help="Thoughts a question; default: the checkpoint's.")
     max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
+    num_beams: int | None = HfArg(default=None, help="Beams of the search; default: the recipe's, or 1: greedy.")
     unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")
     batch_size: int = HfArg(default=32, help="Rows answered at once in each process.")
     dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
@@ -78,6 +79,7 @@ def parse_arguments(argv: list[str], cls=EvaluationArguments, module: str = "mmc
     if arguments.dataset is None:
         raise RecipeError("command line", [("dataset", None, "name a data set, or a --recipe that does")])
     arguments.max_new_tokens = arguments.max_new_tokens or 64
+    arguments.num_beams = arguments.num_beams or 1
     return arguments
 
 

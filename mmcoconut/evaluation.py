@@ -274,7 +274,13 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = load_checkpoint(
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
     )
-    answerer = Answerer(model, processor, num_latents=arguments.num_latents, max_new_tokens=arguments.max_new_tokens)
+    answerer = Answerer(
+        model,
+        processor,
+        num_latents=arguments.num_latents,
+        max_new_tokens=arguments.max_new_tokens,
+        num_beams=arguments.num_beams,
+    )
     settings = settings_of(arguments, answerer, rows)
     check_references(rows, settings["metric"])
     folder = Path(arguments.output_dir or default_folder(arguments, "evaluation"))

@@ -117,6 +117,10 @@ def test_an_empty_field_keeps_its_default(recipe):
         "pad_latent_to_max": True,
         "reset_optimizer": False,
         "start_epoch": 0,
+        "align_weight": 0.0,
+        "ce_weight": 1.0,
+        "align_warmup_epochs": 0,
+        "alignment_target": ["question", "answer"],
     }
     assert (run.remove_unused_columns, run.report_to, run.do_train, run.smoke_test) == (False, [], True, False)
     assert run.output_dir == "outputs/maze"

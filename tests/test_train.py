@@ -18,6 +18,7 @@ from mmcoconut import trainer
 from mmcoconut.data import json_steps
 from mmcoconut.data.images import UnreadableImageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.models import model_class
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.smoke import write_tiny_vlm
 
@@ -82,7 +83,8 @@ def test_recipe_trains_evaluates_saves_and_reloads_in_a_smoke_test(name, tmp_pat
     folder = tmp_path / "run-smoke"
     assert json.loads((folder / "results.json").read_text()) == results
     assert all(math.isfinite(row["loss"]) and row["n"] > 0 for row in results["stages"])
-    model, info = MMCoconutForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    fusion = json.loads((folder / "config.json").read_text())["image_fusion"]
+    model, info = model_class(fusion).from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     processor = MMCoconutProcessor.from_pretrained(folder)
     assert processor.num_latents == results["stages"][-1]["num_latents"]

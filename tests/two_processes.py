@@ -22,9 +22,11 @@ CASES = (
     ("ddp", "gpt2", False),
     ("ddp", "qwen2", True),
     ("ddp", "qwen2 with lora", True),
+    ("ddp", "marian", False),
     ("fsdp", "gpt2", False),
     ("fsdp", "qwen2", False),
     ("fsdp", "qwen2", True),
+    ("fsdp", "marian", False),
 )
 
 
