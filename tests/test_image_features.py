@@ -445,6 +445,8 @@ def test_a_second_run_computes_nothing_and_repeats_the_first(frozen, tmp_path, m
     monkeypatch.setattr(image_features, "run_tower", refuse)
     frozen("two", "--num_train_epochs", "1")
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
+    frozen("a control to compare with", "--num_train_epochs", "1", "--mode", "no_cot")
+    assert losses(tmp_path / "a control to compare with") != losses(tmp_path / "one")
 
 
 def test_evaluation_of_a_checkpoint_may_read_kept_features(frozen, tmp_path, monkeypatch):
