@@ -62,7 +62,7 @@ from .latent_mmcoconut import (
     think,
     whole_tensor,
 )
-from .projectors_mmcoconut import build_projector
+from .projectors_mmcoconut import build_projector, check_image_features, select_features
 
 
 @dataclass
@@ -116,13 +116,21 @@ def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
 
 
-def check_num_tiles(num_tiles: torch.Tensor | None, pixel_values: torch.Tensor) -> None:
-    """The tiles of all images (images,) must be those of the pixels (I, channels, height, width)."""
-    if num_tiles is not None and int(num_tiles.sum()) != pixel_values.shape[0]:
-        raise ValueError(
-            f"num_tiles counts {int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image), but pixel_values holds "
-            f"{pixel_values.shape[0]}: pass both as MMCoconutProcessor returns them."
-        )
+def check_one_source(**sources) -> None:
+    """The batch's images must not be given twice."""
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both hold the images of the batch: pass one of them.")
+
+
+def check_num_tiles(num_tiles: torch.Tensor | None, **images: torch.Tensor | None) -> None:
+    """The tiles of all images (images,) must be as many as the pixels or the features (I, …), given by their name."""
+    for name, tensor in images.items():
+        if num_tiles is not None and tensor is not None and int(num_tiles.sum()) != tensor.shape[0]:
+            raise ValueError(
+                f"num_tiles counts {int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image), but {name} holds "
+                f"{tensor.shape[0]}: pass both as MMCoconutProcessor returns them."
+            )
 
 
 def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> EncoderDecoderCache:
@@ -254,37 +262,61 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return self.language_model
 
     @merge_with_config_defaults
-    @can_return_tuple
     @select_hidden_states("vision_feature_layer")
-    def get_image_features(
+    def get_vision_features(
         self,
         pixel_values: torch.Tensor,
         vision_feature_layer: int | list[int] | None = None,
         vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """What the projector reads of (I, channels, height, width) pixels: (I, patches, W).
+
+        It may be kept while the tower is frozen, and be passed as `image_features` in the place of the pixels.
+        """
+        image_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        return select_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @select_hidden_states("vision_feature_layer")
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
         num_tiles: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | MMCoconutImageOutput:
         """Features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
 
-        With num_tiles (images,) the pixels are tiles, and the list holds an image's tiles joined: (num_tiles · P, D).
+        image_features (I, patches, W) of get_vision_features may stand in the place of the pixels.
+        With num_tiles (images,) these are tiles, and the list holds an image's tiles joined: (num_tiles · P, D).
         Each row of them belongs to a placeholder; for cross-attention that is one of all features, (1, P · D).
         """
-        check_num_tiles(num_tiles, pixel_values)
-        image_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
-        first = 1 if vision_feature_select_strategy == "default" else 0
-        features = [image_outputs.hidden_states[layer][:, first:] for layer in layers]  # (I, P, W) each
-        features = torch.cat(features, dim=-1)  # (I, P, W)
-        image_features = self.multi_modal_projector(features)  # (I, P, D)
-        image_outputs = MMCoconutImageOutput(**image_outputs)
-        if self.config.projector_type in PREFIX_PROJECTORS:
-            image_outputs.image_embeds = self.multi_modal_projector.embedding(features)  # (I, D)
-        if self.cross_attends:
-            image_features = image_features.flatten(1)[:, None]  # (I, 1, P · D)
-        if num_tiles is None:
-            image_outputs.pooler_output = list(image_features)
+        check_one_source(pixel_values=pixel_values, image_features=image_features)
+        check_num_tiles(num_tiles, pixel_values=pixel_values, image_features=image_features)
+        image_outputs = MMCoconutImageOutput()
+        if image_features is None:
+            image_outputs = MMCoconutImageOutput(**self.vision_tower(pixel_values, return_dict=True, **kwargs))
+            image_features = select_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
         else:
-            of_images = image_features.split(num_tiles.tolist())  # (tiles, P, D) each
+            check_image_features(image_features, self.config)
+            image_features = image_features.to(self.dtype)
+        return self.project(image_features, image_outputs, num_tiles)
+
+    def project(self, image_features: torch.Tensor, image_outputs: MMCoconutImageOutput, num_tiles=None):
+        """image_outputs with what the projector makes of features (I, patches, W)."""
+        projected = self.multi_modal_projector(image_features)  # (I, P, D)
+        if self.config.projector_type in PREFIX_PROJECTORS:
+            image_outputs.image_embeds = self.multi_modal_projector.embedding(image_features)  # (I, D)
+        if self.cross_attends:
+            projected = projected.flatten(1)[:, None]  # (I, 1, P · D)
+        if num_tiles is None:
+            image_outputs.pooler_output = list(projected)
+        else:
+            of_images = projected.split(num_tiles.tolist())  # (tiles, P, D) each
             image_outputs.pooler_output = [tiles.flatten(0, 1) for tiles in of_images]
         return image_outputs
 
@@ -479,6 +511,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         num_tiles: torch.LongTensor | None = None,
+        image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         output_thoughts: bool = False,
@@ -490,6 +523,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             input_ids (B, T) or inputs_embeds (B, T, D): exactly one.
             pixel_values (I, channels, height, width): the images of all rows, in reading order, or their tiles.
             num_tiles (images,): how many of the pixel_values each image is; by default one.
+            image_features (I, patches, W): what get_vision_features gives of pixel_values, in their place.
             attention_mask (B, past + T); position_ids (B, T), counted from the mask by default.
             past_key_values: any cache of the library; a latent may stand first if it was filled by this model.
             mm_encoder_outputs: {"image": output of get_image_features}, in the place of pixel_values.
@@ -497,21 +531,24 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
         Raises:
             ValueError: placeholders and features differ in number; a latent without a token before it; more tokens
-                than positions; both or neither of ids and embeddings.
+                than positions; both or neither of ids and embeddings; images given twice.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        if pixel_values is not None and mm_encoder_outputs is not None:
-            raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
+        check_one_source(
+            pixel_values=pixel_values, image_features=image_features, mm_encoder_outputs=mm_encoder_outputs
+        )
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
         image_outputs = (mm_encoder_outputs or {}).get("image")
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, num_tiles=num_tiles, return_dict=True)
+        encodes = pixel_values is not None or image_features is not None
+        if encodes:
+            images = {"num_tiles": num_tiles, "image_features": image_features}
+            image_outputs = self.get_image_features(pixel_values, **images, return_dict=True)
 
         latent_mask = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
         decoder_inputs = self.fuse_images(input_ids, inputs_embeds, image_outputs, past_key_values)
-        if pixel_values is not None:
+        if encodes:
             image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)  # (B, T)
             self.check_whole_images(image_mask, num_tiles)
         outputs = self.run_decoder(
@@ -584,14 +621,24 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> tuple | BaseModelOutputWithPooling:
-        return self.model.get_image_features(pixel_values, **kwargs)
+    def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        return self.model.get_vision_features(pixel_values, **kwargs)
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+    def get_image_features(self, *args, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        return self.model.get_image_features(*args, **kwargs)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, image_features=None, **kwargs):
         """Stock `generate()`, which encodes images before any forward pass could see whose they are."""
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        if input_ids is not None and kwargs.get("pixel_values") is not None:
+        pixel_values, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs")
+        check_one_source(pixel_values=pixel_values, image_features=image_features, mm_encoder_outputs=encoded)
+        if input_ids is not None and (pixel_values is not None or image_features is not None):
             self.model.check_whole_images(input_ids == self.config.image_token_id, kwargs.get("num_tiles"))
+        if image_features is not None:  # which stock `generate()` does not look for
+            with torch.no_grad():
+                images = {"image_features": image_features, "num_tiles": kwargs.pop("num_tiles", None)}
+                encoded = self.get_image_features(**images, return_dict=True)
+            kwargs["mm_encoder_outputs"] = {"image": encoded}
         return super().generate(inputs, *args, **kwargs)
 
     @staticmethod
@@ -636,6 +683,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         num_tiles: torch.LongTensor | None = None,
+        image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
         output_thoughts: bool = False,
@@ -662,6 +710,7 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             num_tiles=num_tiles,
+            image_features=image_features,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
             output_thoughts=output_thoughts,

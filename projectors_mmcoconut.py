@@ -8,7 +8,20 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .configuration_mmcoconut import PREFIX_PROJECTORS, MMCoconutConfig, shuffle_factor
+from .configuration_mmcoconut import (
+    PREFIX_PROJECTORS,
+    READ_BY_CROSS_ATTENTION,
+    MMCoconutConfig,
+    shuffle_factor,
+)
+
+
+def select_features(image_outputs, vision_feature_layer: int | list[int], select_strategy: str) -> torch.Tensor:
+    """The hidden states of a tower's output that the projector reads, layers joined: (I, patches, W)."""
+    layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+    first = 1 if select_strategy == "default" else 0
+    features = [image_outputs.hidden_states[layer][:, first:] for layer in layers]  # (I, patches, W) each
+    return torch.cat(features, dim=-1)  # (I, patches, W)
 
 
 class TransformerProjector(nn.Module):
@@ -117,10 +130,38 @@ def build_prefix_projector(config: MMCoconutConfig, vision_width: int) -> nn.Mod
     return AttentionPrefixProjector(vision_width, hidden_size, num_tokens=num_tokens, num_heads=num_heads, **embedding)
 
 
-def build_projector(config: MMCoconutConfig) -> nn.Module:
-    """The projector that the configuration names, from the joined width of the layers that are read."""
+def vision_width_of(config: MMCoconutConfig) -> int:
+    """The joined width of the layers that are read."""
     layers = config.vision_feature_layer
-    vision_width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+
+
+def num_patches_read(config: MMCoconutConfig) -> int | None:
+    """Patches of an image that make its placeholders; None where the decoder reads as many as there are."""
+    if config.image_fusion in READ_BY_CROSS_ATTENTION or config.projector_type in PREFIX_PROJECTORS:
+        return None
+    shuffles = config.projector_type == "pixel_shuffle"
+    return config.image_seq_length * (shuffle_factor(config.downsample_ratio) ** 2 if shuffles else 1)
+
+
+def check_image_features(image_features: torch.Tensor, config: MMCoconutConfig) -> None:
+    """Precomputed features must be (I, patches, W), as the tower would give them.
+
+    Raises:
+        ValueError: another shape; the message has both.
+    """
+    num_patches, width = num_patches_read(config), vision_width_of(config)
+    wrong = image_features.ndim != 3 or image_features.shape[2] != width
+    if wrong or num_patches not in (None, image_features.shape[1]):
+        raise ValueError(
+            f"image_features is {tuple(image_features.shape)}, and the projector reads (images or tiles, "
+            f"{num_patches or 'patches'}, {width}): pass what get_vision_features of this model gives."
+        )
+
+
+def build_projector(config: MMCoconutConfig) -> nn.Module:
+    """The projector that the configuration names."""
+    vision_width = vision_width_of(config)
     hidden_size = config.text_config.hidden_size
     if config.projector_type in PREFIX_PROJECTORS:
         return build_prefix_projector(config, vision_width)

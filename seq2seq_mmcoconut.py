@@ -116,6 +116,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         num_tiles: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> MMCoconutEncoderOutput:
         """What the decoder is to read of questions (B, S) and their images; placeholders are not read as text.
@@ -128,13 +129,14 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             attention_mask = torch.ones_like(input_ids)  # (B, S)
         text_mask = attention_mask * (input_ids != self.config.image_token_id)  # (B, S)
         states = self.get_encoder()(input_ids, attention_mask=text_mask).last_hidden_state  # (B, S, D)
-        image_features, image_outputs = states[0, :0], None  # (0, D)
-        if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, num_tiles=num_tiles, return_dict=True)
-            image_features = torch.cat(list(image_outputs.pooler_output), dim=0).to(states)  # (I, P · D)
-        image_mask = self.get_placeholder_mask(input_ids, states, image_features)  # (B, S)
+        projected, image_outputs = states[0, :0], None  # (0, D)
+        if pixel_values is not None or image_features is not None:
+            images = {"num_tiles": num_tiles, "image_features": image_features}
+            image_outputs = self.get_image_features(pixel_values, **images, return_dict=True)
+            projected = torch.cat(list(image_outputs.pooler_output), dim=0).to(states)  # (I, P · D)
+        image_mask = self.get_placeholder_mask(input_ids, states, projected)  # (B, S)
         self.check_whole_images(image_mask, num_tiles)
-        read = self.fuse(states, image_features, image_mask, attention_mask)
+        read = self.fuse(states, projected, image_mask, attention_mask)
         return MMCoconutEncoderOutput(
             last_hidden_state=read["encoder_hidden_states"],
             attention_mask=read["encoder_attention_mask"],
@@ -154,6 +156,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         encoder_outputs: MMCoconutEncoderOutput | None = None,
         past_key_values: Cache | None = None,
         num_tiles: torch.LongTensor | None = None,
+        image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_thoughts: bool = False,
         **kwargs,
@@ -161,14 +164,14 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         """Encode question and images, then run the decoder; each latent reads the state of the column before it.
 
         Args:
-            input_ids (B, S), attention_mask (B, S), pixel_values, num_tiles: as `encode` takes them; or
+            input_ids, attention_mask (B, S), pixel_values, num_tiles, image_features: as `encode` takes them; or
             encoder_outputs: what it gave.
             decoder_input_ids (B, T), decoder_attention_mask (B, past + T), decoder_position_ids (B, T): the decoder's
             text, latents included; positions are counted from the mask by default.
             past_key_values, use_cache, output_thoughts: as in MMCoconutModel.forward.
         """
         if encoder_outputs is None:
-            encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles)
+            encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features)
         inputs_embeds = self.get_input_embeddings()(decoder_input_ids)  # (B, T, D)
         latent_mask = decoder_input_ids == self.config.latent_token_id  # (B, T)
         outputs = self.run_decoder(
@@ -224,7 +227,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             raise ValueError("prefill_chunk_size does not work with an encoder-decoder: leave it out.")
         if encoder_outputs is None:
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-            images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles")}
+            images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles", "image_features")}
             with torch.no_grad():
                 encoder_outputs = self.model.encode(input_ids, kwargs.pop("attention_mask", None), **images)
         kwargs["attention_mask"] = encoder_outputs.attention_mask
@@ -264,6 +267,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         alignment_attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         num_tiles: torch.LongTensor | None = None,
+        image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_thoughts: bool = False,
         **kwargs,
@@ -288,7 +292,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             )
         aligned = None
         if encoder_outputs is None:
-            encoder_outputs = self.model.encode(input_ids, attention_mask, pixel_values, num_tiles)
+            encoder_outputs = self.model.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features)
         if alignment_input_ids is not None:
             aligned = self.align(encoder_outputs.image_embeds, alignment_input_ids, alignment_attention_mask)
         if decoder_input_ids is None and labels is None:
@@ -319,7 +323,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         """The alignment loss of a batch's images and their texts."""
         if image_embeds is None:
             raise ValueError(
-                "There are texts to align images with, but no image vectors: pass pixel_values, and take a projector "
+                "There are texts to align images with, but no image vectors: pass the images, and take a projector "
                 f"that makes them, pooled_prefix or attention_prefix, not {self.config.projector_type}."
             )
         return alignment_loss(image_embeds, self.get_text_features(alignment_input_ids, alignment_attention_mask))

@@ -19,6 +19,7 @@ from mmcoconut.compare import compare
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import drop_unreadable, load_examples, nearest, question_text
 from mmcoconut.data.images import open_images
+from mmcoconut.image_features import DEFAULT_CACHE, precompute_image_features
 from mmcoconut.lora import add_lora
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import load_model, model_class
@@ -385,6 +386,9 @@ def main(argv: list[str] | None = None) -> dict:
     trainer = build_trainer(
         model, processor, splits=splits, data_args=data_args, curriculum_args=curriculum_args, run_args=run_args
     )
+    if data_args.precompute_image_features:
+        cache = data_args.image_features_cache or DEFAULT_CACHE
+        trainer.curriculum_collator.image_features = precompute_image_features(trainer, [*splits.values()], cache)
     if not run_args.do_train:
         return evaluate(trainer, data_args)
     train_seconds = train(trainer, run_args)

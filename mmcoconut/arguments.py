@@ -138,6 +138,8 @@ class DataArguments:
     max_eval_samples: int | None = HfArg(default=None, help="Use only so many evaluation examples.")
     unreadable_images: str = HfArg(default="error", help="`skip` leaves out examples whose image cannot be read.")
     metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the data set's.")
+    precompute_image_features: bool = HfArg(default=False, help="Run the frozen vision tower once a picture, on disk.")
+    image_features_cache: str | None = HfArg(default=None, help="Folder for that; default: beside datasets' cache.")
     max_new_tokens: int = HfArg(default=64, help="Longest text generated in evaluation, in tokens.")
     num_beams: int = HfArg(default=1, help="Beams of the search that evaluation generates by; 1 is greedy.")
     eval_split: str = HfArg(default="validation", help="Split that is evaluated at the end of every stage.")
@@ -304,6 +306,11 @@ def _conflicts(values: dict):
         yield "dataset_options.images_required", False, "no image would be read from `image_root`: keep one"
     if values["lora"] is not None and values.get("push_to_hub") and values.get("hub_strategy") != "end":
         yield "hub_strategy", values.get("hub_strategy"), "a checkpoint with `lora` is no whole model to push: set end"
+    frozen = {name.rpartition(".")[2] for name in values["freeze"]}
+    if values["precompute_image_features"] and "vision_tower" not in frozen:
+        yield "precompute_image_features", True, "the vision tower is trained: add `vision_tower` to `freeze`"
+    if values["image_features_cache"] is not None and not values["precompute_image_features"]:
+        yield "image_features_cache", values["image_features_cache"], "set `precompute_image_features: true` too"
     for part, rate in (values.get("learning_rates") or {}).items():
         if rate < 0:
             yield f"learning_rates.{part}", rate, "must be at least 0"

@@ -19,6 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from mmcoconut.data import open_images, question_text
+from mmcoconut.image_features import ImageFeatures
 from mmcoconut.objectives import Alignment
 
 
@@ -154,6 +155,8 @@ class CurriculumCollator:
         max_length: positions of the language model; longer rows are refused.
         max_new_tokens: what evaluation will add to a prompt.
         alignment: what the rows' pictures are aligned with, if anything.
+
+    With `image_features` batches hold these in the place of pixels.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class CurriculumCollator:
         self.alignment = alignment
         self.epoch = 0
         self.fixed_stage: int | None = None
+        self.image_features: ImageFeatures | None = None
 
     @property
     def stage(self) -> int:
@@ -208,6 +212,8 @@ class CurriculumCollator:
 
     def pixels(self, rows: Sequence[dict]) -> tuple[dict, list[list[int]]]:
         """What the model reads for all rows' images in order, and the tiles of each image of each row."""
+        if self.image_features is not None:
+            return self.image_features.of_rows(rows)
         return self.processor.encode_images([open_images(row) for row in rows], return_tensors="pt")
 
     def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence[int]]) -> dict:

@@ -174,6 +174,8 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
     tiny = {"vlm": str(folder / "vlm"), "image_size": None} if from_vlm else tiny_backbones(model_args)
     model_args = replace(model_args, model=None, new_token_init=None, **tiny)
     data_args = replace(data_args, dataset_options=options, max_new_tokens=4, eval_split="validation")
+    if data_args.precompute_image_features:
+        data_args = replace(data_args, image_features_cache=str(folder / "image_features"))
     max_latent_stage = min(1, curriculum_args.max_latent_stage)
     curriculum_args = replace(curriculum_args, max_latent_stage=max_latent_stage, epochs_per_stage=1, start_epoch=0)
     run_args.output_dir, run_args.do_train = str(folder), True

@@ -161,7 +161,7 @@ class CurriculumTrainer(Trainer):
         """Loss of the labelled rows, new tokens (B, up to max_new_tokens), and the rows' index."""
         inputs = self._prepare_inputs(inputs)
         index, supervised = inputs.pop("index"), inputs.pop("supervised")
-        pixels = {name: inputs[name] for name in ("pixel_values", "num_tiles") if name in inputs}
+        pixels = {name: inputs[name] for name in ("pixel_values", "image_features", "num_tiles") if name in inputs}
         with self.compute_loss_context_manager():
             outputs = model(**supervised, **pixels, logits_to_keep=1)
             loss = outputs.loss
@@ -258,6 +258,8 @@ class CurriculumTrainer(Trainer):
             load_adapter(self.model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.curriculum_collator.image_features is not None:
+            self.curriculum_collator.image_features.check_tower(self.model)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: train_hf.py writes README.md from model_card.md, and a push must not write over it."""

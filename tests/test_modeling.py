@@ -655,7 +655,7 @@ def test_inputs_that_exclude_each_other_are_refused():
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model(pixel_values=batch["pixel_values"])
     encoded = model.get_image_features(batch["pixel_values"])
-    with pytest.raises(ValueError, match="pixel_values or mm_encoder_outputs, not both"):
+    with pytest.raises(ValueError, match="pixel_values and mm_encoder_outputs both hold the images"):
         model(**batch, mm_encoder_outputs={"image": encoded})
 
 

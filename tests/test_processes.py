@@ -116,6 +116,27 @@ def test_sharded_training_saves_and_resumes_and_equals_one_process(recipe, tmp_p
         assert (folder / "modeling_mmcoconut.py").exists() and (folder / "latent_mmcoconut.py").exists()
 
 
+def test_sharded_training_reads_kept_features_also_when_it_resumes(recipe, tmp_path):  # noqa: F811
+    """From a checkpoint, as cpu_ram_efficient_loading concerns what is loaded; both processes fill one folder."""
+    fsdp = prepare_multi_gpu_env(launched(TESTS.parent / "recipes" / "accelerate" / "fsdp2_8gpu.yaml"))
+    fsdp = {name: value for name, value in fsdp.items() if "FSDP" in name}
+    started, whole, resumed = tmp_path / "started", tmp_path / "whole", tmp_path / "resumed"
+    config = json.dumps({**QWEN2, "tie_word_embeddings": False})
+    train_hf.main([recipe, "--output_dir", str(started), "--text_config", config, "--max_steps", "1"])
+    options = ["--model", str(started), "--freeze", "vision_tower", "--num_train_epochs", "2"]
+    options += [word for key in ("vision_config", "text_config", "tokenizer") for word in (f"--{key}", "null")]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "one"), *options])
+    options += ["--per_device_train_batch_size", "4", "--precompute_image_features", "true"]
+    options += ["--image_features_cache", str(tmp_path / "cache")]
+    torchrun("fsdp_on_cpu.py", recipe, "--output_dir", str(whole), *options, **fsdp)
+    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
+    again = ["--resume_from_checkpoint", "true"]
+    torchrun("fsdp_on_cpu.py", recipe, "--output_dir", str(resumed), *options, *again, **fsdp)
+    for folder in (whole, resumed):
+        assert list(losses(folder).values()) == pytest.approx(list(losses(tmp_path / "one").values()), abs=2e-4)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
 @pytest.mark.parametrize(
     "changed, adapted, message",
     [

@@ -1,5 +1,6 @@
 """Opens the pictures of a row as RGB, or says which row and which file cannot be read and what to do about it."""
 
+import hashlib
 import io
 import os
 import struct
@@ -131,6 +132,21 @@ def resolve_image_path(image_root: str | os.PathLike, relative: str, row_id: str
     return path
 
 
+def _named_items(row: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The pictures of a row as they are stored, each with its name for messages."""
+    for number, item in enumerate(row["images"]):
+        yield item, f"{row['row_id']}: image file {item['path'] or f'{number} (bytes in the data set)'}"
+
+
+def content_keys(row: Mapping[str, Any]) -> list[str]:
+    """SHA-256 of each picture of a row, as it is stored: equal pictures have equal keys, wherever they lie."""
+    keys = []
+    for item, where in _named_items(row):
+        with _open_source(item, where) as source:
+            keys.append(hashlib.sha256(source.read()).hexdigest())
+    return keys
+
+
 def open_images(row: Mapping[str, Any]) -> list[Image.Image]:
     """The pictures of a row, decoded, RGB, in order; nothing is ever put in the place of one that cannot be read.
 
@@ -140,8 +156,7 @@ def open_images(row: Mapping[str, Any]) -> list[Image.Image]:
     """
     _check_whole_files_only()
     images = []
-    for number, item in enumerate(row["images"]):
-        where = f"{row['row_id']}: image file {item['path'] or f'{number} (bytes in the data set)'}"
+    for item, where in _named_items(row):
         with _open_source(item, where) as source:
             images.append(_decode(source, where))
     return images

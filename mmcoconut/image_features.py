@@ -1,0 +1,274 @@
+"""What a frozen vision tower gives of a run's pictures, computed once and kept on disk for all epochs and runs.
+
+    <cache>/<fingerprint>/description.json        what the features are of: tower, image processor, layers, precision
+                         /<name>.safetensors      SHA-256 of a picture's file → its features (tiles, patches, W)
+
+The fingerprint is that of the description, so another tower or other settings never find these features. A shard is
+written whole or not at all: a run that is stopped loses the pictures of one.
+
+Shapes: I images or tiles, patches of one, W width of the layers that the projector reads.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset, config
+from filelock import FileLock
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from mmcoconut.data.images import content_keys, open_images
+from mmcoconut.latent_mmcoconut import whole_tensor
+from mmcoconut.processing_mmcoconut import makes_tiles
+
+
+logger = logging.getLogger("mmcoconut")
+
+DEFAULT_CACHE = Path(config.HF_DATASETS_CACHE, "mmcoconut_image_features")
+DESCRIPTION_FILE = "description.json"
+SHARD = ".safetensors"
+PARTIAL = ".partial"
+SHARD_PICTURES, SHARD_BYTES = 256, 2**28
+OPEN_SHARDS = 256
+
+
+def hash_of(module: nn.Module) -> str:
+    """SHA-256 of a module's weights, their names and types; under FSDP2 every process must call this."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        tensor = whole_tensor(tensor).cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def description_of(model, processor, mixed_precision: str) -> dict:
+    """All that the features of a picture depend on, beside the picture."""
+    tower = model.vision_tower
+    vision_config = json.loads(tower.config.to_json_string())
+    vision_config.pop("_name_or_path", None)  # the same weights may lie in several places
+    return {
+        "weights": hash_of(tower),
+        "vision_config": vision_config,
+        "attn_implementation": tower.config._attn_implementation,
+        "vision_feature_layer": model.config.vision_feature_layer,
+        "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
+        "image_processor": json.loads(processor.image_processor.to_json_string()),
+        "use_thumbnail": processor.use_thumbnail,
+        "mixed_precision": mixed_precision,
+        "transformers": transformers.__version__,
+    }
+
+
+def fingerprint(description: Mapping) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@lru_cache(maxsize=OPEN_SHARDS)
+def open_shard(path: Path):
+    """A shard, mapped into memory and kept open; each process has its own."""
+    return safe_open(path, framework="pt")
+
+
+class ImageFeatures:
+    """Features of pictures by the content of their files, read from a folder of shards when they are asked for.
+
+    Args:
+        folder: of one fingerprint.
+        tower_hash: `hash_of` the tower that they are of.
+        tiled: whether a picture may have several tiles, so that batches count them.
+    """
+
+    def __init__(self, folder: Path, *, tower_hash: str, tiled: bool):
+        self.folder, self.tower_hash, self.tiled = folder, tower_hash, tiled
+        self.shards: dict[str, Path] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look for shards that were written since."""
+        known = {*self.shards.values()}
+        for path in sorted({*self.folder.glob(f"*{SHARD}")} - known):
+            self.shards |= dict.fromkeys(open_shard(path).keys(), path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.shards
+
+    def of_rows(self, rows: Sequence[Mapping]) -> tuple[dict, list[list[int]]]:
+        """What the model reads for all rows' images in order, and the tiles of each image of each row.
+
+        Returns:
+            image_features (I, patches, W), and num_tiles (images,) where pictures have tiles; {} without pictures.
+
+        Raises:
+            ValueError: a picture whose features were not computed.
+        """
+        found, tiles = [], []
+        for row in rows:
+            keys = content_keys(row)
+            if any(key not in self for key in keys):
+                raise ValueError(
+                    f"{row['row_id']}: {self.folder} holds no features of a picture of this row: rows outside the "
+                    "run's splits need precompute_image_features: false."
+                )
+            of_row = [open_shard(self.shards[key]).get_tensor(key) for key in keys]  # (tiles, patches, W) each
+            tiles.append([len(features) for features in of_row])
+            found += of_row
+        if not found:
+            return {}, tiles
+        counts = {"num_tiles": torch.tensor(sum(tiles, []))} if self.tiled else {}
+        return {"image_features": torch.cat(found), **counts}, tiles
+
+    def check_tower(self, model) -> None:
+        """Raise if the weights of the model's tower are not those that the features are of."""
+        if hash_of(model.vision_tower) != self.tower_hash:
+            raise ValueError(
+                "The checkpoint's vision tower is another than the one that the recipe builds and that "
+                f"{self.folder} is of: resume without precompute_image_features."
+            )
+
+
+def check_frozen(model) -> None:
+    """Features of a tower that is trained would be those of an earlier one."""
+    trained = [name for name, parameter in model.vision_tower.named_parameters() if parameter.requires_grad]
+    if trained:
+        raise ValueError(
+            f"precompute_image_features needs a frozen vision tower, and {len(trained)} of its parameters are trained "
+            f"({trained[0]}, …): add vision_tower to `freeze`, keep `lora` out of it, or remove this key."
+        )
+
+
+@contextmanager
+def tower_in_place(trainer) -> Iterator[None]:
+    """Inside, the tower is in evaluation mode and on the run's device; a model that is to be sharded is not yet."""
+    tower, device = trainer.model.vision_tower.eval(), trainer.model.vision_tower.device
+    tower.to(trainer.args.device)
+    yield
+    tower.to(device)
+
+
+@contextmanager
+def one_run_at_a_time(folder: Path, accelerator) -> Iterator[None]:
+    """Runs that share a folder fill it one after the other, and the processes of one run together."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock") if accelerator.is_main_process else nullcontext():
+        for path in folder.glob(f"*{PARTIAL}") if accelerator.is_main_process else ():  # of a run that was stopped
+            path.unlink()
+        accelerator.wait_for_everyone()
+        yield
+        accelerator.wait_for_everyone()
+
+
+def distinct_pictures(datasets: Sequence[Dataset], *, silent: bool) -> dict[str, tuple[int, int, int]]:
+    """Where each distinct picture first stands, by its key: data set, row, number within the row."""
+    places = {}
+    with tqdm(total=sum(map(len, datasets)), unit="row", desc="reading pictures", disable=silent) as progress:
+        for number, rows in enumerate(datasets):
+            for index, row in enumerate(rows.select_columns(["images", "row_id"])):
+                for position, key in enumerate(content_keys(row)):
+                    places.setdefault(key, (number, index, position))
+                progress.update()
+    return places
+
+
+def load_pixels(pictures, *, datasets: Sequence[Dataset], processor) -> tuple[list[str], torch.Tensor, list[int]]:
+    """Keys, pixels (I, channels, height, width) and numbers of tiles of pictures (key, place)."""
+    groups = []
+    for _, (number, index, position) in pictures:
+        row = datasets[number][index]
+        groups.append(open_images({"images": [row["images"][position]], "row_id": row["row_id"]}))
+    inputs, tiles = processor.encode_images(groups, return_tensors="pt")
+    return [key for key, _ in pictures], inputs["pixel_values"], [count for [count] in tiles]
+
+
+@torch.no_grad()
+def run_tower(model, pixel_values: torch.Tensor, *, batch_size: int, accelerator) -> torch.Tensor:
+    """Features (I, patches, W) in the tower's own precision, as training's forward pass would compute them."""
+    tower = model.vision_tower
+    parts = pixel_values.to(tower.dtype).split(batch_size)
+    with accelerator.autocast():
+        features = [model.get_vision_features(part.to(tower.device)) for part in parts]
+    return torch.cat(features).to(tower.dtype).cpu()
+
+
+def write_shard(folder: Path, features: Mapping[str, torch.Tensor]) -> None:
+    """A file that is there whole or not at all, named by its first picture."""
+    path = folder / f"{next(iter(features))}{SHARD}"
+    save_file(dict(features), path.with_suffix(PARTIAL))
+    path.with_suffix(PARTIAL).replace(path)
+
+
+def write_features(batches: Iterable, folder: Path, *, progress: tqdm) -> None:
+    """Shards of batches (keys, features (I, patches, W), tiles of each picture)."""
+    shard, num_bytes = {}, 0
+    for keys, features, tiles in batches:
+        for key, of_picture in zip(keys, features.split(tiles)):
+            shard[key] = of_picture.clone()  # a shard's tensors may not share memory
+            num_bytes += of_picture.nbytes
+        progress.update(len(keys))
+        if len(shard) >= SHARD_PICTURES or num_bytes >= SHARD_BYTES:
+            write_shard(folder, shard)
+            shard, num_bytes = {}, 0
+    if shard:
+        write_shard(folder, shard)
+
+
+def compute_features(trainer, datasets: Sequence[Dataset], pictures: list[tuple], folder: Path) -> None:
+    """Run this process's pictures through image processor and tower, and write their features."""
+    args, batch_size = trainer.args, trainer.args.per_device_eval_batch_size
+    load = partial(load_pixels, datasets=datasets, processor=trainer.processing_class)
+    loader = DataLoader(pictures, batch_size, collate_fn=load, num_workers=args.dataloader_num_workers)
+    run = partial(run_tower, trainer.model, batch_size=batch_size, accelerator=trainer.accelerator)
+    silent = args.disable_tqdm or not trainer.is_local_process_zero()
+    with tqdm(total=len(pictures), unit="picture", desc="image features", disable=silent) as progress:
+        write_features(((keys, run(pixels), tiles) for keys, pixels, tiles in loader), folder, progress=progress)
+
+
+def fill_cache(trainer, datasets: Sequence[Dataset], cache: str | Path) -> tuple[ImageFeatures, dict]:
+    """What `precompute_image_features` gives, and where each picture stands, before it is known to be complete."""
+    accelerator, processor = trainer.accelerator, trainer.processing_class
+    description = description_of(trainer.model, processor, accelerator.mixed_precision)
+    folder = Path(cache, fingerprint(description))
+    pictures = distinct_pictures(datasets, silent=trainer.args.disable_tqdm or not trainer.is_local_process_zero())
+    with one_run_at_a_time(folder, accelerator):
+        tiled = makes_tiles(processor.image_processor)
+        features = ImageFeatures(folder, tower_hash=description["weights"], tiled=tiled)
+        missing = [(key, place) for key, place in pictures.items() if key not in features]
+        if trainer.is_world_process_zero():
+            (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+            logger.info("image features: %d of %d pictures to compute, %s", len(missing), len(pictures), folder)
+        accelerator.wait_for_everyone()  # until all know what is missing, nobody writes
+        compute_features(trainer, datasets, missing[accelerator.process_index :: accelerator.num_processes], folder)
+    features.refresh()
+    return features, pictures
+
+
+def precompute_image_features(trainer, datasets: Sequence[Dataset], cache: str | Path) -> ImageFeatures:
+    """The features of all pictures of the data sets; what the cache lacks is computed, by each process its part.
+
+    Args:
+        trainer: a CurriculumTrainer before training.
+        cache: a folder that runs may share, also at the same time.
+
+    Raises:
+        ValueError: a tower that is trained; a folder that is not the same for all processes.
+    """
+    check_frozen(trainer.model)
+    with tower_in_place(trainer):
+        features, pictures = fill_cache(trainer, datasets, cache)
+    absent = pictures.keys() - features.shards.keys()
+    if absent:
+        raise ValueError(
+            f"Features of {len(absent)} pictures are missing from {features.folder}, as other processes wrote them "
+            "elsewhere: set image_features_cache to a folder that all machines share."
+        )
+    return features
