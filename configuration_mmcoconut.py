@@ -71,6 +71,8 @@ class MMCoconutConfig(PreTrainedConfig):
         downsample_ratio (`float`): side of the grid after `pixel_shuffle` over the side before it: 0.5 joins 2 × 2.
         vision_feature_layer (`int | list[int]`): which hidden states of the tower are read; several are joined along
             the width.
+        vision_last_norm (`bool`): whether layer -1 is read as the tower itself returns it, behind a last norm where it
+            has one (ViT, DINOv2, SigLIP), or, as in LLaVA, before that.
         vision_feature_select_strategy (`str`): `default` leaves out the first (class) token, `full` keeps all.
         image_size (`int`): side of the square pictures, or tiles of them, that the tower reads; None is the tower's
             own, and another needs a tower that interpolates its positions.
@@ -107,6 +109,7 @@ class MMCoconutConfig(PreTrainedConfig):
     alignment_adapter: bool = True
     downsample_ratio: float = 0.5
     vision_feature_layer: int | list[int] = -1
+    vision_last_norm: bool = False
     vision_feature_select_strategy: str = "default"
     image_size: int | None = None
     image_seq_length: int | None = None

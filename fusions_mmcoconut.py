@@ -39,7 +39,7 @@ def features_by_row(image_features, image_mask, hidden_size: int) -> tuple[torch
 
 
 def cross_attention_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
-    """Image features are what the decoder's cross-attention reads.
+    """Image features are what the decoder's cross-attention reads; it does not see in which order the images stand.
 
     A row without images reads one feature of zeros, whatever the other rows of its batch have.
     """

@@ -261,6 +261,10 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
     def get_decoder(self):
         return self.language_model
 
+    def selected_features(self, image_outputs, layers: int | list[int], select_strategy: str) -> torch.Tensor:
+        """What the projector reads of the tower's output, (I, patches, W)."""
+        return select_features(image_outputs, layers, select_strategy, last_norm=self.config.vision_last_norm)
+
     @merge_with_config_defaults
     @select_hidden_states("vision_feature_layer")
     def get_vision_features(
@@ -275,7 +279,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         It may be kept while the tower is frozen, and be passed as `image_features` in the place of the pixels.
         """
         image_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
-        return select_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
+        return self.selected_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -300,7 +304,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         image_outputs = MMCoconutImageOutput()
         if image_features is None:
             image_outputs = MMCoconutImageOutput(**self.vision_tower(pixel_values, return_dict=True, **kwargs))
-            image_features = select_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
+            image_features = self.selected_features(
+                image_outputs, vision_feature_layer, vision_feature_select_strategy
+            )
         else:
             check_image_features(image_features, self.config)
             image_features = image_features.to(self.dtype)

@@ -16,12 +16,18 @@ from .configuration_mmcoconut import (
 )
 
 
-def select_features(image_outputs, vision_feature_layer: int | list[int], select_strategy: str) -> torch.Tensor:
-    """The hidden states of a tower's output that the projector reads, layers joined: (I, patches, W)."""
-    layers = [vision_feature_layer] if isinstance(vision_feature_layer, int) else vision_feature_layer
+def select_features(image_outputs, layers: int | list[int], select_strategy: str, *, last_norm: bool) -> torch.Tensor:
+    """The hidden states of a tower's output that the projector reads, layers joined: (I, patches, W).
+
+    With last_norm layer -1 is what the tower itself returns.
+    """
+    layers = [layers] if isinstance(layers, int) else layers
+    states = [
+        image_outputs.last_hidden_state if last_norm and layer == -1 else image_outputs.hidden_states[layer]
+        for layer in layers
+    ]
     first = 1 if select_strategy == "default" else 0
-    features = [image_outputs.hidden_states[layer][:, first:] for layer in layers]  # (I, patches, W) each
-    return torch.cat(features, dim=-1)  # (I, patches, W)
+    return torch.cat([state[:, first:] for state in states], dim=-1)  # (I, patches, W)
 
 
 class TransformerProjector(nn.Module):

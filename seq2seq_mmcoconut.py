@@ -98,7 +98,11 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
     @torch.no_grad()
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The teacher's vector of texts (n, S): its encoder's states meaned over the tokens, L2-normalised; (n, D)."""
-        states = self.get_encoder()(input_ids, attention_mask=attention_mask).last_hidden_state  # (n, S, D)
+        encoder = self.get_encoder()
+        training = encoder.training
+        encoder.eval()  # a teacher says the same thing twice
+        states = encoder(input_ids, attention_mask=attention_mask).last_hidden_state  # (n, S, D)
+        encoder.train(training)
         mask = attention_mask[..., None].to(states.dtype)  # (n, S, 1)
         return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 

@@ -48,6 +48,7 @@ CONFIG_FIELDS = (
     "image_pooling",
     "alignment_adapter",
     "vision_feature_layer",
+    "vision_last_norm",
     "vision_feature_select_strategy",
     "thought_norm",
 )

@@ -75,7 +75,8 @@ CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwar
 IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
 IN_A_CHECKPOINT = ("vlm", *IN_A_VLM)
 # What a vision-language model decides by its weights, and what only its processor can be told.
-JOINED_IN_A_VLM = ("image_fusion", "projector_type", "vision_feature_layer", "vision_feature_select_strategy")
+JOINED_IN_A_VLM = ("image_fusion", "projector_type", "vision_feature_layer", "vision_last_norm")
+JOINED_IN_A_VLM += ("vision_feature_select_strategy",)
 OF_A_VLM = ("image_size", "min_tiles", "max_tiles", "use_thumbnail")
 FOLDERS = ("model", "vlm", "vision_model", "text_model", "tokenizer", "resume_from_checkpoint")
 DATA_PATHS = ("file", "folder", "image_root")
@@ -115,6 +116,7 @@ class ModelArguments:
     image_pooling: str = HfArg(default="mean", help="How a `_prefix` projector makes one vector of an image.")
     alignment_adapter: bool = HfArg(default=True, help="That vector goes through a linear layer.")
     vision_feature_layer: int | list[int] = HfArg(default=-1, help="Hidden layer, or layers, of the vision tower.")
+    vision_last_norm: bool = HfArg(default=False, help="Layer -1 is read behind the tower's last norm.")
     vision_feature_select_strategy: str = HfArg(default="default", help="`default` leaves out the class token.")
     image_size: int | None = HfArg(default=None, help="Side of the tiles that the vlm reads; default: its own.")
     min_tiles: int | None = HfArg(default=None, help="Least tiles of an image for the vlm; default: its own.")

@@ -62,6 +62,7 @@ def description_of(model, processor, mixed_precision: str) -> dict:
         "vision_config": vision_config,
         "attn_implementation": tower.config._attn_implementation,
         "vision_feature_layer": model.config.vision_feature_layer,
+        "vision_last_norm": model.config.vision_last_norm,
         "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
         "image_processor": json.loads(processor.image_processor.to_json_string()),
         "use_thumbnail": processor.use_thumbnail,

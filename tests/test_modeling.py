@@ -714,3 +714,18 @@ def test_configuration_without_token_ids_is_refused():
     config.latent_token_id = None
     with pytest.raises(ValueError, match="lacks latent_token_id: take the ids from the tokenizer"):
         MMCoconutForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("vision", TOWERS)
+@pytest.mark.parametrize("tolerance", [0.0])
+def test_last_layer_may_be_read_as_the_tower_returns_it_also_after_reloading(vision, tolerance, tmp_path):
+    model = tiny_model(vision=vision, vision_feature_select_strategy="full", vision_last_norm=True)
+    pixels = random_pixels(2)
+    with torch.no_grad():
+        expected = model.vision_tower(pixels).last_hidden_state
+        before = tower_states(model, pixels)
+        assert (max_difference(before, expected) > 0.1) == (vision != "clip")  # CLIP normalises its class token alone
+        assert max_difference(model.get_vision_features(pixels), expected) <= tolerance
+        model.save_pretrained(tmp_path)
+        reloaded = MMCoconutForConditionalGeneration.from_pretrained(tmp_path)
+        assert max_difference(reloaded.get_vision_features(pixels), expected) <= tolerance

@@ -432,7 +432,7 @@ def test_what_cannot_be_aligned_or_read_is_refused(model):
     labels[1, 2] = 7
     with pytest.raises(ValueError, match="Row 1 .* after its last labelled token"):
         model(**batch, labels=labels)
-    with pytest.raises(ValueError, match="no image vectors: pass pixel_values, and take a projector"):
+    with pytest.raises(ValueError, match="no image vectors: pass the images, and take a projector"):
         linear = tiny_seq2seq("linear")
         linear(**encoder, **texts)
 
@@ -539,3 +539,13 @@ def test_saved_parts_load_by_themselves_and_tied_weights_stay_one(tmp_path, mode
         expected = getattr(model, name).state_dict()
         assert part.state_dict().keys() == expected.keys()
         assert all(torch.equal(weight, expected[key]) for key, weight in part.state_dict().items())
+
+
+@pytest.mark.parametrize("tolerance", [0.0])
+def test_teacher_says_the_same_in_training_as_in_evaluation(tolerance):
+    model = tiny_seq2seq(text=TEXT_CONFIGS["bart"](dropout=0.5))
+    texts = torch.tensor([words(5, 1), words(5, 2)])
+    expected = model.get_text_features(texts, torch.ones_like(texts))
+    model.train()
+    assert max_difference(model.get_text_features(texts, torch.ones_like(texts)), expected) <= tolerance
+    assert model.get_encoder().training
