@@ -47,6 +47,7 @@ from .configuration_mmcoconut import (
     image_token_of,
 )
 from .fusions_mmcoconut import IMAGE_FUSIONS
+from .kernels_mmcoconut import SplitCache
 from .latent_mmcoconut import (
     CrossAttentionCache,
     ReplayCache,
@@ -428,12 +429,15 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "model with more positions."
             )
 
-    def start_cache(self, replayed: bool) -> Cache:
-        """A fresh cache for one forward pass: a growing one, or one that gradient checkpointing can replay."""
+    def start_cache(self, replayed: bool, kept: bool) -> Cache:
+        """A fresh cache for one forward pass: a growing one, one that gradient checkpointing can replay, or, where
+        nothing is kept of it and `latent` attention can read it, one that leaves the first pass's keys in place."""
         text_config = self.config.get_text_config(decoder=True)
+        full_attention = set(getattr(text_config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+        reads_split = self.get_decoder().config._attn_implementation == "latent"
         if not replayed:
-            return DynamicCache(config=text_config)
-        if set(getattr(text_config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+            return SplitCache() if reads_split and full_attention and not kept else DynamicCache(config=text_config)
+        if not full_attention:
             raise ValueError(
                 "Gradient checkpointing with latents works for full attention only, and text_config.layer_types is "
                 f"{text_config.layer_types}: switch gradient_checkpointing off."
@@ -486,7 +490,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         self.check_length(num_columns, position_ids, past_key_values)
         columns = self.thought_columns(latent_mask, attention_mask, past_key_values, kwargs)
         if past_key_values is None and (keeps_cache or columns):
-            past_key_values = self.start_cache(replayed)
+            past_key_values = self.start_cache(replayed, keeps_cache)
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
             past_key_values = with_cross_attention(past_key_values, kwargs)
         decoder = self.get_decoder()

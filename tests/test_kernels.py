@@ -1,0 +1,204 @@
+"""Split attention: equal to its definition, alone and inside every decoder, and nothing of the prefix is copied."""
+
+import pytest
+import torch
+from test_latent import assert_same_gradients, loss_and_gradients
+from tiny import (
+    DECODERS,
+    batch_of,
+    last_labels,
+    max_difference,
+    ragged_batch,
+    sliding_qwen2_config,
+    tiny_model,
+    uncached,
+    words,
+)
+from transformers.cache_utils import DynamicCache
+
+from mmcoconut import kernels_mmcoconut
+from mmcoconut.kernels_mmcoconut import (
+    MAX_QUERIES,
+    Split,
+    SplitCache,
+    latent_attention,
+    latent_attention_reference,
+)
+
+
+def latent_model(text, **config):
+    model = tiny_model(text, **config).train()
+    model.get_decoder().set_attn_implementation("latent")
+    return model
+
+
+def random_inputs(*, num_heads, num_kv_heads, num_queries, prefix, tail, dtype=torch.float64) -> dict:
+    generator = torch.Generator().manual_seed(0)
+
+    def states(heads, length):
+        return torch.randn(2, heads, length, 8, generator=generator, dtype=dtype).requires_grad_()
+
+    return {
+        "query": states(num_heads, num_queries),
+        "key": Split(states(num_kv_heads, prefix), states(num_kv_heads, tail)),
+        "value": Split(states(num_kv_heads, prefix), states(num_kv_heads, tail)),
+    }
+
+
+def leaves(inputs: dict) -> list[torch.Tensor]:
+    return [inputs["query"], *inputs["key"], *inputs["value"]]
+
+
+def left_padded_mask(num_queries, prefix, tail) -> torch.Tensor:
+    """Row 0 sees all that is before it, row 1 not its first three keys."""
+    causal = torch.ones(num_queries, prefix + tail).tril(prefix + tail - num_queries).bool()
+    mask = causal.expand(2, 1, -1, -1).clone()
+    mask[1, :, :, :3] = False
+    return mask
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("num_heads, num_kv_heads", [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("num_queries, prefix, tail", [(1, 7, 1), (1, 33, 5), (3, 5, 3), (16, 9, 20)])
+@pytest.mark.parametrize("tolerance", [1e-12])
+def test_split_attention_equals_its_definition(masked, num_heads, num_kv_heads, num_queries, prefix, tail, tolerance):
+    shape = {"num_queries": num_queries, "prefix": prefix, "tail": tail}
+    inputs = random_inputs(num_heads=num_heads, num_kv_heads=num_kv_heads, **shape)
+    mask = left_padded_mask(**shape) if masked else None
+    found = []
+    for function in (latent_attention, latent_attention_reference):
+        output = function(**inputs, mask=mask, scaling=0.3)
+        found.append([output, *torch.autograd.grad(output.square().sum(), leaves(inputs))])
+    for tensor, expected in zip(*found, strict=True):
+        assert max_difference(tensor, expected) <= tolerance
+    assert found[0][0].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_at_low_precision_is_within_twice_that_of_the_definition(dtype):
+    shape = {"num_heads": 4, "num_kv_heads": 2, "num_queries": 1, "prefix": 65, "tail": 4}
+    exact = latent_attention_reference(**random_inputs(**shape), mask=None, scaling=0.35)
+    low = {
+        name: Split(*(part.to(dtype) for part in value)) if isinstance(value, Split) else value.to(dtype)
+        for name, value in random_inputs(**shape).items()
+    }
+    errors = [
+        max_difference(function(**low, mask=None, scaling=0.35), exact)
+        for function in (latent_attention, latent_attention_reference)
+    ]
+    assert 0 < errors[0] <= 2 * errors[1]
+
+
+def test_a_query_that_may_look_nowhere_has_finite_values_and_gradients():
+    inputs = random_inputs(num_heads=2, num_kv_heads=1, num_queries=1, prefix=4, tail=1)
+    output = latent_attention(**inputs, mask=torch.zeros(2, 1, 1, 5, dtype=torch.bool), scaling=0.3)
+    gradients = torch.autograd.grad(output.sum(), leaves(inputs))
+    assert all(tensor.isfinite().all() for tensor in (output, *gradients))
+
+
+def test_dropout_drops_whole_keys_and_scales_the_rest():
+    inputs = random_inputs(num_heads=1, num_kv_heads=1, num_queries=1, prefix=3, tail=1)
+    ones = Split(torch.ones(2, 1, 3, 8, dtype=torch.float64), torch.ones(2, 1, 1, 8, dtype=torch.float64))
+    torch.manual_seed(0)
+    outputs = [latent_attention(**{**inputs, "value": ones}, scaling=0.0, dropout=0.5) for _ in range(50)]
+    # Equal weights of 1/4 on values of 1: dropping j of four and doubling the rest gives (4 - j) / 2.
+    seen = {round(value, 6) for value in torch.stack(outputs)[..., 0].flatten().tolist()}
+    assert seen == {0.0, 0.5, 1.0, 1.5, 2.0}
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_loop_over_split_attention_equals_its_uncached_definition(text, padding, tolerance):
+    model = latent_model(text)
+    batch = ragged_batch(model, padding)
+    loss, gradients = loss_and_gradients(model, batch)
+    with uncached(model):
+        expected_loss, expected = loss_and_gradients(model, batch, use_cache=False)
+    assert loss == pytest.approx(expected_loss, abs=tolerance)
+    assert_same_gradients(gradients, expected, tolerance)
+
+
+def row_of(model, num_latents: int, prefix: int) -> dict:
+    """A batch of one: text, latents and two labelled tokens."""
+    return batch_of(model, [[*words(prefix, 1), *[model.config.latent_token_id] * num_latents, *words(2, 2)]])
+
+
+@pytest.mark.parametrize("text", DECODERS)
+def test_every_latent_step_reads_one_and_the_same_prefix(text, monkeypatch):
+    model = latent_model(text)
+    seen = []
+
+    def spy(query, key, value, **kwargs):
+        seen.append((key.prefix.data_ptr(), value.prefix.data_ptr(), key.prefix.shape[2], key.tail.shape[2]))
+        return latent_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr(kernels_mmcoconut, "latent_attention", spy)
+    batch = row_of(model, num_latents=4, prefix=10)
+    model(**batch, labels=last_labels(batch)).loss.backward()
+    assert len(seen) == 4 * 2  # steps · layers; the last one holds the answer as well
+    assert [tail for *_, tail in seen[::2]] == [1, 2, 3, 6]
+    assert {prefix for *_, prefix, _ in seen} == {10}
+    assert len({pointers[:2] for pointers in seen}) == 2  # one pair a layer
+
+
+def saved_bytes(model, batch) -> int:
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(**batch, labels=last_labels(batch)).loss  # noqa: B018
+    return sum(storages.values())
+
+
+def test_what_a_latent_keeps_for_the_backward_pass_hardly_grows_with_the_prefix():
+    def per_latent(attention: str, prefix: int) -> float:
+        model = tiny_model("gpt2").train()
+        model.get_decoder().set_attn_implementation(attention)
+        few, many = (saved_bytes(model, row_of(model, num_latents, prefix)) for num_latents in (4, 12))
+        return (many - few) / 8
+
+    growth = {attention: per_latent(attention, 100) / per_latent(attention, 20) for attention in ("latent", "sdpa")}
+    assert growth["sdpa"] > 1.5
+    assert growth["latent"] < 1.2
+
+
+def test_a_pass_of_many_queries_reads_joined_keys():
+    cache = SplitCache()
+    first, step = torch.randn(2, 1, 4, 6, 8).unbind(0), torch.randn(2, 1, 4, 1, 8).unbind(0)
+    assert cache.update(*first, 0)[0] is first[0]
+    keys, _ = cache.update(*step, 0)
+    assert isinstance(keys, Split) and keys.joined().shape[2] == 7
+    answer = torch.randn(2, 1, 4, MAX_QUERIES + 1, 8).unbind(0)
+    keys, values = cache.update(*answer, 0)
+    assert torch.equal(keys, torch.cat([first[0], step[0], answer[0]], dim=2))
+    assert torch.equal(values, torch.cat([first[1], step[1], answer[1]], dim=2))
+    assert cache.get_seq_length() == 7 + MAX_QUERIES + 1
+
+
+def test_a_cache_that_is_kept_can_be_cropped_and_a_sliding_window_keeps_its_own():
+    model = latent_model("qwen2").eval()
+    batch = row_of(model, num_latents=2, prefix=6)
+    assert type(model(**batch, use_cache=True).past_key_values) is DynamicCache
+    sliding = latent_model(sliding_qwen2_config())
+    assert type(sliding.model.start_cache(replayed=False, kept=False)) is DynamicCache
+    assert type(model.model.start_cache(replayed=False, kept=False)) is SplitCache
+
+
+@pytest.mark.parametrize("text", ["gpt2", "qwen2", "bart"])
+@pytest.mark.parametrize("tolerance", [1e-6])
+def test_checkpointed_training_and_generation_are_as_with_sdpa(text, tolerance):
+    model, latent = tiny_model(text).train(), latent_model(text)
+    batch = ragged_batch(model)
+    found = []
+    for each in (model, latent):
+        each.activation_checkpointing_enable()
+        found.append(loss_and_gradients(each, batch))
+        each.activation_checkpointing_disable()
+    assert found[0][0] == pytest.approx(found[1][0], abs=tolerance)
+    assert_same_gradients(found[1][1], found[0][1], tolerance)
+    tokens = [each.eval().generate(**batch, max_new_tokens=5, num_beams=2) for each in (model, latent)]
+    assert torch.equal(*tokens)
