@@ -15,8 +15,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from test_train import losses, recipe  # noqa: F401  (a fixture)
-from tiny import batch_of, last_labels
-from two_processes import CASES, make_model, prompt, rows_of
+from tiny import batch_of
+from two_processes import CASES, labelled_batch, make_model, prompt, rows_of
 
 import train_hf
 from mmcoconut.answering import load_checkpoint
@@ -66,8 +66,7 @@ def test_the_two_processes_differ_in_their_passes():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_ragged_latents_give_the_joined_batch_its_loss_and_gradients(found, case):
     model = make_model(case[1]).train()
-    batch = batch_of(model, [row for rank in (0, 1) for row in rows_of(model.config, rank)])
-    loss = model(**batch, labels=last_labels(batch)).loss
+    loss = model(**labelled_batch(model, (0, 1))).loss
     loss.backward()
     assert found[case]["loss"].item() == pytest.approx(loss.item(), abs=1e-5)
     gradients = found[case]["gradients"]

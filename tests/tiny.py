@@ -223,18 +223,20 @@ def seq2seq_rows(config) -> list[tuple[list[int], list[int]]]:
     return [
         ([image, *words(4, 1), end], [start, open_, latent, latent, close, *words(3, 2)]),
         ([*words(2, 3), image, *words(1, 4), image, *words(3, 5), end], [start, open_, *[latent] * 3, close]),
-        ([*words(5, 6), end], [start, open_, latent, close, *words(2, 7)]),
+        ([*words(5, 6), end], [start, open_, latent, close, *words(4, 7)]),
         ([image, *words(6, 9), end], [start, *words(4, 8)]),
     ]
 
 
-def seq2seq_batch(model, padding: str = "left") -> dict:
-    """The rows above as a batch, the decoder's side padded as asked, the encoder's behind."""
-    questions, prompts = zip(*seq2seq_rows(model.config))
+def seq2seq_batch(model, padding: str = "left", order=(0, 1, 2, 3)) -> dict:
+    """The rows above as a batch in this order, the decoder's side padded as asked, the encoder's behind."""
+    rows = seq2seq_rows(model.config)
+    questions, prompts = zip(*(rows[index] for index in order))
     pad = {"pad_token_id": model.generation_config.pad_token_id}
     decoder = padded(prompts, padding=padding, **pad)
     encoder = padded(questions, padding="right", **pad)
-    pixels = {"pixel_values": random_pixels(count_images(model.config, encoder["input_ids"]))}
+    num_images = count_images(model.config, encoder["input_ids"])
+    pixels = {"pixel_values": random_pixels(num_images)} if num_images else {}
     return {**encoder, **pixels, **{f"decoder_{name}": tensor for name, tensor in decoder.items()}}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import batch_of, last_labels, ragged_rows, tiny_model, words
+from tiny import batch_of, decoder_side, last_labels, ragged_rows, seq2seq_batch, tiny_model, tiny_seq2seq, words
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,15 +23,19 @@ CASES = (
     ("ddp", "qwen2", True),
     ("ddp", "qwen2 with lora", True),
     ("ddp", "marian", False),
+    ("ddp", "seq2seq", False),
     ("fsdp", "gpt2", False),
     ("fsdp", "qwen2", False),
     ("fsdp", "qwen2", True),
     ("fsdp", "marian", False),
+    ("fsdp", "seq2seq", False),
 )
 
 
 def make_model(text: str):
     """The same in every process; an adapter is given values, as its second matrix begins with zeros."""
+    if text == "seq2seq":
+        return tiny_seq2seq(thought_norm="projection")
     model = tiny_model(text.removesuffix(" with lora"), thought_norm="projection")
     if text.endswith(" with lora"):
         add_lora(model, {"r": 4})
@@ -46,18 +50,22 @@ def rows_of(config, rank: int) -> list[list[int]]:
     return ragged_rows(config)[:3] if rank == 0 else [words(9, 10)]
 
 
-def labelled_batch(model, rank: int) -> dict:
-    batch = batch_of(model, rows_of(model.config, rank))
+def labelled_batch(model, ranks: tuple[int, ...]) -> dict:
+    """What one process has, or both together."""
+    if model.config.is_encoder_decoder:  # the second process has the row without a picture
+        batch = seq2seq_batch(model, order=[row for rank in ranks for row in ([0, 1, 3], [2])[rank]])
+        return {**batch, "labels": last_labels(decoder_side(batch))}
+    batch = batch_of(model, [row for rank in ranks for row in rows_of(model.config, rank)])
     return {**batch, "labels": last_labels(batch)}
 
 
 def num_labels(model) -> int:
-    return sum(int((labelled_batch(model, rank)["labels"] != -100).sum()) for rank in range(2))
+    return sum(int((labelled_batch(model, (rank,))["labels"] != -100).sum()) for rank in range(2))
 
 
 def shard(model):
     """Each block of the decoder a unit, the rest one: as `fsdp_transformer_layer_cls_to_wrap` with the decoder's."""
-    decoder = model.model.language_model
+    decoder = model.get_decoder()
     for block in decoder.get_submodule("h" if hasattr(decoder, "h") else "layers"):
         fully_shard(block)
     fully_shard(model)
@@ -72,7 +80,7 @@ def whole(gradient: torch.Tensor | None):
 def train(wrapper: str, text: str, checkpointed: bool) -> dict:
     """Loss and gradients of the joined batch; both wrappers average gradients, so each loss is scaled by two."""
     rank, model = dist.get_rank(), make_model(text).train()
-    batch, divisor = labelled_batch(model, rank), num_labels(model) / 2
+    batch, divisor = labelled_batch(model, (rank,)), num_labels(model) / 2
     if checkpointed:
         model.activation_checkpointing_enable()
     module = DistributedDataParallel(model, find_unused_parameters=True) if wrapper == "ddp" else shard(model)
