@@ -119,6 +119,19 @@ def test_loop_over_split_attention_equals_its_uncached_definition(text, padding,
     assert_same_gradients(gradients, expected, tolerance)
 
 
+@pytest.mark.parametrize("vision", ["clip", "siglip", "vit", "dinov2"])
+@pytest.mark.parametrize("tolerance", [1e-6])
+def test_whole_model_may_be_set_to_latent_attention_with_any_tower(vision, tolerance):
+    model = tiny_model("qwen2", vision=vision).train()
+    batch = ragged_batch(model)
+    expected_loss, expected = loss_and_gradients(model, batch)
+    model.set_attn_implementation("latent")
+    assert type(model.model.start_cache(replayed=False, kept=False)) is SplitCache
+    loss, gradients = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected_loss, abs=tolerance)
+    assert_same_gradients(gradients, expected, tolerance)
+
+
 def row_of(model, num_latents: int, prefix: int) -> dict:
     """A batch of one: text, latents and two labelled tokens."""
     return batch_of(model, [[*words(prefix, 1), *[model.config.latent_token_id] * num_latents, *words(2, 2)]])
