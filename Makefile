@@ -24,7 +24,7 @@ compare: .venv/installed
 	$(BIN)/python train_hf.py recipes/quickstart.yaml --compare cot,no_cot,no_thoughts,pause,coconut --output_dir $(QUICKSTART)-compare
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 style: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
