@@ -108,13 +108,23 @@ def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, num_known: int, *, ne
         weight[num_known:new_size] = known.mean(dim=0)
 
 
+def check_has_encoder(text_config: PreTrainedConfig, image_fusion: str) -> None:
+    """The fusion with a text encoder's states needs one; the library would list all encoder-decoders that it has."""
+    if image_fusion == "encoder" and not text_config.is_encoder_decoder:
+        raise ValueError(
+            f"image_fusion='encoder' needs a language model with an encoder, and {text_config.model_type} is a "
+            "decoder alone: take BART, or another image_fusion."
+        )
+
+
 def load_language_model(name_or_path: str, auto_class, *, image_fusion: str) -> PreTrainedModel:
     """A pretrained language model, whole; cross-attention that it has not learnt yet starts from random weights.
 
     Raises:
-        ValueError: a checkpoint without some of the other weights.
+        ValueError: a checkpoint without some of the other weights; one without the encoder that the fusion needs.
     """
     config = AutoConfig.from_pretrained(name_or_path)
+    check_has_encoder(config, image_fusion)
     settle_decoder(config, image_fusion)
     causal_lm, info = auto_class.from_pretrained(
         name_or_path, config=config, dtype=torch.get_default_dtype(), output_loading_info=True
@@ -130,6 +140,7 @@ def load_language_model(name_or_path: str, auto_class, *, image_fusion: str) -> 
 
 def new_language_model(text_config: PreTrainedConfig, tokenizer, auto_class, *, image_fusion: str) -> PreTrainedModel:
     """A language model with random weights whose vocabulary and special ids are the tokenizer's."""
+    check_has_encoder(text_config, image_fusion)
     text_config = copy.deepcopy(text_config)
     settle_vocabulary(text_config, len(tokenizer))
     settle_decoder(text_config, image_fusion)

@@ -255,6 +255,11 @@ class CurriculumCollator:
         if self.alignment is None:
             return batch
         if self.alignment.warms_up(self.epoch):
+            if not any(row["images"] for row in rows):
+                raise ValueError(
+                    f"{rows[0]['row_id']}: align_warmup_epochs learns from pictures alone, and none of the "
+                    f"{len(rows)} rows of this batch has one: set it to 0, or leave rows without pictures out."
+                )
             batch = {name: tensor for name, tensor in batch.items() if name not in ("labels", *DECODER_INPUTS)}
         return {**batch, **self.aligned(rows)}
 
@@ -297,6 +302,12 @@ class CurriculumCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if args.dataloader_persistent_workers:
             raise ValueError("dataloader_persistent_workers keeps the workers at the first stage: set it to false.")
+        alignment = self.collator.alignment
+        if alignment is not None and alignment.warms_up(state.num_train_epochs - 1):
+            raise ValueError(
+                f"All {state.max_steps} updates of this run lie in the {alignment.warmup_epochs} epochs of "
+                "align_warmup_epochs, so that the answer is never learnt: set max_steps to more, or that to less."
+            )
         # A finished run that is resumed has no epoch left to begin.
         self.enter(min(int((state.epoch or 0) + 1e-6), math.ceil(args.num_train_epochs) - 1))
 

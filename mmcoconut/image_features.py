@@ -227,7 +227,10 @@ def compute_features(trainer, datasets: Sequence[Dataset], pictures: list[tuple]
     """Run this process's pictures through image processor and tower, and write their features."""
     args, batch_size = trainer.args, trainer.args.per_device_eval_batch_size
     load = partial(load_pixels, datasets=datasets, processor=trainer.processing_class)
-    loader = DataLoader(pictures, batch_size, collate_fn=load, num_workers=args.dataloader_num_workers)
+    apart = torch.Generator()  # the run's own draws, of rows and dropout, stay those of a run without features
+    loader = DataLoader(
+        pictures, batch_size, collate_fn=load, num_workers=args.dataloader_num_workers, generator=apart
+    )
     run = partial(run_tower, trainer.model, batch_size=batch_size, accelerator=trainer.accelerator)
     silent = args.disable_tqdm or not trainer.is_local_process_zero()
     with tqdm(total=len(pictures), unit="picture", desc="image features", disable=silent) as progress:

@@ -124,6 +124,19 @@ def test_warm_up_batches_hold_nothing_to_answer_with():
     assert outputs.alignment_loss.item() == model(**after).alignment_loss.item()
 
 
+def test_a_batch_without_pictures_is_refused_in_the_warm_up_and_may_be_evaluated():
+    _, collator = tiny_collator(warmup_epochs=1)
+    with pytest.raises(ValueError, match="b: align_warmup_epochs learns from pictures alone, and none of the 1 rows"):
+        collator([row_of("b", num_images=0)])
+    assert "labels" in collator.prompts([row_of("b", num_images=0)])["supervised"]
+
+
+def test_a_run_that_ends_in_its_warm_up_is_refused(recipe, tmp_path):
+    options = ["--align_warmup_epochs", "1", "--max_steps", "1"]
+    with pytest.raises(ValueError, match="All 1 updates of this run lie in the 1 epochs of align_warmup_epochs"):
+        train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *options])
+
+
 def test_both_terms_are_logged_and_add_up_in_training_and_evaluation(recipe, tmp_path):
     train_hf.main([recipe, "--output_dir", str(tmp_path / "run")])
     history = history_of(tmp_path / "run")

@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
 from mmcoconut import data
-from mmcoconut.data import flickr30k, gsm8k_aug, public
+from mmcoconut.data import flickr30k, gsm8k_aug, hub, public
 from mmcoconut.data.images import open_images
 from mmcoconut.data.public import sentences
 
@@ -926,6 +927,15 @@ def test_a_column_that_names_a_file_outside_its_folder_is_refused(tmp_path):
 def test_a_folder_that_holds_no_such_data_set_is_refused(write, parts, tmp_path):
     write(tmp_path / "p")
     error_of(lambda: data.load_examples("path_vqa", split="test", path=str(tmp_path / "p")), "p", *parts)
+
+
+@pytest.mark.parametrize("error", [DatasetNotFoundError("…"), ConnectionError("…")])
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_refused(error, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(hub, "get_dataset_split_names", fail)
+    error_of(lambda: data.load_examples("path_vqa", split="test", path="nowhere"), "nowhere", "option path", "Hub")
 
 
 @pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])

@@ -26,7 +26,14 @@ from tiny import (
     words,
 )
 from torch.nn import functional
-from transformers import AutoModel, BartForConditionalGeneration, Dinov2Model, MBartConfig, T5Config
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BartForConditionalGeneration,
+    Dinov2Model,
+    MBartConfig,
+    T5Config,
+)
 
 from mmcoconut.latent_mmcoconut import latent_columns
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -474,11 +481,20 @@ def test_other_encoder_decoders_think_as_the_definition_says(text, tolerance):
         (T5Config(d_model=HIDDEN_SIZE, d_kv=8, num_heads=4, d_ff=64, num_layers=2), "has no part without its head"),
         (TEXT_CONFIGS["marian"](share_encoder_decoder_embeddings=False), "take a language model that shares them"),
         (TEXT_CONFIGS["bart"](decoder_layerdrop=0.5), "decoder_layerdrop=0.5 leaves out other layers in each pass"),
+        (TEXT_CONFIGS["gpt2"](), "gpt2 is a decoder alone: take BART"),
     ],
 )
 def test_encoder_decoders_that_could_not_think_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
         tiny_seq2seq(text=text)
+
+
+def test_a_saved_decoder_without_an_encoder_is_refused(tmp_path):
+    AutoModelForCausalLM.from_config(TEXT_CONFIGS["gpt2"]()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="gpt2 is a decoder alone: take BART"):
+        MMCoconutForSeq2SeqLM.from_backbones(
+            text=str(tmp_path), vision_config=VISION_CONFIGS["dinov2"](), tokenizer=tiny_tokenizer()
+        )
 
 
 def save_backbones(folder, *, bias: float = 0.0) -> tuple:

@@ -19,7 +19,7 @@ PUBLISHED_NAMES = {"validation": ("validation", "valid", "val", "dev")}  # of ou
 
 
 def published_splits(path: str | os.PathLike, config: str | None = None) -> list[str]:
-    """The names of the splits at `path`, without loading them."""
+    """The names of the splits at `path`, without loading them; ValueError where there is nothing to load."""
     path = str(path)
     if path.startswith((".", "/", "~")) and not os.path.isdir(path):
         raise ValueError(f"{path}: there is no such folder; give the option path a folder or a Hub id")
@@ -27,7 +27,11 @@ def published_splits(path: str | os.PathLike, config: str | None = None) -> list
         return list(load_from_disk(path))
     if os.path.isfile(os.path.join(path, "state.json")):
         raise ValueError(f"{path}: holds one split without its name; save a datasets.DatasetDict there")
-    return get_dataset_split_names(path, config)
+    try:
+        return get_dataset_split_names(path, config)
+    except (FileNotFoundError, ConnectionError) as error:
+        remedy = "correct the option path, or download the data set where there is a network and give its folder"
+        raise ValueError(f"{path}: there is no such folder here, and the Hub does not give it; {remedy}") from error
 
 
 def read_published(path: str | os.PathLike, split: str, *, config: str | None = None) -> Dataset:
