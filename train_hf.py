@@ -27,7 +27,7 @@ from mmcoconut.objectives import Alignment
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, markdown_table, write_json
-from mmcoconut.scoring import default_metric, references_of
+from mmcoconut.scoring import default_metric, figures_of, references_of, score
 from mmcoconut.smoke import smoke_arguments
 from mmcoconut.statistics import percent
 from mmcoconut.tokenizer import train_tokenizer
@@ -181,9 +181,23 @@ def build(model_args, curriculum_args, train_set):
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
     freeze(model, model_args.freeze)
+    if curriculum_args.align_weight and any(weight.requires_grad for weight in model.get_encoder().parameters()):
+        logger.warning("images are aligned with a text encoder that is trained too: freeze language_model.encoder")
     if model_args.lora is not None:
         add_lora(model, model_args.lora)
     return model, processor
+
+
+def check_best_metric(run_args, metric: str, rows, alignment) -> None:
+    """Whether evaluation will give `metric_for_best_model`; else a run would end at the end of its first epoch."""
+    wanted = (run_args.metric_for_best_model or "accuracy").removeprefix("eval_")
+    terms = ("ce_loss", "align_loss") if alignment.align_weight else ()
+    known = {"accuracy", "loss", "generated_tokens", *terms}
+    if wanted not in known:
+        row = rows.remove_columns("images")[0]
+        known |= figures_of(score(metric, [row["answers"][0]], [row["answers"][0]], rows=[row])).keys()
+    if wanted not in known:
+        raise ValueError(f"metric_for_best_model is {wanted!r}: choose one of {', '.join(sorted(known))}.")
 
 
 def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_args):
@@ -192,7 +206,7 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
     alignment = Alignment(
         align_weight=fields.pop("align_weight"),
         ce_weight=fields.pop("ce_weight"),
-        warmup_epochs=fields.pop("align_warmup_epochs"),
+        warmup_epochs=max(0, fields.pop("align_warmup_epochs") - curriculum_args.start_epoch),
         targets=tuple(fields.pop("alignment_target")),
     )
     curriculum = Curriculum(
@@ -210,6 +224,7 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
     metric = data_args.metric or default_metric(data_args.dataset, splits["eval"][0])
     for rows in splits.values():
         references_of(metric, rows.remove_columns("images"))  # fails now, not after a stage
+    check_best_metric(run_args, metric, splits["eval"], alignment)
     return CurriculumTrainer(
         model=model,
         args=run_args,

@@ -291,7 +291,10 @@ def test_interrupt_stops_the_children_and_theirs_and_starts_no_more(recipe, tmp_
         timer.join()
         signal.signal(number, earlier)
     assert time.monotonic() - began < 30
-    assert not is_alive(int(runs[0].log.read_text().splitlines()[1]))
+    grandchild = int(runs[0].log.read_text().splitlines()[1])
+    while is_alive(grandchild) and time.monotonic() - began < 30:  # a busy machine takes its time to end it
+        time.sleep(0.05)
+    assert not is_alive(grandchild)
     assert not runs[1].log.exists()
     assert capsys.readouterr().out == "cot seed 3: training … (0 of 2 runs done)\n"
 
