@@ -38,12 +38,27 @@ def check_convertible(config: PreTrainedConfig) -> None:
         )
 
 
+def load_config(name_or_path: str, part: str) -> PreTrainedConfig:
+    """The configuration of a pretrained part.
+
+    Raises:
+        ValueError: a name that is neither a folder with a configuration nor found on the Hub.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"The {part} {name_or_path!r} is neither a folder that holds a config.json nor found on the Hub: give an "
+            "existing folder, or a Hub id while there is a connection or a downloaded copy."
+        ) from error
+
+
 def load_vlm(vlm: str | PreTrainedModel) -> PreTrainedModel:
     """A pretrained vision-language model by name, or as it is; which kind is looked at before weights are loaded."""
     if isinstance(vlm, PreTrainedModel):
         check_convertible(vlm.config)
         return vlm
-    check_convertible(AutoConfig.from_pretrained(vlm))
+    check_convertible(load_config(vlm, "vision-language model"))
     return AutoModelForImageTextToText.from_pretrained(vlm, dtype=torch.get_default_dtype())
 
 
@@ -75,7 +90,7 @@ def ends_of(generation_config, tokenizer) -> int | list[int]:
 
 def load_vision_tower(name_or_path: str) -> PreTrainedModel:
     """The vision part of a pretrained checkpoint: of CLIP and SigLIP only the image tower is built and loaded."""
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = load_config(name_or_path, "vision tower")
     vision_config = getattr(config, "vision_config", config)
     return AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=torch.get_default_dtype())
 
@@ -123,7 +138,7 @@ def load_language_model(name_or_path: str, auto_class, *, image_fusion: str) -> 
     Raises:
         ValueError: a checkpoint without some of the other weights; one without the encoder that the fusion needs.
     """
-    config = AutoConfig.from_pretrained(name_or_path)
+    config = load_config(name_or_path, "language model")
     check_has_encoder(config, image_fusion)
     settle_decoder(config, image_fusion)
     causal_lm, info = auto_class.from_pretrained(

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from test_latent import assert_same_gradients, loss_and_gradients
 from tiny import (
     DECODERS,
+    assert_same_gradients,
     batch_of,
     last_labels,
+    loss_and_gradients,
     max_difference,
     ragged_batch,
     sliding_qwen2_config,

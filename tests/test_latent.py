@@ -6,8 +6,10 @@ import pytest
 import torch
 from tiny import (
     DECODERS,
+    assert_same_gradients,
     batch_of,
     last_labels,
+    loss_and_gradients,
     max_difference,
     no_picture,
     plain_language_model,
@@ -21,23 +23,6 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmcoconut.latent_mmcoconut import latent_columns, think
-
-
-def loss_and_gradients(model, batch, **kwargs) -> tuple[float, dict]:
-    """The loss on the last tokens of each row, and its gradients by name, pixels included."""
-    model.zero_grad(set_to_none=True)
-    batch = {**batch, "pixel_values": batch["pixel_values"].clone().requires_grad_()}
-    loss = model(**batch, labels=last_labels(batch), **kwargs).loss
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.item(), {**gradients, "pixel_values": batch["pixel_values"].grad}
-
-
-def assert_same_gradients(gradients, expected, tolerance):
-    assert gradients.keys() == expected.keys()
-    assert expected["pixel_values"].abs().max() > 100 * tolerance
-    differences = {name: max_difference(gradients[name], expected[name]) for name in expected}
-    assert max(differences.values()) <= tolerance, max(differences, key=differences.get)
 
 
 def text_row_with_latents(config, *columns, length=12):

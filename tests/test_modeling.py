@@ -729,3 +729,14 @@ def test_last_layer_may_be_read_as_the_tower_returns_it_also_after_reloading(vis
         model.save_pretrained(tmp_path)
         reloaded = MMCoconutForConditionalGeneration.from_pretrained(tmp_path)
         assert max_difference(reloaded.get_vision_features(pixels), expected) <= tolerance
+
+
+@pytest.mark.parametrize(
+    "names, part", [(("none", "none"), "vision tower 'none'"), ((None, "none"), "language model 'none'")]
+)
+def test_a_backbone_that_is_not_there_is_refused_by_its_part_and_name(names, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vision, text = names
+    configs = {} if vision else {"vision_config": VISION_CONFIGS["clip"]()}
+    with pytest.raises(ValueError, match=f"The {part} is neither a folder that holds a config.json nor found"):
+        MMCoconutForConditionalGeneration.from_backbones(vision, text, tokenizer=tiny_tokenizer(), **configs)

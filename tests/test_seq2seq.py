@@ -12,8 +12,10 @@ from tiny import (
     TEXT_CONFIGS,
     VISION_CONFIGS,
     VISION_SIZES,
+    assert_same_gradients,
     decoder_side,
     last_labels,
+    loss_and_gradients,
     max_difference,
     padded,
     random_pixels,
@@ -53,23 +55,6 @@ def model():
 def labels_of(batch: dict, num_labels: int = 2) -> torch.Tensor:
     """Labels (B, T) at the last real columns of each row of the decoder."""
     return last_labels(decoder_side(batch), num_labels)
-
-
-def loss_and_gradients(model, batch, **kwargs) -> tuple[float, dict]:
-    """The loss at the last columns of each row, and its gradients by name, pixels included."""
-    model.zero_grad(set_to_none=True)
-    batch = {**batch, "pixel_values": batch["pixel_values"].clone().requires_grad_()}
-    loss = model(**batch, labels=labels_of(batch), **kwargs).loss
-    loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.item(), {**gradients, "pixel_values": batch["pixel_values"].grad}
-
-
-def assert_same_gradients(gradients, expected, tolerance):
-    assert gradients.keys() == expected.keys()
-    assert expected["pixel_values"].abs().max() > 100 * tolerance
-    differences = {name: max_difference(gradients[name], expected[name]) for name in expected}
-    assert max(differences.values()) <= tolerance, max(differences, key=differences.get)
 
 
 def generate(model, batch, **options):

@@ -259,6 +259,24 @@ def last_labels(batch: dict, num_labels: int = 2) -> torch.Tensor:
     return batch["input_ids"].masked_fill((to_the_end == 0) | (to_the_end > num_labels), -100)
 
 
+def loss_and_gradients(model, batch, **kwargs) -> tuple[float, dict]:
+    """The loss on the last tokens that each row writes, and its gradients by name, pixels included."""
+    model.zero_grad(set_to_none=True)
+    batch = {**batch, "pixel_values": batch["pixel_values"].clone().requires_grad_()}
+    labels = last_labels(decoder_side(batch) if model.config.is_encoder_decoder else batch)
+    loss = model(**batch, labels=labels, **kwargs).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {**gradients, "pixel_values": batch["pixel_values"].grad}
+
+
+def assert_same_gradients(gradients, expected, tolerance):
+    assert gradients.keys() == expected.keys()
+    assert expected["pixel_values"].abs().max() > 100 * tolerance
+    differences = {name: max_difference(gradients[name], expected[name]) for name in expected}
+    assert max(differences.values()) <= tolerance, max(differences, key=differences.get)
+
+
 def plain_language_model(model):
     """The library's own causal language model with this model's weights."""
     causal_lm = AutoModelForCausalLM.from_config(model.config.text_config).eval()
