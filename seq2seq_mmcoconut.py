@@ -116,18 +116,20 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
 
     def encode(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.LongTensor | None,
         attention_mask: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         num_tiles: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        **kwargs,
     ) -> MMCoconutEncoderOutput:
         """What the decoder is to read of questions (B, S) and their images; placeholders are not read as text.
 
         Raises:
-            ValueError: placeholders and images differ in number; more tokens than the encoder has positions.
+            ValueError: no question; placeholders and images differ in number; more tokens than the encoder has
+                positions.
         """
+        if input_ids is None:
+            raise ValueError("There is no question to encode: pass input_ids, or encoder_outputs that encode() gave.")
         self.check_encoder_length(input_ids.shape[1])
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)  # (B, S)

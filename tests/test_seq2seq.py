@@ -414,6 +414,8 @@ def test_what_cannot_be_aligned_or_read_is_refused(model):
     texts = texts_of_images(model)
     with pytest.raises(ValueError, match="4 images to be aligned with 3 texts"):
         model(**encoder, **{name: tensor[:3] for name, tensor in texts.items()})
+    with pytest.raises(ValueError, match="no question to encode: pass input_ids"):
+        model.generate(decoder_input_ids=torch.tensor([[0, 1]]))
     with pytest.raises(ValueError, match="nothing for the decoder to read"):
         model(**encoder)
     with pytest.raises(ValueError, match="129 tokens, but the text encoder has 128 positions"):
