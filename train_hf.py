@@ -342,6 +342,7 @@ def write_card(trainer, data_args, results: dict) -> None:
         num_latents=processor.num_latents,
         markers=processor.markers,
         max_new_tokens=data_args.max_new_tokens,
+        prompt_ids=processor.prompt_names[0],
         dataset=data_args.dataset,
         metric=results["metric"],
         results_table=stage_table(results["stages"]),

@@ -89,7 +89,9 @@ def test_recipe_trains_evaluates_saves_and_reloads_in_a_smoke_test(name, tmp_pat
     processor = MMCoconutProcessor.from_pretrained(folder)
     assert processor.num_latents == results["stages"][-1]["num_latents"]
     inputs = processor(images=Image.new("RGB", (32, 32)), text="Which?", return_tensors="pt")
-    assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs["input_ids"].shape[1] + 2
+    prompt_ids = "decoder_input_ids" if fusion == "encoder" else "input_ids"
+    assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs[prompt_ids].shape[1] + 2
+    assert f'tokens[:, inputs["{prompt_ids}"].shape[1] :]' in (folder / "README.md").read_text()
 
 
 def test_internvl_recipes_go_from_cot_over_coconut_to_evaluation(tmp_path, monkeypatch):
