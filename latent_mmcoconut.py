@@ -20,7 +20,9 @@ from itertools import accumulate, pairwise
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache
+
+from .caches_mmcoconut import ReplayCache, ReplayCrossCache
 
 
 @dataclass
@@ -63,98 +65,6 @@ class ThoughtFeed(nn.Module):
         if self.thought_norm == "projection":
             return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(hidden_state))))
         return hidden_state
-
-
-class ReplayLayer(CacheLayerMixin):
-    """Keys and values of one layer for one pass: update(k, v) = [before, k], the same however often it is called.
-
-    Gradient checkpointing runs a layer again in the backward pass; a cache that appends would then hold its keys
-    twice. `before` never changes, so a replay sees what the first run saw.
-    """
-
-    is_sliding = False
-
-    def __init__(self, before: "ReplayLayer | None" = None):
-        super().__init__()
-        self.before = (before.keys, before.values) if before is not None else None
-        self.length = before.keys.shape[-2] if before is not None else 0
-        self.is_initialized = True
-
-    def lazy_initialization(self, key_states, value_states):
-        return None
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        keys, values = key_states, value_states
-        if self.before is not None:
-            keys = torch.cat([self.before[0], keys], dim=-2)  # (B, H, T, K)
-            values = torch.cat([self.before[1], values], dim=-2)  # (B, H, T, K)
-        if self.keys is None:
-            self.keys, self.values = keys, values
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class ReplayCache(Cache):
-    """The cache of one pass under gradient checkpointing; `next_pass` gives the one that holds this pass too."""
-
-    def __init__(self, before: "ReplayCache | None" = None):
-        if before is None:
-            super().__init__(layer_class_to_replicate=ReplayLayer)
-        else:
-            super().__init__(layers=[ReplayLayer(layer) for layer in before.layers])
-
-    def next_pass(self) -> "ReplayCache":
-        if not self.layers:
-            raise ValueError(
-                "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
-                "language model alone: call gradient_checkpointing_enable() on the whole model."
-            )
-        return ReplayCache(self)
-
-
-class CrossAttentionCache(EncoderDecoderCache):
-    """The cache of a decoder that reads encoder states: their keys and values are computed once, in the first pass.
-
-    encoder_inputs: the states (B, E, D) and their mask (B, E), which every later call is to be given again.
-    """
-
-    def __init__(self, past_key_values: Cache, states: torch.Tensor, mask: torch.Tensor):
-        super().__init__(past_key_values, DynamicCache())
-        self.encoder_inputs = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the text only: the beams of a row read the same states."""
-        self.self_attention_cache.reorder_cache(beam_idx)
-
-
-class FixedFlags(dict):
-    """A dictionary whose values stay as they are."""
-
-    def __setitem__(self, key, value):
-        return None
-
-
-class ReplayCrossCache(EncoderDecoderCache):
-    """CrossAttentionCache of one pass under gradient checkpointing, of which a replay does what the first run did.
-
-    The first pass computes keys and values of the encoder states, in a replay too; later passes read them.
-    """
-
-    def __init__(self, past_key_values: ReplayCache, before: "ReplayCrossCache | None" = None):
-        cross = ReplayCache() if before is None else before.cross_attention_cache
-        super().__init__(past_key_values, cross)
-        self.is_updated = FixedFlags(dict.fromkeys(range(len(cross.layers)), before is not None))
-
-    def next_pass(self) -> "ReplayCrossCache":
-        return ReplayCrossCache(self.self_attention_cache.next_pass(), self)
 
 
 def latent_columns(latent_mask: torch.Tensor) -> list[int]:

@@ -36,6 +36,7 @@ from .backbones_mmcoconut import (
     load_vlm,
     new_language_model,
 )
+from .caches_mmcoconut import CrossAttentionCache, ReplayCache, ReplayCrossCache
 from .configuration_mmcoconut import (
     PREFIX_PROJECTORS,
     READ_BY_CROSS_ATTENTION,
@@ -49,9 +50,6 @@ from .configuration_mmcoconut import (
 from .fusions_mmcoconut import IMAGE_FUSIONS
 from .kernels_mmcoconut import SplitCache
 from .latent_mmcoconut import (
-    CrossAttentionCache,
-    ReplayCache,
-    ReplayCrossCache,
     ThinkOutput,
     ThoughtFeed,
     agreed_columns,
