@@ -214,8 +214,9 @@ def think(
     outputs, read = [], []
     # Not `start in columns` over `sorted({0, *columns, length})`: torch.compile takes it for False in later calls.
     starts = [0, *(column for column in columns if column > 0)]
-    for start, end in pairwise([*starts, length]):
-        piece = inputs_embeds[:, start:end]  # (B, t, D)
+    cuts = list(pairwise([*starts, length]))
+    pieces = inputs_embeds.split([end - start for start, end in cuts], dim=1)  # of which slices would each be a copy
+    for (start, end), piece in zip(cuts, pieces):  # (B, t, D)
         if start > 0 or len(starts) == len(columns):
             piece = put_thought(piece, latent_mask[:, start], feed(previous))
         if isinstance(past_key_values, (ReplayCache, ReplayCrossCache)) and start > 0:

@@ -6,6 +6,7 @@ The recurrence itself stands in latent_mmcoconut.py.
 
 import copy
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -47,6 +48,7 @@ from .configuration_mmcoconut import (
     add_special_tokens,
     image_token_of,
 )
+from .deferred_mmcoconut import DeferredWeightGradients
 from .fusions_mmcoconut import IMAGE_FUSIONS
 from .kernels_mmcoconut import SplitCache
 from .latent_mmcoconut import (
@@ -206,6 +208,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
     """Vision tower, projector, fusion and language model without a head; thoughts happen in `forward`."""
 
     is_seq2seq = False
+    defer_weight_gradients: bool | None = None
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
@@ -469,6 +472,13 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             check_has_predecessor(latent_mask, attention_mask if has_2d_mask else None, has_past)
         return columns
 
+    def defers_weight_gradients(self, replayed: bool) -> bool:
+        """Whether the passes of a forward pass leave the weights' gradients to be formed once."""
+        chosen = self.defer_weight_gradients
+        if chosen is None:
+            chosen = self.device.type == "cpu"
+        return chosen and self.training and not replayed and not is_sharded(self.language_model)
+
     def run_decoder(
         self, latent_mask, inputs_embeds, *, attention_mask, position_ids, past_key_values, use_cache, **kwargs
     ) -> ThinkOutput:
@@ -492,20 +502,22 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
             past_key_values = with_cross_attention(past_key_values, kwargs)
         decoder = self.get_decoder()
-        outputs = think(
-            partial(call_with_row_positions, decoder) if self.counts_columns else decoder,
-            inputs_embeds,
-            latent_mask,
-            columns=columns,
-            feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
-            previous=remembered(past_key_values) if columns else None,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
-            use_cache=past_key_values is not None and not replayed,
-            **kwargs,
-        )
+        once = columns and self.defers_weight_gradients(replayed)
+        with DeferredWeightGradients() if once else nullcontext():
+            outputs = think(
+                partial(call_with_row_positions, decoder) if self.counts_columns else decoder,
+                inputs_embeds,
+                latent_mask,
+                columns=columns,
+                feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
+                previous=remembered(past_key_values) if columns else None,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
+                use_cache=past_key_values is not None and not replayed,
+                **kwargs,
+            )
         outputs.past_key_values = remember(outputs, past_key_values) if keeps_cache else None
         return outputs
 

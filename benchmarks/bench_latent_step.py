@@ -68,7 +68,7 @@ def make_sides(arguments) -> tuple[dict, list, int]:
         n_embd=arguments.hidden_size,
         n_layer=arguments.num_layers,
         n_head=arguments.hidden_size // 64,
-        n_positions=4096,
+        n_positions=max(1024, *(prompt + 64 for prompt in arguments.prompts)),
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -83,9 +83,10 @@ def make_sides(arguments) -> tuple[dict, list, int]:
     text_config.vocab_size = ours.config.text_config.vocab_size
     plain = GPT2LMHeadModel(text_config).train()
 
-    def loss_of_ours(attention):
+    def loss_of_ours(attention, deferred):
         def loss(input_ids, labels, columns):
             ours.get_decoder().set_attn_implementation(attention)
+            ours.model.defer_weight_gradients = deferred
             return ours(input_ids=input_ids, labels=labels).loss
 
         return loss
@@ -97,7 +98,9 @@ def make_sides(arguments) -> tuple[dict, list, int]:
         return textbook_loss(plain, input_ids, labels, columns)
 
     sides = {"plain": plain_loss, "textbook": loss_of_textbook}
-    sides |= {"ours, sdpa": loss_of_ours("sdpa"), "ours, latent": loss_of_ours("latent")}
+    sides["ours, sdpa"] = loss_of_ours("sdpa", deferred=False)
+    sides["ours, latent"] = loss_of_ours("latent", deferred=False)
+    sides["ours, latent, weight gradients once"] = loss_of_ours("latent", deferred=True)
     return sides, [*plain.parameters(), *ours.parameters()], ours.config.latent_token_id
 
 
