@@ -33,6 +33,7 @@ except ImportError:  # not a requirement: the PyTorch definition serves where it
 FULL_GRID = 256
 MAX_SPLITS = 63  # and the tail: the second kernel holds all of them at once
 MAX_HEAD_DIM = 256
+OLDEST_TRITON = (3, 3)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -336,6 +337,8 @@ def reason_against(query, prefix_key, prefix_value, tail_key, tail_value) -> str
     tensors = (query, prefix_key, prefix_value, tail_key, tail_value)
     if triton is None:
         return "triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton is {triton.__version__}, and older than {OLDEST_TRITON} it takes no tuples of strides"
     compiled = isinstance(_forward_kernel, triton.JITFunction)  # else the interpreter, which takes any device
     if compiled and query.device.type != "cuda":
         return f"the tensors are on {query.device.type}, not on a GPU"

@@ -332,6 +332,11 @@ def test_reason_against_names_what_is_in_the_way(kernels, device):
     assert "16" in reason_against(*others, tail_value[..., :16])
 
 
+def test_reason_against_names_a_triton_that_is_too_old(interpreted_module, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.2.0")
+    assert "3.2.0" in interpreted_module.reason_against(*inputs_of())
+
+
 def test_interpreted_kernels_leave_bfloat16_to_the_definition(interpreted_module):
     assert "bfloat16" in interpreted_module.reason_against(*inputs_of(dtype=torch.bfloat16))
 
