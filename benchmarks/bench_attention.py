@@ -1,0 +1,207 @@
+"""What one latent step's attention costs: split keys read where they lie, against keys that are joined first.
+
+    python benchmarks/bench_attention.py [--gpu] [--prefixes 64 300 3300 --tails 1 8 --threads 1]
+
+Random numbers; a line is one layer of one step, forward or forward and backward. Sides: `joined sdpa` copies prefix
+and tail together, as a cache that appends does in each step, and calls torch's attention; `split` is
+`latent_attention`; `definition` repeats keys and values for every head; `triton` are the kernels, on a GPU alone, and
+each step has a pass of its own for the prefix's gradient, though training takes one for all steps.
+
+All sides of a line take turns in one run, and the ratio of the fastest of their repeats is what to read. GB/s: prefix
+and tail, counted once a forward pass; that of a copy on the same device, reads and writes counted, is beside it.
+"""
+
+import argparse
+import csv
+import platform
+import shlex
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+
+from mmcoconut import triton_mmcoconut
+from mmcoconut.kernels_mmcoconut import Split, latent_attention, latent_attention_reference
+
+
+# batch, heads, kv_heads, head_dim
+CPU_SHAPES = [(4, 12, 12, 64), (1, 14, 2, 64)]
+GPU_SHAPES = [(8, 12, 12, 64), (8, 28, 4, 128), (32, 28, 4, 128), (1, 28, 4, 128)]
+RESULTS = Path(__file__).with_name("results")
+
+
+def joined_sdpa(query, key: Split, value: Split, *, mask, scaling):
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key.joined(), value.joined(), scale=scaling, enable_gqa=query.shape[1] != key.prefix.shape[1]
+    )
+
+
+class TritonAttention(torch.autograd.Function):
+    """The three kernels as one step: forward, gradients of the step, gradients of the prefix."""
+
+    @staticmethod
+    def forward(ctx, scaling, *inputs):
+        output, logsumexp = triton_mmcoconut.attention_forward(*inputs, mask=None, scaling=scaling)
+        ctx.save_for_backward(*inputs, output, logsumexp)
+        ctx.scaling = scaling
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *inputs, output, logsumexp = ctx.saved_tensors
+        step = {"mask": None, "scaling": ctx.scaling, "logsumexp": logsumexp}
+        grad_query, *of_tail, delta = triton_mmcoconut.attention_backward(grad_output, *inputs, output=output, **step)
+        of_prefix = triton_mmcoconut.prefix_backward(grad_output, *inputs[:3], delta=delta, **step)
+        return None, grad_query, *of_prefix, *(gradient.to(grad_output.dtype) for gradient in of_tail)
+
+
+def triton_kernels(query, key: Split, value: Split, *, mask, scaling):
+    return TritonAttention.apply(scaling, query, key.prefix, value.prefix, key.tail, value.tail)
+
+
+SIDES = {"joined sdpa": joined_sdpa, "split": latent_attention, "definition": latent_attention_reference}
+
+
+def random_inputs(*, batch, heads, kv_heads, prefix, tail, head_dim, device, dtype) -> tuple:
+    def states(number, length):
+        return torch.randn(batch, number, length, head_dim, device=device, dtype=dtype, requires_grad=True)
+
+    query = states(heads, 1)
+    key, value = (Split(states(kv_heads, prefix), states(kv_heads, tail)) for _ in range(2))
+    return query, key, value
+
+
+def seconds_of(call, device: str) -> float:
+    if device == "cpu":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    call()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
+def fastest(calls: dict, *, repeats: int, device: str) -> dict:
+    """Seconds of the fastest of the repeats of every call; they take turns, and the first round does not count."""
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(call, device))
+    return {name: min(taken[1:]) for name, taken in seconds.items()}
+
+
+def copy_bandwidth(device: str, repeats: int) -> float:
+    """GB/s, read and written, of a copy far larger than any cache."""
+    source = torch.empty(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    taken = fastest({"copy": lambda: target.copy_(source)}, repeats=repeats, device=device)["copy"]
+    return 2 * source.numel() / taken / 1e9
+
+
+def measure(sides: dict, *, repeats: int, **shape) -> list[dict]:
+    """A row of every side, forward and forward with backward, of one shape."""
+    query, key, value = inputs = random_inputs(**shape)
+    leaves, grad_output = [query, *key, *value], torch.randn_like(query)
+    scaling = shape["head_dim"] ** -0.5
+
+    def forward_of(attention):
+        def forward():
+            with torch.no_grad():
+                attention(*inputs, mask=None, scaling=scaling)
+
+        return forward
+
+    def both_of(attention):
+        def both():
+            torch.autograd.grad(attention(*inputs, mask=None, scaling=scaling), leaves, grad_output)
+
+        return both
+
+    read = sum(part.numel() * part.element_size() for part in (*key, *value))
+    rows = []
+    for name, make in {"forward": forward_of, "forward+backward": both_of}.items():
+        calls = {side: make(attention) for side, attention in sides.items()}
+        taken = fastest(calls, repeats=repeats, device=shape["device"])
+        for side, seconds in taken.items():
+            row = {"side": side, "pass": name, **{key: value for key, value in shape.items() if key != "dtype"}}
+            row |= {"microseconds": round(seconds * 1e6, 1), "ratio": round(seconds / taken["joined sdpa"], 3)}
+            rows.append(row | {"gb_per_s": round(read / seconds / 1e9, 2) if name == "forward" else ""})
+    return rows
+
+
+def write_results(rows: list[dict], arguments, *, dtype: torch.dtype, bandwidth: float) -> Path:
+    """A CSV of this machine's name, with what the figures were made with in every row."""
+    file = RESULTS / f"bench_attention_{arguments.machine}.csv"
+    made_with = {
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_gb_per_s": round(bandwidth, 1),
+        "threads": torch.get_num_threads(),
+        "processor": torch.cuda.get_device_name() if arguments.gpu else platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": triton_mmcoconut.triton.__version__ if triton_mmcoconut.triton else "",
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "benchmarks/bench_attention.py", *sys.argv[1:]]),
+    }
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *made_with])
+        writer.writeheader()
+        writer.writerows({**row, **made_with} for row in rows)
+    return file
+
+
+def print_table(rows: list[dict], sides: dict, bandwidth: float) -> None:
+    """A line a shape and pass: what each side takes of the time of joined sdpa, and its GB/s."""
+    print("\n| B, H, H', K | P | T | pass | µs of joined sdpa | " + " | ".join(sides) + " | GB/s |")
+    print("|---" * (len(sides) + 6) + "|")
+    for index in range(0, len(rows), len(sides)):
+        line = rows[index : index + len(sides)]
+        first = line[0]
+        shape = ", ".join(str(first[name]) for name in ("batch", "heads", "kv_heads", "head_dim"))
+        cells = [shape, first["prefix"], first["tail"], first["pass"], first["microseconds"]]
+        cells += [f"{row['ratio']:.2f}" for row in line]
+        cells += [" / ".join(str(row["gb_per_s"]) for row in line) if first["pass"] == "forward" else ""]
+        print("| " + " | ".join(str(cell) for cell in cells) + " |")
+    print(f"\ncopy of a large tensor: {bandwidth:.0f} GB/s")
+
+
+def read_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gpu", action="store_true", help="large shapes in bfloat16, with the Triton kernels")
+    parser.add_argument("--prefixes", type=int, nargs="+", default=[64, 300, 3300])
+    parser.add_argument("--tails", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU")
+    parser.add_argument("--machine", default="laptop-2c", help="name of the machine, in the file of the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = read_arguments()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    device, dtype = ("cuda", torch.bfloat16) if arguments.gpu else ("cpu", torch.float32)
+    sides = SIDES | ({"triton": triton_kernels} if arguments.gpu else {})
+    bandwidth = copy_bandwidth(device, arguments.repeats)
+    rows = []
+    for batch, heads, kv_heads, head_dim in GPU_SHAPES if arguments.gpu else CPU_SHAPES:
+        for prefix in arguments.prefixes:
+            for tail in arguments.tails:
+                shape = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "prefix": prefix, "tail": tail}
+                shape |= {"head_dim": head_dim, "device": device, "dtype": dtype}
+                rows += measure(sides, repeats=arguments.repeats, **shape)
+                print(rows[-1], flush=True)
+    file = write_results(rows, arguments, dtype=dtype, bandwidth=bandwidth)
+    print(f"written to {file.name}")
+    print_table(rows, sides, bandwidth)
+
+
+if __name__ == "__main__":
+    main()
