@@ -20,7 +20,7 @@ Shapes: B batch, H heads of the queries, H' of keys and values (H = G · H'), Q 
 Source: the recomputation is FlashAttention's, Dao et al. 2022, https://arxiv.org/abs/2205.14135.
 """
 
-import sys
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -31,6 +31,15 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import logging
+
+from .triton_mmcoconut import attention_backward as triton_attention_backward
+from .triton_mmcoconut import attention_forward as triton_attention_forward
+from .triton_mmcoconut import prefix_backward as triton_prefix_backward
+from .triton_mmcoconut import reason_against
+
+
+logger = logging.get_logger(__name__)
 
 
 # More queries than this, as in the pass that holds the answer, are worth one joined copy: scores grow with them.
@@ -163,9 +172,28 @@ def prefix_backward(
     )
 
 
-def backend_of(query: torch.Tensor, dropped: Dropped | None):
-    """The module whose three functions serve these queries."""
-    return sys.modules[__name__]
+class Kernels(NamedTuple):
+    """The three functions that do the arithmetic."""
+
+    attention_forward: Callable
+    attention_backward: Callable
+    prefix_backward: Callable
+
+
+PYTORCH = Kernels(attention_forward, attention_backward, prefix_backward)
+TRITON = Kernels(triton_attention_forward, triton_attention_backward, triton_prefix_backward)
+
+
+def kernels_for(query, prefix_key, prefix_value, tail_key, tail_value, *, dropped: Dropped | None = None) -> Kernels:
+    """Triton's on a GPU where they can serve these tensors; otherwise PyTorch's, on a GPU with a warning."""
+    if query.device.type == "cpu":
+        return PYTORCH
+    reason = "they have no dropout"
+    if dropped is None:
+        reason = reason_against(query, prefix_key, prefix_value, tail_key, tail_value)
+    if reason is not None:
+        logger.warning_once(f"Latent attention runs in PyTorch and not in Triton's kernels, for {reason}.")
+    return TRITON if reason is None else PYTORCH
 
 
 class SplitStates:
@@ -238,8 +266,8 @@ class SplitStates:
         if drops[0] is not None:
             kept = torch.cat([dropped.kept[..., :length] for dropped in drops], dim=2)  # (B, H, N, P)
             options["dropped"] = drops[0]._replace(kept=kept)
-        prefix_key, prefix_value, *_ = self.split(0)
-        return backend_of(query, drops[0]).prefix_backward(grad_output, query, prefix_key, prefix_value, **options)
+        parts = self.split(self.length)
+        return kernels_for(query, *parts, dropped=drops[0]).prefix_backward(grad_output, query, *parts[:2], **options)
 
 
 class OpenPrefix(torch.autograd.Function):
@@ -293,8 +321,9 @@ class Attend(torch.autograd.Function):
     def forward(ctx, token, query, states, mask, scaling, dropped):
         ctx.states, ctx.length = states, states.length
         ctx.options = {"mask": mask, "scaling": scaling} | ({} if dropped is None else {"dropped": dropped})
-        attend = backend_of(query, dropped).attention_forward
-        output, logsumexp = attend(query, *states.split(states.length), **ctx.options)
+        parts = states.split(states.length)
+        ctx.kernels = kernels_for(query, *parts, dropped=dropped)
+        output, logsumexp = ctx.kernels.attention_forward(query, *parts, **ctx.options)
         ctx.save_for_backward(query, output, logsumexp)
         return output
 
@@ -302,14 +331,13 @@ class Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         query, output, logsumexp = ctx.saved_tensors
-        dropped = ctx.options.get("dropped")
-        grad_query, *grad_tail, delta = backend_of(query, dropped).attention_backward(
-            grad_output, query, *ctx.states.split(ctx.length), **ctx.options, output=output, logsumexp=logsumexp
-        )
+        known = {**ctx.options, "output": output, "logsumexp": logsumexp}
+        parts = ctx.states.split(ctx.length)
+        grad_query, *grad_tail, delta = ctx.kernels.attention_backward(grad_output, query, *parts, **known)
         ctx.states.add_tail_gradients(*grad_tail)
         if ctx.states.needs_prefix_gradient:
-            step = (grad_output, query, logsumexp, delta, ctx.options["mask"], dropped, ctx.options["scaling"])
-            ctx.states.steps.append(step)
+            options = (ctx.options["mask"], ctx.options.get("dropped"), ctx.options["scaling"])
+            ctx.states.steps.append((grad_output, query, logsumexp, delta, *options))
         return delta.new_empty(0, dtype=grad_output.dtype), grad_query, None, None, None, None
 
 
@@ -391,8 +419,10 @@ class SplitLayer(CacheLayerMixin):
 
     def update(self, key_states, value_states, *args, **kwargs):
         """The first pass's own keys and values (B, H', P, K); later `SplitKeys` in the place of both."""
-        if self.states is None:  # heads apart, once: matrix products would copy them in every pass
-            key_states, value_states = key_states.contiguous(), value_states.contiguous()
+        if self.states is None:
+            if kernels_for(key_states, *[key_states, value_states] * 2) is PYTORCH:
+                # Heads apart, once: matrix products would copy them in every pass.
+                key_states, value_states = key_states.contiguous(), value_states.contiguous()
             self.states = SplitStates(key_states, value_states)
             self.token = OpenPrefix.apply(key_states, value_states, self.states)
             return key_states, value_states

@@ -20,12 +20,11 @@ from transformers.cache_utils import DynamicCache
 from mmcoconut import kernels_mmcoconut
 from mmcoconut.kernels_mmcoconut import (
     MAX_QUERIES,
+    PYTORCH,
     Split,
     SplitCache,
-    attention_forward,
     latent_attention,
     latent_attention_reference,
-    prefix_backward,
 )
 
 
@@ -148,9 +147,9 @@ def test_every_latent_step_reads_one_and_the_same_prefix(text, monkeypatch):
 
     def spy(query, prefix_key, prefix_value, tail_key, tail_value, **options):
         seen.append((prefix_key.data_ptr(), prefix_value.data_ptr(), prefix_key.shape[2], tail_key.shape[2]))
-        return attention_forward(query, prefix_key, prefix_value, tail_key, tail_value, **options)
+        return PYTORCH.attention_forward(query, prefix_key, prefix_value, tail_key, tail_value, **options)
 
-    monkeypatch.setattr(kernels_mmcoconut, "attention_forward", spy)
+    monkeypatch.setattr(kernels_mmcoconut, "PYTORCH", PYTORCH._replace(attention_forward=spy))
     batch = row_of(model, num_latents=4, prefix=10)
     model(**batch, labels=last_labels(batch)).loss.backward()
     assert len(seen) == 4 * 2  # steps · layers; the last one holds the answer as well
@@ -166,9 +165,9 @@ def test_gradients_of_the_prefix_are_formed_once_from_all_steps(text, monkeypatc
 
     def spy(grad_output, *args, **options):
         seen.append(grad_output.shape[2])
-        return prefix_backward(grad_output, *args, **options)
+        return PYTORCH.prefix_backward(grad_output, *args, **options)
 
-    monkeypatch.setattr(kernels_mmcoconut, "prefix_backward", spy)
+    monkeypatch.setattr(kernels_mmcoconut, "PYTORCH", PYTORCH._replace(prefix_backward=spy))
     batch = row_of(model, num_latents=4, prefix=10)
     model(**batch, labels=last_labels(batch)).loss.backward()
     assert seen == [3 + 3] * 2  # queries of four steps, the last of which holds two tokens more; layers
