@@ -127,7 +127,18 @@ def weights_and_score_gradients(grad_output, query, keys, values, *, mask, scali
 
 
 def attention_backward(
-    grad_output, query, prefix_key, prefix_value, tail_key, tail_value, *, mask, scaling, output, logsumexp, dropped=None
+    grad_output,
+    query,
+    prefix_key,
+    prefix_value,
+    tail_key,
+    tail_value,
+    *,
+    mask,
+    scaling: float,
+    output,
+    logsumexp,
+    dropped: Dropped | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of the queries (B, H, Q, K) and of the tail's keys and values (B, H', T, K), and δ (B, H, Q)."""
     num_kv_heads, prefix_length = prefix_key.shape[1:3]
@@ -447,7 +458,7 @@ class SplitCache(Cache):
 
 
 def latent_mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_causal_skip=True, **kwargs):
-    """The library's mask for sdpa; of a latent step always made, as to see whether it is needed waits for the device."""
+    """The library's mask for sdpa; always made of a latent step, as seeing if it is needed waits for the device."""
     skips = allow_is_causal_skip and (q_length > 1 or attention_mask is None)
     options = {"attention_mask": attention_mask, "allow_is_causal_skip": skips, **kwargs}
     return sdpa_mask(batch_size, q_length, kv_length, *args, **options)

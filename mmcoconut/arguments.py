@@ -128,6 +128,7 @@ class ModelArguments:
     lora: dict | None = HfArg(default=None, help="Train adapters: fields of peft.LoraConfig; {} for the defaults.")
     new_token_init: str | None = HfArg(default=None, help="Token that new embeddings copy; default: their mean.")
     attn_implementation: str | None = HfArg(default=None, help="Attention function, as in from_pretrained.")
+    defer_weight_gradients: bool | None = HfArg(default=None, help="Form them once for all passes; default: on a CPU.")
 
 
 @dataclasses.dataclass

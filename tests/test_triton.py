@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tiny import max_difference
+from tiny import assert_same_gradients, loss_and_gradients, max_difference, ragged_batch, tiny_model
 
-from mmcoconut import triton_mmcoconut
-from mmcoconut.kernels_mmcoconut import Split, latent_attention_reference
+from mmcoconut import kernels_mmcoconut, triton_mmcoconut
+from mmcoconut.kernels_mmcoconut import PYTORCH, Kernels, Split, kernels_for, latent_attention_reference
 
 
 triton = pytest.importorskip("triton", reason="Triton's kernels need triton, which is made for Linux")
@@ -348,3 +348,31 @@ def test_compiled_kernels_leave_tensors_on_the_cpu_to_the_definition():
 def test_without_triton_the_module_is_imported_and_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert copy_of_the_module().reason_against(*inputs_of()) == "triton is not installed"
+
+
+@pytest.mark.parametrize("text, tolerance", [("gpt2", 1e-5), ("qwen2", 1e-5)])
+def test_training_loop_over_these_kernels_equals_the_one_over_pytorch(kernels, device, monkeypatch, text, tolerance):
+    model = tiny_model(text).train().to(device)
+    model.get_decoder().set_attn_implementation("latent")
+    batch = {name: value.to(device) for name, value in ragged_batch(model).items()}
+    found, served = [], []
+    of_triton = Kernels(kernels.attention_forward, kernels.attention_backward, kernels.prefix_backward)
+    for chosen in (PYTORCH, of_triton):
+        monkeypatch.setattr(
+            kernels_mmcoconut, "kernels_for", lambda *_, chosen=chosen, **__: served.append(1) or chosen
+        )
+        found.append(loss_and_gradients(model, batch))
+    assert len(served) > 10
+    assert found[1][0] == pytest.approx(found[0][0], abs=tolerance)
+    assert_same_gradients(found[1][1], found[0][1], tolerance)
+
+
+def test_what_these_kernels_cannot_serve_goes_to_pytorch_with_the_reason(monkeypatch):
+    said = []
+    monkeypatch.setattr(kernels_mmcoconut.logger, "warning_once", said.append)
+    tensors = [torch.empty(1, 2, 3, 8, device="meta")] * 5
+    assert kernels_for(*tensors) is PYTORCH
+    assert kernels_for(*tensors, dropped="any") is PYTORCH
+    assert "on meta, not on a GPU" in said[0] and "dropout" in said[1]
+    assert kernels_for(*[torch.empty(1, 2, 3, 8)] * 5) is PYTORCH
+    assert len(said) == 2  # on a CPU nothing is amiss

@@ -1,0 +1,136 @@
+"""Weight gradients formed once: equal to those formed in every pass, and truly formed once."""
+
+import pytest
+import torch
+from tiny import (
+    DECODERS,
+    assert_same_gradients,
+    last_labels,
+    loss_and_gradients,
+    max_difference,
+    ragged_batch,
+    tiny_model,
+)
+from torch import nn
+
+from mmcoconut import deferred_mmcoconut
+from mmcoconut.deferred_mmcoconut import DeferredWeightGradients, product
+from mmcoconut.latent_mmcoconut import latent_columns
+
+
+def batch_in(model, dtype) -> dict:
+    batch = ragged_batch(model)
+    return {**batch, "pixel_values": batch["pixel_values"].to(dtype)}
+
+
+def found_both_ways(model, batch, **kwargs) -> list:
+    """Loss and gradients with weight gradients formed in every pass, then with those formed once."""
+    found = []
+    for deferred in (False, True):
+        model.model.defer_weight_gradients = deferred
+        found.append(loss_and_gradients(model, batch, **kwargs))
+    return found
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "latent"])
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-12])
+def test_gradients_formed_once_are_those_of_every_pass(text, attention, tolerance):
+    model = tiny_model(text, thought_norm="projection").double().train()
+    model.get_decoder().set_attn_implementation(attention)
+    every, once = found_both_ways(model, batch_in(model, torch.float64))
+    assert once[0] == every[0]
+    assert_same_gradients(once[1], every[1], tolerance)
+
+
+def count_takes(monkeypatch) -> list[int]:
+    """The number of passes in each weight gradient that is formed."""
+    takes, take = [], deferred_mmcoconut.Ledger.take
+
+    def counted(ledger, dtype):
+        takes.append(len(ledger.gradients))
+        return take(ledger, dtype)
+
+    monkeypatch.setattr(deferred_mmcoconut.Ledger, "take", counted)
+    return takes
+
+
+@pytest.mark.parametrize("text, num_linears", [("gpt2", 2 * 4), ("qwen2", 2 * 7)])
+def test_each_weight_of_the_decoder_forms_one_gradient_from_all_passes(text, num_linears, monkeypatch):
+    model = tiny_model(text).train()
+    batch = ragged_batch(model)
+    hooked = []
+    for name, weight in model.get_decoder().named_parameters():
+        weight.register_post_accumulate_grad_hook(lambda _, name=name: hooked.append(name))
+    takes = count_takes(monkeypatch)
+    model(**batch, labels=last_labels(batch)).loss.backward()
+    num_passes = len(latent_columns(batch["input_ids"] == model.config.latent_token_id)) + 1
+    assert num_passes > 3 and takes == [num_passes] * num_linears
+    assert len(hooked) == len(set(hooked))  # as data parallel training wants it
+
+
+def test_a_frozen_weight_and_a_pass_without_gradients_are_left_alone(monkeypatch):
+    model = tiny_model("qwen2").train()
+    batch = ragged_batch(model)
+    takes = count_takes(monkeypatch)
+    frozen = [name for name, weight in model.get_decoder().named_parameters() if "mlp" in name]
+    for name in frozen:
+        model.get_decoder().get_parameter(name).requires_grad_(False)
+    model(**batch, labels=last_labels(batch)).loss.backward()
+    assert len(takes) == 2 * 4
+    assert all(model.get_decoder().get_parameter(name).grad is None for name in frozen)
+    model.eval()(**batch, labels=last_labels(batch)).loss.backward()
+    with torch.no_grad():
+        model.train()(**batch)
+    assert len(takes) == 2 * 4
+
+
+def test_on_another_device_than_a_cpu_it_is_on_request_only():
+    model = tiny_model("gpt2").train().model
+    assert model.defers_weight_gradients(replayed=False)
+    assert not model.defers_weight_gradients(replayed=True)
+    assert not model.to("meta").defers_weight_gradients(replayed=False)
+    model.defer_weight_gradients = True
+    assert model.defers_weight_gradients(replayed=False)
+
+
+def test_error_under_autocast_is_no_larger_than_that_of_every_pass():
+    model = tiny_model("qwen2").train()
+    batch = ragged_batch(model)
+    exact = loss_and_gradients(model, batch)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        every, once = found_both_ways(model, batch)
+    assert once[0] == pytest.approx(every[0], abs=2e-2)
+    assert once[1].keys() == exact.keys()
+    errors = [sum(max_difference(gradients[name], exact[name]) for name in exact) for gradients in (once[1], every[1])]
+    assert 0 < errors[0] <= 1.2 * errors[1]
+
+
+def test_a_weight_used_both_ways_and_with_two_biases_gets_all_of_its_gradient():
+    weight, inputs = (torch.randn(4, 4, dtype=torch.float64) for _ in range(2))
+    biases = torch.randn(2, 4, dtype=torch.float64)
+
+    def gradients(context) -> tuple:
+        leaves = [nn.Parameter(tensor.clone()) for tensor in (weight, *biases)]
+        with context:
+            hidden = nn.functional.linear(inputs, leaves[0], leaves[1])
+            hidden = nn.functional.linear(hidden.tanh(), leaves[0], leaves[2])
+            hidden = torch.addmm(leaves[1], hidden.tanh(), leaves[0])
+            hidden = nn.functional.linear(hidden.tanh(), leaves[0])
+        return torch.autograd.grad(hidden.square().sum(), leaves)
+
+    for found, expected in zip(gradients(DeferredWeightGradients()), gradients(torch.enable_grad())):
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("num_rows, width", [(1, 6), (5, 6), (5, 7), (40, 6)])
+@pytest.mark.parametrize("tolerance", [1e-12])
+def test_a_product_in_parts_is_the_product(num_threads, num_rows, width, tolerance):
+    before = torch.get_num_threads()
+    rows, matrix = torch.randn(num_rows, 5).double(), torch.randn(width, 5).double().T
+    torch.set_num_threads(num_threads)
+    try:
+        assert max_difference(product(rows, matrix), rows @ matrix) <= tolerance
+    finally:
+        torch.set_num_threads(before)
