@@ -34,8 +34,8 @@ def check_one_block(past_key_values: Cache | None) -> None:
     end = getattr(past_key_values, "last_thought_end", None)
     if end is not None and int(past_key_values.get_seq_length()) >= end:
         raise ValueError(
-            f"past_key_values hold thoughts up to column {end - 1}, and thought_schedule='jacobi' updates all thoughts "
-            "of a sequence together: pass the whole sequence in one call, without past_key_values and without "
+            f"past_key_values hold thoughts up to column {end - 1}, and thought_schedule='jacobi' updates all of a "
+            "sequence together: pass the whole sequence in one call, without past_key_values and without "
             "prefill_chunk_size, or use thought_schedule='sequential'."
         )
 
@@ -68,7 +68,7 @@ def think_jacobi(
     position_ids: torch.Tensor | None = None,
     **kwargs,
 ) -> ThinkOutput:
-    """Run the decoder over (B, T, D) with thoughts at the True columns of (B, T), updated together num_iterations times.
+    """Run the decoder over (B, T, D) with thoughts at the True columns of (B, T), updated together.
 
     A pass for the text before the first latent, one an update for the columns from the first latent up to the last,
     whose keys are thrown away, and one from the first latent to the end. After as many updates as a row has latents

@@ -61,7 +61,9 @@ class ThoughtFeed(nn.Module):
 
     def forward(self, hidden_state: torch.Tensor, embedding_norm: torch.Tensor | None = None) -> torch.Tensor:
         if self.thought_norm == "embedding":
-            return hidden_state * (embedding_norm / hidden_state.norm(dim=-1, keepdim=True)).to(hidden_state.dtype)
+            norms = hidden_state.norm(dim=-1, keepdim=True)  # (B, 1)
+            norms = norms.clamp(min=torch.finfo(norms.dtype).eps)  # 0 at padding, whose gradients would be NaN
+            return hidden_state * (embedding_norm / norms).to(hidden_state.dtype)
         if self.thought_norm == "projection":
             return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(hidden_state))))
         return hidden_state
