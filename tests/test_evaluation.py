@@ -259,7 +259,7 @@ def test_passes_of_parallel_thoughts_are_counted_as_they_are_made(loaded, rows, 
     monkeypatch.setattr(model.config, "thought_schedule", "jacobi")
     monkeypatch.setattr(model.config, "jacobi_iterations", iterations)
     answerer, answers = Answerer(model, processor, num_latents=num_latents, max_new_tokens=8), []
-    calls = decoder_calls(model, lambda: answers.extend(answerer.answer(rows[:1])))
+    calls = decoder_calls(model, lambda: answers.extend(answerer.answer([rows[0]])))
     assert [answer["decoder_passes"] for answer in answers] == [calls]
 
 
