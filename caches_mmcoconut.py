@@ -1,10 +1,36 @@
 """Caches of a decoder that runs several times in one forward pass: replayable ones, and one for encoder states.
 
+`throwaway` gives a pass of its own keys over those of another cache, which stays as it is.
+
 Shapes: B batch, T tokens, E encoder states, H heads, K head dim, D hidden.
 """
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticLayer,
+)
+
+
+def held_by(layer: CacheLayerMixin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values (B, H, T, K) of all T tokens that a layer has read.
+
+    Raises:
+        ValueError: a layer that does not keep them all as they are (a sliding window, a quantized cache, …).
+    """
+    if type(layer) in (DynamicLayer, ReplayLayer):
+        return layer.keys, layer.values
+    if type(layer) is StaticLayer:
+        length = int(layer.get_seq_length())
+        return layer.keys[:, :, :length], layer.values[:, :, :length]  # the rest is still empty
+    raise ValueError(
+        f"The keys of the text before cannot be read again from a {type(layer).__name__}: use "
+        "thought_schedule='sequential', or full attention with a dynamic or static cache."
+    )
 
 
 class ReplayLayer(CacheLayerMixin):
@@ -16,10 +42,10 @@ class ReplayLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, before: "ReplayLayer | None" = None):
+    def __init__(self, before: CacheLayerMixin | None = None):
         super().__init__()
-        self.before = (before.keys, before.values) if before is not None else None
-        self.length = before.keys.shape[-2] if before is not None else 0
+        self.before = held_by(before) if before is not None else None
+        self.length = self.before[0].shape[-2] if before is not None else 0
         self.is_initialized = True
 
     def lazy_initialization(self, key_states, value_states):
@@ -47,7 +73,7 @@ class ReplayLayer(CacheLayerMixin):
 class ReplayCache(Cache):
     """The cache of one pass under gradient checkpointing; `next_pass` gives the one that holds this pass too."""
 
-    def __init__(self, before: "ReplayCache | None" = None):
+    def __init__(self, before: Cache | None = None):
         if before is None:
             super().__init__(layer_class_to_replicate=ReplayLayer)
         else:
@@ -90,10 +116,28 @@ class ReplayCrossCache(EncoderDecoderCache):
     The first pass computes keys and values of the encoder states, in a replay too; later passes read them.
     """
 
-    def __init__(self, past_key_values: ReplayCache, before: "ReplayCrossCache | None" = None):
+    def __init__(self, past_key_values: ReplayCache, before: EncoderDecoderCache | None = None):
         cross = ReplayCache() if before is None else before.cross_attention_cache
         super().__init__(past_key_values, cross)
         self.is_updated = FixedFlags(dict.fromkeys(range(len(cross.layers)), before is not None))
 
     def next_pass(self) -> "ReplayCrossCache":
         return ReplayCrossCache(self.self_attention_cache.next_pass(), self)
+
+
+def throwaway(past_key_values: Cache) -> Cache:
+    """A cache for one pass over what past_key_values hold; they do not change, however often it is done.
+
+    Raises:
+        ValueError: keys that are not kept whole, or not on the decoder's device.
+    """
+    if isinstance(past_key_values, (ReplayCache, ReplayCrossCache)):
+        return past_key_values.next_pass()
+    if isinstance(past_key_values, EncoderDecoderCache):
+        return ReplayCrossCache(throwaway(past_key_values.self_attention_cache), past_key_values)
+    if past_key_values.offloading:
+        raise ValueError(
+            "The keys of the text before cannot be read again from an offloaded cache: use "
+            "thought_schedule='sequential', or a cache that stays on the device."
+        )
+    return ReplayCache(past_key_values)

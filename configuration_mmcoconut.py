@@ -24,6 +24,7 @@ CHOICES = {
     "vision_feature_select_strategy": ("default", "full"),
     "thought_mode": ("feedback", "pause"),
     "thought_norm": ("none", "embedding", "projection"),
+    "thought_schedule": ("sequential", "jacobi"),
 }
 TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id", "end_latent_token_id")
 # Image features are read beside the text, not in it: one placeholder says which row an image belongs to.
@@ -84,6 +85,10 @@ class MMCoconutConfig(PreTrainedConfig):
             `pause` leaves the latent token's own embedding, so that nothing is fed back.
         thought_norm (`str`): what happens to a hidden state before it is fed back: `none` (the paper), `embedding`
             (rescaled to the mean norm of the token embeddings), `projection` (a trained MLP and LayerNorm).
+        thought_schedule (`str`): `sequential` computes one thought after the other (Coconut); `jacobi` all of them
+            together, `jacobi_iterations` times, each from what the others were before.
+        jacobi_iterations (`int`): how often, at least 1; as many as there are thoughts give the sequential ones. Only
+            and always with `jacobi`.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint.
 
@@ -119,6 +124,8 @@ class MMCoconutConfig(PreTrainedConfig):
     end_latent_token_id: int | None = None
     thought_mode: str = "feedback"
     thought_norm: str = "none"
+    thought_schedule: str = "sequential"
+    jacobi_iterations: int | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     mmcoconut_version: str = "0.1.0"
@@ -130,6 +137,7 @@ class MMCoconutConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
         settle_decoder(self.text_config, self.image_fusion)
         check_choices(self)
+        check_schedule(self)
         check_token_ids(self)
         check_projector(self)
         if self.image_seq_length is None:
@@ -205,6 +213,28 @@ def check_choices(config):
         value = getattr(config, field)
         if value not in choices:
             raise ValueError(f"{field}={value!r} is not one of {', '.join(choices)}: set {field} to one of them.")
+
+
+def check_schedule(config):
+    """Iterations belong to the jacobi schedule, and a schedule to thoughts that are fed back."""
+    schedule, iterations = config.thought_schedule, config.jacobi_iterations
+    if schedule != "jacobi":
+        if iterations is not None:
+            raise ValueError(
+                f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: set it to None, or "
+                "thought_schedule to 'jacobi'."
+            )
+        return
+    if iterations is None or iterations < 1:
+        raise ValueError(
+            f"jacobi_iterations={iterations} with thought_schedule='jacobi', which updates all thoughts together at "
+            "least 1 time: set jacobi_iterations to a whole number from 1 to the number of thoughts."
+        )
+    if config.thought_mode == "pause":
+        raise ValueError(
+            "thought_schedule='jacobi' says how thoughts are fed back, and thought_mode='pause' feeds none back: set "
+            "thought_schedule='sequential' and jacobi_iterations=None, or thought_mode='feedback'."
+        )
 
 
 def check_token_ids(config):

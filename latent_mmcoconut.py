@@ -61,7 +61,9 @@ class ThoughtFeed(nn.Module):
 
     def forward(self, hidden_state: torch.Tensor, embedding_norm: torch.Tensor | None = None) -> torch.Tensor:
         if self.thought_norm == "embedding":
-            return hidden_state * (embedding_norm / hidden_state.norm(dim=-1, keepdim=True)).to(hidden_state.dtype)
+            norms = hidden_state.norm(dim=-1, keepdim=True)  # (B, 1)
+            norms = norms.clamp(min=torch.finfo(norms.dtype).eps)  # 0 at padding, whose gradients would be NaN
+            return hidden_state * (embedding_norm / norms).to(hidden_state.dtype)
         if self.thought_norm == "projection":
             return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(hidden_state))))
         return hidden_state
@@ -151,6 +153,29 @@ def check_thoughts_matter(latent_mask: torch.Tensor, labelled: torch.Tensor) -> 
         )
 
 
+def linked_thoughts(latent_mask: torch.Tensor, bptt_thoughts: int | None) -> torch.Tensor | None:
+    """(B, T), True where a thought sends its gradient on to the state that it was: at each row's last latents.
+
+    bptt_thoughts: how many of a row, counted from its last one; None, for all of them, gives None.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    if bptt_thoughts is None:
+        return None
+    if bptt_thoughts < 0:
+        raise ValueError(
+            f"bptt_thoughts={bptt_thoughts} is less than 0: set it to how many thoughts of a row, from its last one, "
+            "gradients flow back through, or to None for all."
+        )
+    return latent_mask.flip(1).cumsum(1).flip(1) <= bptt_thoughts  # (B, T), latents from here to the row's end
+
+
+def cut_links(states: torch.Tensor, linked: torch.Tensor | None) -> torch.Tensor:
+    """States (…, D) without their gradient where linked (…) is False; as they are for None."""
+    return states if linked is None else torch.where(linked[..., None], states, states.detach())
+
+
 def put_thought(piece: torch.Tensor, is_latent: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
     """(B, t, D) with the first column replaced by (B, D) in the rows of (B,) that have a latent there."""
     first = torch.where(is_latent[:, None], thought.to(piece.dtype), piece[:, 0])  # (B, D)
@@ -194,6 +219,7 @@ def think(
     feed,
     past_key_values: Cache | None = None,
     previous: torch.Tensor | None = None,
+    linked: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     **kwargs,
@@ -206,6 +232,7 @@ def think(
             where no row has a latent the sequence is cut, and nothing else.
         feed: (B, D) hidden states → (B, D) embeddings.
         previous (B, D): the hidden state of the column before the first; needed only if that is a latent column.
+        linked (B, T): where thoughts keep the gradient to the state before, from `linked_thoughts`; None: everywhere.
         attention_mask (B, past + T) or None; position_ids (B, T) or None.
         kwargs: handed to every call of the decoder.
     """
@@ -218,7 +245,8 @@ def think(
     pieces = inputs_embeds.split([end - start for start, end in cuts], dim=1)  # of which slices would each be a copy
     for (start, end), piece in zip(cuts, pieces):  # (B, t, D)
         if start > 0 or len(starts) == len(columns):
-            piece = put_thought(piece, latent_mask[:, start], feed(previous))
+            state = previous if linked is None else cut_links(previous, linked[:, start])
+            piece = put_thought(piece, latent_mask[:, start], feed(state))
         if isinstance(past_key_values, (ReplayCache, ReplayCrossCache)) and start > 0:
             past_key_values = past_key_values.next_pass()
         output = decoder(
@@ -253,16 +281,19 @@ def join_outputs(outputs: list, read: list[torch.Tensor], past_key_values: Cache
 
 
 def think_uncached(
-    decoder, inputs_embeds, latent_mask, *, feed, attention_mask=None, position_ids=None
+    decoder, inputs_embeds, latent_mask, *, feed, linked=None, attention_mask=None, position_ids=None
 ) -> ThinkOutput:
     """The definition of `think`: for each latent column from left to right, run the whole sequence again.
 
     for c in columns:  embeds[rows, c] = feed(decoder(embeds).last_hidden_state[rows, c - 1])
+
+    with the state detached where `linked` is given and False.
     """
     inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
     for column in latent_columns(latent_mask):
         hidden = decoder(inputs_embeds=inputs_embeds, **inputs).last_hidden_state  # (B, T, D)
-        tail = put_thought(inputs_embeds[:, column:], latent_mask[:, column], feed(hidden[:, column - 1]))
+        state = cut_links(hidden[:, column - 1], None if linked is None else linked[:, column])  # (B, D)
+        tail = put_thought(inputs_embeds[:, column:], latent_mask[:, column], feed(state))
         inputs_embeds = torch.cat([inputs_embeds[:, :column], tail], dim=1)  # (B, T, D)
     hidden = decoder(inputs_embeds=inputs_embeds, **inputs).last_hidden_state  # (B, T, D)
     return ThinkOutput(last_hidden_state=hidden, inputs_embeds=inputs_embeds)

@@ -46,10 +46,12 @@ from .configuration_mmcoconut import (
     TOKEN_ID_FIELDS,
     MMCoconutConfig,
     add_special_tokens,
+    check_schedule,
     image_token_of,
 )
 from .deferred_mmcoconut import DeferredWeightGradients
 from .fusions_mmcoconut import IMAGE_FUSIONS
+from .jacobi_mmcoconut import check_not_sharded, check_one_block, think_jacobi
 from .kernels_mmcoconut import SplitCache
 from .latent_mmcoconut import (
     ThinkOutput,
@@ -60,6 +62,7 @@ from .latent_mmcoconut import (
     gather_thoughts,
     is_sharded,
     latent_columns,
+    linked_thoughts,
     think,
     whole_tensor,
 )
@@ -205,14 +208,21 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
 
 
 class MMCoconutModel(MMCoconutPreTrainedModel):
-    """Vision tower, projector, fusion and language model without a head; thoughts happen in `forward`."""
+    """Vision tower, projector, fusion and language model without a head; thoughts happen in `forward`.
+
+    bptt_thoughts: how many thoughts of a row, counted from its last one, send gradients back to the state that they
+        were; of the others only keys, values and what `thought_feed` does to them are learnt. None, the default, is
+        all, 0 is none. It belongs to a training run and is not saved.
+    """
 
     is_seq2seq = False
     defer_weight_gradients: bool | None = None
+    bptt_thoughts: int | None = None
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
         self.check_fusion(config.image_fusion)
+        check_schedule(config)  # again: from_pretrained sets fields after they were checked
         missing = [field for field in TOKEN_ID_FIELDS if getattr(config, field) is None]
         if missing:
             raise ValueError(f"The configuration lacks {', '.join(missing)}: take the ids from the tokenizer.")
@@ -479,10 +489,19 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             chosen = self.device.type == "cpu"
         return chosen and self.training and not replayed and not is_sharded(self.language_model)
 
+    def thinking_loop(self, past_key_values: Cache | None):
+        """The function that runs the decoder where thoughts are fed back: one after the other, or all together."""
+        if self.config.thought_schedule != "jacobi":
+            return think
+        check_schedule(self.config)
+        check_not_sharded(is_sharded(self.language_model))
+        check_one_block(past_key_values)
+        return partial(think_jacobi, num_iterations=self.config.jacobi_iterations)
+
     def run_decoder(
         self, latent_mask, inputs_embeds, *, attention_mask, position_ids, past_key_values, use_cache, **kwargs
     ) -> ThinkOutput:
-        """Call the decoder once, and once more for every column at which a thought is fed back."""
+        """Call the decoder once, and once more for every column at which a thought is fed back, or every update."""
         num_columns = inputs_embeds.shape[1]
         replayed = self.training and self.is_activation_checkpointing
         if replayed and past_key_values is not None:
@@ -497,20 +516,22 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             position_ids = positions_from_mask(attention_mask, num_columns)  # (B, T)
         self.check_length(num_columns, position_ids, past_key_values)
         columns = self.thought_columns(latent_mask, attention_mask, past_key_values, kwargs)
+        loop = self.thinking_loop(past_key_values) if columns else think
         if past_key_values is None and (keeps_cache or columns):
-            past_key_values = self.start_cache(replayed, keeps_cache)
+            past_key_values = self.start_cache(replayed, keeps_cache or loop is not think)
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
             past_key_values = with_cross_attention(past_key_values, kwargs)
         decoder = self.get_decoder()
         once = columns and self.defers_weight_gradients(replayed)
         with DeferredWeightGradients() if once else nullcontext():
-            outputs = think(
+            outputs = loop(
                 partial(call_with_row_positions, decoder) if self.counts_columns else decoder,
                 inputs_embeds,
                 latent_mask,
                 columns=columns,
                 feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
                 previous=remembered(past_key_values) if columns else None,
+                linked=linked_thoughts(latent_mask, self.bptt_thoughts) if columns else None,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,

@@ -51,7 +51,11 @@ CONFIG_FIELDS = (
     "vision_last_norm",
     "vision_feature_select_strategy",
     "thought_norm",
+    "thought_schedule",
+    "jacobi_iterations",
 )
+# Of these, what may differ from the checkpoint that a run starts from.
+HOW_THOUGHTS_ARE_FED_BACK = ("thought_norm", "thought_schedule", "jacobi_iterations")
 
 
 def read_split(data_args, split: str, max_rows: int | None):
@@ -129,8 +133,8 @@ def build_from_vlm(model_args):
     model = MMCoconutForConditionalGeneration.from_vlm(
         model_args.vlm,
         new_token_init=model_args.new_token_init,
-        thought_norm=model_args.thought_norm,
         image_size=model_args.image_size,
+        **{field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK},
     )
     processor = MMCoconutProcessor.from_vlm(
         model_args.vlm,
@@ -146,7 +150,7 @@ def build_from_vlm(model_args):
 def build_from_checkpoint(model_args):
     """Model and processor of an earlier run; the recipe may change how thoughts are fed back, nothing else."""
     name = model_args.model
-    model = load_model(name, thought_norm=model_args.thought_norm)
+    model = load_model(name, **{field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK})
     for field in CONFIG_FIELDS:
         if getattr(model.config, field) != getattr(model_args, field):
             raise ValueError(
@@ -177,6 +181,7 @@ def build(model_args, curriculum_args, train_set):
     else:
         model, processor = build_from_backbones(model_args, train_set)
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
+    model.model.bptt_thoughts = model_args.bptt_thoughts
     processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)

@@ -105,8 +105,13 @@ class Answerer:
         return batch.to(self.model.device, dtype=self.model.dtype)
 
     def decoder_passes(self, generated_tokens: int) -> int:
-        """Calls of the decoder, one after the other, that a row's answer needs: one a thought, one a token."""
-        fed_back = self.num_latents if self.model.config.thought_mode == "feedback" else 0
+        """Calls of the decoder, one after the other, that a row's answer needs: one a token, and one a thought or,
+        where thoughts are updated together, one an update and one for the text before them."""
+        config, fed_back = self.model.config, self.num_latents
+        if config.thought_mode != "feedback":
+            fed_back = 0
+        elif config.thought_schedule == "jacobi" and self.num_latents > 1:
+            fed_back = 1 + min(config.jacobi_iterations, self.num_latents)
         return fed_back + max(1, generated_tokens)
 
     @torch.no_grad()

@@ -40,17 +40,17 @@ from mmcoconut.recipe_files import (
 from mmcoconut.scoring import REFERENCES
 
 
-CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm")}
+CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
 AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
-AT_LEAST_0 += ("align_weight", "ce_weight", "align_warmup_epochs")
+AT_LEAST_0 += ("align_weight", "ce_weight", "align_warmup_epochs", "bptt_thoughts")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-AT_LEAST_1 += ("num_visual_tokens", "projector_num_heads", "num_beams")
+AT_LEAST_1 += ("num_visual_tokens", "projector_num_heads", "num_beams", "jacobi_iterations")
 AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
 FRACTIONS = ("uniform_prob", "margin", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 LIMITS = (
@@ -123,6 +123,9 @@ class ModelArguments:
     max_tiles: int | None = HfArg(default=None, help="Most tiles of an image for the vlm; default: its own.")
     use_thumbnail: bool = HfArg(default=True, help="Several tiles of an image are followed by the whole picture.")
     thought_norm: str = HfArg(default="none", help="What is done to a thought before it is fed back.")
+    thought_schedule: str = HfArg(default="sequential", help="`jacobi` updates all thoughts together.")
+    jacobi_iterations: int | None = HfArg(default=None, help="How often `jacobi` updates them.")
+    bptt_thoughts: int | None = HfArg(default=None, help="Thoughts, from the last, that gradients link; default: all.")
     markers: str = HfArg(default="both", help="Which of <|start-latent|> and <|end-latent|> frame the thoughts.")
     freeze: list[str] = HfArg(default_factory=list, help="Sub-modules that are not trained, such as vision_tower.")
     lora: dict | None = HfArg(default=None, help="Train adapters: fields of peft.LoraConfig; {} for the defaults.")
@@ -280,6 +283,19 @@ def _vlm_conflicts(values: dict):
         yield "min_tiles", values["min_tiles"], f"`max_tiles` is {values['max_tiles']}: set it to no more than that"
 
 
+def _schedule(values: dict, modes: list[str]):
+    """What a schedule of thoughts needs, and where there is none."""
+    schedule, iterations = values["thought_schedule"], values["jacobi_iterations"]
+    if schedule != "jacobi":
+        if iterations is not None:
+            yield "jacobi_iterations", iterations, "it belongs to another schedule: set `thought_schedule: jacobi` too"
+        return
+    if iterations is None:
+        yield "jacobi_iterations", None, "`thought_schedule: jacobi` needs it: set 1 or more, at most all thoughts"
+    if "pause" in modes:
+        yield "thought_schedule", schedule, "`mode: pause` feeds no thought back: set sequential, or another mode"
+
+
 def _conflicts(values: dict):
     """The combinations of typed `values` that cannot be meant."""
     given = dict.fromkeys(key for key in IN_A_CHECKPOINT if values[key] is not None).keys()
@@ -301,6 +317,7 @@ def _conflicts(values: dict):
     if not values.get("do_train", True) and values["model"] is None and values["tokenizer"] == "train":
         yield "model", None, "with `do_train: false` there is nothing to evaluate: name a checkpoint"
     modes = compared_modes(values.get("compare")) or [values["mode"]]
+    yield from _schedule(values, modes)
     thinking = [mode for mode in modes if mode in THINKING_MODES]
     for key in ("c_thought", "max_latent_stage") if thinking else ():
         if values[key] == 0:

@@ -31,12 +31,17 @@ def intervening(model, replace: Replace) -> Iterator[None]:
     """Inside, one call of `generate` or `forward` reads replace(j, thought) as its j-th thought, counted from 0.
 
     Raises:
-        ValueError: a model that feeds nothing back.
+        ValueError: a model that feeds nothing back, or all thoughts together.
     """
     if model.config.thought_mode != "feedback":
         raise ValueError(
             f"thought_mode is {model.config.thought_mode!r}: this checkpoint feeds no hidden state back, so it has no "
             "thoughts to intervene on. Audit a checkpoint that was trained with mode: coconut."
+        )
+    if model.config.thought_schedule != "sequential":
+        raise ValueError(
+            f"thought_schedule is {model.config.thought_schedule!r}: interventions take one thought after the other, "
+            "and this checkpoint computes them together. Audit a checkpoint with thought_schedule: sequential."
         )
     positions = itertools.count()
     hook = model.base_model.thought_feed.register_forward_hook(

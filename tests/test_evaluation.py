@@ -252,6 +252,17 @@ def test_decoder_passes_are_the_calls_of_the_language_model(loaded, rows, monkey
     assert min(counted) >= thoughts + 2  # the marker and the end, at least
 
 
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+@pytest.mark.parametrize("num_latents", [0, 1, 3])
+def test_passes_of_parallel_thoughts_are_counted_as_they_are_made(loaded, rows, monkeypatch, num_latents, iterations):
+    model, processor = loaded
+    monkeypatch.setattr(model.config, "thought_schedule", "jacobi")
+    monkeypatch.setattr(model.config, "jacobi_iterations", iterations)
+    answerer, answers = Answerer(model, processor, num_latents=num_latents, max_new_tokens=8), []
+    calls = decoder_calls(model, lambda: answers.extend(answerer.answer([rows[0]])))
+    assert [answer["decoder_passes"] for answer in answers] == [calls]
+
+
 def test_choosing_takes_one_pass_after_the_thoughts(loaded, rows):
     answerer = Answerer(*loaded)
     row, answers = {**rows[0], "choices": ["red", "yellow"]}, []

@@ -75,6 +75,14 @@ def test_loop_equals_its_definition_however_thoughts_are_scaled(thought_norm, to
     assert any("thought_feed" in name for name in gradients) == (thought_norm == "projection")
 
 
+def test_scaling_padding_gives_no_gradient_that_is_no_number():
+    """Where a row is padding, its state may be zero (Qwen2's is), while other rows think."""
+    model = tiny_model("qwen2", thought_norm="embedding")
+    batch = batch_of(model, [text_row_with_latents(model.config, 4, 5), words(3, seed=3)])
+    model(**batch, labels=last_labels(batch)).loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
 @pytest.mark.parametrize("tolerance", [1e-6])
 def test_thoughts_are_scaled_as_said(tolerance):
     states = torch.randn(3, 32)

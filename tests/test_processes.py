@@ -89,6 +89,10 @@ def test_sequence_too_short_to_be_cut_is_refused_in_both_processes(found):
     assert all(re.search(message, error) for error in found["too short"]), found["too short"]
 
 
+def test_parallel_thoughts_are_refused_in_both_processes_of_a_sharded_model(found):
+    assert all("does not work with FSDP" in error for error in found["in parallel"]), found["in parallel"]
+
+
 def test_sharded_training_saves_and_resumes_and_equals_one_process(recipe, tmp_path):  # noqa: F811
     """With `fsdp2_8gpu.yaml`, whose settings the launcher hands over in the environment."""
     fsdp = prepare_multi_gpu_env(launched(TESTS.parent / "recipes" / "accelerate" / "fsdp2_8gpu.yaml"))

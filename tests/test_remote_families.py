@@ -1,4 +1,4 @@
-"""Saved folders of the families with cross-attention, in a process that has never seen this repository."""
+"""Saved folders of cross-attention families, and of parallel thoughts, in a process without this repository."""
 
 import json
 import os
@@ -16,6 +16,7 @@ NEW_TOKENS = 5
 AUTO_CLASSES = {
     "marian": ("AutoModel", "AutoModelForImageTextToText", "AutoModelForCausalLM"),
     "seq2seq": ("AutoModel", "AutoModelForImageTextToText", "AutoModelForSeq2SeqLM"),
+    "parallel": ("AutoModel",),
 }
 SCRIPT = """
 import json, sys
@@ -52,6 +53,7 @@ torch.save(results, "results.pt")
 def originals() -> dict:
     """Model and processor of each family."""
     models = {"marian": tiny_model("marian", "vit"), "seq2seq": tiny_seq2seq("attention_prefix")}
+    models["parallel"] = tiny_model("llama", thought_schedule="jacobi", jacobi_iterations=1)
     return {family: (model, tiny_processor(model, num_latents=2)) for family, model in models.items()}
 
 

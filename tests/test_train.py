@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 
 import train_hf
 from mmcoconut import trainer
+from mmcoconut.arguments import parse_recipe
 from mmcoconut.data import json_steps
 from mmcoconut.data.images import UnreadableImageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -224,6 +226,23 @@ def test_resuming_a_finished_run_keeps_its_latents(recipe, tmp_path):
     train_hf.main([recipe, "--output_dir", str(tmp_path / "run")])
     train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "true"])
     assert MMCoconutProcessor.from_pretrained(tmp_path / "run").num_latents == 2
+
+
+def test_schedule_is_saved_with_the_weights_and_truncation_with_the_recipe(recipe, tmp_path):
+    parallel = ["--thought_schedule", "jacobi", "--jacobi_iterations", "2", "--bptt_thoughts", "1"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *parallel])
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["thought_schedule"], config["jacobi_iterations"]) == ("jacobi", 2)
+    assert "bptt_thoughts" not in config
+    model_args, _, curriculum_args, _ = parse_recipe([str(tmp_path / "run" / "recipe.yaml")])
+    assert model_args.bptt_thoughts == 1
+    start = {"model": str(tmp_path / "run"), "vision_config": None, "text_config": None, "tokenizer": None}
+    model, _ = train_hf.build(replace(model_args, **start), curriculum_args, None)
+    assert (model.model.bptt_thoughts, model.config.jacobi_iterations) == (1, 2)
+    assert model.model.thinking_loop(None).func.__name__ == "think_jacobi"
+    sequential = {"thought_schedule": "sequential", "jacobi_iterations": None, "bptt_thoughts": None}
+    model, _ = train_hf.build(replace(model_args, **start, **sequential), curriculum_args, None)
+    assert (model.model.bptt_thoughts, model.config.thought_schedule) == (None, "sequential")
 
 
 def test_coconut_starts_from_a_cot_checkpoint_with_the_recipes_layout(recipe, tmp_path):

@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from mmcoconut.backbones_mmcoconut import call_with_row_positions
-from mmcoconut.latent_mmcoconut import think_uncached
+from mmcoconut.jacobi_mmcoconut import think_jacobi_uncached
+from mmcoconut.latent_mmcoconut import linked_thoughts, think_uncached
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
@@ -314,7 +315,11 @@ def uncached(model):
         decoder = base.get_decoder()
         call = partial(call_with_row_positions, decoder) if base.counts_columns else decoder
         call = partial(call, **encoder_inputs)
-        outputs = think_uncached(call, inputs_embeds, latent_mask, feed=feed, **masks)
+        linked = linked_thoughts(latent_mask, base.bptt_thoughts)
+        definition = think_uncached
+        if model.config.thought_schedule == "jacobi":
+            definition = partial(think_jacobi_uncached, num_iterations=model.config.jacobi_iterations)
+        outputs = definition(call, inputs_embeds, latent_mask, feed=feed, linked=linked, **masks)
         last = call(inputs_embeds=outputs.inputs_embeds, use_cache=False, **masks, **kwargs)
         outputs.hidden_states, outputs.attentions = last.get("hidden_states"), last.get("attentions")
         outputs.cross_attentions = last.get("cross_attentions")

@@ -24,7 +24,12 @@ CASES = (
     ("ddp", "qwen2 with lora", True),
     ("ddp", "marian", False),
     ("ddp", "seq2seq", False),
+    ("ddp", "gpt2 in parallel", False),
+    ("ddp", "qwen2 in parallel", True),
+    ("ddp", "gpt2 truncated", False),
     ("fsdp", "gpt2", False),
+    ("fsdp", "gpt2 truncated", False),
+    ("fsdp", "qwen2 truncated", True),
     ("fsdp", "qwen2", False),
     ("fsdp", "qwen2", True),
     ("fsdp", "marian", False),
@@ -36,7 +41,10 @@ def make_model(text: str):
     """The same in every process; an adapter is given values, as its second matrix begins with zeros."""
     if text == "seq2seq":
         return tiny_seq2seq(thought_norm="projection")
-    model = tiny_model(text.removesuffix(" with lora"), thought_norm="projection")
+    schedule = {"thought_schedule": "jacobi", "jacobi_iterations": 2} if text.endswith(" in parallel") else {}
+    model = tiny_model(text.split()[0], thought_norm="projection", **schedule)
+    if text.endswith(" truncated"):
+        model.model.bptt_thoughts = 1
     if text.endswith(" with lora"):
         add_lora(model, {"r": 4})
         for parameter in model.parameters():
@@ -118,12 +126,23 @@ def too_short() -> list[str]:
     return errors
 
 
+def in_parallel() -> list[str]:
+    """Both processes' errors where one of them alone has thoughts to update together."""
+    model = shard(make_model("gpt2 in parallel"))
+    errors = [None, None]
+    try:
+        model(**batch_of(model, rows_of(model.config, dist.get_rank())))
+    except ValueError as error:
+        dist.all_gather_object(errors, str(error))
+    return errors
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     found = {case: train(*case) for case in CASES}
     found |= {("generate", text): generate(text) for text in ("gpt2", "qwen2")}
-    found["too short"] = too_short()
+    found |= {"too short": too_short(), "in parallel": in_parallel()}
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
     dist.barrier()
