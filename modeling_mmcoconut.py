@@ -49,6 +49,7 @@ from .configuration_mmcoconut import (
 )
 from .fusions_mmcoconut import IMAGE_FUSIONS
 from .kernels_mmcoconut import SplitCache
+from .latent_graphs_mmcoconut import check_latent_graphs, latent_step_caller
 from .latent_mmcoconut import (
     ThinkOutput,
     ThoughtFeed,
@@ -227,6 +228,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         self.cross_attends = config.image_fusion in READ_BY_CROSS_ATTENTION
         decoder_inputs = inspect.signature(self.get_decoder().forward).parameters
         self.counts_columns = "position_ids" not in decoder_inputs
+        self.latent_graphs = "auto"
         if self.cross_attends and "encoder_hidden_states" not in decoder_inputs:
             raise ValueError(
                 f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, and "
@@ -234,6 +236,15 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "image_fusion='replace'."
             )
         self.post_init()
+
+    @property
+    def latent_graphs(self) -> str:
+        """Whether latent steps over a static cache are compiled: `auto` (on CUDA), `on`, `off`; see call_or_step."""
+        return self._latent_graphs
+
+    @latent_graphs.setter
+    def latent_graphs(self, value: str):
+        self._latent_graphs = check_latent_graphs(value)
 
     @classmethod
     def check_fusion(cls, image_fusion: str) -> None:
@@ -491,9 +502,11 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             past_key_values = self.start_cache(replayed, keeps_cache)
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
             past_key_values = with_cross_attention(past_key_values, kwargs)
-        decoder = self.get_decoder()
+        call = decoder = self.get_decoder()
+        if columns:
+            call = latent_step_caller(decoder, past_key_values, latent_graphs=self.latent_graphs, **kwargs)
         outputs = think(
-            partial(call_with_row_positions, decoder) if self.counts_columns else decoder,
+            partial(call_with_row_positions, decoder, call=call) if self.counts_columns else call,
             inputs_embeds,
             latent_mask,
             columns=columns,
@@ -628,6 +641,15 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
     @property
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
+
+    @property
+    def latent_graphs(self) -> str:
+        """Whether latent steps over a static cache are compiled: `auto` (on CUDA), `on`, `off`; see call_or_step."""
+        return self.model.latent_graphs
+
+    @latent_graphs.setter
+    def latent_graphs(self, value: str):
+        self.model.latent_graphs = value
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.model.get_vision_features(pixel_values, **kwargs)
