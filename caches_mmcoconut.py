@@ -7,6 +7,13 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
 
+def remember_state(past_key_values: Cache, state: torch.Tensor) -> Cache:
+    """The cache with the state (B, D) of its last column, which a latent in the first column after it reads."""
+    past_key_values.last_hidden_state = state
+    past_key_values.last_hidden_length = torch.as_tensor(past_key_values.get_seq_length()).clone()
+    return past_key_values
+
+
 class ReplayLayer(CacheLayerMixin):
     """Keys and values of one layer for one pass: update(k, v) = [before, k], the same however often it is called.
 
