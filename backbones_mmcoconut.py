@@ -166,11 +166,13 @@ def new_language_model(text_config: PreTrainedConfig, tokenizer, auto_class, *, 
     return auto_class.from_config(text_config)
 
 
-def call_with_row_positions(decoder, *, inputs_embeds, position_ids=None, past_key_values=None, **kwargs):
+def call_with_row_positions(decoder, *, call=None, inputs_embeds, position_ids=None, past_key_values=None, **kwargs):
     """Call a decoder that numbers positions by column (Marian, BART), so that each row has those of position_ids.
 
     Its position embeddings E are added to what it reads, so it is given inputs_embeds + E[position] - E[column].
+    call: what to call in the decoder's place, by default itself.
     """
+    call = decoder if call is None else call
     if position_ids is not None:
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length  # (T,)
@@ -178,7 +180,7 @@ def call_with_row_positions(decoder, *, inputs_embeds, position_ids=None, past_k
         of_columns = decoder.embed_positions(None, position_ids=columns)  # (1, T, D) or without 1
         shift = of_rows.view(inputs_embeds.shape) - of_columns.view(1, *inputs_embeds.shape[1:])  # (B, T, D)
         inputs_embeds = inputs_embeds + shift
-    return decoder(inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs)
+    return call(inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs)
 
 
 @torch.no_grad()

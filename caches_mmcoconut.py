@@ -33,6 +33,13 @@ def held_by(layer: CacheLayerMixin) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
+def remember_state(past_key_values: Cache, state: torch.Tensor) -> Cache:
+    """The cache with the state (B, D) of its last column, which a latent in the first column after it reads."""
+    past_key_values.last_hidden_state = state
+    past_key_values.last_hidden_length = torch.as_tensor(past_key_values.get_seq_length()).clone()
+    return past_key_values
+
+
 class ReplayLayer(CacheLayerMixin):
     """Keys and values of one layer for one pass: update(k, v) = [before, k], the same however often it is called.
 

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -37,7 +37,7 @@ from .backbones_mmcoconut import (
     load_vlm,
     new_language_model,
 )
-from .caches_mmcoconut import CrossAttentionCache, ReplayCache, ReplayCrossCache
+from .caches_mmcoconut import CrossAttentionCache, ReplayCache, ReplayCrossCache, remember_state
 from .configuration_mmcoconut import (
     PREFIX_PROJECTORS,
     READ_BY_CROSS_ATTENTION,
@@ -53,6 +53,7 @@ from .deferred_mmcoconut import DeferredWeightGradients
 from .fusions_mmcoconut import IMAGE_FUSIONS
 from .jacobi_mmcoconut import check_not_sharded, check_one_block, think_jacobi
 from .kernels_mmcoconut import SplitCache
+from .latent_graphs_mmcoconut import check_latent_graphs, latent_step_caller
 from .latent_mmcoconut import (
     ThinkOutput,
     ThoughtFeed,
@@ -66,6 +67,7 @@ from .latent_mmcoconut import (
     think,
     whole_tensor,
 )
+from .prefixes_mmcoconut import PromptPrefix, prompts_of, shared_length, with_prompts
 from .projectors_mmcoconut import build_projector, check_image_features, select_features
 
 
@@ -150,10 +152,7 @@ def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> Encode
 def remember(outputs: ThinkOutput, past_key_values: Cache) -> Cache:
     """The cache with the state (B, D) of its last column, so that a next call may begin with a latent."""
     compiled_step = outputs.last_hidden_state.shape[1] == 1 and torch.compiler.is_compiling()
-    if not compiled_step:
-        past_key_values.last_hidden_state = outputs.last_hidden_state[:, -1]
-        past_key_values.last_hidden_length = torch.as_tensor(past_key_values.get_seq_length()).clone()
-    return past_key_values
+    return past_key_values if compiled_step else remember_state(past_key_values, outputs.last_hidden_state[:, -1])
 
 
 def remembered(past_key_values: Cache | None) -> torch.Tensor | None:
@@ -240,6 +239,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         self.cross_attends = config.image_fusion in READ_BY_CROSS_ATTENTION
         decoder_inputs = inspect.signature(self.get_decoder().forward).parameters
         self.counts_columns = "position_ids" not in decoder_inputs
+        self.latent_graphs = "auto"
         if self.cross_attends and "encoder_hidden_states" not in decoder_inputs:
             raise ValueError(
                 f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, and "
@@ -247,6 +247,15 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "image_fusion='replace'."
             )
         self.post_init()
+
+    @property
+    def latent_graphs(self) -> str:
+        """Whether latent steps over a static cache are compiled: `auto` (on CUDA), `on`, `off`; see call_or_step."""
+        return self._latent_graphs
+
+    @latent_graphs.setter
+    def latent_graphs(self, value: str):
+        self._latent_graphs = check_latent_graphs(value)
 
     @classmethod
     def check_fusion(cls, image_fusion: str) -> None:
@@ -498,6 +507,13 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         check_one_block(past_key_values)
         return partial(think_jacobi, num_iterations=self.config.jacobi_iterations)
 
+    def decoder_call(self, columns: list[int], past_key_values: Cache | None, kwargs: dict):
+        """The decoder as the passes of one forward pass call it: its latent steps compiled, where that is chosen."""
+        call = decoder = self.get_decoder()
+        if columns:
+            call = latent_step_caller(decoder, past_key_values, latent_graphs=self.latent_graphs, **kwargs)
+        return partial(call_with_row_positions, decoder, call=call) if self.counts_columns else call
+
     def run_decoder(
         self, latent_mask, inputs_embeds, *, attention_mask, position_ids, past_key_values, use_cache, **kwargs
     ) -> ThinkOutput:
@@ -521,11 +537,10 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             past_key_values = self.start_cache(replayed, keeps_cache or loop is not think)
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
             past_key_values = with_cross_attention(past_key_values, kwargs)
-        decoder = self.get_decoder()
         once = columns and self.defers_weight_gradients(replayed)
         with DeferredWeightGradients() if once else nullcontext():
             outputs = loop(
-                partial(call_with_row_positions, decoder) if self.counts_columns else decoder,
+                self.decoder_call(columns, past_key_values, kwargs),
                 inputs_embeds,
                 latent_mask,
                 columns=columns,
@@ -662,14 +677,118 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
 
+    @property
+    def latent_graphs(self) -> str:
+        """Whether latent steps over a static cache are compiled: `auto` (on CUDA), `on`, `off`; see call_or_step."""
+        return self.model.latent_graphs
+
+    @latent_graphs.setter
+    def latent_graphs(self, value: str):
+        self.model.latent_graphs = value
+
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.model.get_vision_features(pixel_values, **kwargs)
 
     def get_image_features(self, *args, **kwargs) -> tuple | BaseModelOutputWithPooling:
         return self.model.get_image_features(*args, **kwargs)
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, image_features=None, **kwargs):
-        """Stock `generate()`, which encodes images before any forward pass could see whose they are."""
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        num_tokens: int | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+    ) -> PromptPrefix:
+        """Run what prompts begin with through the model once, for `generate(…, prefix=…)` to go on from.
+
+        Args:
+            input_ids, attention_mask (B, T): one prompt, all of which is the prefix, or several, of which it is what
+                all of them begin with.
+            num_tokens: make the prefix of so many tokens.
+            pixel_values or image_features, num_tiles: the images of the prompts; only those in the prefix are read.
+
+        Raises:
+            ValueError: prompts without a common beginning; a prefix that ends inside an image; other images at its
+                placeholders in one prompt than in another.
+        """
+        check_one_source(pixel_values=pixel_values, image_features=image_features)
+        prompts = prompts_of(input_ids, attention_mask)
+        prompt = prompts[0][None, : shared_length(prompts, num_tokens)]  # (1, P)
+        tiles = self.count_tiles([prompt[0]])[0]
+        tiles_of_images = None if num_tiles is None else num_tiles[num_tiles.cumsum(0) <= tiles]
+        self.model.check_whole_images(prompt == self.config.image_token_id, tiles_of_images)
+        images = {"pixel_values": pixel_values, "image_features": image_features}
+        first = {name: tensor[:tiles] for name, tensor in images.items() if tensor is not None and tiles}
+        prefix = PromptPrefix(prompt[0], first, tiles_of_images if first else None)
+        prefix.without_images(self.count_tiles(prompts), num_tiles, **images)
+        inputs = {**first, "num_tiles": prefix.num_tiles, "past_key_values": DynamicCache(), "use_cache": True}
+        return prefix.keep(self.model(input_ids=prompt, **inputs).past_key_values)
+
+    def count_tiles(self, prompts: list[torch.Tensor]) -> list[int]:
+        """How many images, or tiles, each prompt has placeholders for."""
+        return [int((ids == self.config.image_token_id).sum()) // self.config.image_seq_length for ids in prompts]
+
+    def generate_behind(self, prefix: PromptPrefix, inputs: torch.Tensor | None, *args, **kwargs):
+        """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
+        other = [name for name in ("past_key_values", "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
+        if input_ids is None or other:
+            raise ValueError(
+                f"A prefix needs input_ids of the whole prompts and no {' or '.join(other or ['others'])}."
+            )
+        prompts = prompts_of(input_ids, kwargs.pop("attention_mask", None))
+        prefix.check_begins(prompts, self.config.latent_token_id)
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features", "num_tiles")}
+        check_one_source(**{name: images[name] for name in ("pixel_values", "image_features")})
+        images = prefix.without_images(self.count_tiles(prompts), images.pop("num_tiles"), **images)
+        pad_token_id = self.generation_config.pad_token_id or 0
+        ids, mask = prefix.in_front(prompts, input_ids.shape[1], pad_token_id=pad_token_id)  # (B, T) each
+        # Stock `generate()` counts placeholders to share images out to beams; those of the prefix are read already.
+        known = ids[:, : len(prefix)]
+        known[known == self.config.image_token_id] = self.config.start_latent_token_id
+        outputs = self.generate(ids, *args, attention_mask=mask, past_key_values=prefix, **images, **kwargs)
+        return with_prompts(outputs, input_ids, moved=not bool(mask.all()))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        """As the library's, and what a prefix holds is copied into the rows of the cache that it makes."""
+        prefix = model_kwargs.get("past_key_values")
+        prepare = super()._prepare_cache_for_generation
+        if not isinstance(prefix, PromptPrefix):
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "Assisted decoding reads the whole prompt again in its first step, also what a cache holds already: "
+                "leave out the prefix, or assistant_model and prompt_lookup_num_tokens."
+            )
+        del model_kwargs["past_key_values"]
+        prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        if model_kwargs.get("past_key_values") is None:
+            raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
+        text_config = self.config.get_text_config(decoder=True)
+        slides = "sliding_attention" in (getattr(text_config, "layer_types", None) or [])
+        window, padded = getattr(text_config, "sliding_window", None), model_kwargs.get("attention_mask") is not None
+        if slides and padded and window < generation_config.max_length:
+            raise ValueError(
+                f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
+                f"sequence has up to {generation_config.max_length}: pass prompts of one length, or one at a time."
+            )
+        num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        model_kwargs["past_key_values"] = prefix.copied_into(model_kwargs["past_key_values"], num_rows)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, image_features=None, prefix=None, **kwargs):
+        """Stock `generate()`, which encodes images before any forward pass could see whose they are.
+
+        prefix: what `prefill` gave of the beginning of all prompts; input_ids are whole prompts all the same, and the
+            result is what it would be without. Images in it need not be passed again; if they are, they are compared.
+            While prompts of different lengths are generated, padding stands between the prefix and the rest, which
+            `no_repeat_ngram_size` sees; no cache is returned for them.
+        """
+        if prefix is not None:
+            return self.generate_behind(prefix, inputs, *args, image_features=image_features, **kwargs)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         pixel_values, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs")
         check_one_source(pixel_values=pixel_values, image_features=image_features, mm_encoder_outputs=encoded)

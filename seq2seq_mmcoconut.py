@@ -223,12 +223,22 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         return self.model.get_text_features(input_ids, attention_mask)
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, **kwargs):
+    def prefill(self, *args, **kwargs):
+        """Refused: there is no prefix that questions share, because the encoder reads each of them whole."""
+        raise ValueError(
+            "The encoder reads a question whole, and the decoder begins with its thoughts, so there is no prefix to "
+            "keep: get_vision_features() gives what questions about one image share, to pass as image_features."
+        )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, prefix=None, **kwargs):
         """Stock `generate()` over what `encode` gives, which is computed once, before any decoding step.
 
         Raises:
-            ValueError: `prefill_chunk_size`, which the library can cut a decoder's text into only where that is all.
+            ValueError: `prefill_chunk_size`, which the library can cut a decoder's text into only where that is all;
+                a prefix, see `prefill`.
         """
+        if prefix is not None:
+            self.prefill()
         if kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size does not work with an encoder-decoder: leave it out.")
         if encoder_outputs is None:

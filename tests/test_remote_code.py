@@ -44,6 +44,8 @@ for auto in (AutoModel, AutoModelForImageTextToText, AutoModelForCausalLM):
         results[auto.__name__] = model(**inputs).logits
 generated = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
 results["generated"] = generated
+prefix = model.prefill(**inputs, num_tokens=inputs["input_ids"].shape[1] - 5)
+results["behind a prefix"] = model.generate(**inputs, prefix=prefix, max_new_tokens=new_tokens, do_sample=False)
 results["class"] = type(model).__module__
 
 pipe = pipeline("image-text-to-text", model=folder, processor=processor, **remote)
@@ -119,6 +121,7 @@ def test_remote_generation_equals_the_local_one(original, results):
     model, processor = original
     inputs = processor(images=tiny_image(), text=QUESTION, return_tensors="pt")
     assert torch.equal(results["generated"], model.generate(**inputs, max_new_tokens=NEW_TOKENS))
+    assert torch.equal(results["behind a prefix"], results["generated"])
 
 
 def test_the_pipeline_answers_chats_and_plain_questions(original, results):
