@@ -148,9 +148,10 @@ def closure(files):
 
 
 def imported_libraries(path):
-    """The first names of everything that a file imports absolutely."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """The first names of everything that a file imports absolutely, but for what it can do without."""
+    tree, names = ast.parse(path.read_text()), set()
+    guarded = {node for guard in ast.walk(tree) if isinstance(guard, ast.Try) for node in guard.body}
+    for node in set(ast.walk(tree)) - guarded:
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
