@@ -220,6 +220,7 @@ def think(
     past_key_values: Cache | None = None,
     previous: torch.Tensor | None = None,
     linked: torch.Tensor | None = None,
+    ends: list[torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     **kwargs,
@@ -233,12 +234,14 @@ def think(
         feed: (B, D) hidden states → (B, D) embeddings.
         previous (B, D): the hidden state of the column before the first; needed only if that is a latent column.
         linked (B, T): where thoughts keep the gradient to the state before, from `linked_thoughts`; None: everywhere.
+        ends: of every piece, the column (B,) in it of each row's last token; None: the last, as there is no padding.
         attention_mask (B, past + T) or None; position_ids (B, T) or None.
         kwargs: handed to every call of the decoder.
     """
     length = inputs_embeds.shape[1]
     past_length = int(past_key_values.get_seq_length()) if columns else 0
     outputs, read = [], []
+    row = torch.arange(len(inputs_embeds), device=inputs_embeds.device)  # (B,)
     # Not `start in columns` over `sorted({0, *columns, length})`: torch.compile takes it for False in later calls.
     starts = [0, *(column for column in columns if column > 0)]
     cuts = list(pairwise([*starts, length]))
@@ -256,7 +259,8 @@ def think(
             past_key_values=past_key_values,
             **kwargs,
         )
-        previous = output.last_hidden_state[:, -1]  # (B, D)
+        states = output.last_hidden_state  # (B, t, D)
+        previous = states[:, -1] if ends is None else states[row, ends[len(outputs)]]  # (B, D)
         outputs.append(output)
         read.append(piece)
     return join_outputs(outputs, read, past_key_values, past_length=past_length)

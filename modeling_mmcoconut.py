@@ -69,6 +69,7 @@ from .latent_mmcoconut import (
 )
 from .prefixes_mmcoconut import PromptPrefix, prompts_of, shared_length, with_prompts
 from .projectors_mmcoconut import build_projector, check_image_features, select_features
+from .regroup_mmcoconut import can_regroup, think_regrouped
 
 
 @dataclass
@@ -507,6 +508,14 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         check_one_block(past_key_values)
         return partial(think_jacobi, num_iterations=self.config.jacobi_iterations)
 
+    def regroups(self, latent_mask, columns: list[int], past_key_values, attention_mask, kwargs: dict) -> bool:
+        """Whether the rows' latents can share columns, and would then stand in fewer."""
+        wants_maps = kwargs.get("output_attentions", self.config.output_attentions)
+        if len(columns) < 2 or wants_maps or is_sharded(self.language_model) or not can_regroup(past_key_values):
+            return False
+        is_whole = attention_mask is None or attention_mask.shape == latent_mask.shape
+        return is_whole and len(columns) > int(latent_mask.sum(dim=1).max())
+
     def decoder_call(self, columns: list[int], past_key_values: Cache | None, kwargs: dict):
         """The decoder as the passes of one forward pass call it: its latent steps compiled, where that is chosen."""
         call = decoder = self.get_decoder()
@@ -537,6 +546,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             past_key_values = self.start_cache(replayed, keeps_cache or loop is not think)
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
             past_key_values = with_cross_attention(past_key_values, kwargs)
+        if loop is think and self.regroups(latent_mask, columns, past_key_values, attention_mask, kwargs):
+            loop = partial(think_regrouped, keeps_cache=keeps_cache)
         once = columns and self.defers_weight_gradients(replayed)
         with DeferredWeightGradients() if once else nullcontext():
             outputs = loop(

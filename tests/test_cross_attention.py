@@ -191,7 +191,7 @@ def test_keys_of_the_pictures_are_computed_once_a_generation(models, text, optio
     model = models[text]
     with Calls(key_projection(model)) as keys, Calls(model.get_decoder()) as passes:
         generate(model, batch_for(model), min_new_tokens=NEW_TOKENS, **options)
-    assert passes.number > NEW_TOKENS + 3
+    assert passes.number >= 3 + NEW_TOKENS  # three thoughts
     assert keys.number == 1
 
 

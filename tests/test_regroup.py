@@ -1,0 +1,193 @@
+"""Rows whose latents stand in different columns: as few passes as the row with the most latents, and nothing else."""
+
+import pytest
+import torch
+from tiny import (
+    DECODERS,
+    assert_same_gradients,
+    batch_of,
+    last_labels,
+    loss_and_gradients,
+    max_difference,
+    ragged_batch,
+    sliding_qwen2_config,
+    tiny_model,
+    words,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import masking_utils
+
+from mmcoconut.kernels_mmcoconut import SplitCache
+from mmcoconut.latent_mmcoconut import think
+from mmcoconut.modeling_mmcoconut import MMCoconutModel
+from mmcoconut.regroup_mmcoconut import layout_of
+
+
+@pytest.fixture
+def ungrouped(monkeypatch):
+    """Switches regrouping off when called."""
+    return lambda: monkeypatch.setattr(MMCoconutModel, "regroups", lambda *_: False)
+
+
+def drawn(rows: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latent mask and attention mask of rows of `L` (latent), `.` (padding) and anything else."""
+    latents = torch.tensor([[letter == "L" for letter in row] for row in rows])
+    return latents, torch.tensor([[letter != "." for letter in row] for row in rows]).long()
+
+
+def test_layout_is_the_drawn_one():
+    rows = ["aLbLcde", "..fghLi", "jkl.LmL", "nopqrst"]
+    layout = layout_of(*drawn(rows))
+    letters = torch.tensor([[ord(letter) for letter in row] for row in rows])
+    moved = torch.where(layout.real, layout.move(letters), ord("."))
+    found = ["".join(map(chr, row)) for row in moved.tolist()]
+    assert found == ["a......LbLcde", "fgh....L.i...", "jkl....LmL...", "nopqrst......"]
+    assert layout.starts == [0, 7, 9]
+    assert [end.tolist() for end in layout.ends] == [[0, 2, 2, 6], [1, 0, 1, 0], [3, 0, 0, 0]]
+    real = drawn(rows)[1].bool()
+    assert torch.equal(layout.move_back(layout.move(letters))[real], letters[real])
+
+
+def count_passes(model) -> list[int]:
+    passes = []
+    model.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
+    return passes
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "latent"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-12])
+def test_regrouped_rows_have_the_loss_and_gradients_of_rows_left_as_they_are(
+    text, padding, attention, tolerance, ungrouped
+):
+    model = tiny_model(text).double().train()
+    model.get_decoder().set_attn_implementation(attention)
+    batch = ragged_batch(model, padding)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    passes = count_passes(model)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert len(passes) == 3 + 1  # three latents in the longest row
+    ungrouped()
+    passes.clear()
+    expected_loss, expected = loss_and_gradients(model, batch)
+    assert len(passes) > 4
+    assert loss == pytest.approx(expected_loss, abs=tolerance)
+    assert_same_gradients(gradients, expected, tolerance)
+
+
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_states_thoughts_and_the_kept_cache_are_in_the_columns_of_the_call(text, tolerance, ungrouped):
+    model = tiny_model(text)
+    batch = ragged_batch(model)
+    wanted = {"use_cache": True, "output_thoughts": True, "output_hidden_states": True}
+    with torch.no_grad():
+        found = model(**batch, **wanted)
+        ungrouped()
+        expected = model(**batch, **wanted)
+    real = batch["attention_mask"].bool()
+    for name in ("thoughts", "thought_mask"):
+        assert max_difference(getattr(found, name).double(), getattr(expected, name).double()) <= tolerance
+    for states, others in zip((found.logits, *found.hidden_states), (expected.logits, *expected.hidden_states)):
+        assert max_difference(states[real], others[real]) <= tolerance
+    caches = [
+        getattr(each, "self_attention_cache", each) for each in (found.past_key_values, expected.past_key_values)
+    ]
+    for layer, other in zip(*(cache.layers for cache in caches)):
+        for states, others in zip((layer.keys, layer.values), (other.keys, other.values)):
+            assert max_difference(states.transpose(1, 2)[real], others.transpose(1, 2)[real]) <= tolerance
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("text", ["gpt2", "qwen2", "marian"])
+def test_generation_writes_the_same_tokens(text, options, ungrouped):
+    model = tiny_model(text)
+    batch = ragged_batch(model)
+    found = model.generate(**batch, max_new_tokens=6, **options)
+    ungrouped()
+    assert torch.equal(found, model.generate(**batch, max_new_tokens=6, **options))
+
+
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_further_turn_continues_the_kept_cache(tolerance):
+    """The state of the last column is remembered where it now stands, so that a next call may begin with a latent."""
+    model = tiny_model("qwen2")
+    batch = ragged_batch(model)
+    latent = model.config.latent_token_id
+    further = torch.tensor([[latent, *words(2, row)] for row in range(4)])
+    mask = torch.cat([batch["attention_mask"], torch.ones_like(further)], dim=1)
+    with torch.no_grad():
+        first = model(**batch, use_cache=True)
+        second = model(input_ids=further, attention_mask=mask, past_key_values=first.past_key_values)
+        ids = torch.cat([batch["input_ids"], further], dim=1)
+        whole = model(**{**batch, "input_ids": ids, "attention_mask": mask}, use_cache=False)
+    assert max_difference(second.logits, whole.logits[:, -3:]) <= tolerance
+
+
+def test_what_cannot_be_moved_runs_column_by_column():
+    model = tiny_model("qwen2")
+    batch = ragged_batch(model)
+    passes = count_passes(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        model(**batch, output_attentions=True)
+    assert len(passes) > 4
+    sliding = tiny_model(sliding_qwen2_config())
+    passes = count_passes(sliding)
+    with torch.no_grad():
+        sliding(**ragged_batch(sliding), use_cache=True)
+    assert len(passes) > 4
+
+
+def test_rows_that_share_their_columns_are_left_as_they_are(monkeypatch):
+    model = tiny_model("gpt2")
+    latents = [model.config.latent_token_id] * 2
+    monkeypatch.setattr("mmcoconut.regroup_mmcoconut.layout_of", None)
+    batch = batch_of(model, [[*words(3, 1), *latents, *words(2, 2)], [*words(5, 3), *latents, *words(2, 4)]])
+    passes = count_passes(model)
+    with torch.no_grad():
+        model(**batch)
+    assert len(passes) == 3
+
+
+@pytest.mark.parametrize("text", ["gpt2", "qwen2", "llama"])
+def test_the_loop_waits_for_the_device_nowhere(text):
+    """Fake tensors have no numbers, so that to look at one raises."""
+    model = tiny_model(text).model.train()
+    width = model.config.text_config.hidden_size
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        latent_mask = torch.zeros(2, 9, dtype=torch.bool)
+        inputs = {
+            "inputs_embeds": torch.randn(2, 9, width),
+            "attention_mask": torch.ones(2, 9, dtype=torch.long),
+            "position_ids": torch.arange(9).expand(2, 9),
+            "columns": [5, 6, 7],
+            "feed": model.thought_feed,
+            "use_cache": True,
+        }
+        model.get_decoder().set_attn_implementation("latent")
+        output = think(model.get_decoder(), latent_mask=latent_mask, past_key_values=SplitCache(), **inputs)
+    assert output.last_hidden_state.shape == (2, 9, width)
+
+
+@pytest.mark.parametrize("attention, num_looks", [("latent", 1), ("sdpa", 3)])
+def test_masks_of_latent_steps_are_made_without_a_look_at_the_padding(attention, num_looks, monkeypatch):
+    """The library looks whether it can do without a mask; latent attention leaves it one look, in the first pass."""
+    model = tiny_model("qwen2").train()
+    model.get_decoder().set_attn_implementation(attention)
+    looks, look = [], masking_utils.fast_all
+    monkeypatch.setattr(masking_utils, "fast_all", lambda mask: looks.append(1) or look(mask))
+    row = [*words(5, 1), *[model.config.latent_token_id] * 3, *words(3, 2)]
+    model(**batch_of(model, [row, row]))
+    assert len(looks) == num_looks
+
+
+def test_labels_of_regrouped_rows_stay_with_their_tokens():
+    model = tiny_model("gpt2").train()
+    batch = ragged_batch(model)
+    labels = last_labels(batch)
+    loss = model(**batch, labels=labels).loss
+    logits = model(**batch).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
