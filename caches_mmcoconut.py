@@ -5,6 +5,8 @@
 Shapes: B batch, T tokens, E encoder states, H heads, K head dim, D hidden.
 """
 
+from collections.abc import Callable
+
 import torch
 from transformers.cache_utils import (
     Cache,
@@ -87,12 +89,30 @@ class ReplayCache(Cache):
             super().__init__(layers=[ReplayLayer(layer) for layer in before.layers])
 
     def next_pass(self) -> "ReplayCache":
+        self.check_written()
+        return ReplayCache(self)
+
+    def check_written(self) -> None:
         if not self.layers:
             raise ValueError(
                 "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
                 "language model alone: call gradient_checkpointing_enable() on the whole model."
             )
-        return ReplayCache(self)
+
+
+class FirstPassCache(ReplayCache):
+    """ReplayCache of a first pass that alone is replayed: the passes after it write into one cache, as without.
+
+    follow: makes that cache of the keys and values of all layers, pairs of (B, H, P, K).
+    """
+
+    def __init__(self, follow: Callable[[list[tuple[torch.Tensor, torch.Tensor]]], Cache]):
+        super().__init__()
+        self.follow = follow
+
+    def next_pass(self) -> Cache:
+        self.check_written()
+        return self.follow([(layer.keys, layer.values) for layer in self.layers])
 
 
 class CrossAttentionCache(EncoderDecoderCache):
@@ -108,6 +128,14 @@ class CrossAttentionCache(EncoderDecoderCache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Reorder the text only: the beams of a row read the same states."""
         self.self_attention_cache.reorder_cache(beam_idx)
+
+
+def growing_after(states: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+    """The library's growing cache that begins with these keys and values (B, H, P, K) of all layers."""
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(states):
+        cache.update(keys, values, index)
+    return cache
 
 
 class FixedFlags(dict):
@@ -129,7 +157,8 @@ class ReplayCrossCache(EncoderDecoderCache):
         self.is_updated = FixedFlags(dict.fromkeys(range(len(cross.layers)), before is not None))
 
     def next_pass(self) -> "ReplayCrossCache":
-        return ReplayCrossCache(self.self_attention_cache.next_pass(), self)
+        own = self.self_attention_cache
+        return ReplayCrossCache(own.next_pass() if isinstance(own, ReplayCache) else own, self)
 
 
 def throwaway(past_key_values: Cache) -> Cache:

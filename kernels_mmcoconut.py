@@ -431,14 +431,18 @@ class SplitLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         """The first pass's own keys and values (B, H', P, K); later `SplitKeys` in the place of both."""
         if self.states is None:
-            if kernels_for(key_states, *[key_states, value_states] * 2) is PYTORCH:
-                # Heads apart, once: matrix products would copy them in every pass.
-                key_states, value_states = key_states.contiguous(), value_states.contiguous()
-            self.states = SplitStates(key_states, value_states)
-            self.token = OpenPrefix.apply(key_states, value_states, self.states)
-            return key_states, value_states
+            return self.open(key_states, value_states)
         self.token = AppendTail.apply(self.token, key_states, value_states, self.states)
         return SplitKeys(self.states, self.token), None
+
+    def open(self, key_states, value_states):
+        """Begin with the first pass's keys and values (B, H', P, K), and give what it reads."""
+        if kernels_for(key_states, *[key_states, value_states] * 2) is PYTORCH:
+            # Heads apart, once: matrix products would copy them in every pass.
+            key_states, value_states = key_states.contiguous(), value_states.contiguous()
+        self.states = SplitStates(key_states, value_states)
+        self.token = OpenPrefix.apply(key_states, value_states, self.states)
+        return key_states, value_states
 
     def get_seq_length(self) -> int:
         return 0 if self.states is None else self.states.prefix[0].shape[2] + self.states.length
@@ -455,6 +459,15 @@ class SplitCache(Cache):
 
     def __init__(self):
         super().__init__(layer_class_to_replicate=SplitLayer)
+
+    @classmethod
+    def after(cls, states: list[tuple[torch.Tensor, torch.Tensor]]) -> "SplitCache":
+        """The cache that begins with these keys and values (B, H', P, K) of all layers."""
+        cache = cls()
+        cache.layers = [SplitLayer() for _ in states]
+        for layer, (key_states, value_states) in zip(cache.layers, states):
+            layer.open(key_states, value_states)
+        return cache
 
 
 def latent_mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_causal_skip=True, **kwargs):

@@ -6,7 +6,6 @@ The recurrence itself stands in latent_mmcoconut.py.
 
 import copy
 import inspect
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -37,7 +36,14 @@ from .backbones_mmcoconut import (
     load_vlm,
     new_language_model,
 )
-from .caches_mmcoconut import CrossAttentionCache, ReplayCache, ReplayCrossCache, remember_state
+from .caches_mmcoconut import (
+    CrossAttentionCache,
+    FirstPassCache,
+    ReplayCache,
+    ReplayCrossCache,
+    growing_after,
+    remember_state,
+)
 from .configuration_mmcoconut import (
     PREFIX_PROJECTORS,
     READ_BY_CROSS_ATTENTION,
@@ -49,7 +55,6 @@ from .configuration_mmcoconut import (
     check_schedule,
     image_token_of,
 )
-from .deferred_mmcoconut import DeferredWeightGradients
 from .fusions_mmcoconut import IMAGE_FUSIONS
 from .jacobi_mmcoconut import check_not_sharded, check_one_block, think_jacobi
 from .kernels_mmcoconut import SplitCache
@@ -67,6 +72,7 @@ from .latent_mmcoconut import (
     think,
     whole_tensor,
 )
+from .passes_mmcoconut import Passes, check_checkpointed_passes
 from .prefixes_mmcoconut import PromptPrefix, prompts_of, shared_length, with_prompts
 from .projectors_mmcoconut import build_projector, check_image_features, select_features
 from .regroup_mmcoconut import can_regroup, think_regrouped
@@ -241,6 +247,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         decoder_inputs = inspect.signature(self.get_decoder().forward).parameters
         self.counts_columns = "position_ids" not in decoder_inputs
         self.latent_graphs = "auto"
+        self.checkpointed_passes = "all"
         if self.cross_attends and "encoder_hidden_states" not in decoder_inputs:
             raise ValueError(
                 f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, and "
@@ -257,6 +264,15 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
     @latent_graphs.setter
     def latent_graphs(self, value: str):
         self._latent_graphs = check_latent_graphs(value)
+
+    @property
+    def checkpointed_passes(self) -> str:
+        """Which decoder passes gradient checkpointing recomputes: `all`, or the `first`, before the thoughts."""
+        return self._checkpointed_passes
+
+    @checkpointed_passes.setter
+    def checkpointed_passes(self, value: str):
+        self._checkpointed_passes = check_checkpointed_passes(value)
 
     @classmethod
     def check_fusion(cls, image_fusion: str) -> None:
@@ -458,6 +474,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         reads_split = self.get_decoder().config._attn_implementation == "latent"
         if not replayed:
             return SplitCache() if reads_split and full_attention and not kept else DynamicCache(config=text_config)
+        if full_attention and self.checkpointed_passes == "first" and not kept:
+            return FirstPassCache(SplitCache.after if reads_split else growing_after)
         if not full_attention:
             raise ValueError(
                 "Gradient checkpointing with latents works for full attention only, and text_config.layer_types is "
@@ -492,12 +510,12 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             check_has_predecessor(latent_mask, attention_mask if has_2d_mask else None, has_past)
         return columns
 
-    def defers_weight_gradients(self, replayed: bool) -> bool:
+    def defers_weight_gradients(self) -> bool:
         """Whether the passes of a forward pass leave the weights' gradients to be formed once."""
         chosen = self.defer_weight_gradients
         if chosen is None:
             chosen = self.device.type == "cpu"
-        return chosen and self.training and not replayed and not is_sharded(self.language_model)
+        return chosen and self.training and not is_sharded(self.language_model)
 
     def thinking_loop(self, past_key_values: Cache | None):
         """The function that runs the decoder where thoughts are fed back: one after the other, or all together."""
@@ -521,7 +539,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         call = decoder = self.get_decoder()
         if columns:
             call = latent_step_caller(decoder, past_key_values, latent_graphs=self.latent_graphs, **kwargs)
-        return partial(call_with_row_positions, decoder, call=call) if self.counts_columns else call
+        if self.counts_columns:
+            call = partial(call_with_row_positions, decoder, call=call)
+        return Passes(decoder, call, defers=self.defers_weight_gradients()) if columns and self.training else call
 
     def run_decoder(
         self, latent_mask, inputs_embeds, *, attention_mask, position_ids, past_key_values, use_cache, **kwargs
@@ -548,23 +568,21 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             past_key_values = with_cross_attention(past_key_values, kwargs)
         if loop is think and self.regroups(latent_mask, columns, past_key_values, attention_mask, kwargs):
             loop = partial(think_regrouped, keeps_cache=keeps_cache)
-        once = columns and self.defers_weight_gradients(replayed)
-        with DeferredWeightGradients() if once else nullcontext():
-            outputs = loop(
-                self.decoder_call(columns, past_key_values, kwargs),
-                inputs_embeds,
-                latent_mask,
-                columns=columns,
-                feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
-                previous=remembered(past_key_values) if columns else None,
-                linked=linked_thoughts(latent_mask, self.bptt_thoughts) if columns else None,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
-                use_cache=past_key_values is not None and not replayed,
-                **kwargs,
-            )
+        outputs = loop(
+            self.decoder_call(columns, past_key_values, kwargs),
+            inputs_embeds,
+            latent_mask,
+            columns=columns,
+            feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
+            previous=remembered(past_key_values) if columns else None,
+            linked=linked_thoughts(latent_mask, self.bptt_thoughts) if columns else None,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
+            use_cache=past_key_values is not None and not replayed,
+            **kwargs,
+        )
         outputs.past_key_values = remember(outputs, past_key_values) if keeps_cache else None
         return outputs
 

@@ -185,6 +185,7 @@ def build(model_args, curriculum_args, train_set):
     processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
+    model.model.checkpointed_passes = model_args.checkpointed_passes
     model.model.defer_weight_gradients = model_args.defer_weight_gradients
     freeze(model, model_args.freeze)
     if curriculum_args.align_weight and any(weight.requires_grad for weight in model.get_encoder().parameters()):

@@ -43,6 +43,7 @@ from mmcoconut.scoring import REFERENCES
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
+CHOICES |= {"checkpointed_passes": ("all", "first")}
 CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
@@ -131,6 +132,7 @@ class ModelArguments:
     lora: dict | None = HfArg(default=None, help="Train adapters: fields of peft.LoraConfig; {} for the defaults.")
     new_token_init: str | None = HfArg(default=None, help="Token that new embeddings copy; default: their mean.")
     attn_implementation: str | None = HfArg(default=None, help="Attention function, as in from_pretrained.")
+    checkpointed_passes: str = HfArg(default="all", help="What gradient_checkpointing recomputes: `all` or `first`.")
     defer_weight_gradients: bool | None = HfArg(default=None, help="Form them once for all passes; default: on a CPU.")
 
 

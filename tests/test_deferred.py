@@ -85,11 +85,11 @@ def test_a_frozen_weight_and_a_pass_without_gradients_are_left_alone(monkeypatch
 
 def test_on_another_device_than_a_cpu_it_is_on_request_only():
     model = tiny_model("gpt2").train().model
-    assert model.defers_weight_gradients(replayed=False)
-    assert not model.defers_weight_gradients(replayed=True)
-    assert not model.to("meta").defers_weight_gradients(replayed=False)
+    assert model.defers_weight_gradients()
+    assert not model.to("meta").defers_weight_gradients()
     model.defer_weight_gradients = True
-    assert model.defers_weight_gradients(replayed=False)
+    assert model.defers_weight_gradients()
+    assert not model.eval().defers_weight_gradients()
 
 
 def test_error_under_autocast_is_no_larger_than_that_of_every_pass():
