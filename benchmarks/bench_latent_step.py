@@ -1,15 +1,18 @@
 """What thoughts cost in a training step: ours, and the textbook loop, against a plain causal LM of equal length.
 
-    python benchmarks/bench_latent_step.py [--prompts 64 256 --latents 0 4 8 16 --num_layers 12 --hidden_size 768]
+    python benchmarks/bench_latent_step.py [--prompts 64 --latents 0 8 16 --repeats 3]
+    python benchmarks/bench_latent_step.py --gpu
 
-GPT-2 with random weights in float32; each row is a prompt, n latents and 32 answer tokens with labels on the answer.
-All sides of a line take turns in one run, and the ratio of the fastest of their repeats is what to read. `saved` is
-what one step keeps for its backward pass beside the weights, every storage counted once.
+GPT-2 small with random weights in float32; each row is a prompt, n latents and 32 answer tokens with labels on the
+answer. All sides of a line take turns in one run, and the ratio of the fastest of their repeats is what counts. `kept`
+is what is allocated in a forward pass and still there after it, whoever holds it. `--gpu`: bfloat16, batch 32, prompts
+of 64, 300 and 3300 tokens, and what torch's allocator had at most.
 """
 
 import argparse
 import csv
 import platform
+import sys
 import time
 from datetime import date
 from pathlib import Path
@@ -27,32 +30,42 @@ VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num
 RESULTS = Path(__file__).with_name("results")
 
 
-def saved_bytes(step, weights) -> int:
-    """Bytes that a forward pass keeps for its backward pass, the weights themselves not counted."""
-    storages, of_weights = {}, {weight.untyped_storage().data_ptr() for weight in weights}
+def kept_bytes(step) -> int:
+    """Bytes that a forward pass allocates and that are still there when it has returned its loss."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        loss = step(backward=False)
+        return torch.cuda.memory_allocated() - before - loss.nbytes
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss = step(backward=False)
+    assert loss.requires_grad  # and with it the graph, until here
+    return sum(event.self_cpu_memory_usage for event in profile.events())
 
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(backward=False)
-    return sum(size for pointer, size in storages.items() if pointer not in of_weights)
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def textbook_loss(model, input_ids, labels, latent_columns):
     """The loop as it was published: embeddings are torn apart and stacked again for each thought, the head runs on
     every position of every pass, and the cache appends. `model` is a GPT2LMHeadModel."""
     embeds, cache, logits, start = model.transformer.wte(input_ids), None, [], 0
+    mask, positions = torch.ones_like(input_ids), torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     for end in [*latent_columns, input_ids.shape[1]]:
         outputs = model(
-            inputs_embeds=embeds[:, start:end], past_key_values=cache, output_hidden_states=True, use_cache=True
+            inputs_embeds=embeds[:, start:end],
+            attention_mask=mask[:, :end],
+            position_ids=positions[:, start:end],
+            past_key_values=cache,
+            output_hidden_states=True,
+            use_cache=True,
         )
         logits.append(outputs.logits)
         cache = outputs.past_key_values
         if end < input_ids.shape[1]:
             thought = outputs.hidden_states[-1][:, -1]
-            rows = [[embeds[b, t] for t in range(embeds.shape[1])] for b in range(embeds.shape[0])]
+            rows = [[embeds[b, t, :] for t in range(embeds.shape[1])] for b in range(embeds.shape[0])]
             for row, state in zip(rows, thought):
                 row[end] = state
             embeds = torch.stack([torch.stack(row) for row in rows])
@@ -61,8 +74,8 @@ def textbook_loss(model, input_ids, labels, latent_columns):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
 
 
-def make_sides(arguments) -> tuple[dict, list, int]:
-    """By name, a function of (input_ids, labels, latent columns) that gives a loss; all weights; the latent's id."""
+def make_sides(arguments) -> tuple[dict, int]:
+    """By name, a function of (input_ids, labels, latent columns) that gives a loss; and the latent's id."""
     torch.manual_seed(0)
     text_config = GPT2Config(
         n_embd=arguments.hidden_size,
@@ -82,43 +95,61 @@ def make_sides(arguments) -> tuple[dict, list, int]:
     ).train()
     text_config.vocab_size = ours.config.text_config.vocab_size
     plain = GPT2LMHeadModel(text_config).train()
+    for model in (ours, plain):
+        model.to(arguments.device, arguments.dtype)
 
-    def loss_of_ours(attention, deferred):
+    def ours_with(attention: str, deferred: bool, checkpointed: str | None = None):
         def loss(input_ids, labels, columns):
             ours.get_decoder().set_attn_implementation(attention)
             ours.model.defer_weight_gradients = deferred
-            return ours(input_ids=input_ids, labels=labels).loss
+            if checkpointed is not None:
+                ours.activation_checkpointing_enable()
+                ours.model.checkpointed_passes = checkpointed
+            try:
+                return ours(input_ids=input_ids, labels=labels).loss
+            finally:
+                if checkpointed is not None:
+                    ours.activation_checkpointing_disable()
 
         return loss
 
-    def plain_loss(input_ids, labels, columns):
-        return plain(input_ids=input_ids, labels=labels).loss
+    sides = {
+        "plain": lambda input_ids, labels, columns: plain(input_ids=input_ids, labels=labels).loss,
+        "textbook": lambda *batch: textbook_loss(plain, *batch),
+        "sdpa": ours_with("sdpa", deferred=False),
+        "latent": ours_with("latent", deferred=False),
+        "latent, weight gradients once": ours_with("latent", deferred=True),
+        "the same, first pass checkpointed": ours_with("latent", deferred=True, checkpointed="first"),
+    }
+    return {name: side for name, side in sides.items() if name in (arguments.sides or sides)}, (
+        ours.config.latent_token_id
+    )
 
-    def loss_of_textbook(input_ids, labels, columns):
-        return textbook_loss(plain, input_ids, labels, columns)
 
-    sides = {"plain": plain_loss, "textbook": loss_of_textbook}
-    sides["ours, sdpa"] = loss_of_ours("sdpa", deferred=False)
-    sides["ours, latent"] = loss_of_ours("latent", deferred=False)
-    sides["ours, latent, weight gradients once"] = loss_of_ours("latent", deferred=True)
-    return sides, [*plain.parameters(), *ours.parameters()], ours.config.latent_token_id
+def peak_megabytes(step) -> float:
+    """The most that was allocated on the GPU during a step."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return round(torch.cuda.max_memory_allocated() / 1e6, 1)
 
 
 def measure(
-    sides, weights: list, latent_id: int, *, batch: int, prompt: int, num_latents: int, repeats: int
+    sides, latent_id: int, *, batch: int, prompt: int, num_latents: int, repeats: int, device: str = "cpu"
 ) -> list[dict]:
-    """Fastest seconds of a step and bytes that it saves, of every side; they take turns."""
+    """Fastest seconds of a step and bytes that it keeps, of every side; they take turns."""
     columns = list(range(prompt, prompt + num_latents))
     input_ids = torch.randint(0, 250, (batch, prompt + num_latents + NUM_ANSWER))
     input_ids[:, columns] = latent_id
     labels = input_ids.clone()
     labels[:, : prompt + num_latents] = -100
+    input_ids, labels = input_ids.to(device), labels.to(device)
 
     def step_of(loss):
         def step(backward=True):
             value = loss(input_ids, labels, columns)
             if backward:
                 value.backward()
+            return value
 
         return step
 
@@ -126,9 +157,12 @@ def measure(
     seconds = {name: [] for name in steps}
     for _ in range(repeats + 1):
         for name, step in steps.items():
+            synchronize()
             began = time.perf_counter()
             step()
+            synchronize()
             seconds[name].append(time.perf_counter() - began)
+    peaks = {name: peak_megabytes(step) for name, step in steps.items()} if device != "cpu" else {}
     return [
         {
             "side": name,
@@ -137,7 +171,8 @@ def measure(
             "latents": num_latents,
             "seconds": round(min(seconds[name][1:]), 4),
             "ratio": round(min(seconds[name][1:]) / min(seconds["plain"][1:]), 2),
-            "saved_mb": round(saved_bytes(step, weights) / 1e6, 1),
+            "kept_mb": round(kept_bytes(step) / 1e6, 1),
+            "peak_mb": peaks.get(name),
         }
         for name, step in steps.items()
     ]
@@ -149,12 +184,13 @@ def write_results(rows: list[dict], arguments) -> Path:
     made_with = {
         "layers": arguments.num_layers,
         "width": arguments.hidden_size,
-        "dtype": "float32",
+        "dtype": str(arguments.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
+        "device": torch.cuda.get_device_name() if arguments.gpu else platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": date.today().isoformat(),
+        "command": " ".join(["python", "benchmarks/bench_latent_step.py", *sys.argv[1:]]),
     }
     file.parent.mkdir(exist_ok=True)
     with file.open("w", newline="") as stream:
@@ -170,27 +206,34 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--hidden_size", type=int, default=768, help="a multiple of 64, the size of a head")
     parser.add_argument("--vocab_size", type=int, default=50257)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--prompts", type=int, nargs="+", default=[64, 256])
-    parser.add_argument("--latents", type=int, nargs="+", default=[0, 4, 8, 16])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[64])
+    parser.add_argument("--latents", type=int, nargs="+", default=[0, 8, 16])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sides", nargs="+", help="some of the sides, `plain` among them; default: all")
+    parser.add_argument("--gpu", action="store_true", help="the large shapes, in bfloat16")
     parser.add_argument("--machine", default="laptop-2c", help="name of the machine, in the file of the results")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.device, arguments.dtype = "cpu", torch.float32
+    if arguments.gpu:
+        arguments.device, arguments.dtype, arguments.batch = "cuda", torch.bfloat16, 32
+        arguments.prompts, arguments.latents = [64, 300, 3300], [0, 2, 4, 8, 16, 32]
+    return arguments
 
 
 def main() -> None:
     arguments = read_arguments()
-    sides, weights, latent_id = make_sides(arguments)
+    sides, latent_id = make_sides(arguments)
     rows = []
     for prompt in arguments.prompts:
         for num_latents in arguments.latents:
             shape = {"batch": arguments.batch, "prompt": prompt, "num_latents": num_latents}
-            rows += measure(sides, weights, latent_id, **shape, repeats=arguments.repeats)
+            rows += measure(sides, latent_id, **shape, repeats=arguments.repeats, device=arguments.device)
             print(rows[-len(sides) :][-1], flush=True)
-    print(f"written to {write_results(rows, arguments).name}\n\n| prompt | n | " + " | ".join(sides) + " | saved MB |")
+    print(f"written to {write_results(rows, arguments).name}\n\n| prompt | n | " + " | ".join(sides) + " | kept MB |")
     print("|---" * (len(sides) + 3) + "|")
     for index in range(0, len(rows), len(sides)):
         line = rows[index : index + len(sides)]
-        cells = [f"{row['ratio']:.2f}" for row in line] + [" / ".join(f"{row['saved_mb']:.0f}" for row in line)]
+        cells = [f"{row['ratio']:.2f}" for row in line] + [" / ".join(f"{row['kept_mb']:.0f}" for row in line)]
         print(f"| {line[0]['prompt']} | {line[0]['latents']} | " + " | ".join(cells) + " |")
 
 
