@@ -179,7 +179,7 @@ def measure(
 
 
 def write_results(rows: list[dict], arguments) -> Path:
-    """A CSV of this machine's name, with what the figures were made with in every row."""
+    """A CSV of this machine's name, with what the figures were made with in every row; other prompts' rows stay."""
     file = RESULTS / f"bench_latent_step_{arguments.machine}.csv"
     made_with = {
         "layers": arguments.num_layers,
@@ -193,10 +193,15 @@ def write_results(rows: list[dict], arguments) -> Path:
         "command": " ".join(["python", "benchmarks/bench_latent_step.py", *sys.argv[1:]]),
     }
     file.parent.mkdir(exist_ok=True)
+    kept = []
+    if file.exists():
+        with file.open(newline="") as stream:
+            kept = [row for row in csv.DictReader(stream) if int(row["prompt"]) not in arguments.prompts]
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=[*rows[0], *made_with])
         writer.writeheader()
-        writer.writerows({**row, **made_with} for row in rows)
+        made = [{**row, **made_with} for row in rows]
+        writer.writerows(sorted([*kept, *made], key=lambda row: (int(row["prompt"]), int(row["latents"]))))
     return file
 
 

@@ -1,0 +1,76 @@
+"""The tables of README, made from the CSV files in results/.
+
+    python benchmarks/tables.py [--check]
+
+A table stands between two comments, of which the first says what it shows:
+
+    <!-- table: bench_latent_step_laptop-2c.csv rows=prompt,latents pivot=side value=ratio -->
+    <!-- end of table -->
+
+rows: what names a line. Either pivot and value: a column for each value of the one, filled with the other; or show:
+columns of the file as they are. where=key:value keeps the lines with that value.
+"""
+
+import argparse
+import csv
+import re
+from pathlib import Path
+
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+TABLE = re.compile(r"(<!-- table: (\S+) (.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def read_rows(file: Path, where: str | None = None) -> list[dict]:
+    """The lines of a CSV file, or those where one column has a value."""
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    key, _, value = (where or "").partition(":")
+    return [row for row in rows if not key or row[key] == value]
+
+
+def table_of(file: Path, *, rows: str, pivot: str = "", value: str = "", show: str = "", where: str = "") -> str:
+    """A Markdown table of a CSV file; see the top of this file.
+
+    Raises:
+        KeyError: a column that the file does not have.
+    """
+    names, lines = rows.split(","), {}
+    columns = show.split(",") if show else []
+    for row in read_rows(file, where):
+        line = lines.setdefault(tuple(row[name] for name in names), {})
+        if show:
+            line.update((column, row[column]) for column in columns)
+        else:
+            line[row[pivot]] = row[value]
+            columns += [row[pivot]] if row[pivot] not in columns else []
+    text = ["| " + " | ".join([*names, *columns]) + " |", "|---" * (len(names) + len(columns)) + "|"]
+    for key, line in lines.items():
+        text.append("| " + " | ".join([*key, *(line.get(column, "") for column in columns)]) + " |")
+    return "\n".join(text) + "\n"
+
+
+def with_tables(text: str, folder: Path) -> str:
+    """The text with all its tables made anew."""
+
+    def made(match: re.Match) -> str:
+        options = dict(option.split("=", 1) for option in match[3].split())
+        return match[1] + table_of(folder / match[2], **options) + match[4]
+
+    return TABLE.sub(made, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    arguments = parser.parse_args()
+    before = README.read_text()
+    after = with_tables(before, HERE / "results")
+    if arguments.check and before != after:
+        raise SystemExit("README.md differs from benchmarks/results: run `python benchmarks/tables.py`.")
+    README.write_text(after)
+
+
+if __name__ == "__main__":
+    main()
