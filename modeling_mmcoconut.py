@@ -218,7 +218,12 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     bptt_thoughts: how many thoughts of a row, counted from its last one, send gradients back to the state that they
         were; of the others only keys, values and what `thought_feed` does to them are learnt. None, the default, is
-        all, 0 is none. It belongs to a training run and is not saved.
+        all, 0 is none.
+    defer_weight_gradients: whether all passes of a training step form the decoder's weight gradients once, together.
+        None, the default, is on a CPU, where it is measured; see deferred_mmcoconut.py.
+    latent_graphs, checkpointed_passes: see there.
+
+    All four belong to a run or a machine and are not saved.
     """
 
     is_seq2seq = False

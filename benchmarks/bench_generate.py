@@ -6,7 +6,8 @@
 A language model of GPT-2's shape with random weights, greedy, always `new_tokens` tokens. In the ragged batch prompts
 have 20 tokens and more and thoughts are 2 and more; in the others all rows are the longest. The loop without a cache
 runs the whole sequence again for each thought and for each token, one prompt at a time. With a prefix, 8 questions
-follow one text of 256 tokens; the time of `prefill` is counted. All sides take turns in one run, and of each the
+follow one text of 256 tokens; the time of `prefill` is counted. The plain causal LM is the library's, of equal size, on
+prompts of equal length without thoughts. All sides take turns in one run, and of each the
 fastest turn counts.
 """
 
@@ -16,11 +17,12 @@ import platform
 import sys
 import time
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import CLIPVisionConfig, GPT2Config
+from transformers import CLIPVisionConfig, GPT2Config, GPT2LMHeadModel
 
 from mmcoconut.latent_mmcoconut import think_uncached
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -120,6 +122,12 @@ def make_sides(model, arguments) -> dict:
         f"{NUM_QUESTIONS} questions": (generate(questions), NUM_QUESTIONS * new),
         f"{NUM_QUESTIONS} questions, prefix kept": (behind_prefix, NUM_QUESTIONS * new),
     }
+    plain = GPT2LMHeadModel(model.config.text_config).eval().to(model.device, model.dtype)
+    plain.generation_config = model.generation_config
+    for name, inputs in {"batch 1": one, f"batch {batch}": aligned}.items():
+        words = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.latent_token_id, 1)
+        run = partial(plain.generate, **{**inputs, "input_ids": words}, **options)
+        sides[f"plain causal LM, {name}"] = (run, sides[name][1])
     if arguments.gpu:
         sides["batch 1, thoughts not compiled"] = (generate(one, graphs="off"), new)
     return sides

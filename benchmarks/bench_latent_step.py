@@ -99,14 +99,14 @@ def make_sides(arguments) -> tuple[dict, int]:
         model.to(arguments.device, arguments.dtype)
 
     def ours_with(attention: str, deferred: bool, checkpointed: str | None = None):
-        def loss(input_ids, labels, columns):
+        def loss(input_ids, labels, columns, **kwargs):
             ours.get_decoder().set_attn_implementation(attention)
             ours.model.defer_weight_gradients = deferred
             if checkpointed is not None:
                 ours.activation_checkpointing_enable()
                 ours.model.checkpointed_passes = checkpointed
             try:
-                return ours(input_ids=input_ids, labels=labels).loss
+                return ours(input_ids=input_ids, labels=labels, **kwargs).loss
             finally:
                 if checkpointed is not None:
                     ours.activation_checkpointing_disable()
@@ -180,7 +180,8 @@ def measure(
 
 def write_results(rows: list[dict], arguments) -> Path:
     """A CSV of this machine's name, with what the figures were made with in every row; other prompts' rows stay."""
-    file = RESULTS / f"bench_latent_step_{arguments.machine}.csv"
+    name = Path(sys.argv[0]).stem
+    file = RESULTS / f"{name}_{arguments.machine}.csv"
     made_with = {
         "layers": arguments.num_layers,
         "width": arguments.hidden_size,
@@ -190,7 +191,7 @@ def write_results(rows: list[dict], arguments) -> Path:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/bench_latent_step.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
     }
     file.parent.mkdir(exist_ok=True)
     kept = []
