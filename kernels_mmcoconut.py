@@ -207,6 +207,13 @@ def kernels_for(query, prefix_key, prefix_value, tail_key, tail_value, *, droppe
     return TRITON if reason is None else PYTORCH
 
 
+def prefix_mask(mask: torch.Tensor | None, query: torch.Tensor, length: int) -> torch.Tensor:
+    """The prefix's columns of a step's mask, (B, 1, Q, P); a step without a mask sees all of them."""
+    if mask is None:
+        return query.new_ones(query.shape[0], 1, query.shape[2], length, dtype=torch.bool)
+    return mask[..., :length]
+
+
 class SplitStates:
     """Keys and values of one layer in one forward pass, and what their gradients are gathered from.
 
@@ -272,8 +279,9 @@ class SplitStates:
         grad_output, query, logsumexp, delta = (torch.cat(parts, dim=2) for parts in rows)
         length = self.prefix[0].shape[2]
         options = {"scaling": scalings[0], "logsumexp": logsumexp, "delta": delta, "mask": None}
-        if masks[0] is not None:
-            options["mask"] = torch.cat([mask[..., :length] for mask in masks], dim=2)  # (B, 1, N, P)
+        if any(mask is not None for mask in masks):
+            seen = [prefix_mask(mask, states, length) for mask, states in zip(masks, rows[1])]
+            options["mask"] = torch.cat(seen, dim=2)  # (B, 1, N, P)
         if drops[0] is not None:
             kept = torch.cat([dropped.kept[..., :length] for dropped in drops], dim=2)  # (B, H, N, P)
             options["dropped"] = drops[0]._replace(kept=kept)

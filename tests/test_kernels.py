@@ -240,3 +240,27 @@ def test_checkpointed_training_and_generation_are_as_with_sdpa(text, tolerance):
     assert_same_gradients(found[1][1], found[0][1], tolerance)
     tokens = [each.eval().generate(**batch, max_new_tokens=5, num_beams=2) for each in (model, latent)]
     assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("num_labels", [1, 4, MAX_QUERIES + 1])
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-12])
+def test_without_an_attention_mask_steps_with_and_without_a_mask_meet(text, num_labels, tolerance):
+    """A pass of one query needs no mask then, and one of several does."""
+    model = tiny_model(text).double().train()
+    image = [model.config.image_token_id] * model.config.image_seq_length
+    row = [*image, *words(4, 1), *[model.config.latent_token_id] * 3, *words(num_labels, 2)]
+    batch = batch_of(model, [row, row])
+    batch["pixel_values"] = batch["pixel_values"].double()
+    del batch["attention_mask"]
+    labels, found = batch["input_ids"].clone(), []
+    labels[:, :-num_labels] = -100
+    for attention in ("sdpa", "latent"):
+        model.get_decoder().set_attn_implementation(attention)
+        model.zero_grad(set_to_none=True)
+        loss = model(**batch, labels=labels).loss
+        loss.backward()
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        found.append((loss.item(), gradients))
+    assert found[0][0] == pytest.approx(found[1][0], abs=tolerance)
+    assert all(max_difference(found[0][1][name], found[1][1][name]) <= tolerance for name in found[0][1])
