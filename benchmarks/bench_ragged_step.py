@@ -63,12 +63,12 @@ def main() -> None:
     fastest = {name: min(taken[1:]) for name, taken in seconds.items()}
     shape = {"batch": arguments.batch, "prompt": PROMPT, "latents": LATENTS}
     rows = [
-        {"batch of": name, **shape, "seconds": round(taken, 4), "ratio": round(taken / fastest["aligned"], 2)}
+        {"batch_of": name, **shape, "seconds": round(taken, 4), "ratio": round(taken / fastest["aligned"], 2)}
         for name, taken in fastest.items()
     ]
     print(f"written to {write_results(rows, arguments).name}\n\n| batch of | ratio |\n|---|---|")
     for row in rows:
-        print(f"| {row['batch of']} | {row['ratio']:.2f} |")
+        print(f"| {row['batch_of']} | {row['ratio']:.2f} |")
 
 
 if __name__ == "__main__":
