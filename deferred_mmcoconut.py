@@ -18,8 +18,11 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 
-# benchmarks/LOG.md: with more rows, parts gain nothing.
+# Both from benchmarks/LOG.md. With more rows, parts of a product gain nothing.
 FEW_ROWS = 32
+# Below this width, weights are so small that what Python does for each product costs more than it saves (128: a tenth
+# of a step), and above it less (768: a quarter is saved).
+LEAST_WIDTH = 512
 
 
 class Ledger:

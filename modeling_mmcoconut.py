@@ -55,6 +55,7 @@ from .configuration_mmcoconut import (
     check_schedule,
     image_token_of,
 )
+from .deferred_mmcoconut import LEAST_WIDTH
 from .fusions_mmcoconut import IMAGE_FUSIONS
 from .jacobi_mmcoconut import check_not_sharded, check_one_block, think_jacobi
 from .kernels_mmcoconut import SplitCache
@@ -220,7 +221,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         were; of the others only keys, values and what `thought_feed` does to them are learnt. None, the default, is
         all, 0 is none.
     defer_weight_gradients: whether all passes of a training step form the decoder's weight gradients once, together.
-        None, the default, is on a CPU, where it is measured; see deferred_mmcoconut.py.
+        None, the default, is where it was measured to pay: on a CPU and for wide decoders; see deferred_mmcoconut.py.
     latent_graphs, checkpointed_passes: see there.
 
     All four belong to a run or a machine and are not saved.
@@ -519,7 +520,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         """Whether the passes of a forward pass leave the weights' gradients to be formed once."""
         chosen = self.defer_weight_gradients
         if chosen is None:
-            chosen = self.device.type == "cpu"
+            chosen = self.device.type == "cpu" and self.config.text_config.hidden_size >= LEAST_WIDTH
         return chosen and self.training and not is_sharded(self.language_model)
 
     def thinking_loop(self, past_key_values: Cache | None):

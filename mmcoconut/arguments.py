@@ -133,7 +133,9 @@ class ModelArguments:
     new_token_init: str | None = HfArg(default=None, help="Token that new embeddings copy; default: their mean.")
     attn_implementation: str | None = HfArg(default=None, help="Attention function, as in from_pretrained.")
     checkpointed_passes: str = HfArg(default="all", help="What gradient_checkpointing recomputes: `all` or `first`.")
-    defer_weight_gradients: bool | None = HfArg(default=None, help="Form them once for all passes; default: on a CPU.")
+    defer_weight_gradients: bool | None = HfArg(
+        default=None, help="Form them once for all passes; default: if wide, on a CPU."
+    )
 
 
 @dataclasses.dataclass

@@ -14,7 +14,7 @@ from tiny import (
 from torch import nn
 
 from mmcoconut import deferred_mmcoconut
-from mmcoconut.deferred_mmcoconut import DeferredWeightGradients, product
+from mmcoconut.deferred_mmcoconut import LEAST_WIDTH, DeferredWeightGradients, product
 
 
 def batch_in(model, dtype) -> dict:
@@ -57,6 +57,7 @@ def count_takes(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("text, num_linears", [("gpt2", 2 * 4), ("qwen2", 2 * 7)])
 def test_each_weight_of_the_decoder_forms_one_gradient_from_all_passes(text, num_linears, monkeypatch):
     model = tiny_model(text).train()
+    model.model.defer_weight_gradients = True
     batch = ragged_batch(model)
     hooked = []
     for name, weight in model.get_decoder().named_parameters():
@@ -69,6 +70,7 @@ def test_each_weight_of_the_decoder_forms_one_gradient_from_all_passes(text, num
 
 def test_a_frozen_weight_and_a_pass_without_gradients_are_left_alone(monkeypatch):
     model = tiny_model("qwen2").train()
+    model.model.defer_weight_gradients = True
     batch = ragged_batch(model)
     takes = count_takes(monkeypatch)
     frozen = [name for name, weight in model.get_decoder().named_parameters() if "mlp" in name]
@@ -83,8 +85,10 @@ def test_a_frozen_weight_and_a_pass_without_gradients_are_left_alone(monkeypatch
     assert len(takes) == 2 * 4
 
 
-def test_on_another_device_than_a_cpu_it_is_on_request_only():
+def test_by_default_it_is_for_wide_decoders_on_a_cpu():
     model = tiny_model("gpt2").train().model
+    assert not model.defers_weight_gradients()
+    model.config.text_config.n_embd = LEAST_WIDTH  # which is all that is looked at
     assert model.defers_weight_gradients()
     assert not model.to("meta").defers_weight_gradients()
     model.defer_weight_gradients = True

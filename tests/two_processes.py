@@ -43,6 +43,7 @@ def make_model(text: str):
         return tiny_seq2seq(thought_norm="projection")
     schedule = {"thought_schedule": "jacobi", "jacobi_iterations": 2} if text.endswith(" in parallel") else {}
     model = tiny_model(text.split()[0], thought_norm="projection", **schedule)
+    model.model.defer_weight_gradients = True
     if text.endswith(" truncated"):
         model.model.bptt_thoughts = 1
     if text.endswith(" with lora"):
