@@ -70,6 +70,7 @@ REFUSED = {
 NOT_COMPARED = {
     "resume_from_checkpoint": "a comparison goes on by itself when it is called again: remove this key",
     "push_to_hub": "the runs would overwrite each other on the Hub: remove this key, and push the run that you want",
+    "profile": "compared runs share a machine, which changes the shares: remove this key, and profile a run alone",
 }
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
@@ -84,7 +85,7 @@ DATA_PATHS = ("file", "folder", "image_root")
 # Saved under their new name, set by the launcher, or secret: a run's folder may be pushed.
 NOT_SAVED = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "hub_token")
 # About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
-NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compare_jobs")
+NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compare_jobs", "profile")
 # What TrainingArguments makes of a field that was not given.
 NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_tokens_seen": "no"}
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
@@ -176,6 +177,7 @@ class RunArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = HfArg(
         default=True, help="Leave true: a vision tower's last norm gets no gradient."
     )
+    profile: bool = HfArg(default=False, help="Report the share of each part of an update in its time.")
     learning_rates: dict[str, float] | None = HfArg(
         default=None, help="Of parts of the model: {vision_tower: 3.0e-4}; the others have learning_rate."
     )
@@ -316,6 +318,8 @@ def _conflicts(values: dict):
     for part, rate in (values.get("learning_rates") or {}).items():
         if rate < 0:
             yield f"learning_rates.{part}", rate, "must be at least 0"
+    if values.get("profile") and not values.get("do_train", True):
+        yield "profile", True, "with `do_train: false` there is no update to profile: remove this key"
     for key in REFUSED:
         if values.get(key):
             yield key, values[key], REFUSED[key]
