@@ -44,6 +44,8 @@ CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type"
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
+# Without the library's `batch_rebalance`, which knows one length a row; and it takes a misspelt one for `random`.
+CHOICES |= {"train_sampling_strategy": ("random", "sequential", "group_by_length")}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
 AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
@@ -64,6 +66,7 @@ REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
     "load_best_model_at_end": "accuracies of different stages do not compare; stages/ keeps the best of each",
     "fsdp": "it belongs to the machine: accelerate launch --config_file recipes/accelerate/fsdp2_8gpu.yaml",
+    "length_column_name": "rows have no such column, their lengths change with the stage: remove this key",
     "dataloader_persistent_workers": "workers that persist keep stage 0 for the whole run: remove this key",
 }
 # What a comparison does by itself, or what its runs would do to each other.
