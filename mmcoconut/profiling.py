@@ -4,9 +4,9 @@
 
 Wall clock, read whenever a part begins or ends, so that the parts and `other` are the whole of an update. The
 decoder's first pass in a forward pass is the prefix's, the last one the answer's, those between them latent steps;
-without thoughts the first is all. `data` is what training waits for the next batch, not what workers do meanwhile. What
-lies between updates (evaluating, saving, logging) is not counted, nor is the first update, which makes buffers and
-moments.
+without thoughts the first is all. `data` is what training waits for the next batch, not what workers do meanwhile.
+What lies between updates (evaluating, saving, logging) is not counted, nor is the first update, which makes buffers
+and moments.
 
 Not torch.profiler: it records every operation, and a latent step is many short ones, so that its shares are those of a
 slower run. On a GPU each part waits for the device at its end; a run without --profile does not.
