@@ -4,9 +4,9 @@
 
 Arrow mazes of up to six arrows, an epoch at one stage, in which a row has as many thoughts as steps that they replace.
 `no_cot` writes the answer alone, `cot` all steps, `coconut` thinks the first and writes the rest, with the library's
-attention and with ours, its rows in random order or grouped by cost. A token is one that is no padding: of the picture,
-the question, the thoughts and the text. All sides take turns in one run, and each side's fastest epoch counts. Small
-models on a CPU in float32; with --gpu the shapes of GPT-2 small and CLIP ViT-B/32 in bfloat16.
+attention and with ours, its rows in random order or grouped by cost. A token is one that is no padding: of the
+picture, the question, the thoughts and the text. All sides take turns in one run, and each side's fastest epoch
+counts. Small models on a CPU in float32; with --gpu the shapes of GPT-2 small and CLIP ViT-B/32 in bfloat16.
 """
 
 import argparse
@@ -46,9 +46,9 @@ SIDES = {
     "coconut, latent, grouped": ("coconut", "latent", True),
 }
 SHAPES = {
-    "small": {"layers": 3, "width": 96, "heads": 4, "image": 48, "patch": 16, "tower_layers": 1, "tower_width": 96},
-    "gpt2": {"layers": 12, "width": 768, "heads": 12, "image": 224, "patch": 32, "tower_layers": 12, "tower_width": 768},
-}
+    "small": {"layers": 3, "width": 96, "heads": 4, "tower_layers": 1, "image": 48, "patch": 16},
+    "gpt2": {"layers": 12, "width": 768, "heads": 12, "tower_layers": 12, "image": 224, "patch": 32},
+}  # the tower is as wide as the language model
 
 
 class Epoch(TrainerCallback):
@@ -105,7 +105,7 @@ class CountingTrainer(CurriculumTrainer):
 def build(shape: dict, texts: list[str]):
     """Model and processor of this shape, with random weights and the mazes' own tokenizer."""
     torch.manual_seed(0)
-    tower = {"hidden_size": shape["tower_width"], "intermediate_size": 4 * shape["tower_width"]}
+    tower = {"hidden_size": shape["width"], "intermediate_size": 4 * shape["width"]}
     tower |= {"num_hidden_layers": shape["tower_layers"], "num_attention_heads": shape["heads"]}
     text = {"n_embd": shape["width"], "n_layer": shape["layers"], "n_head": shape["heads"], "n_positions": 256}
     tokenizer = train_tokenizer(texts, vocab_size=400)

@@ -15,6 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from transformers import TrainerCallback
@@ -153,9 +154,15 @@ def encode_prompt(processor, question: str, num_tiles: tuple[int, ...], num_late
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)
-def encode_target(processor, steps: tuple[str, ...], answer: str) -> tuple:
-    """`processor.encode_target`, once for texts that recur, as answers do where no step is left."""
-    return tuple(processor.encode_target(steps, answer))
+def encode_step(processor, step: str) -> tuple:
+    """`processor.encode_step`, once for steps that recur."""
+    return tuple(processor.encode_step(step))
+
+
+@lru_cache(maxsize=RECURRING_TEXTS)
+def encode_answer(processor, answer: str) -> tuple:
+    """`processor.encode_answer`, once for answers that recur."""
+    return tuple(processor.encode_answer(answer))
 
 
 class CurriculumCollator:
@@ -220,7 +227,8 @@ class CurriculumCollator:
     def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> tuple[list[int], list[int]]:
         """Prompt and target of a row under a plan; num_tiles holds the tiles of each of its images."""
         prompt = self.encode_prompt(row, num_tiles, plan.num_latents)
-        target = [*encode_target(self.processor, tuple(row["steps"][plan.skipped_steps :]), row["answers"][0])]
+        steps = [encode_step(self.processor, step) for step in row["steps"][plan.skipped_steps :]]
+        target = [*chain(*steps), *encode_answer(self.processor, row["answers"][0])]
         self.check_length(row, self.longest_part(prompt, len(target)), f"the sequence of stage {self.stage}")
         return prompt, target
 
