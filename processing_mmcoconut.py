@@ -416,10 +416,17 @@ class MMCoconutProcessor(ProcessorMixin):
         """Ids of ordinary text: no special tokens are added, and none are read out of it."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
+    def encode_step(self, step: str) -> list[int]:
+        """Ids of a written step, on its line."""
+        return self.encode_text(f"{step}\n")
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Ids of `### answer`, eos."""
+        return [*self.encode_text(f"{ANSWER_MARKER} {answer}"), self.tokenizer.eos_token_id]
+
     def encode_target(self, steps: Sequence[str], answer: str) -> list[int]:
         """Ids of the predicted text: each step on its line, `### answer`, eos; tokenized apart, as in the paper."""
-        ids = [token_id for step in steps for token_id in self.encode_text(f"{step}\n")]
-        return [*ids, *self.encode_text(f"{ANSWER_MARKER} {answer}"), self.tokenizer.eos_token_id]
+        return [token_id for step in steps for token_id in self.encode_step(step)] + self.encode_answer(answer)
 
     def __call__(self, images=None, text=None, *, num_latents=None, rendered: bool = False, **kwargs) -> BatchFeature:
         """Prompts for `generate`: images first, then the question, then the latents.

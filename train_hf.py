@@ -25,6 +25,7 @@ from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import load_model, model_class
 from mmcoconut.objectives import Alignment
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, markdown_table, write_json
 from mmcoconut.scoring import default_metric, figures_of, references_of, score
@@ -232,7 +233,8 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
     for rows in splits.values():
         references_of(metric, rows.remove_columns("images"))  # fails now, not after a stage
     check_best_metric(run_args, metric, splits["eval"], alignment)
-    return CurriculumTrainer(
+    trainer_class = ProfiledTrainer if run_args.profile else CurriculumTrainer
+    return trainer_class(
         model=model,
         args=run_args,
         data_collator=collator,
@@ -424,6 +426,8 @@ def main(argv: list[str] | None = None) -> dict:
         if run_args.smoke_test:
             check_reload(run_args.output_dir, splits["eval"])
         report(results)
+    if run_args.profile:
+        save_profile(trainer)
     if run_args.push_to_hub:
         trainer.push_to_hub()
     # Without this, processes that leave at different moments abort each other.

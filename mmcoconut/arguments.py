@@ -45,6 +45,8 @@ CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_sel
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"checkpointed_passes": ("all", "first")}
 CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
+# Without the library's `batch_rebalance`, which knows one length a row; and it takes a misspelt one for `random`.
+CHOICES |= {"train_sampling_strategy": ("random", "sequential", "group_by_length")}
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
 AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
@@ -65,12 +67,14 @@ REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
     "load_best_model_at_end": "accuracies of different stages do not compare; stages/ keeps the best of each",
     "fsdp": "it belongs to the machine: accelerate launch --config_file recipes/accelerate/fsdp2_8gpu.yaml",
+    "length_column_name": "rows have no such column, their lengths change with the stage: remove this key",
     "dataloader_persistent_workers": "workers that persist keep stage 0 for the whole run: remove this key",
 }
 # What a comparison does by itself, or what its runs would do to each other.
 NOT_COMPARED = {
     "resume_from_checkpoint": "a comparison goes on by itself when it is called again: remove this key",
     "push_to_hub": "the runs would overwrite each other on the Hub: remove this key, and push the run that you want",
+    "profile": "compared runs share a machine, which changes the shares: remove this key, and profile a run alone",
 }
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
@@ -85,7 +89,7 @@ DATA_PATHS = ("file", "folder", "image_root")
 # Saved under their new name, set by the launcher, or secret: a run's folder may be pushed.
 NOT_SAVED = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "hub_token")
 # About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
-NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compare_jobs")
+NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compare_jobs", "profile")
 # What TrainingArguments makes of a field that was not given.
 NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_tokens_seen": "no"}
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
@@ -184,6 +188,7 @@ class RunArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = HfArg(
         default=True, help="Leave true: a vision tower's last norm gets no gradient."
     )
+    profile: bool = HfArg(default=False, help="Report the share of each part of an update in its time.")
     learning_rates: dict[str, float] | None = HfArg(
         default=None, help="Of parts of the model: {vision_tower: 3.0e-4}; the others have learning_rate."
     )
@@ -338,6 +343,8 @@ def _conflicts(values: dict):
     for part, rate in (values.get("learning_rates") or {}).items():
         if rate < 0:
             yield f"learning_rates.{part}", rate, "must be at least 0"
+    if values.get("profile") and not values.get("do_train", True):
+        yield "profile", True, "with `do_train: false` there is no update to profile: remove this key"
     for key in REFUSED:
         if values.get(key):
             yield key, values[key], REFUSED[key]

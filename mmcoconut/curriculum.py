@@ -14,6 +14,8 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 
 import torch
 from transformers import TrainerCallback
@@ -27,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
+RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an image's
 # Modes without a curriculum stay at stage 0; modes without thoughts have neither latents nor markers.
 STAGED_MODES = ("coconut", "pause", "no_thoughts")
 THINKING_MODES = ("coconut", "pause")
@@ -144,6 +147,24 @@ def align_rows(prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]
     }
 
 
+@lru_cache(maxsize=RECURRING_TEXTS)
+def encode_prompt(processor, question: str, num_tiles: tuple[int, ...], num_latents: int, markers: str) -> tuple:
+    """`processor.encode_prompt`, which renders a chat, once for questions that recur; markers are the processor's."""
+    return tuple(processor.encode_prompt(question, num_tiles=num_tiles, num_latents=num_latents))
+
+
+@lru_cache(maxsize=RECURRING_TEXTS)
+def encode_step(processor, step: str) -> tuple:
+    """`processor.encode_step`, once for steps that recur."""
+    return tuple(processor.encode_step(step))
+
+
+@lru_cache(maxsize=RECURRING_TEXTS)
+def encode_answer(processor, answer: str) -> tuple:
+    """`processor.encode_answer`, once for answers that recur."""
+    return tuple(processor.encode_answer(answer))
+
+
 class CurriculumCollator:
     """Rows of `mmcoconut.data` → batches of the present stage.
 
@@ -198,10 +219,16 @@ class CurriculumCollator:
         skipped = self.curriculum.plan(self.stage, len(row["steps"])).skipped_steps
         return RowPlan(skipped, self.curriculum.num_latents(self.stage))
 
+    def encode_prompt(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> list[int]:
+        """Prompt of a row; num_tiles holds the tiles of each of its images."""
+        markers = self.processor.markers
+        return [*encode_prompt(self.processor, question_text(row), tuple(num_tiles), num_latents, markers)]
+
     def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> tuple[list[int], list[int]]:
         """Prompt and target of a row under a plan; num_tiles holds the tiles of each of its images."""
-        prompt = self.processor.encode_prompt(question_text(row), num_tiles=num_tiles, num_latents=plan.num_latents)
-        target = self.processor.encode_target(row["steps"][plan.skipped_steps :], row["answers"][0])
+        prompt = self.encode_prompt(row, num_tiles, plan.num_latents)
+        steps = [encode_step(self.processor, step) for step in row["steps"][plan.skipped_steps :]]
+        target = [*chain(*steps), *encode_answer(self.processor, row["answers"][0])]
         self.check_length(row, self.longest_part(prompt, len(target)), f"the sequence of stage {self.stage}")
         return prompt, target
 
@@ -267,10 +294,7 @@ class CurriculumCollator:
         """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows."""
         num_latents = self.curriculum.num_latents(self.stage)
         pixels, tiles = self.pixels(rows)
-        prompts = [
-            self.processor.encode_prompt(question_text(row), num_tiles=num_tiles, num_latents=num_latents)
-            for row, num_tiles in zip(rows, tiles)
-        ]
+        prompts = [self.encode_prompt(row, num_tiles, num_latents) for row, num_tiles in zip(rows, tiles)]
         for row, prompt in zip(rows, prompts):
             length = self.longest_part(prompt, self.max_new_tokens)
             self.check_length(row, length, "the prompt with max_new_tokens")

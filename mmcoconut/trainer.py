@@ -5,11 +5,13 @@ import math
 from pathlib import Path
 
 import torch
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from mmcoconut.answering import count_generated
 from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+from mmcoconut.grouping import StageGroupedSampler
 from mmcoconut.learning_rates import set_learning_rates
 from mmcoconut.lora import ADAPTER_FOLDER, load_adapter, merged_model
 from mmcoconut.processing_mmcoconut import parse_answer
@@ -140,6 +142,19 @@ class CurriculumTrainer(Trainer):
         align_loss = None if outputs.alignment_loss is None else outputs.alignment_loss / steps
         loss = self.alignment.total(ce_loss, align_loss)
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As the library's; `group_by_length` groups by what rows cost at the present stage."""
+        args, rows = self.args, train_dataset or self.train_dataset
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return StageGroupedSampler(batch_size, rows, self.curriculum_collator, seed=seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        """In order, however training is sampled."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def prompt_dataloader(self, make, dataset):
         """A data loader of the library, collated by `prompts`: what is generated from never holds the answer."""

@@ -77,7 +77,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """RGB upright as the camera meant it, transparency over white; of an animation, the first frame."""
-    image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)  # else it copies also what stands upright
     if image.mode == "F":
         raise ValueError("mode F (floats) does not say which value is white")
     if image.mode.startswith("I"):
