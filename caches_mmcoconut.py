@@ -177,3 +177,9 @@ def throwaway(past_key_values: Cache) -> Cache:
             "thought_schedule='sequential', or a cache that stays on the device."
         )
     return ReplayCache(past_key_values)
+
+
+def text_cache(past_key_values: Cache) -> Cache:
+    """The cache of the text alone, where there is another of encoder states beside it."""
+    is_pair = isinstance(past_key_values, EncoderDecoderCache)
+    return past_key_values.self_attention_cache if is_pair else past_key_values

@@ -32,6 +32,13 @@ class Ledger:
         self.transposed = transposed
         self.inputs: list[torch.Tensor] = []
         self.gradients: list[torch.Tensor] = []
+        self.backward_pass: int | None = None
+
+    def enter(self) -> None:
+        """Forget what another backward pass left, one for some gradients only, which did not come to the weight."""
+        if self.backward_pass != torch._C._current_graph_task_id():
+            self.inputs, self.gradients = [], []
+            self.backward_pass = torch._C._current_graph_task_id()
 
     def take(self, weight_dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The gradients of weight and bias; the ledger is empty afterwards."""
@@ -58,6 +65,7 @@ class Share(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_weight, grad_bias):
+        ctx.ledger.enter()
         grad_weight, grad_bias = ctx.ledger.take(ctx.dtype)
         return grad_weight, grad_bias if ctx.has_bias else None, None
 
@@ -76,23 +84,26 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, inputs, weight, bias, ledger):
-        rows = inputs.flatten(0, -2).to(weight.dtype)  # (R, I)
+        rows = inputs.flatten(0, -2)  # (R, I)
+        if torch.is_autocast_enabled(inputs.device.type):
+            rows = rows.to(weight.dtype)
         ctx.ledger, ctx.dtype = ledger, inputs.dtype
         ctx.save_for_backward(rows, weight)
         output = product(rows, weight if ledger.transposed else weight.T)  # (R, O)
         if bias is not None:
             output += bias
-        return output.view(*inputs.shape[:-1], -1)
+        return output.view(*inputs.shape[:-1], output.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
         rows, weight = ctx.saved_tensors
+        ctx.ledger.enter()
         of_rows = gradient.flatten(0, -2)  # (R, O)
         ctx.ledger.inputs.append(rows)
         ctx.ledger.gradients.append(of_rows)
         grad_inputs = product(of_rows, weight.T if ctx.ledger.transposed else weight)  # (R, I)
-        return grad_inputs.view(*gradient.shape[:-1], -1).to(ctx.dtype), None, None, None
+        return grad_inputs.view(*gradient.shape[:-1], rows.shape[-1]).to(ctx.dtype), None, None, None
 
 
 def defers(args: tuple, kwargs: dict, *, weight: int) -> bool:

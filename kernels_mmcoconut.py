@@ -229,6 +229,14 @@ class SplitStates:
         self.buffers: tuple[torch.Tensor, ...] = ()
         self.tail_gradients: tuple[torch.Tensor, ...] = ()
         self.steps: list[tuple] = []
+        self.backward_pass: int | None = None
+
+    def enter(self) -> "SplitStates":
+        """Itself, without what another backward pass left, one for some gradients only, which did not come to all."""
+        if self.backward_pass != torch._C._current_graph_task_id():
+            self.tail_gradients, self.steps = (), []
+            self.backward_pass = torch._C._current_graph_task_id()
+        return self
 
     def tail(self, length: int) -> tuple[torch.Tensor, ...]:
         """The first keys and values of the tail, (B, H', length, K), of whatever length it is by now."""
@@ -254,8 +262,10 @@ class SplitStates:
     def add_tail_gradients(self, *gradients: torch.Tensor) -> None:
         """Add (B, H', T, K) to the gradients of the first T keys and values."""
         if not self.tail_gradients:
+            dtype = torch.promote_types(gradients[0].dtype, torch.float32)
             self.tail_gradients = tuple(
-                gradient.new_zeros(*gradient.shape[:2], self.length, gradient.shape[3]) for gradient in gradients
+                gradient.new_zeros(*gradient.shape[:2], self.length, gradient.shape[3], dtype=dtype)
+                for gradient in gradients
             )
         for total, gradient in zip(self.tail_gradients, gradients):
             total[:, :, : gradient.shape[2]] += gradient
@@ -300,7 +310,7 @@ class OpenPrefix(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_token):
-        return *ctx.states.take_prefix_gradients(), None
+        return *ctx.states.enter().take_prefix_gradients(), None
 
 
 class AppendTail(torch.autograd.Function):
@@ -315,11 +325,11 @@ class AppendTail(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_token):
-        return grad_token, *ctx.states.take_tail_gradients(ctx.start, ctx.end), None
+        return grad_token, *ctx.states.enter().take_tail_gradients(ctx.start, ctx.end), None
 
 
 class ReadTail(torch.autograd.Function):
-    """The whole tail (B, H', T, K), for an attention that autograd sees; only where its buffer is full."""
+    """The whole tail (B, H', T, K), for an attention that autograd sees; what is appended later stands behind it."""
 
     @staticmethod
     def forward(ctx, token, states):
@@ -329,7 +339,7 @@ class ReadTail(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_key, grad_value):
-        ctx.states.add_tail_gradients(grad_key, grad_value)
+        ctx.states.enter().add_tail_gradients(grad_key, grad_value)
         return grad_key.new_empty(0), None
 
 
@@ -353,7 +363,7 @@ class Attend(torch.autograd.Function):
         known = {**ctx.options, "output": output, "logsumexp": logsumexp}
         parts = ctx.states.split(ctx.length)
         grad_query, *grad_tail, delta = ctx.kernels.attention_backward(grad_output, query, *parts, **known)
-        ctx.states.add_tail_gradients(*grad_tail)
+        ctx.states.enter().add_tail_gradients(*grad_tail)
         if ctx.states.needs_prefix_gradient:
             options = (ctx.options["mask"], ctx.options.get("dropped"), ctx.options["scaling"])
             ctx.states.steps.append((grad_output, query, logsumexp, delta, *options))

@@ -13,12 +13,14 @@ from functools import cache, partial
 
 import torch
 from transformers import CompileConfig
-from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
+
+from .caches_mmcoconut import text_cache
 
 
 logger = logging.get_logger(__name__)
@@ -30,12 +32,6 @@ def check_latent_graphs(latent_graphs: str) -> str:
     if latent_graphs not in LATENT_GRAPHS:
         raise ValueError(f"latent_graphs={latent_graphs!r} is none of {', '.join(LATENT_GRAPHS)}: take one of them.")
     return latent_graphs
-
-
-def text_cache(past_key_values: Cache) -> Cache:
-    """The cache of the text alone, where there is another of encoder states beside it."""
-    is_pair = isinstance(past_key_values, EncoderDecoderCache)
-    return past_key_values.self_attention_cache if is_pair else past_key_values
 
 
 def obstacle_to_graphs(decoder: PreTrainedModel, past_key_values: Cache, **kwargs) -> str | None:

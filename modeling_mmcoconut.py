@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
@@ -76,7 +76,7 @@ from .latent_mmcoconut import (
 from .passes_mmcoconut import Passes, check_checkpointed_passes
 from .prefixes_mmcoconut import PromptPrefix, prompts_of, shared_length, with_prompts
 from .projectors_mmcoconut import build_projector, check_image_features, select_features
-from .regroup_mmcoconut import can_regroup, think_regrouped
+from .regroup_mmcoconut import can_regroup, is_worth, layout_of, think_regrouped
 
 
 @dataclass
@@ -252,6 +252,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         self.cross_attends = config.image_fusion in READ_BY_CROSS_ATTENTION
         decoder_inputs = inspect.signature(self.get_decoder().forward).parameters
         self.counts_columns = "position_ids" not in decoder_inputs
+        # The library's own cache tells which layers see a window of columns only, however the configuration names it.
+        layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
+        self.sees_all_columns = all(type(layer) is DynamicLayer for layer in layers)
         self.latent_graphs = "auto"
         self.checkpointed_passes = "all"
         if self.cross_attends and "encoder_hidden_states" not in decoder_inputs:
@@ -476,17 +479,21 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         """A fresh cache for one forward pass: a growing one, one that gradient checkpointing can replay, or, where
         nothing is kept of it and `latent` attention can read it, one that leaves the first pass's keys in place."""
         text_config = self.config.get_text_config(decoder=True)
-        full_attention = set(getattr(text_config, "layer_types", None) or ["full_attention"]) == {"full_attention"}
         reads_split = self.get_decoder().config._attn_implementation == "latent"
         if not replayed:
-            return SplitCache() if reads_split and full_attention and not kept else DynamicCache(config=text_config)
-        if full_attention and self.checkpointed_passes == "first" and not kept:
-            return FirstPassCache(SplitCache.after if reads_split else growing_after)
-        if not full_attention:
-            raise ValueError(
-                "Gradient checkpointing with latents works for full attention only, and text_config.layer_types is "
-                f"{text_config.layer_types}: switch gradient_checkpointing off."
+            return (
+                SplitCache()
+                if reads_split and self.sees_all_columns and not kept
+                else DynamicCache(config=text_config)
             )
+        if not self.sees_all_columns:
+            raise ValueError(
+                "Gradient checkpointing with latents works for full attention only, and text_config has "
+                f"sliding_window={getattr(text_config, 'sliding_window', None)} in some layers: switch "
+                "gradient_checkpointing off."
+            )
+        if self.checkpointed_passes == "first" and not kept:
+            return FirstPassCache(SplitCache.after if reads_split else growing_after)
         return ReplayCache()
 
     def thought_columns(self, latent_mask: torch.Tensor, attention_mask, past_key_values, kwargs: dict) -> list[int]:
@@ -532,13 +539,21 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         check_one_block(past_key_values)
         return partial(think_jacobi, num_iterations=self.config.jacobi_iterations)
 
-    def regroups(self, latent_mask, columns: list[int], past_key_values, attention_mask, kwargs: dict) -> bool:
-        """Whether the rows' latents can share columns, and would then stand in fewer."""
-        wants_maps = kwargs.get("output_attentions", self.config.output_attentions)
-        if len(columns) < 2 or wants_maps or is_sharded(self.language_model) or not can_regroup(past_key_values):
-            return False
-        is_whole = attention_mask is None or attention_mask.shape == latent_mask.shape
-        return is_whole and len(columns) > int(latent_mask.sum(dim=1).max())
+    def common_layout(self, latent_mask, columns: list[int], past_key_values, attention_mask, kwargs: dict):
+        """The layout in which the rows' latents share columns, where that is possible and saves passes; else None."""
+        configs = (self.config, self.get_decoder().config)
+        wants_maps = kwargs.get("output_attentions") or any(config.output_attentions for config in configs)
+        is_2d = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == latent_mask.shape
+        is_whole = attention_mask is None or is_2d
+        if len(columns) < 2 or wants_maps or not is_whole or is_sharded(self.language_model):
+            return None
+        if not self.sees_all_columns or not can_regroup(past_key_values):
+            return None
+        if len(columns) <= int(latent_mask.sum(dim=1).max()):
+            return None
+        layout = layout_of(latent_mask, attention_mask)
+        most_columns = self.config.text_config.max_position_embeddings if self.counts_columns else None
+        return layout if is_worth(layout, latent_mask.shape[1], len(columns) + 1, most_columns) else None
 
     def decoder_call(self, columns: list[int], past_key_values: Cache | None, kwargs: dict):
         """The decoder as the passes of one forward pass call it: its latent steps compiled, where that is chosen."""
@@ -572,8 +587,10 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             past_key_values = self.start_cache(replayed, keeps_cache or loop is not think)
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
             past_key_values = with_cross_attention(past_key_values, kwargs)
-        if loop is think and self.regroups(latent_mask, columns, past_key_values, attention_mask, kwargs):
-            loop = partial(think_regrouped, keeps_cache=keeps_cache)
+        if loop is think and columns:
+            layout = self.common_layout(latent_mask, columns, past_key_values, attention_mask, kwargs)
+            if layout is not None:
+                loop = partial(think_regrouped, layout=layout, keeps_cache=keeps_cache)
         outputs = loop(
             self.decoder_call(columns, past_key_values, kwargs),
             inputs_embeds,
@@ -666,6 +683,11 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         )
 
 
+def setting_of_base(name: str) -> property:
+    """A setting of MMCoconutModel, read and written through the model with a head."""
+    return property(lambda self: getattr(self.model, name), lambda self, value: setattr(self.model, name, value))
+
+
 class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixin):
     """MMCoconutModel with a language-model head: `forward` gives loss and logits, `generate` answers.
 
@@ -712,14 +734,10 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
 
-    @property
-    def latent_graphs(self) -> str:
-        """Whether latent steps over a static cache are compiled: `auto` (on CUDA), `on`, `off`; see call_or_step."""
-        return self.model.latent_graphs
-
-    @latent_graphs.setter
-    def latent_graphs(self, value: str):
-        self.model.latent_graphs = value
+    bptt_thoughts = setting_of_base("bptt_thoughts")
+    checkpointed_passes = setting_of_base("checkpointed_passes")
+    defer_weight_gradients = setting_of_base("defer_weight_gradients")
+    latent_graphs = setting_of_base("latent_graphs")
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.model.get_vision_features(pixel_values, **kwargs)

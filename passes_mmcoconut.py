@@ -8,10 +8,10 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .caches_mmcoconut import ReplayCache
+from .caches_mmcoconut import ReplayCache, text_cache
 from .deferred_mmcoconut import DeferredWeightGradients
 
 
@@ -56,11 +56,8 @@ class Passes:
 
     def __call__(self, *, inputs_embeds: torch.Tensor, past_key_values: Cache, **kwargs):
         """One pass over (B, t, D)."""
-        own = past_key_values
-        if isinstance(own, EncoderDecoderCache):
-            own = own.self_attention_cache
         inputs = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, **kwargs}
-        if isinstance(own, ReplayCache):
+        if isinstance(text_cache(past_key_values), ReplayCache):
             return self.call(**inputs)
         with not_checkpointed(self.layers), self.deferred:
             return self.call(**inputs)

@@ -16,9 +16,15 @@ from itertools import accumulate
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .caches_mmcoconut import ReplayCache, text_cache
+from .kernels_mmcoconut import SplitCache
 from .latent_mmcoconut import ThinkOutput, think
+
+
+# A latent step costs what about so many columns of a long pass cost (benchmarks/LOG.md, n = 0 and 8).
+COLUMNS_OF_A_PASS = 6
 
 
 @dataclass
@@ -80,21 +86,28 @@ def layout_of(latent_mask: torch.Tensor, attention_mask: torch.Tensor | None) ->
     )
 
 
-def can_regroup(past_key_values: Cache | None) -> bool:
-    """Whether the keys of a cache can be put back into the old columns: nothing is kept, or layers that only grow."""
-    if isinstance(past_key_values, EncoderDecoderCache):
-        past_key_values = past_key_values.self_attention_cache
-    if not isinstance(past_key_values, DynamicCache):
-        return not getattr(past_key_values, "is_compileable", False)
-    is_fresh = past_key_values.get_seq_length() == 0
-    return is_fresh and all(type(layer) is DynamicLayer for layer in past_key_values.layers)
+def can_regroup(past_key_values: Cache) -> bool:
+    """Whether the keys of a cache can be put back into the old columns: nothing is kept, or a fresh one that grows."""
+    keys = text_cache(past_key_values)
+    if isinstance(keys, (ReplayCache, SplitCache)):
+        return True
+    is_growing = isinstance(keys, DynamicCache) and all(type(layer) is DynamicLayer for layer in keys.layers)
+    return is_growing and not keys.offloading and keys.get_seq_length() == 0
+
+
+def is_worth(layout: Layout, num_columns: int, num_passes: int, most_columns: int | None) -> bool:
+    """Whether a layout of T' columns saves more in passes than it costs in columns, and fits the decoder.
+
+    num_columns, num_passes: without it. most_columns: that a decoder which counts positions by column has.
+    """
+    length = layout.real.shape[1]
+    fits = most_columns is None or length <= most_columns
+    return fits and length - num_columns <= COLUMNS_OF_A_PASS * (num_passes - len(layout.starts))
 
 
 def move_back_keys(past_key_values: Cache, layout: Layout) -> None:
     """The cache's keys and values (B, H, T', K) in the old columns, (B, H, T, K)."""
-    if isinstance(past_key_values, EncoderDecoderCache):
-        past_key_values = past_key_values.self_attention_cache
-    for layer in past_key_values.layers:
+    for layer in text_cache(past_key_values).layers:
         layer.keys, layer.values = (
             layout.move_back(states.transpose(1, 2)).transpose(1, 2).contiguous()
             for states in (layer.keys, layer.values)
@@ -107,6 +120,7 @@ def think_regrouped(
     latent_mask: torch.Tensor,
     *,
     columns: list[int],
+    layout: Layout,
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None = None,
     linked: torch.Tensor | None = None,
@@ -117,8 +131,8 @@ def think_regrouped(
     """`think` with a pass for each of the most latents that a row has, however many columns they stand in.
 
     Arguments and results are those of `think`, in the columns of the call; attention maps cannot be asked for.
+    layout: of the rows, from `layout_of`.
     """
-    layout = layout_of(latent_mask, attention_mask)
     if position_ids is None:
         position_ids = torch.arange(latent_mask.shape[1], device=latent_mask.device)[None]
     outputs = think(

@@ -136,3 +136,25 @@ def test_a_product_in_parts_is_the_product(num_threads, num_rows, width, toleran
         assert max_difference(product(rows, matrix), rows @ matrix) <= tolerance
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "latent"])
+@pytest.mark.parametrize("text", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("tolerance", [1e-12])
+def test_gradients_asked_for_in_part_leave_nothing_behind(text, attention, deferred, tolerance):
+    """A backward pass for the pixels, or for one weight of an upper layer, goes by what others would have to empty."""
+    model = tiny_model(text).double().train()
+    model.get_decoder().set_attn_implementation(attention)
+    model.defer_weight_gradients = deferred
+    batch = batch_in(model, torch.float64)
+    _, expected = loss_and_gradients(model, batch)
+    weights = [weight for name, weight in model.get_decoder().named_parameters() if ".1." in name and weight.ndim == 2]
+    model.zero_grad(set_to_none=True)
+    pixels = batch["pixel_values"].clone().requires_grad_()
+    loss = model(**{**batch, "pixel_values": pixels}, labels=last_labels(batch)).loss
+    for wanted in (pixels, *weights):
+        torch.autograd.grad(loss, [wanted], retain_graph=True)
+    loss.backward()
+    gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert_same_gradients({**gradients, "pixel_values": pixels.grad}, expected, tolerance)

@@ -148,7 +148,7 @@ def test_cutting_the_sequence_changes_nothing_where_nothing_is_fed_back(text, co
 def test_every_column_goes_through_the_decoder_exactly_once(text, padding, monkeypatch):
     model = tiny_model(text)
     batch = ragged_batch(model, padding)
-    monkeypatch.setattr(type(model.model), "regroups", lambda *_: False)
+    monkeypatch.setattr(type(model.model), "common_layout", lambda *_: None)
     passes = []
     model.model.language_model.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True

@@ -98,3 +98,12 @@ def test_layers_are_checkpointed_again_after_a_step():
 def test_an_unknown_choice_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"checkpointed_passes='prefix'.*'all', 'first'"):
         tiny_model("gpt2").model.checkpointed_passes = "prefix"
+
+
+def test_settings_are_those_of_the_base_model_through_the_head():
+    model = tiny_model("gpt2")
+    for name, value in {"bptt_thoughts": 1, "checkpointed_passes": "first", "defer_weight_gradients": True}.items():
+        setattr(model, name, value)
+        assert getattr(model.model, name) == getattr(model, name) == value
+    with pytest.raises(ValueError, match="checkpointed_passes='none'"):
+        model.checkpointed_passes = "none"

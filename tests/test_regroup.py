@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny import (
     DECODERS,
+    TEXT_SIZES,
     assert_same_gradients,
     batch_of,
     last_labels,
@@ -12,21 +13,23 @@ from tiny import (
     ragged_batch,
     sliding_qwen2_config,
     tiny_model,
+    uncached,
     words,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import masking_utils
+from transformers import MistralConfig, masking_utils
+from transformers.cache_utils import DynamicCache, QuantizedCache
 
 from mmcoconut.kernels_mmcoconut import SplitCache
 from mmcoconut.latent_mmcoconut import think
 from mmcoconut.modeling_mmcoconut import MMCoconutModel
-from mmcoconut.regroup_mmcoconut import layout_of
+from mmcoconut.regroup_mmcoconut import COLUMNS_OF_A_PASS, can_regroup, is_worth, layout_of
 
 
 @pytest.fixture
 def ungrouped(monkeypatch):
     """Switches regrouping off when called."""
-    return lambda: monkeypatch.setattr(MMCoconutModel, "regroups", lambda *_: False)
+    return lambda: monkeypatch.setattr(MMCoconutModel, "common_layout", lambda *_: None)
 
 
 def drawn(rows: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,7 +146,7 @@ def test_what_cannot_be_moved_runs_column_by_column():
 def test_rows_that_share_their_columns_are_left_as_they_are(monkeypatch):
     model = tiny_model("gpt2")
     latents = [model.config.latent_token_id] * 2
-    monkeypatch.setattr("mmcoconut.regroup_mmcoconut.layout_of", None)
+    monkeypatch.setattr("mmcoconut.modeling_mmcoconut.layout_of", None)
     batch = batch_of(model, [[*words(3, 1), *latents, *words(2, 2)], [*words(5, 3), *latents, *words(2, 4)]])
     passes = count_passes(model)
     with torch.no_grad():
@@ -191,3 +194,90 @@ def test_labels_of_regrouped_rows_stay_with_their_tokens():
     logits = model(**batch).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def mistral_config(window: int = 6) -> MistralConfig:
+    """A decoder whose window `layer_types` do not name."""
+    return MistralConfig(**TEXT_SIZES, num_key_value_heads=2, sliding_window=window, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "latent"])
+@pytest.mark.parametrize("config", [sliding_qwen2_config, mistral_config])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_window_of_columns_is_left_as_it_is(config, attention, tolerance):
+    model = tiny_model(config()).train()
+    batch = ragged_batch(model)
+    with uncached(model):
+        expected_loss, expected = loss_and_gradients(model, batch, use_cache=False)
+    model.get_decoder().set_attn_implementation(attention)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert loss == pytest.approx(expected_loss, abs=tolerance)
+    assert_same_gradients(gradients, expected, tolerance)
+    model.gradient_checkpointing_enable()
+    for passes in ("all", "first"):
+        model.checkpointed_passes = passes
+        with pytest.raises(ValueError, match="full attention only"):
+            model(**batch)
+
+
+@pytest.mark.parametrize("config", [sliding_qwen2_config, mistral_config])
+@pytest.mark.parametrize("tolerance", [1e-4])
+def test_a_window_over_a_plain_cache_is_left_as_it_is(config, tolerance):
+    model = tiny_model(config())
+    batch = ragged_batch(model)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        with uncached(model):
+            expected = model(**batch, use_cache=False).logits
+        logits = model(**batch, past_key_values=DynamicCache()).logits
+    assert max_difference(logits[real], expected[real]) <= tolerance
+
+
+@pytest.mark.parametrize("text", ["marian", "bart", "gpt2"])
+@pytest.mark.parametrize("tolerance", [1e-4])
+def test_rows_that_would_grow_long_are_left_as_they_are(text, tolerance):
+    """Passes would be saved, and columns nearly doubled, past the positions of decoders that count them by column."""
+    model = tiny_model(text)
+    latent = model.config.latent_token_id
+    rows = [
+        [*words(3, 1), latent, *words(100, 2), latent, *words(10, 3)],
+        [*words(110, 4), latent, *words(3, 5), latent, *words(2, 6)],
+    ]
+    batch = batch_of(model, rows)
+    real = batch["attention_mask"].bool()
+    passes = count_passes(model)
+    with torch.no_grad():
+        logits = model(**batch).logits
+        assert len(passes) == 4 + 1
+        with uncached(model):
+            expected = model(**batch, use_cache=False).logits
+    assert max_difference(logits[real], expected[real]) <= tolerance
+
+
+@pytest.mark.parametrize("num_columns, num_passes, most, expected", [
+    (13, 4, None, True), (13 - COLUMNS_OF_A_PASS, 4, None, True), (12 - COLUMNS_OF_A_PASS, 4, None, False),
+    (13, 4, 13, True), (13, 4, 12, False),
+])  # fmt: skip
+def test_a_layout_is_worth_a_few_columns_for_each_pass_that_it_saves(num_columns, num_passes, most, expected):
+    layout = layout_of(*drawn(["aLbLcde", "..fghLi", "jkl.LmL", "nopqrst"]))  # 13 columns in 3 passes
+    assert is_worth(layout, num_columns, num_passes, most) is expected
+
+
+def test_keys_that_are_quantized_or_offloaded_are_not_moved():
+    model = tiny_model("qwen2")
+    cache = QuantizedCache("fp8", model.config.text_config)
+    assert model.generate(**ragged_batch(model), max_new_tokens=3, past_key_values=cache).shape[0] == 4
+    assert can_regroup(DynamicCache()) and not can_regroup(cache)
+    offloaded = DynamicCache()
+    offloaded.offloading = True
+    assert not can_regroup(offloaded)
+
+
+def test_attention_maps_asked_for_in_the_decoders_configuration_have_the_columns_of_the_call():
+    model = tiny_model("qwen2")
+    model.set_attn_implementation("eager")
+    model.get_decoder().config.output_attentions = True
+    batch = ragged_batch(model)
+    num_columns = batch["input_ids"].shape[1]
+    with torch.no_grad():
+        assert model(**batch).attentions[0].shape[-2:] == (num_columns, num_columns)
