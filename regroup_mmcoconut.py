@@ -6,7 +6,7 @@ The loop runs the decoder once a column in which any row has a latent. Three row
     t t t L t t L                                                                     t t t | L t | L · · ·
 
 they take 1 + 2: a row is cut before each of its latents, and the k-th pieces of all rows are padded to one length. The
-padding stands inside of rows, where the attention mask hides it; positions go with the tokens. What the result holds at
+padding stands inside of rows, where the attention mask hides it; positions go with the tokens. What results hold at
 columns of padding has no meaning.
 
 Shapes: B batch, T tokens, T' columns of the new layout, S pieces, D hidden, H heads, K head dim.
