@@ -6,11 +6,24 @@ Shapes: D hidden of the language model, V vocabulary.
 import copy
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_mmcoconut import MMCoconutConfig, num_patches_of, num_placeholders, settle_decoder
+from .configuration_mmcoconut import (
+    SPECIAL_TOKENS,
+    THOUGHT_TOKENS,
+    TOKEN_ID_FIELDS,
+    MMCoconutConfig,
+    add_special_tokens,
+    image_token_of,
+    num_patches_of,
+    num_placeholders,
+    settle_decoder,
+)
+from .latent_mmcoconut import ThoughtFeed
+from .projectors_mmcoconut import build_projector
 
 
 def internvl_fields(vlm: PreTrainedModel) -> dict:
@@ -256,3 +269,145 @@ def count_placeholders(vision_tower: PreTrainedModel, config: MMCoconutConfig) -
             f"none among its {num_tokens} tokens: set vision_feature_select_strategy='full'."
         )
     return num_placeholders(config, num_tokens - leaves_out_first)
+
+
+class FromBackbones:
+    """The part of a model with a head that makes it out of pretrained models or configurations."""
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision: str | None = None,
+        text: str | None = None,
+        *,
+        tokenizer=None,
+        vision_config: PreTrainedConfig | None = None,
+        text_config: PreTrainedConfig | None = None,
+        new_token_init: str | None = None,
+        **config_kwargs,
+    ):
+        """A new model out of a vision tower and a language model, pretrained or from their configurations.
+
+        Args:
+            vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
+                "openai-community/gpt2"; or
+            vision_config, text_config: configurations, for random weights.
+            tokenizer: the language model's tokenizer, loaded from `text` by default; it gets the four special tokens
+                where it lacks them, and the embeddings grow to its length.
+            new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
+                None takes the mean of the old embeddings.
+            config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add".
+
+        Raises:
+            ValueError: both or neither of a name and a configuration; an unknown `new_token_init`; a language model
+                whose head is more than a matrix.
+        """
+        if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
+            raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
+        image_fusion = config_kwargs.get("image_fusion", cls.config_class.image_fusion)
+        cls.base_class.check_fusion(image_fusion)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
+        num_known = len(tokenizer)
+        add_special_tokens(tokenizer)
+        vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
+        if text:
+            causal_lm = load_language_model(text, cls.text_auto_class, image_fusion=image_fusion)
+            grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
+        else:
+            causal_lm = new_language_model(text_config, tokenizer, cls.text_auto_class, image_fusion=image_fusion)
+        check_plain_head(causal_lm)
+        token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+        config = cls.config_class(
+            vision_config=vision_tower.config,
+            text_config=causal_lm.config,
+            **dict(zip(TOKEN_ID_FIELDS, token_ids)),
+            **config_kwargs,
+        )
+        head = causal_lm.get_output_embeddings()
+        model = cls(config)
+        model.join(vision_tower, model.language_part(causal_lm), head=head)
+        if model.model.counts_columns:
+            check_row_positions(model.get_decoder())
+        model.generation_config.update(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            forced_bos_token_id=None,  # BART's summaries want them, and an answer begins and ends by itself
+            forced_eos_token_id=None,
+        )
+        return model
+
+    @staticmethod
+    def language_part(causal_lm: PreTrainedModel) -> PreTrainedModel:
+        """What MMCoconutModel has of a language model: its decoder, without the head."""
+        return causal_lm.get_decoder()
+
+    @classmethod
+    def from_vlm(
+        cls,
+        vlm: str | PreTrainedModel,
+        *,
+        tokenizer=None,
+        processor=None,
+        new_token_init: str | None = None,
+        **config_kwargs,
+    ):
+        """A pretrained InternVL or LLaVA that can think: tower, projector, decoder and head as they are.
+
+        Args:
+            vlm: Hub id or folder, e.g. "OpenGVLab/InternVL3-1B-hf", or the model itself, whose parts are taken over:
+                do not use it afterwards.
+            tokenizer, or processor with one: loaded from `vlm` by default; the tokenizer gets the latent and the two
+                markers where it lacks them, and the embeddings grow to its length. The image token is the VLM's own.
+            new_token_init: a token whose embedding the new tokens start from; None takes the mean of the old ones.
+            config_kwargs: fields of MMCoconutConfig that the VLM does not decide, e.g. thought_norm or image_size.
+
+        Raises:
+            ValueError: a model of another kind; a model without its tokenizer; an unknown `new_token_init`.
+        """
+        if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
+            raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
+        tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
+        vlm = load_vlm(vlm)
+        fields = fields_of_vlm(vlm)
+        num_known = len(tokenizer)
+        add_special_tokens(tokenizer, image_token_of(tokenizer, fields["image_token_id"]))
+        grow_embeddings(vlm, tokenizer, num_known, new_token_init=new_token_init)
+        thought_ids = dict(zip(TOKEN_ID_FIELDS[1:], tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))))
+        config = cls.config_class(
+            vision_config=vlm.model.vision_tower.config,
+            text_config=vlm.model.language_model.config,
+            **fields,
+            **thought_ids,
+            **config_kwargs,
+        )
+        model = cls.without_backbones(config)
+        model.join(vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
+        model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
+        suppress_tokens = model.generation_config.suppress_tokens
+        model.generation_config = copy.deepcopy(vlm.generation_config)
+        model.generation_config.update(
+            eos_token_id=ends_of(vlm.generation_config, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            suppress_tokens=suppress_tokens,
+        )
+        return model.to(vlm.device, vlm.dtype)
+
+    @classmethod
+    def without_backbones(cls, config: MMCoconutConfig):
+        """A model to be joined with large backbones: only projector and thoughts take memory, with new weights."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
+        thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
+        model.model.thought_feed = thought_feed.apply(model._init_weights)
+        return model
+
+    def join(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):
+        """This model with these parts, in evaluation mode, as from_pretrained leaves a model."""
+        self.model.vision_tower, self.model.language_model, self.lm_head = vision_tower, language_model, head
+        self.config.image_seq_length = count_placeholders(vision_tower, self.config)
+        self.tie_weights()
+        # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
+        self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
+        return self.eval()

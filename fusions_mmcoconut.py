@@ -14,6 +14,23 @@ decoder.
 import torch
 
 
+def check_one_source(**sources) -> None:
+    """The batch's images must not be given twice."""
+    given = [name for name, value in sources.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} both hold the images of the batch: pass one of them.")
+
+
+def check_num_tiles(num_tiles: torch.Tensor | None, **images: torch.Tensor | None) -> None:
+    """The tiles of all images (images,) must be as many as the pixels or the features (I, …), given by their name."""
+    for name, tensor in images.items():
+        if num_tiles is not None and tensor is not None and int(num_tiles.sum()) != tensor.shape[0]:
+            raise ValueError(
+                f"num_tiles counts {int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image), but {name} holds "
+                f"{tensor.shape[0]}: pass both as MMCoconutProcessor returns them."
+            )
+
+
 def replace_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
     """Image features take the place of the placeholders' embeddings, as in LLaVA."""
     mask = image_mask[..., None].expand_as(inputs_embeds)  # (B, T, D)

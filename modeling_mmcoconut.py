@@ -4,7 +4,6 @@ Shapes: B batch, T tokens, N latents, I images, P features an image, D hidden of
 The recurrence itself stands in latent_mmcoconut.py.
 """
 
-import copy
 import inspect
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +11,9 @@ from itertools import accumulate
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
@@ -23,19 +21,7 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import select_hidden_states
 
-from .backbones_mmcoconut import (
-    call_with_row_positions,
-    check_plain_head,
-    check_row_positions,
-    count_placeholders,
-    ends_of,
-    fields_of_vlm,
-    grow_embeddings,
-    load_language_model,
-    load_vision_tower,
-    load_vlm,
-    new_language_model,
-)
+from .backbones_mmcoconut import FromBackbones, call_with_row_positions
 from .caches_mmcoconut import (
     CrossAttentionCache,
     FirstPassCache,
@@ -47,16 +33,12 @@ from .caches_mmcoconut import (
 from .configuration_mmcoconut import (
     PREFIX_PROJECTORS,
     READ_BY_CROSS_ATTENTION,
-    SPECIAL_TOKENS,
-    THOUGHT_TOKENS,
     TOKEN_ID_FIELDS,
     MMCoconutConfig,
-    add_special_tokens,
     check_schedule,
-    image_token_of,
 )
 from .deferred_mmcoconut import LEAST_WIDTH
-from .fusions_mmcoconut import IMAGE_FUSIONS
+from .fusions_mmcoconut import IMAGE_FUSIONS, check_num_tiles, check_one_source
 from .jacobi_mmcoconut import check_not_sharded, check_one_block, think_jacobi
 from .kernels_mmcoconut import SplitCache
 from .latent_graphs_mmcoconut import check_latent_graphs, latent_step_caller
@@ -74,7 +56,7 @@ from .latent_mmcoconut import (
     whole_tensor,
 )
 from .passes_mmcoconut import Passes, check_checkpointed_passes
-from .prefixes_mmcoconut import PromptPrefix, prompts_of, shared_length, with_prompts
+from .prefixes_mmcoconut import GenerationBehindPrefix
 from .projectors_mmcoconut import build_projector, check_image_features, select_features
 from .regroup_mmcoconut import can_regroup, is_worth, layout_of, think_regrouped
 
@@ -128,23 +110,6 @@ class MMCoconutCausalLMOutputWithPast(ModelOutput):
 def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch.Tensor:
     """Positions (B, num_columns) that count real tokens from 0; padding on the left gets position 0."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
-
-
-def check_one_source(**sources) -> None:
-    """The batch's images must not be given twice."""
-    given = [name for name, value in sources.items() if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} both hold the images of the batch: pass one of them.")
-
-
-def check_num_tiles(num_tiles: torch.Tensor | None, **images: torch.Tensor | None) -> None:
-    """The tiles of all images (images,) must be as many as the pixels or the features (I, …), given by their name."""
-    for name, tensor in images.items():
-        if num_tiles is not None and tensor is not None and int(num_tiles.sum()) != tensor.shape[0]:
-            raise ValueError(
-                f"num_tiles counts {int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image), but {name} holds "
-                f"{tensor.shape[0]}: pass both as MMCoconutProcessor returns them."
-            )
 
 
 def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> EncoderDecoderCache:
@@ -480,12 +445,10 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         nothing is kept of it and `latent` attention can read it, one that leaves the first pass's keys in place."""
         text_config = self.config.get_text_config(decoder=True)
         reads_split = self.get_decoder().config._attn_implementation == "latent"
+        if not replayed and reads_split and self.sees_all_columns and not kept:
+            return SplitCache()
         if not replayed:
-            return (
-                SplitCache()
-                if reads_split and self.sees_all_columns and not kept
-                else DynamicCache(config=text_config)
-            )
+            return DynamicCache(config=text_config)
         if not self.sees_all_columns:
             raise ValueError(
                 "Gradient checkpointing with latents works for full attention only, and text_config has "
@@ -688,7 +651,9 @@ def setting_of_base(name: str) -> property:
     return property(lambda self: getattr(self.model, name), lambda self, value: setattr(self.model, name, value))
 
 
-class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixin):
+class MMCoconutForConditionalGeneration(
+    MMCoconutPreTrainedModel, FromBackbones, GenerationBehindPrefix, GenerationMixin
+):
     """MMCoconutModel with a language-model head: `forward` gives loss and logits, `generate` answers.
 
     The prompt's latents are thought in the prefill, so every way of stock `generate()` works; a decoding step is
@@ -744,93 +709,6 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
 
     def get_image_features(self, *args, **kwargs) -> tuple | BaseModelOutputWithPooling:
         return self.model.get_image_features(*args, **kwargs)
-
-    @torch.no_grad()
-    def prefill(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        num_tokens: int | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        num_tiles: torch.LongTensor | None = None,
-    ) -> PromptPrefix:
-        """Run what prompts begin with through the model once, for `generate(…, prefix=…)` to go on from.
-
-        Args:
-            input_ids, attention_mask (B, T): one prompt, all of which is the prefix, or several, of which it is what
-                all of them begin with.
-            num_tokens: make the prefix of so many tokens.
-            pixel_values or image_features, num_tiles: the images of the prompts; only those in the prefix are read.
-
-        Raises:
-            ValueError: prompts without a common beginning; a prefix that ends inside an image; other images at its
-                placeholders in one prompt than in another.
-        """
-        check_one_source(pixel_values=pixel_values, image_features=image_features)
-        prompts = prompts_of(input_ids, attention_mask)
-        prompt = prompts[0][None, : shared_length(prompts, num_tokens)]  # (1, P)
-        tiles = self.count_tiles([prompt[0]])[0]
-        tiles_of_images = None if num_tiles is None else num_tiles[num_tiles.cumsum(0) <= tiles]
-        self.model.check_whole_images(prompt == self.config.image_token_id, tiles_of_images)
-        images = {"pixel_values": pixel_values, "image_features": image_features}
-        first = {name: tensor[:tiles] for name, tensor in images.items() if tensor is not None and tiles}
-        prefix = PromptPrefix(prompt[0], first, tiles_of_images if first else None)
-        prefix.without_images(self.count_tiles(prompts), num_tiles, **images)
-        inputs = {**first, "num_tiles": prefix.num_tiles, "past_key_values": DynamicCache(), "use_cache": True}
-        return prefix.keep(self.model(input_ids=prompt, **inputs).past_key_values)
-
-    def count_tiles(self, prompts: list[torch.Tensor]) -> list[int]:
-        """How many images, or tiles, each prompt has placeholders for."""
-        return [int((ids == self.config.image_token_id).sum()) // self.config.image_seq_length for ids in prompts]
-
-    def generate_behind(self, prefix: PromptPrefix, inputs: torch.Tensor | None, *args, **kwargs):
-        """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
-        other = [name for name in ("past_key_values", "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
-        if input_ids is None or other:
-            raise ValueError(
-                f"A prefix needs input_ids of the whole prompts and no {' or '.join(other or ['others'])}."
-            )
-        prompts = prompts_of(input_ids, kwargs.pop("attention_mask", None))
-        prefix.check_begins(prompts, self.config.latent_token_id)
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features", "num_tiles")}
-        check_one_source(**{name: images[name] for name in ("pixel_values", "image_features")})
-        images = prefix.without_images(self.count_tiles(prompts), images.pop("num_tiles"), **images)
-        pad_token_id = self.generation_config.pad_token_id or 0
-        ids, mask = prefix.in_front(prompts, input_ids.shape[1], pad_token_id=pad_token_id)  # (B, T) each
-        # Stock `generate()` counts placeholders to share images out to beams; those of the prefix are read already.
-        known = ids[:, : len(prefix)]
-        known[known == self.config.image_token_id] = self.config.start_latent_token_id
-        outputs = self.generate(ids, *args, attention_mask=mask, past_key_values=prefix, **images, **kwargs)
-        return with_prompts(outputs, input_ids, moved=not bool(mask.all()))
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
-        """As the library's, and what a prefix holds is copied into the rows of the cache that it makes."""
-        prefix = model_kwargs.get("past_key_values")
-        prepare = super()._prepare_cache_for_generation
-        if not isinstance(prefix, PromptPrefix):
-            return prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "Assisted decoding reads the whole prompt again in its first step, also what a cache holds already: "
-                "leave out the prefix, or assistant_model and prompt_lookup_num_tokens."
-            )
-        del model_kwargs["past_key_values"]
-        prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
-        if model_kwargs.get("past_key_values") is None:
-            raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
-        text_config = self.config.get_text_config(decoder=True)
-        slides = "sliding_attention" in (getattr(text_config, "layer_types", None) or [])
-        window, padded = getattr(text_config, "sliding_window", None), model_kwargs.get("attention_mask") is not None
-        if slides and padded and window < generation_config.max_length:
-            raise ValueError(
-                f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
-                f"sequence has up to {generation_config.max_length}: pass prompts of one length, or one at a time."
-            )
-        num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        model_kwargs["past_key_values"] = prefix.copied_into(model_kwargs["past_key_values"], num_rows)
 
     def generate(self, inputs: torch.Tensor | None = None, *args, image_features=None, prefix=None, **kwargs):
         """Stock `generate()`, which encodes images before any forward pass could see whose they are.
@@ -942,144 +820,6 @@ class MMCoconutForConditionalGeneration(MMCoconutPreTrainedModel, GenerationMixi
             thoughts=outputs.thoughts,
             thought_mask=outputs.thought_mask,
         )
-
-    @classmethod
-    def from_backbones(
-        cls,
-        vision: str | None = None,
-        text: str | None = None,
-        *,
-        tokenizer=None,
-        vision_config: PreTrainedConfig | None = None,
-        text_config: PreTrainedConfig | None = None,
-        new_token_init: str | None = None,
-        **config_kwargs,
-    ):
-        """A new model out of a vision tower and a language model, pretrained or from their configurations.
-
-        Args:
-            vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
-                "openai-community/gpt2"; or
-            vision_config, text_config: configurations, for random weights.
-            tokenizer: the language model's tokenizer, loaded from `text` by default; it gets the four special tokens
-                where it lacks them, and the embeddings grow to its length.
-            new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
-                None takes the mean of the old embeddings.
-            config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add".
-
-        Raises:
-            ValueError: both or neither of a name and a configuration; an unknown `new_token_init`; a language model
-                whose head is more than a matrix.
-        """
-        if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
-            raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
-        image_fusion = config_kwargs.get("image_fusion", cls.config_class.image_fusion)
-        cls.base_class.check_fusion(image_fusion)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
-        num_known = len(tokenizer)
-        add_special_tokens(tokenizer)
-        vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
-        if text:
-            causal_lm = load_language_model(text, cls.text_auto_class, image_fusion=image_fusion)
-            grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
-        else:
-            causal_lm = new_language_model(text_config, tokenizer, cls.text_auto_class, image_fusion=image_fusion)
-        check_plain_head(causal_lm)
-        token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-        config = cls.config_class(
-            vision_config=vision_tower.config,
-            text_config=causal_lm.config,
-            **dict(zip(TOKEN_ID_FIELDS, token_ids)),
-            **config_kwargs,
-        )
-        head = causal_lm.get_output_embeddings()
-        model = cls(config)
-        model.join(vision_tower, model.language_part(causal_lm), head=head)
-        if model.model.counts_columns:
-            check_row_positions(model.get_decoder())
-        model.generation_config.update(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            forced_bos_token_id=None,  # BART's summaries want them, and an answer begins and ends by itself
-            forced_eos_token_id=None,
-        )
-        return model
-
-    @staticmethod
-    def language_part(causal_lm: PreTrainedModel) -> PreTrainedModel:
-        """What MMCoconutModel has of a language model: its decoder, without the head."""
-        return causal_lm.get_decoder()
-
-    @classmethod
-    def from_vlm(
-        cls,
-        vlm: str | PreTrainedModel,
-        *,
-        tokenizer=None,
-        processor=None,
-        new_token_init: str | None = None,
-        **config_kwargs,
-    ):
-        """A pretrained InternVL or LLaVA that can think: tower, projector, decoder and head as they are.
-
-        Args:
-            vlm: Hub id or folder, e.g. "OpenGVLab/InternVL3-1B-hf", or the model itself, whose parts are taken over:
-                do not use it afterwards.
-            tokenizer, or processor with one: loaded from `vlm` by default; the tokenizer gets the latent and the two
-                markers where it lacks them, and the embeddings grow to its length. The image token is the VLM's own.
-            new_token_init: a token whose embedding the new tokens start from; None takes the mean of the old ones.
-            config_kwargs: fields of MMCoconutConfig that the VLM does not decide, e.g. thought_norm or image_size.
-
-        Raises:
-            ValueError: a model of another kind; a model without its tokenizer; an unknown `new_token_init`.
-        """
-        if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
-            raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
-        tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
-        vlm = load_vlm(vlm)
-        fields = fields_of_vlm(vlm)
-        num_known = len(tokenizer)
-        add_special_tokens(tokenizer, image_token_of(tokenizer, fields["image_token_id"]))
-        grow_embeddings(vlm, tokenizer, num_known, new_token_init=new_token_init)
-        thought_ids = dict(zip(TOKEN_ID_FIELDS[1:], tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))))
-        config = cls.config_class(
-            vision_config=vlm.model.vision_tower.config,
-            text_config=vlm.model.language_model.config,
-            **fields,
-            **thought_ids,
-            **config_kwargs,
-        )
-        model = cls.without_backbones(config)
-        model.join(vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
-        model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
-        suppress_tokens = model.generation_config.suppress_tokens
-        model.generation_config = copy.deepcopy(vlm.generation_config)
-        model.generation_config.update(
-            eos_token_id=ends_of(vlm.generation_config, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=suppress_tokens,
-        )
-        return model.to(vlm.device, vlm.dtype)
-
-    @classmethod
-    def without_backbones(cls, config: MMCoconutConfig):
-        """A model to be joined with large backbones: only projector and thoughts take memory, with new weights."""
-        with torch.device("meta"):
-            model = cls(config)
-        model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
-        thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
-        model.model.thought_feed = thought_feed.apply(model._init_weights)
-        return model
-
-    def join(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):
-        """This model with these parts, in evaluation mode, as from_pretrained leaves a model."""
-        self.model.vision_tower, self.model.language_model, self.lm_head = vision_tower, language_model, head
-        self.config.image_seq_length = count_placeholders(vision_tower, self.config)
-        self.tie_weights()
-        # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
-        self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
-        return self.eval()
 
 
 MMCoconutForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

@@ -12,10 +12,12 @@ Shapes: B batch, P tokens of the prefix, T of the whole prompts, H heads, K head
 from dataclasses import dataclass, field
 
 import torch
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 from .caches_mmcoconut import CrossAttentionCache, remember_state
+from .fusions_mmcoconut import check_one_source
 
 
 # Features of the same picture, computed in another batch, differ by rounding; those of another picture by far more.
@@ -225,3 +227,93 @@ def with_prompts(outputs, input_ids: torch.Tensor, *, moved: bool):
     if moved:
         outputs.past_key_values = None
     return outputs
+
+
+class GenerationBehindPrefix:
+    """The part of a model with a head that makes prefixes and generates behind them; before GenerationMixin."""
+
+    @torch.no_grad()
+    def prefill(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        num_tokens: int | None = None,
+        pixel_values: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        num_tiles: torch.LongTensor | None = None,
+    ) -> PromptPrefix:
+        """Run what prompts begin with through the model once, for `generate(…, prefix=…)` to go on from.
+
+        Args:
+            input_ids, attention_mask (B, T): one prompt, all of which is the prefix, or several, of which it is what
+                all of them begin with.
+            num_tokens: make the prefix of so many tokens.
+            pixel_values or image_features, num_tiles: the images of the prompts; only those in the prefix are read.
+
+        Raises:
+            ValueError: prompts without a common beginning; a prefix that ends inside an image; other images at its
+                placeholders in one prompt than in another.
+        """
+        check_one_source(pixel_values=pixel_values, image_features=image_features)
+        prompts = prompts_of(input_ids, attention_mask)
+        prompt = prompts[0][None, : shared_length(prompts, num_tokens)]  # (1, P)
+        tiles = self.count_tiles([prompt[0]])[0]
+        tiles_of_images = None if num_tiles is None else num_tiles[num_tiles.cumsum(0) <= tiles]
+        self.model.check_whole_images(prompt == self.config.image_token_id, tiles_of_images)
+        images = {"pixel_values": pixel_values, "image_features": image_features}
+        first = {name: tensor[:tiles] for name, tensor in images.items() if tensor is not None and tiles}
+        prefix = PromptPrefix(prompt[0], first, tiles_of_images if first else None)
+        prefix.without_images(self.count_tiles(prompts), num_tiles, **images)
+        inputs = {**first, "num_tiles": prefix.num_tiles, "past_key_values": DynamicCache(), "use_cache": True}
+        return prefix.keep(self.model(input_ids=prompt, **inputs).past_key_values)
+
+    def count_tiles(self, prompts: list[torch.Tensor]) -> list[int]:
+        """How many images, or tiles, each prompt has placeholders for."""
+        return [int((ids == self.config.image_token_id).sum()) // self.config.image_seq_length for ids in prompts]
+
+    def generate_behind(self, prefix: PromptPrefix, inputs: torch.Tensor | None, *args, **kwargs):
+        """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
+        other = [name for name in ("past_key_values", "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
+        if input_ids is None or other:
+            raise ValueError(
+                f"A prefix needs input_ids of the whole prompts and no {' or '.join(other or ['others'])}."
+            )
+        prompts = prompts_of(input_ids, kwargs.pop("attention_mask", None))
+        prefix.check_begins(prompts, self.config.latent_token_id)
+        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features", "num_tiles")}
+        check_one_source(**{name: images[name] for name in ("pixel_values", "image_features")})
+        images = prefix.without_images(self.count_tiles(prompts), images.pop("num_tiles"), **images)
+        pad_token_id = self.generation_config.pad_token_id or 0
+        ids, mask = prefix.in_front(prompts, input_ids.shape[1], pad_token_id=pad_token_id)  # (B, T) each
+        # Stock `generate()` counts placeholders to share images out to beams; those of the prefix are read already.
+        known = ids[:, : len(prefix)]
+        known[known == self.config.image_token_id] = self.config.start_latent_token_id
+        outputs = self.generate(ids, *args, attention_mask=mask, past_key_values=prefix, **images, **kwargs)
+        return with_prompts(outputs, input_ids, moved=not bool(mask.all()))
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        """As the library's, and what a prefix holds is copied into the rows of the cache that it makes."""
+        prefix = model_kwargs.get("past_key_values")
+        prepare = super()._prepare_cache_for_generation
+        if not isinstance(prefix, PromptPrefix):
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            raise ValueError(
+                "Assisted decoding reads the whole prompt again in its first step, also what a cache holds already: "
+                "leave out the prefix, or assistant_model and prompt_lookup_num_tokens."
+            )
+        del model_kwargs["past_key_values"]
+        prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        if model_kwargs.get("past_key_values") is None:
+            raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
+        padded = model_kwargs.get("attention_mask") is not None
+        window = getattr(self.config.get_text_config(decoder=True), "sliding_window", None)
+        if padded and not self.model.sees_all_columns and window < generation_config.max_length:
+            raise ValueError(
+                f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
+                f"sequence has up to {generation_config.max_length}: pass prompts of one length, or one at a time."
+            )
+        num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
+        model_kwargs["past_key_values"] = prefix.copied_into(model_kwargs["past_key_values"], num_rows)
