@@ -7,8 +7,12 @@ describes the text around the placeholders (markers, number of latents) in the p
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.utils import logging
 
 
+logger = logging.get_logger(__name__)
+
+VERSION = "0.1.0"
 IMAGE_TOKEN = "<image>"
 LATENT_TOKEN = "<|latent|>"
 START_LATENT_TOKEN = "<|start-latent|>"
@@ -90,7 +94,7 @@ class MMCoconutConfig(PreTrainedConfig):
         jacobi_iterations (`int`): how often, at least 1; as many as there are thoughts give the sequential ones. Only
             and always with `jacobi`.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
-        mmcoconut_version (`str`): version that wrote the checkpoint.
+        mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
 
     Raises:
         ValueError: a value outside its choices, or a combination that cannot work; the message says what to change.
@@ -128,10 +132,11 @@ class MMCoconutConfig(PreTrainedConfig):
     jacobi_iterations: int | None = None
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
-    mmcoconut_version: str = "0.1.0"
+    mmcoconut_version: str = VERSION
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
+        warn_of_newer(self.mmcoconut_version)
         self.is_encoder_decoder = self.image_fusion == "encoder"
         self.auto_map = dict(SEQ2SEQ_AUTO_MAP if self.is_encoder_decoder else AUTO_MAP)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
@@ -144,9 +149,24 @@ class MMCoconutConfig(PreTrainedConfig):
             num_patches = num_patches_of(self.vision_config, self.vision_feature_select_strategy)
             self.image_seq_length = None if num_patches is None else num_placeholders(self, num_patches)
 
+    def save_pretrained(self, save_directory, **kwargs):
+        """As the library's, with the version of the code that saves."""
+        self.mmcoconut_version = VERSION
+        super().save_pretrained(save_directory, **kwargs)
+
     def get_text_config(self, decoder=None, encoder=None):
         """The language model's configuration; of an encoder-decoder the side that is asked for."""
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def warn_of_newer(version: str) -> None:
+    """Say that a checkpoint was written by later code, which may have meant something else by a field."""
+    written, known = (tuple(map(int, text.split("."))) for text in (version, VERSION))
+    if written > known:
+        logger.warning_once(
+            f"The checkpoint was written by mmcoconut {version}, and this code is {VERSION}: install {version} or "
+            "newer, or load it with trust_remote_code=True where mmcoconut is not imported."
+        )
 
 
 def settle_decoder(text_config, image_fusion: str) -> None:

@@ -1,5 +1,8 @@
 """mmcoconut: continuous-thought (Coconut) reasoning for vision-language models; public names, imported when used.
 
+After `import mmcoconut` the library's Auto classes load a checkpoint with this package's code, and with none out of
+the checkpoint.
+
 The model files lie flat in the repository's root, because that is what a checkpoint on the Hub ships; the root joins
 this package's path, so that they are `mmcoconut.modeling_mmcoconut` and so on wherever the package is installed.
 """
@@ -25,6 +28,8 @@ PUBLIC_NAMES = {
     "load_examples": "data",
 }
 __all__ = ["__version__", *PUBLIC_NAMES]
+
+importlib.import_module("mmcoconut.auto_classes").register()  # behind __path__, on which the model files are found
 
 
 def __getattr__(name: str):
