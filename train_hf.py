@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from mmcoconut.arguments import parse_recipe, save_recipe
 from mmcoconut.compare import compare
+from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import drop_unreadable, load_examples, nearest, question_text
 from mmcoconut.data.images import open_images
@@ -148,10 +149,25 @@ def build_from_vlm(model_args):
     return model, processor
 
 
+def feedback_of(model_args) -> dict:
+    """How the recipe feeds thoughts back, with a warning for each field that the checkpoint has otherwise."""
+    saved = MMCoconutConfig.from_pretrained(model_args.model, trust_remote_code=False)
+    wanted = {field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK}
+    for field, value in wanted.items():
+        before = getattr(saved, field)
+        if value != before:
+            logger.warning(
+                "%s is %r in the checkpoint %s and becomes %r, which the recipe says or has as its default: "
+                "set `%s: %s` in the recipe to keep the checkpoint's.",
+                *(field, before, model_args.model, value, field, "null" if before is None else before),
+            )
+    return wanted
+
+
 def build_from_checkpoint(model_args):
     """Model and processor of an earlier run; the recipe may change how thoughts are fed back, nothing else."""
     name = model_args.model
-    model = load_model(name, **{field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK})
+    model = load_model(name, **feedback_of(model_args))
     for field in CONFIG_FIELDS:
         if getattr(model.config, field) != getattr(model_args, field):
             raise ValueError(
@@ -182,12 +198,12 @@ def build(model_args, curriculum_args, train_set):
     else:
         model, processor = build_from_backbones(model_args, train_set)
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
-    model.model.bptt_thoughts = model_args.bptt_thoughts
+    model.bptt_thoughts = model_args.bptt_thoughts
     processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
-    model.model.checkpointed_passes = model_args.checkpointed_passes
-    model.model.defer_weight_gradients = model_args.defer_weight_gradients
+    model.checkpointed_passes = model_args.checkpointed_passes
+    model.defer_weight_gradients = model_args.defer_weight_gradients
     freeze(model, model_args.freeze)
     if curriculum_args.align_weight and any(weight.requires_grad for weight in model.get_encoder().parameters()):
         logger.warning("images are aligned with a text encoder that is trained too: freeze language_model.encoder")

@@ -82,6 +82,21 @@ if triton is not None:
         return m_pair
 
     @triton.jit
+    def _scores(
+        b_query, p_key, s_key, p_value, s_value, p_mask, s_mask, i_batch, i_kv_head, o_query, m_row,
+        start, last, first_column, scaling, HEAD_DIM: tl.constexpr, KEYS: tl.constexpr, DIMS: tl.constexpr,
+    ):  # fmt: skip
+        """The block of keys from `start` on, its values, scores (ROWS, KEYS), and which of them count."""
+        o_key = start + tl.arange(0, KEYS)
+        m_key = o_key < last
+        b_key = _load(p_key, s_key, i_batch, i_kv_head, o_key, m_key, HEAD_DIM, DIMS)
+        b_value = _load(p_value, s_value, i_batch, i_kv_head, o_key, m_key, HEAD_DIM, DIMS)
+        m_pair = m_row[:, None] & m_key[None, :]
+        m_pair = _visible(p_mask, s_mask, i_batch, o_query[:, None], (o_key + first_column)[None, :], m_pair)
+        b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scaling  # (ROWS, KEYS)
+        return b_key, b_value, b_score, m_pair
+
+    @triton.jit
     def _attend(
         b_query, p_key, s_key, p_value, s_value, p_mask, s_mask, i_batch, i_kv_head, o_query, m_row,
         first, last, first_column, scaling,
@@ -92,13 +107,10 @@ if triton is not None:
         b_sum = tl.full((ROWS,), 0.0, tl.float32)
         b_output = tl.full((ROWS, DIMS), 0.0, tl.float32)
         for start in range(first, last, KEYS):
-            o_key = start + tl.arange(0, KEYS)
-            m_key = o_key < last
-            b_key = _load(p_key, s_key, i_batch, i_kv_head, o_key, m_key, HEAD_DIM, DIMS)
-            b_value = _load(p_value, s_value, i_batch, i_kv_head, o_key, m_key, HEAD_DIM, DIMS)
-            m_pair = m_row[:, None] & m_key[None, :]
-            m_pair = _visible(p_mask, s_mask, i_batch, o_query[:, None], (o_key + first_column)[None, :], m_pair)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scaling  # (ROWS, KEYS)
+            _, b_value, b_score, m_pair = _scores(
+                b_query, p_key, s_key, p_value, s_value, p_mask, s_mask, i_batch, i_kv_head, o_query, m_row,
+                start, last, first_column, scaling, HEAD_DIM, KEYS, DIMS,
+            )  # fmt: skip
             b_score = tl.where(m_pair, b_score, float("-inf"))
             b_new_max = tl.maximum(b_max, tl.max(b_score, 1))
             b_weight = tl.exp(b_score - b_new_max[:, None])
@@ -172,13 +184,10 @@ if triton is not None:
         """Gradient (ROWS, DIMS) of the queries through keys `first` up to `last`."""
         b_gradient = tl.full((ROWS, DIMS), 0.0, tl.float32)
         for start in range(first, last, KEYS):
-            o_key = start + tl.arange(0, KEYS)
-            m_key = o_key < last
-            b_key = _load(p_key, s_key, i_batch, i_kv_head, o_key, m_key, HEAD_DIM, DIMS)
-            b_value = _load(p_value, s_value, i_batch, i_kv_head, o_key, m_key, HEAD_DIM, DIMS)
-            m_pair = m_row[:, None] & m_key[None, :]
-            m_pair = _visible(p_mask, s_mask, i_batch, o_query[:, None], (o_key + first_column)[None, :], m_pair)
-            b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee") * scaling  # (ROWS, KEYS)
+            b_key, b_value, b_score, m_pair = _scores(
+                b_query, p_key, s_key, p_value, s_value, p_mask, s_mask, i_batch, i_kv_head, o_query, m_row,
+                start, last, first_column, scaling, HEAD_DIM, KEYS, DIMS,
+            )  # fmt: skip
             b_weight = tl.exp(tl.where(m_pair, b_score - b_lse[:, None], float("-inf")))
             b_grad_weight = tl.dot(b_grad_output, tl.trans(b_value), input_precision="ieee")
             b_grad_score = b_weight * (b_grad_weight - b_delta[:, None])

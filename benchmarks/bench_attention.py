@@ -12,16 +12,9 @@ and tail, counted once a forward pass; that of a copy on the same device, reads 
 """
 
 import argparse
-import csv
-import platform
-import shlex
-import sys
-import time
-from datetime import date
-from pathlib import Path
 
 import torch
-import transformers
+from measuring import fastest, write_results
 
 from mmcoconut import triton_mmcoconut
 from mmcoconut.kernels_mmcoconut import Split, latent_attention, latent_attention_reference
@@ -30,7 +23,6 @@ from mmcoconut.kernels_mmcoconut import Split, latent_attention, latent_attentio
 # batch, heads, kv_heads, head_dim
 CPU_SHAPES = [(4, 12, 12, 64), (1, 14, 2, 64)]
 GPU_SHAPES = [(8, 12, 12, 64), (8, 28, 4, 128), (32, 28, 4, 128), (1, 28, 4, 128)]
-RESULTS = Path(__file__).with_name("results")
 
 
 def joined_sdpa(query, key: Split, value: Split, *, mask, scaling):
@@ -74,28 +66,6 @@ def random_inputs(*, batch, heads, kv_heads, prefix, tail, head_dim, device, dty
     return query, key, value
 
 
-def seconds_of(call, device: str) -> float:
-    if device == "cpu":
-        began = time.perf_counter()
-        call()
-        return time.perf_counter() - began
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()
-    call()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended) / 1e3
-
-
-def fastest(calls: dict, *, repeats: int, device: str) -> dict:
-    """Seconds of the fastest of the repeats of every call; they take turns, and the first round does not count."""
-    seconds = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            seconds[name].append(seconds_of(call, device))
-    return {name: min(taken[1:]) for name, taken in seconds.items()}
-
-
 def copy_bandwidth(device: str, repeats: int) -> float:
     """GB/s, read and written, of a copy far larger than any cache."""
     source = torch.empty(2**30 if device == "cuda" else 2**26, dtype=torch.uint8, device=device)
@@ -109,6 +79,7 @@ def measure(sides: dict, *, repeats: int, **shape) -> list[dict]:
     query, key, value = inputs = random_inputs(**shape)
     leaves, grad_output = [query, *key, *value], torch.randn_like(query)
     scaling = shape["head_dim"] ** -0.5
+    sizes = {name: size for name, size in shape.items() if name not in ("device", "dtype")}
 
     def forward_of(attention):
         def forward():
@@ -129,32 +100,10 @@ def measure(sides: dict, *, repeats: int, **shape) -> list[dict]:
         calls = {side: make(attention) for side, attention in sides.items()}
         taken = fastest(calls, repeats=repeats, device=shape["device"])
         for side, seconds in taken.items():
-            row = {"side": side, "pass": name, **{key: value for key, value in shape.items() if key != "dtype"}}
+            row = {"side": side, "pass": name, **sizes}
             row |= {"microseconds": round(seconds * 1e6, 1), "ratio": round(seconds / taken["joined sdpa"], 3)}
             rows.append(row | {"gb_per_s": round(read / seconds / 1e9, 2) if name == "forward" else ""})
     return rows
-
-
-def write_results(rows: list[dict], arguments, *, dtype: torch.dtype, bandwidth: float) -> Path:
-    """A CSV of this machine's name, with what the figures were made with in every row."""
-    file = RESULTS / f"bench_attention_{arguments.machine}.csv"
-    made_with = {
-        "dtype": str(dtype).removeprefix("torch."),
-        "copy_gb_per_s": round(bandwidth, 1),
-        "threads": torch.get_num_threads(),
-        "processor": torch.cuda.get_device_name() if arguments.gpu else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "triton": triton_mmcoconut.triton.__version__ if triton_mmcoconut.triton else "",
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/bench_attention.py", *sys.argv[1:]]),
-    }
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *made_with])
-        writer.writeheader()
-        writer.writerows({**row, **made_with} for row in rows)
-    return file
 
 
 def print_table(rows: list[dict], sides: dict, bandwidth: float) -> None:
@@ -198,7 +147,13 @@ def main() -> None:
                 shape |= {"head_dim": head_dim, "device": device, "dtype": dtype}
                 rows += measure(sides, repeats=arguments.repeats, **shape)
                 print(rows[-1], flush=True)
-    file = write_results(rows, arguments, dtype=dtype, bandwidth=bandwidth)
+    file = write_results(
+        rows,
+        arguments,
+        dtype=str(dtype).removeprefix("torch."),
+        copy_gb_per_s=round(bandwidth, 1),
+        triton=triton_mmcoconut.triton.__version__ if triton_mmcoconut.triton else "",
+    )
     print(f"written to {file.name}")
     print_table(rows, sides, bandwidth)
 

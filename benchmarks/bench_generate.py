@@ -11,45 +11,19 @@ on prompts of equal length without thoughts. All sides take turns in one run, an
 """
 
 import argparse
-import csv
-import platform
 import sys
-import time
-from datetime import date
 from functools import partial
-from pathlib import Path
 
 import torch
-import transformers
-from transformers import CLIPVisionConfig, GPT2Config, GPT2LMHeadModel
+from measuring import fastest, thinking_gpt2, write_results
+from transformers import GPT2LMHeadModel
 
 from mmcoconut.latent_mmcoconut import think_uncached
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.tokenizer import train_tokenizer
 
 
-RESULTS = Path(__file__).with_name("results")
-VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 GPU_SIZES = {"num_layers": 24, "hidden_size": 1024, "prompt": 256, "latents": 16, "new_tokens": 128, "batch": 64}
 NUM_QUESTIONS, QUESTION = 8, 16
 SHORTEST_PROMPT, FEWEST_LATENTS = 20, 2
-
-
-def make_model(arguments) -> MMCoconutForConditionalGeneration:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(["a b"], vocab_size=300)
-    tokenizer.add_tokens([f"<filler {number}>" for number in range(arguments.vocab_size - len(tokenizer) - 5)])
-    model = MMCoconutForConditionalGeneration.from_backbones(
-        vision_config=CLIPVisionConfig(**VISION, image_size=8, patch_size=8),
-        text_config=GPT2Config(
-            n_embd=arguments.hidden_size,
-            n_layer=arguments.num_layers,
-            n_head=arguments.hidden_size // 64,
-            n_positions=4096,
-        ),
-        tokenizer=tokenizer,
-    )
-    return model.to(dtype=torch.bfloat16, device="cuda") if arguments.gpu else model
 
 
 def batch_of(model, lengths: list[int], latents: list[int], *, prefix: int = 0) -> dict:
@@ -133,27 +107,13 @@ def make_sides(model, arguments) -> dict:
 
 
 def check_sides(sides: dict) -> None:
-    """Sides that must give the same tokens do; it is also the turn in which everything is compiled."""
-    outputs = {name: run() for name, (run, _) in sides.items()}
+    """Sides that must give the same tokens do."""
     for one, other in (
         ("batch 1", "batch 1, no cache"),
         (f"{NUM_QUESTIONS} questions", f"{NUM_QUESTIONS} questions, prefix kept"),
     ):
-        same = (outputs[one] == outputs[other]).float().mean().item()
+        same = (sides[one][0]() == sides[other][0]()).float().mean().item()
         print(f"{one} and {other}: {100 * same:.1f} % of the tokens are the same", flush=True)
-
-
-def measure(sides: dict, repeats: int, synchronize) -> dict[str, float]:
-    """Seconds of the fastest turn of each side."""
-    seconds = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, (run, _) in sides.items():
-            synchronize()
-            began = time.perf_counter()
-            run()
-            synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    return {name: min(turns) for name, turns in seconds.items()}
 
 
 def rows_of(sides: dict, seconds: dict[str, float], arguments) -> list[dict]:
@@ -172,29 +132,6 @@ def rows_of(sides: dict, seconds: dict[str, float], arguments) -> list[dict]:
         }
         for name, rate in rates.items()
     ]
-
-
-def write_results(rows: list[dict], arguments) -> Path:
-    """A CSV of this machine's name, with what the figures were made with in every row."""
-    file = RESULTS / f"bench_generate_{arguments.machine}.csv"
-    made_with = {
-        "layers": arguments.num_layers,
-        "width": arguments.hidden_size,
-        "vocabulary": arguments.vocab_size,
-        "dtype": "bfloat16" if arguments.gpu else "float32",
-        "device": torch.cuda.get_device_name() if arguments.gpu else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", "benchmarks/bench_generate.py", *sys.argv[1:]]),
-    }
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *made_with])
-        writer.writeheader()
-        writer.writerows({**row, **made_with} for row in rows)
-    return file
 
 
 def print_table(rows: list[dict], batch: int) -> None:
@@ -228,12 +165,20 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = read_arguments()
-    model = make_model(arguments)
-    sides = make_sides(model, arguments)
+    device, dtype = ("cuda", torch.bfloat16) if arguments.gpu else ("cpu", torch.float32)
+    sides = make_sides(thinking_gpt2(arguments, num_positions=4096).to(device, dtype), arguments)
     check_sides(sides)
-    seconds = measure(sides, arguments.repeats, torch.cuda.synchronize if arguments.gpu else lambda: None)
-    rows = rows_of(sides, seconds, arguments)
-    print(f"written to {write_results(rows, arguments).name}")
+    calls = {name: run for name, (run, _) in sides.items()}
+    rows = rows_of(sides, fastest(calls, repeats=arguments.repeats, device=device), arguments)
+    file = write_results(
+        rows,
+        arguments,
+        layers=arguments.num_layers,
+        width=arguments.hidden_size,
+        vocabulary=arguments.vocab_size,
+        dtype=str(dtype).removeprefix("torch."),
+    )
+    print(f"written to {file.name}")
     print_table(rows, arguments.batch)
 
 

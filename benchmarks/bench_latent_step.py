@@ -10,29 +10,19 @@ of 64, 300 and 3300 tokens, and what torch's allocator had at most.
 """
 
 import argparse
-import csv
-import platform
-import sys
-import time
-from datetime import date
-from pathlib import Path
+import copy
 
 import torch
-import transformers
-from transformers import CLIPVisionConfig, GPT2Config, GPT2LMHeadModel
-
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.tokenizer import train_tokenizer
+from measuring import fastest, thinking_gpt2, write_results
+from transformers import GPT2LMHeadModel
 
 
 NUM_ANSWER = 32
-VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-RESULTS = Path(__file__).with_name("results")
 
 
-def kept_bytes(step) -> int:
+def kept_bytes(step, device: str) -> int:
     """Bytes that a forward pass allocates and that are still there when it has returned its loss."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         before = torch.cuda.memory_allocated()
         loss = step(backward=False)
         return torch.cuda.memory_allocated() - before - loss.nbytes
@@ -40,11 +30,6 @@ def kept_bytes(step) -> int:
         loss = step(backward=False)
     assert loss.requires_grad  # and with it the graph, until here
     return sum(event.self_cpu_memory_usage for event in profile.events())
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def textbook_loss(model, input_ids, labels, latent_columns):
@@ -76,25 +61,9 @@ def textbook_loss(model, input_ids, labels, latent_columns):
 
 def make_sides(arguments) -> tuple[dict, int]:
     """By name, a function of (input_ids, labels, latent columns) that gives a loss; and the latent's id."""
-    torch.manual_seed(0)
-    text_config = GPT2Config(
-        n_embd=arguments.hidden_size,
-        n_layer=arguments.num_layers,
-        n_head=arguments.hidden_size // 64,
-        n_positions=max(1024, *(prompt + 64 for prompt in arguments.prompts)),
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-    )
-    tokenizer = train_tokenizer(["a b"], vocab_size=300)
-    tokenizer.add_tokens([f"<filler {number}>" for number in range(arguments.vocab_size - len(tokenizer) - 5)])
-    ours = MMCoconutForConditionalGeneration.from_backbones(
-        vision_config=CLIPVisionConfig(**VISION, image_size=8, patch_size=8),
-        text_config=text_config,
-        tokenizer=tokenizer,
-    ).train()
-    text_config.vocab_size = ours.config.text_config.vocab_size
-    plain = GPT2LMHeadModel(text_config).train()
+    num_positions = max(1024, *(prompt + 64 for prompt in arguments.prompts))
+    ours = thinking_gpt2(arguments, num_positions=num_positions).train()
+    plain = GPT2LMHeadModel(copy.deepcopy(ours.config.text_config)).train()
     for model in (ours, plain):
         model.to(arguments.device, arguments.dtype)
 
@@ -154,14 +123,7 @@ def measure(
         return step
 
     steps = {name: step_of(loss) for name, loss in sides.items()}
-    seconds = {name: [] for name in steps}
-    for _ in range(repeats + 1):
-        for name, step in steps.items():
-            synchronize()
-            began = time.perf_counter()
-            step()
-            synchronize()
-            seconds[name].append(time.perf_counter() - began)
+    seconds = fastest(steps, repeats=repeats, device=device)
     peaks = {name: peak_megabytes(step) for name, step in steps.items()} if device != "cpu" else {}
     return [
         {
@@ -169,41 +131,19 @@ def measure(
             "batch": batch,
             "prompt": prompt,
             "latents": num_latents,
-            "seconds": round(min(seconds[name][1:]), 4),
-            "ratio": round(min(seconds[name][1:]) / min(seconds["plain"][1:]), 2),
-            "kept_mb": round(kept_bytes(step) / 1e6, 1),
+            "seconds": round(seconds[name], 4),
+            "ratio": round(seconds[name] / seconds["plain"], 2),
+            "kept_mb": round(kept_bytes(step, device) / 1e6, 1),
             "peak_mb": peaks.get(name),
         }
         for name, step in steps.items()
     ]
 
 
-def write_results(rows: list[dict], arguments) -> Path:
-    """A CSV of this machine's name, with what the figures were made with in every row; other prompts' rows stay."""
-    name = Path(sys.argv[0]).stem
-    file = RESULTS / f"{name}_{arguments.machine}.csv"
-    made_with = {
-        "layers": arguments.num_layers,
-        "width": arguments.hidden_size,
-        "dtype": str(arguments.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name() if arguments.gpu else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
-        "command": " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
-    }
-    file.parent.mkdir(exist_ok=True)
-    kept = []
-    if file.exists():
-        with file.open(newline="") as stream:
-            kept = [row for row in csv.DictReader(stream) if int(row["prompt"]) not in arguments.prompts]
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *made_with])
-        writer.writeheader()
-        made = [{**row, **made_with} for row in rows]
-        writer.writerows(sorted([*kept, *made], key=lambda row: (int(row["prompt"]), int(row["latents"]))))
-    return file
+def settings_of(arguments) -> dict:
+    """What stands beside the figures of a step."""
+    dtype = str(arguments.dtype).removeprefix("torch.")
+    return {"layers": arguments.num_layers, "width": arguments.hidden_size, "dtype": dtype}
 
 
 def read_arguments() -> argparse.Namespace:
@@ -235,7 +175,8 @@ def main() -> None:
             shape = {"batch": arguments.batch, "prompt": prompt, "num_latents": num_latents}
             rows += measure(sides, latent_id, **shape, repeats=arguments.repeats, device=arguments.device)
             print(rows[-len(sides) :][-1], flush=True)
-    print(f"written to {write_results(rows, arguments).name}\n\n| prompt | n | " + " | ".join(sides) + " | kept MB |")
+    file = write_results(rows, arguments, replaces="prompt", **settings_of(arguments))
+    print(f"written to {file.name}\n\n| prompt | n | " + " | ".join(sides) + " | kept MB |")
     print("|---" * (len(sides) + 3) + "|")
     for index in range(0, len(rows), len(sides)):
         line = rows[index : index + len(sides)]

@@ -8,10 +8,9 @@ thoughts share a column; `apart` are rows as they come, padded on the right, who
 turns in one run, and the ratio of the fastest of their repeats counts.
 """
 
-import time
-
 import torch
-from bench_latent_step import NUM_ANSWER, make_sides, read_arguments, synchronize, write_results
+from bench_latent_step import NUM_ANSWER, make_sides, read_arguments, settings_of
+from measuring import fastest, write_results
 
 
 SIDE = "latent, weight gradients once"
@@ -51,22 +50,20 @@ def main() -> None:
         "ragged, first thoughts aligned": batch_of(rows_of(arguments.batch, ragged=True), latent_id, aligned=True),
         "ragged, thoughts apart": batch_of(rows_of(arguments.batch, ragged=True), latent_id, aligned=False),
     }
-    seconds = {name: [] for name in batches}
-    for _ in range(arguments.repeats + 1):
-        for name, batch in batches.items():
-            batch = {key: value.to(arguments.device) for key, value in batch.items()}
-            synchronize()
-            began = time.perf_counter()
-            sides[SIDE](**batch, columns=None).backward()
-            synchronize()
-            seconds[name].append(time.perf_counter() - began)
-    fastest = {name: min(taken[1:]) for name, taken in seconds.items()}
+
+    def step_of(batch: dict):
+        batch = {key: value.to(arguments.device) for key, value in batch.items()}
+        return lambda: sides[SIDE](**batch, columns=None).backward()
+
+    steps = {name: step_of(batch) for name, batch in batches.items()}
+    seconds = fastest(steps, repeats=arguments.repeats, device=arguments.device)
     shape = {"batch": arguments.batch, "prompt": PROMPT, "latents": LATENTS}
     rows = [
-        {"batch_of": name, **shape, "seconds": round(taken, 4), "ratio": round(taken / fastest["aligned"], 2)}
-        for name, taken in fastest.items()
+        {"batch_of": name, **shape, "seconds": round(taken, 4), "ratio": round(taken / seconds["aligned"], 2)}
+        for name, taken in seconds.items()
     ]
-    print(f"written to {write_results(rows, arguments).name}\n\n| batch of | ratio |\n|---|---|")
+    file = write_results(rows, arguments, **settings_of(arguments))
+    print(f"written to {file.name}\n\n| batch of | ratio |\n|---|---|")
     for row in rows:
         print(f"| {row['batch_of']} | {row['ratio']:.2f} |")
 

@@ -10,18 +10,13 @@ counts. Small models on a CPU in float32; with --gpu the shapes of GPT-2 small a
 """
 
 import argparse
-import csv
 import logging
-import platform
-import shlex
-import sys
 import tempfile
 import time
-from datetime import date
-from pathlib import Path
 
 import torch
 import transformers
+from measuring import write_results
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, TrainerCallback
 from transformers.utils import logging as library_logging
 
@@ -34,7 +29,6 @@ from mmcoconut.tokenizer import train_tokenizer
 from mmcoconut.trainer import CurriculumTrainer
 
 
-RESULTS = Path(__file__).with_name("results")
 # Of each side: mode, attention, whether rows are grouped.
 SIDES = {
     "no_cot": ("no_cot", "sdpa", False),
@@ -166,32 +160,6 @@ def measure(arguments) -> list[dict]:
     ]
 
 
-def write_results(rows: list[dict], arguments) -> Path:
-    """A CSV of this machine's name, with what the figures were made with in every row."""
-    file = RESULTS / f"bench_train_{arguments.machine}.csv"
-    made_with = {
-        **SHAPES[arguments.shape],
-        "batch": arguments.batch,
-        "rows": arguments.rows,
-        "stage": arguments.stage,
-        "workers": arguments.workers,
-        "dtype": "bfloat16" if arguments.gpu else "float32",
-        "device": torch.cuda.get_device_name() if arguments.gpu else "cpu",
-        "threads": torch.get_num_threads(),
-        "processor": platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": date.today().isoformat(),
-        "command": shlex.join(["python", "benchmarks/bench_train.py", *sys.argv[1:]]),
-    }
-    file.parent.mkdir(exist_ok=True)
-    with file.open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=[*rows[0], *made_with])
-        writer.writeheader()
-        writer.writerows({**row, **made_with} for row in rows)
-    return file
-
-
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", action="store_true", help="the shapes of GPT-2 small and CLIP ViT-B/32, in bfloat16")
@@ -214,7 +182,9 @@ def main() -> None:
     library_logging.disable_progress_bar()
     rows = measure(arguments)
     columns = [name for name in rows[0] if name != "side"]
-    print(f"\nwritten to {write_results(rows, arguments).name}\n\n| side | " + " | ".join(columns) + " |")
+    settings = {name: getattr(arguments, name) for name in ("batch", "rows", "stage", "workers")}
+    settings |= {**SHAPES[arguments.shape], "dtype": "bfloat16" if arguments.gpu else "float32"}
+    print(f"\nwritten to {write_results(rows, arguments, **settings).name}\n\n| side | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for row in rows:
         print(f"| {row['side']} | " + " | ".join(str(row[name]) for name in columns) + " |")

@@ -23,6 +23,7 @@ from mmcoconut.curriculum import MODES, STAGED_MODES, THINKING_MODES
 from mmcoconut.data import DATASETS
 from mmcoconut.lora import lora_fields
 from mmcoconut.objectives import ALIGNMENT_TARGETS
+from mmcoconut.passes_mmcoconut import CHECKPOINTED_PASSES
 from mmcoconut.processing_mmcoconut import MARKERS
 from mmcoconut.recipe_files import (
     BASE,
@@ -43,7 +44,7 @@ from mmcoconut.scoring import REFERENCES
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
-CHOICES |= {"checkpointed_passes": ("all", "first")}
+CHOICES |= {"checkpointed_passes": CHECKPOINTED_PASSES}
 CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
 # Without the library's `batch_rebalance`, which knows one length a row; and it takes a misspelt one for `random`.
 CHOICES |= {"train_sampling_strategy": ("random", "sequential", "group_by_length")}

@@ -6,6 +6,7 @@ from tiny import (
     DECODERS,
     assert_same_gradients,
     batch_of,
+    kept_bytes,
     last_labels,
     loss_and_gradients,
     max_difference,
@@ -171,14 +172,6 @@ def test_gradients_of_the_prefix_are_formed_once_from_all_steps(text, monkeypatc
     batch = row_of(model, num_latents=4, prefix=10)
     model(**batch, labels=last_labels(batch)).loss.backward()
     assert seen == [3 + 3] * 2  # queries of four steps, the last of which holds two tokens more; layers
-
-
-def kept_bytes(model, batch) -> int:
-    """Bytes that are allocated in a forward pass and still there after it, whoever holds them."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        loss = model(**batch, labels=last_labels(batch)).loss
-    assert loss.requires_grad
-    return sum(event.self_cpu_memory_usage for event in profile.events())
 
 
 def test_what_a_latent_keeps_for_the_backward_pass_does_not_grow_with_the_prefix():

@@ -1,12 +1,11 @@
 """Checkpointing of the first pass alone: same numbers, one pass recomputed, and less kept."""
 
 import pytest
-import torch
 from tiny import (
     DECODERS,
     assert_same_gradients,
     batch_of,
-    last_labels,
+    kept_bytes,
     loss_and_gradients,
     ragged_batch,
     tiny_model,
@@ -46,14 +45,6 @@ def test_only_the_passes_that_are_named_run_again(attention, checkpointed, num_a
     model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     loss_and_gradients(model, batch)
     assert len(calls) == 4 + num_again  # three thoughts
-
-
-def kept_bytes(model, batch) -> int:
-    """Bytes that are allocated in a forward pass and still there after it."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        loss = model(**batch, labels=last_labels(batch)).loss
-    assert loss.requires_grad
-    return sum(event.self_cpu_memory_usage for event in profile.events())
 
 
 def test_the_first_pass_keeps_less_and_latent_steps_what_they_keep_otherwise():

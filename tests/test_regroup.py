@@ -4,12 +4,12 @@ import pytest
 import torch
 from tiny import (
     DECODERS,
-    TEXT_SIZES,
     assert_same_gradients,
     batch_of,
     last_labels,
     loss_and_gradients,
     max_difference,
+    mistral_config,
     ragged_batch,
     sliding_qwen2_config,
     tiny_model,
@@ -17,7 +17,7 @@ from tiny import (
     words,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import MistralConfig, masking_utils
+from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, QuantizedCache
 
 from mmcoconut.kernels_mmcoconut import SplitCache
@@ -194,11 +194,6 @@ def test_labels_of_regrouped_rows_stay_with_their_tokens():
     logits = model(**batch).logits[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-
-
-def mistral_config(window: int = 6) -> MistralConfig:
-    """A decoder whose window `layer_types` do not name."""
-    return MistralConfig(**TEXT_SIZES, num_key_value_heads=2, sliding_window=window, tie_word_embeddings=False)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "latent"])

@@ -245,6 +245,25 @@ def test_schedule_is_saved_with_the_weights_and_truncation_with_the_recipe(recip
     assert (model.model.bptt_thoughts, model.config.thought_schedule) == (None, "sequential")
 
 
+def test_what_a_recipe_changes_in_a_checkpoint_is_said_with_both_values(recipe, tmp_path, caplog):
+    saved = ["--thought_norm", "embedding", "--thought_schedule", "jacobi", "--jacobi_iterations", "2"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "1", *saved])
+    start = [recipe, "--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
+    start += ["--model", str(tmp_path / "run"), "--output_dir", str(tmp_path / "next")]
+
+    def warnings(*options: str) -> list[str]:
+        caplog.clear()
+        model_args, _, curriculum_args, _ = parse_recipe([*start, *options])
+        train_hf.build(model_args, curriculum_args, None)
+        return [record.getMessage() for record in caplog.records if record.name == "mmcoconut"]
+
+    assert warnings(*saved) == []
+    found = warnings("--thought_norm", "embedding")
+    assert len(found) == 2
+    assert "thought_schedule is 'jacobi' in the checkpoint" in found[0] and "becomes 'sequential'" in found[0]
+    assert "set `thought_schedule: jacobi`" in found[0] and "set `jacobi_iterations: 2`" in found[1]
+
+
 def test_coconut_starts_from_a_cot_checkpoint_with_the_recipes_layout(recipe, tmp_path):
     train_hf.main([recipe, "--output_dir", str(tmp_path / "cot"), "--mode", "cot", "--max_steps", "1"])
     start = [recipe, "--vision_config", "null", "--text_config", "null", "--tokenizer", "null", "--max_steps", "1"]

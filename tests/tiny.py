@@ -17,6 +17,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MarianConfig,
+    MistralConfig,
     Qwen2Config,
     SiglipVisionConfig,
     ViTConfig,
@@ -106,6 +107,11 @@ def sliding_qwen2_config(window: int = 6):
     return TEXT_CONFIGS["qwen2"](
         use_sliding_window=True, sliding_window=window, layer_types=["full_attention", "sliding_attention"]
     )
+
+
+def mistral_config(window: int = 6) -> MistralConfig:
+    """A decoder whose window `layer_types` do not name."""
+    return MistralConfig(**TEXT_SIZES, num_key_value_heads=2, sliding_window=window, tie_word_embeddings=False)
 
 
 def tiny_model(text="gpt2", vision="clip", seed=0, **config):
@@ -269,6 +275,14 @@ def loss_and_gradients(model, batch, **kwargs) -> tuple[float, dict]:
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return loss.item(), {**gradients, "pixel_values": batch["pixel_values"].grad}
+
+
+def kept_bytes(model, batch) -> int:
+    """Bytes that are allocated in a forward pass and still there after it, whoever holds them."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        loss = model(**batch, labels=last_labels(batch)).loss
+    assert loss.requires_grad
+    return sum(event.self_cpu_memory_usage for event in profile.events())
 
 
 def assert_same_gradients(gradients, expected, tolerance):

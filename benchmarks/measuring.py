@@ -1,0 +1,93 @@
+"""What the benchmarks share: a GPT-2 that thinks, turns of which the fastest counts, files of results."""
+
+import csv
+import platform
+import shlex
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from tables import read_rows
+from transformers import CLIPVisionConfig, GPT2Config
+
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.tokenizer import train_tokenizer
+
+
+RESULTS = Path(__file__).with_name("results")
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+
+
+def thinking_gpt2(arguments, *, num_positions: int) -> MMCoconutForConditionalGeneration:
+    """A language model of `num_layers`, `hidden_size` and `vocab_size`, heads of 64 and no dropout, random weights."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a b"], vocab_size=300)
+    tokenizer.add_tokens([f"<filler {number}>" for number in range(arguments.vocab_size - len(tokenizer) - 5)])
+    return MMCoconutForConditionalGeneration.from_backbones(
+        vision_config=CLIPVisionConfig(**VISION, image_size=8, patch_size=8),
+        text_config=GPT2Config(
+            n_embd=arguments.hidden_size,
+            n_layer=arguments.num_layers,
+            n_head=arguments.hidden_size // 64,
+            n_positions=num_positions,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        ),
+        tokenizer=tokenizer,
+    )
+
+
+def seconds_of(call, device: str) -> float:
+    if device == "cpu":
+        began = time.perf_counter()
+        call()
+        return time.perf_counter() - began
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    call()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
+def fastest(calls: dict, *, repeats: int, device: str) -> dict:
+    """Seconds of the fastest of the repeats of every call; they take turns, and the first round does not count."""
+    seconds = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            seconds[name].append(seconds_of(call, device))
+    return {name: min(taken[1:]) for name, taken in seconds.items()}
+
+
+def write_results(rows: list[dict], arguments, /, *, replaces: str | None = None, **made_with) -> Path:
+    """A CSV of this script's and this machine's names, with what the figures were made with in every row.
+
+    Args:
+        arguments: with `machine` and `gpu`.
+        replaces: a column of whole numbers; rows of the file with values that are not among the new ones stay.
+    """
+    script = Path(sys.argv[0]).stem
+    file = RESULTS / f"{script}_{arguments.machine}.csv"
+    made_with |= {
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if arguments.gpu else platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
+    }
+    rows = [{**row, **made_with} for row in rows]
+    if replaces is not None and file.exists():
+        measured = {row[replaces] for row in rows}
+        rows += [row for row in read_rows(file) if int(row[replaces]) not in measured]
+        rows.sort(key=lambda row: int(row[replaces]))
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=[*rows[0]])
+        writer.writeheader()
+        writer.writerows(rows)
+    return file
