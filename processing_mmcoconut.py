@@ -237,7 +237,8 @@ class MMCoconutProcessor(ProcessorMixin):
             raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
         if num_latents < 0:
             raise ValueError(f"num_latents={num_latents} is negative: give 0 for no latents, or a number of them.")
-        tokenizer.padding_side = "left"  # a saved tokenizer forgets it, and prompts padded behind are answered wrongly
+        # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from a question's start.
+        tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
         self.image_seq_length = image_seq_length
         self.num_latents = num_latents
         self.markers = markers
@@ -407,7 +408,8 @@ class MMCoconutProcessor(ProcessorMixin):
             input_ids, attention_mask (B, T), and of an encoder-decoder decoder_input_ids, decoder_attention_mask.
         """
         encoder, decoder = zip(*map(self.split_prompt, prompts))
-        batch = dict(zip(self.prompt_names, self.tokenizer.pad({"input_ids": list(decoder)}, **kwargs).values()))
+        padded = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
+        batch = dict(zip(self.prompt_names, padded.values()))
         if self.decoder_start_token_id is None:
             return batch
         return {**batch, **self.tokenizer.pad({"input_ids": list(encoder)}, padding_side="right", **kwargs)}
