@@ -237,7 +237,7 @@ class MMCoconutProcessor(ProcessorMixin):
             raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
         if num_latents < 0:
             raise ValueError(f"num_latents={num_latents} is negative: give 0 for no latents, or a number of them.")
-        # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from a question's start.
+        # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from the question's.
         tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
         self.image_seq_length = image_seq_length
         self.num_latents = num_latents
