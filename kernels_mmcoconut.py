@@ -28,11 +28,13 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.generation import GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
+from .caches_mmcoconut import text_cache
 from .triton_mmcoconut import attention_backward as triton_attention_backward
 from .triton_mmcoconut import attention_forward as triton_attention_forward
 from .triton_mmcoconut import prefix_backward as triton_prefix_backward
@@ -436,6 +438,7 @@ class SplitLayer(CacheLayerMixin):
     """Keys and values of one layer: those of the first pass as they are, all later ones in a tail of their own."""
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self):
         super().__init__()
@@ -462,6 +465,33 @@ class SplitLayer(CacheLayerMixin):
         self.token = OpenPrefix.apply(key_states, value_states, self.states)
         return key_states, value_states
 
+    def joined(self) -> tuple[torch.Tensor, ...]:
+        """Keys and values (B, H', P + T, K) of all that the layer has read."""
+        if not self.states.length:
+            return self.states.prefix
+        parts = self.states.split(self.states.length)
+        return tuple(Split(prefix, tail).joined() for prefix, tail in zip(parts[:2], parts[2:]))
+
+    def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Hold other rows, `pick` of keys or values (B, H', ·, K), in the place of these; between decoding steps."""
+        states = SplitStates(*map(pick, self.states.prefix))
+        states.buffers = tuple(map(pick, self.states.buffers))
+        states.length = self.states.length
+        self.states = states
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.of_rows(lambda states: states.index_select(0, beam_idx.to(states.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.of_rows(lambda states: states[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.of_rows(lambda states: states.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        length = self.get_seq_length() - abs(tokens_to_remove)
+        self.open(*(states[:, :, :length] for states in self.joined()))
+
     def get_seq_length(self) -> int:
         return 0 if self.states is None else self.states.prefix[0].shape[2] + self.states.length
 
@@ -473,7 +503,7 @@ class SplitLayer(CacheLayerMixin):
 
 
 class SplitCache(Cache):
-    """A cache for one forward pass with thoughts; it cannot be cropped, reordered or kept for decoding."""
+    """A cache whose later keys are not joined to those of the first pass, in training and in generation."""
 
     def __init__(self):
         super().__init__(layer_class_to_replicate=SplitLayer)
@@ -493,6 +523,23 @@ def latent_mask(batch_size, q_length, kv_length, *args, attention_mask=None, all
     skips = allow_is_causal_skip and (q_length > 1 or attention_mask is None)
     options = {"attention_mask": attention_mask, "allow_is_causal_skip": skips, **kwargs}
     return sdpa_mask(batch_size, q_length, kv_length, *args, **options)
+
+
+class GenerationOverSplitKeys:
+    """The part of a model with a head that gives `generate` a SplitCache where that can be read."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
+        """As the library's, with a SplitCache in the place of a growing cache, unless the caller gave one."""
+        is_given = model_kwargs.get("past_key_values") is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        own = None if is_given else text_cache(model_kwargs.get("past_key_values"))
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if type(own) is not DynamicCache or own.offloading or is_assisted or not self.model.reads_split_keys():
+            return
+        if own is model_kwargs["past_key_values"]:
+            model_kwargs["past_key_values"] = SplitCache()
+        else:
+            model_kwargs["past_key_values"].self_attention_cache = SplitCache()
 
 
 AttentionInterface.register("latent", latent_attention_forward)

@@ -40,7 +40,7 @@ from .configuration_mmcoconut import (
 from .deferred_mmcoconut import LEAST_WIDTH
 from .fusions_mmcoconut import IMAGE_FUSIONS, check_num_tiles, check_one_source
 from .jacobi_mmcoconut import check_not_sharded, check_one_block, think_jacobi
-from .kernels_mmcoconut import SplitCache
+from .kernels_mmcoconut import GenerationOverSplitKeys, SplitCache
 from .latent_graphs_mmcoconut import check_latent_graphs, latent_step_caller
 from .latent_mmcoconut import (
     ThinkOutput,
@@ -440,12 +440,16 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "model with more positions."
             )
 
+    def reads_split_keys(self) -> bool:
+        """Whether the decoder's attention reads a SplitCache, and no update of parallel thoughts reads it again."""
+        is_latent = self.get_decoder().config._attn_implementation == "latent"
+        return is_latent and self.sees_all_columns and self.config.thought_schedule == "sequential"
+
     def start_cache(self, replayed: bool, kept: bool) -> Cache:
-        """A fresh cache for one forward pass: a growing one, one that gradient checkpointing can replay, or, where
-        nothing is kept of it and `latent` attention can read it, one that leaves the first pass's keys in place."""
+        """A fresh cache: a growing one, one that gradient checkpointing can replay, or, where `latent` attention can
+        read it, one that leaves the first pass's keys in place; through that one a later call has no gradients."""
         text_config = self.config.get_text_config(decoder=True)
-        reads_split = self.get_decoder().config._attn_implementation == "latent"
-        if not replayed and reads_split and self.sees_all_columns and not kept:
+        if not replayed and self.reads_split_keys() and not (kept and torch.is_grad_enabled()):
             return SplitCache()
         if not replayed:
             return DynamicCache(config=text_config)
@@ -456,7 +460,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "gradient_checkpointing off."
             )
         if self.checkpointed_passes == "first" and not kept:
-            return FirstPassCache(SplitCache.after if reads_split else growing_after)
+            return FirstPassCache(SplitCache.after if self.reads_split_keys() else growing_after)
         return ReplayCache()
 
     def thought_columns(self, latent_mask: torch.Tensor, attention_mask, past_key_values, kwargs: dict) -> list[int]:
@@ -652,7 +656,7 @@ def setting_of_base(name: str) -> property:
 
 
 class MMCoconutForConditionalGeneration(
-    MMCoconutPreTrainedModel, FromBackbones, GenerationBehindPrefix, GenerationMixin
+    MMCoconutPreTrainedModel, FromBackbones, GenerationBehindPrefix, GenerationOverSplitKeys, GenerationMixin
 ):
     """MMCoconutModel with a language-model head: `forward` gives loss and logits, `generate` answers.
 

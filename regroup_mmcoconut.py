@@ -20,7 +20,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .caches_mmcoconut import ReplayCache, text_cache
-from .kernels_mmcoconut import SplitCache
+from .kernels_mmcoconut import SplitCache, SplitLayer
 from .latent_mmcoconut import ThinkOutput, think
 
 
@@ -90,8 +90,10 @@ def layout_of(latent_mask: torch.Tensor, attention_mask: torch.Tensor | None) ->
 def can_regroup(past_key_values: Cache) -> bool:
     """Whether the keys of a cache can be put back into the old columns: nothing is kept, or a fresh one that grows."""
     keys = text_cache(past_key_values)
-    if isinstance(keys, (ReplayCache, SplitCache)):
+    if isinstance(keys, ReplayCache):
         return True
+    if isinstance(keys, SplitCache):
+        return keys.get_seq_length() == 0
     is_growing = isinstance(keys, DynamicCache) and all(type(layer) is DynamicLayer for layer in keys.layers)
     return is_growing and not keys.offloading and keys.get_seq_length() == 0
 
@@ -109,10 +111,13 @@ def is_worth(layout: Layout, num_columns: int, num_passes: int, most_columns: in
 def move_back_keys(past_key_values: Cache, layout: Layout) -> None:
     """The cache's keys and values (B, H, T', K) in the old columns, (B, H, T, K)."""
     for layer in text_cache(past_key_values).layers:
-        layer.keys, layer.values = (
-            layout.move_back(states.transpose(1, 2)).transpose(1, 2).contiguous()
-            for states in (layer.keys, layer.values)
-        )
+        is_split = isinstance(layer, SplitLayer)
+        held = layer.joined() if is_split else (layer.keys, layer.values)
+        moved = [layout.move_back(states.transpose(1, 2)).transpose(1, 2).contiguous() for states in held]
+        if is_split:
+            layer.open(*moved)
+        else:
+            layer.keys, layer.values = moved
 
 
 def think_regrouped(

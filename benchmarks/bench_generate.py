@@ -7,7 +7,7 @@ A language model of GPT-2's shape with random weights, greedy, always `new_token
 have 20 tokens and more and thoughts are 2 and more; in the others all rows are the longest. The loop without a cache
 runs the whole sequence again for each thought and for each token, one prompt at a time. With a prefix, 8 questions
 follow one text of 256 tokens; the time of `prefill` is counted. The plain causal LM is the library's, of equal size,
-on prompts of equal length without thoughts. All sides take turns in one run, and of each the fastest turn counts.
+on prompts of equal length without thoughts. `split keys` is `attn_implementation="latent"`. All sides take turns in one run, and of each the fastest turn counts.
 """
 
 import argparse
@@ -76,14 +76,16 @@ def make_sides(model, arguments) -> dict:
     asked = [arguments.prefix + QUESTION] * NUM_QUESTIONS
     questions = batch_of(model, asked, [arguments.latents] * NUM_QUESTIONS, prefix=arguments.prefix)
 
-    def generate(inputs, *, graphs="auto"):
+    def generate(inputs, *, graphs="auto", attention="sdpa"):
         def run():
             model.latent_graphs = graphs
+            model.get_decoder().set_attn_implementation(attention)
             return model.generate(**inputs, **options)
 
         return run
 
     def behind_prefix():
+        model.get_decoder().set_attn_implementation("sdpa")
         prefix = model.prefill(**questions, num_tokens=arguments.prefix)
         return model.generate(**questions, prefix=prefix, **options)
 
@@ -91,8 +93,10 @@ def make_sides(model, arguments) -> dict:
         "batch 1": (generate(one), new),
         f"batch {batch}": (generate(aligned), batch * new),
         f"batch {batch}, ragged": (generate(ragged), batch * new),
+        f"batch {batch}, split keys": (generate(aligned, attention="latent"), batch * new),
         "batch 1, no cache": (lambda: generate_without_cache(model, one["input_ids"], new), new),
         f"{NUM_QUESTIONS} questions": (generate(questions), NUM_QUESTIONS * new),
+        f"{NUM_QUESTIONS} questions, split keys": (generate(questions, attention="latent"), NUM_QUESTIONS * new),
         f"{NUM_QUESTIONS} questions, prefix kept": (behind_prefix, NUM_QUESTIONS * new),
     }
     plain = GPT2LMHeadModel(model.config.text_config).eval().to(model.device, model.dtype)

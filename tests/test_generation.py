@@ -24,10 +24,12 @@ from tiny import (
     uncached,
     words,
 )
-from transformers import CompileConfig, GPT2Config, TextIteratorStreamer, TextStreamer
+from transformers import CompileConfig, DynamicCache, GPT2Config, TextIteratorStreamer, TextStreamer
 
-from mmcoconut import latent_graphs_mmcoconut
+from mmcoconut import kernels_mmcoconut, latent_graphs_mmcoconut
+from mmcoconut.caches_mmcoconut import text_cache
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, add_special_tokens
+from mmcoconut.kernels_mmcoconut import MAX_QUERIES, SplitCache
 from mmcoconut.latent_mmcoconut import latent_columns
 
 
@@ -197,7 +199,102 @@ def test_generation_from_embeddings_equals_that_from_ids(options, tolerance):
         assert max_difference(logits, expected_logits) <= tolerance
 
 
-@pytest.mark.parametrize("cache_implementation", ["dynamic", "static"])
+def latent_model(text, **config):
+    model = tiny_model(text, seed=1, **config)
+    model.get_decoder().set_attn_implementation("latent")
+    return model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"max_new_tokens": MAX_QUERIES + 4}],
+    ids=str,
+)
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_keys_that_are_never_joined_generate_what_the_definition_does(text, options, tolerance):
+    model = latent_model(text)
+    outputs = assert_equals_reference(model, ragged_batch(model), tolerance, **options)
+    assert type(text_cache(outputs.past_key_values)) is SplitCache
+
+
+@pytest.mark.parametrize("chunk_size", [2, 5, MAX_QUERIES + 3])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_split_keys_take_a_prefill_in_chunks(chunk_size, tolerance):
+    model = latent_model("qwen2")
+    outputs = assert_equals_reference(
+        model, ragged_batch(model), tolerance, reference={}, prefill_chunk_size=chunk_size
+    )
+    assert type(outputs.past_key_values) is SplitCache
+
+
+@pytest.mark.parametrize("text", IN_TEXT_DECODERS)
+def test_decoding_reads_the_prefix_where_the_first_pass_left_it(text):
+    model = latent_model(text)
+    seen = []
+
+    def spy(query, prefix_key, *args, **options):
+        seen.append((prefix_key.data_ptr(), prefix_key.shape[2]))
+        return kernels_mmcoconut.attention_forward(query, prefix_key, *args, **options)
+
+    pytorch = kernels_mmcoconut.PYTORCH._replace(attention_forward=spy)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels_mmcoconut, "PYTORCH", pytorch)
+        generate(model, text_batch(model, [9, 10]), min_new_tokens=NEW_TOKENS)
+    assert len(seen) == (2 + NEW_TOKENS - 1) * 2  # thoughts and tokens · layers
+    assert len(set(seen)) == 2 and {length for _, length in seen} == {9}
+
+
+@pytest.mark.parametrize(
+    "text, config, options",
+    [
+        ("qwen2", {}, {"prompt_lookup_num_tokens": 2}),
+        ("qwen2", {}, {"cache_implementation": "static"}),
+        ("qwen2", {"thought_schedule": "jacobi", "jacobi_iterations": 2}, {}),
+        (sliding_qwen2_config(), {}, {}),
+    ],
+    ids=["assisted", "static", "jacobi", "sliding"],
+)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_what_must_read_joined_keys_keeps_the_librarys_cache(text, config, options, tolerance):
+    model = latent_model(text, **config)
+    row = rows_alone(model, ragged_batch(model))[0]
+    outputs = assert_equals_reference(model, row, tolerance, reference={}, **options)
+    assert type(text_cache(outputs.past_key_values)) is not SplitCache
+
+
+@pytest.mark.parametrize("change", ["crop", "select", "repeat"])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_split_cache_can_be_cropped_selected_and_repeated(change, tolerance):
+    model = latent_model("qwen2")
+    batch = text_batch(model, [4, 5], [4, 8], [5, 6])
+    ids = batch["input_ids"]
+    with torch.no_grad():
+        cache = model(**batch, use_cache=True).past_key_values
+        if change == "crop":
+            cache.crop(-3)
+            kept = ids[:, :-3]
+        elif change == "select":
+            cache.batch_select_indices(torch.tensor([2, 0]))
+            kept = ids[[2, 0]]
+        else:
+            cache.batch_repeat_interleave(2)
+            kept = ids.repeat_interleave(2, dim=0)
+        more = torch.tensor([words(3, 7)]).expand(len(kept), -1)
+        found = model(more, past_key_values=cache).logits
+        with uncached(model):
+            expected = model(torch.cat([kept, more], dim=1), use_cache=False).logits[:, -3:]
+    assert type(cache) is SplitCache
+    assert max_difference(found, expected) <= tolerance
+
+
+def test_a_cache_through_which_gradients_may_flow_is_the_librarys():
+    model = latent_model("qwen2")
+    batch = text_batch(model, [4, 5])
+    assert type(model(**batch, use_cache=True).past_key_values) is DynamicCache
+
+
+@pytest.mark.parametrize("cache_implementation", ["dynamic", "static", "split"])
 @pytest.mark.parametrize("text", [*IN_TEXT_DECODERS, "sliding"])
 @pytest.mark.parametrize("tolerance", [1e-5])
 def test_a_further_turn_thinks_on_over_the_cache_of_the_first(text, cache_implementation, tolerance):
@@ -207,6 +304,9 @@ def test_a_further_turn_thinks_on_over_the_cache_of_the_first(text, cache_implem
     first = ragged_batch(model)
     exactly = {"max_new_tokens": 4, "min_new_tokens": 4}
     cache = {"cache_implementation": cache_implementation}
+    if cache_implementation == "split":
+        model.get_decoder().set_attn_implementation("latent")
+        cache = {}
     if cache_implementation == "static":
         cache["max_cache_len"] = 64
     answered = generate(model, first, **exactly, **cache)

@@ -10,6 +10,7 @@ from tiny import (
     NO_DROPOUT,
     batch_of,
     max_difference,
+    mistral_config,
     random_pixels,
     sliding_qwen2_config,
     tiny_image,
@@ -182,8 +183,9 @@ def test_a_further_turn_follows_one_behind_a_prefix(tolerance):
     assert_same(*again, tolerance)
 
 
-def test_a_sliding_window_refuses_padding_behind_a_prefix():
-    model = model_of("sliding")
+@pytest.mark.parametrize("config", [sliding_qwen2_config, mistral_config])
+def test_a_sliding_window_refuses_padding_behind_a_prefix(config):
+    model = tiny_model(config())
     batch = questions(model)
     with pytest.raises(ValueError, match="one length, or one at a time"):
         generate(model, batch, prefix=model.prefill(**batch))
