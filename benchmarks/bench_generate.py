@@ -7,8 +7,8 @@ A language model of GPT-2's shape with random weights, greedy, always `new_token
 have 20 tokens and more and thoughts are 2 and more; in the others all rows are the longest. The loop without a cache
 runs the whole sequence again for each thought and for each token, one prompt at a time. With a prefix, 8 questions
 follow one text of 256 tokens; the time of `prefill` is counted. The plain causal LM is the library's, of equal size,
-on prompts of equal length without thoughts; `split keys` is `attn_implementation="latent"`. All sides take turns in one
-run, and of each the fastest turn counts.
+on prompts of equal length without thoughts; `split keys` is `attn_implementation="latent"`. All sides take turns in
+one run, and of each the fastest turn counts.
 """
 
 import argparse
