@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from test_train import TINY, launch, losses
+from test_train import TINY, launch_runs, losses
 from transformers.generation import GenerationMixin
 
 import train_hf
@@ -37,12 +38,29 @@ FAMILIES = {
 }
 
 
+RAGGED = ("--uniform_prob", "0.5", "--pad_latent_to_max", "false")
+
+
+def write_recipe(family: str, folder: Path) -> str:
+    (folder / "tiny.yaml").write_text(TINY)
+    path = folder / f"{family}.yaml"
+    path.write_text(f"base: tiny.yaml\n{FAMILIES[family]}")
+    return str(path)
+
+
 @pytest.fixture(params=FAMILIES)
 def recipe(request, tmp_path):
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    path = tmp_path / "family.yaml"
-    path.write_text(f"base: tiny.yaml\n{FAMILIES[request.param]}")
-    return str(path)
+    return write_recipe(request.param, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """A folder with the runs of two processes, which have different numbers of latents: one a family."""
+    folder = tmp_path_factory.mktemp("two")
+    options = [*RAGGED, "--per_device_train_batch_size", "4"]
+    runs = ([write_recipe(name, folder), "--output_dir", str(folder / name), *options] for name in FAMILIES)
+    launch_runs(*runs, folder=folder)
+    return folder
 
 
 def test_run_resumed_inside_a_stage_continues_exactly(recipe, tmp_path):
@@ -57,14 +75,13 @@ def test_run_resumed_inside_a_stage_continues_exactly(recipe, tmp_path):
         torch.testing.assert_close(weights[1][name], weight, atol=0, rtol=0, msg=name)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path):
-    """Also where the processes' batches have different numbers of latents."""
-    ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false"]
-    train_hf.main([recipe, "--output_dir", str(tmp_path / "one"), *ragged])
-    launch(recipe, tmp_path / "two", *ragged, "--per_device_train_batch_size", "4", processes=2)
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_equal_one_with_twice_the_batch(family, of_two, tmp_path):
+    train_hf.main([write_recipe(family, tmp_path), "--output_dir", str(tmp_path / "one"), *RAGGED])
+    one, two = losses(tmp_path / "one"), losses(of_two / family)
     assert list(two.values()) == pytest.approx(list(one.values()), abs=2e-4)
-    stages = [json.loads((tmp_path / run / "results.json").read_text())["stages"] for run in ("one", "two")]
+    runs = (tmp_path / "one", of_two / family)
+    stages = [json.loads((run / "results.json").read_text())["stages"] for run in runs]
     for row, other in zip(*stages, strict=True):
         assert row["accuracy"] == other["accuracy"] and row["generated_tokens"] == other["generated_tokens"]
         assert row.get("align_loss") == pytest.approx(other.get("align_loss"), abs=1e-3)

@@ -117,7 +117,8 @@ def test_grouped_run_is_resumed_exactly_inside_a_stage(recipe, tmp_path):  # noq
 def test_grouped_run_in_two_processes_equals_one_with_twice_the_batch(recipe, tmp_path):  # noqa: F811
     options = [*GROUPED, "--uniform_prob", "0.5", "--pad_latent_to_max", "false"]
     train_hf.main([recipe, "--output_dir", str(tmp_path / "one"), *options])
-    launch(recipe, tmp_path / "two", *options, "--per_device_train_batch_size", "4", processes=2)
+    options += ["--output_dir", str(tmp_path / "two"), "--per_device_train_batch_size", "4"]
+    launch(recipe, *options, folder=tmp_path)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(one) == list(two) == list(range(1, 19))
     assert list(two.values()) == pytest.approx(list(one.values()), abs=2e-4)

@@ -476,7 +476,7 @@ def test_two_processes_share_the_pictures_and_equal_one(frozen, recipe, tmp_path
     few = ["--num_train_epochs", "1", "--freeze", "vision_tower", "--precompute_image_features", "true"]
     frozen("one", "--num_train_epochs", "1", "--per_device_train_batch_size", "8")
     both = [*few, "--image_features_cache", str(tmp_path / "of two"), "--per_device_train_batch_size", "4"]
-    launch(recipe, tmp_path / "two", *both, processes=2)
+    launch(recipe, "--output_dir", str(tmp_path / "two"), *both, folder=tmp_path)
     keys = []
     for name in ("cache", "of two"):
         shards = sorted((tmp_path / name).glob("*/*.safetensors"))

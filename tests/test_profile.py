@@ -211,7 +211,8 @@ def test_lora_is_profiled_like_the_model_it_adapts(run):
 
 
 def test_two_processes_write_one_profile(recipe, tmp_path):
-    launch(recipe, tmp_path / "two", "--profile", "true", "--max_steps", "4", processes=2)
+    options = ["--output_dir", str(tmp_path / "two"), "--profile", "true", "--max_steps", "4"]
+    launch(recipe, *options, folder=tmp_path)
     record = json.loads((tmp_path / "two" / "profile.json").read_text())
     assert record["updates"] == 3 and sum(record["shares"].values()) == pytest.approx(1, abs=1e-3)
 
