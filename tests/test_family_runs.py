@@ -1,12 +1,11 @@
-"""The captioner and JEPA as runs: resumed, in two processes, evaluated by beams; each in stages that think."""
+"""The captioner and JEPA as runs: resumed, evaluated by beams; each in stages that think."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from test_train import TINY, launch_runs, losses
+from test_train import TINY, losses
 from transformers.generation import GenerationMixin
 
 import train_hf
@@ -38,9 +37,6 @@ FAMILIES = {
 }
 
 
-RAGGED = ("--uniform_prob", "0.5", "--pad_latent_to_max", "false")
-
-
 def write_recipe(family: str, folder: Path) -> str:
     (folder / "tiny.yaml").write_text(TINY)
     path = folder / f"{family}.yaml"
@@ -53,16 +49,6 @@ def recipe(request, tmp_path):
     return write_recipe(request.param, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def of_two(tmp_path_factory):
-    """A folder with the runs of two processes, which have different numbers of latents: one a family."""
-    folder = tmp_path_factory.mktemp("two")
-    options = [*RAGGED, "--per_device_train_batch_size", "4"]
-    runs = ([write_recipe(name, folder), "--output_dir", str(folder / name), *options] for name in FAMILIES)
-    launch_runs(*runs, folder=folder)
-    return folder
-
-
 def test_run_resumed_inside_a_stage_continues_exactly(recipe, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     options = ["--save_strategy", "steps", "--save_steps", "4", "--text_config.dropout", "0.1"]
@@ -73,18 +59,6 @@ def test_run_resumed_inside_a_stage_continues_exactly(recipe, tmp_path):
     weights = [load_model(str(folder)).state_dict() for folder in (whole, resumed)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=0, rtol=0, msg=name)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes_equal_one_with_twice_the_batch(family, of_two, tmp_path):
-    train_hf.main([write_recipe(family, tmp_path), "--output_dir", str(tmp_path / "one"), *RAGGED])
-    one, two = losses(tmp_path / "one"), losses(of_two / family)
-    assert list(two.values()) == pytest.approx(list(one.values()), abs=2e-4)
-    runs = (tmp_path / "one", of_two / family)
-    stages = [json.loads((run / "results.json").read_text())["stages"] for run in runs]
-    for row, other in zip(*stages, strict=True):
-        assert row["accuracy"] == other["accuracy"] and row["generated_tokens"] == other["generated_tokens"]
-        assert row.get("align_loss") == pytest.approx(other.get("align_loss"), abs=1e-3)
 
 
 def test_training_and_evaluation_search_by_as_many_beams_as_the_recipe_says(recipe, tmp_path, monkeypatch):
