@@ -10,7 +10,7 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from test_from_vlm import thinking, thinking_pair, thoughtful_batch
-from test_train import ROOT, TINY, launch, losses
+from test_train import ROOT, TINY, losses
 from tiny import (
     TEXT_CONFIGS,
     VISION_CONFIGS,
@@ -470,20 +470,6 @@ def test_resuming_with_another_tower_is_refused(frozen, tmp_path):
     again = ["--num_train_epochs", "1", "--resume_from_checkpoint", str(file.parent)]
     with pytest.raises(ValueError, match="vision tower is another than the one that the recipe builds"):
         frozen("run", *again)
-
-
-def test_two_processes_share_the_pictures_and_equal_one(frozen, recipe, tmp_path):
-    few = ["--num_train_epochs", "1", "--freeze", "vision_tower", "--precompute_image_features", "true"]
-    frozen("one", "--num_train_epochs", "1", "--per_device_train_batch_size", "8")
-    both = [*few, "--image_features_cache", str(tmp_path / "of two"), "--per_device_train_batch_size", "4"]
-    launch(recipe, tmp_path / "two", *both, processes=2)
-    keys = []
-    for name in ("cache", "of two"):
-        shards = sorted((tmp_path / name).glob("*/*.safetensors"))
-        keys.append([key for path in shards for key in load_file(path)])
-    assert sorted(keys[0]) == sorted(keys[1]) and len(keys[1]) == len({*keys[1]})
-    assert len(list((tmp_path / "of two").glob("*/*.safetensors"))) == 2
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
 
 
 @pytest.mark.parametrize(

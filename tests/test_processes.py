@@ -14,7 +14,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from test_train import losses, recipe  # noqa: F401  (a fixture)
+from test_train import TINY, losses
 from tiny import batch_of
 from two_processes import CASES, labelled_batch, make_model, prompt, rows_of
 
@@ -93,51 +93,61 @@ def test_parallel_thoughts_are_refused_in_both_processes_of_a_sharded_model(foun
     assert all("does not work with FSDP" in error for error in found["in parallel"]), found["in parallel"]
 
 
-def test_sharded_training_saves_and_resumes_and_equals_one_process(recipe, tmp_path):  # noqa: F811
-    """With `fsdp2_8gpu.yaml`, whose settings the launcher hands over in the environment."""
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Runs by name: of one process, sharded with `fsdp2_8gpu.yaml`, and that resumed in other processes.
+
+    The launcher hands that file's settings over in the environment. `kept` starts from a checkpoint, as
+    cpu_ram_efficient_loading concerns what is loaded; both processes fill one folder of features.
+    """
+    folder = tmp_path_factory.mktemp("sharded")
+    (folder / "tiny.yaml").write_text(TINY)
     fsdp = prepare_multi_gpu_env(launched(TESTS.parent / "recipes" / "accelerate" / "fsdp2_8gpu.yaml"))
     fsdp = {name: value for name, value in fsdp.items() if "FSDP" in name}
-    ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false", "--thought_norm", "embedding"]
-    ragged += ["--num_train_epochs", "2"]
-    options = [*ragged, "--text_config", json.dumps({**QWEN2, "tie_word_embeddings": False})]
-    one, whole, resumed = tmp_path / "one", tmp_path / "whole", tmp_path / "resumed"
-    results = train_hf.main([recipe, "--output_dir", str(one), *options])
-    options += ["--per_device_train_batch_size", "4"]
-    torchrun("fsdp_on_cpu.py", recipe, "--output_dir", str(whole), *options, **fsdp)
-    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
-    options += ["--resume_from_checkpoint", "true", "--activation_checkpointing"]
-    torchrun("fsdp_on_cpu.py", recipe, "--output_dir", str(resumed), *options, **fsdp)
+    qwen2 = ["--text_config", json.dumps({**QWEN2, "tie_word_embeddings": False})]
+
+    def run(name: str, options: list[str]) -> list[str]:
+        return [str(folder / "tiny.yaml"), "--output_dir", str(folder / name), *options]
+
+    train_hf.main(run("started", [*qwen2, "--max_steps", "1"]))
+    ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false", "--thought_norm", "embedding", *qwen2]
+    kept = ["--model", str(folder / "started"), "--freeze", "vision_tower"]
+    kept += [word for key in ("vision_config", "text_config", "tokenizer") for word in (f"--{key}", "null")]
+    cases = {name: [*options, "--num_train_epochs", "2"] for name, options in (("ragged", ragged), ("kept", kept))}
+    for name, options in cases.items():
+        train_hf.main(run(f"{name}, one", options))
+        options += ["--per_device_train_batch_size", "4"]
+    kept_features = ["--precompute_image_features", "true", "--image_features_cache", str(folder / "cache")]
+    cases["kept"] += kept_features
+    torchrun("several_runs.py", json.dumps([run(name, options) for name, options in cases.items()]), **fsdp)
+    for name, options in cases.items():
+        shutil.copytree(folder / name / "checkpoint-6", folder / f"{name}, resumed" / "checkpoint-6")
+        options += ["--resume_from_checkpoint", "true"]
+    cases["ragged"] += ["--activation_checkpointing"]
+    resumed = [run(f"{name}, resumed", options) for name, options in cases.items()]
+    torchrun("several_runs.py", json.dumps(resumed), **fsdp)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ragged", "ragged, resumed"])
+def test_sharded_training_saves_and_resumes_and_equals_one_process(sharded, name):
+    one, folder = sharded / "ragged, one", sharded / name
+    assert list(losses(folder).values()) == pytest.approx(list(losses(one).values()), abs=2e-4)
+    stages = [json.loads((run / "results.json").read_text())["stages"] for run in (folder, one)]
+    assert [row["generated_tokens"] for row in stages[0]] == [row["generated_tokens"] for row in stages[1]]
     expected = load_checkpoint(str(one))[0].state_dict()
-    for folder in (whole, resumed):
-        assert list(losses(folder).values()) == pytest.approx(list(losses(one).values()), abs=2e-4)
-        stages = json.loads((folder / "results.json").read_text())["stages"]
-        assert [row["generated_tokens"] for row in stages] == [row["generated_tokens"] for row in results["stages"]]
-        for name, weight in load_checkpoint(str(folder))[0].state_dict().items():
-            torch.testing.assert_close(weight, expected[name], atol=1e-3, rtol=0, msg=name)
-        config = json.loads((folder / "config.json").read_text())
-        assert config["auto_map"]["AutoModelForImageTextToText"].startswith("modeling_mmcoconut.MMCoconut")
-        assert (folder / "modeling_mmcoconut.py").exists() and (folder / "latent_mmcoconut.py").exists()
+    for weight_name, weight in load_checkpoint(str(folder))[0].state_dict().items():
+        torch.testing.assert_close(weight, expected[weight_name], atol=1e-3, rtol=0, msg=weight_name)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForImageTextToText"].startswith("modeling_mmcoconut.MMCoconut")
+    assert (folder / "modeling_mmcoconut.py").exists() and (folder / "latent_mmcoconut.py").exists()
 
 
-def test_sharded_training_reads_kept_features_also_when_it_resumes(recipe, tmp_path):  # noqa: F811
-    """From a checkpoint, as cpu_ram_efficient_loading concerns what is loaded; both processes fill one folder."""
-    fsdp = prepare_multi_gpu_env(launched(TESTS.parent / "recipes" / "accelerate" / "fsdp2_8gpu.yaml"))
-    fsdp = {name: value for name, value in fsdp.items() if "FSDP" in name}
-    started, whole, resumed = tmp_path / "started", tmp_path / "whole", tmp_path / "resumed"
-    config = json.dumps({**QWEN2, "tie_word_embeddings": False})
-    train_hf.main([recipe, "--output_dir", str(started), "--text_config", config, "--max_steps", "1"])
-    options = ["--model", str(started), "--freeze", "vision_tower", "--num_train_epochs", "2"]
-    options += [word for key in ("vision_config", "text_config", "tokenizer") for word in (f"--{key}", "null")]
-    train_hf.main([recipe, "--output_dir", str(tmp_path / "one"), *options])
-    options += ["--per_device_train_batch_size", "4", "--precompute_image_features", "true"]
-    options += ["--image_features_cache", str(tmp_path / "cache")]
-    torchrun("fsdp_on_cpu.py", recipe, "--output_dir", str(whole), *options, **fsdp)
-    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
-    again = ["--resume_from_checkpoint", "true"]
-    torchrun("fsdp_on_cpu.py", recipe, "--output_dir", str(resumed), *options, *again, **fsdp)
-    for folder in (whole, resumed):
-        assert list(losses(folder).values()) == pytest.approx(list(losses(tmp_path / "one").values()), abs=2e-4)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+@pytest.mark.parametrize("name", ["kept", "kept, resumed"])
+def test_sharded_training_reads_kept_features_also_when_it_resumes(sharded, name):
+    expected = list(losses(sharded / "kept, one").values())
+    assert list(losses(sharded / name).values()) == pytest.approx(expected, abs=2e-4)
+    assert len(list((sharded / "cache").iterdir())) == 1
 
 
 @pytest.mark.parametrize(

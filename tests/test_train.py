@@ -26,6 +26,7 @@ from mmcoconut.smoke import write_tiny_vlm
 
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 300  # processes that wait for each other for ever fail the tests here
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
 TINY = """
 vision_config: {model_type: clip_vision_model, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
@@ -63,17 +64,16 @@ def losses(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in history if "loss" in record}
 
 
-def launch(recipe: str, folder: Path, *options: str, processes: int = 1, **variables: str) -> None:
-    """`accelerate launch train_hf.py`; on a machine without a GPU only --multi_gpu starts several processes."""
+def launch(*words: str, folder: Path, script: Path = ROOT / "train_hf.py", processes: int = 2, **variables) -> None:
+    """`accelerate launch script words` in a folder; on a machine without a GPU only --multi_gpu starts several."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
     command += ["--multi_gpu"] * (processes > 1) + ["--num_machines", "1", "--main_process_port", str(port)]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += [str(ROOT / "train_hf.py"), recipe, "--output_dir", str(folder), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=folder.parent)
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(script), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **variables}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -159,25 +159,6 @@ def test_resuming_restores_towers_with_older_key_names(recipe, tmp_path, tower, 
     shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
     train_hf.main([recipe, "--output_dir", str(resumed), *options, "--resume_from_checkpoint", "true"])
     assert losses(resumed) == losses(whole)
-
-
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
-def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path, checkpointing):
-    """Also where the processes' batches have different numbers of latents."""
-    ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false"]
-    train_hf.main([recipe, "--output_dir", str(tmp_path / "one"), *ragged])
-    options = [*ragged, "--per_device_train_batch_size", "4", "--activation_checkpointing", checkpointing]
-    launch(recipe, tmp_path / "two", *options, processes=2)
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert list(one) == list(two) == list(range(1, 19))
-    assert list(two.values()) == pytest.approx(list(one.values()), abs=2e-4)
-    stages = [json.loads((tmp_path / run / "results.json").read_text())["stages"] for run in ("one", "two")]
-    for row, other in zip(*stages):
-        assert (row["accuracy"], row["generated_tokens"], row["n"]) == (
-            other["accuracy"],
-            other["generated_tokens"],
-            other["n"],
-        )
 
 
 def test_frozen_part_keeps_its_weights_and_the_rest_learns(recipe, tmp_path):
@@ -370,14 +351,15 @@ def test_recipe_of_the_original_code_runs(tmp_path):
     assert (tmp_path / "gsm-smoke" / "results.json").exists()
 
 
-@pytest.mark.parametrize("tracker, files", [("tensorboard", "**/events.out.tfevents*"), ("trackio", "**/*.db")])
-def test_tracker_records_the_run(recipe, tmp_path, tracker, files):
-    pytest.importorskip(tracker)
-    folder = tmp_path / "tracked"
-    options = ["--num_train_epochs", "1", "--report_to", tracker]
-    variables = {"TENSORBOARD_LOGGING_DIR": str(folder), "TRACKIO_DIR": str(folder)}
-    launch(recipe, tmp_path / "run", *options, **variables)
-    assert any(path.stat().st_size > 0 for path in folder.glob(files))
+def test_trackers_record_the_run(recipe, tmp_path):
+    files = {"tensorboard": "**/events.out.tfevents*", "trackio": "**/*.db"}
+    for tracker in files:
+        pytest.importorskip(tracker)
+    options = ["--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1", "--report_to", json.dumps([*files])]
+    folders = {"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard"), "TRACKIO_DIR": str(tmp_path / "trackio")}
+    launch(recipe, *options, folder=tmp_path, processes=1, **folders)
+    for tracker, pattern in files.items():
+        assert any(path.stat().st_size > 0 for path in (tmp_path / tracker).glob(pattern)), tracker
 
 
 def test_control_without_thoughts_has_no_marker_and_pause_feeds_nothing_back(recipe, tmp_path):

@@ -1,0 +1,78 @@
+"""Runs of train_hf.py in two processes equal those of one with twice the batch.
+
+All are in one launch, as starting processes takes longest. The two have different numbers of latents in a batch.
+"""
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+from test_family_runs import FAMILIES, write_recipe
+from test_grouping import GROUPED
+from test_train import ROOT, launch, losses
+
+import train_hf
+
+
+RAGGED = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false"]
+HALF = ["--per_device_train_batch_size", "4"]
+# Recipe, options of both sides, options of the two processes.
+EQUAL = {
+    "plain": ("tiny", [], []),
+    "checkpointed": ("tiny", [], ["--activation_checkpointing"]),
+    "grouped": ("tiny", GROUPED, []),
+    "cross_attention": ("cross_attention", [], []),
+    "encoder": ("encoder", [], []),
+}
+FROZEN = ["--num_train_epochs", "1", "--freeze", "vision_tower"]
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """A folder with recipes, and the runs of two processes by name."""
+    folder = tmp_path_factory.mktemp("two")
+    for family in FAMILIES:
+        write_recipe(family, folder)
+
+    def run(name: str, recipe: str, options: list[str]) -> list[str]:
+        return [str(folder / f"{recipe}.yaml"), "--output_dir", str(folder / name), *options]
+
+    runs = [run(name, recipe, [*both, *RAGGED, *HALF, *own]) for name, (recipe, both, own) in EQUAL.items()]
+    runs.append(run("profiled", "tiny", ["--profile", "true", "--max_steps", "4"]))
+    runs.append(run("kept", "tiny", [*FROZEN, *HALF, *kept_in(folder / "cache")]))
+    launch(json.dumps(runs), folder=folder, script=ROOT / "tests" / "several_runs.py")
+    return folder
+
+
+def kept_in(cache) -> list[str]:
+    return ["--precompute_image_features", "true", "--image_features_cache", str(cache)]
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_processes_equal_one_with_twice_the_batch(name, of_two, tmp_path):
+    recipe, both, _ = EQUAL[name]
+    one, two = tmp_path / "one", of_two / name
+    train_hf.main([str(of_two / f"{recipe}.yaml"), "--output_dir", str(one), *both, *RAGGED])
+    assert list(losses(one)) == list(losses(two)) == list(range(1, 19))
+    assert list(losses(two).values()) == pytest.approx(list(losses(one).values()), abs=2e-4)
+    stages = [json.loads((run / "results.json").read_text())["stages"] for run in (one, two)]
+    for row, other in zip(*stages, strict=True):
+        assert all(row[key] == other[key] for key in ("accuracy", "generated_tokens", "n"))
+        assert row.get("align_loss") == pytest.approx(other.get("align_loss"), abs=1e-3)
+
+
+def test_two_processes_share_the_pictures_and_equal_one(of_two, tmp_path):
+    one = [*FROZEN, *kept_in(tmp_path / "cache"), "--per_device_train_batch_size", "8"]
+    train_hf.main([str(of_two / "tiny.yaml"), "--output_dir", str(tmp_path / "one"), *one])
+    keys = []
+    for folder in (tmp_path, of_two):
+        shards = sorted((folder / "cache").glob("*/*.safetensors"))
+        keys.append([key for path in shards for key in load_file(path)])
+    assert sorted(keys[0]) == sorted(keys[1]) and len(keys[1]) == len({*keys[1]})
+    assert len(list((of_two / "cache").glob("*/*.safetensors"))) == 2
+    assert losses(of_two / "kept") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+
+
+def test_two_processes_write_one_profile(of_two):
+    record = json.loads((of_two / "profiled" / "profile.json").read_text())
+    assert record["updates"] == 3 and sum(record["shares"].values()) == pytest.approx(1, abs=1e-3)
