@@ -121,7 +121,10 @@ def test_the_saved_precision_is_loaded_where_auto_is_asked_for(folders, tmp_path
 
 # Of logits with a spread of 1; a quantized weight is off by a part of 127, or of 15, of the largest in its block.
 @pytest.mark.parametrize("bits, tolerance", [(8, 0.05), (4, 0.5)])
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="needs pip install mmcoconut[quantization], which every process would import with peft",
+)
 def test_quantized_weights_think_and_answer(folders, bits, tolerance):
     model, processor = loaded(folders("decoder"))
     options = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
