@@ -194,19 +194,19 @@ def parse_demo_arguments(argv: list[str]) -> DemoArguments:
         RecipeError: everything that is wrong with it.
     """
     arguments = read_asked(argv, DemoArguments, "mmcoconut.demo", data="")
-    problems = []
-    if arguments.max_samples < 1:
-        problems.append(("max_samples", arguments.max_samples, "show one example or more"))
     if arguments.push_space is None and arguments.package is not None:
-        problems.append(("package", arguments.package, "only a Space installs one: name it with `push_space`"))
-    if problems:
-        raise RecipeError("command line", problems)
+        problem = ("package", arguments.package, "only a Space installs one: name it with `push_space`")
+        raise RecipeError("command line", [problem])
     complete_from_recipe(arguments)
     return arguments
 
 
 def serve(arguments: DemoArguments, rows: list[dict]) -> None:
-    """Load the checkpoint and show the page until it is stopped."""
+    """Load the checkpoint and show the page until it is stopped.
+
+    Raises:
+        ValueError: the address or the port cannot be had.
+    """
     device = join_processes().device
     model, processor = load_checkpoint(
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=device
@@ -222,7 +222,11 @@ def serve(arguments: DemoArguments, rows: list[dict]) -> None:
             seed=arguments.seed,
         )
         page = build_page(asker, name=arguments.model.rstrip("/"), num_latents=arguments.num_latents)
-        launch(page, server_name=arguments.server_name, server_port=arguments.port, share=arguments.share)
+        try:
+            launch(page, server_name=arguments.server_name, server_port=arguments.port, share=arguments.share)
+        except OSError as error:
+            where = f"{arguments.server_name or '127.0.0.1'}, port {arguments.port or 'from 7860'}"
+            raise ValueError(f"No page at {where} ({error}): give another --port or --server_name.") from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -65,7 +65,7 @@ def check_package(package: str | None) -> None:
     try:
         name = Requirement(package).name
     except InvalidRequirement as error:
-        raise ValueError(f"package is {package!r}, which is no requirement ({error}): {PACKAGE_REMEDY}") from error
+        raise ValueError(f"package is {package!r}, which is no requirement of pip's: {PACKAGE_REMEDY}") from error
     if name != "mmcoconut":
         raise ValueError(f"package is {package!r}, which installs {name}: {PACKAGE_REMEDY}")
 
