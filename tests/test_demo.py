@@ -1,10 +1,12 @@
 """The demo: what is computed for one question, the page in a real browser, the Space that holds it."""
 
+import json
 import runpy
 import shutil
 import socket
 import sys
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -421,6 +423,33 @@ def test_serving_the_page_looks_up_no_other_host(served):
     assert urllib.request.urlopen(url).status == 200
     assert {host.decode() if isinstance(host, bytes) else host for host in hosts} <= {"127.0.0.1", "localhost"}
     assert hosts
+
+
+def called(url: str, *values) -> str:
+    """All that the function behind the button sends for these values."""
+    body = json.dumps({"data": values}).encode()
+    request = urllib.request.Request(f"{url}gradio_api/call/ask", body, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    return urllib.request.urlopen(f"{url}gradio_api/call/ask/{event}").read().decode()
+
+
+def test_a_caller_cannot_name_a_file_of_the_machine(served, tmp_path):
+    url, _ = served
+    tiny_image().save(tmp_path / "private.png")
+    picture = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
+    assert "event: error" in called(url, picture, "Which?", NUM_LATENTS, False)
+    assert "mmc-tokens" in called(url, None, "Which?", NUM_LATENTS, False)  # so it was the file
+
+
+def test_questions_of_several_visitors_do_not_mix(served, asker, examples):
+    """Other thoughts are put in by hooks on the one model, so questions wait for each other."""
+    url, _ = served
+    with ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(called, url, None, examples[0]["question"], NUM_LATENTS, True)
+        answers = [called(url, None, "Which?", NUM_LATENTS, False) for _ in range(3)]
+    expected = json.dumps(demo.panels().answer(asker.ask(row_of("Which?", None), NUM_LATENTS)))
+    written = expected[expected.index("<code>") : expected.index("</code>")]
+    assert all(written in answer for answer in answers) and "data-name" in busy.result()
 
 
 def number(page, name: str) -> int:
