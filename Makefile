@@ -1,9 +1,9 @@
-# make quickstart | audit | compare | test | style. The first call of any makes .venv and installs the package into it.
+# make quickstart | audit | demo | compare | test | style. The first call of any makes .venv and installs the package into it.
 PYTHON ?= python3
 BIN := .venv/bin
 QUICKSTART := outputs/quickstart
 
-.PHONY: quickstart audit compare test style
+.PHONY: quickstart audit demo compare test style
 .NOTPARALLEL:
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -19,6 +19,9 @@ quickstart: .venv/installed
 
 audit: .venv/installed
 	$(BIN)/python -m mmcoconut.audit --model $(QUICKSTART) --output_dir $(QUICKSTART)-audit --overwrite true
+
+demo: .venv/installed
+	$(BIN)/python -m mmcoconut.demo --model $(QUICKSTART)
 
 compare: .venv/installed
 	$(BIN)/python train_hf.py recipes/quickstart.yaml --compare cot,no_cot,no_thoughts,pause,coconut --output_dir $(QUICKSTART)-compare

@@ -72,6 +72,17 @@ class Answerer:
         self.num_latents = processor.num_latents if num_latents is None else num_latents
         self.max_new_tokens, self.num_beams, self.begin_with = max_new_tokens, num_beams, begin_with
 
+    def with_count(self, num_latents: int, *, begin_with: str = "") -> "Answerer":
+        """The same checkpoint with another number of thoughts."""
+        return Answerer(
+            self.model,
+            self.processor,
+            num_latents=num_latents,
+            max_new_tokens=self.max_new_tokens,
+            num_beams=self.num_beams,
+            begin_with=begin_with,
+        )
+
     def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
         """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width),
         num_tiles (images,) where those are tiles, and of an encoder-decoder also the decoder's prompt.

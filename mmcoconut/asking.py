@@ -1,7 +1,7 @@
-"""What evaluation and audit share: which checkpoint is asked which rows, from the command line and a recipe."""
+"""What evaluation, audit and demo share: which checkpoint is asked which rows, from the command line and a recipe."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -48,13 +48,13 @@ class EvaluationArguments:
     overwrite: bool = HfArg(default=False, help="Delete an earlier evaluation in output_dir.")
 
 
-def parse_arguments(argv: list[str], cls=EvaluationArguments, module: str = "mmcoconut.evaluation"):
-    """Arguments of the command line, completed from the recipe named there or found beside the weights.
+def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …"):
+    """Arguments of the command line of a module that asks a checkpoint.
 
     Raises:
         RecipeError: every argument that is unknown, of the wrong type or missing.
     """
-    arguments = read_arguments(argv, cls, f"python -m {module} --model … --dataset … [--key value ...]")
+    arguments = read_arguments(argv, cls, f"python -m {module} --model …{data} [--key value ...]")
     problems = [
         (name, getattr(arguments, name), f"choose one of {', '.join(choices)}")
         for name, choices in CHOICES.items()
@@ -64,22 +64,37 @@ def parse_arguments(argv: list[str], cls=EvaluationArguments, module: str = "mmc
         problems.append(("model", None, "name a checkpoint: its folder or Hub id"))
     if problems:
         raise RecipeError("command line", problems)
+    return arguments
+
+
+def complete_from_recipe(arguments) -> None:
+    """What the command leaves open is what the recipe named there, or found beside the weights, says."""
     beside = Path(arguments.model, RECIPE_FILE)
     if arguments.recipe is None and beside.is_file():
         arguments.recipe = str(beside)
     recipe = read_recipe(arguments.recipe) if arguments.recipe is not None else {}
     if arguments.dataset not in (None, recipe.get("dataset")):
         recipe = {}  # another data set has other options
-    for name in FROM_RECIPE:
+    for name in {field.name for field in fields(arguments)} & {*FROM_RECIPE}:
         given, default = getattr(arguments, name), recipe.get(name)
         if name == "dataset_options":
             setattr(arguments, name, {**(default or {}), **(given or {})})
         elif given is None:
             setattr(arguments, name, default)
-    if arguments.dataset is None:
-        raise RecipeError("command line", [("dataset", None, "name a data set, or a --recipe that does")])
     arguments.max_new_tokens = arguments.max_new_tokens or 64
     arguments.num_beams = arguments.num_beams or 1
+
+
+def parse_arguments(argv: list[str], cls=EvaluationArguments, module: str = "mmcoconut.evaluation"):
+    """Arguments of the command line, completed from the recipe named there or found beside the weights.
+
+    Raises:
+        RecipeError: every argument that is unknown, of the wrong type or missing.
+    """
+    arguments = read_asked(argv, cls, module)
+    complete_from_recipe(arguments)
+    if arguments.dataset is None:
+        raise RecipeError("command line", [("dataset", None, "name a data set, or a --recipe that does")])
     return arguments
 
 

@@ -43,7 +43,7 @@ from mmcoconut.recipe_files import RecipeError
 from mmcoconut.records import write_json, write_lines
 from mmcoconut.scoring import default_metric
 from mmcoconut.statistics import bootstrap_mean
-from mmcoconut.thought_pictures import geometry_figure, picture_grid, probe_figure, thought_strip
+from mmcoconut.thought_pictures import geometry_figure, probe_figure, thought_strip, why_no_map
 from mmcoconut.thoughts import Readings, geometry, lens_text, linear_probe, load_extra, probe_targets, read_thoughts
 from mmcoconut.verdict import MARGIN, verdict_of
 
@@ -114,12 +114,14 @@ def draw_rows(rows, count: int | None, seed: int) -> list[dict]:
     return list(rows.select(sorted(random.Random(seed).sample(range(len(rows)), count))))
 
 
-def strip_of(readings: Readings, pixels, *, row: int, captions: list[str]) -> Image.Image | None:
-    if readings.image_attention is None or len(pixels) == 0:
+def strip_of(readings: Readings, pixels, *, projector_type: str, captions: list[str]) -> Image.Image | None:
+    """The heat maps of readings of one row; None where there is nothing to draw on."""
+    if len(pixels) == 0:
         return None
-    if picture_grid(readings.image_attention[row].shape[-1] // len(pixels)) is None:
+    maps = readings.image_map(0)  # (N, I · P)
+    if why_no_map(projector_type, maps.shape[1] // len(pixels)) is not None:
         return None
-    return thought_strip(pixels, readings.image_map(row), captions)
+    return thought_strip(pixels, maps, captions)
 
 
 def decoded(readings: Readings, tokenizer, row: int) -> list[list[list[tuple[str, float]]]]:
@@ -149,7 +151,12 @@ def show(study: Study, count: int, top_k: int) -> list[Shown]:
                 answer=study.untouched.texts[index],
                 lens=decoded(readings, tokenizer, 0),
                 image_share=readings.image_share(0).tolist() if has_images else None,
-                strip=strip_of(readings, inputs.get("pixel_values", ()), row=0, captions=captions),
+                strip=strip_of(
+                    readings,
+                    inputs.get("pixel_values", ()),
+                    projector_type=model.config.projector_type,
+                    captions=captions,
+                ),
             )
         )
     return shown

@@ -24,6 +24,10 @@ from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
 
 # Position j of the thought and what the model thought there (B, D) → what is read (B, D).
 Replace = Callable[[int, torch.Tensor], torch.Tensor]
+# Indices of the rows in a batch → its replacement.
+ReplaceOf = Callable[[list[int]], Replace]
+# Name, description and replacement of interventions.
+Table = list[tuple[str, str, ReplaceOf]]
 
 
 @contextmanager
@@ -132,7 +136,7 @@ class Study:
 
     def run(
         self,
-        replace_of: Callable[[list[int]], Replace] | None = None,
+        replace_of: ReplaceOf | None = None,
         *,
         donors: Sequence[Mapping] | None = None,
         answerer: Answerer | None = None,
@@ -213,7 +217,7 @@ def noise_like(thought: torch.Tensor, generator: torch.Generator) -> torch.Tenso
     return noise * thought.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
 
 
-def noise(seed: int) -> Callable[[list[int]], Replace]:
+def noise(seed: int) -> ReplaceOf:
     """Noise that is the same whenever it is drawn again."""
 
     def of_batch(indices: list[int]) -> Replace:
@@ -223,7 +227,7 @@ def noise(seed: int) -> Callable[[list[int]], Replace]:
     return of_batch
 
 
-def given(thoughts: torch.Tensor, partners: Sequence[int] | None = None) -> Callable[[list[int]], Replace]:
+def given(thoughts: torch.Tensor, partners: Sequence[int] | None = None) -> ReplaceOf:
     """Thoughts (n, N, D) in the place of the model's, those of row partners[i] (default: i) for row i."""
 
     def of_batch(indices: list[int]) -> Replace:
@@ -233,13 +237,13 @@ def given(thoughts: torch.Tensor, partners: Sequence[int] | None = None) -> Call
     return of_batch
 
 
-def mean_thought(thoughts: torch.Tensor) -> Callable[[list[int]], Replace]:
+def mean_thought(thoughts: torch.Tensor) -> ReplaceOf:
     """The mean over rows of thoughts (n, N, D) at each position."""
     mean = thoughts.float().mean(dim=0, keepdim=True)  # (1, N, D)
     return given(mean.expand(len(thoughts), -1, -1))
 
 
-def only_at(position: int, replace_of: Callable[[list[int]], Replace]) -> Callable[[list[int]], Replace]:
+def only_at(position: int, replace_of: ReplaceOf) -> ReplaceOf:
     """The replacement at one position, the model's own thoughts, computed after it, elsewhere."""
 
     def of_batch(indices: list[int]) -> Replace:
@@ -353,44 +357,54 @@ def swaps(study: Study) -> tuple[list[Outcome], list[str]]:
     return outcomes, [result for result in results if isinstance(result, str)]
 
 
-def replacements(study: Study) -> list[Outcome]:
-    """All thoughts replaced by nothing, by noise, by their mean."""
-    thoughts = study.untouched.thoughts
-    table = [
+def emptied(thoughts: torch.Tensor, seed: int) -> Table:
+    """All thoughts (n, N, D) replaced by nothing, by noise, by their mean: name, description, replacement."""
+    return [
         ("zero", "zeros", lambda indices: zero),
-        ("noise", "random directions as long as the thoughts", noise(study.seed)),
+        ("noise", "random directions as long as the thoughts", noise(seed)),
         ("mean", "the mean thought of each position over all rows", mean_thought(thoughts)),
     ]
+
+
+def one_taken_out(thoughts: torch.Tensor) -> Table:
+    """One of the thoughts (n, N, D) at a time replaced by its mean, the later ones computed anew."""
+    mean = mean_thought(thoughts)
+    return [
+        (f"without_{j + 1}", f"thought {j + 1} alone replaced by its mean", only_at(j, mean))
+        for j in range(thoughts.shape[1])
+    ]
+
+
+def replacements(study: Study) -> list[Outcome]:
+    """All thoughts replaced by nothing, by noise, by their mean."""
+    table = emptied(study.untouched.thoughts, study.seed)
     return [study.outcome(name, description, study.run(replace_of)) for name, description, replace_of in table]
 
 
 def knock_outs(study: Study) -> list[Outcome]:
     """One thought at a time replaced by its mean, the later ones computed anew."""
-    mean = mean_thought(study.untouched.thoughts)
-    return [
-        study.outcome(f"without_{j + 1}", f"thought {j + 1} alone replaced by its mean", study.run(only_at(j, mean)))
-        for j in range(study.answerer.num_latents)
-    ]
+    table = one_taken_out(study.untouched.thoughts)
+    return [study.outcome(name, description, study.run(replace_of)) for name, description, replace_of in table]
 
 
-def with_count(study: Study, count: int, *, begin_with: str = "") -> Answers:
-    own = study.answerer
-    answerer = Answerer(
-        own.model, own.processor, num_latents=count, max_new_tokens=own.max_new_tokens, begin_with=begin_with
-    )
-    return study.run(answerer=answerer)
-
-
-def other_counts(study: Study) -> list[Outcome]:
-    """Fewer and more thoughts than the study has.
+def with_other_counts(own: Answerer, rows: Sequence[Mapping]) -> list[tuple[str, str, Answerer]]:
+    """Name, description and answerer with fewer and more thoughts than its own.
 
     With fewer it may go on in words, as it learnt to in earlier stages; so each is also asked for the answer at once.
     """
-    own, free, at_once = study.answerer.num_latents, [], []
-    for count in counts_to_try(own, room_for_more(study.answerer, study.rows)):
-        instead = f"{count} thought{'s' if count != 1 else ''} instead of {own}"
-        free.append(study.outcome(f"count_{count}", instead, with_count(study, count)))
-        if count < own:
-            answers = with_count(study, count, begin_with=ANSWER_MARKER)
-            at_once.append(study.outcome(f"count_{count}_at_once", f"{instead}, no written steps", answers))
+    free, at_once = [], []
+    for count in counts_to_try(own.num_latents, room_for_more(own, rows)):
+        instead = f"{count} thought{'s' if count != 1 else ''} instead of {own.num_latents}"
+        free.append((f"count_{count}", instead, own.with_count(count)))
+        if count < own.num_latents:
+            other = own.with_count(count, begin_with=ANSWER_MARKER)
+            at_once.append((f"count_{count}_at_once", f"{instead}, no written steps", other))
     return [*free, *at_once]
+
+
+def other_counts(study: Study) -> list[Outcome]:
+    """Fewer and more thoughts than the study has, see `with_other_counts`."""
+    return [
+        study.outcome(name, description, study.run(answerer=answerer))
+        for name, description, answerer in with_other_counts(study.answerer, study.rows)
+    ]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
 from mmcoconut.thoughts import COLLAPSED_COSINE, load_extra
 
 
@@ -40,6 +41,15 @@ def picture_grid(num_features: int) -> tuple[int, int] | None:
         side = math.isqrt(max(patches, 0))
         if side > 0 and side * side == patches:
             return side, side
+    return None
+
+
+def why_no_map(projector_type: str, num_features: int) -> str | None:
+    """Why attention to an image's features cannot be drawn on it; None where it can."""
+    if projector_type in PREFIX_PROJECTORS:
+        return f"{projector_type} makes {num_features} features of the whole picture, which lie nowhere on it"
+    if picture_grid(num_features) is None:
+        return f"{num_features} image features make no square, so it is not known where on the picture they lie"
     return None
 
 
@@ -123,22 +133,16 @@ def wrap(text: str, font, width: int) -> str:
     return "\n".join(lines)
 
 
-def thought_strip(pixel_values: torch.Tensor, maps: torch.Tensor, captions: Sequence[str]) -> Image.Image:
-    """A row's N heat maps side by side, with one colour scale, and their captions beneath.
-
-    Of a row with several images the first is drawn.
+def heat_maps(pixel_values: torch.Tensor, maps: torch.Tensor) -> list[Image.Image]:
+    """A row's N heat maps, with one colour scale. Of a row with several images the first is drawn.
 
     Args:
         pixel_values (I, C, H, W): the images of one row.
         maps (N, I · P): attention to their features in reading order, as `Readings.image_map` gives it.
-        captions: N texts, wrapped to the width of a map.
 
     Raises:
-        ValueError: numbers of maps and captions that differ, or none; features that are no multiple of the images;
-            features that make no square.
+        ValueError: features that are no multiple of the images; features that make no square.
     """
-    if len(maps) != len(captions) or len(maps) == 0:
-        raise ValueError(f"{len(maps)} maps for {len(captions)} captions: give one each, and at least one.")
     if len(pixel_values) == 0 or maps.shape[1] % len(pixel_values):
         raise ValueError(
             f"{maps.shape[1]} image features for {len(pixel_values)} images: give the pixels of this row's images "
@@ -146,7 +150,18 @@ def thought_strip(pixel_values: torch.Tensor, maps: torch.Tensor, captions: Sequ
         )
     maps = maps[:, : maps.shape[1] // len(pixel_values)]  # (N, P)
     top = max(float(grid_of(weights).max()) for weights in maps)
-    return side_by_side([heat_map(pixel_values[0], weights, top=top) for weights in maps], captions)
+    return [heat_map(pixel_values[0], weights, top=top) for weights in maps]
+
+
+def thought_strip(pixel_values: torch.Tensor, maps: torch.Tensor, captions: Sequence[str]) -> Image.Image:
+    """`heat_maps` side by side, with their captions, N texts, wrapped beneath.
+
+    Raises:
+        ValueError: numbers of maps and captions that differ, or none; what `heat_maps` refuses.
+    """
+    if len(maps) != len(captions) or len(maps) == 0:
+        raise ValueError(f"{len(maps)} maps for {len(captions)} captions: give one each, and at least one.")
+    return side_by_side(heat_maps(pixel_values, maps), captions)
 
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:

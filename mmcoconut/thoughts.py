@@ -28,8 +28,8 @@ MAX_ITERATIONS = 1000
 NORMAL_QUANTILE = 1.959964  # of a two-sided 95 % interval
 
 
-def load_extra(name: str) -> ModuleType:
-    """A module of the optional packages that only the audit needs.
+def load_extra(name: str, extra: str = "audit") -> ModuleType:
+    """A module of the optional packages that only one part of the library needs, named as its extra is.
 
     Raises:
         ImportError: it is not installed; the message says how to.
@@ -37,7 +37,7 @@ def load_extra(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"The audit needs {name.partition('.')[0]}: pip install mmcoconut[audit]") from error
+        raise ImportError(f"The {extra} needs {name.partition('.')[0]}: pip install mmcoconut[{extra}]") from error
 
 
 def check_finite(thoughts: torch.Tensor) -> None:
@@ -282,12 +282,15 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
     )
 
 
+def visible(text: str) -> str:
+    """A token's text without the space around it, or, where it is nothing but white space, as it is typed in code."""
+    return repr(text.strip() or text)[1:-1]
+
+
 def lens_text(readings: Readings, tokenizer, row: int) -> list[str]:
     """What each of a row's N thoughts decodes to at the last layer, and what its prompt writes: `"B 71 %"`, N + 1."""
     tokens, probabilities = readings.tokens[row, :, -1, 0].tolist(), readings.probabilities[row, :, -1, 0].tolist()
-    texts = [tokenizer.decode([token]) for token in tokens]
-    # repr shows a token that is nothing but white space.
-    texts = [repr(text.strip() or text)[1:-1] for text in texts]
+    texts = [visible(tokenizer.decode([token])) for token in tokens]
     return [f"{text} {100 * probability:.0f} %" for text, probability in zip(texts, probabilities)]
 
 

@@ -1,0 +1,512 @@
+"""The demo: what is computed for one question, the page in a real browser, the Space that holds it."""
+
+import json
+import runpy
+import shutil
+import socket
+import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partialmethod
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from tiny import max_difference, tiny_image, tiny_model, tiny_processor, tiny_seq2seq
+
+from mmcoconut import answering, asking
+from mmcoconut.answering import Answerer
+from mmcoconut.data import load_examples
+from mmcoconut.data.arrow_mazes import png_bytes
+from mmcoconut.interventions import given, intervening, zero
+from mmcoconut.one_question import Asker, answer_with, read_examples, row_of, think, write_examples
+from mmcoconut.recipe_files import RecipeError
+from mmcoconut.thoughts import lens_text, load_extra, read_thoughts
+
+
+pytest.importorskip("gradio", reason="gradio is not installed: pip install mmcoconut[demo]")
+
+import gradio as gr  # noqa: E402
+from huggingface_hub import HfApi, SpaceCard  # noqa: E402
+
+from mmcoconut import demo, spaces  # noqa: E402
+
+
+NUM_LATENTS = 3
+NEW_TOKENS = 4
+PACKAGE = "mmcoconut @ git+https://example.org/someone/mmcoconut"
+CHROMIUM = shutil.which("chromium")
+CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+
+
+@pytest.fixture(autouse=True)
+def no_marker_needed(monkeypatch):
+    """What random weights write counts as their answer."""
+    monkeypatch.setattr(answering, "parse_answer", str.strip)
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("examples")
+    write_examples(folder, load_examples("arrow_mazes", split="test", num_rows=4, cell_size=8))
+    return read_examples(folder)
+
+
+def asker_of(model, examples=()) -> Asker:
+    processor = tiny_processor(model, markers="start", num_latents=NUM_LATENTS)
+    return Asker(model, processor, examples, max_new_tokens=NEW_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def asker(examples) -> Asker:
+    return asker_of(tiny_model(seed=1), examples)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    folder, model = tmp_path_factory.mktemp("checkpoint"), tiny_model(seed=1)
+    model.save_pretrained(folder)
+    tiny_processor(model, markers="start", num_latents=NUM_LATENTS).save_pretrained(folder)
+    return str(folder)
+
+
+def by_name(variants) -> dict:
+    return {variant.name: variant for variant in [*variants.replaced, *variants.one_replaced, *variants.counted]}
+
+
+def test_examples_are_the_rows_they_were_written_from(examples):
+    rows = list(load_examples("arrow_mazes", split="test", num_rows=4, cell_size=8))
+    for example, row in zip(examples, rows, strict=True):
+        assert [example[name] for name in ("question", "steps", "answers")] == [
+            row[name] for name in ("question", "steps", "answers")
+        ]
+
+
+def test_text_alone_and_rows_of_several_pictures(tmp_path):
+    row = {"images": [], "question": "Which?", "choices": ["a", "b"], "steps": [], "answers": ["a"], "row_id": "x"}
+    pictures = [{"bytes": png_bytes(tiny_image(seed)), "path": None} for seed in (0, 1)]
+    write_examples(tmp_path, [row, {**row, "images": pictures}])
+    [example] = read_examples(tmp_path)
+    assert (example["question"], example["images"]) == ("Which?\nChoices: a, b", [])
+
+
+@pytest.mark.parametrize("num_latents", [0, NUM_LATENTS])
+def test_the_answer_is_the_answerers(asker, examples, num_latents):
+    asked = asker.ask(examples[0], num_latents)
+    answerer = Answerer(asker.model, asker.processor, num_latents=num_latents, max_new_tokens=NEW_TOKENS)
+    [expected] = answerer.answer([examples[0]])
+    assert {name: getattr(asked, name) for name in expected} == expected
+    assert asked.seconds > 0
+
+
+def test_an_example_is_known_again_by_its_picture_and_question(asker, examples):
+    path = examples[0]["images"][0]["path"]
+    assert asker.gold_of(row_of(examples[0]["question"], path)) == examples[0]["answers"]
+    assert asker.gold_of(row_of("Another question?", path)) == []
+    assert asker.gold_of(row_of(examples[0]["question"], None)) == []
+
+
+def test_a_look_is_the_reading_of_thoughts(asker, examples):
+    asked = asker.ask(examples[0], NUM_LATENTS)
+    look = asker.look(asked, top_k=3)
+    readings = read_thoughts(asker.model, asked.answerer.inputs([examples[0]]), top_k=3)
+    first = [f"{t} {100 * p:.0f} %" for t, p in (state.tokens[0] for state in [*look.thoughts, look.writes])]
+    assert first == lens_text(readings, asker.processor.tokenizer, 0)
+    assert [thought.image_share for thought in look.thoughts] == readings.image_share(0).tolist()
+    assert look.no_map is None and all(thought.heat_map is not None for thought in look.thoughts)
+
+
+def test_interventions_are_what_they_say(asker, examples):
+    asked = asker.ask(examples[0], NUM_LATENTS)
+    variants = by_name(asker.intervene(asked))
+    _, thoughts = think(asked.answerer, [examples[0], *examples])
+    with intervening(asker.model, zero):
+        assert variants["zero"].output == asked.answerer.answer([examples[0]])[0]["output"]
+    mean = given(thoughts.mean(dim=0, keepdim=True))
+    assert variants["mean"].output == answer_with(asked.answerer, examples[0], mean)["output"]
+    assert variants["count_1"].output == asker.ask(examples[0], 1).output
+    assert all(v.changed == ((v.answer or v.output.strip()) != asked.said) for v in variants.values())
+    assert sum(variant.changed for variant in variants.values()) > 3
+    names = {f"count_{count}" for count in (0, 1, 2, 4, 5, 6)} | {f"count_{count}_at_once" for count in range(3)}
+    assert names | {f"without_{j}" for j in (1, 2, 3)} | {"zero", "noise", "mean"} <= variants.keys()
+
+
+def test_thoughts_of_an_example_come_from_one_with_another_answer(asker, examples):
+    asked = asker.ask(examples[0], NUM_LATENTS)
+    donor = next(donor for donor in asker.donors(asked) if not isinstance(donor, str))
+    lines, thoughts = think(asked.answerer, examples)
+    index = next(i for i, line in enumerate(lines) if line["answer"] != asked.said)
+    assert donor.answer == lines[index]["answer"]
+    assert max_difference(donor.thoughts, thoughts[index : index + 1]) < 1e-6
+    variant = by_name(asker.intervene(asked))["shuffled"]
+    assert (variant.donor_answer, variant.name) == (donor.answer, donor.name)
+    assert variant.output == answer_with(asked.answerer, examples[0], given(donor.thoughts))["output"]
+
+
+def test_nothing_stays_behind_in_the_model(asker, examples):
+    before = asker.ask(examples[1], NUM_LATENTS)
+    asker.look(before)
+    asker.intervene(before)
+    assert asker.ask(examples[1], NUM_LATENTS).output == before.output
+    assert not asker.model.base_model.thought_feed._forward_hooks
+
+
+def test_without_examples_there_are_no_thoughts_of_others_and_no_mean(asker, examples):
+    alone = asker_of(asker.model)
+    variants = alone.intervene(alone.ask(row_of("Which?", None), NUM_LATENTS))
+    assert [variant.name for variant in variants.replaced] == ["zero", "noise"]
+    assert variants.one_replaced == [] and len(variants.not_run) == 3
+
+
+FAMILIES = {
+    "marian": (lambda: tiny_model("marian", "vit"), None),
+    "seq2seq": (lambda: tiny_seq2seq("attention_prefix"), "which lie nowhere on it"),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_read_pictures_by_cross_attention(family, examples):
+    build, no_map = FAMILIES[family]
+    asker = asker_of(build(), examples)
+    asked = asker.ask(examples[0], NUM_LATENTS)
+    look = asker.look(asked)
+    assert (look.no_map is None) if no_map is None else (no_map in look.no_map)
+    assert all((thought.heat_map is None) == (no_map is not None) for thought in look.thoughts)
+    assert all(0 < thought.image_share <= 1 for thought in look.thoughts)
+    assert {"zero", "mean", "without_1", "count_0"} <= by_name(asker.intervene(asked)).keys()
+
+
+def test_a_question_without_a_picture_has_thoughts_and_no_map(asker):
+    asked = asker.ask(row_of("What colour is the left square?", None), NUM_LATENTS)
+    look = asker.look(asked)
+    assert look.no_map == "the question has no picture"
+    assert [thought.image_share for thought in look.thoughts] == [None] * NUM_LATENTS
+    assert "zero" in by_name(asker.intervene(asked))
+
+
+def said(asker, picture, question, num_latents=NUM_LATENTS, with_others=True) -> list[str]:
+    """The panels at the end."""
+    return list(demo.responder(asker)(picture, question, num_latents, with_others))[-1]
+
+
+def test_panels_fill_one_after_the_other(asker, examples):
+    steps = list(demo.responder(asker)(examples[0]["images"][0]["path"], examples[0]["question"], NUM_LATENTS, True))
+    assert [[bool(panel) for panel in step] for step in steps] == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
+    assert len({step[0] for step in steps}) == 1  # the answer is there from the first
+    assert "thought 3" in steps[1][1] and 'data-name="zero"' in steps[2][2]
+    assert f"the data say {examples[0]['answers'][0]}" in steps[0][0]
+
+
+def test_without_other_thoughts_the_last_panel_stays_empty(asker, examples):
+    assert said(asker, None, "Which?", with_others=False)[2] == ""
+
+
+def test_without_thoughts_the_answer_stands_and_the_panels_say_why_they_are_empty(asker):
+    answer, thoughts, others = said(asker, None, "Which?", 0)
+    assert 'id="mmc-thoughts">0<' in answer
+    assert "set their number to 1 or more" in thoughts and "set their number to 1 or more" in others
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [({"thought_mode": "pause"}, "feeds no hidden state back"), ({"thought_schedule": "jacobi"}, "one thought after")],
+)
+def test_checkpoints_whose_thoughts_cannot_be_replaced_say_so(config, message):
+    extra = {"jacobi_iterations": 1} if "thought_schedule" in config else {}
+    answer, thoughts, others = said(asker_of(tiny_model(**config, **extra)), None, "Which?")
+    assert 'id="mmc-thoughts">3<' in answer and "thought 3" in thoughts
+    assert message in others and "Traceback" not in others
+
+
+@pytest.mark.parametrize("content", [b"no picture", b""], ids=["text", "empty"])
+def test_an_unreadable_picture_is_named_with_the_remedy(asker, tmp_path, content):
+    file = tmp_path / "broken.png"
+    file.write_bytes(content)
+    answer, thoughts, others = said(asker, str(file), "Which?")
+    assert "broken.png" in answer and "replace the file" in answer and (thoughts, others) == ("", "")
+
+
+@pytest.mark.parametrize("question", ["", "  \n", None])
+def test_no_question_is_a_message(asker, question):
+    assert "There is no question: write one" in said(asker, None, question)[0]
+
+
+def test_too_many_thoughts_are_a_message_with_the_remedy(asker):
+    assert "lower max_new_tokens or num_latents" in said(asker, None, "Which?", 500)[0]
+
+
+def test_what_a_visitor_writes_is_shown_as_text(asker, tmp_path):
+    file = tmp_path / "<img src=x onerror=alert(1)>.png"
+    file.write_bytes(b"no picture")
+    [answer, *_] = said(asker, str(file), "<script>alert(1)</script>")
+    assert "<img" not in answer and "&lt;img" in answer
+
+
+def test_placeholders_in_a_question_are_text(asker):
+    answer, *_ = said(asker, None, "What is <image> and <|latent|>?", with_others=False)
+    assert 'id="mmc-tokens"' in answer
+
+
+@pytest.mark.parametrize("with_pictures", [True, False])
+def test_examples_of_text_alone_leave_no_place_for_a_picture(asker, examples, with_pictures):
+    rows = examples if with_pictures else [{**row, "images": []} for row in examples]
+    page = demo.build_page(asker_of(asker.model, rows), name="tiny")
+    [picture] = [block for block in page.blocks.values() if block.elem_id == "picture"]
+    assert picture.visible == with_pictures
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "model = None: name a checkpoint"),
+        (["--model", "x", "--dtype", "int8"], "choose one of auto"),
+        (["--model", "x", "--prot", "1"], "did you mean `port`"),
+        (["--model", "x", "--port", "many"], "port = 'many'"),
+        (["--model", "x", "--max_samples", "0"], "must lie between 1 and"),
+        (["--model", "x", "--package", PACKAGE], "only a Space installs one"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(words, message):
+    with pytest.raises(RecipeError, match=message):
+        demo.parse_demo_arguments(words)
+
+
+def test_the_recipe_beside_the_weights_names_the_examples(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset: arrow_mazes\ndataset_options: {seed: 3}\nmax_new_tokens: 9\n")
+    arguments = demo.parse_demo_arguments(["--model", str(tmp_path), "--dataset_options.num_rows", "5"])
+    assert (arguments.max_new_tokens, arguments.num_beams) == (9, 1)
+    expected = load_examples("arrow_mazes", split="test", seed=3, num_rows=5)
+    assert demo.read_example_rows(arguments) == list(expected)
+    other = demo.parse_demo_arguments(["--model", str(tmp_path), "--dataset", "graph_paths"])
+    assert (other.dataset_options, other.max_new_tokens) == ({}, 64)
+
+
+def test_examples_that_are_not_here_name_others():
+    arguments = demo.parse_demo_arguments(
+        ["--model", "x", "--dataset", "json_steps", "--dataset_options.file", "no/{split}"]
+    )
+    with pytest.raises(
+        ValueError, match="there is no such file.*\n.*take other examples, such as --dataset arrow_mazes"
+    ):
+        demo.read_example_rows(arguments)
+
+
+def test_a_port_that_is_taken_is_named_with_the_remedy(checkpoint):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        words = ["--model", checkpoint, "--dataset_options.num_rows", "2", "--max_samples", "2", "--port", port]
+        with pytest.raises(ValueError, match=f"No page at 127.0.0.1, port {port} .*: give another --port"):
+            demo.main(words)
+
+
+def test_missing_gradio_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ImportError, match=r"The demo needs gradio: pip install mmcoconut\[demo\]"):
+        load_extra("gradio", "demo")
+
+
+def test_evaluation_and_audit_read_their_command_line_as_before(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("dataset: arrow_mazes\nmax_new_tokens: 9\n")
+    arguments = asking.parse_arguments(["--model", str(tmp_path), "--num_beams", "2"])
+    assert (arguments.dataset, arguments.max_new_tokens, arguments.num_beams) == ("arrow_mazes", 9, 2)
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory, checkpoint, examples) -> Path:
+    folder = tmp_path_factory.mktemp("space")
+    options = {"num_latents": 2, "max_new_tokens": NEW_TOKENS}
+    spaces.build_space(folder, examples, model=checkpoint, package=PACKAGE, **options)
+    return folder
+
+
+def test_the_metadata_of_a_space_are_what_the_hub_reads(space, checkpoint):
+    data = SpaceCard.load(space / "README.md").data
+    assert (data.sdk, data.app_file, data.models, data.license) == ("gradio", "app.py", [checkpoint], "mit")
+    assert data.sdk_version == gr.__version__
+    assert (space / data.app_file).is_file() and data.title
+    assert (space / "requirements.txt").read_text().splitlines()[0] == PACKAGE
+    assert {path.name for path in space.iterdir()} == {"app.py", "requirements.txt", "README.md", "examples"}
+
+
+def test_the_app_of_a_space_answers(space, checkpoint, asker, examples, monkeypatch):
+    monkeypatch.setattr(gr.Blocks, "launch", partialmethod(gr.Blocks.launch, prevent_thread_lock=True, quiet=True))
+    app = runpy.run_path(str(space / "app.py"), run_name="__main__")
+    try:
+        assert type(app["model"]).__module__.startswith("transformers_modules.")  # the checkpoint's own code
+        assert [row["question"] for row in app["examples"]] == [row["question"] for row in examples]
+        assert app["page"].local_url.startswith("http://127.0.0.1:")
+        asked = app["asker"].ask(app["examples"][0], 2)
+        assert asked.output == asker.ask(examples[0], 2).output
+        assert "zero" in by_name(app["asker"].intervene(asked))
+    finally:
+        app["page"].close()
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [(None, "package is None"), ("numpy", "installs numpy"), ("git+https://example.org/x", "no requirement")],
+)
+def test_a_space_needs_to_know_where_the_package_is(tmp_path, package, message):
+    with pytest.raises(ValueError, match=f"{message}.*--package 'mmcoconut @ git"):
+        spaces.build_space(tmp_path, [], model="someone/model", package=package)
+    assert not list(tmp_path.iterdir())
+
+
+def pushing(*words: str) -> list[str]:
+    return ["--dataset_options.num_rows", "2", "--max_samples", "2", "--push_space", "someone/demo", *words]
+
+
+def test_pushing_uploads_what_was_built(monkeypatch):
+    uploaded = {}
+
+    def upload(self, *, folder_path, **kwargs):
+        uploaded.update(kwargs, app=Path(folder_path, "app.py").read_text())
+        uploaded["pictures"] = len(list(Path(folder_path, "examples").glob("*.png")))
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **kwargs: uploaded.update(kwargs) or repo_id)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    demo.main(pushing("--model", "someone/model", "--revision", "v2", "--package", PACKAGE, "--private", "true"))
+    assert (uploaded["repo_type"], uploaded["space_sdk"], uploaded["private"]) == ("space", "gradio", True)
+    assert "MODEL, REVISION = 'someone/model', 'v2'" in uploaded["app"] and uploaded["pictures"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "MODEL", "--package", PACKAGE], "a Space loads from the Hub: push the checkpoint"),
+        (["--model", "someone/model"], "package is None"),
+        (["--model", "a b", "--package", PACKAGE], "a b"),
+    ],
+)
+def test_what_no_space_could_load_is_not_uploaded(checkpoint, monkeypatch, words, message):
+    monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: pytest.fail("a Space was made"))
+    with pytest.raises(ValueError, match=message):
+        demo.main(pushing(*(checkpoint if word == "MODEL" else word for word in words)))
+
+
+@pytest.fixture(scope="module")
+def served(asker):
+    """The address of a page that this process serves, and the hosts that it looked up meanwhile."""
+    hosts, look_up = set(), socket.getaddrinfo
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "getaddrinfo", lambda host, *args, **kw: hosts.add(host) or look_up(host, *args, **kw))
+        page = demo.build_page(asker, name="tiny")
+        _, url, _ = demo.launch(page, prevent_thread_lock=True, quiet=True)
+        yield url, hosts
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    if CHROMIUM is None:
+        pytest.skip("chromium is not installed: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, served):
+    """A fresh visitor on the page, and the hosts that the page asked for anything."""
+    page, hosts = browser.new_page(), set()
+    page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
+    page.set_default_timeout(60_000)  # a busy machine is no fault of the page
+    page.goto(served[0])
+    yield page, hosts
+    page.close()
+
+
+def test_serving_the_page_looks_up_no_other_host(served):
+    url, hosts = served
+    assert urllib.request.urlopen(url).status == 200
+    assert {host.decode() if isinstance(host, bytes) else host for host in hosts} <= {"127.0.0.1", "localhost"}
+    assert hosts
+
+
+def called(url: str, *values) -> str:
+    """All that the function behind the button sends for these values."""
+    body = json.dumps({"data": values}).encode()
+    request = urllib.request.Request(f"{url}gradio_api/call/ask", body, {"Content-Type": "application/json"})
+    event = json.load(urllib.request.urlopen(request))["event_id"]
+    return urllib.request.urlopen(f"{url}gradio_api/call/ask/{event}").read().decode()
+
+
+def test_a_caller_cannot_name_a_file_of_the_machine(served, tmp_path):
+    url, _ = served
+    tiny_image().save(tmp_path / "private.png")
+    picture = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
+    assert "event: error" in called(url, picture, "Which?", NUM_LATENTS, False)
+    assert "mmc-tokens" in called(url, None, "Which?", NUM_LATENTS, False)  # so it was the file
+
+
+def test_questions_of_several_visitors_do_not_mix(served, asker, examples):
+    """Other thoughts are put in by hooks on the one model, so questions wait for each other."""
+    url, _ = served
+    with ThreadPoolExecutor(2) as pool:
+        busy = pool.submit(called, url, None, examples[0]["question"], NUM_LATENTS, True)
+        answers = [called(url, None, "Which?", NUM_LATENTS, False) for _ in range(3)]
+    expected = json.dumps(demo.panels().answer(asker.ask(row_of("Which?", None), NUM_LATENTS)))
+    written = expected[expected.index("<code>") : expected.index("</code>")]
+    assert all(written in answer for answer in answers) and "data-name" in busy.result()
+
+
+def number(page, name: str) -> int:
+    return int(page.inner_text(f"#mmc-{name}"))
+
+
+def test_a_visitor_picks_an_example_asks_and_changes_the_number_of_thoughts(visit, asker, examples):
+    page, hosts = visit
+    page.locator("#examples tbody tr").nth(1).click()
+    page.wait_for_selector("#picture img")
+    page.click("#ask")
+    page.wait_for_selector("#others [data-name=zero]")
+    asked = asker.ask(examples[1], NUM_LATENTS)
+    assert page.input_value("#question textarea") == examples[1]["question"]
+    assert page.inner_text("#answer .mmc-small code").split() == asked.output.split()
+    assert (number(page, "thoughts"), number(page, "tokens")) == (NUM_LATENTS, asked.generated_tokens)
+    assert page.locator("#thoughts .mmc-card").count() == NUM_LATENTS + 1
+    assert page.locator("#thoughts .mmc-card img").count() == NUM_LATENTS
+
+    page.fill("#num_thoughts input[type=number]", "1")
+    page.click("#ask")
+    page.wait_for_selector("#answer [data-thoughts='1']")
+    page.wait_for_selector("#others [data-name=count_2]")
+    assert page.inner_text("#answer .mmc-small code").split() == asker.ask(examples[1], 1).output.split()
+    assert page.locator("#thoughts .mmc-card").count() == 2
+    assert hosts == {"127.0.0.1"}
+
+
+def test_a_visitors_own_picture_is_read_as_it_was_uploaded(visit, asker, tmp_path):
+    page, hosts = visit
+    file, question = tmp_path / "mine.png", "What colour is the left square?"
+    tiny_image(5).save(file)
+    page.set_input_files("#picture input[type=file]", file)
+    page.wait_for_selector("#picture img")
+    page.fill("#question textarea", question)
+    page.click("#ask")
+    page.wait_for_selector("#others [data-name=zero]")
+    expected = asker.ask(row_of(question, str(file)), NUM_LATENTS)
+    assert page.inner_text("#answer .mmc-small code").split() == expected.output.split()
+    assert expected.output != asker.ask(row_of(question, None), NUM_LATENTS).output
+    assert hosts == {"127.0.0.1"}
+
+
+def test_a_visitor_is_told_what_is_wrong(visit, tmp_path):
+    page, _ = visit
+    page.click("#ask")
+    page.wait_for_selector("#answer .mmc-message")
+    assert "There is no question" in page.inner_text("#answer")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    page.set_input_files("#picture input[type=file]", tmp_path / "broken.png")
+    page.fill("#question textarea", "Which?")
+    page.wait_for_timeout(1000)  # the upload
+    page.click("#ask")
+    page.wait_for_selector("#answer :text('broken.png')")
+    assert "replace the file" in page.inner_text("#answer")
+
+
+def test_the_page_leaves_no_file_beside_the_code():
+    """gradio's metaclass writes one beside every component that is made by a class statement."""
+    assert not list(Path(demo.__file__).parent.glob("*.pyi"))
