@@ -115,6 +115,7 @@ def test_an_empty_field_keeps_its_default(recipe):
         "epochs_per_stage": 1,
         "uniform_prob": 0.0,
         "pad_latent_to_max": True,
+        "thoughts_per_turn": 0,
         "reset_optimizer": False,
         "start_epoch": 0,
         "align_weight": 0.0,
