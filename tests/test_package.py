@@ -61,7 +61,15 @@ def test_root_modules_are_all_installed_but_the_script():
 
 @pytest.mark.parametrize(
     "file",
-    ["README.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "Makefile", "model_card.md", "constraints.txt"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "CITATION.cff",
+        "LICENSE",
+        "Makefile",
+        "mmcoconut/model_card.md",
+        "constraints.txt",
+    ],
 )
 def test_repository_has(file):
     assert (ROOT / file).stat().st_size > 0
