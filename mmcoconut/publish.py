@@ -5,12 +5,14 @@ and audit measured of it. Model, card and pictures go up as one commit; `--dry_r
 """
 
 import logging
+import reprlib
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from transformers.dynamic_module_utils import get_relative_imports
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.arguments import NAMES, default_of, read_arguments, read_recipe
@@ -65,13 +67,21 @@ def unfit(model: str | None) -> str | None:
         return f"it has no config.json: {remedy}"
     if not list(folder.glob("model*.safetensors")):
         return f"it has no model.safetensors: {remedy}"
-    code = read_json(folder / "config.json").get("auto_map", {}).values()
-    missing = sorted(
-        {f"{name.partition('.')[0]}.py" for name in code if not (folder / f"{name.split('.')[0]}.py").is_file()}
-    )
-    if missing or not code:
-        return f"it has no {', '.join(missing) or 'auto_map in config.json'}: save the model again by train_hf.py"
+    code = {f"{name.partition('.')[0]}.py" for name in read_json(folder / "config.json").get("auto_map", {}).values()}
+    lacking = sorted(name for name in closure(folder, code) if not (folder / name).is_file())
+    if lacking or not code:
+        return f"it has no {', '.join(lacking) or 'auto_map in config.json'}: save the model again by train_hf.py"
     return None
+
+
+def closure(folder: Path, names: set[str]) -> set[str]:
+    """These files and all that they load, as the library finds them, whether they are there or not."""
+    reached = set()
+    while names := names - reached:
+        reached |= names
+        there = [folder / name for name in names if (folder / name).is_file()]
+        names = {f"{module}.py" for file in there for module in get_relative_imports(file)}
+    return reached
 
 
 def missing(arguments: PublishArguments) -> Iterator[tuple]:
@@ -155,7 +165,7 @@ def of_another_recipe(compare: Mapping, evidence: Evidence) -> str | None:
     for key in [key for names in NAMES[:3] for key in names if key not in NOT_SHARED] if here else ():
         found = there.get(key, default_of(key)), here.get(key, default_of(key))
         if found[0] != found[1]:
-            return f"its runs have {key} = {found[0]!r}, the model has {found[1]!r}: {remedy}"
+            return f"its runs have {key} = {reprlib.repr(found[0])}, the model {reprlib.repr(found[1])}: {remedy}"
     updates = {record["train_steps"] for record in compare["modes"]}
     if evidence.results is not None and evidence.results["train_steps"] not in updates:
         return f"its runs made {updates.pop()} updates, the model {evidence.results['train_steps']}: {remedy}"

@@ -365,7 +365,7 @@ class CurriculumTrainer(Trainer):
             self.init_hf_repo()
         folder = Path(self.args.output_dir)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self.uploads.wait()  # so that the card knows the branches
+        self.uploads.begin().result()  # so that the card knows the branches
         self.create_model_card(results=results)
         self.uploads.add(
             self.uploads.main, lambda copy: self.fill_revision(copy, folder, results=results), commit_message

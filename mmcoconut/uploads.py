@@ -8,7 +8,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -129,7 +129,7 @@ class Uploads:
         try:
             action()
         except Exception as error:
-            self.errors[what] = reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            self.errors[what] = reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             logger.warning("%s is not uploaded (%s); it is tried again with the next save", what, reason)
             logger.debug("where that was:", exc_info=True)
             return False
@@ -166,9 +166,9 @@ class Uploads:
             if older is not None:
                 shutil.rmtree(older.folder)
 
-    def begin(self) -> None:
-        """Upload what waits, without waiting for it."""
-        self.pool.submit(self.upload_waiting)
+    def begin(self) -> Future:
+        """Upload what waits, behind the caller's back; the future is done when everything was tried."""
+        return self.pool.submit(self.upload_waiting)
 
     def upload_waiting(self) -> None:
         """Every revision that waits, once; those that fail wait again."""
@@ -193,13 +193,9 @@ class Uploads:
             with self.lock:
                 self.stages.add(branch)
 
-    def wait(self) -> None:
-        """Until everything was tried."""
-        self.pool.submit(self.upload_waiting).result()
-
     def finish(self, run: Path) -> None:
         """The last attempt, and what came of it; `run` is the folder that holds everything anyway."""
-        self.wait()
+        self.begin().result()
         shutil.rmtree(self.folder, ignore_errors=True)
         name = self.repository.name
         if not self.errors:

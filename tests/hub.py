@@ -5,7 +5,7 @@
         subprocess.run(command, env={**os.environ, **hub.environment(tmp_path / "hf")})
         hub.files("user/name", "main")["README.md"]
 
-Every token is good, and belongs to `user`. Large files go the way of Git LFS; there is no xet.
+Every token but `hf_wrong` is good, and belongs to `user`. Large files go the way of Git LFS; there is no xet.
 """
 
 import base64
@@ -21,6 +21,7 @@ import yaml
 
 
 USER = "user"
+WRONG_TOKEN = "hf_wrong"
 LARGE = 4096  # bytes from which a file goes by LFS
 REPOSITORY = r"(?P<name>[^/]+/[^/]+)"
 API = rf"/api/(?P<kind>model|dataset|space)s/{REPOSITORY}"
@@ -157,7 +158,7 @@ class Answers(BaseHTTPRequestHandler):
     def create(self):
         asked, name = json.loads(self.body), self.asked_name()
         kind = asked.get("type") or "model"
-        if "Authorization" not in self.headers:
+        if self.headers.get("Authorization") in (None, f"Bearer {WRONG_TOKEN}"):
             raise Refusal(401)
         known = (kind, name) in self.hub.repositories
         if not known:

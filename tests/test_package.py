@@ -75,6 +75,15 @@ def test_repository_has(file):
     assert (ROOT / file).stat().st_size > 0
 
 
+def test_no_pickle_is_loaded():
+    tracked = subprocess.run(["git", "ls-files", "*.py"], capture_output=True, text=True, cwd=ROOT, check=True)
+    files = [name for name in tracked.stdout.split() if not name.startswith("tests/")]
+    assert "mmcoconut/publish.py" in files
+    for name in files:
+        text = (ROOT / name).read_text()
+        assert not [word for word in ("torch.load(", "import pickle", "joblib", "np.load(") if word in text], name
+
+
 def test_no_file_holds_a_path_of_one_machine():
     tracked = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout.split()
     needles = ["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/"]
