@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from mmcoconut.grouping import StageGroupedSampler
 from mmcoconut.learning_rates import set_learning_rates
 from mmcoconut.lora import ADAPTER_FOLDER, load_adapter, merged_model
 from mmcoconut.processing_mmcoconut import parse_answer
-from mmcoconut.records import RECIPE_FILE
+from mmcoconut.records import RECIPE_FILE, read_json
 from mmcoconut.saving import ordinary_model
 from mmcoconut.scoring import figures_of, score
 from mmcoconut.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
@@ -254,7 +255,7 @@ class CurriculumTrainer(Trainer):
             record = json.dumps({**metrics, "global_step": self.state.global_step}, indent=2)
             (folder / STAGE_FILE).write_text(record + "\n")
             if self.uploads_saves:
-                self.add_best_of_stage(folder, stage_row(metrics))
+                self.add_best_of_stage(folder)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As the library's, but always an ordinary model: of one with an adapter, the merged one and, in a folder
@@ -308,8 +309,9 @@ class CurriculumTrainer(Trainer):
     def create_model_card(self, folder: Path | None = None, *, results: dict | None = None, rows=None) -> None:
         """README.md from model_card.md, with results.json or, while training, with the stages so far.
 
-        folder: default output_dir. rows: of the stages, where they are not those of the log.
+        folder: where the model is saved; default output_dir. rows: of the stages, where they are not the log's.
         """
+        folder = Path(folder or self.args.output_dir)
         recipe = Path(self.args.output_dir, RECIPE_FILE)
         recipe = read_recipe(recipe) if recipe.is_file() else {}
         rows = stage_rows(self.state.log_history) if rows is None else rows
@@ -324,11 +326,11 @@ class CurriculumTrainer(Trainer):
             str(name),
             evidence,
             config=self.model.config,
-            processor=self.processing_class,
+            processor=type(self.processing_class).from_pretrained(folder, trust_remote_code=False),
             license=recipe.get("license"),
             branches=branches,
         )
-        write_card(Path(folder or self.args.output_dir), card, evidence)
+        write_card(folder, card, evidence)
 
     def fill_revision(self, copy: Path, saved: Path, *, checkpoint: bool = False, **card) -> None:
         """A folder for the Hub: what was saved, its card and, for `hub_strategy: checkpoint`, what resuming needs."""
@@ -337,11 +339,13 @@ class CurriculumTrainer(Trainer):
             copy_checkpoint(saved, copy / LAST_CHECKPOINT)
         self.create_model_card(copy, **card)
 
-    def add_best_of_stage(self, folder: Path, row: dict) -> None:
-        """The stage's branch, to go up with the next save; its card ends with this evaluation."""
-        rows = [earlier for earlier in stage_rows(self.state.log_history) if earlier["stage"] < row["stage"]] + [row]
-        message = f"Best of stage {row['stage']}, step {self.state.global_step}"
-        self.uploads.add(folder.name, lambda copy: self.fill_revision(copy, folder, rows=rows), message)
+    def add_best_of_stage(self, folder: Path) -> None:
+        """The stage's branch, to go up with the next save; its card ends with the evaluation that chose it."""
+        record = read_json(folder / STAGE_FILE)
+        rows = [row for row in stage_rows(self.state.log_history) if row["stage"] < record["eval_stage"]]
+        message = f"Best of stage {record['eval_stage']}, step {record['global_step']}"
+        fill = partial(self.fill_revision, saved=folder, rows=[*rows, stage_row(record)])
+        self.uploads.add(folder.name, fill, message)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint behind training's back, and the stages' best that wait."""
@@ -350,7 +354,8 @@ class CurriculumTrainer(Trainer):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         saved, whole = Path(checkpoint_folder), self.args.hub_strategy == HubStrategy.CHECKPOINT
         message = f"Training in progress, step {self.state.global_step}"
-        self.uploads.add(self.uploads.main, lambda copy: self.fill_revision(copy, saved, checkpoint=whole), message)
+        fill = partial(self.fill_revision, saved=saved, checkpoint=whole)
+        self.uploads.add(self.uploads.main, fill, message)
         self.uploads.begin()
 
     def push_to_hub(self, commit_message: str = "End of training", *, results: dict | None = None) -> None:
@@ -363,13 +368,14 @@ class CurriculumTrainer(Trainer):
             return
         if self.uploads is None:
             self.init_hf_repo()
-        folder = Path(self.args.output_dir)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder = Path(self.args.output_dir)
+        for record in folder.glob(f"stages/*/{STAGE_FILE}") if self.uploads_saves else ():
+            if record.parent.name not in self.uploads.branches:  # of the run before it was resumed, too
+                self.add_best_of_stage(record.parent)
         self.uploads.begin().result()  # so that the card knows the branches
         self.create_model_card(results=results)
-        self.uploads.add(
-            self.uploads.main, lambda copy: self.fill_revision(copy, folder, results=results), commit_message
-        )
+        self.uploads.add(self.uploads.main, partial(self.fill_revision, saved=folder, results=results), commit_message)
         self.uploads.finish(folder)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

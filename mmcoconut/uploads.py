@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import get_session
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from mmcoconut.lora import ADAPTER_FOLDER
@@ -31,6 +32,7 @@ STALE = ["model*.safetensors", "model.safetensors.index.json"]
 LAST_CHECKPOINT = "last-checkpoint"
 MAIN = "main"
 NOT_ALLOWED = (401, 403)
+PATIENCE = 120  # seconds that the Hub may say nothing
 HTTP_LOGGERS = ("httpx", "httpx2")  # they name every request
 
 
@@ -74,6 +76,7 @@ class Repository:
         Raises:
             ValueError: it is there already and public, and should be private.
         """
+        get_session().timeout = PATIENCE  # the library would wait for ever, and with it the end of a run
         if self.is_made:
             return
         self.name = self.api.create_repo(self.name, private=self.private, exist_ok=True).repo_id

@@ -121,9 +121,10 @@ class Answers(BaseHTTPRequestHandler):
             for name, (verb, pattern) in ROUTES.items():
                 if verb == method and (match := re.fullmatch(pattern, path)):
                     found = match.groupdict()
+                    self.hub.misbehave(name, self.asked_name() if name == "create" else found.get("name"))
                     with self.hub.lock:
-                        self.hub.take_failure(name, found.get("name") or (name == "create" and self.asked_name()))
-                        return self.send(*getattr(self, name)(**found))
+                        answer = getattr(self, name)(**found)
+                    return self.send(*answer)
             raise Refusal(404)
         except Refusal as refusal:
             self.send({"error": refusal.code}, {"X-Error-Code": refusal.code}, refusal.status)
@@ -246,6 +247,13 @@ class Answers(BaseHTTPRequestHandler):
         return content[start:], headers, 206
 
 
+class Server(ThreadingHTTPServer):
+    """Takes all connections that a client opens at once; one that waits too long is forgotten."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+
 class Hub:
     """The server and what it holds."""
 
@@ -254,8 +262,9 @@ class Hub:
         self.large: dict[str, bytes] = {}
         self.failures: dict[tuple[str, str], int] = {}
         self.lock = threading.RLock()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (Answers,), {"hub": self}))
-        self.server.daemon_threads = True
+        self.silent: set[tuple[str, str]] = set()
+        self.closed = threading.Event()
+        self.server = Server(("127.0.0.1", 0), type("Handler", (Answers,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):
@@ -263,6 +272,7 @@ class Hub:
         return self
 
     def __exit__(self, *error) -> None:
+        self.closed.set()
         self.server.shutdown()
         self.server.server_close()
 
@@ -275,9 +285,18 @@ class Hub:
         """Answer the next so many requests of this kind about this repository with 503."""
         self.failures[operation, name] = times
 
-    def take_failure(self, operation: str, name: str) -> None:
-        if self.failures.get((operation, name), 0) > 0:
-            self.failures[operation, name] -= 1
+    def fall_silent(self, operation: str, name: str) -> None:
+        """Never answer such a request."""
+        self.silent.add((operation, name))
+
+    def misbehave(self, operation: str, name: str | None) -> None:
+        """As was asked for."""
+        if (operation, name) in self.silent:
+            self.closed.wait()
+        with self.lock:
+            left = self.failures.get((operation, name), 0)
+            self.failures[operation, name] = max(0, left - 1)
+        if left:
             raise Refusal(503)
 
     def files(self, name: str, revision: str = "main", kind: str = "model") -> dict[str, bytes]:

@@ -32,7 +32,7 @@ from pathlib import Path
 import train_hf
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from mmcoconut import audit, evaluation, publish
+from mmcoconut import audit, evaluation, publish, uploads
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.uploads import Repository, Uploads
@@ -66,6 +66,8 @@ MMCoconutProcessor.from_pretrained("every").push_to_hub("user/plain")
 
 # Hubs that fail.
 run("checkpoint", "--hub_strategy", "checkpoint", "--num_train_epochs", "2")  # its repository cannot be made at first
+resumed = ["--output_dir", "checkpoint", "--resume_from_checkpoint", "true"]
+run("resumed", *resumed, "--num_train_epochs", "2")  # it was finished, but not in this repository
 run("end", "--hub_strategy", "end", "--num_train_epochs", "1")
 try:
     run("refused", "--hub_token", sys.argv[1])
@@ -76,16 +78,23 @@ try:
 except ValueError as error:
     print(error)
 
-uploads = Uploads(Repository("user/retried"), Path("copies"))
-uploads.start()
-uploads.add("main", fill("first"), "first")
-uploads.add("stage-0", fill("best"), "best")
-uploads.begin().result()
-print("failed:", *uploads.errors)
-uploads.add("main", fill("second"), "second")
-uploads.begin().result()
-print("failed:", *uploads.errors)
-uploads.finish(Path("run"))
+retried = Uploads(Repository("user/retried"), Path("copies"))
+retried.start()
+retried.add("main", fill("first"), "first")
+retried.add("stage-0", fill("best"), "best")
+retried.begin().result()
+print("failed:", *retried.errors)
+retried.add("main", fill("second"), "second")
+retried.begin().result()
+print("failed:", *retried.errors)
+retried.finish(Path("run"))
+
+uploads.PATIENCE = 1
+silent = Uploads(Repository("user/silent"), Path("copies"))
+silent.start()
+silent.add("main", fill("first"), "first")
+silent.begin().result()
+print("silent:", silent.errors["main"])
 
 constants.ENDPOINT = "http://127.0.0.1:9"  # where nothing listens
 run("away", "--num_train_epochs", "1")
@@ -138,6 +147,7 @@ def trained(hub, tmp_path_factory) -> tuple[Path, str]:
     hub.fail("create", "user/checkpoint", times=1)
     hub.fail("commit", "user/end", times=99)
     hub.fail("commit", "user/retried", times=2)
+    hub.fall_silent("commit", "user/silent")
     printed = start(TRAIN, folder, hub, WRONG_TOKEN, PYTHONPATH=str(ROOT), TOKEN=TOKEN)
     return folder, printed
 
@@ -229,6 +239,11 @@ def test_a_failed_upload_is_retried_at_the_next_save(hub, trained):
     assert hub.files("user/retried")["notes.json"] == b"second"
 
 
+def test_a_hub_that_falls_silent_is_a_failure_and_not_a_hang(trained):
+    _, printed = trained
+    assert "silent: ReadTimeout" in printed
+
+
 def test_uploads_and_their_failures_change_nothing_in_training(trained):
     folder, _ = trained
     every = losses(folder / "every")
@@ -257,6 +272,14 @@ def test_a_repository_that_could_not_be_made_is_made_by_the_next_save(hub, train
     _, printed = trained
     assert "user/checkpoint cannot be made on the Hub now" in printed
     assert "uploaded to user/checkpoint: main, stage-0, stage-1" in printed
+
+
+def test_a_resumed_run_uploads_the_stages_that_are_not_there(hub, trained):
+    for branch, latents in (("stage-0", 0), ("stage-1", 1)):
+        files = hub.files("user/resumed", branch)
+        assert files["model.safetensors"] == hub.files("user/checkpoint", branch)["model.safetensors"]
+        assert json.loads(files["processor_config.json"])["num_latents"] == latents
+    assert 'revision="stage-0"`, `revision="stage-1"`' in card_of(hub, "user/resumed").text
 
 
 def test_the_last_checkpoint_on_the_hub_is_what_a_run_resumes_from(hub, trained):
