@@ -370,16 +370,6 @@ def test_recipe_of_the_original_code_runs(tmp_path):
     assert (tmp_path / "gsm-smoke" / "results.json").exists()
 
 
-@pytest.mark.parametrize("tracker, files", [("tensorboard", "**/events.out.tfevents*"), ("trackio", "**/*.db")])
-def test_tracker_records_the_run(recipe, tmp_path, tracker, files):
-    pytest.importorskip(tracker)
-    folder = tmp_path / "tracked"
-    options = ["--num_train_epochs", "1", "--report_to", tracker]
-    variables = {"TENSORBOARD_LOGGING_DIR": str(folder), "TRACKIO_DIR": str(folder)}
-    launch(recipe, tmp_path / "run", *options, **variables)
-    assert any(path.stat().st_size > 0 for path in folder.glob(files))
-
-
 def test_control_without_thoughts_has_no_marker_and_pause_feeds_nothing_back(recipe, tmp_path):
     settings = {}
     for mode in ("coconut", "pause", "no_thoughts", "cot", "no_cot"):
