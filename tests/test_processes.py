@@ -93,12 +93,20 @@ def test_parallel_thoughts_are_refused_in_both_processes_of_a_sharded_model(foun
     assert all("does not work with FSDP" in error for error in found["in parallel"]), found["in parallel"]
 
 
+def thought_norms(folder: Path) -> list[float]:
+    """What was tracked of the thoughts, out of the last checkpoint's log."""
+    history = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    norms = [record["eval_thought_norm"] for record in history if "eval_thought_norm" in record]
+    assert norms
+    return norms
+
+
 def test_sharded_training_saves_and_resumes_and_equals_one_process(recipe, tmp_path):  # noqa: F811
     """With `fsdp2_8gpu.yaml`, whose settings the launcher hands over in the environment."""
     fsdp = prepare_multi_gpu_env(launched(TESTS.parent / "recipes" / "accelerate" / "fsdp2_8gpu.yaml"))
     fsdp = {name: value for name, value in fsdp.items() if "FSDP" in name}
     ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false", "--thought_norm", "embedding"]
-    ragged += ["--num_train_epochs", "2"]
+    ragged += ["--num_train_epochs", "2", "--report_to", "tensorboard"]
     options = [*ragged, "--text_config", json.dumps({**QWEN2, "tie_word_embeddings": False})]
     one, whole, resumed = tmp_path / "one", tmp_path / "whole", tmp_path / "resumed"
     results = train_hf.main([recipe, "--output_dir", str(one), *options])
@@ -112,6 +120,7 @@ def test_sharded_training_saves_and_resumes_and_equals_one_process(recipe, tmp_p
         assert list(losses(folder).values()) == pytest.approx(list(losses(one).values()), abs=2e-4)
         stages = json.loads((folder / "results.json").read_text())["stages"]
         assert [row["generated_tokens"] for row in stages] == [row["generated_tokens"] for row in results["stages"]]
+        assert thought_norms(folder) == pytest.approx(thought_norms(one), abs=1e-4)
         for name, weight in load_checkpoint(str(folder))[0].state_dict().items():
             torch.testing.assert_close(weight, expected[name], atol=1e-3, rtol=0, msg=name)
         config = json.loads((folder / "config.json").read_text())
