@@ -21,6 +21,7 @@ from mmcoconut.processing_mmcoconut import parse_answer
 from mmcoconut.records import RECIPE_FILE, read_json
 from mmcoconut.saving import ordinary_model
 from mmcoconut.scoring import figures_of, score
+from mmcoconut.tracking import TrackingCallback, is_tracked
 from mmcoconut.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
 
 
@@ -126,6 +127,8 @@ class CurriculumTrainer(Trainer):
         self.alignment = data_collator.alignment
         self.training_terms, self.evaluation_terms = Terms(), Terms()
         self.add_callback(CurriculumCallback(data_collator, reset_optimizer=reset_optimizer))
+        if is_tracked(self.args):
+            self.add_callback(TrackingCallback(self))
 
     def create_optimizer(self, *args, **kwargs):
         """As the library's, with the rates of `learning_rates` for the parts that it names."""
