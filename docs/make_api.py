@@ -12,7 +12,7 @@ import inspect
 from pathlib import Path
 
 import mmcoconut
-from mmcoconut import arguments, asking, audit, convert_coconut, evaluation, prepare_flickr30k, serve
+from mmcoconut import arguments, asking, audit, convert_coconut, demo, evaluation, prepare_flickr30k, publish, serve
 
 
 PAGE = Path(__file__).with_name("api.md")
@@ -29,6 +29,8 @@ COMMANDS = (
     ("python -m mmcoconut.audit", audit.__doc__, [asking.EvaluationArguments, audit.AuditArguments]),
     ("python -m mmcoconut.prepare_flickr30k", prepare_flickr30k.__doc__, [prepare_flickr30k.PreparationArguments]),
     ("python -m mmcoconut.convert_coconut", convert_coconut.__doc__, [convert_coconut.ConversionArguments]),
+    ("python -m mmcoconut.publish", publish.__doc__, [publish.PublishArguments]),
+    ("python -m mmcoconut.demo", demo.__doc__, [demo.DemoArguments]),
     ("python -m mmcoconut.serve", serve.__doc__, []),
 )
 
