@@ -13,7 +13,9 @@ begins to write.
 
 import copy
 from collections.abc import Sequence
+from os.path import commonprefix
 
+import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
@@ -68,6 +70,8 @@ THINKING_MESSAGES = (
     "{%- endfor -%}"
     "{%- set messages = thinking.messages -%}"
 )
+# A turn before another one, which shows what a template writes between them.
+SAMPLE_HISTORY = (("a", "a"),)
 # A chat that is rendered to see how a template begins and writes an image.
 SAMPLE_CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
 
@@ -190,6 +194,31 @@ def texts_of(conversation) -> list[str]:
     if isinstance(conversation, dict):
         return texts_of(conversation.get("content", conversation.get("text", "")))
     return [text for part in conversation for text in texts_of(part)]
+
+
+def user_message(text: str, num_images: int = 0) -> dict:
+    return {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
+
+
+def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: int) -> list[dict]:
+    """A chat up to its last question: the images first, each earlier answer as the model writes it."""
+    messages = []
+    for asked, answer in history:
+        written = [{"type": "text", "text": f"{ANSWER_MARKER} {answer}"}]
+        messages += [user_message(asked), {"role": "assistant", "content": written}]
+    messages.append(user_message(question))
+    messages[0] = user_message(history[0][0] if history else question, num_images)
+    return messages
+
+
+def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
+    """Where ids stand in others for the last time; -1 if nowhere.
+
+    >>> last_place([1, 2], [1, 2, 0, 1, 2]), last_place([2, 1], [1, 2])
+    (3, -1)
+    """
+    starts = range(len(whole) - len(part), -1, -1)
+    return next((start for start in starts if whole[start : start + len(part)] == part), -1)
 
 
 class MMCoconutProcessor(ProcessorMixin):
@@ -357,24 +386,61 @@ class MMCoconutProcessor(ProcessorMixin):
         num_images: int = 1,
         num_latents: int | None = None,
         num_tiles: Sequence[int] | None = None,
+        history: Sequence[tuple[str, str]] = (),
     ) -> list[int]:
-        """Ids of all that comes before the predicted text; strings of special tokens in `question` are text.
+        """Ids of all that comes before the predicted text; strings of special tokens in it are text.
 
         num_tiles: the tiles of each image, as `encode_images` gives them; without, num_images images of one.
+        history: question and answer of each earlier turn; thoughts stand before every answer.
         """
         tiles = [1] * num_images if num_tiles is None else list(num_tiles)
-        content = [{"type": "image"}] * len(tiles) + [{"type": "text", "text": question}]
+        return self.encode_messages(messages_of(question, history, len(tiles)), tiles, num_latents)
+
+    def encode_messages(self, messages: list[dict], num_tiles: Sequence[int], num_latents: int | None) -> list[int]:
+        """Ids of messages with images of so many tiles; after a user's message the assistant is to write."""
         ids = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
+            messages,
             chat_template=self.chat_template,
-            add_generation_prompt=True,
+            add_generation_prompt=messages[-1]["role"] == "user",
             sanitize_control_tokens=True,
             return_dict=False,
             **self.layout(num_latents),
         )
-        images = (self.image_ids(number) for number in tiles)
+        images = (self.image_ids(number) for number in num_tiles)
         pieces = (next(images) if token_id == self.image_token_id else [token_id] for token_id in ids)
         return [token_id for piece in pieces for token_id in piece]
+
+    def encode_turns(
+        self,
+        question: str,
+        history: Sequence[tuple[str, str]],
+        *,
+        num_tiles: Sequence[int] = (),
+        num_latents: int | None = None,
+    ) -> tuple[list[tuple[list[int], list[int]]], list[int]]:
+        """`encode_prompt` in pieces: of each earlier turn its prompt and what is to be written; the last prompt.
+
+        What is to be written is the answer and, where the chat template has it, the end token.
+
+        Raises:
+            ValueError: a chat template that writes an answer otherwise than `encode_answer`.
+        """
+        messages = messages_of(question, history, len(num_tiles))
+        whole, turns, start = self.encode_messages(messages, num_tiles, num_latents), [], 0
+        for number, (_, answer) in enumerate(history, start=1):
+            so_far = self.encode_messages(messages[: 2 * number], num_tiles, num_latents)
+            written = self.encode_text(f"{ANSWER_MARKER} {answer}")
+            first = last_place(written, commonprefix([so_far, whole]))
+            if first < start:
+                raise ValueError(
+                    f"The chat template does not write the answer of turn {number}, {answer!r}, as the model does: "
+                    "give a chat_template that keeps earlier answers, with no space added in front of them."
+                )
+            end = first + len(written)
+            end += whole[end] == self.tokenizer.eos_token_id
+            turns.append((whole[start:first], whole[first:end]))
+            start = end
+        return turns, whole[start:]
 
     @property
     def prompt_names(self) -> tuple[str, str]:
@@ -430,13 +496,17 @@ class MMCoconutProcessor(ProcessorMixin):
         """Ids of the predicted text: each step on its line, `### answer`, eos; tokenized apart, as in the paper."""
         return [token_id for step in steps for token_id in self.encode_step(step)] + self.encode_answer(answer)
 
-    def __call__(self, images=None, text=None, *, num_latents=None, rendered: bool = False, **kwargs) -> BatchFeature:
+    def __call__(
+        self, images=None, text=None, *, num_latents=None, history=None, rendered: bool = False, **kwargs
+    ) -> BatchFeature:
         """Prompts for `generate`: images first, then the question, then the latents.
 
         Args:
             images: one a text, or a list for each text, or all for a single text, or None.
             text (`str | list[str]`): questions. They are user text: a special token's string in them stays text.
-            num_latents (`int | list[int]`): latents of every prompt, or of each; default `self.num_latents`.
+            num_latents (`int | list[int]`): latents of every prompt, or of each; default `self.num_latents`. In a
+                conversation they stand before every answer.
+            history: for each text question and answer of the turns before it, of which the first has the images.
             rendered: the text comes out of `apply_chat_template(..., tokenize=False)`: its special tokens are meant.
             kwargs: of the tokenizer's `pad` (`return_tensors`, `padding`) or, if rendered, of the library's call.
 
@@ -444,10 +514,12 @@ class MMCoconutProcessor(ProcessorMixin):
             what pad_prompts and encode_images give.
 
         Raises:
-            ValueError: images and texts differ in number.
+            ValueError: images, histories and texts differ in number.
         """
-        if rendered and num_latents is not None:
-            raise ValueError("num_latents has no effect on rendered text: give it to apply_chat_template instead.")
+        if rendered and (num_latents is not None or history is not None):
+            raise ValueError(
+                "num_latents and history have no effect on rendered text: give them to apply_chat_template instead."
+            )
         if rendered or kwargs.get("sanitize_control_tokens"):
             return self.split_batch(super().__call__(images=images, text=text, **kwargs))
         if kwargs.get("truncation"):
@@ -466,15 +538,67 @@ class MMCoconutProcessor(ProcessorMixin):
         counts = list(num_latents) if isinstance(num_latents, (list, tuple)) else [num_latents] * len(texts)
         if len(counts) != len(texts):
             raise ValueError(f"{len(counts)} entries in num_latents for {len(texts)} texts: give one a text, or one.")
+        histories = [()] * len(texts) if history is None else list(history)
+        if len(histories) != len(texts):
+            raise ValueError(
+                f"{len(histories)} entries in history for {len(texts)} texts: give one a text ([] for none)."
+            )
         return_tensors, padding = kwargs.pop("return_tensors", None), kwargs.pop("padding", len(texts) > 1)
         groups = [make_flat_list_of_images(group) if group else [] for group in groups]
         pixels, tiles = self.encode_images(groups, return_tensors=return_tensors, **kwargs)
         input_ids = [
-            self.encode_prompt(question, num_tiles=num_tiles, num_latents=count)
-            for question, num_tiles, count in zip(texts, tiles, counts)
+            self.encode_prompt(question, num_tiles=num_tiles, num_latents=count, history=earlier)
+            for question, num_tiles, count, earlier in zip(texts, tiles, counts, histories)
         ]
         batch = self.pad_prompts(input_ids, padding=padding, return_tensors=return_tensors)
         return BatchFeature({**batch, **pixels}, tensor_type=return_tensors)
+
+    def further_turn(
+        self, sequences, attention_mask, text: Sequence[str], *, num_latents: int | None = None
+    ) -> BatchFeature:
+        """Prompts of a further turn for `generate`, over the `past_key_values` that it returned with the last one.
+
+            q q <lat> a a eos · · · · q q q <lat>        the mask hides what a row generated after its end, and the
+            q q <lat> a a a a a eos q q q q <lat>        padding in front of its new question
+
+        Args:
+            sequences (B, T): ids as `generate` returned them, their prompts included.
+            attention_mask (B, prompt): of those prompts.
+            text: the next question of each row; special tokens' strings in it stay text.
+            num_latents: latents before the next answers; default `self.num_latents`.
+
+        Returns:
+            input_ids, attention_mask (B, T + new).
+
+        Raises:
+            ValueError: sequences, masks and texts differ in number; an encoder-decoder.
+        """
+        if self.decoder_start_token_id is not None:
+            raise ValueError("An encoder-decoder reads one question, and no further turn: ask anew.")
+        if not len(sequences) == len(attention_mask) == len(text):
+            raise ValueError(
+                f"{len(sequences)} sequences, {len(attention_mask)} masks and {len(text)} texts: give one text a row, "
+                "and one generated sequence (num_beams and num_return_sequences of 1)."
+            )
+        prompt_length, eos = attention_mask.shape[1], self.tokenizer.eos_token_id
+        masks, turns = [], []
+        for written, question in zip(sequences[:, prompt_length:].tolist(), text):
+            [(_, answer)], turn = self.encode_turns(question, SAMPLE_HISTORY, num_latents=num_latents)
+            num_ends = int(answer[-1] == eos)  # that the template writes behind an answer
+            ended = eos in written
+            length = written.index(eos) + num_ends if ended else len(written)
+            masks.append([1] * length + [0] * (len(written) - length))
+            turns.append([*([] if ended else [eos] * num_ends), *turn])
+        padded = self.tokenizer.pad({"input_ids": turns}, padding_side="left", return_tensors="pt").to(
+            sequences.device
+        )
+        seen = torch.tensor(masks, dtype=attention_mask.dtype, device=sequences.device)  # (B, T - prompt)
+        return BatchFeature(
+            {
+                "input_ids": torch.cat([sequences, padded["input_ids"]], dim=1),  # (B, T + new)
+                "attention_mask": torch.cat([attention_mask, seen, padded["attention_mask"]], dim=1),
+            }
+        )
 
     def split_batch(self, batch: BatchFeature) -> BatchFeature:
         """A rendered batch as an encoder-decoder takes it; as it is for a decoder alone."""

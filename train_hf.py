@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
@@ -17,8 +18,9 @@ from mmcoconut.arguments import parse_recipe, save_recipe
 from mmcoconut.card import SPEED, stage_rows, stage_table
 from mmcoconut.compare import compare
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut.conversations import fit_rows
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
-from mmcoconut.data import drop_unreadable, load_examples, nearest, question_text
+from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.image_features import DEFAULT_CACHE, precompute_image_features
 from mmcoconut.lora import add_lora
@@ -90,8 +92,11 @@ def build_tokenizer(model_args, train_set):
     if model_args.tokenizer != "train":
         return AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.text_model)
     texts = [
-        f"{question_text(row)}\n" + "".join(f"{step}\n" for step in row["steps"]) + f"### {row['answers'][0]}"
-        for row in train_set.select_columns(["question", "choices", "steps", "answers"])
+        "".join(f"{question}\n### {answer}\n" for question, answer in history_of(row))
+        + f"{question_text(row)}\n"
+        + "".join(f"{step}\n" for step in row["steps"])
+        + f"### {row['answers'][0]}"
+        for row in train_set.select_columns(["question", "choices", "steps", "answers", "history"])
     ]
     return train_tokenizer(texts, vocab_size=model_args.tokenizer_vocab_size)
 
@@ -215,7 +220,7 @@ def build(model_args, curriculum_args, train_set):
 def check_best_metric(run_args, metric: str, rows, alignment) -> None:
     """Whether evaluation will give `metric_for_best_model`; else a run would end at the end of its first epoch."""
     wanted = (run_args.metric_for_best_model or "accuracy").removeprefix("eval_")
-    terms = ("ce_loss", "align_loss") if alignment.align_weight else ()
+    terms = ("ce_loss", "align_loss") if alignment is not None else ()
     known = {"accuracy", "loss", "generated_tokens", *terms}
     if wanted not in known:
         row = rows.remove_columns("images")[0]
@@ -224,9 +229,9 @@ def check_best_metric(run_args, metric: str, rows, alignment) -> None:
         raise ValueError(f"metric_for_best_model is {wanted!r}: choose one of {', '.join(sorted(known))}.")
 
 
-def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_args):
+def build_collator(model, processor, *, data_args, curriculum_args, run_args) -> CurriculumCollator:
     fields = asdict(curriculum_args)
-    reset_optimizer, lengths = fields.pop("reset_optimizer"), fields.pop("epochs_per_stage")
+    lengths, _ = fields.pop("epochs_per_stage"), fields.pop("reset_optimizer")
     alignment = Alignment(
         align_weight=fields.pop("align_weight"),
         ce_weight=fields.pop("ce_weight"),
@@ -238,17 +243,40 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
         epochs_per_stage=tuple(lengths) if isinstance(lengths, list) else lengths,
         seed=run_args.seed,
     )
-    collator = CurriculumCollator(
+    limits = (data_args.max_length, getattr(model.config.text_config, "max_position_embeddings", None))
+    return CurriculumCollator(
         curriculum,
         processor,
-        max_length=getattr(model.config.text_config, "max_position_embeddings", None),
+        max_length=min((limit for limit in limits if limit is not None), default=None),
         max_new_tokens=data_args.max_new_tokens,
         alignment=alignment if alignment.align_weight else None,
     )
+
+
+def fit(splits: dict, collator: CurriculumCollator, *, data_args, run_args) -> tuple[dict, dict]:
+    """The splits without what `long_rows: cut` cuts, and how much of each that is; every row can be laid out."""
+    for rows in splits.values():
+        for row in rows.remove_columns("images"):
+            collator.check_turns(row)
+    if data_args.long_rows == "error" or collator.max_length is None:
+        return splits, {}
+    rooms = {name: 0 if name == "train" else collator.max_new_tokens for name in splits}
+    fitted = {
+        name: fit_rows(rows, partial(collator.longest, room=rooms[name]), collator.max_length)
+        for name, rows in splits.items()
+    }
+    for name, (_, cut) in fitted.items() if run_args.process_index == 0 else ():
+        logger.info("%s: %s", name, cut)
+    return {name: rows for name, (rows, _) in fitted.items()}, {
+        name: cut.asdict() for name, (_, cut) in fitted.items()
+    }
+
+
+def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_args):
     metric = data_args.metric or default_metric(data_args.dataset, splits["eval"][0])
     for rows in splits.values():
         references_of(metric, rows.remove_columns("images"))  # fails now, not after a stage
-    check_best_metric(run_args, metric, splits["eval"], alignment)
+    check_best_metric(run_args, metric, splits["eval"], collator.alignment)
     trainer_class = ProfiledTrainer if run_args.profile else CurriculumTrainer
     return trainer_class(
         model=model,
@@ -258,7 +286,7 @@ def build_trainer(model, processor, *, splits, data_args, curriculum_args, run_a
         eval_dataset=splits["eval"],
         metric=metric,
         num_beams=data_args.num_beams,
-        reset_optimizer=reset_optimizer,
+        reset_optimizer=curriculum_args.reset_optimizer,
     )
 
 
@@ -330,7 +358,7 @@ def check_reload(folder: str, rows) -> None:
     logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, prompt_length:]))
 
 
-def save_results(trainer, *, arguments, test: dict, train_seconds: float, skipped: list[str]) -> dict:
+def save_results(trainer, *, arguments, test: dict, train_seconds: float, skipped: list[str], cut: dict) -> dict:
     """results.json in the output folder: accuracy by stage, and what the numbers were made with."""
     _, data_args, curriculum_args, run_args = arguments
     results = {
@@ -344,6 +372,7 @@ def save_results(trainer, *, arguments, test: dict, train_seconds: float, skippe
         "train_seconds": round(train_seconds, 1),
         "train_steps": trainer.state.global_step,
         "unreadable_images": skipped,
+        "long_rows": cut,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "processes": trainer.args.world_size,
@@ -381,9 +410,10 @@ def main(argv: list[str] | None = None) -> dict:
 
     splits, skipped = read(data_args, run_args)
     model, processor = build(model_args, curriculum_args, splits.get("train"))
-    trainer = build_trainer(
-        model, processor, splits=splits, data_args=data_args, curriculum_args=curriculum_args, run_args=run_args
-    )
+    run = {"data_args": data_args, "curriculum_args": curriculum_args, "run_args": run_args}
+    collator = build_collator(model, processor, **run)
+    splits, cut = fit(splits, collator, data_args=data_args, run_args=run_args)
+    trainer = build_trainer(model, collator, splits=splits, **run)
     if data_args.precompute_image_features:
         cache = data_args.image_features_cache or DEFAULT_CACHE
         trainer.curriculum_collator.image_features = precompute_image_features(trainer, [*splits.values()], cache)
@@ -392,7 +422,8 @@ def main(argv: list[str] | None = None) -> dict:
     train_seconds = train(trainer, run_args)
     trainer.save_model()
     test = trainer.evaluate(splits["test"], metric_key_prefix="test") if "test" in splits else {}
-    results = save_results(trainer, arguments=arguments, test=test, train_seconds=train_seconds, skipped=skipped)
+    left_out = {"skipped": skipped, "cut": cut}
+    results = save_results(trainer, arguments=arguments, test=test, train_seconds=train_seconds, **left_out)
     if trainer.is_world_process_zero():
         trainer.create_model_card(results=results)
         if run_args.smoke_test:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmcoconut.curriculum import align_rows
-from mmcoconut.data import question_text
+from mmcoconut.data import history_of, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.models import load_model
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
@@ -96,6 +96,7 @@ class Answerer:
         batch = self.processor(
             images=images if any(images) else None,
             text=[question_text(row) for row in rows],
+            history=[history_of(row) for row in rows],
             num_latents=self.num_latents,
             return_tensors="pt",
             padding=True,
@@ -115,14 +116,22 @@ class Answerer:
             )
         return batch.to(self.model.device, dtype=self.model.dtype)
 
-    def decoder_passes(self, generated_tokens: int) -> int:
-        """Calls of the decoder, one after the other, that a row's answer needs: one a token, and one a thought or,
-        where thoughts are updated together, one an update and one for the text before them."""
-        config, fed_back = self.model.config, self.num_latents
+    def prompt_length(self, row: Mapping) -> int:
+        """Tokens of a row's prompt, of an encoder-decoder those that thoughts stand in."""
+        _, [num_tiles] = self.processor.encode_images([open_images(row)])  # a picture's size says how many
+        layout = {"num_tiles": num_tiles, "num_latents": self.num_latents}
+        prompt = self.processor.encode_prompt(question_text(row), history=history_of(row), **layout)
+        return len(self.processor.split_prompt(prompt)[1])
+
+    def decoder_passes(self, generated_tokens: int, num_turns: int = 1) -> int:
+        """Calls of the decoder, one after the other, that a row's answer needs: one a token, and one a thought, those
+        of its earlier turns included, or, where thoughts are updated together, one an update and one for the text
+        before them."""
+        config, fed_back = self.model.config, self.num_latents * num_turns
         if config.thought_mode != "feedback":
             fed_back = 0
-        elif config.thought_schedule == "jacobi" and self.num_latents > 1:
-            fed_back = 1 + min(config.jacobi_iterations, self.num_latents)
+        elif config.thought_schedule == "jacobi" and fed_back > 1:
+            fed_back = 1 + min(config.jacobi_iterations, fed_back)
         return fed_back + max(1, generated_tokens)
 
     @torch.no_grad()
@@ -145,9 +154,9 @@ class Answerer:
                 "output": text,
                 "answer": parse_answer(text),
                 "generated_tokens": count,
-                "decoder_passes": self.decoder_passes(count),
+                "decoder_passes": self.decoder_passes(count, 1 + len(history_of(row))),
             }
-            for text, count in zip(texts, counts)
+            for row, text, count in zip(rows, texts, counts)
         ]
 
     @torch.no_grad()
@@ -167,7 +176,7 @@ class Answerer:
         # All else, such as the row's images, once for each choice.
         inputs = {name: tensor.repeat(len(targets), *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
-        batch = align_rows([prompt] * len(targets), targets, pad_id=pad_id, latent_id=latent_id)
+        batch = align_rows([[(prompt, target)] for target in targets], pad_id=pad_id, latent_id=latent_id)
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
         inputs |= {ids: batch["input_ids"], mask: batch["attention_mask"]}
         labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]  # (B, T)
@@ -191,7 +200,7 @@ class Answerer:
                     "output": f"### {best}",
                     "answer": best,
                     "generated_tokens": 0,
-                    "decoder_passes": self.decoder_passes(0),
+                    "decoder_passes": self.decoder_passes(0, 1 + len(history_of(row))),
                     "log_probs": scores,
                 }
             )

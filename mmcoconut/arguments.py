@@ -19,6 +19,7 @@ from transformers.utils import is_peft_available
 from mmcoconut.coconut_recipes import COCONUT_KEYS, translate_coconut_keys
 from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
+from mmcoconut.conversations import LONG_ROWS
 from mmcoconut.curriculum import MODES, STAGED_MODES, THINKING_MODES
 from mmcoconut.data import DATASETS
 from mmcoconut.lora import lora_fields
@@ -44,6 +45,7 @@ from mmcoconut.scoring import REFERENCES
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
+CHOICES |= {"long_rows": LONG_ROWS}
 CHOICES |= {"checkpointed_passes": CHECKPOINTED_PASSES}
 CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
 # Without the library's `batch_rebalance`, which knows one length a row; and it takes a misspelt one for `random`.
@@ -52,8 +54,10 @@ AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs"
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
 AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
 AT_LEAST_0 += ("align_weight", "ce_weight", "align_warmup_epochs", "bptt_thoughts", "shown_row")
+AT_LEAST_0 += ("thoughts_per_turn",)
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+AT_LEAST_1 += ("max_length",)
 AT_LEAST_1 += ("num_visual_tokens", "projector_num_heads", "num_beams", "jacobi_iterations")
 AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
 FRACTIONS = ("uniform_prob", "margin", "adam_beta1", "adam_beta2", "label_smoothing_factor")
@@ -78,6 +82,7 @@ NOT_COMPARED = {
     "profile": "compared runs share a machine, which changes the shares: remove this key, and profile a run alone",
 }
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+OF_STAGES = ("c_thought", "max_latent_stage", "epochs_per_stage", "uniform_prob", "pad_latent_to_max", "start_epoch")
 IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
 IN_A_CHECKPOINT = ("vlm", *IN_A_VLM)
 # What a vision-language model decides by its weights, and what only its processor can be told.
@@ -155,6 +160,8 @@ class DataArguments:
     metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the data set's.")
     precompute_image_features: bool = HfArg(default=False, help="Run the frozen vision tower once a picture, on disk.")
     image_features_cache: str | None = HfArg(default=None, help="Folder for that; default: beside datasets' cache.")
+    max_length: int | None = HfArg(default=None, help="Most tokens of a row, images and thoughts included.")
+    long_rows: str = HfArg(default="error", help="`cut` leaves out the last turns of longer conversations.")
     max_new_tokens: int = HfArg(default=64, help="Longest text generated in evaluation, in tokens.")
     num_beams: int = HfArg(default=1, help="Beams of the search that evaluation generates by; 1 is greedy.")
     eval_split: str = HfArg(default="validation", help="Split that is evaluated at the end of every stage.")
@@ -171,6 +178,7 @@ class CurriculumArguments:
     epochs_per_stage: int | list[int] = HfArg(default=1, help="A stage's epochs; of a list the last entry repeats.")
     uniform_prob: float = HfArg(default=0.0, help="Probability that an example takes a stage at random.")
     pad_latent_to_max: bool = HfArg(default=True, help="As many latents for rows with fewer steps than the stage.")
+    thoughts_per_turn: int = HfArg(default=0, help="Latent tokens before each answer of a conversation; no stages.")
     reset_optimizer: bool = HfArg(default=False, help="Forget the optimizer's state at each stage.")
     start_epoch: int = HfArg(default=0, help="Epochs trained elsewhere: the first epoch here counts as this one.")
     align_weight: float = HfArg(default=0.0, help="Of the alignment of images with texts in the loss; 0: none.")
@@ -307,6 +315,14 @@ def _schedule(values: dict, modes: list[str]):
         yield "thought_schedule", schedule, "`mode: pause` feeds no thought back: set sequential, or another mode"
 
 
+def _per_turn(values: dict):
+    """What means nothing where every turn has as many thoughts."""
+    defaults = {field.name: field.default for field in dataclasses.fields(CurriculumArguments)}
+    for key in OF_STAGES if values["thoughts_per_turn"] else ():
+        if values[key] != defaults[key]:
+            yield key, values[key], "with `thoughts_per_turn` there are no stages: remove this key"
+
+
 def _conflicts(values: dict):
     """The combinations of typed `values` that cannot be meant."""
     given = dict.fromkeys(key for key in IN_A_CHECKPOINT if values[key] is not None).keys()
@@ -330,7 +346,8 @@ def _conflicts(values: dict):
     modes = compared_modes(values.get("compare")) or [values["mode"]]
     yield from _schedule(values, modes)
     thinking = [mode for mode in modes if mode in THINKING_MODES]
-    for key in ("c_thought", "max_latent_stage") if thinking else ():
+    yield from _per_turn(values)
+    for key in ("c_thought", "max_latent_stage") if thinking and not values["thoughts_per_turn"] else ():
         if values[key] == 0:
             yield key, 0, f"`mode: {thinking[0]}` would have no latents: set 1 or more, or `mode: no_thoughts`"
     if values["dataset_options"].get("images_required") is False and values["dataset_options"].get("image_root"):

@@ -9,7 +9,9 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from transformers.hf_argparser import HfArg
 
+from mmcoconut.answering import Answerer
 from mmcoconut.arguments import read_arguments, read_recipe
+from mmcoconut.conversations import LONG_ROWS, fit_rows
 from mmcoconut.data import drop_unreadable, load_examples
 from mmcoconut.recipe_files import RecipeError
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
@@ -19,9 +21,10 @@ logger = logging.getLogger("mmcoconut")
 
 # How an answer is found: written by `generate`, or the choice that the model thinks likeliest.
 SCORE_BY = ("generation", "likelihood", "likelihood_per_token")
-CHOICES = {"score_by": SCORE_BY, "dtype": ("auto", "float32", "bfloat16", "float16")}
+CHOICES = {"score_by": SCORE_BY, "long_rows": LONG_ROWS, "dtype": ("auto", "float32", "bfloat16", "float16")}
 # What a run's own recipe says where the command does not.
 FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "num_beams", "unreadable_images")
+FROM_RECIPE += ("max_length", "long_rows")
 
 
 @dataclass
@@ -41,6 +44,8 @@ class EvaluationArguments:
     max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
     num_beams: int | None = HfArg(default=None, help="Beams of the search; default: the recipe's, or 1: greedy.")
     unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")
+    max_length: int | None = HfArg(default=None, help="Most tokens of a row and its answer; default: the recipe's.")
+    long_rows: str | None = HfArg(default=None, help="`error` or `cut`; default: the recipe's, or `error`.")
     batch_size: int = HfArg(default=32, help="Rows answered at once in each process.")
     dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
     seed: int = HfArg(default=0, help="Of the bootstrap.")
@@ -110,6 +115,18 @@ def read_rows(arguments):
             logger.warning("left out: %s", message)
     if len(rows) == 0:
         raise ValueError(f"No row of {arguments.dataset} ({arguments.split}) is left to be answered: see the log.")
+    return rows
+
+
+def fit_to(answerer: Answerer, rows, arguments):
+    """The rows without what `long_rows: cut` cuts; how much that is, is in the log."""
+    limits = (arguments.max_length, getattr(answerer.model.config.text_config, "max_position_embeddings", None))
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if arguments.long_rows != "cut" or limit is None:
+        return rows
+    rows, cut = fit_rows(rows, lambda row: answerer.prompt_length(row) + answerer.max_new_tokens, limit)
+    if PartialState().is_main_process:
+        logger.info("%s", cut)
     return rows
 
 

@@ -22,6 +22,7 @@ from mmcoconut.answering import Answerer, load_checkpoint
 from mmcoconut.asking import (
     EvaluationArguments,
     default_folder,
+    fit_to,
     join_processes,
     parse_arguments,
     read_rows,
@@ -107,11 +108,11 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder / PICTURES, ignore_errors=True)
 
 
-def draw_rows(rows, count: int | None, seed: int) -> list[dict]:
+def draw_rows(rows, count: int | None, seed: int):
     """So many rows at random, in their order: the first ones may be of one kind."""
     if count is None or count >= len(rows):
-        return list(rows)
-    return list(rows.select(sorted(random.Random(seed).sample(range(len(rows)), count))))
+        return rows
+    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))
 
 
 def strip_of(readings: Readings, pixels, *, projector_type: str, captions: list[str]) -> Image.Image | None:
@@ -266,6 +267,7 @@ def main(argv: list[str] | None = None) -> dict:
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
     )
     answerer = Answerer(model, processor, num_latents=arguments.num_latents, max_new_tokens=arguments.max_new_tokens)
+    rows = fit_to(answerer, rows, arguments)
     metric = arguments.metric or default_metric(arguments.dataset, rows[0])
     logger.info("answering %d rows untouched", len(rows))
     study = Study(answerer, rows, metric=metric, batch_size=arguments.batch_size, seed=arguments.seed)

@@ -6,6 +6,9 @@ At stage s the first s reasoning steps of a row are replaced by c_thought · s l
     stage 1   question ⏎ <start> <latent> <end>             step 2 ⏎ step 3 ⏎ ### answer
     stage 3   question ⏎ <start> <latent>×3 <end>           ### answer
 
+A conversation has no steps and no stages: `thoughts_per_turn` latents stand before each of its answers, all of which
+are learnt.
+
 Source: Hao et al. 2024, https://arxiv.org/abs/2412.06769, section 3, and its published configurations.
 """
 
@@ -20,14 +23,17 @@ from itertools import chain
 import torch
 from transformers import TrainerCallback
 
-from mmcoconut.data import open_images, question_text
+from mmcoconut.data import history_of, open_images, question_text
 from mmcoconut.image_features import ImageFeatures
 from mmcoconut.objectives import Alignment
+from mmcoconut.processing_mmcoconut import makes_tiles
 
 
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+# What the model reads before it writes, and what it is to write: ids.
+Turn = tuple[Sequence[int], Sequence[int]]
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an image's
 # Modes without a curriculum stay at stage 0; modes without thoughts have neither latents nor markers.
@@ -38,7 +44,7 @@ MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause")
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What a stage does to a row: how many of its first steps go, and how many latents come."""
+    """What a stage does to a row: how many of its first steps go, and how many latents come, in each turn."""
 
     skipped_steps: int
     num_latents: int
@@ -56,6 +62,7 @@ class Curriculum:
         epochs_per_stage: length of each stage, or one length a stage, the last one repeating.
         uniform_prob: probability that a training row takes a stage drawn uniformly from 0 to its number of steps.
         pad_latent_to_max: give a row the stage's latents even if it has fewer steps; otherwise its steps cap them.
+        thoughts_per_turn: where it is not 0, latents before every answer of a conversation; there are no stages then.
         start_epoch: epochs that were trained elsewhere and count as done.
         seed: of the draws of `uniform_prob`.
     """
@@ -66,6 +73,7 @@ class Curriculum:
     epochs_per_stage: int | tuple[int, ...] = 1
     uniform_prob: float = 0.0
     pad_latent_to_max: bool = True
+    thoughts_per_turn: int = 0
     start_epoch: int = 0
     seed: int = 0
 
@@ -84,7 +92,7 @@ class Curriculum:
     @property
     def last_stage(self) -> int:
         """The stage from which on nothing changes."""
-        return self.max_latent_stage + 1 if self.mode in STAGED_MODES else 0
+        return self.max_latent_stage + 1 if self.mode in STAGED_MODES and not self.thoughts_per_turn else 0
 
     def stage_at(self, epoch: int) -> int:
         """The stage of an epoch, both counted from 0: epoch // epochs_per_stage where the stages are equally long."""
@@ -101,6 +109,8 @@ class Curriculum:
             return RowPlan(skipped_steps=num_steps or 0, num_latents=0)
         if self.mode == "cot":
             return RowPlan(skipped_steps=0, num_latents=0)
+        if self.thoughts_per_turn:
+            return RowPlan(0, self.thoughts_per_turn if self.mode in THINKING_MODES else 0)
         groups = min(stage, self.max_latent_stage)
         if num_steps is not None and not self.pad_latent_to_max:
             groups = min(groups, num_steps)
@@ -126,8 +136,8 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: Sequence[int], 
     return torch.tensor(padded)
 
 
-def align_rows(prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]], *, pad_id: int, latent_id: int):
-    """Batch prompts and targets so that the first latents share a column, and label the targets only.
+def align_rows(rows: Sequence[Sequence[Turn]], *, pad_id: int, latent_id: int):
+    """Batch rows of turns so that the first latents share a column, and label what is written in each turn only.
 
         pad pad <img> q q <start> <lat> <lat> <end> ### a eos
         <img> q q q q <start> <lat> <lat> <end> s ⏎ ### a eos     (rows are moved right, then padded behind)
@@ -135,10 +145,10 @@ def align_rows(prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]
     A column with a latent costs a pass of the decoder, so shared columns cost the fewest. Without latents nothing
     is moved. Returns input_ids, attention_mask, labels, each (B, T).
     """
-    first = [list(prompt).index(latent_id) if latent_id in prompt else 0 for prompt in prompts]
+    labels = [[*chain(*([*[IGNORED] * len(prompt), *target] for prompt, target in turns))] for turns in rows]
+    rows = [[*chain(*chain(*turns))] for turns in rows]
+    first = [row.index(latent_id) if latent_id in row else 0 for row in rows]
     left = [max(first) - column if column else 0 for column in first]
-    rows = [[*prompt, *target] for prompt, target in zip(prompts, targets)]
-    labels = [[*[IGNORED] * len(prompt), *target] for prompt, target in zip(prompts, targets)]
     length = max(pad + len(row) for pad, row in zip(left, rows))
     return {
         "input_ids": pad_rows(rows, pad_id, left=left, length=length),
@@ -148,9 +158,10 @@ def align_rows(prompts: Sequence[Sequence[int]], targets: Sequence[Sequence[int]
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)
-def encode_prompt(processor, question: str, num_tiles: tuple[int, ...], num_latents: int, markers: str) -> tuple:
-    """`processor.encode_prompt`, which renders a chat, once for questions that recur; markers are the processor's."""
-    return tuple(processor.encode_prompt(question, num_tiles=num_tiles, num_latents=num_latents))
+def encode_turns(processor, question: str, history: tuple, markers: str, **layout) -> tuple:
+    """`processor.encode_turns`, which renders a chat, once for questions that recur; markers are the processor's."""
+    turns, prompt = processor.encode_turns(question, history, **layout)
+    return tuple((tuple(asked), tuple(written)) for asked, written in turns), tuple(prompt)
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)
@@ -204,10 +215,28 @@ class CurriculumCollator:
     def check_length(self, row: dict, length: int, what: str) -> None:
         if self.max_length is not None and length > self.max_length:
             raise ValueError(
-                f"{row['row_id']}: {what} takes {length} tokens, images and latents included, and the language model "
-                f"has {self.max_length} positions: shorten the question or the steps, use fewer latents or image "
-                "tokens, or take a language model with more positions."
+                f"{row['row_id']}: {what} takes {length} tokens, images and latents included, and the language "
+                f"model, or max_length, has {self.max_length} positions: shorten the question or the steps, use "
+                "fewer latents or image tokens, take a language model with more positions, or set `long_rows: cut`."
             )
+
+    def check_turns(self, row: dict) -> None:
+        """Whether this run can lay out the turns of a row.
+
+        Raises:
+            ValueError: a conversation whose turns would have thoughts by stage, or for an encoder-decoder; steps where
+                there are no stages.
+        """
+        num_turns, per_turn = 1 + len(history_of(row)), self.curriculum.thoughts_per_turn
+        if num_turns > 1 and self.processor.decoder_start_token_id is not None:
+            remedy = "an encoder-decoder reads one question: set dataset_options.max_turns to 1"
+        elif num_turns > 1 and self.curriculum.mode in THINKING_MODES and not per_turn:
+            remedy = f"mode {self.curriculum.mode} has thoughts by stage, and it has no stages: set thoughts_per_turn"
+        elif row["steps"] and per_turn:
+            remedy = f"with thoughts_per_turn={per_turn} no stage replaces its {len(row['steps'])} steps: set it to 0"
+        else:
+            return
+        raise ValueError(f"{row['row_id']}: a row of {num_turns} turn(s), and {remedy}.")
 
     def training_plan(self, row: dict) -> RowPlan:
         num_steps = len(row["steps"])
@@ -219,18 +248,42 @@ class CurriculumCollator:
         skipped = self.curriculum.plan(self.stage, len(row["steps"])).skipped_steps
         return RowPlan(skipped, self.curriculum.num_latents(self.stage))
 
-    def encode_prompt(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> list[int]:
-        """Prompt of a row; num_tiles holds the tiles of each of its images."""
-        markers = self.processor.markers
-        return [*encode_prompt(self.processor, question_text(row), tuple(num_tiles), num_latents, markers)]
+    def encode_turns(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> tuple[list[Turn], list[int]]:
+        """Earlier turns and last prompt of a row; num_tiles holds the tiles of each of its images."""
+        self.check_turns(row)
+        layout = {"num_tiles": tuple(num_tiles), "num_latents": num_latents}
+        asked, markers = (question_text(row), history_of(row)), self.processor.markers
+        turns, prompt = encode_turns(self.processor, *asked, markers, **layout)
+        return [*turns], [*prompt]
 
-    def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Prompt and target of a row under a plan; num_tiles holds the tiles of each of its images."""
-        prompt = self.encode_prompt(row, num_tiles, plan.num_latents)
+    def encode_prompt(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> list[int]:
+        """All that comes before a row's last answer."""
+        turns, prompt = self.encode_turns(row, num_tiles, num_latents)
+        return [*chain(*chain(*turns)), *prompt]
+
+    def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> list[Turn]:
+        """The turns of a row under a plan, the last of which has what is left of its steps."""
+        turns, prompt = self.encode_turns(row, num_tiles, plan.num_latents)
         steps = [encode_step(self.processor, step) for step in row["steps"][plan.skipped_steps :]]
-        target = [*chain(*steps), *encode_answer(self.processor, row["answers"][0])]
-        self.check_length(row, self.longest_part(prompt, len(target)), f"the sequence of stage {self.stage}")
-        return prompt, target
+        return [*turns, (prompt, [*chain(*steps), *encode_answer(self.processor, row["answers"][0])])]
+
+    def length_of(self, turns: Sequence[Turn]) -> int:
+        """Tokens of a row; of an encoder-decoder those of the longer side."""
+        *before, (prompt, target) = turns
+        return self.longest_part([*chain(*chain(*before)), *prompt], len(target))
+
+    def longest(self, row: dict, *, room: int = 0) -> int:
+        """The most tokens that a row takes at any stage, with its answer or, if these are more, `room` new tokens."""
+        self.check_turns(row)
+        tiled = makes_tiles(self.processor.image_processor)
+        num_tiles = self.pixels([row])[1][0] if tiled else [1] * len(row["images"])
+        lengths = []
+        for stage in range(self.curriculum.last_stage + 1):
+            plan = self.curriculum.plan(stage, len(row["steps"]))
+            lengths.append(self.length_of(self.encode_row(row, plan, num_tiles)))
+            prompt = self.encode_prompt(row, num_tiles, self.curriculum.num_latents(stage))
+            lengths.append(self.longest_part(prompt, room))
+        return max(lengths)
 
     def longest_part(self, prompt: list[int], num_following: int) -> int:
         """Tokens of a prompt and what follows it; of an encoder-decoder those of the longer side."""
@@ -248,10 +301,15 @@ class CurriculumCollator:
 
         For an encoder-decoder these are the decoder's, labels what each column predicts, beside the encoder's.
         """
-        prompts, targets = zip(*(self.encode_row(row, plan_of(row), num) for row, num in zip(rows, tiles)))
+        encoder, decoder = [], []
+        for row, num_tiles in zip(rows, tiles):
+            (prompt, target), *later = turns = self.encode_row(row, plan_of(row), num_tiles)
+            self.check_length(row, self.length_of(turns), f"the sequence of stage {self.stage}")
+            read, begun = self.processor.split_prompt(prompt)
+            encoder.append(read)
+            decoder.append([(begun, target), *later])
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
-        encoder, decoder = zip(*map(self.processor.split_prompt, prompts))
-        batch = align_rows(decoder, targets, pad_id=pad_id, latent_id=latent_id)
+        batch = align_rows(decoder, pad_id=pad_id, latent_id=latent_id)
         if not encoder[0]:
             return batch
         ids, mask = self.processor.prompt_names
@@ -259,7 +317,7 @@ class CurriculumCollator:
             ids: batch["input_ids"][:, :-1],
             mask: batch["attention_mask"][:, :-1],
             "labels": batch["labels"][:, 1:],
-            **self.processor.tokenizer.pad({"input_ids": list(encoder)}, padding_side="right", return_tensors="pt"),
+            **self.processor.tokenizer.pad({"input_ids": encoder}, padding_side="right", return_tensors="pt"),
         }
 
     def aligned(self, rows: Sequence[dict]) -> dict:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from mmcoconut.answering import Answerer, image_name, load_checkpoint
-from mmcoconut.asking import default_folder, join_processes, parse_arguments, read_rows, trained_with
+from mmcoconut.asking import default_folder, fit_to, join_processes, parse_arguments, read_rows, trained_with
 from mmcoconut.provenance import peak_memory_mb, provenance
 from mmcoconut.records import changed_settings, json_line, read_json, read_lines, write_json, write_lines
 from mmcoconut.scoring import default_metric, figures_of, score
@@ -281,6 +281,7 @@ def main(argv: list[str] | None = None) -> dict:
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
     )
+    rows = fit_to(answerer, rows, arguments)
     settings = settings_of(arguments, answerer, rows)
     check_references(rows, settings["metric"])
     folder = Path(arguments.output_dir or default_folder(arguments, "evaluation"))

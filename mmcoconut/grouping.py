@@ -9,6 +9,7 @@ exactly and all processes draw the same.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import pyarrow.compute as pc
@@ -17,23 +18,28 @@ from datasets import Dataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mmcoconut.curriculum import CurriculumCollator, RowPlan
-from mmcoconut.data import question_text
+from mmcoconut.data import history_of, question_text
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 
 
-TEXT_COLUMNS = ["question", "choices", "steps", "answers"]
+TEXT_COLUMNS = ["question", "choices", "steps", "answers", "history"]
 
 
 class RowLengths(NamedTuple):
-    """Tokens of a row: its images and question, each step, its answer; without what a template adds to all alike."""
+    """Tokens of a row: its images and question, earlier turns included, each step, its answer; without what a template
+    adds to all alike. num_turns: its answers, each of which has latents before it."""
 
     prompt: int
     steps: tuple[int, ...]
     answer: int
+    num_turns: int
+
+    def latents(self, plan: RowPlan) -> int:
+        return plan.num_latents * self.num_turns
 
     def under(self, plan: RowPlan) -> int:
         """Tokens under a plan, latents included."""
-        return self.prompt + plan.num_latents + sum(self.steps[plan.skipped_steps :]) + self.answer
+        return self.prompt + self.latents(plan) + sum(self.steps[plan.skipped_steps :]) + self.answer
 
 
 def token_counts(tokenizer, texts: Sequence[str]) -> dict[str, int]:
@@ -51,20 +57,27 @@ def image_counts(rows: Dataset) -> list[int]:
     return [count for table in tables for count in pc.list_value_length(table["images"]).to_pylist()]
 
 
+def prompt_texts(row) -> list[str]:
+    """What stands before a row's last answer: the earlier questions with their answers, and its own."""
+    earlier = ((question, f"{ANSWER_MARKER} {answer}") for question, answer in history_of(row))
+    return [*chain(*earlier), question_text(row)]
+
+
 def row_lengths(rows: Dataset, processor) -> list[RowLengths]:
     """Lengths of rows of mmcoconut.data; a picture counts as one tile, however many it is cut into."""
     texts = [
-        (question_text(row), [f"{step}\n" for step in row["steps"]], f"{ANSWER_MARKER} {row['answers'][0]}")
+        (prompt_texts(row), [f"{step}\n" for step in row["steps"]], f"{ANSWER_MARKER} {row['answers'][0]}")
         for row in rows.select_columns(TEXT_COLUMNS)
     ]
-    counts = token_counts(processor.tokenizer, [text for row in texts for text in (row[0], *row[1], row[2])])
+    counts = token_counts(processor.tokenizer, [text for row in texts for text in (*row[0], *row[1], row[2])])
     return [
         RowLengths(
-            prompt=counts[question] + num_images * processor.image_seq_length,
+            prompt=sum(counts[text] for text in prompt) + num_images * processor.image_seq_length,
             steps=tuple(counts[step] for step in steps),
             answer=counts[answer],
+            num_turns=(len(prompt) + 1) // 2,
         )
-        for (question, steps, answer), num_images in zip(texts, image_counts(rows), strict=True)
+        for (prompt, steps, answer), num_images in zip(texts, image_counts(rows), strict=True)
     ]
 
 
@@ -91,7 +104,8 @@ class StageGroupedSampler(LengthGroupedSampler):
         ]
         tokens = [row.under(plan) for row, plan in zip(self.of_rows, plans, strict=True)]
         above = max(tokens) + 1
-        return [plan.num_latents * above + count for plan, count in zip(plans, tokens, strict=True)]
+        rows = zip(self.of_rows, plans, tokens, strict=True)
+        return [row.latents(plan) * above + count for row, plan, count in rows]
 
     def __iter__(self):
         self.lengths = self.costs()

@@ -15,8 +15,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from mmcoconut.answering import Answerer, image_key
-from mmcoconut.data import question_text
-from mmcoconut.data.images import open_images
+from mmcoconut.data import history_of, question_text
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.scoring import score
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
@@ -101,6 +100,20 @@ class Outcome:
         return values
 
 
+def check_single_turns(rows: Sequence[Mapping]) -> None:
+    """A thought is known by its place among those of one answer, so that rows must have one.
+
+    Raises:
+        ValueError: a conversation.
+    """
+    for row in rows:
+        if history_of(row):
+            raise ValueError(
+                f"{row['row_id']}: a conversation of {1 + len(history_of(row))} turns has thoughts before each, "
+                "and interventions know those before one: set --dataset_options.max_turns 1."
+            )
+
+
 class Study:
     """The rows of an audit, answered untouched and under interventions, always in the same batches.
 
@@ -112,7 +125,7 @@ class Study:
         seed: of donors, noise and bootstrap.
 
     Raises:
-        ValueError: fewer than two rows, or a checkpoint without thoughts.
+        ValueError: fewer than two rows, a conversation, or a checkpoint without thoughts.
     """
 
     def __init__(
@@ -126,6 +139,7 @@ class Study:
             raise ValueError(
                 "The checkpoint has num_latents 0, so there are no thoughts to audit: pass --num_latents."
             )
+        check_single_turns(rows)
         self.answerer, self.rows, self.metric = answerer, list(rows), metric
         self.batch_size, self.seed = batch_size, seed
         self.untouched = self.run(lambda indices: keep)
@@ -306,14 +320,7 @@ def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
     limit = getattr(answerer.model.config.text_config, "max_position_embeddings", None)
     if limit is None:
         return 2 * answerer.num_latents
-    lengths = []
-    for row in rows:  # one at a time: the number of an image's tiles follows from its size
-        _, [num_tiles] = answerer.processor.encode_images([open_images(row)])
-        prompt = answerer.processor.encode_prompt(
-            question_text(row), num_tiles=num_tiles, num_latents=answerer.num_latents
-        )
-        lengths.append(len(answerer.processor.split_prompt(prompt)[1]))  # what thoughts stand in
-    return limit - max(lengths) - answerer.max_new_tokens
+    return limit - max(map(answerer.prompt_length, rows)) - answerer.max_new_tokens
 
 
 def shuffled(study: Study) -> Outcome | str:

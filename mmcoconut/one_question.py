@@ -21,6 +21,7 @@ from mmcoconut.data.images import open_images
 from mmcoconut.interventions import (
     ReplaceOf,
     Table,
+    check_single_turns,
     emptied,
     given,
     images_key,
@@ -214,6 +215,7 @@ class Asker:
         num_beams: int = 1,
         seed: int = 0,
     ):
+        check_single_turns(examples)
         self.model, self.processor, self.examples = model.eval(), processor, list(examples)
         self.max_new_tokens, self.num_beams, self.seed = max_new_tokens, num_beams, seed
         self.thoughts_of_examples = {}

@@ -377,6 +377,7 @@ def test_a_json_list_and_json_lines_load_alike(load_rows, tmp_path):
         "steps": [["Look.", "Think."], ["Look.", "Think."], []],
         "answers": [["2"], ["2"], ["3"]],
         "row_id": ["train.json row 0", "train.json row 1", "train.json row 2"],
+        "history": [[]] * 3,
     }
     lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     assert load_rows(lines)[:] == expected

@@ -28,7 +28,7 @@ from transformers import CLIPImageProcessor, CLIPVisionModel, GPT2LMHeadModel
 
 import train_hf
 from mmcoconut.arguments import TYPES, parse_recipe, read_recipe
-from mmcoconut.data import json_steps
+from mmcoconut.data import json_steps, llava_instruct
 from mmcoconut.recipe_files import BASE
 from mmcoconut.smoke import write_tiny_vlm
 
@@ -129,7 +129,8 @@ def scratch(tmp_path_factory):
     write_hub_models(folder)
     write_data(folder)
     with contextlib.chdir(folder):
-        train_hf.main(["recipes/quickstart.yaml", *TINY])
+        for recipe in ("quickstart", "gpt2_clip_add_llava"):
+            train_hf.main([f"recipes/{recipe}.yaml", *TINY])
     (folder / "outputs/quickstart-smoke").rename(folder / "outputs/quickstart")
     return folder
 
@@ -243,12 +244,20 @@ def test_a_yaml_block_is_a_recipe_or_a_part_of_one(block, user):
 
 
 @blocks_in("json")
-def test_a_json_block_holds_rows_of_json_steps(block, tmp_path):
-    (tmp_path / "train.json").write_text(block.text, encoding="utf-8")
-    for row in json.loads(block.text):
-        tiny_image().save(tmp_path / row["image"])
-    rows = json_steps.load(split="train", file=str(tmp_path / "{split}.json"), image_root=tmp_path)
-    assert rows["question"] == [row["question"] for row in json.loads(block.text)]
+def test_a_json_block_holds_rows_that_are_read(block, tmp_path):
+    """Rows of json_steps, or, with turns in them, of llava_instruct."""
+    rows = json.loads(block.text)
+    rows = rows if isinstance(rows, list) else [rows]
+    (tmp_path / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    for name in [name for row in rows for name in row.get("images", [row.get("image")])]:
+        tiny_image().save(tmp_path / name)
+    if "question" in rows[0]:
+        read = json_steps.load(split="train", file=str(tmp_path / "{split}.json"), image_root=tmp_path)
+        assert read["question"] == [row["question"] for row in rows]
+        return
+    options = {"file": str(tmp_path / "train.json"), "image_root": str(tmp_path), "fractions": [1, 0, 0]}
+    for row, read in zip(rows, llava_instruct.load(split="train", **options), strict=True):
+        assert len(read["history"]) + 1 == len(row.get("conversations", row.get("messages"))) / 2
 
 
 def test_the_first_training_command_runs_as_it_stands(user):
@@ -266,8 +275,9 @@ def test_the_first_training_command_runs_as_it_stands(user):
 
 
 def test_every_block_has_a_language_that_is_run_or_is_a_drawing():
-    assert {block.language for block in BLOCKS} == {"python", "bash", "yaml", "json", ""}
-    assert [block.page.name for block in BLOCKS if not block.language] == ["README.md"]
+    assert {block.language for block in BLOCKS} == {"python", "bash", "yaml", "json", "text", ""}
+    drawings = [block.page.name for block in BLOCKS if block.language in ("", "text")]
+    assert drawings == ["README.md", "conversations.md"]
 
 
 def test_only_these_blocks_are_not_run():

@@ -358,6 +358,7 @@ def test_a_row_of_the_data_set_is_the_puzzle_generated_at_its_place(wording):
             "steps": expected["steps"],
             "answers": [expected["answer"]],
             "row_id": f"graph_paths test row {index}",
+            "history": [],
         }
         assert len(row["steps"]) == puzzle.hops
 

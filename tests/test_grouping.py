@@ -82,7 +82,7 @@ def test_counted_lengths_differ_from_those_of_batches_by_a_constant_and_at_most_
         differences = set()
         for row, lengths in zip(rows, sampler.of_rows, strict=True):
             plan = collator.training_plan(row)
-            prompt, target = collator.encode_row(row, plan, [1] * len(row["images"]))
+            [(prompt, target)] = collator.encode_row(row, plan, [1] * len(row["images"]))
             differences.add(len(prompt) + len(target) - lengths.under(plan))
         assert max(differences) - min(differences) <= 1
 

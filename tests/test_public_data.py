@@ -284,6 +284,7 @@ EXPECTED = {
         "steps": ["A train would not be there.", "He waits for a cab."],
         "answers": ["cab"],
         "row_id": "aokvqa_v1p0_train.json row 0",
+        "history": [],
     },
     "scienceqa": {
         "images": ["images/train/1/image.png"],
@@ -292,6 +293,7 @@ EXPECTED = {
         "steps": [SCIENCEQA["lecture"], SCIENCEQA["solution"]],
         "answers": ["West Virginia"],
         "row_id": "problems.json problem 1",
+        "history": [],
     },
     "vqav2": {
         "images": ["coco/train2014/COCO_train2014_000000458752.jpg"],
@@ -300,6 +302,7 @@ EXPECTED = {
         "steps": [],
         "answers": ["net", "window", "net", "net", "net", "net", "net", "net", "mesh", "net"],
         "row_id": "v2_OpenEnded_mscoco_train2014_questions.json row 0",
+        "history": [],
     },
     "m3cot": {
         "images": ["images/physical-commonsense-1426.png"],
@@ -308,6 +311,7 @@ EXPECTED = {
         "steps": ["Salt is fine.", "It needs a shaker.", "Object (2) is one."],
         "answers": ["(2)"],
         "row_id": "train.jsonl row 0",
+        "history": [],
     },
     "flickr30k": {
         "images": ["images/1000092795.jpg"],
@@ -316,14 +320,16 @@ EXPECTED = {
         "steps": [],
         "answers": ["Two guys , outside .", "Two men ."],
         "row_id": "dataset_flickr30k.json row 0",
+        "history": [],
     },
     "llava_instruct": {
         "images": ["train2017/000000033471.jpg"],
-        "question": "What are the colors of the bus?",
+        "question": "What is on its back?",
         "choices": [],
         "steps": [],
-        "answers": ["The bus is white and red."],
+        "answers": ["An advertisement."],
         "row_id": "llava_instruct_150k.json row 0",
+        "history": [{"question": "What are the colors of the bus?", "answer": "The bus is white and red."}],
     },
     "gsm8k_aug": {
         "images": [],
@@ -332,6 +338,7 @@ EXPECTED = {
         "steps": ["<<16-3-4=9>>", "<<9*2=18>>"],
         "answers": ["18"],
         "row_id": "train.txt row 0",
+        "history": [],
     },
     "prosqa": {
         "images": [],
@@ -340,6 +347,7 @@ EXPECTED = {
         "steps": PROSQA["steps"],
         "answers": ["Tom is a yumpus."],
         "row_id": "prosqa_train.json row 0",
+        "history": [],
     },
 }
 
@@ -483,12 +491,48 @@ def test_every_table_of_captions_gives_one_row_a_picture(name, tmp_path):
     [
         (["<image>\nWhat is it?", "A bus."], "What is it?"),
         (["What is it?\n<image>", "A bus.", "Why?", "It is long."], "What is it?"),
+        (["What does <image> show?", "A bus.", "Why?", "It is long."], "What does show?"),
+        (["See <image>\nWhat is it?", "A bus."], "See\nWhat is it?"),
     ],
 )
-def test_the_first_turn_is_the_row_and_its_mark_goes(conversation, question, tmp_path):
+def test_the_first_turn_alone_is_the_row_and_its_mark_goes(conversation, question, tmp_path):
     turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(conversation)]
-    (row,) = load("llava_instruct", tmp_path, [{**LLAVA, "conversations": turns}])
-    assert (row["question"], row["answers"]) == (question, ["A bus."])
+    (row,) = load("llava_instruct", tmp_path, [{**LLAVA, "conversations": turns}], max_turns=1)
+    assert (row["question"], row["answers"], row["history"]) == (question, ["A bus."], [])
+
+
+@pytest.mark.parametrize(
+    "max_turns, history, last",
+    [
+        (None, [("Which?", "A bus."), ("Why?", "It is long.")], ("Sure?", "Yes.")),
+        (2, [("Which?", "A bus.")], ("Why?", "It is long.")),
+    ],
+)
+def test_the_last_turn_is_the_row_and_the_earlier_ones_its_history(max_turns, history, last, tmp_path):
+    texts = ["Welcome!", "<image>Which?", "A bus.", "Why?", "It is long.", "Sure?", "Yes."]
+    turns = [{"from": ("gpt", "human")[i % 2], "value": value} for i, value in enumerate(texts)]
+    (row,) = load("llava_instruct", tmp_path, [{**LLAVA, "conversations": turns}], max_turns=max_turns)
+    assert data.history_of(row) == tuple(history)
+    assert (row["question"], row["answers"]) == (last[0], [last[1]])
+
+
+def test_chat_messages_give_the_example_of_the_same_conversation(tmp_path):
+    (expected,) = load("llava_instruct", tmp_path, [LLAVA])
+    speakers = ("user", "assistant")
+    texts = [turn["value"] for turn in LLAVA["conversations"]]
+    plain = [{"role": speakers[i % 2], "content": text} for i, text in enumerate(texts)]
+    parts = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in plain]
+    text = {"type": "text", "text": texts[0].removeprefix("<image>\n"), "index": None}
+    parts[0]["content"] = [text, {"type": "image", "text": None, "index": 0}]
+    for messages in (plain, parts):
+        assert [*load("llava_instruct", tmp_path, [{"images": [LLAVA["image"]], "messages": messages}])] == [expected]
+
+
+def test_several_pictures_belong_to_the_first_question(tmp_path):
+    put(tmp_path, "train2017/b.jpg", None)
+    messages = [{"role": "user", "content": "<image> <image> Which is older?"}, {"role": "assistant", "content": "b"}]
+    (row,) = load("llava_instruct", tmp_path, [{"images": [LLAVA["image"], "b.jpg"], "messages": messages}])
+    assert (row["question"], len(open_images(row))) == ("Which is older?", 2)
 
 
 def test_conversations_without_a_picture_are_text_rows(tmp_path):
@@ -547,6 +591,16 @@ def test_sentences_are_cut_and_nothing_is_lost(text, expected):
 
 ANSWER = {"answer": "net", "answer_confidence": "yes", "answer_id": 1}
 HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A bus."}
+
+
+def says(part):
+    """Two messages, of which the first consists of a picture and a part."""
+    content = [{"type": "image"}, part]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": "A bus."}]
+
+
+MESSAGES = {"conversations": ..., "image": ..., "images": ["000000033471.jpg"]}
+MESSAGES |= {"messages": says({"type": "text", "text": "What?"})}
 BAD_ROWS = [
     ("aokvqa", {"question": ...}, "question", "the field is missing among these; add it"),
     ("aokvqa", {"question": " "}, "question", "it is empty"),
@@ -588,13 +642,39 @@ BAD_ROWS = [
     ("flickr30k", {"split": ...}, "split", "the field is missing among these; add it"),
     ("flickr30k", {"filename": ...}, "filename", "the field is missing among these; add it"),
     ("llava_instruct", {"conversations": []}, "conversations", "the list holds no rows"),
-    ("llava_instruct", {"conversations": [HUMAN]}, "conversations", "found ['human']; the first turns must be from"),
+    ("llava_instruct", {"conversations": [HUMAN]}, "conversations", "found ['human']; the turns must be from"),
     ("llava_instruct", {"conversations": [HUMAN, HUMAN]}, "conversations", "must be from human and gpt"),
     ("llava_instruct", {"conversations": [{"from": "human"}, GPT]}, "value", "the field is missing among these"),
     ("llava_instruct", {"conversations": [HUMAN, {**GPT, "value": ""}]}, "value", "it is empty"),
-    ("llava_instruct", {"conversations": [{**HUMAN, "value": "What?"}, GPT]}, "conversations", "write <image> 1 time"),
+    (
+        "llava_instruct",
+        {"conversations": [{**HUMAN, "value": "What?"}, GPT]},
+        "conversations",
+        "1 picture(s), so mark 1 in its first",
+    ),
     ("llava_instruct", {"conversations": [{**HUMAN, "value": "<image>"}, GPT]}, "conversations", "it is empty"),
-    ("llava_instruct", {"image": None}, "conversations", "0 picture(s) in 'image', so write <image> 0 time(s)"),
+    ("llava_instruct", {"image": None}, "conversations", "has 0 picture(s), so mark 0 in its first question"),
+    ("llava_instruct", {"conversations": [HUMAN, GPT, GPT]}, "conversations", "from human and gpt, again and again"),
+    (
+        "llava_instruct",
+        {"conversations": [HUMAN, GPT, {**HUMAN, "value": "?"}]},
+        "conversations",
+        "found ['human', 'g",
+    ),
+    (
+        "llava_instruct",
+        {"conversations": [HUMAN, GPT] * 2},
+        "conversations",
+        "write <image> in the first question only",
+    ),
+    ("llava_instruct", {"messages": []}, "conversations", "give one of conversations, messages among these"),
+    ("llava_instruct", {**MESSAGES, "images": ["000000033471.jpg"] * 2}, "messages", "has 2 picture(s), so mark 2"),
+    ("llava_instruct", {**MESSAGES, "images": "000000033471.jpg"}, "images", "write a list"),
+    ("llava_instruct", {**MESSAGES, "images": [3]}, "images", "found 3; write a string, not int"),
+    ("llava_instruct", {**MESSAGES, "messages": [{"role": "system", "content": "x"}]}, "messages", "['system']; the"),
+    ("llava_instruct", {**MESSAGES, "messages": says({"type": "video"})}, "content", "one of image, text"),
+    ("llava_instruct", {**MESSAGES, "messages": says("What?")}, "content", "found 'What?'; write an object"),
+    ("llava_instruct", {**MESSAGES, "messages": says({"type": "text"})}, "text", "the field is missing among these"),
     ("llava_instruct", {"image": "gone.jpg"}, "image", "found 'gone.jpg'; there is no file"),
     ("llava_instruct", {"image": "/etc/a.jpg"}, "image", "write a path relative to the image root"),
     ("llava_instruct", {"image": ["a.jpg"]}, "image", "write a string, not list"),

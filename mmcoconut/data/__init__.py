@@ -5,7 +5,7 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -42,6 +42,7 @@ FEATURES = Features(
         "steps": List(Value("string")),
         "answers": List(Value("string")),
         "row_id": Value("string"),
+        "history": List({"question": Value("string"), "answer": Value("string")}),
     }
 )
 
@@ -57,6 +58,8 @@ class Example:
     steps: the written reasoning, one thought each; may be empty.
     answers: every accepted answer; the first one is the training target.
     row_id: where the row comes from, for error messages: `"train.json row 17"`, counted from 0.
+    history: of a conversation the turns before the question, `{"question": ..., "answer": ...}` each, to which the
+        pictures and all answers are given; the other fields are its last turn, which has no steps.
     """
 
     images: list[dict]
@@ -65,11 +68,20 @@ class Example:
     steps: list[str]
     answers: list[str]
     row_id: str
+    history: list[dict] = field(default_factory=list)
 
     def __post_init__(self):
         if not self.answers or not all(answer.strip() for answer in self.answers):
             raise ValueError(
                 f"{self.row_id}, field 'answers': found {self.answers!r}; give at least one answer and no empty ones"
+            )
+        for turn in self.history:
+            if turn.keys() != {"question", "answer"} or not all(text.strip() for text in turn.values()):
+                raise ValueError(f"{self.row_id}, field 'history': found {turn!r}; give a question and an answer each")
+        if self.history and self.steps:
+            raise ValueError(
+                f"{self.row_id}, field 'steps': found {self.steps!r} behind {len(self.history)} earlier turns; a "
+                "conversation has no steps: write them into the answers, or leave the earlier turns out"
             )
 
 
@@ -101,6 +113,11 @@ def question_text(row: Mapping[str, Any]) -> str:
     if not row["choices"]:
         return row["question"]
     return f"{row['question']}\nChoices: {', '.join(row['choices'])}"
+
+
+def history_of(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Question and answer of each turn before the row's own; rows made by hand may do without the field."""
+    return tuple((turn["question"], turn["answer"]) for turn in row.get("history", ()))
 
 
 def drop_unreadable(dataset: Dataset) -> tuple[Dataset, list[str]]:

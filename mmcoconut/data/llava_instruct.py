@@ -1,12 +1,17 @@
-"""Loads LLaVA-Instruct: a JSON list of conversations about COCO pictures, `{"id", "image", "conversations"}` a row.
+"""Loads conversations about pictures: LLaVA-Instruct's JSON, and the chat messages of later data sets.
 
-Only the first turn of a conversation becomes a row: its question and its answer; later turns, which refer back to
-earlier ones, are left out. The file has no splits, so a picture's conversations go to one by the hash of its name.
+    {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, …]}
+    {"images": […], "messages": [{"role": "user" | "assistant", "content": a text, or parts with a type}, …]}
+
+The pictures belong to the first question and stand in front of it, wherever it is marked. The last turn of a
+conversation is the row's question and answer, the turns before it are its `history`. The file has no splits, so a
+picture's conversations go to one by the hash of its name.
 Paper: https://arxiv.org/abs/2304.08485
 """
 
 import itertools
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,8 +19,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, split_of
-from mmcoconut.data.json_steps import answer_text, field_error, field_of, read_rows
+from mmcoconut.data import SPLITS, Example, nearest, split_of
+from mmcoconut.data.json_steps import answer_text, check_list, check_text, field_error, field_of, read_rows
 from mmcoconut.data.public import (
     check_fractions,
     check_split,
@@ -32,28 +37,75 @@ from mmcoconut.data.public import (
 
 FRACTIONS = (0.98, 0.01, 0.01)  # train, validation, test
 IMAGE_MARK = "<image>"
-SPEAKERS = ("human", "gpt")
+# By the field that holds the turns: who asks and who answers, the field that says so, and the field of the text.
+FORMATS = {
+    "conversations": (("human", "gpt"), "from", "value"),
+    "messages": (("user", "assistant"), "role", "content"),
+}
+PART_TYPES = ("image", "text")
+SAMPLE_TURNS = 3
 
 
-def _first_turn(row: Mapping[str, Any], row_id: str) -> tuple[str, str]:
-    """The first question, with its mark for the picture, and its answer; what gpt says before it is left out."""
-    turns = objects_in(row, "conversations", row_id)
-    speakers = [text_of(turn, "from", row_id) for turn in turns]
-    start = 1 if speakers[0] == "gpt" else 0
-    if speakers[start : start + 2] != list(SPEAKERS):
-        remedy = f"the first turns must be from {' and '.join(SPEAKERS)}"
-        raise field_error(row_id, "conversations", speakers[:3], remedy)
-    question, answer = (text_of(turn, "value", row_id) for turn in turns[start : start + 2])
-    return question, answer
+def _part(part: Any, field: str, row_id: str) -> str:
+    """The text of a part of a message, or the mark of a picture."""
+    kind = part.get("type") if isinstance(part, Mapping) else part
+    if kind not in PART_TYPES:
+        remedy = f"write an object whose type is one of {', '.join(PART_TYPES)}; {nearest(str(kind), PART_TYPES)}"
+        raise field_error(row_id, field, part, remedy)
+    return f"{IMAGE_MARK}\n" if kind == "image" else text_of(part, "text", row_id)
 
 
-def _question(marked: str, image: str | None, row_id: str) -> str:
-    """The question without `<image>`, which stands once, before or after it, where the row has a picture."""
-    expected = 0 if image is None else 1
-    if marked.count(IMAGE_MARK) != expected:
-        remedy = f"the row has {expected} picture(s) in 'image', so write {IMAGE_MARK} {expected} time(s)"
-        raise field_error(row_id, "conversations", marked, remedy)
-    return text_of({"conversations": marked.replace(IMAGE_MARK, "").strip()}, "conversations", row_id)
+def _text(turn: Mapping[str, Any], field: str, row_id: str) -> str:
+    """What is said in a turn, with a mark for each picture."""
+    content = field_of(turn, field, row_id)
+    if field == "content" and isinstance(content, list):
+        content = "".join(_part(part, field, row_id) for part in content)
+    return check_text(content, field, row_id)
+
+
+def _turns(row: Mapping[str, Any], row_id: str) -> tuple[str, list[tuple[str, str]]]:
+    """The field that holds the turns, and each question with its answer; what is answered before one is left out."""
+    named = [field for field in FORMATS if field in row]
+    if len(named) != 1:
+        raise field_error(row_id, "conversations", sorted(row), f"give one of {', '.join(FORMATS)} among these")
+    [name] = named
+    speakers, who, said = FORMATS[name]
+    turns = objects_in(row, name, row_id)
+    found = [text_of(turn, who, row_id) for turn in turns]
+    start = 1 if found[0] == speakers[1] else 0
+    pairs = len(found[start:]) // 2
+    if pairs == 0 or found[start:] != [*speakers] * pairs:
+        remedy = f"the turns must be from {' and '.join(speakers)}, again and again"
+        raise field_error(row_id, name, found, remedy)
+    texts = [_text(turn, said, row_id) for turn in turns[start:]]
+    return name, list(zip(texts[::2], texts[1::2]))
+
+
+def _unmarked(marked: str, field: str, row_id: str) -> str:
+    """A question without its marks, and without the spaces in front of them."""
+    return check_text(re.sub(rf"[^\S\n]*{IMAGE_MARK}", "", marked).strip(), field, row_id)
+
+
+def _first_question(marked: str, num_images: int, field: str, row_id: str) -> str:
+    """The first question without its marks, of which there must be one for each picture."""
+    if marked.count(IMAGE_MARK) != num_images:
+        remedy = f"the row has {num_images} picture(s), so mark {num_images} in its first question ({IMAGE_MARK})"
+        raise field_error(row_id, field, marked, remedy)
+    return _unmarked(marked, field, row_id)
+
+
+def _check_unmarked(turns: Sequence[tuple[str, str]], field: str, row_id: str) -> None:
+    """Pictures may be marked in the first question only."""
+    for text in [*itertools.chain(*turns)][1:]:
+        if IMAGE_MARK in text:
+            raise field_error(row_id, field, text, f"write {IMAGE_MARK} in the first question only")
+
+
+def _pictures(row: Mapping[str, Any], name: str, row_id: str) -> list[str]:
+    """The paths of a row's pictures."""
+    if name == "conversations":
+        return [] if row.get("image") is None else [text_of(row, "image", row_id)]
+    return [check_text(path, "images", row_id) for path in check_list(row.get("images", []), "images", row_id)]
 
 
 def _examples(
@@ -64,26 +116,43 @@ def _examples(
     fractions: Sequence[float],
     image_root: str | os.PathLike | None,
     images_required: bool,
+    max_turns: int | None,
 ) -> Iterator[Example]:
-    marked, answer = _first_turn(row, row_id)
-    image = None if row.get("image") is None else text_of(row, "image", row_id)
-    question = _question(marked, image, row_id)
-    identity = answer_text(field_of(row, "id", row_id), "id", row_id) if image is None else image
-    images = image_under(image_root, image, row_id) if image is not None and images_required else []
+    name, turns = _turns(row, row_id)
+    _check_unmarked(turns, name, row_id)
+    pictures = _pictures(row, name, row_id)
+    first = _first_question(turns[0][0], len(pictures), name, row_id)
+    turns = [(first, turns[0][1]), *turns[1:]][:max_turns]
+    identity = pictures[0] if pictures else answer_text(field_of(row, "id", row_id), "id", row_id)
+    images = [item for path in pictures if images_required for item in image_under(image_root, path, row_id)]
     if split_of(identity.encode(), fractions) == split:
-        yield Example(images=images, question=question, choices=[], steps=[], answers=[answer], row_id=row_id)
+        *history, (question, answer) = turns
+        yield Example(
+            images=images,
+            question=question,
+            choices=[],
+            steps=[],
+            answers=[answer],
+            row_id=row_id,
+            history=[{"question": asked, "answer": answered} for asked, answered in history],
+        )
+
+
+def _sample_turns(puzzle: Mapping[str, Any]) -> list[tuple[str, str]]:
+    first, second = puzzle["steps"]
+    return [(f"{IMAGE_MARK}\n{puzzle['question']}", puzzle["answer"]), ("Why?", first), ("And then?", second)]
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as conversations of two turns; returns the options for `load`."""
+    """Writes `num_rows` arrow mazes a split as conversations of one to three turns; returns the options for `load`."""
     folder, rows = Path(folder), []
     for split in SPLITS:
         names = (f"{number:012}.jpg" for number in itertools.count(1))
         names = (name for name in names if split_of(name.encode(), FRACTIONS) == split)
         for name, puzzle in zip(names, sample_puzzles(split, num_rows=num_rows, seed=seed), strict=False):
             save_picture(folder / "images" / name, puzzle["picture"])
-            turns = [f"{IMAGE_MARK}\n{puzzle['question']}", puzzle["answer"], "Why?", " ".join(puzzle["steps"])]
-            turns = [{"from": SPEAKERS[index % 2], "value": value} for index, value in enumerate(turns)]
+            texts = itertools.chain(*_sample_turns(puzzle)[: 1 + len(rows) % SAMPLE_TURNS])
+            turns = [{"from": ("human", "gpt")[index % 2], "value": text} for index, text in enumerate(texts)]
             rows.append({"id": Path(name).stem, "image": name, "conversations": turns})
     save_json(folder / "llava_instruct_150k.json", rows)
     return {"file": str(folder / "llava_instruct_150k.json"), "image_root": str(folder / "images")}
@@ -96,17 +165,21 @@ def load(
     image_root: str | os.PathLike | None = None,
     fractions: Sequence[float] = FRACTIONS,
     images_required: bool = True,
+    max_turns: int | None = None,
 ) -> Dataset:
-    """The rows of a split: one picture, or none, the first question and its answer.
+    """The rows of a split: one picture, or several, or none, and the turns of a conversation.
 
     file: such as `llava_instruct_150k.json`; one file for all splits. image_root: holds the pictures that it names,
         for that file COCO's `train2017`.
     fractions: parts of train, validation and test; the same for every split you load.
     images_required: False reads no picture and gives every row an empty list.
+    max_turns: the first so many turns of each conversation; all by default.
     """
     check_split("llava_instruct", split)
     check_fractions(fractions)
-    examples = partial(_examples, split=split, fractions=fractions)
+    if max_turns is not None and max_turns < 1:
+        raise ValueError(f"the option max_turns is {max_turns}; give 1 or more, or leave it out for all turns")
+    examples = partial(_examples, split=split, fractions=fractions, max_turns=max_turns)
     examples = partial(examples, image_root=image_root, images_required=images_required)
     file = Path(file)
     return from_rows(numbered(read_rows(file), file.name), examples, source=file)
