@@ -11,11 +11,11 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from mmcoconut.arguments import parse_recipe, save_recipe
+from mmcoconut.card import SPEED, stage_rows, stage_table
 from mmcoconut.compare import compare
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.conversations import fit_rows
@@ -30,19 +30,19 @@ from mmcoconut.objectives import Alignment
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
-from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, markdown_table, write_json
+from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, write_json
 from mmcoconut.scoring import default_metric, figures_of, references_of, score
 from mmcoconut.smoke import smoke_arguments
 from mmcoconut.statistics import percent
 from mmcoconut.tokenizer import train_tokenizer
 from mmcoconut.trainer import CurriculumTrainer
+from mmcoconut.uploads import quiet_requests
 
 
 logger = logging.getLogger("mmcoconut")
 
 # Of an evaluation; what else it measures are the figures of the metric and of the objective.
 COMMON_FIGURES = ("accuracy", "generated_tokens", "loss", "n", "num_latents", "stage")
-SPEED = ("runtime", "samples_per_second", "steps_per_second")
 # Fields of the model's configuration that a recipe sets when it builds a model out of backbones.
 CONFIG_FIELDS = (
     "image_fusion",
@@ -358,51 +358,6 @@ def check_reload(folder: str, rows) -> None:
     logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, prompt_length:]))
 
 
-def stage_rows(log_history: list[dict]) -> list[dict]:
-    """The last evaluation of every stage, out of the trainer's log: all that it measured but its speed."""
-    rows = {}
-    for record in log_history:
-        if "eval_accuracy" in record:
-            measured = {
-                name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")
-            }
-            rows[record["eval_stage"]] = {name: value for name, value in measured.items() if name not in SPEED}
-    return [rows[stage] for stage in sorted(rows)]
-
-
-def stage_table(rows: list[dict]) -> str:
-    """A line a stage: latents of a prompt, mean of new tokens an answer, accuracy, rows evaluated."""
-    cells = [
-        (row["stage"], row["num_latents"], f"{row['generated_tokens']:.1f}", percent(row["accuracy"]), row["n"])
-        for row in rows
-    ]
-    return markdown_table(["stage", "latents", "generated tokens", "accuracy", "n"], (map(str, row) for row in cells))
-
-
-def write_card(trainer, data_args, results: dict) -> None:
-    """README.md of the output folder, from model_card.md and what was measured."""
-    processor, name = trainer.processing_class, trainer.args.hub_model_id or str(trainer.args.output_dir)
-    header = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="image-text-to-text",
-        tags=["mmcoconut", "coconut", "latent-reasoning"],
-    )
-    card = ModelCard.from_template(
-        header,
-        template_path=str(Path(__file__).with_name("model_card.md")),
-        model_name=name,
-        mode=results["mode"],
-        num_latents=processor.num_latents,
-        markers=processor.markers,
-        max_new_tokens=data_args.max_new_tokens,
-        prompt_ids=processor.prompt_names[0],
-        dataset=data_args.dataset,
-        metric=results["metric"],
-        results_table=stage_table(results["stages"]),
-    )
-    card.save(Path(trainer.args.output_dir, "README.md"))
-
-
 def save_results(trainer, *, arguments, test: dict, train_seconds: float, skipped: list[str], cut: dict) -> dict:
     """results.json in the output folder: accuracy by stage, and what the numbers were made with."""
     _, data_args, curriculum_args, run_args = arguments
@@ -441,6 +396,7 @@ def report(results: dict) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
+    quiet_requests()
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_recipe(argv)
     if arguments[-1].smoke_test:
@@ -469,14 +425,14 @@ def main(argv: list[str] | None = None) -> dict:
     left_out = {"skipped": skipped, "cut": cut}
     results = save_results(trainer, arguments=arguments, test=test, train_seconds=train_seconds, **left_out)
     if trainer.is_world_process_zero():
-        write_card(trainer, data_args, results)
+        trainer.create_model_card(results=results)
         if run_args.smoke_test:
             check_reload(run_args.output_dir, splits["eval"])
         report(results)
     if run_args.profile:
         save_profile(trainer)
     if run_args.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(results=results)
     # Without this, processes that leave at different moments abort each other.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()

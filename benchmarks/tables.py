@@ -1,4 +1,4 @@
-"""The tables of README, made from the CSV files in results/.
+"""The tables of README.md and docs/, made from the CSV files in results/.
 
     python benchmarks/tables.py [--check]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+ROOT = HERE.parent
 TABLE = re.compile(r"(<!-- table: (\S+) (.*?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -61,15 +61,21 @@ def with_tables(text: str, folder: Path) -> str:
     return TABLE.sub(made, text)
 
 
+def pages() -> list[Path]:
+    """Every page that may hold a table."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only say whether README is up to date")
+    parser.add_argument("--check", action="store_true", help="only say whether the pages are up to date")
     arguments = parser.parse_args()
-    before = README.read_text()
-    after = with_tables(before, HERE / "results")
-    if arguments.check and before != after:
-        raise SystemExit("README.md differs from benchmarks/results: run `python benchmarks/tables.py`.")
-    README.write_text(after)
+    for page in pages():
+        before = page.read_text(encoding="utf-8")
+        after = with_tables(before, HERE / "results")
+        if arguments.check and before != after:
+            raise SystemExit(f"{page.name} differs from benchmarks/results: run `python benchmarks/tables.py`.")
+        page.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,8 @@ CHOICES |= {"train_sampling_strategy": ("random", "sequential", "group_by_length
 AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs", "dataloader_num_workers")
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
 AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
-AT_LEAST_0 += ("align_weight", "ce_weight", "align_warmup_epochs", "bptt_thoughts", "thoughts_per_turn")
+AT_LEAST_0 += ("align_weight", "ce_weight", "align_warmup_epochs", "bptt_thoughts", "shown_row")
+AT_LEAST_0 += ("thoughts_per_turn",)
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 AT_LEAST_1 += ("max_length",)
@@ -202,6 +203,7 @@ class RunArguments(TrainingArguments):
     )
     overwrite: bool = HfArg(default=False, help="Delete an earlier run's output_dir before training anew.")
     do_train: bool = HfArg(default=True, help="Train; false only evaluates.")
+    license: str | None = HfArg(default=None, help="Of the weights, in the model card: an id such as mit.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false: the collator needs the images.")
     resume_from_checkpoint: bool | str | None = HfArg(default=None, help="Folder, or true: last one in output_dir.")
     compare: str | list[str] | None = HfArg(default=None, help="Modes to train and compare: cot,no_cot,coconut ...")
@@ -352,6 +354,8 @@ def _conflicts(values: dict):
         yield "dataset_options.images_required", False, "no image would be read from `image_root`: keep one"
     if values["lora"] is not None and values.get("push_to_hub") and values.get("hub_strategy") != "end":
         yield "hub_strategy", values.get("hub_strategy"), "a checkpoint with `lora` is no whole model to push: set end"
+    if values.get("hub_strategy") == "all_checkpoints":
+        yield "hub_strategy", "all_checkpoints", "each save is a revision already: set every_save or checkpoint"
     frozen = {name.rpartition(".")[2] for name in values["freeze"]}
     if values["precompute_image_features"] and "vision_tower" not in frozen:
         yield "precompute_image_features", True, "the vision tower is trained: add `vision_tower` to `freeze`"

@@ -222,6 +222,7 @@ def answer_lines(study: Study, outcomes: Mapping[str, Outcome]) -> list[dict]:
     return [
         {
             "row_id": row["row_id"],
+            "question": question_text(row),
             "gold": row["answers"],
             "untouched": text,
             **{name: outcome.texts[index] for name, outcome in outcomes.items()},

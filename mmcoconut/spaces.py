@@ -1,6 +1,6 @@
 """The demo as a Space: a folder that runs `mmcoconut.demo` on a checkpoint of the Hub, and its upload.
 
-The Space loads the checkpoint as any user would, by name with its own code, and installs this package for the page.
+The Space loads the checkpoint by its name on the Hub, and installs this package for the page and the model's code.
 """
 
 import sys
@@ -34,8 +34,8 @@ from mmcoconut.one_question import Asker, read_examples
 
 MODEL, REVISION = {model!r}, {revision!r}
 
-model = AutoModel.from_pretrained(MODEL, revision=REVISION, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(MODEL, revision=REVISION, trust_remote_code=True)
+model = AutoModel.from_pretrained(MODEL, revision=REVISION)
+processor = AutoProcessor.from_pretrained(MODEL, revision=REVISION)
 examples = read_examples(Path(__file__).with_name({examples!r}))
 asker = Asker(model, processor, examples, max_new_tokens={max_new_tokens}, num_beams={num_beams}, seed={seed})
 page = build_page(asker, name=MODEL, num_latents={num_latents})

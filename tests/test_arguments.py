@@ -309,6 +309,7 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("{compare: cot, compare_jobs: 0}", "compare_jobs", 0, "between 1 and inf"),
         ("seeds: 3", "seeds", 3, "set `compare` to its modes"),
         ("compare_jobs: 2", "compare_jobs", 2, "set `compare` to its modes"),
+        ("hub_strategy: all_checkpoints", "hub_strategy", "all_checkpoints", "each save is a revision already"),
         ("{compare: cot, push_to_hub: true}", "push_to_hub", True, "overwrite each other on the Hub"),
         ("{compare: cot, resume_from_checkpoint: true}", "resume_from_checkpoint", True, "goes on by itself"),
         (

@@ -93,6 +93,14 @@ def test_parallel_thoughts_are_refused_in_both_processes_of_a_sharded_model(foun
     assert all("does not work with FSDP" in error for error in found["in parallel"]), found["in parallel"]
 
 
+def thought_norms(folder: Path) -> list[float]:
+    """What was tracked of the thoughts, out of the last checkpoint's log."""
+    history = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())["log_history"]
+    norms = [record["eval_thought_norm"] for record in history if "eval_thought_norm" in record]
+    assert norms
+    return norms
+
+
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
     """Runs by name: of one process, sharded with `fsdp2_8gpu.yaml`, and that resumed in other processes.
@@ -111,6 +119,7 @@ def sharded(tmp_path_factory):
 
     train_hf.main(run("started", [*qwen2, "--max_steps", "1"]))
     ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false", "--thought_norm", "embedding", *qwen2]
+    ragged += ["--report_to", "tensorboard"]
     kept = ["--model", str(folder / "started"), "--freeze", "vision_tower"]
     kept += [word for key in ("vision_config", "text_config", "tokenizer") for word in (f"--{key}", "null")]
     cases = {name: [*options, "--num_train_epochs", "2"] for name, options in (("ragged", ragged), ("kept", kept))}
@@ -133,6 +142,7 @@ def sharded(tmp_path_factory):
 def test_sharded_training_saves_and_resumes_and_equals_one_process(sharded, name):
     one, folder = sharded / "ragged, one", sharded / name
     assert list(losses(folder).values()) == pytest.approx(list(losses(one).values()), abs=2e-4)
+    assert thought_norms(folder) == pytest.approx(thought_norms(one), abs=1e-4)
     stages = [json.loads((run / "results.json").read_text())["stages"] for run in (folder, one)]
     assert [row["generated_tokens"] for row in stages[0]] == [row["generated_tokens"] for row in stages[1]]
     expected = load_checkpoint(str(one))[0].state_dict()

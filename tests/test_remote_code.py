@@ -175,6 +175,23 @@ def test_shipped_files_import_the_standard_library_and_three_others(file):
     assert imported_libraries(ROOT / file) - set(sys.stdlib_module_names) <= LIBRARIES
 
 
+MODULES = {"collections", "contextlib", "copy", "dataclasses", "functools", "inspect", "itertools", "math", "typing"}
+REACHES_OUT = {"open", "exec", "eval", "compile", "__import__", "input", "breakpoint"}
+
+
+def calls(path):
+    """Names that a file calls as plain functions, and methods as `library.function`."""
+    nodes = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    return {node.id for node in nodes if isinstance(node, ast.Name)} | {ast.unparse(node) for node in nodes}
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in ROOT.glob("*_mmcoconut.py")))
+def test_shipped_files_open_no_file_and_no_socket(file):
+    """They import nothing of the standard library that could, and call no built-in that could."""
+    assert imported_libraries(ROOT / file) & set(sys.stdlib_module_names) <= MODULES
+    assert not calls(ROOT / file) & {*REACHES_OUT, "torch.load", "torch.save", "torch.hub.load"}
+
+
 def test_saved_files_name_their_classes_without_a_repository(folder, results):
     for saved in (folder, results["again folder"]):
         config = json.loads((saved / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Tables of README are those of the benchmarks' files."""
+"""Tables of the pages are those of the benchmarks' files."""
 
 import subprocess
 import sys
@@ -45,6 +45,7 @@ def test_a_column_that_is_not_there_is_named(folder):
         tables.table_of(folder / "bench.csv", rows="n", show="seconds")
 
 
-def test_readme_shows_the_files_that_are_kept():
-    assert tables.TABLE.search(tables.README.read_text())
+def test_the_pages_show_the_files_that_are_kept():
+    shown = [page.name for page in tables.pages() if tables.TABLE.search(page.read_text(encoding="utf-8"))]
+    assert shown == ["scaling.md"]
     subprocess.run([sys.executable, "benchmarks/tables.py", "--check"], cwd=BENCHMARKS.parent, check=True)

@@ -351,17 +351,6 @@ def test_recipe_of_the_original_code_runs(tmp_path):
     assert (tmp_path / "gsm-smoke" / "results.json").exists()
 
 
-def test_trackers_record_the_run(recipe, tmp_path):
-    files = {"tensorboard": "**/events.out.tfevents*", "trackio": "**/*.db"}
-    for tracker in files:
-        pytest.importorskip(tracker)
-    options = ["--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1", "--report_to", json.dumps([*files])]
-    folders = {"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tensorboard"), "TRACKIO_DIR": str(tmp_path / "trackio")}
-    launch(recipe, *options, folder=tmp_path, processes=1, **folders)
-    for tracker, pattern in files.items():
-        assert any(path.stat().st_size > 0 for path in (tmp_path / tracker).glob(pattern)), tracker
-
-
 def test_control_without_thoughts_has_no_marker_and_pause_feeds_nothing_back(recipe, tmp_path):
     settings = {}
     for mode in ("coconut", "pause", "no_thoughts", "cot", "no_cot"):

@@ -1,0 +1,139 @@
+"""docs/api.md, made from the docstrings of the public names and the help texts of the commands.
+
+    python docs/make_api.py
+
+A name is shown with what this package's own classes define for it and say something about; what it inherits from
+transformers is documented there.
+"""
+
+import dataclasses
+import functools
+import inspect
+from pathlib import Path
+
+import mmcoconut
+from mmcoconut import arguments, asking, audit, convert_coconut, demo, evaluation, prepare_flickr30k, publish, serve
+
+
+PAGE = Path(__file__).with_name("api.md")
+HEAD = """# API reference
+
+Made from the docstrings by `python docs/make_api.py`: change it there. What a class inherits from `transformers` is
+documented in that library.
+
+"""
+# A command, the docstring that says what it is for, and the classes of its arguments.
+COMMANDS = (
+    ("train_hf.py recipe.yaml", "", arguments.CLASSES),
+    ("python -m mmcoconut.evaluation", evaluation.__doc__, [asking.EvaluationArguments]),
+    ("python -m mmcoconut.audit", audit.__doc__, [asking.EvaluationArguments, audit.AuditArguments]),
+    ("python -m mmcoconut.prepare_flickr30k", prepare_flickr30k.__doc__, [prepare_flickr30k.PreparationArguments]),
+    ("python -m mmcoconut.convert_coconut", convert_coconut.__doc__, [convert_coconut.ConversionArguments]),
+    ("python -m mmcoconut.publish", publish.__doc__, [publish.PublishArguments]),
+    ("python -m mmcoconut.demo", demo.__doc__, [demo.DemoArguments]),
+    ("python -m mmcoconut.serve", serve.__doc__, []),
+)
+
+
+def verbatim(docstring: str) -> str:
+    """A docstring as an indented block, in which nothing has a meaning for Markdown."""
+    lines = inspect.cleandoc(docstring).splitlines()
+    return "\n".join(f"    {line}".rstrip() for line in lines) + "\n"
+
+
+def signature_of(function) -> str:
+    """Names and defaults of the parameters, without `self`; types stand in the docstring where they matter.
+
+    >>> signature_of(lambda self, rows, *, split="test": 0)
+    '(rows, *, split="test")'
+    """
+    signature = inspect.signature(function)
+    parameters = [
+        parameter.replace(annotation=parameter.empty)
+        for name, parameter in signature.parameters.items()
+        if name not in ("self", "cls")
+    ]
+    text = str(inspect.Signature(parameters))
+    return text.replace("'", '"')
+
+
+def is_own(thing) -> bool:
+    return thing.__module__.startswith("mmcoconut.")
+
+
+def own_classes(cls: type) -> list[type]:
+    """The class and those of this package that it inherits from, but not those with an entry of their own."""
+    public = {getattr(mmcoconut, name) for name in mmcoconut.PUBLIC_NAMES}
+    found = []
+    for base in cls.__mro__:
+        if base is not cls and base in public:
+            break  # what follows stands there
+        found += [base] if is_own(base) else []
+    return found
+
+
+def member_entry(name: str, member) -> str | None:
+    """Heading and docstring of a method or property; None for one that says nothing, or that a decorator made."""
+    function = getattr(member, "__func__", member)
+    function = member.fget if isinstance(member, property) else function
+    if not inspect.isroutine(function) or not function.__doc__ or not is_own(function):
+        return None
+    head = name if isinstance(member, property) else name + signature_of(inspect.unwrap(function))
+    return f"#### `{head}`\n\n{verbatim(function.__doc__)}"
+
+
+def class_entry(cls: type) -> list[str]:
+    entries, seen = [verbatim(cls.__doc__)], set()
+    for owner in own_classes(cls):
+        for name, member in vars(owner).items():
+            entry = None if name.startswith("_") or name in seen else member_entry(name, member)
+            seen.add(name)
+            entries += [entry] if entry is not None else []
+    return entries
+
+
+def public_entry(name: str) -> str:
+    """A public name: a class with its methods, or a function."""
+    thing = getattr(mmcoconut, name)
+    head = name if inspect.isclass(thing) else name + signature_of(thing)
+    body = class_entry(thing) if inspect.isclass(thing) else [verbatim(thing.__doc__)]
+    return "\n".join([f"### `{head}`\n", f"`from mmcoconut import {name}`\n", *body])
+
+
+def default_text(field: dataclasses.Field) -> str:
+    """A default as a recipe spells it."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    words = {None: "", True: "true", False: "false"}
+    return words[default] if default is None or isinstance(default, bool) else f"{default}"
+
+
+def argument_line(field: dataclasses.Field) -> str:
+    """A line of the table; signs that mean something in a table of Markdown are escaped."""
+    choices = arguments.CHOICES.get(field.name) or asking.CHOICES.get(field.name) or ()
+    values = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
+    default, said = default_text(field), field.metadata["help"].replace("<", "\\<").replace("|", "\\|")
+    return f"| `{field.name}` | {f'`{default}`' if default else ''} | {said}{values} |"
+
+
+def argument_table(cls: type) -> str:
+    """The class's own fields, with their defaults, choices and help."""
+    own = inspect.get_annotations(cls).keys()
+    lines = [argument_line(field) for field in dataclasses.fields(cls) if field.name in own]
+    return "\n".join([f"{inspect.cleandoc(cls.__doc__)}\n", "| key | default | |", "|---|---|---|", *lines, ""])
+
+
+def command_entry(command: str, docstring: str, classes) -> str:
+    body = [verbatim(docstring)] if docstring else []
+    return "\n".join([f"### `{command}`\n", *body, *map(argument_table, classes)])
+
+
+@functools.cache
+def page() -> str:
+    """The text of docs/api.md."""
+    names = "\n".join(map(public_entry, mmcoconut.PUBLIC_NAMES))
+    commands = "\n".join(command_entry(*command) for command in COMMANDS)
+    return f"{HEAD}## Names\n\n{names}\n## Commands\n\n{commands}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

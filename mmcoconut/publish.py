@@ -1,0 +1,243 @@
+"""Publish a finished run: `python -m mmcoconut.publish --model outputs/quickstart --repo_id user/name [--audit …]`.
+
+The card is made of what lies in the folders that are named: the run's recipe and results, and what evaluation, compare
+and audit measured of it. Model, card and pictures go up as one commit; `--dry_run folder` writes them there instead.
+"""
+
+import logging
+import reprlib
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_imports
+from transformers.hf_argparser import HfArg
+
+from mmcoconut.arguments import NAMES, default_of, read_arguments, read_recipe
+from mmcoconut.asking import trained_with
+from mmcoconut.audit import ANSWERS_FILE, CARD_FILE, PICTURES
+from mmcoconut.audit import RECORD_FILE as AUDIT_FILE
+from mmcoconut.card import Evidence, model_card, write_card
+from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut.evaluation import RECORD_FILE as EVALUATION_FILE
+from mmcoconut.models import load_model
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.recipe_files import RecipeError
+from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json, read_lines
+from mmcoconut.uploads import Repository, copy_model, quiet_requests
+
+
+COMPARE_FILE, COMPARE_PICTURE = "compare.json", "compare.png"
+WROTE = {"audit": (AUDIT_FILE, "mmcoconut.audit"), "evaluation": (EVALUATION_FILE, "mmcoconut.evaluation")}
+WROTE |= {"compare": (COMPARE_FILE, "train_hf.py --compare")}
+# Of the keys of a recipe that say what is learnt: those that compared runs differ in, or that change no result.
+NOT_SHARED = ("mode", "precompute_image_features", "image_features_cache", "attn_implementation")
+NOT_SHARED += ("checkpointed_passes", "defer_weight_gradients")
+
+
+@dataclass
+class PublishArguments:
+    """What is published, where, and which measurements its card shows."""
+
+    model: str | None = HfArg(default=None, help="Folder of a finished run, or one of its stages/stage-s.")
+    repo_id: str | None = HfArg(default=None, help="Repository on the Hub, owner/name; made if it is not there.")
+    evaluation: str | None = HfArg(default=None, help="Folder that mmcoconut.evaluation wrote about this model.")
+    compare: str | None = HfArg(default=None, help="Folder that train_hf.py --compare wrote about its recipe.")
+    audit: str | None = HfArg(default=None, help="Folder that mmcoconut.audit wrote about this model.")
+    shown_row: int | None = HfArg(default=None, help="Row of the audit whose picture is shown; default: the first.")
+    license: str | None = HfArg(default=None, help="Of the weights, an id such as mit; default: the recipe's.")
+    private: bool | None = HfArg(
+        default=None, help="Of a repository that is made; default: as its owner's settings say."
+    )
+    revision: str | None = HfArg(default=None, help="Branch to upload to; default: main.")
+    max_shard_size: str | None = HfArg(default=None, help="Cut the weights into files of at most this, such as 5GB.")
+    message: str = HfArg(default="Upload model, code and card", help="Of the commit.")
+    dry_run: str | None = HfArg(default=None, help="Write what would be uploaded into this new folder instead.")
+
+
+def unfit(model: str | None) -> str | None:
+    """Why a folder is no model that can be published, with the remedy; None where it is one."""
+    remedy = "give the output_dir of a finished run, such as outputs/quickstart"
+    if model is None or not Path(model).is_dir():
+        return f"no such folder: {remedy}"
+    folder = Path(model)
+    if not (folder / "config.json").is_file():
+        return f"it has no config.json: {remedy}"
+    if not list(folder.glob("model*.safetensors")):
+        return f"it has no model.safetensors: {remedy}"
+    code = {f"{name.partition('.')[0]}.py" for name in read_json(folder / "config.json").get("auto_map", {}).values()}
+    lacking = sorted(name for name in closure(folder, code) if not (folder / name).is_file())
+    if lacking or not code:
+        return f"it has no {', '.join(lacking) or 'auto_map in config.json'}: save the model again by train_hf.py"
+    return None
+
+
+def closure(folder: Path, names: set[str]) -> set[str]:
+    """These files and all that they load, as the library finds them, whether they are there or not."""
+    reached = set()
+    while names := names - reached:
+        reached |= names
+        there = [folder / name for name in names if (folder / name).is_file()]
+        names = {f"{module}.py" for file in there for module in get_relative_imports(file)}
+    return reached
+
+
+def missing(arguments: PublishArguments) -> Iterator[tuple]:
+    """What is not there, as (field, value, remedy)."""
+    reason = unfit(arguments.model)
+    if reason is not None:
+        yield "model", arguments.model, reason
+    if arguments.repo_id is None:
+        yield "repo_id", None, "name the repository: owner/name"
+    for field, (file, program) in WROTE.items():
+        folder = getattr(arguments, field)
+        if folder is not None and not Path(folder, file).is_file():
+            yield field, folder, f"it has no {file}: give the folder that {program} wrote"
+    if arguments.dry_run is not None and Path(arguments.dry_run).exists():
+        yield "dry_run", arguments.dry_run, "it is there already: give a new folder, or delete it"
+    if arguments.shown_row is not None and arguments.audit is None:
+        yield "shown_row", arguments.shown_row, "the rows are of an audit: give --audit too"
+    elif arguments.shown_row is not None and picture_of(arguments) is None:
+        shown = [path.stem.removeprefix("row_") for path in pictures(arguments.audit)]
+        yield "shown_row", arguments.shown_row, f"the audit shows row {', '.join(shown) or 'none'}: choose one of them"
+
+
+def pictures(audit: str) -> list[Path]:
+    """Of rows with their thoughts, that an audit drew."""
+    return sorted(Path(audit, PICTURES).glob("row_*.png"), key=lambda path: int(path.stem.removeprefix("row_")))
+
+
+def picture_of(arguments: PublishArguments) -> Path | None:
+    """The picture of the row that is shown; None where the audit drew none."""
+    if arguments.audit is None:
+        return None
+    wanted = arguments.shown_row
+    found = [path for path in pictures(arguments.audit) if wanted is None or path.stem == f"row_{wanted}"]
+    return found[0] if found else None
+
+
+def read_evidence(arguments: PublishArguments) -> Evidence:
+    """All that lies in the folders that are named."""
+    model = Path(arguments.model)
+    recipe, results = model / RECIPE_FILE, model / RESULTS_FILE
+    evidence = Evidence(
+        recipe=read_recipe(recipe) if recipe.is_file() else {},
+        results=read_json(results) if results.is_file() else None,
+        **{
+            field: read_json(Path(getattr(arguments, field), file))
+            for field, (file, _) in WROTE.items()
+            if getattr(arguments, field) is not None
+        },
+    )
+    figures, picture = {}, picture_of(arguments)
+    if arguments.compare is not None and Path(arguments.compare, COMPARE_PICTURE).is_file():
+        figures["modes"] = Path(arguments.compare, COMPARE_PICTURE)
+    if arguments.audit is None:
+        return replace(evidence, figures=figures)
+    audit = Path(arguments.audit)
+    evidence = replace(evidence, audit_section=(audit / CARD_FILE).read_text(encoding="utf-8"))
+    if picture is None:
+        return replace(evidence, figures=figures)
+    asked = read_lines(audit / ANSWERS_FILE)[int(picture.stem.removeprefix("row_"))]
+    return replace(evidence, asked=asked, figures={**figures, "thoughts": picture})
+
+
+def of_another_model(record: Mapping, model: str, num_latents: int) -> str | None:
+    """Why an evaluation or audit is not of this checkpoint; None where nothing speaks against it."""
+    here, there = trained_with(model), record["trained_with"]
+    differing = [key for key in here or {} if there is not None and here[key] != there[key]]
+    if differing:
+        key = differing[0]
+        return (
+            f"it is of another run, {key} was {there[key]!r} there and is {here[key]!r} here: repeat it with this one"
+        )
+    if record["num_latents"] != num_latents:
+        return f"it was made with {record['num_latents']} thoughts, the checkpoint has {num_latents}: repeat it so"
+    return None
+
+
+def of_another_recipe(compare: Mapping, evidence: Evidence) -> str | None:
+    """Why a comparison does not say anything of this model; None where nothing speaks against it."""
+    remedy = "give the comparison of its own recipe"
+    there, here = compare["recipe"], evidence.recipe
+    for key in [key for names in NAMES[:3] for key in names if key not in NOT_SHARED] if here else ():
+        found = there.get(key, default_of(key)), here.get(key, default_of(key))
+        if found[0] != found[1]:
+            return f"its runs have {key} = {reprlib.repr(found[0])}, the model {reprlib.repr(found[1])}: {remedy}"
+    updates = {record["train_steps"] for record in compare["modes"]}
+    if evidence.results is not None and evidence.results["train_steps"] not in updates:
+        return f"its runs made {updates.pop()} updates, the model {evidence.results['train_steps']}: {remedy}"
+    return None
+
+
+def contradictions(arguments: PublishArguments, evidence: Evidence, num_latents: int) -> Iterator[tuple]:
+    """Measurements of something else, as (field, value, remedy)."""
+    for field in ("evaluation", "audit"):
+        record = getattr(evidence, field)
+        reason = None if record is None else of_another_model(record, arguments.model, num_latents)
+        if reason is not None:
+            yield field, getattr(arguments, field), reason
+    reason = None if evidence.compare is None else of_another_recipe(evidence.compare, evidence)
+    if reason is not None:
+        yield "compare", arguments.compare, reason
+
+
+def read_all(arguments: PublishArguments) -> tuple[Evidence, MMCoconutConfig, MMCoconutProcessor]:
+    """What the card is made of.
+
+    Raises:
+        RecipeError: everything that is missing, or else everything that was measured of something else.
+    """
+    problems = [*missing(arguments)]
+    if problems:
+        raise RecipeError("command line", problems)
+    evidence = read_evidence(arguments)
+    config = MMCoconutConfig.from_pretrained(arguments.model, trust_remote_code=False)
+    processor = MMCoconutProcessor.from_pretrained(arguments.model, trust_remote_code=False)
+    problems = [*contradictions(arguments, evidence, processor.num_latents)]
+    if problems:
+        raise RecipeError("command line", problems)
+    return evidence, config, processor
+
+
+def assemble(folder: Path, arguments: PublishArguments) -> None:
+    """All files of the revision in a new folder."""
+    evidence, config, processor = read_all(arguments)
+    copy_model(Path(arguments.model), folder)
+    if arguments.max_shard_size is not None:
+        for weights in folder.glob("model*.safetensors*"):
+            weights.unlink()
+        load_model(arguments.model).save_pretrained(folder, max_shard_size=arguments.max_shard_size)
+    card = model_card(
+        arguments.repo_id,
+        evidence,
+        config=config,
+        processor=processor,
+        license=arguments.license or evidence.recipe.get("license"),
+    )
+    write_card(folder, card, evidence)
+
+
+def main(argv: list[str] | None = None) -> str:
+    """The address of the commit, or the folder of a dry run."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    quiet_requests()
+    usage = "python -m mmcoconut.publish --model … --repo_id owner/name [--key value ...]"
+    arguments = read_arguments(sys.argv[1:] if argv is None else argv, PublishArguments, usage)
+    if arguments.dry_run is not None:
+        assemble(Path(arguments.dry_run), arguments)
+        print(f"written to {arguments.dry_run}, nothing uploaded: read {Path(arguments.dry_run, 'README.md')}")
+        return arguments.dry_run
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "revision")
+        assemble(folder, arguments)
+        repository = Repository(arguments.repo_id, private=arguments.private)
+        address = repository.upload(folder, message=arguments.message, branch=arguments.revision)
+    print(f"uploaded: {address}")
+    return address
+
+
+if __name__ == "__main__":
+    main()
