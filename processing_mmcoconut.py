@@ -13,7 +13,7 @@ begins to write.
 
 import copy
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
@@ -430,7 +430,8 @@ class MMCoconutProcessor(ProcessorMixin):
         for number, (_, answer) in enumerate(history, start=1):
             so_far = self.encode_messages(messages[: 2 * number], num_tiles, num_latents)
             written = self.encode_text(f"{ANSWER_MARKER} {answer}")
-            first = last_place(written, commonprefix([so_far, whole]))
+            same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, so_far))
+            first = last_place(written, [token_id for token_id, _ in same])
             if first < start:
                 raise ValueError(
                     f"The chat template does not write the answer of turn {number}, {answer!r}, as the model does: "
