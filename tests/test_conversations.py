@@ -256,10 +256,15 @@ def test_chat_over_the_kept_cache_equals_the_whole_conversation_anew(text, image
     processor = tiny_processor(model, num_latents=PER_TURN)
     images = [[tiny_image(0)], [], [tiny_image(1), tiny_image(2)]]
     inputs = processor(images=images, text=["Which?", "Why not red?", "What?"], return_tensors="pt")
-    answered = chat_step(model, inputs, [2, 5, 9])
-    for texts, ends in ((["And then?", "Is it a cube?", "Left?"], [5, 9, 2]), (["Red?"] * 3, [1, 2, 3])):
+    ends, chats, eos = [2, 5, 9], [real_ids(inputs, row) for row in range(3)], processor.tokenizer.eos_token_id
+    answered = chat_step(model, inputs, ends)
+    for texts, next_ends in ((["And then?", "Is it a cube?", "Left?"], [5, 9, 2]), (["Red?"] * 3, [1, 2, 3])):
         further = processor.further_turn(answered.sequences, inputs["attention_mask"], texts)
-        chats = [real_ids(further, row) for row in range(3)]
+        for row, (text, end) in enumerate(zip(texts, ends)):
+            written = answered.sequences[row, inputs["input_ids"].shape[1] :][:end].tolist()
+            chats[row] += [*written, *[eos] * (end > 5), *processor.encode_prompt(text, num_images=0)]
+        assert [real_ids(further, row) for row in range(3)] == chats
+        ends = next_ends
         whole = processor.pad_prompts(chats, padding=True, return_tensors="pt")
         with uncached(model):
             pixels = {"pixel_values": processor.encode_images(images, return_tensors="pt")[0]["pixel_values"]}
