@@ -121,7 +121,8 @@ def test_tracking_changes_neither_losses_nor_answers(tracked, recipe, tmp_path):
 
 def test_trackio_gets_a_table_with_the_pictures(recipe, tmp_path):
     folder = tmp_path / "tracked"
-    launch(recipe, tmp_path / "run", "--report_to", "trackio", TRACKIO_DIR=str(folder))
+    options = ["--output_dir", str(tmp_path / "run"), "--report_to", "trackio"]
+    launch(recipe, *options, folder=tmp_path, processes=1, TRACKIO_DIR=str(folder))
     [database] = folder.glob("**/*.db")
     with sqlite3.connect(database) as connection:
         records = [json.loads(text) for (text,) in connection.execute("select metrics from metrics order by id")]
@@ -143,7 +144,8 @@ def expected_answers() -> list[str]:
 def test_wandb_offline_keeps_pictures_and_a_table_of_the_texts(recipe, tmp_path):
     pytest.importorskip("wandb")
     variables = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    launch(recipe, tmp_path / "run", "--report_to", "wandb", **variables)
+    options = ["--output_dir", str(tmp_path / "run"), "--report_to", "wandb"]
+    launch(recipe, *options, folder=tmp_path, processes=1, **variables)
     [run] = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert run.stat().st_size > 0
     tables = [json.loads(path.read_text()) for path in tmp_path.glob("wandb/offline-run-*/files/media/table/*.json")]
