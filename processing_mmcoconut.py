@@ -377,7 +377,10 @@ class MMCoconutProcessor(ProcessorMixin):
 
     def layout(self, num_latents: int | None) -> dict:
         """The template's variables: how many latents and which markers."""
-        return {"num_latents": self.num_latents if num_latents is None else num_latents, "markers": self.markers}
+        num_latents = self.num_latents if num_latents is None else num_latents
+        if type(num_latents) is not int or num_latents < 0:
+            raise ValueError(f"num_latents={num_latents!r} is no number of latents: give a whole one from 0 on.")
+        return {"num_latents": num_latents, "markers": self.markers}
 
     def encode_prompt(
         self,

@@ -17,7 +17,7 @@ from mmcoconut.statistics import Estimate, percent
 TEMPLATE = "model_card.md"
 CARD = "README.md"
 EVAL_RESULTS = ".eval_results"
-PIPELINE = "image-text-to-text"
+PIPELINE, TEXT_PIPELINE = "image-text-to-text", "text-generation"
 TAGS = ("mmcoconut", "coconut", "latent-reasoning")
 # Of a run's recipe, what its card shows.
 SETTINGS = (
@@ -128,14 +128,20 @@ def measurements(evidence: Evidence) -> list[tuple[str, str, float]]:
     return [(*key, value) for key, value in found.items()]
 
 
-def model_index(evidence: Evidence) -> list[EvalResult]:
+def sees_pictures(config) -> bool:
+    """Whether a checkpoint was made for pictures: the tower of one for text alone has a single patch."""
+    vision = config.vision_config
+    return vision.image_size != vision.patch_size
+
+
+def model_index(evidence: Evidence, task: str) -> list[EvalResult]:
     """The measurements as the card's metadata has them."""
     name = dataset_name(evidence)
     if name is None:
         return []
     return [
         EvalResult(
-            task_type=PIPELINE,
+            task_type=task,
             dataset_type=hub_dataset(evidence.recipe) or name,
             dataset_name=name,
             dataset_split=split,
@@ -163,12 +169,12 @@ def dataset_name(evidence: Evidence) -> str | None:
     return evidence.recipe.get("dataset") or (evidence.evaluation or evidence.audit or {}).get("dataset")
 
 
-def card_data(title: str, evidence: Evidence, license: str | None) -> ModelCardData:
+def card_data(title: str, evidence: Evidence, license: str | None, task: str) -> ModelCardData:
     """The metadata."""
-    results, dataset = model_index(evidence), hub_dataset(evidence.recipe)
+    results, dataset = model_index(evidence, task), hub_dataset(evidence.recipe)
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag=PIPELINE,
+        pipeline_tag=task,
         base_model=base_models(evidence.recipe) or None,
         datasets=[dataset] if dataset else None,
         license=license,
@@ -179,9 +185,9 @@ def card_data(title: str, evidence: Evidence, license: str | None) -> ModelCardD
     )
 
 
-def layout(processor) -> str:
+def layout(processor, pictures: bool) -> str:
     """A prompt as the chat template renders it, runs of placeholders written as `×n`."""
-    question = [{"type": "image"}, {"type": "text", "text": "Your question?"}]
+    question = [{"type": "image"}] * pictures + [{"type": "text", "text": "Your question?"}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
@@ -257,11 +263,12 @@ def model_card(
         config, processor: of the checkpoint.
         branches: of its repository, with the best model of each stage.
     """
+    pictures = sees_pictures(config)
     title = name.rstrip("/").rpartition("/")[-1]
     results, recipe = evidence.results, evidence.recipe
     mode = (results or recipe).get("mode", "coconut" if config.thought_mode == "feedback" else "pause")
     card = ModelCard.from_template(
-        card_data(title, evidence, license),
+        card_data(title, evidence, license, PIPELINE if pictures else TEXT_PIPELINE),
         template_str=template(),
         **vars(evidence) | parts(evidence),
         title=title,
@@ -269,7 +276,8 @@ def model_card(
         mode=mode,
         config=config,
         processor=processor,
-        layout=layout(processor),
+        layout=layout(processor, pictures),
+        pictures=pictures,
         times=times(processor.num_latents),
         base_model=base_models(recipe),
         dataset=f"`{dataset_name(evidence)}`" if dataset_name(evidence) else "its data",

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.hf_argparser import HfArg
 
@@ -84,6 +86,14 @@ def closure(folder: Path, names: set[str]) -> set[str]:
     return reached
 
 
+def is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
 def missing(arguments: PublishArguments) -> Iterator[tuple]:
     """What is not there, as (field, value, remedy)."""
     reason = unfit(arguments.model)
@@ -91,6 +101,8 @@ def missing(arguments: PublishArguments) -> Iterator[tuple]:
         yield "model", arguments.model, reason
     if arguments.repo_id is None:
         yield "repo_id", None, "name the repository: owner/name"
+    elif not is_repo_id(arguments.repo_id):
+        yield "repo_id", arguments.repo_id, "it is no name on the Hub: owner/name, of letters, digits, -, _ and ."
     for field, (file, program) in WROTE.items():
         folder = getattr(arguments, field)
         if folder is not None and not Path(folder, file).is_file():

@@ -74,15 +74,16 @@ class Repository:
         """Make sure that it is there; `name` is its whole one from then on.
 
         Raises:
-            ValueError: it is there already and public, and should be private.
+            ValueError: it is there already, and private or public where it should be the other.
         """
         get_session().timeout = PATIENCE  # the library would wait for ever, and with it the end of a run
         if self.is_made:
             return
         self.name = self.api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
-        if self.private and not self.api.model_info(self.name).private:
+        if self.private is not None and self.api.model_info(self.name).private != self.private:
+            found, wanted = ("public", "private") if self.private else ("private", "public")
             raise ValueError(
-                f"{self.name} is there already, and public: make it private in its settings, or give another name."
+                f"{self.name} is there already, and {found}: make it {wanted} in its settings, or give another name."
             )
         self.is_made = True
 

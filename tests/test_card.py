@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
-from tiny import tiny_model, tiny_processor, tiny_seq2seq
+from tiny import VISION_SIZES, tiny_model, tiny_processor, tiny_seq2seq
+from transformers import CLIPVisionConfig
 
 from mmcoconut.card import Evidence, base_models, hub_dataset, model_card, stage_rows, write_card
 
@@ -168,3 +169,12 @@ def test_the_last_evaluation_of_a_stage_counts_without_its_speed():
         {"eval_stage": 1, "eval_accuracy": 0.25, "eval_bleu4": 0.5, "eval_runtime": 1.0, "step": 6},
     ]
     assert stage_rows(log) == [{"stage": 0, "accuracy": 0.1}, {"stage": 1, "accuracy": 0.25, "bleu4": 0.5}]
+
+
+def test_the_card_of_a_model_for_text_alone_speaks_of_no_picture():
+    one_patch = CLIPVisionConfig(**VISION_SIZES | {"image_size": 8})
+    model = tiny_model(vision=one_patch)
+    card = model_card("user/name", Evidence(), config=model.config, processor=tiny_processor(model))
+    assert card.data.pipeline_tag == "text-generation"
+    for word in ("picture", "vision-language", "clip", "PIL", "<image>"):
+        assert word not in card.text, word

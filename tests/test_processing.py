@@ -175,3 +175,9 @@ def test_images_texts_and_latents_must_match_in_number(processor, call, message)
 def test_impossible_layout_is_refused(processor, values, message):
     with pytest.raises(ValueError, match=message):
         MMCoconutProcessor(processor.image_processor, processor.tokenizer, image_seq_length=4, **values)
+
+
+@pytest.mark.parametrize("num_latents", [-1, 2.5, "x", True, [1, -1]])
+def test_what_is_no_number_of_latents_is_refused(processor, num_latents):
+    with pytest.raises(ValueError, match="no number of latents"):
+        processor(text=["What is it?", "Why?"], num_latents=num_latents)

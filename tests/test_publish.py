@@ -374,3 +374,10 @@ def test_measurements_of_another_model_are_refused(checkpoint, tmp_path):
     [(_, _, remedy)] = problems(*given, "--compare", str(MAZES))
     assert remedy == "its runs have c_thought = 1, the model 2: give the comparison of its own recipe"
     assert not (tmp_path / "dry").exists()
+
+
+@pytest.mark.parametrize("name", ["bad name!!", "a/b/c", "-x/y"])
+def test_a_name_that_the_hub_would_refuse_is_refused_before_anything_is_written(checkpoint, name, tmp_path):
+    found = problems("--model", str(checkpoint), "--repo_id", name, "--dry_run", str(tmp_path / "dry"))
+    assert [(field, value) for field, value, _ in found] == [("repo_id", name)]
+    assert not (tmp_path / "dry").exists()
