@@ -53,6 +53,8 @@ def read_state_dict(file: str) -> dict[str, torch.Tensor]:
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except (EOFError, IndexError, KeyError) as error:  # what the library gives for an empty file, or a text
+        raise ValueError(f"{file} was not written by torch.save: give a checkpoint_<n> file.") from error
     except pickle.UnpicklingError as error:
         raise ValueError(f"{file} holds more than tensors, and is not opened: give a saved state_dict.") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

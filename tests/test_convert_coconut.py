@@ -96,6 +96,13 @@ def test_a_file_that_would_run_code_is_not_opened(base, tmp_path):
         convert(tmp_path / "whole", base[0], num_latents=0)
 
 
+@pytest.mark.parametrize("content", [b"", b"eight arrows\n", b"no"])
+def test_a_file_that_is_no_checkpoint_is_refused(base, content, tmp_path):
+    (tmp_path / "notes").write_bytes(content)
+    with pytest.raises(ValueError, match="notes (was not written by torch.save|holds more than tensors)"):
+        convert(tmp_path / "notes", base[0], num_latents=0)
+
+
 def test_too_few_embeddings_for_the_tokens_are_refused(base, tmp_path):
     folder, _ = base
     plain = GPT2LMHeadModel.from_pretrained(folder)
