@@ -24,6 +24,7 @@ from .configuration_mmcoconut import (
 )
 from .latent_mmcoconut import ThoughtFeed
 from .projectors_mmcoconut import build_projector
+from .stopping_mmcoconut import StopHead
 
 
 def internvl_fields(vlm: PreTrainedModel) -> dict:
@@ -401,6 +402,8 @@ class FromBackbones:
         model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
         thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
         model.model.thought_feed = thought_feed.apply(model._init_weights)
+        if config.stop_head:
+            model.model.stop_head = StopHead(config.text_config.hidden_size).apply(model._init_weights)
         return model
 
     def join(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):

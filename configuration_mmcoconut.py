@@ -93,6 +93,8 @@ class MMCoconutConfig(PreTrainedConfig):
             together, `jacobi_iterations` times, each from what the others were before.
         jacobi_iterations (`int`): how often, at least 1; as many as there are thoughts give the sequential ones. Only
             and always with `jacobi`.
+        stop_head (`bool`): whether a head reads, from the state that would be fed back, if a row should stop thinking
+            instead; see stopping_mmcoconut.py. Only with sequential thoughts that are fed back.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
 
@@ -130,6 +132,7 @@ class MMCoconutConfig(PreTrainedConfig):
     thought_norm: str = "none"
     thought_schedule: str = "sequential"
     jacobi_iterations: int | None = None
+    stop_head: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     mmcoconut_version: str = VERSION
@@ -236,8 +239,14 @@ def check_choices(config):
 
 
 def check_schedule(config):
-    """Iterations belong to the jacobi schedule, and a schedule to thoughts that are fed back."""
+    """Iterations belong to the jacobi schedule, a schedule and a stop head to thoughts that are fed back."""
     schedule, iterations = config.thought_schedule, config.jacobi_iterations
+    if config.stop_head and (schedule == "jacobi" or config.thought_mode == "pause"):
+        raise ValueError(
+            f"stop_head=True ends thinking between two thoughts, and with thought_schedule={schedule!r}, thought_mode="
+            f"{config.thought_mode!r} none follows from the one before: set 'sequential' and 'feedback', or "
+            "stop_head=False."
+        )
     if schedule != "jacobi":
         if iterations is not None:
             raise ValueError(

@@ -17,7 +17,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from .caches_mmcoconut import ReplayCache, ReplayCrossCache, throwaway
-from .latent_mmcoconut import ThinkOutput, cut_links, join_outputs, seen_until
+from .latent_mmcoconut import ThinkOutput, cut_links, join_outputs, perturb, seen_until
 
 
 def put_thoughts(inputs_embeds: torch.Tensor, latent_mask: torch.Tensor, thoughts: torch.Tensor) -> torch.Tensor:
@@ -64,6 +64,7 @@ def think_jacobi(
     past_key_values: Cache,
     previous: torch.Tensor | None = None,
     linked: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     **kwargs,
@@ -99,12 +100,13 @@ def think_jacobi(
         previous = outputs[0].last_hidden_state[:, -1]  # (B, D)
     block, is_latent = inputs_embeds[:, first : last + 1], latent_mask[:, first : last + 1]  # (B, L, D), (B, L)
     links = linked[:, first : last + 1] if linked is not None else None  # (B, L)
+    of_block = noise[:, first : last + 1] if noise is not None else None  # (B, L, D)
     for _ in range(min(num_iterations, int(latent_mask.sum(dim=1).max()))):
         states = previous[:, None]  # (B, 1, D)
         if last > first:
             output = run(block[:, :-1], first, throwaway(past_key_values))
             states = torch.cat([states, output.last_hidden_state], dim=1)  # (B, L, D), of the column before each
-        block = put_thoughts(block, is_latent, feed(cut_links(states, links)))
+        block = put_thoughts(block, is_latent, perturb(feed(cut_links(states, links)), of_block))
     if isinstance(past_key_values, (ReplayCache, ReplayCrossCache)) and first > 0:
         past_key_values = past_key_values.next_pass()
     read.append(torch.cat([block, inputs_embeds[:, last + 1 :]], dim=1))  # (B, T - first, D)
@@ -121,6 +123,7 @@ def think_jacobi_uncached(
     feed,
     num_iterations: int,
     linked=None,
+    noise=None,
     attention_mask=None,
     position_ids=None,
 ) -> ThinkOutput:
@@ -132,6 +135,6 @@ def think_jacobi_uncached(
     for _ in range(num_iterations):
         hidden = decoder(inputs_embeds=inputs_embeds, **inputs).last_hidden_state  # (B, T, D)
         before = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)  # (B, T, D); nobody thinks in the first column
-        inputs_embeds = put_thoughts(inputs_embeds, latent_mask, feed(cut_links(before, linked)))
+        inputs_embeds = put_thoughts(inputs_embeds, latent_mask, perturb(feed(cut_links(before, linked)), noise))
     hidden = decoder(inputs_embeds=inputs_embeds, **inputs).last_hidden_state  # (B, T, D)
     return ThinkOutput(last_hidden_state=hidden, inputs_embeds=inputs_embeds)

@@ -34,6 +34,9 @@ class ThinkOutput:
     past_key_values: the cache after the last column.
     hidden_states, attentions, cross_attentions: as the decoder gives them, joined over the pieces; None where not
         asked for.
+    skipped (B, T): latents at which nothing was thought; None where there are none.
+    attention_mask (B, past + T): 0 at those too; None where there are none.
+    stop_logits (B, N): the stop head's, before each latent; None where not asked for.
     """
 
     last_hidden_state: torch.Tensor
@@ -42,6 +45,9 @@ class ThinkOutput:
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
+    skipped: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    stop_logits: torch.Tensor | None = None
 
 
 class ThoughtFeed(nn.Module):
@@ -67,6 +73,11 @@ class ThoughtFeed(nn.Module):
         if self.thought_norm == "projection":
             return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(hidden_state))))
         return hidden_state
+
+
+def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch.Tensor:
+    """Positions (B, num_columns) that count real tokens from 0; padding on the left gets position 0."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
 
 
 def latent_columns(latent_mask: torch.Tensor) -> list[int]:
@@ -176,6 +187,31 @@ def cut_links(states: torch.Tensor, linked: torch.Tensor | None) -> torch.Tensor
     return states if linked is None else torch.where(linked[..., None], states, states.detach())
 
 
+def noise_by_column(noise: torch.Tensor, latent_mask: torch.Tensor) -> torch.Tensor:
+    """Noise (B, N, D) of each row's latents, in their order, at their columns of (B, T): (B, T, D), elsewhere 0.
+
+    Raises:
+        ValueError: another N than the most latents that a row of this call has, or other rows.
+    """
+    rows, most = latent_mask.shape[0], int(latent_mask.sum(dim=1).max())
+    if noise.shape[:2] != (rows, most):
+        raise ValueError(
+            f"thought_noise is of {noise.shape[0]} rows with {noise.shape[1]} thoughts, and this call has {rows} rows "
+            f"with up to {most} latents: give noise (B, N, D) of the whole prompts, without prefill_chunk_size."
+        )
+    order = (latent_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
+    of_columns = noise.gather(1, order[..., None].expand(-1, -1, noise.shape[-1]))  # (B, T, D)
+    return of_columns * latent_mask[..., None]
+
+
+def perturb(thought: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    """Thoughts (…, D) + noise (…, D) in units of their own root mean square, through which no gradient flows."""
+    if noise is None:
+        return thought
+    size = thought.detach().float().square().mean(dim=-1, keepdim=True).sqrt()  # (…, 1)
+    return thought + (size * noise).to(thought.dtype)
+
+
 def put_thought(piece: torch.Tensor, is_latent: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
     """(B, t, D) with the first column replaced by (B, D) in the rows of (B,) that have a latent there."""
     first = torch.where(is_latent[:, None], thought.to(piece.dtype), piece[:, 0])  # (B, D)
@@ -220,6 +256,7 @@ def think(
     past_key_values: Cache | None = None,
     previous: torch.Tensor | None = None,
     linked: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
     ends: list[torch.Tensor] | None = None,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
@@ -234,6 +271,7 @@ def think(
         feed: (B, D) hidden states → (B, D) embeddings.
         previous (B, D): the hidden state of the column before the first; needed only if that is a latent column.
         linked (B, T): where thoughts keep the gradient to the state before, from `linked_thoughts`; None: everywhere.
+        noise (B, T, D): added to the thoughts, see `perturb`; None: nothing.
         ends: of every piece, the column (B,) in it of each row's last token; None: the last, as there is no padding.
         attention_mask (B, past + T) or None; position_ids (B, T) or None.
         kwargs: handed to every call of the decoder.
@@ -249,7 +287,8 @@ def think(
     for (start, end), piece in zip(cuts, pieces):  # (B, t, D)
         if start > 0 or len(starts) == len(columns):
             state = previous if linked is None else cut_links(previous, linked[:, start])
-            piece = put_thought(piece, latent_mask[:, start], feed(state))
+            thought = perturb(feed(state), None if noise is None else noise[:, start])  # (B, D)
+            piece = put_thought(piece, latent_mask[:, start], thought)
         if isinstance(past_key_values, (ReplayCache, ReplayCrossCache)) and start > 0:
             past_key_values = past_key_values.next_pass()
         output = decoder(
@@ -285,19 +324,20 @@ def join_outputs(outputs: list, read: list[torch.Tensor], past_key_values: Cache
 
 
 def think_uncached(
-    decoder, inputs_embeds, latent_mask, *, feed, linked=None, attention_mask=None, position_ids=None
+    decoder, inputs_embeds, latent_mask, *, feed, linked=None, noise=None, attention_mask=None, position_ids=None
 ) -> ThinkOutput:
     """The definition of `think`: for each latent column from left to right, run the whole sequence again.
 
     for c in columns:  embeds[rows, c] = feed(decoder(embeds).last_hidden_state[rows, c - 1])
 
-    with the state detached where `linked` is given and False.
+    with the state detached where `linked` is given and False, and with `noise` added where it is given.
     """
     inputs = {"attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
     for column in latent_columns(latent_mask):
         hidden = decoder(inputs_embeds=inputs_embeds, **inputs).last_hidden_state  # (B, T, D)
         state = cut_links(hidden[:, column - 1], None if linked is None else linked[:, column])  # (B, D)
-        tail = put_thought(inputs_embeds[:, column:], latent_mask[:, column], feed(state))
+        thought = perturb(feed(state), None if noise is None else noise[:, column])  # (B, D)
+        tail = put_thought(inputs_embeds[:, column:], latent_mask[:, column], thought)
         inputs_embeds = torch.cat([inputs_embeds[:, :column], tail], dim=1)  # (B, T, D)
     hidden = decoder(inputs_embeds=inputs_embeds, **inputs).last_hidden_state  # (B, T, D)
     return ThinkOutput(last_hidden_state=hidden, inputs_embeds=inputs_embeds)

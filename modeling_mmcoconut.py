@@ -12,6 +12,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
@@ -50,8 +51,9 @@ from .latent_mmcoconut import (
     check_thoughts_matter,
     gather_thoughts,
     is_sharded,
-    latent_columns,
     linked_thoughts,
+    noise_by_column,
+    positions_from_mask,
     think,
     whole_tensor,
 )
@@ -59,6 +61,22 @@ from .passes_mmcoconut import Passes, check_checkpointed_passes
 from .prefixes_mmcoconut import GenerationBehindPrefix
 from .projectors_mmcoconut import build_projector, check_image_features, select_features
 from .regroup_mmcoconut import can_regroup, is_worth, layout_of, think_regrouped
+from .stopping_mmcoconut import (
+    INITIAL_BIAS,
+    GenerationThatStops,
+    StopHead,
+    Stops,
+    carry_states,
+    check_can_stop,
+    column_lists,
+    is_two_dimensional,
+    mask_without,
+    packed,
+    remember_skipped,
+    states_before,
+    think_until_stopped,
+    without_skipped,
+)
 
 
 @dataclass
@@ -80,12 +98,17 @@ class MMCoconutModelOutputWithPast(BaseModelOutputWithPast):
     image_hidden_states: projected features, one (P, D) an image, or (tiles · P, D); for cross-attention (1, P · D).
     thoughts (B, N, D), thought_mask (B, N): what was read at the latents, packed to the left; with
     `output_thoughts=True`.
+    stop_logits (B, N): the stop head's, before each latent; with `output_stop_logits=True`.
+    attention_mask (B, past + T): where rows left latents out, the mask in which these are 0, which every later call
+    over the same cache needs.
     """
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
     thoughts: torch.Tensor | None = None
     thought_mask: torch.Tensor | None = None
+    stop_logits: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -105,11 +128,8 @@ class MMCoconutCausalLMOutputWithPast(ModelOutput):
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
     thoughts: torch.Tensor | None = None
     thought_mask: torch.Tensor | None = None
-
-
-def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """Positions (B, num_columns) that count real tokens from 0; padding on the left gets position 0."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
+    stop_logits: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
 
 
 def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> EncoderDecoderCache:
@@ -125,7 +145,16 @@ def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> Encode
 def remember(outputs: ThinkOutput, past_key_values: Cache) -> Cache:
     """The cache with the state (B, D) of its last column, so that a next call may begin with a latent."""
     compiled_step = outputs.last_hidden_state.shape[1] == 1 and torch.compiler.is_compiling()
-    return past_key_values if compiled_step else remember_state(past_key_values, outputs.last_hidden_state[:, -1])
+    if compiled_step:
+        return past_key_values
+    remember_skipped(past_key_values, outputs.attention_mask)
+    return remember_state(past_key_values, outputs.last_hidden_state[:, -1])
+
+
+def thoughts_of(outputs: ThinkOutput, latent_mask: torch.Tensor) -> dict:
+    """`thoughts` and `thought_mask` of the model's output, for the latents (B, T) of a call."""
+    thought_mask = latent_mask if outputs.skipped is None else latent_mask & ~outputs.skipped
+    return dict(zip(("thoughts", "thought_mask"), gather_thoughts(outputs.inputs_embeds, thought_mask)))
 
 
 def remembered(past_key_values: Cache | None) -> torch.Tensor | None:
@@ -156,6 +185,14 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
         ViT and DINOv2 would otherwise be written under older names, which a Trainer that resumes does not find.
         """
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
+    def _init_weights(self, module):
+        """As the library's, and a stop head that rarely stops."""
+        if isinstance(module, StopHead):
+            init.zeros_(module.weight)
+            init.constant_(module.bias, INITIAL_BIAS)
+        else:
+            super()._init_weights(module)
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
         """Checkpoint layer by layer, and let the decoder's layers keep the cache that thoughts are read from.
@@ -213,6 +250,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         self.multi_modal_projector = build_projector(config)
         self.language_model = self.build_language_model(config)
         self.thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
+        if config.stop_head:
+            self.stop_head = StopHead(config.text_config.hidden_size)
         self.fuse = IMAGE_FUSIONS[config.image_fusion]
         self.cross_attends = config.image_fusion in READ_BY_CROSS_ATTENTION
         decoder_inputs = inspect.signature(self.get_decoder().forward).parameters
@@ -463,24 +502,34 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             return FirstPassCache(SplitCache.after if self.reads_split_keys() else growing_after)
         return ReplayCache()
 
-    def thought_columns(self, latent_mask: torch.Tensor, attention_mask, past_key_values, kwargs: dict) -> list[int]:
-        """Where hidden states are fed back in this call: nowhere with `pause`, nor in a compiled decoding step.
+    def split_latents(self, latent_mask: torch.Tensor, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents (B, T) at which something is thought, and those that a 2-D mask (B, past + T) leaves out."""
+        if not is_two_dimensional(attention_mask):
+            return latent_mask, torch.zeros_like(latent_mask)
+        real = attention_mask.bool()[:, -latent_mask.shape[1] :]  # (B, T)
+        return latent_mask & real, latent_mask & ~real
 
-        Under FSDP the sequence is cut at further columns, so that all processes make the same number of passes.
+    def thought_columns(
+        self, latent_mask: torch.Tensor, skipped: torch.Tensor, *, attention_mask, past_key_values, kwargs: dict
+    ) -> tuple[list[int], bool]:
+        """Where hidden states are fed back in this call, and whether any row leaves a latent out, skipped (B, T).
+
+        Nowhere with `pause`, nor in a compiled decoding step. Under FSDP the sequence is cut at further columns, so
+        that all processes make the same number of passes.
         """
-        if self.config.thought_mode == "pause":
-            return []
         if latent_mask.shape[1] == 1 and torch.compiler.is_compiling():
             torch._assert_async(~latent_mask.any(), "A compiled step of one token cannot read a thought.")
-            return []
-        columns = latent_columns(latent_mask)
+            return [], False
+        columns, left_out = column_lists(latent_mask, skipped)
+        if self.config.thought_mode == "pause":
+            return [], bool(left_out)
         if is_sharded(self.language_model):
             columns = agreed_columns(columns, latent_mask.shape[1], latent_mask.device)
         if columns and kwargs.get("cache") is not None:
             raise NotImplementedError(
                 "Continuous batching packs requests into one pass, and thoughts need a pass each: use generate()."
             )
-        has_2d_mask = isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+        has_2d_mask = is_two_dimensional(attention_mask)
         if columns and columns[-1] > 0 and not (attention_mask is None or has_2d_mask):
             raise ValueError(
                 "Thoughts need a 2-D attention_mask (B, T), not one made for a single pass: pass that one."
@@ -488,7 +537,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         if columns:
             has_past = remembered(past_key_values) is not None
             check_has_predecessor(latent_mask, attention_mask if has_2d_mask else None, has_past)
-        return columns
+        return columns, bool(left_out)
 
     def defers_weight_gradients(self) -> bool:
         """Whether the passes of a forward pass leave the weights' gradients to be formed once."""
@@ -497,8 +546,12 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             chosen = self.device.type == "cpu" and self.config.text_config.hidden_size >= LEAST_WIDTH
         return chosen and self.training and not is_sharded(self.language_model)
 
-    def thinking_loop(self, past_key_values: Cache | None):
-        """The function that runs the decoder where thoughts are fed back: one after the other, or all together."""
+    def thinking_loop(self, latent_mask, *, past_key_values, attention_mask, stop_threshold, replayed: bool):
+        """The function that runs the decoder where thoughts are fed back: one after the other, until a row stops, or
+        all together."""
+        if stop_threshold is not None:
+            check_can_stop(self.config, attention_mask, fixed_passes=replayed or is_sharded(self.language_model))
+            return partial(think_until_stopped, stops=Stops(self.stop_head, stop_threshold, latent_mask))
         if self.config.thought_schedule != "jacobi":
             return think
         check_schedule(self.config)
@@ -532,7 +585,18 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return Passes(decoder, call, defers=self.defers_weight_gradients()) if columns and self.training else call
 
     def run_decoder(
-        self, latent_mask, inputs_embeds, *, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+        self,
+        latent_mask,
+        inputs_embeds,
+        *,
+        attention_mask,
+        position_ids,
+        past_key_values,
+        use_cache,
+        stop_threshold=None,
+        thought_noise=None,
+        output_stop_logits=False,
+        **kwargs,
     ) -> ThinkOutput:
         """Call the decoder once, and once more for every column at which a thought is fed back, or every update."""
         num_columns = inputs_embeds.shape[1]
@@ -545,11 +609,19 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         if use_cache is None:  # a cache that nobody reads would copy all keys and values of a training step
             use_cache = self.config.text_config.use_cache and not self.training
         keeps_cache = past_key_values is not None or (use_cache and not replayed)
-        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        attention_mask = without_skipped(attention_mask, past_key_values)
+        if position_ids is None and is_two_dimensional(attention_mask):
             position_ids = positions_from_mask(attention_mask, num_columns)  # (B, T)
         self.check_length(num_columns, position_ids, past_key_values)
-        columns = self.thought_columns(latent_mask, attention_mask, past_key_values, kwargs)
-        loop = self.thinking_loop(past_key_values) if columns else think
+        given_mask, before = latent_mask, remembered(past_key_values)
+        latent_mask, skipped = self.split_latents(latent_mask, attention_mask)
+        columns, leaves_out = self.thought_columns(
+            latent_mask, skipped, attention_mask=attention_mask, past_key_values=past_key_values, kwargs=kwargs
+        )
+        loop = think
+        if columns:
+            state = {"past_key_values": past_key_values, "attention_mask": attention_mask, "replayed": replayed}
+            loop = self.thinking_loop(latent_mask, stop_threshold=stop_threshold, **state)
         if past_key_values is None and (keeps_cache or columns):
             past_key_values = self.start_cache(replayed, keeps_cache or loop is not think)
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
@@ -564,8 +636,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             latent_mask,
             columns=columns,
             feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
-            previous=remembered(past_key_values) if columns else None,
+            previous=before if columns else None,
             linked=linked_thoughts(latent_mask, self.bptt_thoughts) if columns else None,
+            noise=noise_by_column(thought_noise, given_mask) if columns and thought_noise is not None else None,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -573,6 +646,14 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             use_cache=past_key_values is not None and not replayed,
             **kwargs,
         )
+        if outputs.skipped is not None:
+            skipped, leaves_out = skipped | outputs.skipped, True
+        if leaves_out:
+            outputs.skipped = skipped
+            outputs.last_hidden_state = carry_states(outputs.last_hidden_state, skipped, before)
+            outputs.attention_mask = mask_without(skipped, attention_mask, past_key_values)
+        if output_stop_logits:
+            outputs.stop_logits = packed(self.stop_head(states_before(outputs.last_hidden_state, before)), given_mask)
         outputs.past_key_values = remember(outputs, past_key_values) if keeps_cache else None
         return outputs
 
@@ -589,7 +670,10 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
+        stop_threshold: float | torch.Tensor | None = None,
+        thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
+        output_stop_logits: bool = False,
         **kwargs,
     ) -> tuple | MMCoconutModelOutputWithPast:
         """Run images and text through the model; each latent placeholder reads the state of the column before it.
@@ -602,7 +686,11 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             attention_mask (B, past + T); position_ids (B, T), counted from the mask by default.
             past_key_values: any cache of the library; a latent may stand first if it was filled by this model.
             mm_encoder_outputs: {"image": output of get_image_features}, in the place of pixel_values.
+            stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N) one
+                for each latent of each row; None: they think at all latents whose mask is 1.
+            thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
             output_thoughts: also return what was read at the latents.
+            output_stop_logits: also return what the stop head says before each latent, left out or not.
 
         Raises:
             ValueError: placeholders and features differ in number; a latent without a token before it; more tokens
@@ -632,11 +720,11 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            stop_threshold=stop_threshold,
+            thought_noise=thought_noise,
+            output_stop_logits=output_stop_logits,
             **decoder_inputs,
             **kwargs,
-        )
-        thoughts, thought_mask = (
-            gather_thoughts(outputs.inputs_embeds, latent_mask) if output_thoughts else (None, None)
         )
         return MMCoconutModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
@@ -645,8 +733,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
-            thoughts=thoughts,
-            thought_mask=thought_mask,
+            **(thoughts_of(outputs, latent_mask) if output_thoughts else {}),
+            stop_logits=outputs.stop_logits,
+            attention_mask=outputs.attention_mask,
         )
 
 
@@ -656,7 +745,12 @@ def setting_of_base(name: str) -> property:
 
 
 class MMCoconutForConditionalGeneration(
-    MMCoconutPreTrainedModel, FromBackbones, GenerationBehindPrefix, GenerationOverSplitKeys, GenerationMixin
+    MMCoconutPreTrainedModel,
+    FromBackbones,
+    GenerationBehindPrefix,
+    GenerationThatStops,
+    GenerationOverSplitKeys,
+    GenerationMixin,
 ):
     """MMCoconutModel with a language-model head: `forward` gives loss and logits, `generate` answers.
 
@@ -721,9 +815,11 @@ class MMCoconutForConditionalGeneration(
             result is what it would be without. Images in it need not be passed again; if they are, they are compared.
             While prompts of different lengths are generated, padding stands between the prefix and the rest, which
             `no_repeat_ngram_size` sees; no cache is returned for them.
+        kwargs: also stop_threshold, see `settle_stopping`, and thought_noise, as `forward` takes it.
         """
         if prefix is not None:
             return self.generate_behind(prefix, inputs, *args, image_features=image_features, **kwargs)
+        self.settle_stopping(kwargs)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         pixel_values, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs")
         check_one_source(pixel_values=pixel_values, image_features=image_features, mm_encoder_outputs=encoded)
@@ -781,7 +877,10 @@ class MMCoconutForConditionalGeneration(
         image_features: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         use_cache: bool | None = None,
+        stop_threshold: float | torch.Tensor | None = None,
+        thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
+        output_stop_logits: bool = False,
         **kwargs,
     ) -> tuple | MMCoconutCausalLMOutputWithPast:
         """The base model, its head and the causal loss.
@@ -808,7 +907,10 @@ class MMCoconutForConditionalGeneration(
             image_features=image_features,
             mm_encoder_outputs=mm_encoder_outputs,
             use_cache=use_cache,
+            stop_threshold=stop_threshold,
+            thought_noise=thought_noise,
             output_thoughts=output_thoughts,
+            output_stop_logits=output_stop_logits,
             **kwargs,
         )
         targets = None if labels is None else nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
@@ -823,6 +925,8 @@ class MMCoconutForConditionalGeneration(
             image_hidden_states=outputs.image_hidden_states,
             thoughts=outputs.thoughts,
             thought_mask=outputs.thought_mask,
+            stop_logits=outputs.stop_logits,
+            attention_mask=outputs.attention_mask,
         )
 
 

@@ -130,6 +130,7 @@ def think_regrouped(
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None = None,
     linked: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
     past_key_values: Cache,
     keeps_cache: bool,
     **kwargs,
@@ -150,6 +151,7 @@ def think_regrouped(
         attention_mask=layout.real.long(),
         position_ids=layout.move(position_ids.expand_as(latent_mask)),
         linked=None if linked is None else layout.move(linked),
+        noise=None if noise is None else layout.move(noise),
         past_key_values=past_key_values,
         **kwargs,
     )

@@ -20,13 +20,13 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mmcoconut import MMCoconutConfig
-from .latent_mmcoconut import check_thoughts_matter, gather_thoughts
+from .latent_mmcoconut import check_thoughts_matter, positions_from_mask
 from .modeling_mmcoconut import (
     MMCoconutCausalLMOutputWithPast,
     MMCoconutForConditionalGeneration,
     MMCoconutModel,
     MMCoconutModelOutputWithPast,
-    positions_from_mask,
+    thoughts_of,
 )
 
 
@@ -164,7 +164,10 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         num_tiles: torch.LongTensor | None = None,
         image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        stop_threshold: float | torch.Tensor | None = None,
+        thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
+        output_stop_logits: bool = False,
         **kwargs,
     ) -> tuple | MMCoconutSeq2SeqModelOutput:
         """Encode question and images, then run the decoder; each latent reads the state of the column before it.
@@ -174,7 +177,8 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             encoder_outputs: what it gave.
             decoder_input_ids (B, T), decoder_attention_mask (B, past + T), decoder_position_ids (B, T): the decoder's
             text, latents included; positions are counted from the mask by default.
-            past_key_values, use_cache, output_thoughts: as in MMCoconutModel.forward.
+            past_key_values, use_cache, stop_threshold, thought_noise, output_thoughts, output_stop_logits: as in
+            MMCoconutModel.forward, of the decoder.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features)
@@ -189,10 +193,10 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             use_cache=use_cache,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=encoder_outputs.attention_mask,
+            stop_threshold=stop_threshold,
+            thought_noise=thought_noise,
+            output_stop_logits=output_stop_logits,
             **kwargs,
-        )
-        thoughts, thought_mask = (
-            gather_thoughts(outputs.inputs_embeds, latent_mask) if output_thoughts else (None, None)
         )
         return MMCoconutSeq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
@@ -201,8 +205,9 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             image_hidden_states=encoder_outputs.image_hidden_states,
-            thoughts=thoughts,
-            thought_mask=thought_mask,
+            **(thoughts_of(outputs, latent_mask) if output_thoughts else {}),
+            stop_logits=outputs.stop_logits,
+            attention_mask=outputs.attention_mask,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             image_embeds=encoder_outputs.image_embeds,
         )
@@ -241,6 +246,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             self.prefill()
         if kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size does not work with an encoder-decoder: leave it out.")
+        self.settle_stopping(kwargs)
         if encoder_outputs is None:
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
             images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles", "image_features")}
@@ -285,7 +291,10 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         num_tiles: torch.LongTensor | None = None,
         image_features: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        stop_threshold: float | torch.Tensor | None = None,
+        thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
+        output_stop_logits: bool = False,
         **kwargs,
     ) -> tuple | MMCoconutSeq2SeqLMOutput:
         """The base model, its head, the loss of the labels, and the alignment loss.
@@ -324,7 +333,10 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            stop_threshold=stop_threshold,
+            thought_noise=thought_noise,
             output_thoughts=output_thoughts,
+            output_stop_logits=output_stop_logits,
             **kwargs,
         )
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)

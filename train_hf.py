@@ -7,14 +7,14 @@ import logging
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from mmcoconut.arguments import parse_recipe, save_recipe
+from mmcoconut.arguments import REWARDED, parse_recipe, save_recipe
 from mmcoconut.card import SPEED, stage_rows, stage_table
 from mmcoconut.compare import compare
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
@@ -57,9 +57,10 @@ CONFIG_FIELDS = (
     "thought_norm",
     "thought_schedule",
     "jacobi_iterations",
+    "stop_head",
 )
 # Of these, what may differ from the checkpoint that a run starts from.
-HOW_THOUGHTS_ARE_FED_BACK = ("thought_norm", "thought_schedule", "jacobi_iterations")
+HOW_THOUGHTS_ARE_FED_BACK = ("thought_norm", "thought_schedule", "jacobi_iterations", "stop_head")
 
 
 def read_split(data_args, split: str, max_rows: int | None):
@@ -172,7 +173,7 @@ def feedback_of(model_args) -> dict:
 def build_from_checkpoint(model_args):
     """Model and processor of an earlier run; the recipe may change how thoughts are fed back, nothing else."""
     name = model_args.model
-    model = load_model(name, **feedback_of(model_args))
+    model = load_model(name, new_parts=("stop_head",) if model_args.stop_head else (), **feedback_of(model_args))
     for field in CONFIG_FIELDS:
         if getattr(model.config, field) != getattr(model_args, field):
             raise ValueError(
@@ -231,7 +232,9 @@ def check_best_metric(run_args, metric: str, rows, alignment) -> None:
 
 def build_collator(model, processor, *, data_args, curriculum_args, run_args) -> CurriculumCollator:
     fields = asdict(curriculum_args)
-    lengths, _ = fields.pop("epochs_per_stage"), fields.pop("reset_optimizer")
+    lengths = fields.pop("epochs_per_stage")
+    for field in ("objective", "rewards", "rl", "thought_noise", "reset_optimizer"):
+        del fields[field]
     alignment = Alignment(
         align_weight=fields.pop("align_weight"),
         ce_weight=fields.pop("ce_weight"),
@@ -243,6 +246,8 @@ def build_collator(model, processor, *, data_args, curriculum_args, run_args) ->
         epochs_per_stage=tuple(lengths) if isinstance(lengths, list) else lengths,
         seed=run_args.seed,
     )
+    if curriculum_args.objective != "supervised":  # all that was to be learnt from steps is learnt
+        curriculum = replace(curriculum, start_epoch=curriculum.epochs_before_last_stage)
     limits = (data_args.max_length, getattr(model.config.text_config, "max_position_embeddings", None))
     return CurriculumCollator(
         curriculum,
@@ -272,13 +277,26 @@ def fit(splits: dict, collator: CurriculumCollator, *, data_args, run_args) -> t
     }
 
 
+def rewarded_trainer(curriculum_args, metric: str) -> tuple:
+    """The trainer of an objective with rewards, and what it takes beside the others' arguments."""
+    from mmcoconut.policy_trainer import POLICY_TRAINERS  # here, because it imports trl
+    from mmcoconut.rewards import reward_functions
+
+    functions, _ = reward_functions(curriculum_args.rewards or {metric: 1.0})
+    options = {"reward_funcs": functions, "thought_noise": curriculum_args.thought_noise}
+    return POLICY_TRAINERS[curriculum_args.objective], options
+
+
 def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_args):
     metric = data_args.metric or default_metric(data_args.dataset, splits["eval"][0])
     for rows in splits.values():
         references_of(metric, rows.remove_columns("images"))  # fails now, not after a stage
     check_best_metric(run_args, metric, splits["eval"], collator.alignment)
-    trainer_class = ProfiledTrainer if run_args.profile else CurriculumTrainer
+    trainer_class, options = ProfiledTrainer if run_args.profile else CurriculumTrainer, {}
+    if curriculum_args.objective in REWARDED and run_args.do_train:
+        trainer_class, options = rewarded_trainer(curriculum_args, metric)
     return trainer_class(
+        **options,
         model=model,
         args=run_args,
         data_collator=collator,

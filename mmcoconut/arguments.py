@@ -15,6 +15,7 @@ from transformers import CONFIG_MAPPING, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import is_peft_available
+from transformers.utils.import_utils import _is_package_available
 
 from mmcoconut.coconut_recipes import COCONUT_KEYS, translate_coconut_keys
 from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
@@ -46,6 +47,8 @@ CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type"
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"long_rows": LONG_ROWS}
+REWARDED = ("grpo", "rloo")  # objectives that trl's trainers minimise
+CHOICES |= {"objective": ("supervised", *REWARDED, "distill_stops", "ppo")}  # the last is refused with its reason
 CHOICES |= {"checkpointed_passes": CHECKPOINTED_PASSES}
 CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
 # Without the library's `batch_rebalance`, which knows one length a row; and it takes a misspelt one for `random`.
@@ -54,7 +57,7 @@ AT_LEAST_0 = ("c_thought", "max_latent_stage", "start_epoch", "num_train_epochs"
 AT_LEAST_0 += ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "num_latents")
 AT_LEAST_0 += ("logging_steps", "eval_steps", "save_steps", "save_total_limit", "eval_delay", "num_shown")
 AT_LEAST_0 += ("align_weight", "ce_weight", "align_warmup_epochs", "bptt_thoughts", "shown_row")
-AT_LEAST_0 += ("thoughts_per_turn",)
+AT_LEAST_0 += ("thoughts_per_turn", "thought_noise")
 AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_new_tokens", "tokenizer_vocab_size")
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 AT_LEAST_1 += ("max_length",)
@@ -82,6 +85,14 @@ NOT_COMPARED = {
     "profile": "compared runs share a machine, which changes the shares: remove this key, and profile a run alone",
 }
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
+# What belongs to rewards, and what means something else or nothing with them.
+OF_REWARDS = ("rewards", "rl", "thought_noise")
+NOT_REWARDED = {
+    "profile": "parts of an update are measured in supervised training only: remove this key",
+    "start_epoch": "the stage is the last one, whatever the epoch: remove this key",
+    "align_weight": "nothing is aligned while answers are rewarded: set it to 0",
+    "uniform_prob": "the stage is the last one in all rows: remove this key",
+}
 OF_STAGES = ("c_thought", "max_latent_stage", "epochs_per_stage", "uniform_prob", "pad_latent_to_max", "start_epoch")
 IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
 IN_A_CHECKPOINT = ("vlm", *IN_A_VLM)
@@ -136,6 +147,7 @@ class ModelArguments:
     thought_norm: str = HfArg(default="none", help="What is done to a thought before it is fed back.")
     thought_schedule: str = HfArg(default="sequential", help="`jacobi` updates all thoughts together.")
     jacobi_iterations: int | None = HfArg(default=None, help="How often `jacobi` updates them.")
+    stop_head: bool = HfArg(default=False, help="A head that ends thinking early, row by row; see objective.")
     bptt_thoughts: int | None = HfArg(default=None, help="Thoughts, from the last, that gradients link; default: all.")
     markers: str = HfArg(default="both", help="Which of <|start-latent|> and <|end-latent|> frame the thoughts.")
     freeze: list[str] = HfArg(default_factory=list, help="Sub-modules that are not trained, such as vision_tower.")
@@ -172,6 +184,10 @@ class DataArguments:
 class CurriculumArguments:
     """The stages of Coconut, its controls, and what is minimised."""
 
+    objective: str = HfArg(default="supervised", help="`grpo`, `rloo`: rewards; `distill_stops`: when to stop.")
+    rewards: dict | None = HfArg(default=None, help="What answers are worth, {name: weight}; default: the metric.")
+    rl: dict = HfArg(default_factory=dict, help="Fields of trl's GRPOConfig or RLOOConfig, {num_generations: 16}.")
+    thought_noise: float = HfArg(default=0.0, help="Noise on sampled thoughts, in units of their root mean square.")
     mode: str = HfArg(default="coconut", help="Latent reasoning, or one of its controls.")
     c_thought: int = HfArg(default=1, help="Latent tokens for each replaced step.")
     max_latent_stage: int = HfArg(default=3, help="Last stage that replaces one more step.")
@@ -398,6 +414,52 @@ def _alignment(values: dict):
         yield "align_warmup_epochs", values["align_warmup_epochs"], remedy
 
 
+def _objective(values: dict):
+    """What an objective needs, and what means nothing with it."""
+    objective = values["objective"]
+    if objective == "ppo":
+        yield "objective", "ppo", "trl has had no PPO since 1.0: set grpo, or rloo, which need no model of values"
+        return
+    if objective not in REWARDED:
+        for key in OF_REWARDS:
+            if values[key]:
+                yield key, values[key], "nothing is sampled and rewarded: set `objective: grpo`, or remove this key"
+    elif not _is_package_available("trl")[0]:
+        yield "objective", objective, "rewards need trl: pip install 'mmcoconut[rl]'"
+        return
+    else:
+        yield from _rewarded(values)
+    if objective == "distill_stops" and not values["stop_head"]:
+        yield "stop_head", False, "`objective: distill_stops` trains that head: set `stop_head: true`"
+    if values["stop_head"] and values["thought_schedule"] == "jacobi":
+        yield "stop_head", True, "parallel thoughts do not follow each other: set `thought_schedule: sequential`"
+    modes = compared_modes(values.get("compare")) or [values["mode"]]
+    for mode in [mode for mode in modes if mode != "coconut"] if values["stop_head"] else []:
+        yield "mode", mode, "`stop_head` ends thoughts that are fed back: set `mode: coconut`, or remove `stop_head`"
+
+
+def _rewarded(values: dict):
+    """What is wrong with `rewards` and `rl`, and with what stands beside them."""
+    from mmcoconut.policy_arguments import passed_on  # here, because it imports trl
+    from mmcoconut.rewards import reward_problems
+
+    if values["rewards"] is not None:
+        yield from reward_problems(values["rewards"])
+    types = passed_on(values["objective"])
+    for key, value in values["rl"].items():
+        try:
+            if key not in types:
+                raise ValueError(f"not passed on to trl{_nearest(key, types)}; passed on are {', '.join(types)}")
+            _read(key, value, types[key])
+        except ValueError as error:
+            yield f"rl.{key}", value, str(error)
+    for key, remedy in NOT_REWARDED.items():
+        if values.get(key):
+            yield key, values[key], remedy
+    if values.get("train_sampling_strategy") == "group_by_length":
+        yield "train_sampling_strategy", "group_by_length", "trl repeats rows in its own order: remove this key"
+
+
 def _comparison(values: dict):
     """What is wrong with `compare`, and what does not go with it or without it."""
     compare = values.get("compare")
@@ -464,7 +526,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
     found = [*_conflicts(complete), *_comparison(complete), *_nested(complete), *_lora(complete)]
-    found += _alignment(complete)
+    found += [*_alignment(complete), *_objective(complete)]
     found += [] if values.get("smoke_test") else _missing(complete)
     problems += [problem for problem in found if problem[0] not in wrong]
     if values.get("smoke_test") and not torch.cuda.is_available():
@@ -472,6 +534,8 @@ def _build(values: dict, problems: list[tuple]) -> list:
     if not {key for key, _, _ in problems} & {*NAMES[-1]}:
         try:
             built.append(RunArguments(**parts[-1]))
+            if complete["objective"] in REWARDED and not problems and not values.get("smoke_test"):
+                built[-1] = rewarded_arguments(built[-1], built[1], built[2])
         except Exception as error:  # whatever it is, it belongs in the list of problems
             problems.append(("TrainingArguments", type(error).__name__, str(error)))
     return built
@@ -479,12 +543,33 @@ def _build(values: dict, problems: list[tuple]) -> list:
 
 def _run_values(run: RunArguments) -> dict:
     """The fields that differ from their defaults, as a recipe spells them."""
-    values = {key: value for key, value in run.to_dict().items() if key not in NOT_SAVED}
+    values = {key: value for key, value in run.to_dict().items() if key in NAMES[-1] and key not in NOT_SAVED}
     values["debug"] = " ".join(values["debug"])
     if run.accelerator_config == AcceleratorConfig():
         values["accelerator_config"] = None
-    defaults = {field.name: field.default for field in dataclasses.fields(run)}
+    defaults = {field.name: field.default for field in dataclasses.fields(RunArguments)}
     return {key: value for key, value in values.items() if value not in (defaults[key], NOT_GIVEN.get(key, ...))}
+
+
+def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: CurriculumArguments) -> RunArguments:
+    """The run's arguments with what trl needs beside them.
+
+    Raises:
+        ValueError: what trl refuses, such as batches that do not hold whole groups of answers.
+    """
+    from mmcoconut.policy_arguments import passed_on, policy_arguments  # here, because it imports trl
+
+    types = passed_on(curriculum.objective)
+    rewarded = policy_arguments(
+        curriculum.objective,
+        _run_values(run),
+        rl={key: _read(key, value, types[key]) for key, value in curriculum.rl.items()},
+        rewards=curriculum.rewards or {"the metric": 1.0},
+        max_new_tokens=data.max_new_tokens,
+    )
+    for name in NOT_SAVED:
+        setattr(rewarded, name, getattr(run, name))
+    return rewarded
 
 
 def _help(usage: str, classes=CLASSES) -> str:

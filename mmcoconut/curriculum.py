@@ -103,6 +103,12 @@ class Curriculum:
                 return stage
         return self.last_stage
 
+    @property
+    def epochs_before_last_stage(self) -> int:
+        """Epochs that all stages but the last take together."""
+        lengths = self.stage_lengths
+        return sum(lengths[min(stage, len(lengths) - 1)] for stage in range(self.last_stage))
+
     def plan(self, stage: int, num_steps: int | None) -> RowPlan:
         """What stage does to a row of num_steps steps; None where they are unknown, as at inference."""
         if self.mode == "no_cot":

@@ -29,7 +29,7 @@ ADAPTER_NAME = "default"
 # What peft's files put before every name, as if the model stood inside a PeftModel.
 FILE_PREFIX = "base_model.model."
 # Parts that no pretrained backbone brings.
-NEW_PARTS = ("multi_modal_projector", "thought_feed")
+NEW_PARTS = ("multi_modal_projector", "thought_feed", "stop_head")
 
 
 def lora_fields() -> set[str]:
@@ -54,7 +54,10 @@ def lora_config(model, fields: dict) -> "LoraConfig":
     layers = linear_layers(model)
     names = sorted({path.rpartition(".")[2] for path in layers})
     prefix = re.escape(path_of(model, model.get_decoder()))
-    new_parts = [part for part in NEW_PARTS if any(p.requires_grad for p in getattr(model.model, part).parameters())]
+    parts = dict(model.model.named_children())
+    new_parts = [
+        part for part in NEW_PARTS if part in parts and any(p.requires_grad for p in parts[part].parameters())
+    ]
     defaults = {
         "target_modules": rf"{prefix}\..*\.({'|'.join(map(re.escape, names))})",
         "trainable_token_indices": sorted(getattr(model.config, field) for field in TOKEN_ID_FIELDS),

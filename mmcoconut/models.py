@@ -10,10 +10,11 @@ def model_class(image_fusion: str) -> type[MMCoconutForConditionalGeneration]:
     return MMCoconutForSeq2SeqLM if image_fusion == "encoder" else MMCoconutForConditionalGeneration
 
 
-def load_model(name: str, *, dtype="auto", revision: str | None = None, **config_fields):
+def load_model(name: str, *, dtype="auto", revision: str | None = None, new_parts=(), **config_fields):
     """The model of a folder or Hub id; no code from the checkpoint is run.
 
     Args:
+        new_parts: names of sub-modules that the checkpoint may lack, and that are then new.
         config_fields: of MMCoconutConfig, in the place of the checkpoint's.
 
     Raises:
@@ -24,7 +25,7 @@ def load_model(name: str, *, dtype="auto", revision: str | None = None, **config
     model, info = model_class(config.image_fusion).from_pretrained(
         name, dtype=dtype, output_loading_info=True, **options, **config_fields
     )
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    missing = sorted(key for key in info["missing_keys"] if not {*key.split(".")} & {*new_parts})
+    if missing:
         raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
     return model

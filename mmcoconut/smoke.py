@@ -16,7 +16,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mmcoconut.arguments import REWARDED, rewarded_arguments
 from mmcoconut.data import loader_of
+from mmcoconut.rewards import REWARDS
 from mmcoconut.tokenizer import train_tokenizer
 
 
@@ -157,6 +159,16 @@ def tiny_backbones(model_args) -> dict:
     }
 
 
+def smoke_rewards(curriculum_args, data_args, run_args) -> tuple:
+    """Two answers to each row, in batches that a few rows fill; models that judge are not here, and left out."""
+    of_batches = ("generation_batch_size", "steps_per_generation")
+    rl = {key: value for key, value in curriculum_args.rl.items() if key not in of_batches}
+    rewards = {name: weight for name, weight in (curriculum_args.rewards or {}).items() if name in REWARDS} or None
+    curriculum_args = replace(curriculum_args, rl={**rl, "num_generations": 2}, rewards=rewards)
+    run_args.per_device_train_batch_size, run_args.gradient_accumulation_steps = 4, 1
+    return curriculum_args, rewarded_arguments(run_args, data_args, curriculum_args)
+
+
 def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
     """The recipe's architecture, fusion, curriculum and objective on tiny sizes, two stages of one epoch each."""
     folder = Path(run_args.output_dir)
@@ -183,4 +195,6 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
     run_args.push_to_hub = False
     if not torch.cuda.is_available():
         run_args.bf16 = run_args.fp16 = False
+    if curriculum_args.objective in REWARDED:
+        curriculum_args, run_args = smoke_rewards(curriculum_args, data_args, run_args)
     return model_args, data_args, curriculum_args, run_args

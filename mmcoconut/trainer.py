@@ -170,11 +170,11 @@ class CurriculumTrainer(Trainer):
     def prompt_dataloader(self, make, dataset):
         """A data loader of the library, collated by `prompts`: what is generated from never holds the answer."""
         self.evaluated = with_index(dataset)
-        self.data_collator = self.curriculum_collator.prompts
+        collator, self.data_collator = self.data_collator, self.curriculum_collator.prompts
         try:
             return make(self.evaluated)
         finally:
-            self.data_collator = self.curriculum_collator
+            self.data_collator = collator
 
     def get_eval_dataloader(self, eval_dataset=None):
         return self.prompt_dataloader(super().get_eval_dataloader, eval_dataset or self.eval_dataset)

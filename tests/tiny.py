@@ -25,10 +25,11 @@ from transformers import (
 
 from mmcoconut.backbones_mmcoconut import call_with_row_positions
 from mmcoconut.jacobi_mmcoconut import think_jacobi_uncached
-from mmcoconut.latent_mmcoconut import linked_thoughts, think_uncached
+from mmcoconut.latent_mmcoconut import linked_thoughts, noise_by_column, think_uncached
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
+from mmcoconut.stopping_mmcoconut import carry_states
 from mmcoconut.tokenizer import train_tokenizer
 
 
@@ -315,11 +316,25 @@ def uncached(model):
     base = model.model
 
     def run_definition(
-        latent_mask, inputs_embeds, *, attention_mask, position_ids, past_key_values, use_cache, **kwargs
+        latent_mask,
+        inputs_embeds,
+        *,
+        attention_mask,
+        position_ids,
+        past_key_values,
+        use_cache,
+        stop_threshold=None,
+        thought_noise=None,
+        output_stop_logits=False,
+        **kwargs,
     ):
+        assert stop_threshold is None and not output_stop_logits, "the definition is told how many thoughts there are"
         assert past_key_values is None and not use_cache, "the definition has no cache: pass use_cache=False"
         if position_ids is None and attention_mask is not None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        noise = None if thought_noise is None else noise_by_column(thought_noise, latent_mask)
+        skipped = torch.zeros_like(latent_mask) if attention_mask is None else latent_mask & (attention_mask == 0)
+        latent_mask = latent_mask & ~skipped
         if model.config.thought_mode == "pause":
             latent_mask = torch.zeros_like(latent_mask)
         masks = {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -333,10 +348,13 @@ def uncached(model):
         definition = think_uncached
         if model.config.thought_schedule == "jacobi":
             definition = partial(think_jacobi_uncached, num_iterations=model.config.jacobi_iterations)
-        outputs = definition(call, inputs_embeds, latent_mask, feed=feed, linked=linked, **masks)
+        outputs = definition(call, inputs_embeds, latent_mask, feed=feed, linked=linked, noise=noise, **masks)
         last = call(inputs_embeds=outputs.inputs_embeds, use_cache=False, **masks, **kwargs)
         outputs.hidden_states, outputs.attentions = last.get("hidden_states"), last.get("attentions")
         outputs.cross_attentions = last.get("cross_attentions")
+        if skipped.any():
+            outputs.skipped, outputs.attention_mask = skipped, attention_mask
+            outputs.last_hidden_state = carry_states(outputs.last_hidden_state, skipped)
         return outputs
 
     base.run_decoder = run_definition
