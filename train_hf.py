@@ -34,6 +34,7 @@ from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, write_json
 from mmcoconut.scoring import default_metric, figures_of, references_of, score
 from mmcoconut.smoke import smoke_arguments
 from mmcoconut.statistics import percent
+from mmcoconut.stop_distillation import StopDistiller
 from mmcoconut.tokenizer import train_tokenizer
 from mmcoconut.trainer import CurriculumTrainer
 from mmcoconut.uploads import quiet_requests
@@ -295,6 +296,8 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
     trainer_class, options = ProfiledTrainer if run_args.profile else CurriculumTrainer, {}
     if curriculum_args.objective in REWARDED and run_args.do_train:
         trainer_class, options = rewarded_trainer(curriculum_args, metric)
+    elif curriculum_args.objective == "distill_stops":
+        trainer_class = StopDistiller
     return trainer_class(
         **options,
         model=model,

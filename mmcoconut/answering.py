@@ -47,6 +47,25 @@ def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
     return ends[0] + 1 if ends else len(tokens)
 
 
+def taken_thoughts(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
+    """How many of the latents (B, P) of their prompts rows thought (B,), by what a filled cache says."""
+    stopped = getattr(past_key_values, "mask_of_stopped", None)
+    if stopped is not None:
+        num_beams = len(stopped) // len(latent_mask)
+        latent_mask = latent_mask & stopped[::num_beams, : latent_mask.shape[1]].bool()
+    return latent_mask.sum(dim=1)
+
+
+def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: float | None, **options):
+    """What `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,)."""
+    latent_mask = inputs[processor.prompt_names[0]] == model.config.latent_token_id  # (B, P)
+    if stop_threshold is None:
+        return model.generate(**inputs, **options), latent_mask.sum(dim=1)
+    options |= {"stop_threshold": stop_threshold, "return_dict_in_generate": True}
+    outputs = model.generate(**inputs, **options)
+    return outputs.sequences, taken_thoughts(outputs.past_key_values, latent_mask)
+
+
 class Answerer:
     """A checkpoint that answers rows of `mmcoconut.data` in batches.
 
@@ -55,6 +74,7 @@ class Answerer:
         num_latents: thoughts a question; None takes the checkpoint's.
         max_new_tokens: longest text written.
         num_beams: of the search; 1 is greedy.
+        stop_threshold: of a model with a stop head, see its `generate`; 1.0 thinks all thoughts.
         begin_with: text that every answer is made to begin with, such as "###" for an answer without written steps.
     """
 
@@ -66,20 +86,23 @@ class Answerer:
         num_latents: int | None = None,
         max_new_tokens: int = 64,
         num_beams: int = 1,
+        stop_threshold: float = 0.5,
         begin_with: str = "",
     ):
         self.model, self.processor = model, processor
+        self.stop_threshold = stop_threshold if model.config.stop_head else None
         self.num_latents = processor.num_latents if num_latents is None else num_latents
         self.max_new_tokens, self.num_beams, self.begin_with = max_new_tokens, num_beams, begin_with
 
     def with_count(self, num_latents: int, *, begin_with: str = "") -> "Answerer":
-        """The same checkpoint with another number of thoughts."""
+        """The same checkpoint with another number of thoughts, exactly so many."""
         return Answerer(
             self.model,
             self.processor,
             num_latents=num_latents,
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,
+            stop_threshold=1.0,
             begin_with=begin_with,
         )
 
@@ -123,11 +146,11 @@ class Answerer:
         prompt = self.processor.encode_prompt(question_text(row), history=history_of(row), **layout)
         return len(self.processor.split_prompt(prompt)[1])
 
-    def decoder_passes(self, generated_tokens: int, num_turns: int = 1) -> int:
+    def decoder_passes(self, generated_tokens: int, num_thoughts: int) -> int:
         """Calls of the decoder, one after the other, that a row's answer needs: one a token, and one a thought, those
         of its earlier turns included, or, where thoughts are updated together, one an update and one for the text
         before them."""
-        config, fed_back = self.model.config, self.num_latents * num_turns
+        config, fed_back = self.model.config, num_thoughts
         if config.thought_mode != "feedback":
             fed_back = 0
         elif config.thought_schedule == "jacobi" and fed_back > 1:
@@ -136,10 +159,11 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Mapping]) -> list[dict]:
-        """`output`, `answer`, `generated_tokens` and `decoder_passes` of each row; all in one batch."""
+        """`output`, `answer`, `generated_tokens`, `num_thoughts`, `decoder_passes` of each row; all in one batch."""
         inputs = self.inputs(rows)
-        tokens = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=self.num_beams
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": self.num_beams}
+        tokens, num_thoughts = generate_and_count(
+            self.model, self.processor, inputs, stop_threshold=self.stop_threshold, **options
         )
         prompt_length = inputs[self.processor.prompt_names[0]].shape[1]
         new_tokens = tokens[:, prompt_length:].tolist()  # (B, up to max_new_tokens)
@@ -154,9 +178,10 @@ class Answerer:
                 "output": text,
                 "answer": parse_answer(text),
                 "generated_tokens": count,
-                "decoder_passes": self.decoder_passes(count, 1 + len(history_of(row))),
+                "num_thoughts": thoughts,
+                "decoder_passes": self.decoder_passes(count, thoughts),
             }
-            for row, text, count in zip(rows, texts, counts)
+            for text, count, thoughts in zip(texts, counts, num_thoughts.tolist())
         ]
 
     @torch.no_grad()
@@ -200,7 +225,8 @@ class Answerer:
                     "output": f"### {best}",
                     "answer": best,
                     "generated_tokens": 0,
-                    "decoder_passes": self.decoder_passes(0, 1 + len(history_of(row))),
+                    "num_thoughts": self.num_latents * (1 + len(history_of(row))),
+                    "decoder_passes": self.decoder_passes(0, self.num_latents * (1 + len(history_of(row)))),
                     "log_probs": scores,
                 }
             )

@@ -184,6 +184,7 @@ def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dic
         "by_num_steps": accuracy_by_steps(lines, seed),
         "generated_tokens": mean_of(lines, "generated_tokens"),
         "num_latents": settings["num_latents"],
+        "num_thoughts": mean_of(lines, "num_thoughts"),
         "decoder_passes": mean_of(lines, "decoder_passes"),
         "seconds": round(seconds, 3),
         "seconds_per_answer": round(seconds / len(lines), 6),

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmcoconut.answering import count_generated
+from mmcoconut.answering import count_generated, taken_thoughts
 from mmcoconut.curriculum import CurriculumCollator
 from mmcoconut.stopping_mmcoconut import mask_after, stop_log_probs
 
@@ -107,14 +107,6 @@ def placed(inputs: Mapping[str, torch.Tensor], model) -> dict[str, torch.Tensor]
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
     }
-
-
-def taken_thoughts(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
-    """How many of the latents (B, P) of their prompts rows thought (B,), by what a filled cache says."""
-    stopped = getattr(past_key_values, "mask_of_stopped", None)
-    if stopped is not None:
-        latent_mask = latent_mask & stopped[:, : latent_mask.shape[1]].bool()
-    return latent_mask.sum(dim=1)
 
 
 @torch.no_grad()

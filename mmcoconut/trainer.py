@@ -10,7 +10,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
-from mmcoconut.answering import count_generated
+from mmcoconut.answering import count_generated, generate_and_count
 from mmcoconut.arguments import read_recipe
 from mmcoconut.card import Evidence, model_card, stage_row, stage_rows, write_card
 from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
@@ -91,9 +91,10 @@ class CurriculumTrainer(Trainer):
 
     Metrics: `accuracy` (the mean score of `metric`), the other figures of `metric` under its own names (such as
     `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean of new tokens an answer, its eos included), `loss` on the
-    labelled tokens, `stage`, `num_latents`, `n`. With an alignment `loss` is the weighted sum of `ce_loss` and
-    `align_loss`, which are logged too. The best model of stage s by `metric_for_best_model`, by default accuracy, is
-    kept in <output_dir>/stages/stage-s; epochs of alignment alone do not count.
+    labelled tokens, `stage`, `num_latents`, `n`, and of a model with a stop head `num_thoughts` (mean). With an
+    alignment `loss` is the weighted sum of `ce_loss` and `align_loss`, which are logged too. The best model of stage s
+    by `metric_for_best_model`, by default accuracy, is kept in <output_dir>/stages/stage-s; epochs of alignment alone
+    do not count.
 
     Args:
         metric: a name in mmcoconut.scoring.REFERENCES.
@@ -184,7 +185,7 @@ class CurriculumTrainer(Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss of the labelled rows, new tokens (B, up to max_new_tokens), and the rows' index."""
+        """Loss of the labelled rows, new tokens (B, up to max_new_tokens), and (B, 2) the rows' index and thoughts."""
         inputs = self._prepare_inputs(inputs)
         index, supervised = inputs.pop("index"), inputs.pop("supervised")
         pixels = {name: inputs[name] for name in ("pixel_values", "image_features", "num_tiles") if name in inputs}
@@ -194,8 +195,12 @@ class CurriculumTrainer(Trainer):
             if self.alignment is not None:
                 self.evaluation_terms.add(ce_loss=loss, align_loss=outputs.alignment_loss, weight=len(index))
                 loss = self.alignment.total(loss, outputs.alignment_loss)
-            tokens = self.accelerator.unwrap_model(model).generate(
-                **inputs,
+            model = self.accelerator.unwrap_model(model)
+            tokens, num_thoughts = generate_and_count(
+                model,
+                self.processing_class,
+                inputs,
+                stop_threshold=0.5 if model.config.stop_head else None,
                 max_new_tokens=self.curriculum_collator.max_new_tokens,
                 do_sample=False,
                 num_beams=self.num_beams,
@@ -203,10 +208,12 @@ class CurriculumTrainer(Trainer):
                 # A process that is done goes on calling the shards that others still need.
                 synced_gpus=self.is_fsdp_enabled or None,
             )
-        return loss, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], index
+        counted = torch.stack([index, num_thoughts.to(index)], dim=1)  # (B, 2)
+        return loss, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], counted
 
     def score_answers(self, prediction) -> dict[str, float]:
-        """Metrics of generated ids (n, new tokens) padded with -100, and indices (n,) into the evaluation data."""
+        """Metrics of generated ids (n, new tokens) padded with -100, and for each the index into the evaluation data
+        and the number of thoughts, (n, 2)."""
         processor, collator = self.processing_class, self.curriculum_collator
         tokens = torch.as_tensor(prediction.predictions)
         eos = self.model.generation_config.eos_token_id
@@ -214,7 +221,8 @@ class CurriculumTrainer(Trainer):
         counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in rows_of_tokens]
         written = [row[:count] for row, count in zip(rows_of_tokens, counts)]
         texts = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        rows = self.evaluated.remove_columns("images").select(prediction.label_ids.tolist())
+        indices, num_thoughts = prediction.label_ids.T.tolist()
+        rows = self.evaluated.remove_columns("images").select(indices)
         results = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))
         scores = results["scores"]
         return {
@@ -225,6 +233,7 @@ class CurriculumTrainer(Trainer):
             "n": len(scores),
             "stage": collator.stage,
             "num_latents": collator.curriculum.num_latents(collator.stage),
+            **({"num_thoughts": sum(num_thoughts) / len(scores)} if self.model.config.stop_head else {}),
         }
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
