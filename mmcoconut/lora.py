@@ -7,6 +7,7 @@ Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 
 import dataclasses
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -70,6 +71,22 @@ def lora_config(model, fields: dict) -> "LoraConfig":
 def add_lora(model, fields: dict) -> None:
     """Put a fresh adapter into the model and stop the gradients of everything else, but for the new rows and parts."""
     model.add_adapter(lora_config(model, fields), ADAPTER_NAME)
+
+
+@contextmanager
+def without_adapters(model):
+    """Inside, the model is what it was before `add_lora`.
+
+    The library's own disable_adapters() and enable_adapters() leave the parts that are trained in full switched off.
+    """
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)]
+    for module in adapted:
+        module.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module.enable_adapters(True)
 
 
 def load_adapter(model, folder: str | Path) -> None:

@@ -17,6 +17,7 @@ from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 from mmcoconut.data import question_text
+from mmcoconut.lora import without_adapters
 from mmcoconut.policy import Likelihood, Rollout, Sampling, likelihood, read_prompts, sample
 from mmcoconut.trainer import CurriculumTrainer
 
@@ -35,11 +36,8 @@ class WithoutAdapters:
         return getattr(self.model, name)
 
     def __call__(self, **inputs):
-        self.model.disable_adapters()
-        try:
+        with without_adapters(self.model):
             return self.model(**inputs)
-        finally:
-            self.model.enable_adapters()
 
 
 def reference_of(model):

@@ -1,0 +1,389 @@
+"""The policy of reinforcement learning: what it samples, how likely it says that was, and what its trainers learn."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from fixed_answers import answer as fixed_answers
+from test_conversations import rows_of
+from test_from_vlm import thinking_pair
+from test_train import ROOT, TINY, launch, losses
+from tiny import HIDDEN_SIZE, max_difference, tiny_model, tiny_processor, tiny_seq2seq, uncached
+
+import train_hf
+from mmcoconut import arguments
+from mmcoconut.answering import load_checkpoint
+from mmcoconut.arguments import RecipeError, parse_recipe
+from mmcoconut.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.lora import add_lora
+from mmcoconut.models import load_model
+from mmcoconut.policy import Rollout, Sampling, joined, likelihood, read_prompts, sample
+from mmcoconut.rewards import REWARDS
+from mmcoconut.stop_distillation import fewest_right
+
+
+pytest.importorskip("trl")
+
+from mmcoconut import policy_trainer  # noqa: E402  (it needs trl)
+
+
+NUM_LATENTS = 3
+WRITE = {"max_new_tokens": 5, "do_sample": True}
+
+
+def pair_of(family: str, **config):
+    """Model and processor of a family, with tiny random weights."""
+    if family == "internvl":
+        return thinking_pair(config=config)
+    if family == "encoder":
+        model = tiny_seq2seq(**config)
+    elif family == "add":
+        model = tiny_model("gpt2", image_fusion="add", projector_type="transformer", **config)
+    else:
+        model = tiny_model(family, **config)
+    return model, tiny_processor(model)
+
+
+def collator_of(processor, **options) -> CurriculumCollator:
+    options = {"max_length": 120, "max_new_tokens": 5, **options}
+    collator = CurriculumCollator(Curriculum(max_latent_stage=NUM_LATENTS), processor, **options)
+    collator.fixed_stage = NUM_LATENTS
+    return collator
+
+
+def rows(count: int = 3) -> list[dict]:
+    """Rows of one turn, each with its picture, the first of them twice."""
+    made = rows_of(*[1] * (count - 1))
+    return [made[0], *made]
+
+
+def sampled(family: str, *, noise: float = 0.0, greedy: bool = False, **config):
+    model, processor = pair_of(family, **config)
+    prompts = read_prompts(collator_of(processor), rows())
+    answers, rollouts = sample(model, processor, prompts, Sampling(noise, {**WRITE, "do_sample": not greedy}))
+    return model, processor, answers, rollouts
+
+
+def batch_of(processor, rollouts: list[Rollout], answers: list[list[int]]) -> dict:
+    """ids and mask (B, P + C) as trl joins them: prompts padded in front, answers behind."""
+    pad = processor.tokenizer.pad_token_id
+    longest, length = max(len(r.prompt.begun) for r in rollouts), max(map(len, answers))
+    ids, mask = [], []
+    for rollout, answer in zip(rollouts, answers):
+        front, behind = longest - len(rollout.prompt.begun), length - len(answer)
+        ids.append([*[pad] * front, *rollout.prompt.begun, *answer, *[pad] * behind])
+        mask.append([*[0] * front, *[1] * (len(rollout.prompt.begun) + len(answer)), *[0] * behind])
+    return {"ids": torch.tensor(ids), "mask": torch.tensor(mask), "num_written": length}
+
+
+def plain_log_probs(model, processor, rollout: Rollout, answer: list[int]) -> torch.Tensor:
+    """log P (V,) before each token of an answer: a forward pass of this row alone, with the thoughts that it took."""
+    ids_name, mask_name = processor.prompt_names
+    latent, kept, seen = processor.latent_token_id, [], 0
+    for token in rollout.prompt.begun:
+        seen += token == latent
+        if token != latent or seen <= rollout.num_thoughts:
+            kept.append(token)
+    ids = torch.tensor([[*kept, *answer]])
+    inputs = {**joined([rollout.prompt], processor.tokenizer), ids_name: ids, mask_name: torch.ones_like(ids)}
+    if rollout.noise is not None:
+        inputs["thought_noise"] = rollout.noise[None, : rollout.num_thoughts]
+    with torch.no_grad():
+        return model(**inputs).logits[0, len(kept) - 1 : -1].log_softmax(dim=-1)
+
+
+FAMILIES = ["gpt2", "add", "qwen2", "marian", "encoder", "internvl"]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_equal_a_plain_forward_pass(family, noise):
+    model, processor, answers, rollouts = sampled(family, noise=noise)
+    with torch.no_grad():
+        found = likelihood(model, processor, rollouts, **batch_of(processor, rollouts, answers))
+    for row, (rollout, answer) in enumerate(zip(rollouts, answers)):
+        expected = plain_log_probs(model, processor, rollout, answer)
+        tokens = expected.gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert max_difference(found.log_probs[row, : len(answer)], tokens) <= 2e-5
+        entropies = -(expected.exp() * expected).sum(dim=-1)
+        assert max_difference(found.entropies[row, : len(answer)], entropies) <= 2e-5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "marian", "encoder"])
+def test_log_probabilities_of_rows_that_stopped_equal_those_of_fewer_latents(family):
+    model, processor, _, rollouts = sampled(family, noise=0.5, stop_head=True)
+    torch.nn.init.constant_(model.model.stop_head.bias, 0.0)  # every thought is the last with probability 1/2
+    prompts = [rollout.prompt for rollout in rollouts] * 3
+    answers, rollouts = sample(model, processor, prompts, Sampling(0.5, WRITE))
+    counts = [rollout.num_thoughts for rollout in rollouts]
+    assert len({*counts}) > 1
+    with torch.no_grad():
+        found = likelihood(model, processor, rollouts, **batch_of(processor, rollouts, answers))
+    for row, (rollout, answer) in enumerate(zip(rollouts, answers)):
+        expected = plain_log_probs(model, processor, rollout, answer).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert max_difference(found.log_probs[row, : len(answer)], expected) <= 2e-5
+    halves = [0.5 ** (count + (count < NUM_LATENTS)) for count in counts]
+    assert found.stop_log_probs.exp().tolist() == pytest.approx(halves, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "marian", "encoder"])
+def test_the_policy_that_answers_is_the_one_whose_likelihood_is_formed(family):
+    """Greedy answers are the likeliest under the likelihood, with noise that changes them."""
+    model, processor, answers, rollouts = sampled(family, noise=4.0, greedy=True)
+    allowed = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
+    allowed[model.generation_config.suppress_tokens] = False
+    for rollout, answer in zip(rollouts, answers):
+        expected = plain_log_probs(model, processor, rollout, answer).masked_fill(~allowed, -torch.inf)
+        assert expected.argmax(dim=-1).tolist() == answer
+    assert answers[0] != answers[1], "the same row with other noise"
+    assert not torch.equal(rollouts[0].noise, rollouts[1].noise)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "marian"])
+def test_gradients_of_the_likelihood_go_through_the_thoughts(family):
+    model, processor, answers, rollouts = sampled(family, noise=0.5)
+    batch = batch_of(processor, rollouts, answers)
+
+    def gradients() -> dict:
+        model.zero_grad(set_to_none=True)
+        likelihood(model, processor, rollouts, **batch).log_probs.sum().backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    found = gradients()
+    with uncached(model):
+        ids_name, mask_name = processor.prompt_names
+        inputs = {**joined([r.prompt for r in rollouts], processor.tokenizer), ids_name: batch["ids"]}
+        inputs |= {mask_name: batch["mask"], "thought_noise": torch.stack([r.noise for r in rollouts])}
+        model.zero_grad(set_to_none=True)
+        logits = model(**inputs, use_cache=False).logits[:, -batch["num_written"] - 1 : -1]
+        tokens = batch["ids"][:, -batch["num_written"] :, None]
+        (logits.log_softmax(-1).gather(2, tokens)).sum().backward()
+        defined = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    assert found.keys() == defined.keys()
+    assert max(max_difference(found[name], defined[name]) for name in found) <= 1e-4
+    handle = model.model.thought_feed.register_forward_pre_hook(lambda module, args: (args[0].detach(), *args[1:]))
+    cut = gradients()
+    handle.remove()
+    assert max(max_difference(found[name], cut[name]) for name in found) > 1e-2
+
+
+def test_a_row_that_recurs_is_read_once_and_a_long_one_is_refused():
+    _, processor = pair_of("gpt2")
+    prompts = read_prompts(collator_of(processor), rows())
+    assert prompts[0] is prompts[1] and prompts[2] is not prompts[1]
+    with pytest.raises(ValueError, match="talk row 0: the prompt with max_new_tokens takes"):
+        read_prompts(collator_of(processor, max_length=8), rows())
+
+
+def test_the_reference_of_an_adapter_is_the_model_without_it():
+    model, processor, answers, rollouts = sampled("gpt2")
+    batch = batch_of(processor, rollouts, answers)
+    with torch.no_grad():
+        before = likelihood(model, processor, rollouts, **batch).log_probs
+        copied = policy_trainer.reference_of(model)
+        add_lora(model, {"r": 4})
+        reference = policy_trainer.reference_of(model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        after = likelihood(model, processor, rollouts, **batch).log_probs
+        assert max_difference(after, before) > 0.1
+        assert max_difference(likelihood(reference, processor, rollouts, **batch).log_probs, before) == 0
+        assert max_difference(likelihood(copied, processor, rollouts, **batch).log_probs, before) == 0
+        assert max_difference(likelihood(model, processor, rollouts, **batch).log_probs, after) == 0
+    assert any(parameter.requires_grad for parameter in model.parameters())
+
+
+# -- runs of train_hf.py
+
+REWARDED = f"""{TINY}
+objective: grpo
+rl: {{num_generations: 4}}
+max_steps: 6
+"""
+
+
+@pytest.fixture(autouse=True)
+def low(monkeypatch):
+    """A reward that also a model of random weights earns more or less of: minus the mean id that it wrote."""
+
+    def low_reward(completions, completion_ids, **columns) -> list[float]:
+        return [-sum(ids) / len(ids) / 100 for ids in completion_ids]
+
+    monkeypatch.setitem(REWARDS, "low", low_reward)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "rewarded.yaml"
+    path.write_text(REWARDED)
+    return str(path)
+
+
+def logged(folder, key: str) -> list[float]:
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    return [record[key] for record in history if key in record]
+
+
+def assert_same_weights(one, other, tolerance: float = 0.0) -> None:
+    weights = [load_model(str(folder)).state_dict() for folder in (one, other)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=tolerance, rtol=0, msg=name)
+
+
+def test_a_reward_is_learnt_and_the_run_is_one_of_the_library(recipe, tmp_path):
+    run = tmp_path / "run"
+    words = ["--rewards", "{low: 1.0}", "--max_steps", "30", "--learning_rate", "5e-2", "--rl.num_generations", "8"]
+    results = train_hf.main([recipe, "--output_dir", str(run), *words])
+    rewards = logged(run, "reward")
+    assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.4, rewards
+    assert logged(run, "rewards/low_reward/mean") == rewards
+    assert [(row["stage"], row["num_latents"]) for row in results["stages"]] == [(3, 2)]
+    assert (run / "README.md").is_file() and (run / "stages" / "stage-3" / "config.json").is_file()
+    assert "forward" not in vars(load_checkpoint(str(run))[0])
+    saved = parse_recipe([str(run / "recipe.yaml")])
+    assert saved[2].objective == "grpo" and saved[-1].num_generations == 8
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_a_cost_of_thoughts_is_learnt_by_the_stop_head(recipe, tmp_path, objective):
+    run = tmp_path / "run"
+    words = ["--rewards", "{thoughts: 1.0}", "--stop_head", "true", "--learning_rate", "3e-2", "--max_steps", "20"]
+    results = train_hf.main([recipe, "--output_dir", str(run), "--objective", objective, *words])
+    thoughts = logged(run, "num_thoughts")
+    assert thoughts[0] > 1.5 and sum(thoughts[-3:]) / 3 < 0.5
+    assert results["stages"][-1]["num_thoughts"] == 0
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_the_run_stays_near_its_reference(recipe, tmp_path, objective):
+    words = ["--objective", objective, "--rl.beta", "0.1", "--rewards", "{low: 1.0}", "--thought_noise", "0.2"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *words, "--learning_rate", "1e-2"])
+    kl = logged(tmp_path / "run", "kl")
+    assert abs(kl[0]) < 1e-6 and max(kl) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--stop_head", "true", "--thought_noise", "0.1", "--rl.num_iterations", "2"]]
+)
+def test_a_run_that_was_stopped_goes_on_exactly(recipe, tmp_path, options):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    options = [*options, "--save_strategy", "steps", "--save_steps", "2", "--rewards", "{low: 1.0}"]
+    train_hf.main([recipe, "--output_dir", str(whole), *options])
+    shutil.copytree(whole / "checkpoint-4", resumed / "checkpoint-4")
+    train_hf.main([recipe, "--output_dir", str(resumed), *options, "--resume_from_checkpoint", "true"])
+    assert losses(resumed) == losses(whole)
+    assert_same_weights(whole, resumed)
+
+
+def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path, monkeypatch):
+    words = [recipe, "--rl.beta", "0.1", "--weight_decay", "0"]
+    two, one = tmp_path / "two", tmp_path / "one"
+    of_two = [*words, "--output_dir", str(two), "--per_device_train_batch_size", "4"]
+    launch(json.dumps([of_two]), folder=tmp_path, script=ROOT / "tests" / "fixed_answers.py")
+    monkeypatch.setattr(policy_trainer, "sample", fixed_answers)
+    train_hf.main([*words, "--output_dir", str(one)])
+    assert list(losses(one)) == list(losses(two)) == [1, 2, 3, 4, 5, 6]
+    assert logged(two, "reward") == pytest.approx(logged(one, "reward"))
+    assert logged(two, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-3)
+    assert min(logged(one, "grad_norm")) > 0
+    assert_same_weights(one, two, tolerance=1e-5)
+
+
+def test_adapters_are_trained_by_rewards_and_a_whole_model_is_saved(recipe, tmp_path):
+    pytest.importorskip("peft")
+    run = tmp_path / "run"
+    words = ["--lora", "{r: 4}", "--rl.beta", "0.1", "--rewards", "{low: 1.0}", "--learning_rate", "1e-2"]
+    train_hf.main([recipe, "--output_dir", str(run), *words])
+    assert (run / "adapter" / "adapter_config.json").is_file()
+    assert max(logged(run, "kl")) > 1e-4
+    load_model(str(run))  # complete
+
+
+@pytest.mark.parametrize("family", ["cross_attention", "encoder", "add"])
+def test_every_family_runs_with_rewards(family, tmp_path):
+    from test_family_runs import FAMILIES as RECIPES
+
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    text = RECIPES.get(family, "image_fusion: add\nprojector_type: transformer\nprojector_num_heads: 2\n")
+    text = text.replace("align_weight: 0.5\n", "")
+    (tmp_path / "run.yaml").write_text(f"base: tiny.yaml\n{text}")
+    words = ["--objective", "grpo", "--rl.num_generations", "4", "--max_steps", "4", "--rewards", "{low: 1.0}"]
+    words += ["--stop_head", "true", "--thought_noise", "0.1", "--rl.beta", "0.1"]
+    train_hf.main([str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *words])
+    assert all(value > 0 for value in logged(tmp_path / "run", "grad_norm"))
+
+
+def test_conversations_are_rewarded_for_their_last_answer():
+    model, processor = pair_of("gpt2")
+    collator = CurriculumCollator(Curriculum(thoughts_per_turn=2), processor, max_length=120, max_new_tokens=5)
+    prompts = read_prompts(collator, rows_of(2, 1, 3))
+    answers, rollouts = sample(model, processor, prompts, Sampling(0.3, WRITE))
+    assert [rollout.num_thoughts for rollout in rollouts] == [4, 2, 6]
+    with torch.no_grad():
+        found = likelihood(model, processor, rollouts, **batch_of(processor, rollouts, answers)).log_probs
+    for row, (rollout, answer) in enumerate(zip(rollouts, answers)):
+        expected = plain_log_probs(model, processor, rollout, answer).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        assert max_difference(found[row, : len(answer)], expected) <= 2e-5
+    with torch.no_grad():  # a part of the rows, which have fewer thoughts than all together
+        part = batch_of(processor, rollouts[1:2], answers[1:2])
+        alone = likelihood(model, processor, rollouts[1:2], **part).log_probs
+    assert max_difference(alone[0], found[1, : len(answers[1])]) <= 2e-5
+
+
+def test_noise_of_the_thoughts_has_the_asked_size():
+    _, _, _, rollouts = sampled("gpt2", noise=0.25)
+    noise = torch.stack([rollout.noise for rollout in rollouts])
+    assert noise.shape == (3, NUM_LATENTS, HIDDEN_SIZE)
+    assert noise.std().item() == pytest.approx(0.25, rel=0.15)
+
+
+def test_the_stop_head_learns_where_answers_are_right_already(recipe, tmp_path):
+    """A model of random weights is wrong with any number of thoughts, so that it is to think all of them."""
+    assert fewest_right([[True, False], [True, True], [False, True]]) == [0, 1]
+    words = ["--objective", "distill_stops", "--stop_head", "true", "--rl", "{}", "--learning_rate", "0.3"]
+    run = tmp_path / "run"
+    start = tmp_path / "start"
+    train_hf.main([recipe, "--objective", "supervised", "--rl", "{}", "--output_dir", str(start), "--max_steps", "2"])
+    before = load_model(str(start)).state_dict()
+    of_start = ["--model", str(start), "--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
+    results = train_hf.main([recipe, *words, *of_start, "--output_dir", str(run), "--max_steps", "20"])
+    assert results["stages"][-1]["num_thoughts"] == 2
+    after = load_model(str(run)).state_dict()
+    assert {name for name in after if name not in before} == {"model.stop_head.weight", "model.stop_head.bias"}
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert after["model.stop_head.bias"].item() < -2.5, "it has learnt not to stop"
+
+
+@pytest.mark.parametrize(
+    "words, key, message",
+    [
+        (["--objective", "ppo"], "objective", "no PPO"),
+        (["--objective", "gpro"], "objective", "did you mean `grpo`"),
+        (["--rl.num_generation", "4"], "rl.num_generation", "did you mean `num_generations`"),
+        (["--rl.use_vllm", "true"], "rl.use_vllm", "not passed on"),
+        (["--rl.beta", "much"], "rl.beta", "expected"),
+        (["--rl.num_generations", "3"], "TrainingArguments", "must be divisible by num_generations"),
+        (["--rewards", "{exact_macht: 1.0}"], "rewards.exact_macht", "exact_match"),
+        (["--rewards", "{}"], "rewards", "nothing to learn from"),
+        (["--thought_noise", "-1"], "thought_noise", "must lie between"),
+        (["--profile", "true"], "profile", "supervised training only"),
+        (["--start_epoch", "2"], "start_epoch", "the stage is the last one"),
+        (["--objective", "supervised"], "rl", "nothing is sampled"),
+        (["--objective", "distill_stops", "--rl", "{}"], "stop_head", "stop_head: true"),
+        (["--stop_head", "true", "--mode", "pause"], "mode", "stop_head"),
+        (["--train_sampling_strategy", "group_by_length"], "train_sampling_strategy", "its own order"),
+    ],
+)
+def test_recipes_that_cannot_be_meant_are_refused(recipe, words, key, message):
+    with pytest.raises(RecipeError) as error:
+        parse_recipe([recipe, *words])
+    assert any(found == key and message in remedy for found, _, remedy in error.value.problems), error.value
+
+
+def test_rewards_without_trl_say_what_to_install(recipe, monkeypatch):
+    monkeypatch.setattr(arguments, "_is_package_available", lambda name: (False, None))
+    with pytest.raises(RecipeError, match=r"pip install 'mmcoconut\[rl\]'"):
+        parse_recipe([recipe])
