@@ -1,7 +1,8 @@
 """A stop head learns from the model itself: from the fewest thoughts after which it answers a row right.
 
-Every training row is answered with 0, 1, … N thoughts, and the head is trained to stop after the first number that is
-right; at N where none is. Nothing else is trained, so that a row which thinks on answers as it did before.
+Every training row is answered with 0, 1, … N thoughts, and the head is trained to stop after the first number with
+which the answer is right and comes at once; at N where none is. (With fewer thoughts a model of the curriculum writes
+the steps that it has not thought.) Nothing else is trained: a row that thinks on answers as it did before.
 
     loss = -mean over rows of log P(the row stops after its number)
 
@@ -15,6 +16,7 @@ from accelerate.utils import gather_object
 
 from mmcoconut.answering import Answerer
 from mmcoconut.curriculum import CurriculumCollator
+from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.scoring import score
 from mmcoconut.stopping_mmcoconut import stop_log_probs
 from mmcoconut.trainer import CurriculumTrainer
@@ -34,10 +36,11 @@ def fewest_right(right: Sequence[Sequence[bool]]) -> list[int]:
 
 
 def right_with(answerer: Answerer, rows: Sequence[Mapping], metric: str) -> list[bool]:
-    """Whether each row is answered fully right, with exactly the answerer's number of thoughts."""
+    """Whether each row is answered fully right and without a written step, with the answerer's number of thoughts."""
     answers = answerer.answer(rows)
     outputs, given = [answer["output"] for answer in answers], [answer["answer"] for answer in answers]
-    return [value == 1.0 for value in score(metric, outputs, given, rows=rows)["scores"]]
+    scores = score(metric, outputs, given, rows=rows)["scores"]
+    return [value == 1.0 and text.startswith(ANSWER_MARKER) for value, text in zip(scores, outputs)]
 
 
 def stopping_points(trainer: "StopDistiller", rows, *, batch_size: int) -> list[int]:
