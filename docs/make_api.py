@@ -12,7 +12,18 @@ import inspect
 from pathlib import Path
 
 import mmcoconut
-from mmcoconut import arguments, asking, audit, convert_coconut, demo, evaluation, prepare_flickr30k, publish, serve
+from mmcoconut import (
+    arguments,
+    asking,
+    audit,
+    convert_coconut,
+    demo,
+    evaluation,
+    prepare_flickr30k,
+    publish,
+    reward_model,
+    serve,
+)
 
 
 PAGE = Path(__file__).with_name("api.md")
@@ -31,6 +42,7 @@ COMMANDS = (
     ("python -m mmcoconut.convert_coconut", convert_coconut.__doc__, [convert_coconut.ConversionArguments]),
     ("python -m mmcoconut.publish", publish.__doc__, [publish.PublishArguments]),
     ("python -m mmcoconut.demo", demo.__doc__, [demo.DemoArguments]),
+    ("python -m mmcoconut.reward_model recipe.yaml", reward_model.__doc__, reward_model.CLASSES),
     ("python -m mmcoconut.serve", serve.__doc__, []),
 )
 

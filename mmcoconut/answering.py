@@ -57,9 +57,12 @@ def taken_thoughts(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
 
 
 def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: float | None, **options):
-    """What `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,)."""
+    """What `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,).
+
+    stop_threshold: of a model with a stop head.
+    """
     latent_mask = inputs[processor.prompt_names[0]] == model.config.latent_token_id  # (B, P)
-    if stop_threshold is None:
+    if not model.config.stop_head:
         return model.generate(**inputs, **options), latent_mask.sum(dim=1)
     options |= {"stop_threshold": stop_threshold, "return_dict_in_generate": True}
     outputs = model.generate(**inputs, **options)
@@ -74,7 +77,7 @@ class Answerer:
         num_latents: thoughts a question; None takes the checkpoint's.
         max_new_tokens: longest text written.
         num_beams: of the search; 1 is greedy.
-        stop_threshold: of a model with a stop head, see its `generate`; 1.0 thinks all thoughts.
+        stop_threshold: of a model with a stop head, see its `generate`; None thinks all thoughts.
         begin_with: text that every answer is made to begin with, such as "###" for an answer without written steps.
     """
 
@@ -86,11 +89,11 @@ class Answerer:
         num_latents: int | None = None,
         max_new_tokens: int = 64,
         num_beams: int = 1,
-        stop_threshold: float = 0.5,
+        stop_threshold: float | None = 0.5,
         begin_with: str = "",
     ):
         self.model, self.processor = model, processor
-        self.stop_threshold = stop_threshold if model.config.stop_head else None
+        self.stop_threshold = stop_threshold
         self.num_latents = processor.num_latents if num_latents is None else num_latents
         self.max_new_tokens, self.num_beams, self.begin_with = max_new_tokens, num_beams, begin_with
 
@@ -102,7 +105,7 @@ class Answerer:
             num_latents=num_latents,
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,
-            stop_threshold=1.0,
+            stop_threshold=None,
             begin_with=begin_with,
         )
 

@@ -63,7 +63,7 @@ AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gra
 AT_LEAST_1 += ("max_length",)
 AT_LEAST_1 += ("num_visual_tokens", "projector_num_heads", "num_beams", "jacobi_iterations")
 AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
-FRACTIONS = ("uniform_prob", "margin", "adam_beta1", "adam_beta2", "label_smoothing_factor")
+FRACTIONS = ("uniform_prob", "margin", "stop_threshold", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 LIMITS = (
     dict.fromkeys(AT_LEAST_0, (0, math.inf))
     | dict.fromkeys(AT_LEAST_1, (1, math.inf))
@@ -291,7 +291,7 @@ def _read(key: str, value, kind):
     return meaning
 
 
-def _typed(values: dict, types: dict, problems: list[tuple], *, others=()) -> dict:
+def as_types(values: dict, types: dict, problems: list[tuple], *, others=()) -> dict:
     """The values as the types of their fields; `others` are names that an unknown key may have been meant for."""
     typed = {}
     for key, value in values.items():
@@ -478,7 +478,7 @@ def _comparison(values: dict):
         yield "do_train", False, "a comparison trains every mode: remove this key"
 
 
-def _nested(values: dict):
+def unknown_fields(values: dict):
     """Fields of the configurations that their architecture does not have; data sets check their own options."""
     for part in ("vision_config", "text_config"):
         config = values[part] or {}
@@ -525,7 +525,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
     built = [cls(**part) for cls, part in zip(CLASSES[:-1], parts[:-1], strict=True)]
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
-    found = [*_conflicts(complete), *_comparison(complete), *_nested(complete), *_lora(complete)]
+    found = [*_conflicts(complete), *_comparison(complete), *unknown_fields(complete), *_lora(complete)]
     found += [*_alignment(complete), *_objective(complete)]
     found += [] if values.get("smoke_test") else _missing(complete)
     problems += [problem for problem in found if problem[0] not in wrong]
@@ -572,7 +572,7 @@ def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: Curri
     return rewarded
 
 
-def _help(usage: str, classes=CLASSES) -> str:
+def help_text(usage: str, classes=CLASSES) -> str:
     lines = [f"usage: {usage}", ""]
     for cls in classes:
         own = [field for field in dataclasses.fields(cls) if field.name in vars(cls).get("__annotations__", {})]
@@ -587,18 +587,18 @@ def read_arguments(argv: list[str], cls, usage: str):
         RecipeError: everything that is wrong with the command line.
     """
     if {"-h", "--help"} & {*argv}:
-        print(_help(usage, [cls]))
+        print(help_text(usage, [cls]))
         raise SystemExit(0)
     problems, values = [], {}
     for key, value in read_overrides(argv, problems).items():
         assign(values, key, value, problems=problems)
-    values = _typed(expand(values, "", problems), get_type_hints(cls), problems)
+    values = as_types(expand(values, "", problems), get_type_hints(cls), problems)
     if problems:
         raise RecipeError("command line", problems)
     return cls(**values)
 
 
-def _read_values(recipe: str, words: list[str]) -> MergedRecipe:
+def read_values(recipe: str, words: list[str]) -> MergedRecipe:
     """What a recipe, its bases and the command line say together, variables expanded and old keys translated."""
     values, sources, problems = read_recipe_file(recipe)
     overrides = read_overrides(words, problems)
@@ -617,8 +617,8 @@ def _read_values(recipe: str, words: list[str]) -> MergedRecipe:
 
 def read_recipe(recipe: str | os.PathLike) -> dict:
     """What a recipe says of the data and the training text, typed, as far as it is said; the rest is not looked at."""
-    values, sources, problems = _read_values(str(recipe), [])
-    values = _typed({key: value for key, value in values.items() if key in TYPES}, TYPES, problems)
+    values, sources, problems = read_values(str(recipe), [])
+    values = as_types({key: value for key, value in values.items() if key in TYPES}, TYPES, problems)
     if problems:
         raise RecipeError(str(recipe), name_sources(problems, sources, str(recipe)))
     return values
@@ -628,11 +628,11 @@ def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, Curric
     """The arguments of `recipe.yaml [--key value ...]`; RecipeError lists everything that is wrong with them."""
     recipe, *words = argv or [""]
     if {"-h", "--help"} & {*argv}:
-        print(_help("train_hf.py recipe.yaml [--key value ...]"))
+        print(help_text("train_hf.py recipe.yaml [--key value ...]"))
         print(HELP)
         raise SystemExit(0)
-    values, sources, problems = _read_values(recipe, words)
-    values = _typed(values, TYPES, problems, others=COCONUT_KEYS)
+    values, sources, problems = read_values(recipe, words)
+    values = as_types(values, TYPES, problems, others=COCONUT_KEYS)
     values["output_dir"] = values.get("output_dir") or f"outputs/{Path(recipe).stem}"
     arguments = _build(values, problems)
     if values.get("smoke_test"):  # it makes its own data

@@ -41,6 +41,7 @@ class EvaluationArguments:
     metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the recipe's, or the data set's.")
     score_by: str = HfArg(default="generation", help="Write answers, or choose the likeliest of a row's choices.")
     num_latents: int | None = HfArg(default=None, help="Thoughts a question; default: the checkpoint's.")
+    stop_threshold: float = HfArg(default=0.5, help="Of a stop head: rows stop above it; 1 thinks all thoughts.")
     max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
     num_beams: int | None = HfArg(default=None, help="Beams of the search; default: the recipe's, or 1: greedy.")
     unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")

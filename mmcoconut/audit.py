@@ -66,6 +66,7 @@ class AuditArguments(EvaluationArguments):
     max_samples: int | None = HfArg(default=500, help="Rows, drawn at random; each is answered some thirty times.")
     output_dir: str | None = HfArg(default=None, help="Default: outputs/audit/<model>-<dataset>-<split>.")
     overwrite: bool = HfArg(default=False, help="Delete an earlier audit in output_dir.")
+    stop_threshold: float = HfArg(default=1.0, help="Leave it: all thoughts of a stop head's checkpoint are audited.")
     margin: float = HfArg(default=MARGIN, help="A smaller difference in accuracy is taken for none.")
     num_shown: int = HfArg(default=4, help="Rows whose thoughts are drawn and decoded one by one.")
     top_k: int = HfArg(default=5, help="Tokens that are listed for each thought and layer.")
@@ -247,6 +248,9 @@ def check_start(arguments, state) -> None:
     """What would stop the audit in the end stops it now."""
     if arguments.score_by != "generation":
         raise RecipeError("command line", [("score_by", arguments.score_by, "an audit reads what is written")])
+    if arguments.stop_threshold != 1:
+        remedy = "interventions replace all thoughts, so none is left out: remove this key"
+        raise RecipeError("command line", [("stop_threshold", arguments.stop_threshold, remedy)])
     if state.num_processes > 1:
         raise ValueError(f"An audit runs in one process, not in {state.num_processes}: start it without a launcher.")
     for name in ("matplotlib", "sklearn"):
@@ -266,7 +270,9 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = load_checkpoint(
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
     )
-    answerer = Answerer(model, processor, num_latents=arguments.num_latents, max_new_tokens=arguments.max_new_tokens)
+    # A stop head is left alone: which thoughts matter is asked of all of them.
+    counts = {"num_latents": arguments.num_latents, "max_new_tokens": arguments.max_new_tokens}
+    answerer = Answerer(model, processor, stop_threshold=None, **counts)
     rows = fit_to(answerer, rows, arguments)
     metric = arguments.metric or default_metric(arguments.dataset, rows[0])
     logger.info("answering %d rows untouched", len(rows))

@@ -281,6 +281,7 @@ def main(argv: list[str] | None = None) -> dict:
         num_latents=arguments.num_latents,
         max_new_tokens=arguments.max_new_tokens,
         num_beams=arguments.num_beams,
+        stop_threshold=arguments.stop_threshold,
     )
     rows = fit_to(answerer, rows, arguments)
     settings = settings_of(arguments, answerer, rows)

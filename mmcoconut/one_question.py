@@ -56,6 +56,7 @@ class Asked:
     answer: str
     output: str
     generated_tokens: int
+    num_thoughts: int
     decoder_passes: int
     seconds: float
     gold: list[str]
@@ -228,6 +229,7 @@ class Asker:
             num_latents=num_latents,
             max_new_tokens=self.max_new_tokens,
             num_beams=self.num_beams,
+            stop_threshold=None,
         )
         start = time.perf_counter()
         line = answerer.answer([row])[0]

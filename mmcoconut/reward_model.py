@@ -32,7 +32,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg
 from transformers.trainer_utils import SaveStrategy
 
-from mmcoconut.arguments import _help, _nested, _read_values, _typed
+from mmcoconut.arguments import as_types, help_text, read_values, unknown_fields
 from mmcoconut.data import question_text
 from mmcoconut.data.json_steps import check_list, check_text, field_error, field_of, read_text
 from mmcoconut.provenance import provenance
@@ -91,7 +91,7 @@ def conflicts(values: Mapping) -> Iterator[tuple]:
         yield "tokenizer", None, "a `text_config` has none: set `tokenizer: train`, a folder or a Hub id"
     if text_config is not None and "model_type" not in text_config:
         yield "text_config", text_config, "name the architecture: add `model_type`"
-    yield from _nested({"vision_config": None, "text_config": text_config})
+    yield from unknown_fields({"vision_config": None, "text_config": text_config})
     if values.get("push_to_hub"):
         yield "push_to_hub", True, "this command does not upload: remove this key, and upload what it writes"
     for key in FILES if not values.get("smoke_test") else ():
@@ -104,12 +104,12 @@ def conflicts(values: Mapping) -> Iterator[tuple]:
 def parse_arguments(argv: list[str]) -> tuple[RewardModelArguments, RewardModelRun]:
     """The arguments of `recipe.yaml [--key value ...]`; RecipeError lists everything that is wrong with them."""
     if {"-h", "--help"} & {*argv}:
-        print(_help(USAGE, CLASSES))
+        print(help_text(USAGE, CLASSES))
         print("and every field of transformers.TrainingArguments.")
         raise SystemExit(0)
     recipe, *words = argv or [""]
-    values, sources, problems = _read_values(recipe, words)
-    values = _typed(values, TYPES, problems)
+    values, sources, problems = read_values(recipe, words)
+    values = as_types(values, TYPES, problems)
     values["output_dir"] = values.get("output_dir") or f"outputs/{Path(recipe).stem}"
     if values.get("smoke_test") and not torch.cuda.is_available():
         values |= {"bf16": False, "fp16": False}

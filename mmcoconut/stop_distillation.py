@@ -48,7 +48,7 @@ def stopping_points(trainer: "StopDistiller", rows, *, batch_size: int) -> list[
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     collator = trainer.curriculum_collator
     num_latents = collator.curriculum.num_latents(collator.stage)
-    options = {"max_new_tokens": collator.max_new_tokens, "num_beams": trainer.num_beams, "stop_threshold": 1.0}
+    options = {"max_new_tokens": collator.max_new_tokens, "num_beams": trainer.num_beams, "stop_threshold": None}
     answerers = [
         Answerer(model, trainer.processing_class, num_latents=number, **options) for number in range(num_latents + 1)
     ]

@@ -200,7 +200,7 @@ class CurriculumTrainer(Trainer):
                 model,
                 self.processing_class,
                 inputs,
-                stop_threshold=0.5 if model.config.stop_head else None,
+                stop_threshold=0.5,
                 max_new_tokens=self.curriculum_collator.max_new_tokens,
                 do_sample=False,
                 num_beams=self.num_beams,

@@ -109,6 +109,10 @@ def test_an_empty_field_keeps_its_default(recipe):
     assert (model.vision_feature_layer, model.vision_feature_select_strategy) == (-1, "default")
     assert (data.dataset, data.dataset_options, data.eval_split) == ("arrow_mazes", {}, "validation")
     assert dataclasses.asdict(curriculum) == {
+        "objective": "supervised",
+        "rewards": None,
+        "rl": {},
+        "thought_noise": 0.0,
         "mode": "coconut",
         "c_thought": 1,
         "max_latent_stage": 3,
