@@ -30,6 +30,7 @@ from mmcoconut.objectives import Alignment
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
+from mmcoconut.recipe_files import run_command
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, write_json
 from mmcoconut.scoring import default_metric, figures_of, references_of, score
 from mmcoconut.smoke import smoke_arguments
@@ -461,4 +462,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

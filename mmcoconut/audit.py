@@ -40,7 +40,7 @@ from mmcoconut.interventions import (
     swaps,
 )
 from mmcoconut.provenance import provenance
-from mmcoconut.recipe_files import RecipeError
+from mmcoconut.recipe_files import RecipeError, run_command
 from mmcoconut.records import write_json, write_lines
 from mmcoconut.scoring import default_metric
 from mmcoconut.statistics import bootstrap_mean
@@ -288,4 +288,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

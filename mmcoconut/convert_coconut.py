@@ -22,7 +22,7 @@ from mmcoconut.arguments import read_arguments
 from mmcoconut.configuration_mmcoconut import END_LATENT_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.recipe_files import RecipeError
+from mmcoconut.recipe_files import RecipeError, run_command
 
 
 logger = logging.getLogger("mmcoconut")
@@ -159,4 +159,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

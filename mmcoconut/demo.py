@@ -19,7 +19,7 @@ from mmcoconut.asking import complete_from_recipe, join_processes, read_asked, r
 from mmcoconut.audit_report import data_uri
 from mmcoconut.data.images import open_images
 from mmcoconut.one_question import Asker, read_examples, row_of, write_examples
-from mmcoconut.recipe_files import RecipeError
+from mmcoconut.recipe_files import RecipeError, run_command
 from mmcoconut.spaces import push_demo
 from mmcoconut.thoughts import load_extra
 
@@ -239,4 +239,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -20,6 +20,7 @@ from transformers import set_seed
 from mmcoconut.answering import Answerer, image_name, load_checkpoint
 from mmcoconut.asking import default_folder, fit_to, join_processes, parse_arguments, read_rows, trained_with
 from mmcoconut.provenance import peak_memory_mb, provenance
+from mmcoconut.recipe_files import run_command
 from mmcoconut.records import changed_settings, json_line, read_json, read_lines, write_json, write_lines
 from mmcoconut.scoring import default_metric, figures_of, score
 from mmcoconut.statistics import Estimate, bootstrap_mean, percent
@@ -303,5 +304,5 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
     PartialState().destroy_process_group()

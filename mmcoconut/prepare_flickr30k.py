@@ -34,6 +34,7 @@ from mmcoconut.data import SPLITS
 from mmcoconut.data.flickr30k import FRACTIONS, captions_of, split_of_picture
 from mmcoconut.data.images import UnreadableImageError, open_images, resolve_image_path
 from mmcoconut.data.public import check_fractions
+from mmcoconut.recipe_files import run_command
 from mmcoconut.records import changed_settings, markdown_table, read_json, write_json
 
 
@@ -234,4 +235,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

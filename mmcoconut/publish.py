@@ -26,7 +26,7 @@ from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.evaluation import RECORD_FILE as EVALUATION_FILE
 from mmcoconut.models import load_model
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.recipe_files import RecipeError
+from mmcoconut.recipe_files import RecipeError, run_command
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json, read_lines
 from mmcoconut.uploads import Repository, copy_model, quiet_requests
 
@@ -252,4 +252,4 @@ def main(argv: list[str] | None = None) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -30,6 +30,14 @@ class RecipeError(ValueError):
         super().__init__("\n  - ".join([f"{recipe}: {len(lines)} problem(s)", *lines]))
 
 
+def run_command(main) -> None:
+    """main(), with all that is wrong with a recipe or a command line said in its lines, without a traceback."""
+    try:
+        main()
+    except RecipeError as error:
+        raise SystemExit(str(error)) from None
+
+
 class RecipeLoader(yaml.SafeLoader):
     """Safe YAML that reads 1e-5 as a number (YAML 1.2) and notes the keys that are written twice."""
 

@@ -36,7 +36,7 @@ from mmcoconut.arguments import as_types, help_text, read_values, unknown_fields
 from mmcoconut.data import question_text
 from mmcoconut.data.json_steps import check_list, check_text, field_error, field_of, read_text
 from mmcoconut.provenance import provenance
-from mmcoconut.recipe_files import RecipeError, name_sources
+from mmcoconut.recipe_files import RecipeError, name_sources, run_command
 from mmcoconut.records import RESULTS_FILE, write_json, write_lines
 from mmcoconut.rewards import LABELS, ModelReward, encode, judged_text, max_tokens_of
 from mmcoconut.smoke import TINY_TEXT, tiny_config
@@ -406,4 +406,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

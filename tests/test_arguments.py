@@ -18,7 +18,7 @@ from mmcoconut.arguments import (
     save_recipe,
 )
 from mmcoconut.coconut_recipes import translate_coconut_keys
-from mmcoconut.recipe_files import RecipeError, read_recipe_file
+from mmcoconut.recipe_files import RecipeError, read_recipe_file, run_command
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -847,3 +847,10 @@ def test_the_hub_token_is_neither_saved_nor_printed(recipe, tmp_path):
     assert arguments[-1].hub_token == "hf_secret"
     assert "hf_secret" not in (tmp_path / "recipe.yaml").read_text() + repr(arguments[-1])
     assert isinstance(arguments[-1], RunArguments)
+
+
+def test_a_command_says_what_is_wrong_in_lines_without_a_traceback(recipe):
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: parse_recipe([recipe(SCRATCH), "--c_thougth", "2"]))
+    assert "did you mean `c_thought`" in ended.value.code and ended.value.__cause__ is None
+    assert ended.value.__suppress_context__

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from fixed_answers import answer as fixed_answers
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_conversations import rows_of
 from test_from_vlm import thinking_pair
 from test_train import ROOT, TINY, launch, losses
@@ -263,6 +264,18 @@ def test_the_run_stays_near_its_reference(recipe, tmp_path, objective):
     train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *words, "--learning_rate", "1e-2"])
     kl = logged(tmp_path / "run", "kl")
     assert abs(kl[0]) < 1e-6 and max(kl) > 1e-3
+
+
+def test_rewards_and_pictures_reach_the_tracker(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    words = ["--report_to", "tensorboard", "--rewards", "{low: 1.0}", "--rl.beta", "0.1", "--thought_noise", "0.1"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *words])
+    events = EventAccumulator(str(tmp_path / "events"), size_guidance={"images": 0, "tensors": 0})
+    events.Reload()
+    for tag in ("train/reward", "train/kl", "train/entropy", "train/rewards/low_reward/mean", "train/num_thoughts"):
+        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4, 5, 6], tag
+    assert [event.step for event in events.Scalars("eval/accuracy")] == [6]
+    assert [event.step for event in events.Images("samples/0")] == [6]
 
 
 @pytest.mark.parametrize(
