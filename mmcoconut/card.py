@@ -9,6 +9,7 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 import mmcoconut
+from mmcoconut.arguments import OF_REWARDS, REWARDED
 from mmcoconut.compare import intervals, main_table
 from mmcoconut.records import markdown_table
 from mmcoconut.statistics import Estimate, percent
@@ -21,6 +22,11 @@ PIPELINE, TEXT_PIPELINE = "image-text-to-text", "text-generation"
 TAGS = ("mmcoconut", "coconut", "latent-reasoning")
 # Of a run's recipe, what its card shows.
 SETTINGS = (
+    "objective",
+    "rewards",
+    "rl",
+    "thought_noise",
+    "stop_head",
     "mode",
     "c_thought",
     "max_latent_stage",
@@ -224,12 +230,19 @@ def shown(value) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def settings_of(recipe: Mapping) -> dict[str, str]:
+    """What a card shows of a recipe; of rewards nothing where there are none."""
+    rewarded = recipe.get("objective") in REWARDED
+    keys = [key for key in SETTINGS if rewarded or key not in OF_REWARDS]
+    return {key: shown(recipe[key]) for key in keys if recipe.get(key) not in (None, [], {})}
+
+
 def parts(evidence: Evidence) -> dict:
     """Tables and sentences that the template places."""
     results, evaluation, compare = evidence.results, evidence.evaluation, evidence.compare
     recipe = evidence.recipe
     return {
-        "settings": {key: shown(recipe[key]) for key in SETTINGS if recipe.get(key) not in (None, [])},
+        "settings": settings_of(recipe),
         "stage_table": stage_table(results["stages"]) if results else None,
         "evaluation_table": steps_table(evaluation) if evaluation else None,
         "compare_table": main_table(compare["modes"]) if compare else None,
