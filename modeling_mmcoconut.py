@@ -613,12 +613,12 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         if position_ids is None and is_two_dimensional(attention_mask):
             position_ids = positions_from_mask(attention_mask, num_columns)  # (B, T)
         self.check_length(num_columns, position_ids, past_key_values)
-        given_mask, before = latent_mask, remembered(past_key_values)
-        latent_mask, skipped = self.split_latents(latent_mask, attention_mask)
+        given_mask, (latent_mask, skipped) = latent_mask, self.split_latents(latent_mask, attention_mask)
         columns, leaves_out = self.thought_columns(
             latent_mask, skipped, attention_mask=attention_mask, past_key_values=past_key_values, kwargs=kwargs
         )
-        loop = think
+        looks_back = columns or leaves_out or output_stop_logits  # what a cache remembers may be on the device
+        loop, before = think, remembered(past_key_values) if looks_back else None
         if columns:
             state = {"past_key_values": past_key_values, "attention_mask": attention_mask, "replayed": replayed}
             loop = self.thinking_loop(latent_mask, stop_threshold=stop_threshold, **state)
@@ -636,7 +636,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             latent_mask,
             columns=columns,
             feed=partial(self.thought_feed, embedding_norm=self.mean_embedding_norm() if columns else None),
-            previous=before if columns else None,
+            previous=before,
             linked=linked_thoughts(latent_mask, self.bptt_thoughts) if columns else None,
             noise=noise_by_column(thought_noise, given_mask) if columns and thought_noise is not None else None,
             attention_mask=attention_mask,
