@@ -68,6 +68,7 @@ from .stopping_mmcoconut import (
     Stops,
     carry_states,
     check_can_stop,
+    check_window,
     column_lists,
     is_two_dimensional,
     mask_without,
@@ -546,11 +547,12 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             chosen = self.device.type == "cpu" and self.config.text_config.hidden_size >= LEAST_WIDTH
         return chosen and self.training and not is_sharded(self.language_model)
 
-    def thinking_loop(self, latent_mask, *, past_key_values, attention_mask, stop_threshold, replayed: bool):
+    def thinking_loop(self, latent_mask, *, past_key_values, attention_mask, stop_threshold):
         """The function that runs the decoder where thoughts are fed back: one after the other, until a row stops, or
         all together."""
         if stop_threshold is not None:
-            check_can_stop(self.config, attention_mask, fixed_passes=replayed or is_sharded(self.language_model))
+            sharded = is_sharded(self.language_model)
+            check_can_stop(self.config, attention_mask, training=self.training, fixed_passes=sharded)
             return partial(think_until_stopped, stops=Stops(self.stop_head, stop_threshold, latent_mask))
         if self.config.thought_schedule != "jacobi":
             return think
@@ -620,7 +622,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         looks_back = columns or leaves_out or output_stop_logits  # what a cache remembers may be on the device
         loop, before = think, remembered(past_key_values) if looks_back else None
         if columns:
-            state = {"past_key_values": past_key_values, "attention_mask": attention_mask, "replayed": replayed}
+            state = {"past_key_values": past_key_values, "attention_mask": attention_mask}
             loop = self.thinking_loop(latent_mask, stop_threshold=stop_threshold, **state)
         if past_key_values is None and (keeps_cache or columns):
             past_key_values = self.start_cache(replayed, keeps_cache or loop is not think)
@@ -646,16 +648,20 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             use_cache=past_key_values is not None and not replayed,
             **kwargs,
         )
-        if outputs.skipped is not None:
-            skipped, leaves_out = skipped | outputs.skipped, True
-        if leaves_out:
-            outputs.skipped = skipped
-            outputs.last_hidden_state = carry_states(outputs.last_hidden_state, skipped, before)
-            outputs.attention_mask = mask_without(skipped, attention_mask, past_key_values)
+        if leaves_out or outputs.skipped is not None:
+            self.leave_out(outputs, skipped, before=before, attention_mask=attention_mask, cache=past_key_values)
         if output_stop_logits:
             outputs.stop_logits = packed(self.stop_head(states_before(outputs.last_hidden_state, before)), given_mask)
         outputs.past_key_values = remember(outputs, past_key_values) if keeps_cache else None
         return outputs
+
+    def leave_out(self, outputs: ThinkOutput, skipped: torch.Tensor, *, before, attention_mask, cache) -> None:
+        """Make the latents skipped (B, T), and those at which rows stopped, what the column before them is."""
+        outputs.skipped = skipped if outputs.skipped is None else skipped | outputs.skipped
+        outputs.last_hidden_state = carry_states(outputs.last_hidden_state, outputs.skipped, before)
+        outputs.attention_mask = mask_without(outputs.skipped, attention_mask, cache)
+        window = getattr(self.config.get_text_config(decoder=True), "sliding_window", None)
+        check_window(self.sees_all_columns, window, outputs.attention_mask.shape[1])
 
     @can_return_tuple
     def forward(
@@ -895,7 +901,8 @@ class MMCoconutForConditionalGeneration(
             ValueError: a latent after the last labelled token of its row.
         """
         if labels is not None and input_ids is not None:
-            check_thoughts_matter(input_ids == self.config.latent_token_id, labels != -100)
+            latent_mask, _ = self.model.split_latents(input_ids == self.config.latent_token_id, attention_mask)
+            check_thoughts_matter(latent_mask, labels != -100)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

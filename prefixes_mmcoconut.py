@@ -37,10 +37,11 @@ def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
     return int((one[:length] == other[:length]).long().cumprod(0).sum())
 
 
-def shared_length(prompts: list[torch.Tensor], num_tokens: int | None) -> int:
+def shared_length(prompts: list[torch.Tensor], num_tokens: int | None, *, ends_before: int | None = None) -> int:
     """How many tokens the prompts' prefix has: those that all begin with, or num_tokens of them.
 
     Of several prompts each keeps a token behind the prefix, for the next pass of the model to read.
+    ends_before: a token that stands in no prefix.
 
     Raises:
         ValueError: no such token; fewer than num_tokens.
@@ -48,6 +49,8 @@ def shared_length(prompts: list[torch.Tensor], num_tokens: int | None) -> int:
     shared = min(common_length(prompts[0], prompt) for prompt in prompts)
     if len(prompts) > 1:
         shared = min(shared, min(map(len, prompts)) - 1)
+    if ends_before is not None:
+        shared = min([shared, *(prompts[0] == ends_before).nonzero().flatten().tolist()])
     if shared < 1 or (num_tokens is not None and not 1 <= num_tokens <= shared):
         wanted = "at least one" if num_tokens is None else num_tokens
         raise ValueError(
@@ -257,7 +260,9 @@ class GenerationBehindPrefix:
         """
         check_one_source(pixel_values=pixel_values, image_features=image_features)
         prompts = prompts_of(input_ids, attention_mask)
-        prompt = prompts[0][None, : shared_length(prompts, num_tokens)]  # (1, P)
+        # Rows that stop by themselves do so each for itself, behind what they share.
+        ends_before = self.config.latent_token_id if self.config.stop_head else None
+        prompt = prompts[0][None, : shared_length(prompts, num_tokens, ends_before=ends_before)]  # (1, P)
         tiles = self.count_tiles([prompt[0]])[0]
         tiles_of_images = None if num_tiles is None else num_tiles[num_tiles.cumsum(0) <= tiles]
         self.model.check_whole_images(prompt == self.config.image_token_id, tiles_of_images)

@@ -325,7 +325,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         if decoder_input_ids is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         if labels is not None:
-            check_thoughts_matter(decoder_input_ids == self.config.latent_token_id, labels != -100)
+            latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
+            check_thoughts_matter(self.model.split_latents(latents, decoder_attention_mask)[0], labels != -100)
         outputs = self.model(
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,

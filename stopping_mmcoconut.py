@@ -75,21 +75,26 @@ def first_latents(latent_mask: torch.Tensor) -> torch.Tensor:
     return latent_mask & ~before
 
 
-def stop_log_probs(stop_logits: torch.Tensor, num_latents: torch.Tensor, num_thoughts: torch.Tensor) -> torch.Tensor:
-    """log P (B,) that rows think num_thoughts (B,) of their num_latents (B,) thoughts: Σ log(1 - p), then log p.
-
-    stop_logits (B, N): the head's, before each latent. A row that thinks all of its thoughts is never stopped.
-    """
-    order = torch.arange(stop_logits.shape[1], device=stop_logits.device)  # (N,)
-    thinks = (order < num_thoughts[:, None]) * nn.functional.logsigmoid(-stop_logits)
-    is_stop = (order == num_thoughts[:, None]) & (num_thoughts < num_latents)[:, None]
-    return (thinks + is_stop * nn.functional.logsigmoid(stop_logits)).sum(dim=1)
-
-
-def mask_after(latent_mask: torch.Tensor, attention_mask: torch.Tensor, num_thoughts: torch.Tensor) -> torch.Tensor:
-    """attention_mask (B, T) in which rows stop after num_thoughts (B,) of the latents (B, T) that it holds."""
+def first_thoughts(latent_mask: torch.Tensor, num_thoughts: torch.Tensor) -> torch.Tensor:
+    """(B, T), True at the first num_thoughts (B,) latents of each run of latents (B, T)."""
     order = latent_mask.long().cumsum(dim=1)  # (B, T), from 1
-    return attention_mask.masked_fill(latent_mask & (order > num_thoughts[:, None]), 0)
+    before_run = torch.where(first_latents(latent_mask), order - 1, 0).cummax(dim=1).values  # (B, T)
+    return latent_mask & (order - before_run <= num_thoughts[:, None])
+
+
+def stop_log_probs(stop_logits: torch.Tensor, kept: torch.Tensor, latent_mask: torch.Tensor) -> torch.Tensor:
+    """log P (B,) that rows think at the latents `kept` (B, T) of their latents (B, T) and at no others.
+
+    stop_logits (B, N): the head's, before each latent. At the first of a run, and behind each that was thought, it is
+    decided whether to think: Σ log(1 - p), and log p where a row stops. Behind a stop nothing is decided.
+    """
+    begins, thought, real = (
+        packed(mask.float(), latent_mask).bool() for mask in (first_latents(latent_mask), kept, latent_mask)
+    )
+    decides = (begins | nn.functional.pad(thought, (1, 0))[:, :-1]) & real  # (B, N)
+    thinks = nn.functional.logsigmoid(-stop_logits) * (decides & thought)
+    stops = nn.functional.logsigmoid(stop_logits) * (decides & ~thought)
+    return (thinks + stops).sum(dim=1)
 
 
 def is_two_dimensional(attention_mask) -> bool:
@@ -112,15 +117,29 @@ def remember_skipped(past_key_values: Cache, attention_mask: torch.Tensor | None
         past_key_values.mask_of_stopped = attention_mask
 
 
+def known_mask(past_key_values: Cache | None) -> torch.Tensor | None:
+    """The mask (B, length) that was noted in a cache, as far as the cache is still filled: it may have been cropped.
+
+    Rows that were put in another order since are not noticed.
+    """
+    known = getattr(past_key_values, "mask_of_stopped", None)  # (B, filled then)
+    if known is None:
+        return None
+    filled = int(past_key_values.get_seq_length())
+    if filled < known.shape[1]:
+        known = past_key_values.mask_of_stopped = known[:, :filled]
+    return known
+
+
 def without_skipped(attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> torch.Tensor | None:
     """A mask (B, length) with 0 also at the latents that rows left out when the cache was filled.
 
     One that was made for a single pass, 4-D, stays what it is: it was made of such a mask.
 
     Raises:
-        ValueError: no mask, though rows left latents out.
+        ValueError: no mask, though rows left latents out; a mask of other rows.
     """
-    known = getattr(past_key_values, "mask_of_stopped", None)  # (B, filled)
+    known = known_mask(past_key_values)  # (B, filled)
     if known is None or not (attention_mask is None or is_two_dimensional(attention_mask)):
         return attention_mask
     if attention_mask is None:
@@ -128,14 +147,32 @@ def without_skipped(attention_mask: torch.Tensor | None, past_key_values: Cache 
             "Rows of past_key_values stopped thinking early, and there is no attention_mask to leave their latents "
             "out of: pass the attention_mask (B, past + T) of all columns."
         )
+    if len(known) != len(attention_mask):
+        raise ValueError(
+            f"past_key_values hold {len(known)} rows that stopped thinking early, and the attention_mask is of "
+            f"{len(attention_mask)}: use a fresh cache for other rows."
+        )
     rest = attention_mask.new_ones(len(attention_mask), attention_mask.shape[1] - known.shape[1])
     return attention_mask * torch.cat([known.to(attention_mask), rest], dim=1)
 
 
-def check_can_stop(config, attention_mask: torch.Tensor | None, *, fixed_passes: bool) -> None:
+def check_window(sees_all_columns: bool, window: int | None, num_columns: int) -> None:
+    """A latent that is left out still takes a column, and so a place in a sliding window.
+
+    Raises:
+        ValueError: such a decoder, where the sequence of so many columns is longer than its window.
+    """
+    if not sees_all_columns and (window is None or num_columns > window):
+        raise ValueError(
+            f"Rows leave latents out, whose columns would stand in a window of {window}, and the sequence has "
+            f"{num_columns} columns: take a decoder with full attention, or leave the latents out of the prompt."
+        )
+
+
+def check_can_stop(config, attention_mask: torch.Tensor | None, *, training: bool, fixed_passes: bool) -> None:
     """Whether rows of a call can stop by themselves.
 
-    fixed_passes: the number of decoder passes must be known before, as under FSDP or for a replay in backward.
+    fixed_passes: the number of decoder passes must be known before, as under FSDP.
 
     Raises:
         ValueError: what does not fit, and what to do instead.
@@ -145,10 +182,10 @@ def check_can_stop(config, attention_mask: torch.Tensor | None, *, fixed_passes:
             "stop_threshold needs a model with a stop head, and config.stop_head is False: leave it out, or train one "
             "(a recipe with `stop_head: true` and `objective: grpo` or `distill_stops`)."
         )
-    if fixed_passes:
+    if training or fixed_passes:
         raise ValueError(
-            "Rows cannot stop by themselves while gradients are checkpointed or weights are sharded: give the latents "
-            "that they leave out an attention_mask of 0 instead."
+            "Rows cannot stop by themselves in training, or while weights are sharded: call model.eval(), or give the "
+            "latents that they leave out an attention_mask of 0 instead."
         )
     if not (attention_mask is None or is_two_dimensional(attention_mask)):
         raise ValueError("stop_threshold needs a 2-D attention_mask (B, T), not one made for a single pass.")

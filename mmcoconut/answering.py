@@ -47,13 +47,13 @@ def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
     return ends[0] + 1 if ends else len(tokens)
 
 
-def taken_thoughts(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
-    """How many of the latents (B, P) of their prompts rows thought (B,), by what a filled cache says."""
+def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
+    """At which of the latents (B, P) of their prompts rows thought, (B, P), by what a filled cache says."""
     stopped = getattr(past_key_values, "mask_of_stopped", None)
-    if stopped is not None:
-        num_beams = len(stopped) // len(latent_mask)
-        latent_mask = latent_mask & stopped[::num_beams, : latent_mask.shape[1]].bool()
-    return latent_mask.sum(dim=1)
+    if stopped is None:
+        return latent_mask
+    num_beams = len(stopped) // len(latent_mask)
+    return latent_mask & stopped[::num_beams, : latent_mask.shape[1]].bool()
 
 
 def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: float | None, **options):
@@ -66,7 +66,7 @@ def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: flo
         return model.generate(**inputs, **options), latent_mask.sum(dim=1)
     options |= {"stop_threshold": stop_threshold, "return_dict_in_generate": True}
     outputs = model.generate(**inputs, **options)
-    return outputs.sequences, taken_thoughts(outputs.past_key_values, latent_mask)
+    return outputs.sequences, thought_latents(outputs.past_key_values, latent_mask).sum(dim=1)
 
 
 class Answerer:

@@ -429,13 +429,26 @@ def _objective(values: dict):
         return
     else:
         yield from _rewarded(values)
-    if objective == "distill_stops" and not values["stop_head"]:
-        yield "stop_head", False, "`objective: distill_stops` trains that head: set `stop_head: true`"
+    if objective == "distill_stops":
+        yield from _distilled(values)
+    elif objective == "supervised" and values["stop_head"] and values["model"] is None:
+        yield "stop_head", True, "nothing trains it here: set `objective: distill_stops` or grpo, or remove this key"
     if values["stop_head"] and values["thought_schedule"] == "jacobi":
         yield "stop_head", True, "parallel thoughts do not follow each other: set `thought_schedule: sequential`"
     modes = compared_modes(values.get("compare")) or [values["mode"]]
     for mode in [mode for mode in modes if mode != "coconut"] if values["stop_head"] else []:
         yield "mode", mode, "`stop_head` ends thoughts that are fed back: set `mode: coconut`, or remove `stop_head`"
+
+
+def _distilled(values: dict):
+    """What is wrong with, or means nothing beside, a stop head that learns from a model which answers already."""
+    if not values["stop_head"]:
+        yield "stop_head", False, "`objective: distill_stops` trains that head: set `stop_head: true`"
+    if values["model"] is None and not values.get("smoke_test"):
+        yield "model", None, "`objective: distill_stops` needs a model that answers already: name its checkpoint"
+    for key in (*NOT_REWARDED, "lora"):
+        if values.get(key):
+            yield key, values[key], "only the stop head learns, and at the last stage: remove this key"
 
 
 def _rewarded(values: dict):
@@ -453,6 +466,12 @@ def _rewarded(values: dict):
             _read(key, value, types[key])
         except ValueError as error:
             yield f"rl.{key}", value, str(error)
+    if values["rl"].get("temperature") == 0:
+        yield "rl.temperature", 0, "answers of one row would all be the same: set it above 0"
+    if "thoughts" in (values["rewards"] or {}) and not values["stop_head"]:
+        yield "rewards.thoughts", values["rewards"]["thoughts"], "all rows think all thoughts: set `stop_head: true`"
+    if values["thought_noise"] and values["mode"] != "coconut":
+        yield "thought_noise", values["thought_noise"], f"`mode: {values['mode']}` feeds no thought back: set it to 0"
     for key, remedy in NOT_REWARDED.items():
         if values.get(key):
             yield key, values[key], remedy

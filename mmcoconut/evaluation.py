@@ -229,6 +229,8 @@ def hash_of_rows(rows) -> str:
 def settings_of(arguments, answerer: Answerer, rows) -> dict:
     """All that the answers depend on; folders and files may have changed under the same name since."""
     settings = {key: value for key, value in asdict(arguments).items() if key not in ABOUT_ONE_LAUNCH}
+    if not answerer.model.config.stop_head:  # which nothing depends on then, and older folders do not have
+        del settings["stop_threshold"]
     return {
         **settings,
         "num_latents": answerer.num_latents,

@@ -135,6 +135,8 @@ class Study:
             raise ValueError(
                 f"An audit of {len(rows)} rows cannot give a row the thoughts of another: give more rows."
             )
+        if answerer.model.config.stop_head and answerer.stop_threshold is not None:
+            raise ValueError("Rows of this checkpoint stop by themselves: give an Answerer(…, stop_threshold=None).")
         if answerer.num_latents == 0:
             raise ValueError(
                 "The checkpoint has num_latents 0, so there are no thoughts to audit: pass --num_latents."

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmcoconut.answering import count_generated, taken_thoughts
+from mmcoconut.answering import count_generated, thought_latents
 from mmcoconut.curriculum import CurriculumCollator
-from mmcoconut.stopping_mmcoconut import mask_after, stop_log_probs
+from mmcoconut.stopping_mmcoconut import stop_log_probs
 
 
 @dataclass
@@ -39,15 +39,19 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """How one answer came about: its prompt, the noise (N, D) on its thoughts, and how many of them were thought.
+    """How one answer came about: its prompt, at which of its latents it thought, the noise (N, D) on the thoughts.
 
-    stop_log_prob: log P of this number of thoughts when it was sampled, where that was kept.
+    stop_log_prob: log P of thinking just there, of the policy that did, where that was kept.
     """
 
     prompt: Prompt
-    num_thoughts: int
+    thought: list[bool]
     noise: torch.Tensor | None = None
     stop_log_prob: float | None = None
+
+    @property
+    def num_thoughts(self) -> int:
+        return sum(self.thought)
 
 
 @dataclass
@@ -129,13 +133,25 @@ def sample(model, processor, prompts: Sequence[Prompt], sampling: Sampling) -> t
     training = model.training
     outputs = model.eval().generate(**inputs, use_cache=True, return_dict_in_generate=True, **sampling.options)
     model.train(training)
-    counts = taken_thoughts(outputs.past_key_values, latent_mask).tolist()
+    thought = thought_latents(outputs.past_key_values, latent_mask)  # (B, P)
     eos = model.generation_config.eos_token_id
     written = outputs.sequences[:, batch[mask_name].shape[1] :].tolist()
     answers = [row[: count_generated(row, eos if isinstance(eos, list) else [eos])] for row in written]
     noises = [None] * len(prompts) if noise is None else noise
-    rollouts = [Rollout(prompt, count, of_row) for prompt, count, of_row in zip(prompts, counts, noises)]
+    rollouts = [
+        Rollout(prompt, of_row[latents].tolist(), noise)
+        for prompt, of_row, latents, noise in zip(prompts, thought, latent_mask, noises)
+    ]
     return answers, rollouts
+
+
+def where_thought(rollouts: Sequence[Rollout], latent_mask: torch.Tensor) -> torch.Tensor:
+    """(B, T), True at those of the latents (B, T) at which the rollouts thought."""
+    most = int(latent_mask.sum(dim=1).max())
+    lists = [[*rollout.thought, *[False] * (most - len(rollout.thought))] for rollout in rollouts]
+    thought = torch.tensor(lists, dtype=torch.bool, device=latent_mask.device).view(len(rollouts), most)  # (B, N)
+    order = (latent_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
+    return latent_mask & thought.gather(1, order) if most else latent_mask
 
 
 def likelihood(
@@ -147,21 +163,26 @@ def likelihood(
     mask: torch.Tensor,
     num_written: int,
     temperature: float = 1.0,
+    entropy_gradients: bool = False,
 ) -> Likelihood:
     """How likely the last C = num_written tokens of ids (B, P + C) are, thought again, with gradients.
 
+    It is that of the model's distribution at this temperature, without what `generate` may leave out (top_p, top_k,
+    suppressed placeholders, …).
+
     Args:
         model: the model, or it inside of DDP; its mode says whether there is dropout.
-        mask (B, P + C): 0 at padding; where rows stopped thinking is put into it here.
+        mask (B, P + C): 0 at padding; where rows did not think is put into it here.
         temperature: that answers were sampled with.
+        entropy_gradients: whether the entropies have gradients, which takes the memory of the logits once more.
     """
     ids_name, mask_name = processor.prompt_names
     own = getattr(model, "module", model)
     latent_mask = (ids == own.config.latent_token_id) & mask.bool()  # (B, P + C)
     latent_mask[:, -num_written:] = False
-    num_thoughts = torch.tensor([rollout.num_thoughts for rollout in rollouts], device=ids.device)  # (B,)
+    thought = where_thought(rollouts, latent_mask)  # (B, P + C)
     inputs = placed(joined([rollout.prompt for rollout in rollouts], processor.tokenizer), own)
-    inputs |= {ids_name: ids, mask_name: mask_after(latent_mask, mask, num_thoughts)}
+    inputs |= {ids_name: ids, mask_name: mask.masked_fill(latent_mask & ~thought, 0)}
     if rollouts[0].noise is not None:
         most = int(latent_mask.sum(dim=1).max())  # of these rows, which may be fewer than of those sampled together
         inputs["thought_noise"] = torch.stack([rollout.noise[:most] for rollout in rollouts])  # (B, N, D)
@@ -170,8 +191,8 @@ def likelihood(
     outputs = model(**inputs, logits_to_keep=num_written + 1)
     log_probs = (outputs.logits[:, :-1].float() / temperature).log_softmax(dim=-1)  # (B, C, V)
     of_tokens = log_probs.gather(2, ids[:, -num_written:, None])[..., 0]  # (B, C)
-    entropies = -(log_probs.detach().exp() * log_probs.detach()).sum(dim=-1)  # (B, C)
-    stops = None
-    if own.config.stop_head:
-        stops = stop_log_probs(outputs.stop_logits, latent_mask.sum(dim=1), num_thoughts)  # (B,)
+    if not entropy_gradients:
+        log_probs = log_probs.detach()
+    entropies = -(log_probs.exp() * log_probs).sum(dim=-1)  # (B, C)
+    stops = stop_log_probs(outputs.stop_logits, thought, latent_mask) if own.config.stop_head else None  # (B,)
     return Likelihood(of_tokens, entropies, stops)

@@ -37,19 +37,35 @@ def passed_on(objective: str) -> dict[str, object]:
     return {name: types[name] for name in PASSED_ON if name in types}
 
 
+def check_checkpoints(arguments) -> None:
+    """A run goes on exactly only where answers are sampled anew: those before are not kept.
+
+    Raises:
+        ValueError: `save_steps` that fall elsewhere.
+    """
+    updates = arguments.steps_per_generation * arguments.num_iterations / arguments.gradient_accumulation_steps
+    if arguments.save_strategy == "steps" and updates > 1 and arguments.save_steps % updates:
+        raise ValueError(
+            f"{updates:g} updates learn from the same answers, and save_steps={arguments.save_steps:g} is no multiple "
+            "of that, so that a run could not be resumed there exactly: set save_steps to one."
+        )
+
+
 def policy_arguments(objective: str, values: dict, *, rl: dict, rewards: dict[str, float], max_new_tokens: int):
     """The run's arguments as trl takes them.
 
-    values: of RunArguments. Dropout is switched off, so that the policy that answers is the one that learns.
+    values: of RunArguments.
 
     Raises:
-        ValueError: what trl refuses, such as batches that do not hold whole groups of answers.
+        ValueError: what trl refuses, such as batches that do not hold whole groups of answers; checkpoints that would
+            fall between two updates which learn from the same answers.
     """
-    return ARGUMENTS[objective](
+    made = ARGUMENTS[objective](
         **values,
         **rl,
         max_completion_length=max_new_tokens,
         reward_weights=[float(weight) for weight in rewards.values()],
-        disable_dropout=True,
         num_generations_eval=1,  # evaluation answers once, and greedily
     )
+    check_checkpoints(made)
+    return made

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
@@ -52,6 +53,17 @@ def columns_of(row: Mapping) -> dict:
     return {"prompt": question_text(row), **{name: value for name, value in row.items() if name != "images"}}
 
 
+def without_dropout(model) -> None:
+    """Switch off all dropout of a model, that of layers and that which is a number in a module or a configuration.
+
+    trl's `disable_dropout` knows layers only, and Marian, BART and Qwen2 have numbers.
+    """
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, float) and (name.endswith(("dropout", "_pdrop")) or isinstance(module, nn.Dropout)):
+                setattr(module, name, 0.0)
+
+
 class ThinkingPolicy:
     """What a trainer of trl asks of a policy, answered for one that thinks; before one of trl's trainers.
 
@@ -66,6 +78,7 @@ class ThinkingPolicy:
         args, model = kwargs["args"], kwargs["model"]
         beta, args.beta = args.beta, 0.0  # else trl would load a reference by the model's name
         reference = reference_of(model) if beta else None
+        without_dropout(model)
         super().__init__(**kwargs)
         del model.forward  # trl's own, for a head that answers without logits
         args.beta = self.beta = beta
@@ -77,6 +90,8 @@ class ThinkingPolicy:
         options = {name: self.generation_kwargs[name] for name in SAMPLING_OPTIONS}
         self.sampling = Sampling(thought_noise, {name: value for name, value in options.items() if value is not None})
         self.rows, self.prompts, self.rollouts, self.stop_log_probs = [], [], [], None
+
+    entropy_gradients = False
 
     @property
     def policy(self):
@@ -118,6 +133,7 @@ class ThinkingPolicy:
             mask=mask[rows],
             num_written=num_written,
             temperature=self.temperature,
+            entropy_gradients=self.entropy_gradients and torch.is_grad_enabled(),
         )
 
     def _get_per_token_logps_and_entropies(
@@ -146,13 +162,14 @@ class ThinkingPolicy:
                     rollout.stop_log_prob = value
         return log_probs, torch.cat([part.entropies for part in parts]) if compute_entropy else None, None
 
-    def stop_loss(self, advantages: torch.Tensor) -> torch.Tensor:
-        """The clipped loss of where rows stopped thinking, as trl's of a token, meaned over rows."""
+    def stop_loss(self, advantages: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+        """The clipped loss of where rows stopped thinking, as trl's of a token, meaned over the counted rows (B,)."""
         kept = [rollout.stop_log_prob for rollout in self.rollouts]
         old = self.stop_log_probs.detach() if None in kept else self.stop_log_probs.new_tensor(kept)
         ratio = (self.stop_log_probs - old).exp()  # (B,)
         clipped = ratio.clamp(1 - self.epsilon_low, 1 + self.epsilon_high)
-        return -torch.min(ratio * advantages, clipped * advantages).mean()
+        losses = -torch.min(ratio * advantages, clipped * advantages)  # (B,)
+        return (losses * counted).sum() / counted.sum().clamp(min=1)
 
     def _compute_loss(self, model, inputs: dict) -> torch.Tensor:
         self.rollouts: list[Rollout] = inputs["rollouts"]
@@ -160,7 +177,10 @@ class ThinkingPolicy:
         if self.stop_log_probs is None:
             return loss
         steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
-        return loss + self.stop_loss(inputs["advantages"]) / steps
+        counted = (
+            inputs["completion_mask"].any(dim=1).to(loss.dtype)
+        )  # (B,), not those that were cut, if they are masked
+        return loss + self.stop_loss(inputs["advantages"], counted) / steps
 
     def _prepare_inputs(self, inputs):
         """As trl's in training; evaluation brings batches of its own."""
@@ -176,6 +196,11 @@ class ThinkingPolicy:
 
 class GRPO(ThinkingPolicy, GRPOTrainer):
     """trl's GRPO over a policy that thinks."""
+
+    @property
+    def entropy_gradients(self) -> bool:
+        """Whether an entropy bonus is part of the loss."""
+        return self._entropy_bonus_enabled
 
     def _generate_single_turn(self, *args, **kwargs):
         return self.write_answers(), None

@@ -18,7 +18,7 @@ from mmcoconut.answering import Answerer
 from mmcoconut.curriculum import CurriculumCollator
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.scoring import score
-from mmcoconut.stopping_mmcoconut import stop_log_probs
+from mmcoconut.stopping_mmcoconut import first_thoughts, stop_log_probs
 from mmcoconut.trainer import CurriculumTrainer
 
 
@@ -94,13 +94,11 @@ class StopDistiller(CurriculumTrainer):
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """-mean log P of where rows are to stop; of evaluation's labelled rows the loss that every run has."""
-        if TARGET not in inputs:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        """-mean log P of where rows are to stop, in each turn after as many thoughts."""
         targets = inputs.pop(TARGET)  # (B,)
         ids = inputs[self.processing_class.prompt_names[0]]
-        num_latents = (ids == self.curriculum_collator.processor.latent_token_id).sum(dim=1)  # (B,)
+        latent_mask = ids == self.curriculum_collator.processor.latent_token_id  # (B, P)
+        model.eval()  # as when it answered, and as when it will stop
         outputs = model(**inputs, output_stop_logits=True, logits_to_keep=1)
-        loss = -stop_log_probs(outputs.stop_logits, num_latents, targets).mean()
-        loss = loss / self.current_gradient_accumulation_steps
+        loss = -stop_log_probs(outputs.stop_logits, first_thoughts(latent_mask, targets), latent_mask).mean()
         return (loss, outputs) if return_outputs else loss

@@ -24,7 +24,7 @@ def answer(model, processor, prompts, sampling):
         answers.append(processor.encode_answer(ANSWERS[seen[id(prompt)] % len(ANSWERS)]))
         seen[id(prompt)] += 1
     latents = [prompt.ids.count(processor.latent_token_id) for prompt in prompts]
-    return answers, [Rollout(prompt, count) for prompt, count in zip(prompts, latents)]
+    return answers, [Rollout(prompt, [True] * count) for prompt, count in zip(prompts, latents)]
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from test_train import ROOT, TINY, launch, losses
 from tiny import HIDDEN_SIZE, max_difference, tiny_model, tiny_processor, tiny_seq2seq, uncached
 
 import train_hf
-from mmcoconut import arguments
+from mmcoconut import arguments, stop_distillation
 from mmcoconut.answering import load_checkpoint
 from mmcoconut.arguments import RecipeError, parse_recipe
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
@@ -78,20 +78,17 @@ def batch_of(processor, rollouts: list[Rollout], answers: list[list[int]]) -> di
     return {"ids": torch.tensor(ids), "mask": torch.tensor(mask), "num_written": length}
 
 
-def plain_log_probs(model, processor, rollout: Rollout, answer: list[int]) -> torch.Tensor:
+def plain_log_probs(model, processor, rollout: Rollout, answer: list[int], temperature=1.0) -> torch.Tensor:
     """log P (V,) before each token of an answer: a forward pass of this row alone, with the thoughts that it took."""
     ids_name, mask_name = processor.prompt_names
-    latent, kept, seen = processor.latent_token_id, [], 0
-    for token in rollout.prompt.begun:
-        seen += token == latent
-        if token != latent or seen <= rollout.num_thoughts:
-            kept.append(token)
+    thought = iter(rollout.thought)
+    kept = [token for token in rollout.prompt.begun if token != processor.latent_token_id or next(thought)]
     ids = torch.tensor([[*kept, *answer]])
     inputs = {**joined([rollout.prompt], processor.tokenizer), ids_name: ids, mask_name: torch.ones_like(ids)}
     if rollout.noise is not None:
-        inputs["thought_noise"] = rollout.noise[None, : rollout.num_thoughts]
+        inputs["thought_noise"] = rollout.noise[: len(rollout.thought)][rollout.thought][None]
     with torch.no_grad():
-        return model(**inputs).logits[0, len(kept) - 1 : -1].log_softmax(dim=-1)
+        return (model(**inputs).logits[0, len(kept) - 1 : -1] / temperature).log_softmax(dim=-1)
 
 
 FAMILIES = ["gpt2", "add", "qwen2", "marian", "encoder", "internvl"]
@@ -102,9 +99,9 @@ FAMILIES = ["gpt2", "add", "qwen2", "marian", "encoder", "internvl"]
 def test_log_probabilities_equal_a_plain_forward_pass(family, noise):
     model, processor, answers, rollouts = sampled(family, noise=noise)
     with torch.no_grad():
-        found = likelihood(model, processor, rollouts, **batch_of(processor, rollouts, answers))
+        found = likelihood(model, processor, rollouts, temperature=0.7, **batch_of(processor, rollouts, answers))
     for row, (rollout, answer) in enumerate(zip(rollouts, answers)):
-        expected = plain_log_probs(model, processor, rollout, answer)
+        expected = plain_log_probs(model, processor, rollout, answer, temperature=0.7)
         tokens = expected.gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert max_difference(found.log_probs[row, : len(answer)], tokens) <= 2e-5
         entropies = -(expected.exp() * expected).sum(dim=-1)
@@ -130,7 +127,7 @@ def test_log_probabilities_of_rows_that_stopped_equal_those_of_fewer_latents(fam
 
 @pytest.mark.parametrize("family", ["gpt2", "marian", "encoder"])
 def test_the_policy_that_answers_is_the_one_whose_likelihood_is_formed(family):
-    """Greedy answers are the likeliest under the likelihood, with noise that changes them."""
+    """Greedy answers are the likeliest with the thoughts and the noise that the likelihood, as above, is formed with."""
     model, processor, answers, rollouts = sampled(family, noise=4.0, greedy=True)
     allowed = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
     allowed[model.generation_config.suppress_tokens] = False
@@ -326,15 +323,20 @@ def test_every_family_runs_with_rewards(family, tmp_path):
     words = ["--objective", "grpo", "--rl.num_generations", "4", "--max_steps", "4", "--rewards", "{low: 1.0}"]
     words += ["--stop_head", "true", "--thought_noise", "0.1", "--rl.beta", "0.1"]
     train_hf.main([str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "run"), *words])
-    assert all(value > 0 for value in logged(tmp_path / "run", "grad_norm"))
+    norms = logged(tmp_path / "run", "grad_norm")
+    assert len(norms) == 4 and min(norms) > 0
 
 
-def test_conversations_are_rewarded_for_their_last_answer():
-    model, processor = pair_of("gpt2")
+@pytest.mark.parametrize("stops", [False, True])
+def test_conversations_are_rewarded_for_their_last_answer(stops):
+    model, processor = pair_of("gpt2", stop_head=stops)
+    if stops:
+        torch.nn.init.constant_(model.model.stop_head.bias, 0.0)
     collator = CurriculumCollator(Curriculum(thoughts_per_turn=2), processor, max_length=120, max_new_tokens=5)
     prompts = read_prompts(collator, rows_of(2, 1, 3))
     answers, rollouts = sample(model, processor, prompts, Sampling(0.3, WRITE))
-    assert [rollout.num_thoughts for rollout in rollouts] == [4, 2, 6]
+    assert [len(rollout.thought) for rollout in rollouts] == [4, 2, 6]
+    assert any(not all(rollout.thought) for rollout in rollouts) == stops
     with torch.no_grad():
         found = likelihood(model, processor, rollouts, **batch_of(processor, rollouts, answers)).log_probs
     for row, (rollout, answer) in enumerate(zip(rollouts, answers)):
@@ -353,21 +355,106 @@ def test_noise_of_the_thoughts_has_the_asked_size():
     assert noise.std().item() == pytest.approx(0.25, rel=0.15)
 
 
-def test_the_stop_head_learns_where_answers_are_right_already(recipe, tmp_path):
-    """A model of random weights is wrong with any number of thoughts, so that it is to think all of them."""
-    assert fewest_right([[True, False], [True, True], [False, True]]) == [0, 1]
-    words = ["--objective", "distill_stops", "--stop_head", "true", "--rl", "{}", "--learning_rate", "0.3"]
-    run = tmp_path / "run"
-    start = tmp_path / "start"
+def distilled(recipe, tmp_path, *options: str) -> tuple:
+    """Weights before and after a distillation of a model of few updates, and the run's results."""
+    start, run = tmp_path / "start", tmp_path / "run"
     train_hf.main([recipe, "--objective", "supervised", "--rl", "{}", "--output_dir", str(start), "--max_steps", "2"])
-    before = load_model(str(start)).state_dict()
-    of_start = ["--model", str(start), "--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
-    results = train_hf.main([recipe, *words, *of_start, "--output_dir", str(run), "--max_steps", "20"])
+    words = ["--objective", "distill_stops", "--stop_head", "true", "--rl", "{}", "--learning_rate", "0.3"]
+    words += ["--model", str(start), "--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
+    results = train_hf.main([recipe, *words, "--output_dir", str(run), "--max_steps", "20", *options])
+    return load_model(str(start)).state_dict(), load_model(str(run)).state_dict(), results
+
+
+def test_a_stop_head_of_a_model_that_is_never_right_learns_not_to_stop(recipe, tmp_path):
+    before, after, results = distilled(recipe, tmp_path)
     assert results["stages"][-1]["num_thoughts"] == 2
-    after = load_model(str(run)).state_dict()
     assert {name for name in after if name not in before} == {"model.stop_head.weight", "model.stop_head.bias"}
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
-    assert after["model.stop_head.bias"].item() < -2.5, "it has learnt not to stop"
+    assert after["model.stop_head.bias"].item() < -2.5
+
+
+def test_a_stop_head_learns_the_fewest_thoughts_that_are_right(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        stop_distillation, "right_with", lambda answerer, rows, metric: [answerer.num_latents == 1] * len(rows)
+    )
+    _, _, results = distilled(recipe, tmp_path)
+    assert results["stages"][-1]["num_thoughts"] == pytest.approx(1, abs=0.2)  # of the two that there are
+
+
+def test_right_answers_count_only_where_they_come_at_once():
+    rows = [{"answers": ["red"], "choices": [], "row_id": str(number)} for number in range(3)]
+    answers = [("### red", "red"), ("B2\n### red", "red"), ("### blue", "blue")]
+
+    class Fixed:
+        def answer(self, rows):
+            return [{"output": output, "answer": answer} for output, answer in answers]
+
+    assert stop_distillation.right_with(Fixed(), rows, "exact_match") == [True, False, False]
+    assert fewest_right([[True, False], [True, True], [False, True]]) == [0, 1]
+
+
+@pytest.mark.parametrize("objective", ["distill_stops", "grpo"])
+def test_accumulated_updates_equal_whole_ones(recipe, tmp_path, monkeypatch, objective):
+    """With fixed answers, of which some earn more; the stop head has a part in both losses."""
+    monkeypatch.setattr(policy_trainer, "sample", fixed_answers)
+    monkeypatch.setattr(
+        stop_distillation, "right_with", lambda answerer, rows, metric: [answerer.num_latents == 1] * len(rows)
+    )
+    norms = []
+    for size, steps in ((8, 1), (4, 2)):
+        sizes = ["--per_device_train_batch_size", str(size), "--gradient_accumulation_steps", str(steps)]
+        if objective == "grpo":
+            words = ["--stop_head", "true", "--rewards", "{low: 1.0}", "--rl.loss_type", "grpo", "--max_steps", "3"]
+            train_hf.main([recipe, "--output_dir", str(tmp_path / f"run-{steps}"), *words, *sizes])
+            folder = tmp_path / f"run-{steps}"
+        else:
+            folder = tmp_path / str(steps) / "run"
+            (tmp_path / str(steps)).mkdir()
+            distilled(recipe, tmp_path / str(steps), "--max_steps", "3", *sizes)
+        norms.append(logged(folder, "grad_norm"))
+    assert min(norms[0]) > 0
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_the_stop_heads_loss_is_clipped_and_leaves_out_rows_that_are_masked():
+    trainer = object.__new__(policy_trainer.ThinkingPolicy)
+    trainer.epsilon_low = trainer.epsilon_high = 0.2
+    trainer.rollouts = [Rollout(None, [], stop_log_prob=value) for value in (-1.0, -1.0, -2.0)]
+    trainer.stop_log_probs = torch.tensor([-1.0, -0.5, -2.0], requires_grad=True)
+    advantages, counted = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, 0.0])
+    loss = trainer.stop_loss(advantages, counted)
+    assert loss.item() == pytest.approx(-(1.0 + 1.2) / 2)
+    loss.backward()
+    assert trainer.stop_log_probs.grad.tolist() == pytest.approx([-0.5, 0.0, 0.0])
+
+
+def test_all_dropout_is_switched_off():
+    pairs = [pair_of("marian"), pair_of("qwen2")]
+    for model, _ in pairs:
+        for module in model.modules():
+            for name in ("dropout", "attention_dropout", "activation_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.5)
+    for model, processor in pairs:
+        prompts = read_prompts(collator_of(processor), rows())
+        answers, rollouts = sample(model, processor, prompts, Sampling(0.0, WRITE))
+        batch = batch_of(processor, rollouts, answers)
+        with torch.no_grad():
+            expected = likelihood(model, processor, rollouts, **batch).log_probs
+            model.train()
+            assert max_difference(likelihood(model, processor, rollouts, **batch).log_probs, expected) > 1e-3
+            policy_trainer.without_dropout(model)
+            assert max_difference(likelihood(model, processor, rollouts, **batch).log_probs, expected) <= 1e-5
+
+
+def test_an_entropy_bonus_has_gradients(recipe, tmp_path):
+    norms = []
+    for coefficient in ("0.0", "1000.0"):
+        run = tmp_path / coefficient
+        words = ["--rl.entropy_coef", coefficient, "--rewards", "{low: 1.0}", "--max_steps", "1"]
+        train_hf.main([recipe, "--output_dir", str(run), *words])
+        norms += logged(run, "grad_norm")
+    assert abs(norms[1] - norms[0]) > 0.1
 
 
 @pytest.mark.parametrize(
@@ -387,6 +474,16 @@ def test_the_stop_head_learns_where_answers_are_right_already(recipe, tmp_path):
         (["--objective", "supervised"], "rl", "nothing is sampled"),
         (["--objective", "distill_stops", "--rl", "{}"], "stop_head", "stop_head: true"),
         (["--stop_head", "true", "--mode", "pause"], "mode", "stop_head"),
+        (["--objective", "supervised", "--rl", "{}", "--stop_head", "true"], "stop_head", "nothing trains it"),
+        (["--objective", "distill_stops", "--rl", "{}", "--stop_head", "true"], "model", "needs a model"),
+        (["--rewards", "{thoughts: 1.0}"], "rewards.thoughts", "stop_head: true"),
+        (["--thought_noise", "0.1", "--mode", "cot"], "thought_noise", "feeds no thought back"),
+        (["--rl.temperature", "0"], "rl.temperature", "above 0"),
+        (
+            ["--rl.num_iterations", "2", "--save_strategy", "steps", "--save_steps", "3"],
+            "TrainingArguments",
+            "save_steps",
+        ),
         (["--train_sampling_strategy", "group_by_length"], "train_sampling_strategy", "its own order"),
     ],
 )

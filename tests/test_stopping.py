@@ -10,6 +10,7 @@ from tiny import (
     last_labels,
     loss_and_gradients,
     max_difference,
+    mistral_config,
     ragged_batch,
     rows_alone,
     seq2seq_batch,
@@ -20,6 +21,7 @@ from tiny import (
     uncached,
     words,
 )
+from transformers import DynamicCache, StaticCache
 
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -27,7 +29,7 @@ from mmcoconut.stopping_mmcoconut import (
     INITIAL_BIAS,
     carry_states,
     first_latents,
-    mask_after,
+    first_thoughts,
     packed,
     stop_log_probs,
 )
@@ -55,7 +57,8 @@ def shortened(model, row: dict, num_thoughts: int) -> dict:
 
 def with_stops(model, batch: dict, counts: list[int]) -> dict:
     latents = batch["input_ids"] == model.config.latent_token_id
-    return {**batch, "attention_mask": mask_after(latents, batch["attention_mask"], torch.tensor(counts))}
+    left_out = latents & ~first_thoughts(latents, torch.tensor(counts))
+    return {**batch, "attention_mask": batch["attention_mask"].masked_fill(left_out, 0)}
 
 
 def with_head(model, scale: float = 40.0):
@@ -155,6 +158,7 @@ def test_split_keys_and_a_prefix_go_with_rows_that_stop():
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
     expected = model.generate(**batch, **options)
     prefix = model.prefill(batch["input_ids"], batch["attention_mask"])
+    assert len(prefix) == len(question)
     assert torch.equal(model.generate(**batch, prefix=prefix, **options), expected)
     model.set_attn_implementation("latent")
     assert torch.equal(model.generate(**batch, **options), expected)
@@ -223,8 +227,8 @@ def test_thresholds_of_each_latent_decide_alone():
 
 
 def test_log_probabilities_of_all_numbers_of_thoughts_sum_to_one():
-    logits = torch.randn(1, 4).expand(5, 4)
-    log_probs = stop_log_probs(logits, torch.full((5,), 4), torch.arange(5))
+    logits, latents = torch.randn(1, 4).expand(5, 4), torch.ones(5, 4, dtype=torch.bool)
+    log_probs = stop_log_probs(logits, first_thoughts(latents, torch.arange(5)), latents)
     assert log_probs.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
     p = logits[0].sigmoid()
     assert log_probs[2].exp().item() == pytest.approx(((1 - p[0]) * (1 - p[1]) * p[2]).item(), rel=1e-5)
@@ -320,9 +324,104 @@ def test_what_cannot_stop_says_so():
     following = torch.full((3, 1), words(1, 1)[0])
     with pytest.raises(ValueError, match="pass the attention_mask"):
         model(input_ids=following, past_key_values=outputs.past_key_values)
-    model.train().gradient_checkpointing_enable()
-    with pytest.raises(ValueError, match="gradients are checkpointed"):
+    model.train()
+    with pytest.raises(ValueError, match="cannot stop by themselves in training"):
         model(**batch, labels=last_labels(batch), stop_threshold=0.5)
     for wrong in ({"thought_schedule": "jacobi", "jacobi_iterations": 2}, {"thought_mode": "pause"}):
         with pytest.raises(ValueError, match="stop_head=True"):
             MMCoconutConfig(stop_head=True, **wrong)
+
+
+def two_turns(model, num_latents: int = 4) -> dict:
+    """Two rows of two turns, each with so many latents, of different lengths."""
+    config = model.config
+    thoughts = [config.start_latent_token_id, *[config.latent_token_id] * num_latents]
+    rows = [[*words(5, 1), *thoughts, *words(3, 2), *thoughts], [*words(2, 3), *thoughts, *words(5, 4), *thoughts]]
+    return batch_of(model, rows)
+
+
+def test_each_turn_stops_for_itself():
+    model = tiny_model("gpt2", stop_head=True)  # σ(-2) = 0.12 everywhere
+    batch = two_turns(model)
+    thresholds = torch.full((2, 8), 0.5)
+    thresholds[0, 1] = thresholds[0, 6] = thresholds[1, 0] = 0.1
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
+    given = model.generate(**batch, stop_threshold=thresholds, **options)
+    latents = batch["input_ids"] == model.config.latent_token_id
+    stopped = given.past_key_values.mask_of_stopped[:, : latents.shape[1]].bool()
+    thought = [row[of_row].tolist() for row, of_row in zip(stopped, latents)]
+    assert thought[0] == [True, False, False, False, True, True, False, False]
+    assert thought[1] == [False] * 4 + [True] * 4
+    told = {**batch, "attention_mask": batch["attention_mask"].masked_fill(latents & ~stopped, 0)}
+    assert torch.equal(given.sequences, model.generate(**told, stop_threshold=None, **options).sequences)
+
+
+def test_log_probabilities_of_turns_add_up():
+    latents = torch.tensor([[True, True, False, True, True, True]])
+    logits = torch.randn(1, 5)
+    kept = torch.tensor([[True, False, False, False, False, False]])  # one in the first turn, then none
+    p = logits[0].sigmoid()
+    expected = (1 - p[0]) * p[1] * p[2]
+    assert stop_log_probs(logits, kept, latents).exp().item() == pytest.approx(expected.item(), rel=1e-5)
+    counts = torch.tensor([2])
+    assert first_thoughts(latents, counts).tolist() == [[True, True, False, True, True, False]]
+
+
+def test_rows_that_stop_read_the_noise_of_their_thoughts():
+    model = with_head(tiny_model("gpt2", stop_head=True))
+    batch, noise = prompts(model, ends=False, num_latents=6), torch.randn(3, 6, HIDDEN_SIZE)
+    with torch.no_grad():
+        outputs = model(**batch, stop_threshold=0.5, thought_noise=noise)
+        told = {**batch, "attention_mask": outputs.attention_mask}
+        assert (outputs.attention_mask != batch["attention_mask"]).any()
+        assert max_difference(outputs.logits[:, -1], model(**told, thought_noise=noise).logits[:, -1]) <= 1e-5
+        assert max_difference(outputs.logits[:, -1], model(**told).logits[:, -1]) > 1e-2
+
+
+@pytest.mark.parametrize("way", ["crop", "reset"])
+def test_a_cache_that_is_used_again_forgets_what_was_left_out(way):
+    model = tiny_model("gpt2", stop_head=True)
+    batch = with_stops(model, prompts(model, ends=True), [1, 0, 2])
+    marker = (batch["input_ids"] == model.config.start_latent_token_id).nonzero()[0, 1].item()
+    whole = {**batch, "attention_mask": (batch["input_ids"] != model.generation_config.pad_token_id).long()}
+    cache = StaticCache(config=model.config.text_config, max_cache_len=64) if way == "reset" else DynamicCache()
+    with torch.no_grad():
+        expected = model(**whole, use_cache=False).logits[:, -1]
+        model(**batch, use_cache=True, past_key_values=cache)
+        if way == "reset":
+            cache.reset()
+            rest = whole
+        else:
+            cache.crop(marker - batch["input_ids"].shape[1])
+            rest = {"input_ids": batch["input_ids"][:, marker:], "attention_mask": whole["attention_mask"]}
+        given = model(**rest, past_key_values=cache, use_cache=True).logits[:, -1]
+    assert max_difference(given, expected) <= 1e-5
+
+
+def test_what_was_left_out_does_not_count_for_the_loss():
+    model = tiny_model("gpt2")
+    row = [*words(4, 1), model.config.start_latent_token_id, *words(2, 2), model.config.latent_token_id]
+    batch = batch_of(model, [row])
+    batch["attention_mask"][0, -1] = 0
+    labels = torch.full_like(batch["input_ids"], -100)
+    labels[0, -2] = batch["input_ids"][0, -2]
+    assert model(**batch, labels=labels).loss.isfinite()
+
+
+def test_a_sliding_window_that_is_shorter_than_the_sequence_is_refused():
+    model = tiny_model(mistral_config(window=6))
+    with pytest.raises(ValueError, match="window of 6, and the sequence has"):
+        model(**with_stops(model, prompts(model, ends=True), [1, 0, 2]))
+
+
+def test_a_prefix_ends_before_thoughts_that_rows_may_leave_out():
+    model = with_head(tiny_model("gpt2", stop_head=True))
+    batch = two_turns(model)
+    row = {name: batch[name][:1] for name in ("input_ids", "attention_mask")}
+    row = {name: tensor[:, row["attention_mask"][0].bool()] for name, tensor in row.items()}
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    prefix = model.prefill(row["input_ids"])
+    assert len(prefix) == 6  # five words and the marker
+    assert torch.equal(model.generate(**row, prefix=prefix, **options), model.generate(**row, **options))
+    with pytest.raises(ValueError, match="1 <= num_tokens <= 6"):
+        model.prefill(row["input_ids"], num_tokens=8)
