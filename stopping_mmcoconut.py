@@ -217,6 +217,41 @@ class Stops:
         return self.head(states).sigmoid() > threshold
 
 
+def run_piece(
+    decoder,
+    inputs_embeds: torch.Tensor,
+    *,
+    start: int,
+    end: int,
+    thinks: torch.Tensor | None,
+    skipped: torch.Tensor,
+    attention_mask: torch.Tensor,
+    noise: torch.Tensor | None = None,
+    **kwargs,
+) -> ThinkOutput:
+    """`think` over columns start … end - 1 of (B, T, D), of which the first is a thought in the rows of thinks (B,).
+
+    attention_mask (B, past + T), in which the latents skipped (B, T) so far are still 1.
+    """
+    columns = slice(start, end)
+    mask = attention_mask[:, : attention_mask.shape[1] - skipped.shape[1] + end]  # (B, past + end)
+    left_out = nn.functional.pad(skipped[:, :end], (mask.shape[1] - end, 0))  # (B, past + end)
+    mask = mask.masked_fill(left_out, 0)
+    is_thought = torch.zeros_like(skipped[:, columns])
+    if thinks is not None:
+        is_thought = nn.functional.pad(thinks[:, None], (0, end - start - 1))  # (B, end - start)
+    return think(
+        decoder,
+        inputs_embeds[:, columns],
+        is_thought,
+        columns=[] if thinks is None else [0],
+        attention_mask=mask,
+        position_ids=positions_from_mask(mask, end - start),
+        noise=None if noise is None else noise[:, columns],
+        **kwargs,
+    )
+
+
 def think_until_stopped(
     decoder,
     inputs_embeds: torch.Tensor,
@@ -226,55 +261,37 @@ def think_until_stopped(
     stops: Stops,
     attention_mask: torch.Tensor | None,
     past_key_values: Cache,
-    position_ids: torch.Tensor | None = None,
     previous: torch.Tensor | None = None,
-    noise: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
     linked: torch.Tensor | None = None,
     **kwargs,
 ) -> ThinkOutput:
     """`think` with rows that stop: each before the first latent of a run of them at which `stops` says so.
 
-    Where no row goes on thinking there is no pass. Arguments and results are those of `think`, but positions are
-    counted from the mask, whatever position_ids says; `skipped` (B, T) says which latents were left out.
+    Behind the column at which the last row stops there is no further pass for thoughts. Arguments and results are
+    those of `think`, but positions are counted from the mask, whatever position_ids says, and `linked` is not looked
+    at, as this is no training; `skipped` (B, T) says which latents were left out.
     """
     length, past_length = inputs_embeds.shape[1], int(past_key_values.get_seq_length())
     if attention_mask is None:
         attention_mask = latent_mask.new_ones(len(latent_mask), past_length + length, dtype=torch.long)
+    kwargs |= {"attention_mask": attention_mask, "past_key_values": past_key_values}
     begins, order = first_latents(latent_mask), latent_mask.long().cumsum(dim=1) - 1  # (B, T) each
     skipped, stopped = torch.zeros_like(latent_mask), torch.zeros_like(latent_mask[:, 0])
-    outputs, start, thinks = [], 0, torch.zeros_like(stopped)
-
-    def run(end: int) -> torch.Tensor:
-        """Columns start … end - 1, of which the first are thoughts in the rows that think; the last's state (B, D)."""
-        mask = attention_mask[:, : past_length + end].clone()
-        mask[:, past_length:] = mask[:, past_length:].masked_fill(skipped[:, :end], 0)
-        is_thought = nn.functional.pad(thinks[:, None], (0, end - start - 1))  # (B, end - start)
-        output = think(
-            decoder,
-            inputs_embeds[:, start:end],
-            is_thought,
-            columns=[0] if start in columns else [],
-            attention_mask=mask,
-            position_ids=positions_from_mask(mask, end - start),
-            past_key_values=past_key_values,
-            previous=previous,
-            noise=None if noise is None else noise[:, start:end],
-            linked=None if linked is None else linked[:, start:end],
-            **kwargs,
-        )
-        outputs.append(output)
-        return output.last_hidden_state[:, -1]
-
+    outputs, start, thinks = [], 0, None
     for column in columns:
         is_latent, stopped = latent_mask[:, column], stopped & ~begins[:, column]
         decides = is_latent & ~stopped  # (B,)
         if decides.any():
             if column > start:
-                previous = run(column)
+                piece = {"start": start, "end": column, "thinks": thinks, "previous": previous}
+                outputs.append(run_piece(decoder, inputs_embeds, skipped=skipped, **piece, **kwargs))
+                previous = outputs[-1].last_hidden_state[:, -1]  # (B, D)
             stopped = stopped | (decides & stops(previous, order[:, column].clamp(min=0)))
             start, thinks = column, is_latent & ~stopped
         skipped[:, column] = is_latent & stopped
-    run(length)
+    piece = {"start": start, "end": length, "thinks": thinks, "previous": previous}
+    outputs.append(run_piece(decoder, inputs_embeds, skipped=skipped, **piece, **kwargs))
     joined = join_outputs(outputs, [o.inputs_embeds for o in outputs], past_key_values, past_length=past_length)
     joined.skipped = skipped
     return joined

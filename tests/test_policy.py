@@ -127,7 +127,7 @@ def test_log_probabilities_of_rows_that_stopped_equal_those_of_fewer_latents(fam
 
 @pytest.mark.parametrize("family", ["gpt2", "marian", "encoder"])
 def test_the_policy_that_answers_is_the_one_whose_likelihood_is_formed(family):
-    """Greedy answers are the likeliest with the thoughts and the noise that the likelihood, as above, is formed with."""
+    """Greedy answers are the likeliest with the thoughts and noise that the likelihood, as above, is formed with."""
     model, processor, answers, rollouts = sampled(family, noise=4.0, greedy=True)
     allowed = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
     allowed[model.generation_config.suppress_tokens] = False
