@@ -18,13 +18,14 @@ ANSWERS = ("red", "green", "blue", "yellow")
 
 
 def answer(model, processor, prompts, sampling):
-    """Of each prompt, its first answer red, its second green, …"""
-    seen, answers = Counter(), []
+    """Of each prompt, its first answer red after no thought, its second green after one, …"""
+    seen, answers, rollouts = Counter(), [], []
     for prompt in prompts:
-        answers.append(processor.encode_answer(ANSWERS[seen[id(prompt)] % len(ANSWERS)]))
+        number, count = seen[id(prompt)], prompt.ids.count(processor.latent_token_id)
+        answers.append(processor.encode_answer(ANSWERS[number % len(ANSWERS)]))
+        rollouts.append(Rollout(prompt, [place < number % (count + 1) for place in range(count)]))
         seen[id(prompt)] += 1
-    latents = [prompt.ids.count(processor.latent_token_id) for prompt in prompts]
-    return answers, [Rollout(prompt, [True] * count) for prompt, count in zip(prompts, latents)]
+    return answers, rollouts
 
 
 if __name__ == "__main__":

@@ -288,13 +288,27 @@ def test_a_run_that_was_stopped_goes_on_exactly(recipe, tmp_path, options):
     assert_same_weights(whole, resumed)
 
 
-def test_two_processes_equal_one_with_twice_the_batch(recipe, tmp_path, monkeypatch):
-    words = [recipe, "--rl.beta", "0.1", "--weight_decay", "0"]
-    two, one = tmp_path / "two", tmp_path / "one"
-    of_two = [*words, "--output_dir", str(two), "--per_device_train_batch_size", "4"]
-    launch(json.dumps([of_two]), folder=tmp_path, script=ROOT / "tests" / "fixed_answers.py")
+TWO = {"plain": ["--rl.beta", "0.1"], "stops": ["--stop_head", "true", "--rl.num_iterations", "2"]}
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory):
+    """A folder with the runs of two processes by name; in one launch, as starting processes takes longest."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "rewarded.yaml").write_text(REWARDED)
+    half = ["--per_device_train_batch_size", "4", "--weight_decay", "0"]
+    runs = [
+        [str(folder / "rewarded.yaml"), "--output_dir", str(folder / name), *half, *own] for name, own in TWO.items()
+    ]
+    launch(json.dumps(runs), folder=folder, script=ROOT / "tests" / "fixed_answers.py")
+    return folder
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_two_processes_equal_one_with_twice_the_batch(name, of_two, tmp_path, monkeypatch):
     monkeypatch.setattr(policy_trainer, "sample", fixed_answers)
-    train_hf.main([*words, "--output_dir", str(one)])
+    one, two = tmp_path / "one", of_two / name
+    train_hf.main([str(of_two / "rewarded.yaml"), "--output_dir", str(one), "--weight_decay", "0", *TWO[name]])
     assert list(losses(one)) == list(losses(two)) == [1, 2, 3, 4, 5, 6]
     assert logged(two, "reward") == pytest.approx(logged(one, "reward"))
     assert logged(two, "grad_norm") == pytest.approx(logged(one, "grad_norm"), rel=1e-3)
