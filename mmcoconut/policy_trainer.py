@@ -73,6 +73,8 @@ class ThinkingPolicy:
         kwargs: of trl's trainer.
     """
 
+    entropy_gradients = False
+
     def __init__(self, *, data_collator, thought_noise: float = 0.0, **kwargs):
         self.curriculum_collator = data_collator
         args, model = kwargs["args"], kwargs["model"]
@@ -91,8 +93,6 @@ class ThinkingPolicy:
         self.sampling = Sampling(thought_noise, {name: value for name, value in options.items() if value is not None})
         self.rows, self.prompts, self.rollouts, self.stop_log_probs = [], [], [], None
 
-    entropy_gradients = False
-
     @property
     def policy(self):
         return self.accelerator.unwrap_model(self.model)
@@ -101,12 +101,10 @@ class ThinkingPolicy:
         """As trl's, and the rollouts of all rows, which are shuffled and split with the rest."""
         self.rows = inputs
         output = super()._generate_and_score_completions([columns_of(row) for row in inputs])
-        self._metrics["train"]["num_thoughts"].append(self.mean_over_processes("num_thoughts"))
+        counts = torch.tensor([float(rollout.num_thoughts) for rollout in self.rollouts])
+        mean = self.accelerator.gather(counts.to(self.accelerator.device)).mean().item()
+        self._metrics["train"]["num_thoughts"].append(mean)
         return {**output, "rollouts": self.rollouts}
-
-    def mean_over_processes(self, name: str) -> float:
-        values = torch.tensor([float(getattr(rollout, name)) for rollout in self.rollouts])
-        return self.accelerator.gather(values.to(self.accelerator.device)).mean().item()
 
     def _tokenize_prompts(self, prompts: list):
         self.prompts = read_prompts(self.curriculum_collator, self.rows)
@@ -177,9 +175,7 @@ class ThinkingPolicy:
         if self.stop_log_probs is None:
             return loss
         steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
-        counted = (
-            inputs["completion_mask"].any(dim=1).to(loss.dtype)
-        )  # (B,), not those that were cut, if they are masked
+        counted = inputs["completion_mask"].any(dim=1).to(loss.dtype)  # (B,), without cut answers that are masked
         return loss + self.stop_loss(inputs["advantages"], counted) / steps
 
     def _prepare_inputs(self, inputs):
