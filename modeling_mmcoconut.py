@@ -547,7 +547,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             chosen = self.device.type == "cpu" and self.config.text_config.hidden_size >= LEAST_WIDTH
         return chosen and self.training and not is_sharded(self.language_model)
 
-    def thinking_loop(self, latent_mask, *, past_key_values, attention_mask, stop_threshold):
+    def thinking_loop(self, latent_mask, *, past_key_values=None, attention_mask=None, stop_threshold=None):
         """The function that runs the decoder where thoughts are fed back: one after the other, until a row stops, or
         all together."""
         if stop_threshold is not None:

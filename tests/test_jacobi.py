@@ -459,5 +459,4 @@ def test_truncation_goes_with_checkpointing_and_adapters(iterations, adapted, to
 def test_the_sequential_loop_has_no_links_to_cut_by_default():
     model = model_of("gpt2")
     assert model.model.bptt_thoughts is None
-    call = {"past_key_values": None, "attention_mask": None, "stop_threshold": None, "replayed": False}
-    assert model.model.thinking_loop(None, **call) is think
+    assert model.model.thinking_loop(None) is think
