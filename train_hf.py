@@ -32,7 +32,7 @@ from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
 from mmcoconut.recipe_files import run_command
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, write_json
-from mmcoconut.scoring import default_metric, figures_of, references_of, score
+from mmcoconut.scoring import REFERENCES, default_metric, figures_of, references_of, score
 from mmcoconut.smoke import smoke_arguments
 from mmcoconut.statistics import percent
 from mmcoconut.stop_distillation import StopDistiller
@@ -279,12 +279,15 @@ def fit(splits: dict, collator: CurriculumCollator, *, data_args, run_args) -> t
     }
 
 
-def rewarded_trainer(curriculum_args, metric: str) -> tuple:
+def rewarded_trainer(curriculum_args, metric: str, train_set) -> tuple:
     """The trainer of an objective with rewards, and what it takes beside the others' arguments."""
     from mmcoconut.policy_trainer import POLICY_TRAINERS  # here, because it imports trl
     from mmcoconut.rewards import reward_functions
 
-    functions, _ = reward_functions(curriculum_args.rewards or {metric: 1.0})
+    rewards = curriculum_args.rewards or {metric: 1.0}
+    for name in rewards.keys() & {*REFERENCES, "multiple_choice"}:  # fails now, not in an update
+        references_of("aokvqa_mc" if name == "multiple_choice" else name, train_set.remove_columns("images"))
+    functions, _ = reward_functions(rewards)
     options = {"reward_funcs": functions, "thought_noise": curriculum_args.thought_noise}
     return POLICY_TRAINERS[curriculum_args.objective], options
 
@@ -296,7 +299,7 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
     check_best_metric(run_args, metric, splits["eval"], collator.alignment)
     trainer_class, options = ProfiledTrainer if run_args.profile else CurriculumTrainer, {}
     if curriculum_args.objective in REWARDED and run_args.do_train:
-        trainer_class, options = rewarded_trainer(curriculum_args, metric)
+        trainer_class, options = rewarded_trainer(curriculum_args, metric, splits["train"])
     elif curriculum_args.objective == "distill_stops":
         trainer_class = StopDistiller
     return trainer_class(

@@ -35,6 +35,7 @@ from mmcoconut.recipe_files import (
     assign,
     expand,
     forget_sources,
+    is_missing_folder,
     name_sources,
     read_overrides,
     read_recipe_file,
@@ -48,7 +49,9 @@ CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_sel
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"long_rows": LONG_ROWS}
 REWARDED = ("grpo", "rloo")  # objectives that trl's trainers minimise
-CHOICES |= {"objective": ("supervised", *REWARDED, "distill_stops", "ppo")}  # the last is refused with its reason
+CHOICES |= {"objective": ("supervised", *REWARDED, "distill_stops")}
+# What is often looked for, and why it is not there.
+NOT_THERE = {("objective", "ppo"): "trl 1.16 has no PPO: set grpo, or rloo, which need no model of values"}
 CHOICES |= {"checkpointed_passes": CHECKPOINTED_PASSES}
 CHOICES |= {"metric": tuple(REFERENCES), "image_pooling": CONFIG_CHOICES["image_pooling"]}
 # Without the library's `batch_rebalance`, which knows one length a row; and it takes a misspelt one for `random`.
@@ -92,6 +95,8 @@ NOT_REWARDED = {
     "start_epoch": "the stage is the last one, whatever the epoch: remove this key",
     "align_weight": "nothing is aligned while answers are rewarded: set it to 0",
     "uniform_prob": "the stage is the last one in all rows: remove this key",
+    "label_smoothing_factor": "nothing is learnt from labels here: remove this key",
+    "reset_optimizer": "there is one stage: remove this key",
 }
 OF_STAGES = ("c_thought", "max_latent_stage", "epochs_per_stage", "uniform_prob", "pad_latent_to_max", "start_epoch")
 IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
@@ -272,6 +277,8 @@ def _read(key: str, value, kind):
     field = TypedDict("Given", {key: kind}, total=False)
     if value is False and "no" in choices:  # YAML 1.1 takes a bare `no` for false
         value = "no"
+    if isinstance(value, str) and (key, value) in NOT_THERE:
+        raise ValueError(NOT_THERE[key, value])
     if choices and value not in choices:
         raise ValueError(f"choose one of {', '.join(choices)}{_nearest(value, choices)}")
     meanings = [scalar(value), value, [value]]
@@ -417,9 +424,6 @@ def _alignment(values: dict):
 def _objective(values: dict):
     """What an objective needs, and what means nothing with it."""
     objective = values["objective"]
-    if objective == "ppo":
-        yield "objective", "ppo", "trl has had no PPO since 1.0: set grpo, or rloo, which need no model of values"
-        return
     if objective not in REWARDED:
         for key in OF_REWARDS:
             if values[key]:
@@ -453,7 +457,7 @@ def _distilled(values: dict):
 
 def _rewarded(values: dict):
     """What is wrong with `rewards` and `rl`, and with what stands beside them."""
-    from mmcoconut.policy_arguments import passed_on  # here, because it imports trl
+    from mmcoconut.policy_arguments import check_value, passed_on  # here, because it imports trl
     from mmcoconut.rewards import reward_problems
 
     if values["rewards"] is not None:
@@ -463,11 +467,9 @@ def _rewarded(values: dict):
         try:
             if key not in types:
                 raise ValueError(f"not passed on to trl{_nearest(key, types)}; passed on are {', '.join(types)}")
-            _read(key, value, types[key])
+            check_value(key, _read(key, value, types[key]))
         except ValueError as error:
             yield f"rl.{key}", value, str(error)
-    if values["rl"].get("temperature") == 0:
-        yield "rl.temperature", 0, "answers of one row would all be the same: set it above 0"
     if "thoughts" in (values["rewards"] or {}) and not values["stop_head"]:
         yield "rewards.thoughts", values["rewards"]["thoughts"], "all rows think all thoughts: set `stop_head: true`"
     if values["thought_noise"] and values["mode"] != "coconut":
@@ -475,6 +477,8 @@ def _rewarded(values: dict):
     for key, remedy in NOT_REWARDED.items():
         if values.get(key):
             yield key, values[key], remedy
+    if values["ce_weight"] != CurriculumArguments.ce_weight:
+        yield "ce_weight", values["ce_weight"], "answers are rewarded, and have no cross-entropy: remove this key"
     if values.get("train_sampling_strategy") == "group_by_length":
         yield "train_sampling_strategy", "group_by_length", "trl repeats rows in its own order: remove this key"
 
@@ -525,10 +529,8 @@ def _lora(values: dict):
 def _missing(values: dict):
     """The paths that lead nowhere; a Hub id is not looked up."""
     for key in FOLDERS:
-        path = values.get(key)
-        local = isinstance(path, str) and (path.startswith((".", "/", "~")) or Path(path).is_file())
-        if local and not Path(path).is_dir():
-            yield key, path, "no such folder: give an existing folder or a Hub id"
+        if is_missing_folder(values.get(key)):
+            yield key, values[key], "no such folder: give an existing folder or a Hub id"
     splits = ("train", values["eval_split"]) if values.get("do_train", True) else (values["eval_split"],)
     for name in DATA_PATHS:
         option = values["dataset_options"].get(name) or {}
@@ -545,7 +547,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
     found = [*_conflicts(complete), *_comparison(complete), *unknown_fields(complete), *_lora(complete)]
-    found += [*_alignment(complete), *_objective(complete)]
+    found += [*_alignment(complete), *(_objective(complete) if "objective" not in wrong else ())]
     found += [] if values.get("smoke_test") else _missing(complete)
     problems += [problem for problem in found if problem[0] not in wrong]
     if values.get("smoke_test") and not torch.cuda.is_available():
@@ -554,7 +556,10 @@ def _build(values: dict, problems: list[tuple]) -> list:
         try:
             built.append(RunArguments(**parts[-1]))
             if complete["objective"] in REWARDED and not problems and not values.get("smoke_test"):
-                built[-1] = rewarded_arguments(built[-1], built[1], built[2])
+                from mmcoconut.policy_arguments import batch_problems  # here, because it imports trl
+
+                problems += batch_problems(built[-1], complete["rl"])
+                built[-1] = built[-1] if problems else rewarded_arguments(*[built[index] for index in (-1, 1, 2)])
         except Exception as error:  # whatever it is, it belongs in the list of problems
             problems.append(("TrainingArguments", type(error).__name__, str(error)))
     return built

@@ -13,7 +13,7 @@ from mmcoconut.answering import Answerer
 from mmcoconut.arguments import read_arguments, read_recipe
 from mmcoconut.conversations import LONG_ROWS, fit_rows
 from mmcoconut.data import drop_unreadable, load_examples
-from mmcoconut.recipe_files import RecipeError
+from mmcoconut.recipe_files import RecipeError, is_missing_folder
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 
 
@@ -68,6 +68,8 @@ def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …
     ]
     if arguments.model is None:
         problems.append(("model", None, "name a checkpoint: its folder or Hub id"))
+    elif is_missing_folder(arguments.model):
+        problems.append(("model", arguments.model, "no such folder: give an existing folder or a Hub id"))
     if problems:
         raise RecipeError("command line", problems)
     return arguments

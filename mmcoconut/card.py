@@ -22,6 +22,7 @@ PIPELINE, TEXT_PIPELINE = "image-text-to-text", "text-generation"
 TAGS = ("mmcoconut", "coconut", "latent-reasoning")
 # Of a run's recipe, what its card shows.
 SETTINGS = (
+    "model",
     "objective",
     "rewards",
     "rl",
@@ -44,7 +45,13 @@ SETTINGS += (
     "freeze",
     "lora",
 )
-SETTINGS += ("align_weight", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps")
+SETTINGS += (
+    "align_weight",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
 SETTINGS += ("learning_rate", "lr_scheduler_type", "max_train_samples")
 STARTS = ("model", "vlm", "vision_model", "text_model")
 # Of an evaluation while training; what else it measures are the figures of the metric and of the objective.
@@ -201,16 +208,17 @@ def layout(processor, pictures: bool) -> str:
     return re.sub(r"(<\|latent\|>)+", f"<|latent|>×{processor.num_latents}", text)
 
 
-def limits(evidence: Evidence, mode: str | None, num_latents: int) -> list[str]:
-    """What does not follow from what was measured."""
+def limits(evidence: Evidence, mode: str | None, num_latents: int, *, stops: bool) -> list[str]:
+    """What does not follow from what was measured; stops: whether rows end thinking by themselves."""
     name = dataset_name(evidence)
     seeds = len(evidence.compare["seeds"]) if evidence.compare else 0
     thinks = mode == "coconut" and num_latents > 0
+    often = times(num_latents, stops=stops)
     possible = {
         f"This run trained it on `{name}` alone; of other pictures and questions nothing is known.": name is not None,
         "Nothing about its answers was measured.": not measurements(evidence),
-        f"It thinks {times(num_latents)} about every question; with another `num_latents` it is a model that was not "
-        "measured here.": thinks,
+        f"It thinks {often} about every question; with another `num_latents` it is a model that was not measured "
+        "here.": thinks,
         "No control was trained beside it: whether thoughts are what it owes its accuracy to is not known.": thinks
         and not seeds,
         "One seed of each control: another may differ by more than the intervals say.": seeds == 1,
@@ -221,8 +229,13 @@ def limits(evidence: Evidence, mode: str | None, num_latents: int) -> list[str]:
     return [limit for limit, holds in possible.items() if holds]
 
 
-def times(number: int) -> str:
-    return "once" if number == 1 else f"{number} times"
+def times(number: int, *, stops: bool = False) -> str:
+    """How often a model thinks before it writes; at most so often where rows stop by themselves.
+
+    >>> times(1), times(7), times(7, stops=True)
+    ('once', '7 times', 'up to 7 times')
+    """
+    return ("up to " if stops else "") + ("once" if number == 1 else f"{number} times")
 
 
 def shown(value) -> str:
@@ -291,13 +304,13 @@ def model_card(
         processor=processor,
         layout=layout(processor, pictures),
         pictures=pictures,
-        times=times(processor.num_latents),
+        times=times(processor.num_latents, stops=config.stop_head),
         base_model=base_models(recipe),
         dataset=f"`{dataset_name(evidence)}`" if dataset_name(evidence) else "its data",
         parameters=(results or {}).get("parameters"),
         max_new_tokens=recipe.get("max_new_tokens") or 64,
         branches=branches,
-        limits=limits(evidence, mode, processor.num_latents),
+        limits=limits(evidence, mode, processor.num_latents, stops=config.stop_head),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text)  # around sections that were left out
     return card

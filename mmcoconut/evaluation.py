@@ -20,7 +20,7 @@ from transformers import set_seed
 from mmcoconut.answering import Answerer, image_name, load_checkpoint
 from mmcoconut.asking import default_folder, fit_to, join_processes, parse_arguments, read_rows, trained_with
 from mmcoconut.provenance import peak_memory_mb, provenance
-from mmcoconut.recipe_files import run_command
+from mmcoconut.recipe_files import RecipeError, run_command
 from mmcoconut.records import changed_settings, json_line, read_json, read_lines, write_json, write_lines
 from mmcoconut.scoring import default_metric, figures_of, score
 from mmcoconut.statistics import Estimate, bootstrap_mean, percent
@@ -258,7 +258,7 @@ def summary(record: dict) -> str:
     lines = [
         f"{metric} on {record['n']} rows of {record['dataset']} ({record['split']}): "
         f"{Estimate.of(accuracy)}, in brackets the 95 % interval",
-        f"{record['num_latents']} thoughts, {record['generated_tokens']:.1f} tokens and "
+        f"{record['num_thoughts']:.3g} thoughts, {record['generated_tokens']:.1f} tokens and "
         f"{record['decoder_passes']:.1f} decoder passes an answer; {record['seconds']:.1f} s, summed over "
         "processes",
     ]
@@ -278,6 +278,9 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = load_checkpoint(
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
     )
+    if arguments.stop_threshold != 0.5 and not model.config.stop_head:
+        remedy = f"{arguments.model} has no stop head, so that nothing stops: remove this key"
+        raise RecipeError("command line", [("stop_threshold", arguments.stop_threshold, remedy)])
     answerer = Answerer(
         model,
         processor,

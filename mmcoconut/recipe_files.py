@@ -30,6 +30,17 @@ class RecipeError(ValueError):
         super().__init__("\n  - ".join([f"{recipe}: {len(lines)} problem(s)", *lines]))
 
 
+def is_missing_folder(name) -> bool:
+    """Whether a name is that of a folder which is not there, and cannot be meant as a Hub id.
+
+    A path with a dot, a slash or a tilde in front is a folder's, and so is one whose first part is a folder here.
+    """
+    if not isinstance(name, str) or Path(name).is_dir():
+        return False
+    parent = Path(name).parent
+    return name.startswith((".", "/", "~")) or Path(name).is_file() or (parent != Path(".") and parent.is_dir())
+
+
 def run_command(main) -> None:
     """main(), with all that is wrong with a recipe or a command line said in its lines, without a traceback."""
     try:

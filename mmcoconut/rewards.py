@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from mmcoconut.data import nearest, question_text
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER, parse_answer
-from mmcoconut.recipe_files import RecipeError
+from mmcoconut.recipe_files import RecipeError, is_missing_folder
 from mmcoconut.scoring import REFERENCES, score
 
 
@@ -280,10 +280,12 @@ def reward_problems(rewards: Mapping | None) -> Iterator[tuple]:
         key, folder = f"rewards.{name}", str(name)
         if name not in REWARDS and "/" not in folder and not Path(folder).is_dir():
             yield key, weight, f"no reward or folder is called so; {nearest(name, REWARDS)}, or a model's folder or id"
-        elif folder.startswith((".", "/", "~")) and not Path(folder).is_dir():
+        elif name not in REWARDS and is_missing_folder(folder):
             yield key, weight, "no such folder: give an existing one, or a Hub id"
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             yield key, weight, "a weight is a finite number: write one, such as 1.0"
+    if not any(rewards.values()):
+        yield "rewards", dict(rewards), "all weights are 0, so there is nothing to learn from: set one"
     if {"aokvqa_mc", "multiple_choice"} <= rewards.keys():
         yield "rewards.aokvqa_mc", rewards["aokvqa_mc"], "it is the same as multiple_choice: keep one of them"
 
