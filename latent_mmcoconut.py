@@ -80,9 +80,21 @@ def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
 
 
+def take_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """values (B, T, …) at columns (B, N): (B, N, …)."""
+    shape = (*columns.shape, *values.shape[2:])
+    return values.gather(1, columns.view(*columns.shape, *[1] * (values.ndim - 2)).expand(shape))
+
+
+def column_lists(*masks: torch.Tensor) -> list[list[int]]:
+    """For each mask (B, T) the columns in which any row is True; the one time the loop waits for the device."""
+    any_row = torch.stack([mask.any(dim=0) for mask in masks]).tolist()
+    return [[column for column, is_set in enumerate(row) if is_set] for row in any_row]
+
+
 def latent_columns(latent_mask: torch.Tensor) -> list[int]:
-    """The columns in which any row of (B, T) has a latent; the one time the loop waits for the device."""
-    return latent_mask.any(dim=0).nonzero().flatten().tolist()
+    """The columns in which any row of (B, T) has a latent."""
+    return column_lists(latent_mask)[0]
 
 
 def is_sharded(decoder: nn.Module) -> bool:
@@ -200,8 +212,7 @@ def noise_by_column(noise: torch.Tensor, latent_mask: torch.Tensor) -> torch.Ten
             f"with up to {most} latents: give noise (B, N, D) of the whole prompts, without prefill_chunk_size."
         )
     order = (latent_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
-    of_columns = noise.gather(1, order[..., None].expand(-1, -1, noise.shape[-1]))  # (B, T, D)
-    return of_columns * latent_mask[..., None]
+    return take_columns(noise, order) * latent_mask[..., None]  # (B, T, D)
 
 
 def perturb(thought: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
@@ -348,6 +359,6 @@ def gather_thoughts(inputs_embeds: torch.Tensor, latent_mask: torch.Tensor) -> t
     counts = latent_mask.sum(dim=1)  # (B,)
     num_latents = int(counts.max())
     columns = torch.argsort(~latent_mask, dim=1, stable=True)[:, :num_latents]  # (B, N)
-    thoughts = inputs_embeds.gather(1, columns[..., None].expand(-1, -1, inputs_embeds.shape[-1]))  # (B, N, D)
+    thoughts = take_columns(inputs_embeds, columns)  # (B, N, D)
     mask = torch.arange(num_latents, device=counts.device) < counts[:, None]  # (B, N)
     return thoughts * mask[..., None], mask

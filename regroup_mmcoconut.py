@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .caches_mmcoconut import ReplayCache, text_cache
 from .kernels_mmcoconut import SplitCache, SplitLayer
-from .latent_mmcoconut import ThinkOutput, think
+from .latent_mmcoconut import ThinkOutput, take_columns, think
 
 
 # A latent step costs what about so many columns of a long pass cost (benchmarks/LOG.md, n = 0 and 8).
@@ -50,12 +50,6 @@ class Layout:
     def move_back(self, values: torch.Tensor) -> torch.Tensor:
         """(B, T', …) in the old layout, (B, T, …)."""
         return take_columns(values, self.target)
-
-
-def take_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """values (B, T, …) at columns (B, N): (B, N, …)."""
-    shape = (*columns.shape, *values.shape[2:])
-    return values.gather(1, columns.view(*columns.shape, *[1] * (values.ndim - 2)).expand(shape))
 
 
 def layout_of(latent_mask: torch.Tensor, attention_mask: torch.Tensor | None) -> Layout:

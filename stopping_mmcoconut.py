@@ -18,7 +18,14 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .latent_mmcoconut import ThinkOutput, join_outputs, positions_from_mask, think
+from .latent_mmcoconut import (
+    ThinkOutput,
+    gather_thoughts,
+    join_outputs,
+    positions_from_mask,
+    take_columns,
+    think,
+)
 
 
 # Of a head that has learnt nothing: rows then think on with probability 0.88, whatever the state.
@@ -35,12 +42,6 @@ class StopHead(nn.Linear):
         return super().forward(states)[..., 0]
 
 
-def column_lists(*masks: torch.Tensor) -> list[list[int]]:
-    """For each mask (B, T) the columns in which any row is True; one look at the device for all of them."""
-    any_row = torch.stack([mask.any(dim=0) for mask in masks]).tolist()
-    return [[column for column, is_set in enumerate(row) if is_set] for row in any_row]
-
-
 def carry_states(states: torch.Tensor, skipped: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
     """States (B, T, D) with that of the last column which was not skipped in each place of (B, T) that was.
 
@@ -51,7 +52,7 @@ def carry_states(states: torch.Tensor, skipped: torch.Tensor, before: torch.Tens
     columns = torch.arange(1, skipped.shape[1] + 1, device=skipped.device)  # (T,), 0 is the column before the first
     source = torch.where(skipped, 0, columns).cummax(dim=1).values  # (B, T)
     all_states = torch.cat([before[:, None].to(states.dtype), states], dim=1)  # (B, 1 + T, D)
-    return all_states.gather(1, source[..., None].expand(-1, -1, states.shape[-1]))
+    return take_columns(all_states, source)
 
 
 def states_before(states: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
@@ -62,11 +63,7 @@ def states_before(states: torch.Tensor, before: torch.Tensor | None) -> torch.Te
 
 def packed(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Values (B, T) at the True columns of (B, T), packed to the left: (B, N), 0 where a row has fewer."""
-    counts = mask.sum(dim=1)  # (B,)
-    num_columns = int(counts.max())
-    columns = torch.argsort(~mask, dim=1, stable=True)[:, :num_columns]  # (B, N)
-    real = torch.arange(num_columns, device=mask.device) < counts[:, None]  # (B, N)
-    return values.gather(1, columns).masked_fill(~real, 0.0)
+    return gather_thoughts(values[..., None], mask)[0][..., 0]
 
 
 def first_latents(latent_mask: torch.Tensor) -> torch.Tensor:

@@ -558,8 +558,9 @@ def _build(values: dict, problems: list[tuple]) -> list:
             if complete["objective"] in REWARDED and not problems and not values.get("smoke_test"):
                 from mmcoconut.policy_arguments import batch_problems  # here, because it imports trl
 
-                problems += batch_problems(built[-1], complete["rl"])
-                built[-1] = built[-1] if problems else rewarded_arguments(*[built[index] for index in (-1, 1, 2)])
+                _, data, curriculum, run = built
+                problems += batch_problems(run, complete["rl"])
+                built[-1] = run if problems else rewarded_arguments(run, data, curriculum)
         except Exception as error:  # whatever it is, it belongs in the list of problems
             problems.append(("TrainingArguments", type(error).__name__, str(error)))
     return built

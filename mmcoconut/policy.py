@@ -20,6 +20,7 @@ import torch
 
 from mmcoconut.answering import count_generated, thought_latents
 from mmcoconut.curriculum import CurriculumCollator
+from mmcoconut.latent_mmcoconut import take_columns
 from mmcoconut.stopping_mmcoconut import stop_log_probs
 
 
@@ -151,7 +152,7 @@ def where_thought(rollouts: Sequence[Rollout], latent_mask: torch.Tensor) -> tor
     lists = [[*rollout.thought, *[False] * (most - len(rollout.thought))] for rollout in rollouts]
     thought = torch.tensor(lists, dtype=torch.bool, device=latent_mask.device).view(len(rollouts), most)  # (B, N)
     order = (latent_mask.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
-    return latent_mask & thought.gather(1, order) if most else latent_mask
+    return latent_mask & take_columns(thought, order) if most else latent_mask
 
 
 def likelihood(

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmcoconut.latent_mmcoconut import take_columns
+
 
 # Above this mean cosine between the thoughts of different rows, a position says nearly the same whatever the row.
 COLLAPSED_COSINE = 0.99
@@ -198,11 +200,6 @@ def read_columns(mask: torch.Tensor, latent_columns: torch.Tensor) -> torch.Tens
     """(n, N + 1): the column before each latent, whose state becomes the thought, and the last real one of (n, T)."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1, keepdim=True)  # (n, 1)
     return torch.cat([latent_columns - 1, last], dim=1)
-
-
-def take_columns(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """(n, T, X) at columns (n, M) → (n, M, X)."""
-    return states.gather(1, columns[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def logit_lens(states: Sequence[torch.Tensor], model, *, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

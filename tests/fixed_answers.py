@@ -3,13 +3,11 @@
 Sampled answers differ from process to process; with these, runs in two processes can be compared with one.
 """
 
-import json
 import sys
 from collections import Counter
 
-from accelerate.state import PartialState
+from several_runs import run_all
 
-import train_hf
 from mmcoconut import policy_trainer
 from mmcoconut.policy import Rollout
 
@@ -30,7 +28,4 @@ def answer(model, processor, prompts, sampling):
 
 if __name__ == "__main__":
     policy_trainer.sample = answer
-    leave, PartialState.destroy_process_group = PartialState.destroy_process_group, lambda *args: None
-    for words in json.loads(sys.argv[1]):
-        train_hf.main(words)
-    leave(PartialState())
+    run_all(sys.argv[1])

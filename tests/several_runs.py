@@ -24,9 +24,14 @@ def set_up_with_sharding(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-if __name__ == "__main__":
-    AcceleratorState.__init__ = set_up_with_sharding
+def run_all(runs: str) -> None:
+    """train_hf.py with each of the lists of words in JSON; the processes stay together until the last has ended."""
     leave, PartialState.destroy_process_group = PartialState.destroy_process_group, lambda *args: None
-    for words in json.loads(sys.argv[1]):
+    for words in json.loads(runs):
         train_hf.main(words)
     leave(PartialState())
+
+
+if __name__ == "__main__":
+    AcceleratorState.__init__ = set_up_with_sharding
+    run_all(sys.argv[1])
