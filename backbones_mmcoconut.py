@@ -4,6 +4,7 @@ Shapes: D hidden of the language model, V vocabulary.
 """
 
 import copy
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from .compat_mmcoconut import call_with_cache
 from .configuration_mmcoconut import (
     SPECIAL_TOKENS,
     THOUGHT_TOKENS,
@@ -186,7 +188,7 @@ def call_with_row_positions(decoder, *, call=None, inputs_embeds, position_ids=N
     Its position embeddings E are added to what it reads, so it is given inputs_embeds + E[position] - E[column].
     call: what to call in the decoder's place, by default itself.
     """
-    call = decoder if call is None else call
+    call = partial(call_with_cache, decoder) if call is None else call
     if position_ids is not None:
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length  # (T,)

@@ -6,7 +6,7 @@ describes the text around the placeholders (markers, number of latents) in the p
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 
@@ -103,10 +103,8 @@ class MMCoconutConfig(PreTrainedConfig):
     """
 
     model_type = "mmcoconut"
-    sub_configs_defaults = {
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
-        "text_config": SubConfigSpec(config_class=AutoConfig, model_type="gpt2"),
-    }
+    # Not `sub_configs_defaults`, which transformers has from 5.20 on only.
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
@@ -138,6 +136,8 @@ class MMCoconutConfig(PreTrainedConfig):
     mmcoconut_version: str = VERSION
 
     def __post_init__(self, **kwargs):
+        self.vision_config = as_config(self.vision_config, "clip_vision_model")
+        self.text_config = as_config(self.text_config, "gpt2")
         super().__post_init__(**kwargs)
         warn_of_newer(self.mmcoconut_version)
         self.is_encoder_decoder = self.image_fusion == "encoder"
@@ -160,6 +160,13 @@ class MMCoconutConfig(PreTrainedConfig):
     def get_text_config(self, decoder=None, encoder=None):
         """The language model's configuration; of an encoder-decoder the side that is asked for."""
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def as_config(values: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
+    """The configuration of one part: as it is, of its values, or the default one of a model type."""
+    if isinstance(values, PreTrainedConfig):
+        return values
+    return AutoConfig.for_model(**{"model_type": model_type, **(values or {})})
 
 
 def warn_of_newer(version: str) -> None:

@@ -17,6 +17,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from .compat_mmcoconut import current_backward_pass
+
 
 # Both from benchmarks/LOG.md. With more rows, parts of a product gain nothing.
 FEW_ROWS = 32
@@ -36,9 +38,9 @@ class Ledger:
 
     def enter(self) -> None:
         """Forget what another backward pass left, one for some gradients only, which did not come to the weight."""
-        if self.backward_pass != torch._C._current_graph_task_id():
+        if self.backward_pass != current_backward_pass():
             self.inputs, self.gradients = [], []
-            self.backward_pass = torch._C._current_graph_task_id()
+            self.backward_pass = current_backward_pass()
 
     def take(self, weight_dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The gradients of weight and bias; the ledger is empty afterwards."""

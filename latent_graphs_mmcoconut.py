@@ -21,6 +21,7 @@ from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .caches_mmcoconut import text_cache
+from .compat_mmcoconut import call_with_cache
 
 
 logger = logging.get_logger(__name__)
@@ -59,7 +60,7 @@ def obstacle_to_graphs(decoder: PreTrainedModel, past_key_values: Cache, **kwarg
 
 
 def run(decoder, **inputs) -> torch.Tensor:
-    return decoder(**inputs).last_hidden_state  # (B, 1, D)
+    return call_with_cache(decoder, **inputs).last_hidden_state  # (B, 1, D)
 
 
 @cache
@@ -77,22 +78,23 @@ def call_or_step(decoder, *, inputs_embeds, attention_mask=None, position_ids=No
     inputs = {"inputs_embeds": inputs_embeds, "past_key_values": past_key_values, **kwargs}
     inputs |= {"position_ids": position_ids} if position_ids is not None else {}
     if inputs_embeds.shape[1] > 1 or not text_cache(past_key_values).layers[0].is_initialized:
-        return decoder(attention_mask=attention_mask, **inputs)
-    masks = create_masks_for_generate(
+        return call_with_cache(decoder, attention_mask=attention_mask, **inputs)
+    masks = call_with_cache(
+        create_masks_for_generate,
+        past_key_values,
         config=decoder.config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
     )
     inputs |= {"position_ids": position_ids.contiguous()} if position_ids is not None else {}
     torch.compiler.cudagraph_mark_step_begin()
     state = compiled_run(decoder.device.type)(decoder, attention_mask=masks, **inputs)  # (B, 1, D)
     # A replayed graph writes its next state into the memory of this one.
-    return BaseModelOutputWithPast(state.clone(), past_key_values)
+    return BaseModelOutputWithPast(state.clone())
 
 
 def latent_step_caller(decoder: PreTrainedModel, past_key_values: Cache, *, latent_graphs: str, **kwargs):
-    """What to call in the decoder's place: itself, or `call_or_step` with it.
+    """What to call in the decoder's place: itself, by `call_with_cache`, or `call_or_step` with it.
 
     latent_graphs: `auto` compiles on CUDA where nothing stands against it; `on` also on other devices, and warns once
         where it cannot; `off` never does.
@@ -100,10 +102,10 @@ def latent_step_caller(decoder: PreTrainedModel, past_key_values: Cache, *, late
     """
     wanted = latent_graphs == "on" or (latent_graphs == "auto" and decoder.device.type == "cuda")
     if not wanted or torch.compiler.is_compiling():
-        return decoder
+        return partial(call_with_cache, decoder)
     obstacle = obstacle_to_graphs(decoder, past_key_values, **kwargs)
     if obstacle is None:
         return partial(call_or_step, decoder)
     if latent_graphs == "on":
         logger.warning_once(f"latent_graphs='on' has no effect here, and latent steps run as they are: {obstacle}.")
-    return decoder
+    return partial(call_with_cache, decoder)

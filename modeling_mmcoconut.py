@@ -17,10 +17,9 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import select_hidden_states
 
 from .backbones_mmcoconut import FromBackbones, call_with_row_positions
 from .caches_mmcoconut import (
@@ -30,6 +29,20 @@ from .caches_mmcoconut import (
     ReplayCrossCache,
     growing_after,
     remember_state,
+)
+from .compat_mmcoconut import (
+    CACHE,
+    CACHE_NAMES,
+    CacheByEitherName,
+    assert_without_waiting,
+    attention_of,
+    call_with_cache,
+    hidden_states_to_return,
+    is_checkpointing,
+    keep_cache_in_checkpoints,
+    rename_cache,
+    slice_columns,
+    takes_cache_by_either_name,
 )
 from .configuration_mmcoconut import (
     PREFIX_PROJECTORS,
@@ -91,7 +104,7 @@ class MMCoconutImageOutput(BaseModelOutputWithPooling):
 
 
 @dataclass
-class MMCoconutModelOutputWithPast(BaseModelOutputWithPast):
+class MMCoconutModelOutputWithPast(CacheByEitherName, BaseModelOutputWithPast):
     """The base model's output.
 
     last_hidden_state (B, T, D), past_key_values, hidden_states, attentions, cross_attentions: as in the library, for
@@ -113,18 +126,13 @@ class MMCoconutModelOutputWithPast(BaseModelOutputWithPast):
 
 
 @dataclass
-class MMCoconutCausalLMOutputWithPast(ModelOutput):
+class MMCoconutCausalLMOutputWithPast(CacheByEitherName, CausalLMOutputWithPast):
     """The head's output: loss (), logits (B, T or kept, V), and the base model's fields.
 
     In training with labels the logits are None unless `logits_to_keep` asks for some: the loss needs the head only at
     the labelled positions.
     """
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
     thoughts: torch.Tensor | None = None
@@ -173,7 +181,7 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [*CACHE_NAMES]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -212,7 +220,7 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
         for module in self.get_decoder().modules():
             if isinstance(module, GradientCheckpointingLayer):
-                module._can_checkpoint_with_cache = enable
+                keep_cache_in_checkpoints(module, enable)
             elif isinstance(module, PreTrainedModel):
                 module.gradient_checkpointing = False
 
@@ -317,8 +325,13 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         """What the projector reads of the tower's output, (I, patches, W)."""
         return select_features(image_outputs, layers, select_strategy, last_norm=self.config.vision_last_norm)
 
+    def run_vision_tower(self, pixel_values: torch.Tensor, layers: int | list[int], **kwargs):
+        """The tower's output with the hidden states that are read, or those that kwargs ask for."""
+        if not kwargs.get("output_hidden_states"):
+            kwargs["output_hidden_states"] = hidden_states_to_return(layers)
+        return self.vision_tower(pixel_values, return_dict=True, **kwargs)
+
     @merge_with_config_defaults
-    @select_hidden_states("vision_feature_layer")
     def get_vision_features(
         self,
         pixel_values: torch.Tensor,
@@ -330,12 +343,11 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
         It may be kept while the tower is frozen, and be passed as `image_features` in the place of the pixels.
         """
-        image_outputs = self.vision_tower(pixel_values, return_dict=True, **kwargs)
+        image_outputs = self.run_vision_tower(pixel_values, vision_feature_layer, **kwargs)
         return self.selected_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
 
     @merge_with_config_defaults
     @can_return_tuple
-    @select_hidden_states("vision_feature_layer")
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -355,7 +367,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         check_num_tiles(num_tiles, pixel_values=pixel_values, image_features=image_features)
         image_outputs = MMCoconutImageOutput()
         if image_features is None:
-            image_outputs = MMCoconutImageOutput(**self.vision_tower(pixel_values, return_dict=True, **kwargs))
+            image_outputs = MMCoconutImageOutput(**self.run_vision_tower(pixel_values, vision_feature_layer, **kwargs))
             image_features = self.selected_features(
                 image_outputs, vision_feature_layer, vision_feature_select_strategy
             )
@@ -482,7 +494,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     def reads_split_keys(self) -> bool:
         """Whether the decoder's attention reads a SplitCache, and no update of parallel thoughts reads it again."""
-        is_latent = self.get_decoder().config._attn_implementation == "latent"
+        is_latent = attention_of(self.get_decoder().config) == "latent"
         return is_latent and self.sees_all_columns and self.config.thought_schedule == "sequential"
 
     def start_cache(self, replayed: bool, kept: bool) -> Cache:
@@ -519,17 +531,13 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         that all processes make the same number of passes.
         """
         if latent_mask.shape[1] == 1 and torch.compiler.is_compiling():
-            torch._assert_async(~latent_mask.any(), "A compiled step of one token cannot read a thought.")
+            assert_without_waiting(~latent_mask.any(), "A compiled step of one token cannot read a thought.")
             return [], False
         columns, left_out = column_lists(latent_mask, skipped)
         if self.config.thought_mode == "pause":
             return [], bool(left_out)
         if is_sharded(self.language_model):
             columns = agreed_columns(columns, latent_mask.shape[1], latent_mask.device)
-        if columns and kwargs.get("cache") is not None:
-            raise NotImplementedError(
-                "Continuous batching packs requests into one pass, and thoughts need a pass each: use generate()."
-            )
         has_2d_mask = is_two_dimensional(attention_mask)
         if columns and columns[-1] > 0 and not (attention_mask is None or has_2d_mask):
             raise ValueError(
@@ -579,7 +587,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     def decoder_call(self, columns: list[int], past_key_values: Cache | None, kwargs: dict):
         """The decoder as the passes of one forward pass call it: its latent steps compiled, where that is chosen."""
-        call = decoder = self.get_decoder()
+        decoder = self.get_decoder()
+        call = partial(call_with_cache, decoder)
         if columns:
             call = latent_step_caller(decoder, past_key_values, latent_graphs=self.latent_graphs, **kwargs)
         if self.counts_columns:
@@ -602,7 +611,12 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
     ) -> ThinkOutput:
         """Call the decoder once, and once more for every column at which a thought is fed back, or every update."""
         num_columns = inputs_embeds.shape[1]
-        replayed = self.training and self.is_activation_checkpointing
+        if not isinstance(past_key_values, Cache | None):
+            raise NotImplementedError(
+                f"The cache is a {type(past_key_values).__name__}, as continuous batching makes to pack requests into "
+                "one pass, and thoughts need a pass each: use generate()."
+            )
+        replayed = self.training and is_checkpointing(self)
         if replayed and past_key_values is not None:
             raise ValueError(
                 "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
@@ -663,6 +677,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         window = getattr(self.config.get_text_config(decoder=True), "sliding_window", None)
         check_window(self.sees_all_columns, window, outputs.attention_mask.shape[1])
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -734,7 +749,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         )
         return MMCoconutModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.past_key_values},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -823,9 +838,11 @@ class MMCoconutForConditionalGeneration(
             `no_repeat_ngram_size` sees; no cache is returned for them.
         kwargs: also stop_threshold, see `settle_stopping`, and thought_noise, as `forward` takes it.
         """
+        rename_cache(kwargs)
         if prefix is not None:
             return self.generate_behind(prefix, inputs, *args, image_features=image_features, **kwargs)
         self.settle_stopping(kwargs)
+        self.settle_cache(kwargs)
         input_ids = kwargs.get("input_ids") if inputs is None else inputs
         pixel_values, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs")
         check_one_source(pixel_values=pixel_values, image_features=image_features, mm_encoder_outputs=encoded)
@@ -865,9 +882,10 @@ class MMCoconutForConditionalGeneration(
             )
         if targets is None or logits_to_keep is not None or not self.training:
             kept = 0 if logits_to_keep is None else logits_to_keep
-            logits = self.lm_head(slice_logits_to_keep(hidden_states, kept))  # (B, kept, V)
+            logits = self.lm_head(slice_columns(hidden_states, kept))  # (B, kept, V)
         return loss, logits
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -925,7 +943,7 @@ class MMCoconutForConditionalGeneration(
         return MMCoconutCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.past_key_values},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,

@@ -17,6 +17,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 from .caches_mmcoconut import CrossAttentionCache, remember_state
+from .compat_mmcoconut import CACHE
 from .fusions_mmcoconut import check_one_source
 
 
@@ -280,7 +281,7 @@ class GenerationBehindPrefix:
     def generate_behind(self, prefix: PromptPrefix, inputs: torch.Tensor | None, *args, **kwargs):
         """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
-        other = [name for name in ("past_key_values", "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
+        other = [name for name in (CACHE, "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if input_ids is None or other:
             raise ValueError(
                 f"A prefix needs input_ids of the whole prompts and no {' or '.join(other or ['others'])}."
@@ -295,12 +296,12 @@ class GenerationBehindPrefix:
         # Stock `generate()` counts placeholders to share images out to beams; those of the prefix are read already.
         known = ids[:, : len(prefix)]
         known[known == self.config.image_token_id] = self.config.start_latent_token_id
-        outputs = self.generate(ids, *args, attention_mask=mask, past_key_values=prefix, **images, **kwargs)
+        outputs = self.generate(ids, *args, attention_mask=mask, **{CACHE: prefix}, **images, **kwargs)
         return with_prompts(outputs, input_ids, moved=not bool(mask.all()))
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
         """As the library's, and what a prefix holds is copied into the rows of the cache that it makes."""
-        prefix = model_kwargs.get("past_key_values")
+        prefix = model_kwargs.get(CACHE)
         prepare = super()._prepare_cache_for_generation
         if not isinstance(prefix, PromptPrefix):
             return prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
@@ -309,9 +310,10 @@ class GenerationBehindPrefix:
                 "Assisted decoding reads the whole prompt again in its first step, also what a cache holds already: "
                 "leave out the prefix, or assistant_model and prompt_lookup_num_tokens."
             )
-        del model_kwargs["past_key_values"]
+        del model_kwargs[CACHE]
+        self.settle_cache(model_kwargs, generation_config)
         prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
-        if model_kwargs.get("past_key_values") is None:
+        if model_kwargs.get(CACHE) is None:
             raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
         padded = model_kwargs.get("attention_mask") is not None
         window = getattr(self.config.get_text_config(decoder=True), "sliding_window", None)
@@ -321,4 +323,4 @@ class GenerationBehindPrefix:
                 f"sequence has up to {generation_config.max_length}: pass prompts of one length, or one at a time."
             )
         num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        model_kwargs["past_key_values"] = prefix.copied_into(model_kwargs["past_key_values"], num_rows)
+        model_kwargs[CACHE] = prefix.copied_into(model_kwargs[CACHE], num_rows)

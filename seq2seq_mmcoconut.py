@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .compat_mmcoconut import CACHE, rename_cache, takes_cache_by_either_name
 from .configuration_mmcoconut import MMCoconutConfig
 from .latent_mmcoconut import check_thoughts_matter, positions_from_mask
 from .modeling_mmcoconut import (
@@ -150,6 +151,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
         )
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,
@@ -200,7 +202,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         )
         return MMCoconutSeq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.past_key_values},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
@@ -246,7 +248,9 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             self.prefill()
         if kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size does not work with an encoder-decoder: leave it out.")
+        rename_cache(kwargs)
         self.settle_stopping(kwargs)
+        self.settle_cache(kwargs)
         if encoder_outputs is None:
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
             images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles", "image_features")}
@@ -273,6 +277,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         start = labels.new_full((labels.shape[0], 1), text_config.decoder_start_token_id)  # (B, 1)
         return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, text_config.pad_token_id)], dim=1)
 
+    @takes_cache_by_either_name
     @can_return_tuple
     def forward(
         self,

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from .compat_mmcoconut import CACHE
 from .latent_mmcoconut import (
     ThinkOutput,
     gather_thoughts,
@@ -306,7 +307,7 @@ class GenerationThatStops:
             ValueError: ways of generation that run the prompt in other pieces than the loop does.
         """
         name = "decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask"
-        mask = without_skipped(kwargs.get(name), kwargs.get("past_key_values"))
+        mask = without_skipped(kwargs.get(name), kwargs.get(CACHE))
         if mask is not None:
             kwargs[name] = mask
         if self.config.stop_head:
@@ -321,11 +322,17 @@ class GenerationThatStops:
                     "themselves: leave it out, or pass stop_threshold=None to think at all latents."
                 )
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, is_encoder_decoder=False, **kwargs):
-        """As the library's, behind a prefill in which latents were left out with the mask that says so."""
-        mask, prefix = getattr(outputs, "attention_mask", None), "decoder_" if is_encoder_decoder else ""
-        if mask is not None:
-            model_kwargs[f"{prefix}attention_mask"] = mask
-            if model_kwargs.get(f"{prefix}position_ids") is not None:
-                model_kwargs[f"{prefix}position_ids"] = positions_from_mask(mask, mask.shape[1])
-        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, is_encoder_decoder, **kwargs)
+    def prepare_inputs_for_generation(self, *args, **kwargs) -> dict:
+        """Prepare a step, behind a prefill in which latents were left out with mask and positions that say so."""
+        prefix = "decoder_" if self.config.is_encoder_decoder else ""
+        past_key_values, mask = kwargs.get(CACHE), kwargs.get(f"{prefix}attention_mask")
+        known = known_mask(past_key_values)
+        if known is not None:
+            if mask is None:  # as long as what is in the cache and the columns of this step
+                length = int(past_key_values.get_seq_length()) + (kwargs.get("next_sequence_length") or 1)
+                mask = known.new_ones(len(known), length)
+            mask = without_skipped(mask, past_key_values)
+            kwargs[f"{prefix}attention_mask"] = mask
+            if kwargs.get(f"{prefix}position_ids") is not None:
+                kwargs[f"{prefix}position_ids"] = positions_from_mask(mask, mask.shape[1])
+        return super().prepare_inputs_for_generation(*args, **kwargs)

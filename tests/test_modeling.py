@@ -691,7 +691,7 @@ def test_continuing_a_cache_under_checkpointing_is_refused():
 
 def test_continuous_batching_is_refused_where_thoughts_need_passes_of_their_own():
     model = tiny_model()
-    with pytest.raises(NotImplementedError, match="Continuous batching"):
+    with pytest.raises(NotImplementedError, match="The cache is a object, as continuous batching"):
         model(torch.tensor([latent_row(model.config)]), cache=object())
 
 

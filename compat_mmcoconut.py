@@ -1,0 +1,130 @@
+"""Every name of transformers and torch that moved between supported releases, or that has no public spelling.
+
+A checkpoint runs on whatever release its reader has installed. The rest of the files that ship with it use names that
+are public and the same from transformers 5.18 on; what is not stands here, each with its reason. tests/test_compat.py
+fails by name when one of them moves.
+"""
+
+import inspect
+from dataclasses import fields
+from functools import wraps
+
+import torch
+import transformers
+from transformers.cache_utils import Cache
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+
+# The keyword for the cache in decoders, outputs and `generate`: `past_key_values` to transformers 5.23, `cache` from
+# 5.24 on. This code says `past_key_values` inside; `CACHE` is the name that transformers has.
+CACHE_NAMES = ("past_key_values", "cache")
+CACHE = next(field.name for field in fields(BaseModelOutputWithPast) if field.name in CACHE_NAMES)
+OTHER_CACHE_NAME = next(name for name in CACHE_NAMES if name != CACHE)
+
+RELEASE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
+# Private names of transformers that classes here override or set, with the reason for each.
+OVERRIDDEN_METHODS = {
+    # The hook that every PreTrainedModel implements for the weights of its own modules.
+    "_init_weights": "there is no public hook for initializing a module's weights",
+    # Called by gradient_checkpointing_enable() (to 5.22) and activation_checkpointing_enable() (from 5.23) alike.
+    "_set_gradient_checkpointing": "the public method that calls it was renamed",
+    # Between choosing a cache's kind and size and the first forward pass, `generate` calls nothing public.
+    "_prepare_cache_for_generation": "a prefix is copied into the cache that `generate` makes",
+}
+
+
+def rename_cache(kwargs: dict, name: str = CACHE) -> dict:
+    """Put a cache that stands under either name in kwargs under `name`; change kwargs in place and return them.
+
+    Raises:
+        ValueError: caches under both names.
+    """
+    given = [key for key in CACHE_NAMES if kwargs.get(key) is not None]
+    if len(given) == 2:
+        raise ValueError("`cache` and `past_key_values` are two names of one argument: give only one of them.")
+    values = [kwargs.pop(key) for key in CACHE_NAMES if key in kwargs]
+    if values:
+        kwargs[name] = next((value for value in values if value is not None), None)
+    return kwargs
+
+
+def takes_cache_by_either_name(function):
+    """Let a function with the parameter `past_key_values` take it as `cache` too; show transformers' name for it."""
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        if "cache" in kwargs:
+            rename_cache(kwargs, "past_key_values")
+        return function(*args, **kwargs)
+
+    signature = inspect.signature(function)
+    parameters = [
+        parameter.replace(name=CACHE) if name == "past_key_values" else parameter
+        for name, parameter in signature.parameters.items()
+    ]
+    call.__signature__ = signature.replace(parameters=parameters)
+    return call
+
+
+class CacheByEitherName:
+    """For outputs: reads the cache under both names, of which the dataclass has one as a field."""
+
+
+setattr(CacheByEitherName, OTHER_CACHE_NAME, property(lambda self: self.get(CACHE)))
+
+
+def call_with_cache(function, past_key_values: Cache | None, **kwargs):
+    """Call a decoder, or a function of transformers, with the cache under the name that it has for it."""
+    return function(**{CACHE: past_key_values}, **kwargs)
+
+
+def hidden_states_to_return(layers: int | list[int]) -> bool | int | list[int]:
+    """Return what a tower's `output_hidden_states` must be where only some layers are read.
+
+    From transformers 5.23 on a tower returns the named ones alone, before that all or none.
+    """
+    return layers if RELEASE >= (5, 23) else True
+
+
+def attention_of(config: PreTrainedConfig) -> str | None:
+    """The attention implementation that a model runs; `set_attn_implementation` is public, reading it is not."""
+    return config._attn_implementation
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Return True if any layer is checkpointed; the property's name changed with transformers 5.23."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def keep_cache_in_checkpoints(layer: GradientCheckpointingLayer, keep: bool) -> None:
+    """Let a checkpointed layer keep its cache; by default it drops it, and no public setting says otherwise."""
+    layer._can_checkpoint_with_cache = keep
+
+
+def assert_without_waiting(condition: torch.Tensor, message: str) -> None:
+    """Raise on the device if a condition () is False, without a graph break; torch has no public spelling of it."""
+    torch._assert_async(condition, message)
+
+
+def current_backward_pass() -> int:
+    """A number that tells backward passes apart; torch's own checkpointing asks for it by this private name."""
+    return torch._C._current_graph_task_id()
+
+
+def slice_columns(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """Return the columns of states (B, T, D) that `logits_to_keep` asks for; transformers has this from 5.21 on.
+
+    logits_to_keep: the last so many columns, 0 for all; indices (n,) of columns; indices (B, n) of each row; or a
+    boolean mask (B, T), which gives (kept, D).
+    """
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:] if logits_to_keep else hidden_states
+    if logits_to_keep.ndim == 1:
+        return hidden_states[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return hidden_states[logits_to_keep]
+    return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
