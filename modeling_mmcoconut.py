@@ -53,6 +53,7 @@ from .configuration_mmcoconut import (
 )
 from .deferred_mmcoconut import LEAST_WIDTH
 from .fusions_mmcoconut import IMAGE_FUSIONS, check_num_tiles, check_one_source
+from .generation_mmcoconut import GenerationWithImages, images_of_call
 from .jacobi_mmcoconut import check_not_sharded, check_one_block, think_jacobi
 from .kernels_mmcoconut import GenerationOverSplitKeys, SplitCache
 from .latent_graphs_mmcoconut import check_latent_graphs, latent_step_caller
@@ -411,6 +412,11 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             ValueError: their number differs from the number of image features.
         """
         image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)
+        self.check_num_features(image_mask, image_features)
+        return image_mask
+
+    def check_num_features(self, image_mask: torch.Tensor, image_features: torch.Tensor) -> None:
+        """Raise where placeholders (B, T) and image features (P, D) differ in number."""
         num_placeholders, num_features = int(image_mask.sum()), image_features.shape[0]
         if num_placeholders != num_features:
             raise ValueError(
@@ -419,7 +425,6 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 f"{self.config.image_seq_length} placeholders an image or tile, as MMCoconutProcessor does, and do "
                 "not truncate them."
             )
-        return image_mask
 
     def check_whole_images(self, image_mask: torch.Tensor, num_tiles: torch.Tensor | None = None) -> None:
         """Every row of (B, T) must hold all placeholders of its images, or it would read parts of another row's.
@@ -768,6 +773,7 @@ def setting_of_base(name: str) -> property:
 class MMCoconutForConditionalGeneration(
     MMCoconutPreTrainedModel,
     FromBackbones,
+    GenerationWithImages,
     GenerationBehindPrefix,
     GenerationThatStops,
     GenerationOverSplitKeys,
@@ -843,17 +849,9 @@ class MMCoconutForConditionalGeneration(
             return self.generate_behind(prefix, inputs, *args, image_features=image_features, **kwargs)
         self.settle_stopping(kwargs)
         self.settle_cache(kwargs)
-        input_ids = kwargs.get("input_ids") if inputs is None else inputs
-        pixel_values, encoded = kwargs.get("pixel_values"), kwargs.get("mm_encoder_outputs")
-        check_one_source(pixel_values=pixel_values, image_features=image_features, mm_encoder_outputs=encoded)
-        if input_ids is not None and (pixel_values is not None or image_features is not None):
-            self.model.check_whole_images(input_ids == self.config.image_token_id, kwargs.get("num_tiles"))
-        if image_features is not None:  # which stock `generate()` does not look for
-            with torch.no_grad():
-                images = {"image_features": image_features, "num_tiles": kwargs.pop("num_tiles", None)}
-                encoded = self.get_image_features(**images, return_dict=True)
-            kwargs["mm_encoder_outputs"] = {"image": encoded}
-        return super().generate(inputs, *args, **kwargs)
+        kwargs["image_features"] = image_features
+        with images_of_call(self.encode_prompts(inputs, kwargs)):
+            return super().generate(inputs, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):

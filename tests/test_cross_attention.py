@@ -13,6 +13,7 @@ from tiny import (
     SPREAD,
     TEXT_CONFIGS,
     batch_of,
+    checkpoint_activations,
     last_labels,
     max_difference,
     ragged_batch,
@@ -147,7 +148,7 @@ def test_gpt2s_loop_equals_its_definition_and_rows_alone(padding, tolerance):
     gradients = loss_and_gradients(model, batch)
     with uncached(model):
         assert_same_gradients(gradients, loss_and_gradients(model, batch, use_cache=False), tolerance)
-    model.train().activation_checkpointing_enable()
+    checkpoint_activations(model.train())
     assert_same_gradients(loss_and_gradients(model, batch), gradients, tolerance)
 
 
@@ -200,7 +201,7 @@ def test_keys_of_the_pictures_are_computed_once_a_generation(models, text, optio
 def test_keys_of_the_pictures_are_computed_once_a_training_step(text, checkpointing):
     model = tiny_seq2seq() if text == "seq2seq" else cross_model(text)
     if checkpointing:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     batch = batch_for(model.train())
     ids = batch["decoder_input_ids" if text == "seq2seq" else "input_ids"]
     with Calls(key_projection(model)) as keys, Calls(model.get_decoder()) as passes:

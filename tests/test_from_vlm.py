@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tiny import (
     SPREAD,
     TEXT_SIZES,
+    checkpoint_activations,
     max_difference,
     padded,
     tiny_model,
@@ -521,7 +522,7 @@ def test_checkpointed_training_has_the_same_gradients(tmp_path):
         name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model(**batch).loss.backward()
     assert all(max_difference(p.grad, expected[name]) <= 1e-6 for name, p in model.named_parameters())
 

@@ -11,6 +11,7 @@ from tiny import (
     IN_TEXT_DECODERS,
     assert_same_gradients,
     batch_of,
+    checkpoint_activations,
     last_labels,
     loss_and_gradients,
     max_difference,
@@ -185,7 +186,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(text, every_n
     model = model_of(text, 2).train()
     batch = batch_for(model)
     expected = loss_and_gradients(model, batch)
-    model.activation_checkpointing_enable(every_n_layers=every_n_layers)
+    checkpoint_activations(model, every_n_layers=every_n_layers)
     assert_same_loss_and_gradients(loss_and_gradients(model, batch), expected, tolerance)
 
 
@@ -452,7 +453,7 @@ def test_truncation_goes_with_checkpointing_and_adapters(iterations, adapted, to
     expected = loss_and_gradients(model, batch)
     with uncached(model):
         assert_same_loss_and_gradients(loss_and_gradients(model, batch, use_cache=False), expected, 10 * tolerance)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     assert_same_loss_and_gradients(loss_and_gradients(model, batch), expected, tolerance)
 
 

@@ -6,6 +6,7 @@ from tiny import (
     DECODERS,
     assert_same_gradients,
     batch_of,
+    checkpoint_activations,
     kept_bytes,
     last_labels,
     loss_and_gradients,
@@ -224,9 +225,9 @@ def test_checkpointed_training_and_generation_are_as_with_sdpa(text, tolerance):
     batch = ragged_batch(model)
     found = []
     for each in (model, latent):
-        each.activation_checkpointing_enable()
+        checkpoint_activations(each)
         found.append(loss_and_gradients(each, batch))
-        each.activation_checkpointing_disable()
+        checkpoint_activations(each, enable=False)
     assert found[0][0] == pytest.approx(found[1][0], abs=tolerance)
     assert_same_gradients(found[1][1], found[0][1], tolerance)
     tokens = [each.eval().generate(**batch, max_new_tokens=5, num_beams=2) for each in (model, latent)]

@@ -8,6 +8,7 @@ from tiny import (
     DECODERS,
     assert_same_gradients,
     batch_of,
+    checkpoint_activations,
     last_labels,
     loss_and_gradients,
     max_difference,
@@ -215,11 +216,11 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(text, padding
     model = tiny_model(text).train()
     batch = ragged_batch(model, padding)
     expected_loss, expected = loss_and_gradients(model, batch)
-    model.activation_checkpointing_enable(every_n_layers=every_n_layers)
+    checkpoint_activations(model, every_n_layers=every_n_layers)
     loss, gradients = loss_and_gradients(model, batch)
     assert loss == pytest.approx(expected_loss, abs=tolerance)
     assert_same_gradients(gradients, expected, tolerance)
-    model.activation_checkpointing_disable()
+    checkpoint_activations(model, enable=False)
     assert loss_and_gradients(model, batch)[0] == expected_loss
 
 
@@ -231,7 +232,7 @@ def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass():
     attention.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     loss_and_gradients(model, batch)
     without = len(calls)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     loss_and_gradients(model, batch)
     assert len(calls) - without == 2 * without
 
@@ -239,12 +240,12 @@ def test_gradient_checkpointing_runs_each_layer_again_in_the_backward_pass():
 def test_reentrant_checkpointing_is_refused():
     model = tiny_model()
     with pytest.raises(ValueError, match="use_reentrant"):
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(model, {"use_reentrant": True})
 
 
 def test_checkpointing_of_the_decoder_alone_is_refused_where_thoughts_need_its_cache():
     model = tiny_model("qwen2").train()
-    model.model.language_model.activation_checkpointing_enable()
+    checkpoint_activations(model.model.language_model)
     with pytest.raises(ValueError, match="whole model"):
         loss_and_gradients(model, ragged_batch(model))
 
@@ -255,7 +256,7 @@ def test_checkpointing_a_sliding_window_is_refused_with_latents_and_works_withou
     image = [model.config.image_token_id] * model.config.image_seq_length
     without_latents = batch_of(model, [[*image, *words(8, seed=1)]])
     expected_loss, expected = loss_and_gradients(model, without_latents)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     loss, gradients = loss_and_gradients(model, without_latents)
     assert loss == pytest.approx(expected_loss, abs=tolerance)
     assert_same_gradients(gradients, expected, tolerance)

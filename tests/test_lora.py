@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import ROOT, losses, recipe  # noqa: F401  (a fixture)
-from tiny import TEXT_CONFIGS, last_labels, max_difference, ragged_batch, tiny_model, uncached
+from tiny import TEXT_CONFIGS, checkpoint_activations, last_labels, max_difference, ragged_batch, tiny_model, uncached
 
 import train_hf
 from mmcoconut import arguments
@@ -108,7 +108,7 @@ def test_checkpointing_changes_no_gradient_of_an_adapter():
     model = adapted_model("qwen2, untied")
     batch = ragged_batch(model)
     plain = gradients(model, batch)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     assert_same_gradients(plain, gradients(model, batch), 1e-6)
 
 

@@ -16,6 +16,7 @@ from tiny import (
     VISION_CONFIGS,
     VISION_SIZES,
     batch_of,
+    checkpoint_activations,
     last_labels,
     max_difference,
     no_picture,
@@ -684,7 +685,7 @@ def test_embeddings_that_do_not_tell_special_tokens_apart_are_refused(tmp_path):
 def test_continuing_a_cache_under_checkpointing_is_refused():
     model = tiny_model("qwen2").train()
     past = model(torch.tensor([words(5, 1)]), use_cache=True).past_key_values
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     with pytest.raises(ValueError, match="cannot continue past_key_values"):
         model(torch.tensor([words(5, 1)]), past_key_values=past)
 

@@ -5,6 +5,7 @@ from tiny import (
     DECODERS,
     assert_same_gradients,
     batch_of,
+    checkpoint_activations,
     kept_bytes,
     loss_and_gradients,
     ragged_batch,
@@ -27,7 +28,7 @@ def test_checkpointing_the_first_pass_changes_neither_loss_nor_gradients(text, a
     batch = ragged_batch(model)
     batch["pixel_values"] = batch["pixel_values"].double()
     expected_loss, expected = loss_and_gradients(model, batch)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model.model.checkpointed_passes = "first"
     loss, gradients = loss_and_gradients(model, batch)
     assert loss == pytest.approx(expected_loss, abs=tolerance)
@@ -39,7 +40,7 @@ def test_checkpointing_the_first_pass_changes_neither_loss_nor_gradients(text, a
 def test_only_the_passes_that_are_named_run_again(attention, checkpointed, num_again):
     model = model_with("qwen2", attention)
     batch = ragged_batch(model)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model.model.checkpointed_passes = checkpointed
     calls = []
     model.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -53,7 +54,7 @@ def test_the_first_pass_keeps_less_and_latent_steps_what_they_keep_otherwise():
         model = model_with("qwen2", "latent")
         latents = [model.config.latent_token_id] * num_latents
         if chosen:
-            model.activation_checkpointing_enable()
+            checkpoint_activations(model)
             model.model.checkpointed_passes = chosen["checkpointed"]
         return kept_bytes(model, batch_of(model, [[*words(prefix, 1), *latents, *words(2, 2)]]))
 
@@ -70,7 +71,7 @@ def test_jacobi_iterations_are_checkpointed_whole():
     model = model_with("gpt2", "sdpa", thought_schedule="jacobi", jacobi_iterations=2)
     batch = ragged_batch(model)
     expected_loss, expected = loss_and_gradients(model, batch)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model.model.checkpointed_passes = "first"
     loss, gradients = loss_and_gradients(model, batch)
     assert loss == pytest.approx(expected_loss, abs=1e-6)
@@ -79,7 +80,7 @@ def test_jacobi_iterations_are_checkpointed_whole():
 
 def test_layers_are_checkpointed_again_after_a_step():
     model = model_with("gpt2", "latent")
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     model.model.checkpointed_passes = "first"
     loss_and_gradients(model, ragged_batch(model))
     assert model.is_activation_checkpointing

@@ -13,6 +13,7 @@ from tiny import (
     VISION_CONFIGS,
     VISION_SIZES,
     assert_same_gradients,
+    checkpoint_activations,
     decoder_side,
     last_labels,
     loss_and_gradients,
@@ -109,7 +110,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(tolerance):
     expected_loss, expected = loss_and_gradients(model, batch)
     calls = []
     handle = model.get_decoder().layers[0].self_attn.register_forward_pre_hook(lambda *_: calls.append(1))
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     loss, gradients = loss_and_gradients(model, batch)
     handle.remove()
     assert loss == pytest.approx(expected_loss, abs=tolerance)

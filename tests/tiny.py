@@ -98,6 +98,12 @@ TOWER_STRATEGIES = [(vision, "full") for vision in TOWERS]
 TOWER_STRATEGIES += [(vision, "default") for vision in TOWERS if vision != "siglip"]
 
 
+def checkpoint_activations(model, *args, enable: bool = True, **kwargs) -> None:
+    """Switch gradient checkpointing on or off; the methods' names changed with transformers 5.23."""
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{kind}_checkpointing_{'enable' if enable else 'disable'}")(*args, **kwargs)
+
+
 def tiny_tokenizer():
     """A fresh byte-level BPE of about 320 tokens, without the model's special tokens."""
     return train_tokenizer(TEXTS, vocab_size=320)

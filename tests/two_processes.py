@@ -10,7 +10,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tiny import batch_of, decoder_side, last_labels, ragged_rows, seq2seq_batch, tiny_model, tiny_seq2seq, words
+from tiny import (
+    batch_of,
+    checkpoint_activations,
+    decoder_side,
+    last_labels,
+    ragged_rows,
+    seq2seq_batch,
+    tiny_model,
+    tiny_seq2seq,
+    words,
+)
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
@@ -91,7 +101,7 @@ def train(wrapper: str, text: str, checkpointed: bool) -> dict:
     rank, model = dist.get_rank(), make_model(text).train()
     batch, divisor = labelled_batch(model, (rank,)), num_labels(model) / 2
     if checkpointed:
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
     module = DistributedDataParallel(model, find_unused_parameters=True) if wrapper == "ddp" else shard(model)
     loss = module(**batch, num_items_in_batch=divisor).loss
     loss.backward()
