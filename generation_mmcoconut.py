@@ -48,7 +48,7 @@ class EncodedImages:
 
 @contextmanager
 def images_of_call(encoded: EncodedImages | None):
-    """Inside, every step of `generate` reads these images; no keyword, because transformers repeats and drops those."""
+    """Inside, every step of `generate` reads these images; no keyword, as transformers repeats and drops those."""
     token = IMAGES_OF_CALL.set(encoded)
     try:
         yield
