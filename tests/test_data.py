@@ -18,6 +18,7 @@ from PIL import Image, ImageFile
 from mmcoconut import data
 from mmcoconut.data import arrow_mazes, images, json_steps
 from mmcoconut.data.images import MAX_IMAGE_PIXELS, UnreadableImageError, open_images, resolve_image_path
+from mmcoconut.scoring import score
 
 
 OWN = ("arrow_mazes", "json_steps", "puzzlevqa")  # the others are held in test_public_data.py
@@ -208,7 +209,7 @@ def test_bad_pictures_are_refused_by_row_file_and_remedy(content, found, from_fi
     path.write_bytes(content)
     row = row_at(path) if from_file else row_of(content)
     name = path if from_file else "image file 0 (bytes"
-    error_of(lambda: open_images(row), "train.json row 17", name, found, "drop_unreadable", kind=UnreadableImageError)
+    error_of(lambda: open_images(row), "train.json row 17", name, found, "unreadable_images: skip", kind=UnreadableImageError)
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow's, for TIFF
@@ -408,19 +409,33 @@ def test_text_only_reads_no_picture(load_rows):
     [
         ({"answer": 7}, ["7"]),
         ({"answer": 2.5}, ["2.5"]),
+        ({"answer": 3.0}, ["3"]),
+        ({"answer": -0.0}, ["0"]),
+        ({"answer": 1e3}, ["1000"]),
+        ({"answer": 1e300}, ["1e+300"]),
+        ({"answer": "3.0"}, ["3.0"]),
         ({"answer": "red", "answers": ["blue", "red", 4]}, ["red", "blue", "4"]),
+        ({"answer": "yes", "answers": ["no", *["yes"] * 9]}, ["yes", "no", *["yes"] * 8]),
+        ({"answer": "no", "answers": ["yes", "yes"]}, ["no", "yes", "yes"]),
         ({"answers": None}, ["2"]),
         ({"answers": []}, ["2"]),
         ({"answer": "1", "choices": [1, "2"]}, ["1"]),
+        ({"answer": 2, "choices": [1.0, 2.0]}, ["2"]),
     ],
 )
-def test_answers_are_strings_with_the_target_first_and_no_duplicates(changes, answers, load_rows):
+def test_answers_are_strings_as_given_with_the_target_first(changes, answers, load_rows):
     assert load_rows([{**ROW, **changes}])["answers"][0] == answers
 
 
 def test_answers_alone_will_do(load_rows):
     row = {key: value for key, value in ROW.items() if key != "answer"}
-    assert load_rows([{**row, "answers": ["dog", "puppy"]}])["answers"][0] == ["dog", "puppy"]
+    assert load_rows([{**row, "answers": ["dog", "puppy", "dog"]}])["answers"][0] == ["dog", "puppy", "dog"]
+
+
+@pytest.mark.parametrize("metric", ["vqa_accuracy", "aokvqa_da"])
+def test_an_answer_that_nine_of_ten_people_gave_is_fully_right(metric, load_rows):
+    rows = list(load_rows([{**ROW, "answer": "yes", "answers": ["yes"] * 9 + ["no"]}]))
+    assert score(metric, ["### yes"], ["yes"], rows=rows)["scores"] == [1.0]
 
 
 BAD_FIELDS = [

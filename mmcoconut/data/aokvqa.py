@@ -6,7 +6,9 @@ https://arxiv.org/abs/2206.01718
 """
 
 import ast
+import io
 import os
+import tokenize
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -41,14 +43,30 @@ TASKS = ("multiple_choice", "direct_answer")
 FILES = {"train": "train", "validation": "val", "test": "test"}
 
 
+def _list_in(text: str, field: str, row_id: str) -> Any:
+    """The list that a text spells as Python does.
+
+    Raises:
+        ValueError: no literal; strings with no comma between them, as numpy prints them, which Python would join.
+    """
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
+        raise field_error(row_id, field, text, "write a list of answers, ['a', 'b']") from error
+    tokens = tokenize.generate_tokens(io.StringIO(text.strip()).readline)
+    num_strings = sum(token.type == tokenize.STRING for token in tokens)
+    num_answers = len(value) if isinstance(value, list) else 1
+    if num_strings > num_answers:
+        remedy = f"{num_strings} strings stand there for {num_answers} answers; write commas between them"
+        raise field_error(row_id, field, text, remedy)
+    return value
+
+
 def _direct_answers(row: Mapping[str, Any], row_id: str) -> list[str]:
     """The ten answers; the Hub's copy writes the list as text, `"['a', 'b']"`."""
     value = field_of(row, "direct_answers", row_id)
     if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError) as error:
-            raise field_error(row_id, "direct_answers", value, "write a list of answers") from error
+        value = _list_in(value, "direct_answers", row_id)
     return most_frequent_first(texts_of({"direct_answers": value}, "direct_answers", row_id))
 
 

@@ -21,7 +21,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 # Only these are tried: other formats of Pillow run programs (EPS) or are never photographs.
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
-REMEDY = "replace the file, or leave such rows out with mmcoconut.data.drop_unreadable"
+REMEDY = "replace the file, or leave such rows out with `unreadable_images: skip` in the recipe"
 
 # What Pillow's decoders raise on damaged bytes.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)

@@ -1,8 +1,8 @@
 """Loads questions with written steps from JSON or JSON Lines: `{"image", "question", "steps", "answer"}` a row.
 
 This is the format of the A-OKVQA files made for Coconut. There the choices stand in the question and the answer is the
-index of the right one: both are kept as they are. Optional fields: `choices`, a list, and `answers`, further accepted
-answers.
+index of the right one: both are kept as they are. Optional fields: `choices`, a list, and `answers`, all accepted
+answers, repeated as people gave them.
 """
 
 import difflib
@@ -22,6 +22,8 @@ from mmcoconut.data.images import resolve_image_path
 
 OPTIONAL_FIELDS = ("image", "choices", "answers")
 FIELDS = ("question", "steps", "answer", *OPTIONAL_FIELDS)
+
+LARGEST_WHOLE = 2**53  # from here on a float stands for several whole numbers
 
 # Half of a UTF-16 pair: JSON can spell it ("\ud83d"), text files and tokenizers cannot hold it.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -103,11 +105,13 @@ def check_list(value: Any, field: str, row_id: str) -> list:
 
 
 def answer_text(value: Any, field: str, row_id: str) -> str:
-    """A string as it is, a number as its string."""
+    """A string as it is, a number as its string, without a point where it is whole: 3.0 is "3"."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise field_error(row_id, field, value, f"write a string or a number, not {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
         raise field_error(row_id, field, value, "write a finite number or a string")
+    if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST_WHOLE:
+        value = int(value)
     return check_text(str(value), field, row_id)
 
 
@@ -147,15 +151,21 @@ def _images(row: Mapping[str, Any], image_root: str | os.PathLike | None, row_id
 
 
 def _answers(row: Mapping[str, Any], row_id: str) -> list[str]:
-    """`answer` first, then the others in `answers`; `answers` alone will do, and its first is the target."""
+    """`answers` with `answer`, the target, in front; `answers` alone will do, and its first is the target.
+
+    Repeated answers stay, because metrics count how many people gave one.
+    """
     if row.get("answers") is None:
         return [answer_text(field_of(row, "answer", row_id), "answer", row_id)]
     accepted = [answer_text(value, "answers", row_id) for value in check_list(row["answers"], "answers", row_id)]
     if "answer" in row:
-        accepted.insert(0, answer_text(row["answer"], "answer", row_id))
+        target = answer_text(row["answer"], "answer", row_id)
+        if target in accepted:
+            accepted.remove(target)
+        accepted.insert(0, target)
     if not accepted:
         raise field_error(row_id, "answers", row["answers"], "write at least one answer")
-    return list(dict.fromkeys(accepted))
+    return accepted
 
 
 def _example(row: Mapping[str, Any], images: list[dict], row_id: str) -> Example:
