@@ -1,12 +1,16 @@
 """A byte-level BPE trained on a data set's own texts, for language models that start from random weights."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from mmcoconut.configuration_mmcoconut import PAD_TOKEN, SPECIAL_TOKENS
+
 
 EOS_TOKEN = "<|endoftext|>"
+SPECIAL_STRING = re.compile("|".join(map(re.escape, (EOS_TOKEN, PAD_TOKEN, *SPECIAL_TOKENS))))
 # A word with the space before it and the line end after it, so that a one-word step is one token, as a thought is one.
 WORD = r" ?[^\s]+\n?|\s+"
 
@@ -23,8 +27,23 @@ class TokenizersBackend(transformers.TokenizersBackend):
         return (*file_names, *self.backend_tokenizer.model.save(str(save_directory), filename_prefix))
 
 
+def without_special_strings(texts: Iterable[str]) -> Iterator[str]:
+    """Yield what stands between the strings of special tokens, so that no merge can build one of them.
+
+    An entry of that string would be the special token itself, and plain text would be read as latents or as an end.
+
+    >>> list(without_special_strings(["Go <image> on", "<|latent|>"]))
+    ['Go ', ' on', '', '']
+    """
+    for text in texts:
+        yield from SPECIAL_STRING.split(text)
+
+
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TokenizersBackend:
-    """Train on texts; any string can be encoded and decoded without loss, whatever the texts were."""
+    """Train on texts; any string can be encoded and decoded without loss, whatever the texts were.
+
+    The strings of special tokens (`<image>`, `<|latent|>`, …) in the texts are not learnt: they stay ordinary text.
+    """
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORD), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -35,5 +54,5 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TokenizersBacke
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, initial_alphabet=alphabet, special_tokens=[EOS_TOKEN], show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(without_special_strings(texts), trainer)
     return TokenizersBackend(tokenizer_object=tokenizer, eos_token=EOS_TOKEN)

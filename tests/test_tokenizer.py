@@ -9,8 +9,10 @@ import sys
 import pytest
 from tiny import tiny_model, tiny_processor
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, CLIPImageProcessorPil
 
+from mmcoconut.configuration_mmcoconut import PAD_TOKEN, SPECIAL_TOKENS, add_special_tokens
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.tokenizer import EOS_TOKEN, WORD, train_tokenizer
 
 
@@ -86,6 +88,32 @@ def test_a_processor_saves_both_files_and_the_ids_of_its_special_tokens(tmp_path
     added = loaded.get_vocab().keys() - vocabulary.keys()  # after the BPE's own, as tokenizer.json has them
     assert {loaded.convert_ids_to_tokens(id) for id in range(len(vocabulary), len(loaded))} == added
     assert loaded.convert_tokens_to_ids("<|latent|>") == model.config.latent_token_id
+
+
+SPECIAL_STRINGS = (*SPECIAL_TOKENS, PAD_TOKEN, EOS_TOKEN)
+
+
+@pytest.fixture(scope="module")
+def processor_of_marked_texts():
+    """Of a tokenizer that was trained on texts which hold the strings of special tokens, often."""
+    texts = [f"Go {token} on{token}{token}, {token}{other}\n" for token in SPECIAL_STRINGS for other in SPECIAL_STRINGS]
+    tokenizer = train_tokenizer(texts * 3, vocab_size=1000)
+    add_special_tokens(tokenizer)
+    return MMCoconutProcessor(CLIPImageProcessorPil(), tokenizer, image_seq_length=3)
+
+
+@pytest.mark.parametrize("token", SPECIAL_STRINGS)
+def test_the_string_of_a_special_token_in_a_text_stays_text(token, processor_of_marked_texts):
+    processor = processor_of_marked_texts
+    special = {*processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_STRINGS))}
+    assert len(special) == len(SPECIAL_STRINGS)
+    for text in (token, f"{token} Start{token}{token}", f"<{token}>"):
+        step, answer = processor.encode_step(text), processor.encode_answer(text)[:-1]
+        assert not special & {*step, *answer}
+        assert (processor.tokenizer.decode(step), processor.tokenizer.decode(answer)) == (f"{text}\n", f"### {text}")
+        prompt = processor.encode_prompt(text, num_images=1, num_latents=2, history=[(text, text)])
+        assert prompt.count(processor.image_token_id) == processor.image_seq_length
+        assert prompt.count(processor.latent_token_id) == 4
 
 
 def test_a_trained_tokenizer_is_sent_to_other_processes(tokenizer):
