@@ -193,6 +193,7 @@ class CurriculumCollator:
         max_length: positions of the language model; longer rows are refused.
         max_new_tokens: what evaluation will add to a prompt.
         alignment: what the rows' pictures are aligned with, if anything.
+        num_epochs: epochs of the run, where known; stages that it does not reach are not measured.
 
     With `image_features` batches hold these in the place of pixels.
     """
@@ -205,10 +206,11 @@ class CurriculumCollator:
         max_length: int | None = None,
         max_new_tokens: int = 0,
         alignment: Alignment | None = None,
+        num_epochs: int | None = None,
     ):
         self.curriculum, self.processor = curriculum, processor
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
-        self.alignment = alignment
+        self.alignment, self.num_epochs = alignment, num_epochs
         self.epoch = 0
         self.fixed_stage: int | None = None
         self.image_features: ImageFeatures | None = None
@@ -223,7 +225,8 @@ class CurriculumCollator:
             raise ValueError(
                 f"{row['row_id']}: {what} takes {length} tokens, images and latents included, and the language "
                 f"model, or max_length, has {self.max_length} positions: shorten the question or the steps, use "
-                "fewer latents or image tokens, take a language model with more positions, or set `long_rows: cut`."
+                "fewer latents or image tokens, lower max_new_tokens, take a language model with more positions, or "
+                "set `long_rows: cut`."
             )
 
     def check_turns(self, row: dict) -> None:
@@ -278,18 +281,64 @@ class CurriculumCollator:
         *before, (prompt, target) = turns
         return self.longest_part([*chain(*chain(*before)), *prompt], len(target))
 
+    @property
+    def stages(self) -> range:
+        """The stages that rows may be laid out at: the fixed one, or all from the run's first epoch to its last."""
+        curriculum = self.curriculum
+        if self.fixed_stage is not None:
+            return range(self.fixed_stage, self.fixed_stage + 1)
+        if curriculum.uniform_prob and curriculum.mode in STAGED_MODES:
+            return range(curriculum.last_stage + 1)
+        last = curriculum.last_stage if self.num_epochs is None else curriculum.stage_at(max(0, self.num_epochs - 1))
+        return range(curriculum.stage_at(0), last + 1)
+
+    def longest_form(self, row: dict, num_tiles: Sequence[int], *, room: int = 0) -> tuple[int, str]:
+        """The most tokens that a row takes at any of `stages`, and as what it does.
+
+        Each text is tokenized once, not once a stage: a latent is one token, and a row whose latents change with the
+        stage has no earlier turns.
+
+        Args:
+            num_tiles: the tiles of each of its images.
+            room: new tokens that may follow its prompt. A row with room is evaluated too, so that its own number of
+                steps never caps the latents.
+        """
+        curriculum, (steps, answer) = self.curriculum, self.target_lengths(row)
+        plans = {stage: curriculum.plan(stage, len(steps)) for stage in self.stages}
+        latents = {
+            stage: curriculum.num_latents(stage) if room else plan.num_latents for stage, plan in plans.items()
+        }
+        most = max(latents.values())
+        turns, prompt = self.encode_turns(row, num_tiles, most)
+        encoder, decoder = self.processor.split_prompt([*chain(*chain(*turns)), *prompt])
+        forms = [(len(encoder), "the question")]
+        for stage, plan in plans.items():
+            begun = len(decoder) - most + latents[stage]
+            forms.append((begun + sum(steps[plan.skipped_steps :]) + answer, f"the sequence of stage {stage}"))
+            forms.append((begun + room, f"the prompt of stage {stage} with {room} new tokens (max_new_tokens)"))
+        return max(forms, key=lambda form: form[0])
+
+    def target_lengths(self, row: dict) -> tuple[list[int], int]:
+        """Tokens of each written step, and of the answer."""
+        steps = [len(encode_step(self.processor, step)) for step in row["steps"]]
+        return steps, len(encode_answer(self.processor, row["answers"][0]))
+
+    def measure(self, row: dict, num_images: int, whole_row, *, room: int = 0) -> tuple[int, str]:
+        """`longest_form` of a row with so many images; `whole_row()` gives the row with its images.
+
+        Only a row that would be too long with the most tiles that its images can have is read to count them.
+        """
+        image_processor = self.processor.image_processor
+        tiled = makes_tiles(image_processor) and num_images > 0
+        most = image_processor.max_patches + 1 if tiled and image_processor.crop_to_patches else 1  # 1: the thumbnail
+        found = self.longest_form(row, [most] * num_images, room=room)
+        if not tiled or self.max_length is None or found[0] <= self.max_length:
+            return found
+        return self.longest_form(row, self.pixels([whole_row()])[1][0], room=room)
+
     def longest(self, row: dict, *, room: int = 0) -> int:
-        """The most tokens that a row takes at any stage, with its answer or, if these are more, `room` new tokens."""
-        self.check_turns(row)
-        tiled = makes_tiles(self.processor.image_processor)
-        num_tiles = self.pixels([row])[1][0] if tiled else [1] * len(row["images"])
-        lengths = []
-        for stage in range(self.curriculum.last_stage + 1):
-            plan = self.curriculum.plan(stage, len(row["steps"]))
-            lengths.append(self.length_of(self.encode_row(row, plan, num_tiles)))
-            prompt = self.encode_prompt(row, num_tiles, self.curriculum.num_latents(stage))
-            lengths.append(self.longest_part(prompt, room))
-        return max(lengths)
+        """The most tokens of a row at any stage, as `measure` counts them."""
+        return self.measure(row, len(row["images"]), lambda: row, room=room)[0]
 
     def longest_part(self, prompt: list[int], num_following: int) -> int:
         """Tokens of a prompt and what follows it; of an encoder-decoder those of the longer side."""
@@ -396,8 +445,24 @@ class CurriculumCallback(TrainerCallback):
                 f"All {state.max_steps} updates of this run lie in the {alignment.warmup_epochs} epochs of "
                 "align_warmup_epochs, so that the answer is never learnt: set max_steps to more, or that to less."
             )
+        if state.is_world_process_zero:
+            self.announce_last_stage(state.num_train_epochs)
         # A finished run that is resumed has no epoch left to begin.
         self.enter(min(int((state.epoch or 0) + 1e-6), math.ceil(args.num_train_epochs) - 1))
+
+    def announce_last_stage(self, num_epochs: int) -> None:
+        """Log the stage that a run of so many epochs ends in, as a warning where it is not the last one."""
+        curriculum = self.collator.curriculum
+        stage, last = curriculum.stage_at(num_epochs - 1), curriculum.last_stage
+        if stage < last:
+            needed = curriculum.epochs_before_last_stage + 1 - curriculum.start_epoch
+            logger.warning(
+                "The run ends in stage %d of %d, with %d of %d latents: the %d epochs of num_train_epochs, or of "
+                "max_steps, end before the later stages. Train for %d epochs or more, or shorten epochs_per_stage.",
+                *(stage, last, curriculum.num_latents(stage), curriculum.num_latents(last), num_epochs, needed),
+            )
+        elif last > 0:
+            logger.info("The run ends in stage %d of %d.", stage, last)
 
     def enter(self, epoch: int) -> None:
         """Set the collator's epoch, and the latents that a checkpoint's processor is saved with."""

@@ -1,10 +1,12 @@
 """Stage arithmetic, the collator's layout and the callback's schedule."""
 
+import re
+
 import pytest
 import torch
-from tiny import tiny_model, tiny_processor
+from tiny import tiny_model, tiny_processor, tiny_seq2seq
 
-from mmcoconut.curriculum import IGNORED, MODES, Curriculum, CurriculumCollator, RowPlan
+from mmcoconut.curriculum import IGNORED, MODES, Curriculum, CurriculumCallback, CurriculumCollator, RowPlan
 from mmcoconut.data import load_examples
 
 
@@ -130,6 +132,72 @@ def test_prompt_that_leaves_no_room_for_the_answer_is_refused_by_name(processor,
     made = CurriculumCollator(Curriculum(), processor, max_length=40, max_new_tokens=40)
     with pytest.raises(ValueError, match="arrow_mazes train row 0: the prompt with max_new_tokens takes"):
         made.prompts(rows)
+
+
+def lengths_by_definition(made, row, room: int) -> list[int]:
+    """Tokens of a row at each stage that it is laid out at, encoded anew for each; with room also of its prompts."""
+    lengths = []
+    for made.fixed_stage in made.stages:
+        plan = made.training_plan(row)
+        turns = [made.encode_row(row, plan, [1])]
+        if room:
+            turns.append(made.encode_row(row, made.evaluation_plan(row), [1]))
+            prompt = made.encode_prompt(row, [1], made.curriculum.num_latents(made.fixed_stage))
+            lengths.append(made.longest_part(prompt, room))
+        lengths += map(made.length_of, turns)
+    made.fixed_stage = None
+    return lengths
+
+
+@pytest.mark.parametrize("markers", ["both", "none"])
+@pytest.mark.parametrize("room", [0, 9, 200])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("mode, c_thought", [("coconut", 1), ("coconut", 30), ("cot", 1), ("no_cot", 1), ("pause", 4)])
+def test_longest_form_of_a_row_is_that_of_all_its_stages(mode, c_thought, padded, room, markers, rows):
+    made = collator(
+        tiny_processor(tiny_model(), markers=markers), mode=mode, c_thought=c_thought, pad_latent_to_max=padded
+    )
+    for row in rows[:3]:
+        assert made.longest(row, room=room) == max(lengths_by_definition(made, row, room))
+    encoder_decoder = collator(tiny_processor(tiny_seq2seq()), mode=mode, c_thought=c_thought)
+    assert encoder_decoder.longest(rows[0], room=room) == max(lengths_by_definition(encoder_decoder, rows[0], room))
+
+
+@pytest.mark.parametrize(
+    "options, num_epochs, stages",
+    [
+        ({}, None, [0, 1, 2, 3, 4]),
+        ({}, 3, [0, 1, 2]),
+        ({"start_epoch": 3}, None, [3, 4]),
+        ({"start_epoch": 1}, 2, [1, 2]),
+        ({"uniform_prob": 0.1}, 1, [0, 1, 2, 3, 4]),
+        ({"mode": "cot", "uniform_prob": 0.1}, 9, [0]),
+    ],
+)
+def test_only_stages_of_the_run_are_measured(options, num_epochs, stages, processor):
+    made = CurriculumCollator(Curriculum(**options), processor, num_epochs=num_epochs)
+    assert [*made.stages] == stages
+
+
+@pytest.mark.parametrize(
+    "options, num_epochs, level, said",
+    [
+        ({"epochs_per_stage": 5}, 2, "WARNING", "ends in stage 0 of 4, with 0 of 3 latents: .* Train for 21 epochs"),
+        ({"epochs_per_stage": 1, "start_epoch": 2}, 2, "WARNING", "stage 3 of 4, with 3 of 3 .* Train for 3 epochs"),
+        ({"epochs_per_stage": (4, 1)}, 8, "INFO", "ends in stage 4 of 4"),
+    ],
+)
+def test_a_run_says_at_its_start_in_which_stage_it_ends(options, num_epochs, level, said, processor, caplog):
+    caplog.set_level("INFO")
+    CurriculumCallback(CurriculumCollator(Curriculum(**options), processor)).announce_last_stage(num_epochs)
+    (record,) = caplog.records
+    assert record.levelname == level and re.search(said, record.message)
+
+
+def test_a_run_without_stages_says_nothing_of_them(processor, caplog):
+    caplog.set_level("INFO")
+    CurriculumCallback(CurriculumCollator(Curriculum(mode="cot"), processor)).announce_last_stage(2)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("values", [{"mode": "cococonut"}, {"epochs_per_stage": 0}, {"epochs_per_stage": ()}])
