@@ -12,6 +12,7 @@ begins to write.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from itertools import takewhile
 
@@ -36,6 +37,7 @@ from .configuration_mmcoconut import (
 logger = logging.get_logger(__name__)
 
 ANSWER_MARKER = "###"
+ANSWER_LINE = re.compile(rf"^{ANSWER_MARKER}#*", re.MULTILINE)  # also GSM8K's four
 MARKERS = ("both", "start", "none")
 SET_THOUGHTS = (
     "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
@@ -630,17 +632,25 @@ class MMCoconutProcessor(ProcessorMixin):
         return super().apply_chat_template(conversation, chat_template, **{**self.layout(num_latents), **kwargs})
 
     def decode_answers(self, generated_ids) -> list[str]:
-        """The answers in generated ids (B, new tokens): the text after the last `###`, '' where there is none."""
+        """The answers in generated ids (B, new tokens), as `parse_answer` finds them; '' where there is none."""
         texts = self.tokenizer.batch_decode(generated_ids, skip_special_tokens=True)
         return [parse_answer(text) for text in texts]
 
 
 def parse_answer(text: str) -> str:
-    """The text after the last `###`, without surrounding space; '' where there is none.
+    """Return the text after the first line that begins with `###`, else after the last `###`, else ''.
 
-    >>> parse_answer("B2\\n### red"), parse_answer("red")
-    ('red', '')
+    Steps stand on lines of their own before that line, and an answer may hold `###` itself. Surrounding space is
+    removed.
+
+    >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("red")
+    ('red', 'red', '')
+    >>> parse_answer("### 48+24=72 #### 72")
+    '48+24=72 #### 72'
     """
+    line = ANSWER_LINE.search(text)
+    if line is not None:
+        return text[line.end() :].strip()
     return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
 
 

@@ -4,6 +4,7 @@ Read the recipe and the data, build model and processor, train through the curri
 """
 
 import logging
+import math
 import shutil
 import sys
 import time
@@ -32,6 +33,7 @@ from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
 from mmcoconut.recipe_files import run_command
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, write_json
+from mmcoconut.row_checks import check_alignment_texts, check_answers, check_lengths, timed
 from mmcoconut.scoring import REFERENCES, default_metric, figures_of, references_of, score
 from mmcoconut.smoke import smoke_arguments
 from mmcoconut.statistics import percent
@@ -257,17 +259,28 @@ def build_collator(model, processor, *, data_args, curriculum_args, run_args) ->
         max_length=min((limit for limit in limits if limit is not None), default=None),
         max_new_tokens=data_args.max_new_tokens,
         alignment=alignment if alignment.align_weight else None,
+        num_epochs=math.ceil(run_args.num_train_epochs) if run_args.do_train and run_args.max_steps <= 0 else None,
     )
 
 
-def fit(splits: dict, collator: CurriculumCollator, *, data_args, run_args) -> tuple[dict, dict]:
-    """The splits without what `long_rows: cut` cuts, and how much of each that is; every row can be laid out."""
-    for rows in splits.values():
-        for row in rows.remove_columns("images"):
-            collator.check_turns(row)
-    if data_args.long_rows == "error" or collator.max_length is None:
+def fit(splits: dict, collator: CurriculumCollator, *, data_args, curriculum_args, run_args) -> tuple[dict, dict]:
+    """The splits without what `long_rows: cut` cuts, and how much of each that is; every row can be laid out.
+
+    Raises:
+        ValueError: a row that is too long at a stage; `long_rows: cut` where nothing says what is too long.
+    """
+    only_learnt = ("train",) if curriculum_args.objective == "supervised" else ()  # others generate from it, too
+    rooms = {name: 0 if name in only_learnt else collator.max_new_tokens for name in splits}
+    for name, rows in splits.items():
+        check_alignment_texts(rows, collator)
+        if data_args.long_rows == "error":
+            check_lengths(rows, collator, room=rooms[name])
+    if data_args.long_rows == "error":
         return splits, {}
-    rooms = {name: 0 if name == "train" else collator.max_new_tokens for name in splits}
+    if collator.max_length is None:
+        raise ValueError(
+            "long_rows: cut has no effect, because the language model names no number of positions: set max_length."
+        )
     fitted = {
         name: fit_rows(rows, partial(collator.longest, room=rooms[name]), collator.max_length)
         for name, rows in splits.items()
@@ -294,8 +307,9 @@ def rewarded_trainer(curriculum_args, metric: str, train_set) -> tuple:
 
 def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_args):
     metric = data_args.metric or default_metric(data_args.dataset, splits["eval"][0])
-    for rows in splits.values():
-        references_of(metric, rows.remove_columns("images"))  # fails now, not after a stage
+    with timed("Scoring every row's own answer"):
+        for rows in splits.values():
+            check_answers(rows, metric)
     check_best_metric(run_args, metric, splits["eval"], collator.alignment)
     trainer_class, options = ProfiledTrainer if run_args.profile else CurriculumTrainer, {}
     if curriculum_args.objective in REWARDED and run_args.do_train:
@@ -352,9 +366,12 @@ def train(trainer, run_args) -> float:
     return time.perf_counter() - began
 
 
-def evaluate(trainer, data_args) -> dict:
-    """Evaluate a checkpoint without training it, at the stage that it was saved at; written beside nothing else."""
-    collator = trainer.curriculum_collator
+def fix_stage(collator: CurriculumCollator) -> None:
+    """Set the collator to the stage that its checkpoint was saved at.
+
+    Raises:
+        ValueError: no stage of the recipe has as many latents.
+    """
     curriculum, num_latents = collator.curriculum, collator.processor.num_latents
     stages = [s for s in range(curriculum.last_stage + 1) if curriculum.num_latents(s) == num_latents]
     if not stages:
@@ -363,6 +380,10 @@ def evaluate(trainer, data_args) -> dict:
             "max_latent_stage and mode as it was trained."
         )
     collator.fixed_stage = stages[0]
+
+
+def evaluate(trainer, data_args) -> dict:
+    """Evaluate a checkpoint without training it, at the stage that was fixed; written beside nothing else."""
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
@@ -437,7 +458,10 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = build(model_args, curriculum_args, splits.get("train"))
     run = {"data_args": data_args, "curriculum_args": curriculum_args, "run_args": run_args}
     collator = build_collator(model, processor, **run)
-    splits, cut = fit(splits, collator, data_args=data_args, run_args=run_args)
+    if not run_args.do_train:
+        fix_stage(collator)
+    with timed("Measuring the rows of all splits"):
+        splits, cut = fit(splits, collator, **run)
     trainer = build_trainer(model, collator, splits=splits, **run)
     if data_args.precompute_image_features:
         cache = data_args.image_features_cache or DEFAULT_CACHE

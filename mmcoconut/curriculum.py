@@ -305,9 +305,7 @@ class CurriculumCollator:
         """
         curriculum, (steps, answer) = self.curriculum, self.target_lengths(row)
         plans = {stage: curriculum.plan(stage, len(steps)) for stage in self.stages}
-        latents = {
-            stage: curriculum.num_latents(stage) if room else plan.num_latents for stage, plan in plans.items()
-        }
+        latents = {stage: curriculum.num_latents(stage) if room else plan.num_latents for stage, plan in plans.items()}
         most = max(latents.values())
         turns, prompt = self.encode_turns(row, num_tiles, most)
         encoder, decoder = self.processor.split_prompt([*chain(*chain(*turns)), *prompt])

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import NamedTuple
 
-import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mmcoconut.curriculum import CurriculumCollator, RowPlan
-from mmcoconut.data import history_of, question_text
+from mmcoconut.data import history_of, image_counts, question_text
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 
 
@@ -42,19 +41,13 @@ class RowLengths(NamedTuple):
         return self.prompt + self.latents(plan) + sum(self.steps[plan.skipped_steps :]) + self.answer
 
 
-def token_counts(tokenizer, texts: Sequence[str]) -> dict[str, int]:
+def token_counts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False) -> dict[str, int]:
     """The number of tokens of each distinct text."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return {}
-    encoded = tokenizer(distinct, add_special_tokens=False, split_special_tokens=True)
+    encoded = tokenizer(distinct, add_special_tokens=add_special_tokens, split_special_tokens=True)
     return {text: len(ids) for text, ids in zip(distinct, encoded["input_ids"], strict=True)}
-
-
-def image_counts(rows: Dataset) -> list[int]:
-    """Pictures of each row, without reading one."""
-    tables = rows.select_columns(["images"]).with_format("arrow").iter(batch_size=1000)
-    return [count for table in tables for count in pc.list_value_length(table["images"]).to_pylist()]
 
 
 def prompt_texts(row) -> list[str]:

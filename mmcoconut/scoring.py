@@ -27,7 +27,11 @@ def correct_choice(row: Mapping) -> dict:
 # Metrics in metrics/, and the reference that each takes from a row.
 REFERENCES = {
     # Rows have no mark of difficult questions: the loader leaves them out (skip_difficult).
-    "aokvqa_da": lambda row: {"direct_answers": row["answers"], "difficult_direct_answer": False},
+    # The answer that was written comes without surrounding space, and is compared letter by letter.
+    "aokvqa_da": lambda row: {
+        "direct_answers": [answer.strip() for answer in row["answers"]],
+        "difficult_direct_answer": False,
+    },
     "aokvqa_mc": correct_choice,
     "captions": lambda row: row["answers"],
     "exact_match": lambda row: row["answers"],

@@ -209,7 +209,14 @@ def test_bad_pictures_are_refused_by_row_file_and_remedy(content, found, from_fi
     path.write_bytes(content)
     row = row_at(path) if from_file else row_of(content)
     name = path if from_file else "image file 0 (bytes"
-    error_of(lambda: open_images(row), "train.json row 17", name, found, "unreadable_images: skip", kind=UnreadableImageError)
+    error_of(
+        lambda: open_images(row),
+        "train.json row 17",
+        name,
+        found,
+        "unreadable_images: skip",
+        kind=UnreadableImageError,
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow's, for TIFF

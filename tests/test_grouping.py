@@ -10,8 +10,8 @@ from tiny import tiny_model, tiny_processor, tiny_seq2seq
 import train_hf
 from mmcoconut.arguments import RecipeError
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
-from mmcoconut.data import load_examples
-from mmcoconut.grouping import StageGroupedSampler, image_counts
+from mmcoconut.data import image_counts, load_examples
+from mmcoconut.grouping import StageGroupedSampler
 from mmcoconut.trainer import with_index
 
 

@@ -118,9 +118,20 @@ def test_thoughts_stand_before_every_assistant_turn_of_a_chat(processor, image):
 
 @pytest.mark.parametrize(
     "text, answer",
-    [("B2\n### red", "red"), ("### 1\n### 2 ", "2"), ("red", ""), ("###", ""), ("a ### b c\n", "b c")],
+    [
+        ("B2\n### red", "red"),
+        ("### 1\n### 2 ", "1\n### 2"),
+        ("2 ### 3\n### 48+24=72 #### 72", "48+24=72 #### 72"),
+        ("### Sure:\n\n### Eggs\n- two", "Sure:\n\n### Eggs\n- two"),
+        ("48+24=72\n#### 72", "72"),
+        ("### #1", "#1"),
+        ("a ### b ### c d\n", "c d"),
+        ("red", ""),
+        ("###", ""),
+        ("a ### b c\n", "b c"),
+    ],
 )
-def test_answer_is_what_follows_the_last_marker(text, answer):
+def test_answer_follows_the_first_line_that_begins_with_the_marker_or_else_the_last_marker(text, answer):
     assert parse_answer(text) == answer
 
 

@@ -96,7 +96,9 @@ SPECIAL_STRINGS = (*SPECIAL_TOKENS, PAD_TOKEN, EOS_TOKEN)
 @pytest.fixture(scope="module")
 def processor_of_marked_texts():
     """Of a tokenizer that was trained on texts which hold the strings of special tokens, often."""
-    texts = [f"Go {token} on{token}{token}, {token}{other}\n" for token in SPECIAL_STRINGS for other in SPECIAL_STRINGS]
+    texts = [
+        f"Go {token} on{token}{token}, {token}{other}\n" for token in SPECIAL_STRINGS for other in SPECIAL_STRINGS
+    ]
     tokenizer = train_tokenizer(texts * 3, vocab_size=1000)
     add_special_tokens(tokenizer)
     return MMCoconutProcessor(CLIPImageProcessorPil(), tokenizer, image_seq_length=3)

@@ -119,6 +119,28 @@ def test_internvl_recipes_go_from_cot_over_coconut_to_evaluation(tmp_path, monke
     assert [path.name for path in (tmp_path / "eval").iterdir()] == ["eval_test.json"]
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (
+            ["--max_new_tokens", "50"],
+            "arrow_mazes validation row .: the prompt of stage 2 with 50 new tokens .* takes",
+        ),
+        (["--c_thought", "20"], r"arrow_mazes train row \d+: the sequence of stage [23] takes .* has 64 positions"),
+        (["--max_length", "30"], r"arrow_mazes train row \d+: the sequence of stage 0 takes .* has 30 positions"),
+        (["--metric", "numeric_answer"], "arrow_mazes train row 0, field 'answers': .* give a number"),
+        (["--metric", "aokvqa_mc"], "arrow_mazes train row 0, field 'answers': .* none of the choices"),
+        (["--test_split", "test", "--metric", "numeric_answer"], "row 0, field 'answers'"),
+    ],
+)
+def test_a_mistake_that_a_later_stage_would_meet_is_refused_before_the_first_update(
+    words, message, recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train_hf, "train", lambda *args: pytest.fail("training began"))
+    with pytest.raises(ValueError, match=message):
+        train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *words])
+
+
 def test_every_stage_is_logged_evaluated_and_keeps_its_best_checkpoint(recipe, tmp_path):
     results = train_hf.main([recipe, "--output_dir", str(tmp_path / "run")])
     assert [(row["stage"], row["num_latents"], row["n"]) for row in results["stages"]] == [

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any
 
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
 
 from mmcoconut.data.images import UnreadableImageError, open_images
@@ -118,6 +119,12 @@ def question_text(row: Mapping[str, Any]) -> str:
 def history_of(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     """Question and answer of each turn before the row's own; rows made by hand may do without the field."""
     return tuple((turn["question"], turn["answer"]) for turn in row.get("history", ()))
+
+
+def image_counts(rows: Dataset) -> list[int]:
+    """Count the pictures of each row, without reading one."""
+    tables = rows.select_columns(["images"]).with_format("arrow").iter(batch_size=1000)
+    return [count for table in tables for count in pc.list_value_length(table["images"]).to_pylist()]
 
 
 def drop_unreadable(dataset: Dataset) -> tuple[Dataset, list[str]]:
