@@ -402,7 +402,10 @@ class CurriculumCollator:
         return {**batch, **self.aligned(rows)}
 
     def prompts(self, rows: Sequence[dict]) -> dict:
-        """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows."""
+        """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows.
+
+        With an alignment also `num_images` (B,) of each row.
+        """
         num_latents = self.curriculum.num_latents(self.stage)
         pixels, tiles = self.pixels(rows)
         prompts = [self.encode_prompt(row, num_tiles, num_latents) for row, num_tiles in zip(rows, tiles)]
@@ -413,6 +416,7 @@ class CurriculumCollator:
             **self.processor.pad_prompts(prompts, padding=True, return_tensors="pt"),
             **pixels,
             "index": torch.tensor([row["index"] for row in rows]),
+            **({"num_images": torch.tensor([len(row["images"]) for row in rows])} if self.alignment else {}),
             "supervised": {
                 **self.supervised(rows, self.evaluation_plan, tiles),
                 **(self.aligned(rows) if self.alignment is not None else {}),

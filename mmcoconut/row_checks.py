@@ -106,9 +106,9 @@ def own_scores(metric: str, rows: Sequence[Mapping]) -> list[float]:
     except ValueError as error:  # raised anew for the row that it is about
         if len(rows) == 1:
             raise ValueError(
-                f"{rows[0]['row_id']}, field 'answers': found {rows[0]['answers']!r}, which the metric {metric} cannot "
-                f"read ({str(error).removeprefix('row 0: ')}): correct the row, leave it out, or set `metric` to "
-                f"another one of {', '.join(REFERENCES)}."
+                f"{rows[0]['row_id']}, field 'answers': found {rows[0]['answers']!r}, which the metric {metric} "
+                f"cannot read ({str(error).removeprefix('row 0: ')}): correct the row, leave it out, or set `metric` "
+                f"to another one of {', '.join(REFERENCES)}."
             ) from error
     half = len(rows) // 2
     return [*own_scores(metric, rows[:half]), *own_scores(metric, rows[half:])]

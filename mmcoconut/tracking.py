@@ -128,7 +128,7 @@ class TrackingCallback(TrainerCallback):
         trainer, collator = self.trainer, self.trainer.curriculum_collator
         processor, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).eval()
         batch = collator.prompts(rows)
-        inputs = {name: tensor for name, tensor in batch.items() if name not in ("index", "supervised")}
+        inputs = {name: tensor for name, tensor in batch.items() if name not in ("index", "num_images", "supervised")}
         inputs = trainer._prepare_inputs(inputs)
         with trainer.compute_loss_context_manager():
             thoughts = model(**inputs, output_thoughts=True, logits_to_keep=1).thoughts  # (B, N, D)

@@ -2,10 +2,13 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
@@ -27,6 +30,7 @@ from mmcoconut.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpo
 
 STAGE_FILE = "stage.json"
 UPLOADS = ".uploads"
+ALIGNED_TEXTS = ("alignment_input_ids", "alignment_attention_mask")
 
 
 def with_index(dataset):
@@ -61,21 +65,48 @@ class ShardingCallback(TrainerCallback):
         model.set_reduce_scatter_unused_params(True)
 
 
+def token_losses(logits: torch.Tensor, labels, *, shift_labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Return the cross-entropy of each labelled token (n,), where a model's loss function returns their mean ()."""
+    return nn.functional.cross_entropy(logits.float(), shift_labels, reduction="none")
+
+
+@contextmanager
+def loss_per_token(model) -> Iterator[None]:
+    """Inside, the loss of a model is a vector with one entry for each labelled token of the batch, row by row."""
+    mean = model.loss_function
+    model.loss_function = token_losses
+    try:
+        yield
+    finally:
+        model.loss_function = mean
+
+
+def mean_losses(sums) -> dict[str, float]:
+    """Return ce_loss per labelled token and align_loss per picture from the sums (n, 4) of rows; without any, neither.
+
+    >>> mean_losses([[2.0, 4, 0.0, 0], [1.0, 2, 0.0, 0]])
+    {'ce_loss': 0.5}
+    """
+    ce_sum, num_tokens, align_sum, num_images = (float(sum(column)) for column in zip(*sums, strict=True))
+    pairs = {"ce_loss": (ce_sum, num_tokens), "align_loss": (align_sum, num_images)}
+    return {name: total / count for name, (total, count) in pairs.items() if count}
+
+
 class Terms:
-    """Running means of the parts of the loss, over all processes; empty where there is one part only."""
+    """Running means of the parts of the training loss, over all processes; empty where there is one part only."""
 
     NAMES = ("ce_loss", "align_loss")
 
     def __init__(self):
         self.sums = {}
 
-    def add(self, *, weight: float = 1.0, ce_loss=None, align_loss=None, steps: int = 1) -> None:
+    def add(self, *, ce_loss=None, align_loss=None, steps: int = 1) -> None:
         """Count the losses () of a batch; ce_loss is that batch's part of an update of so many steps."""
         losses = {"ce_loss": None if ce_loss is None else ce_loss * steps, "align_loss": align_loss}
         for name, loss in losses.items():
             if loss is not None:
                 total, count = self.sums.get(name, (0.0, 0.0))
-                self.sums[name] = (total + weight * loss.detach().float(), count + weight)
+                self.sums[name] = (total + loss.detach().float(), count + 1)
 
     def means(self, accelerator) -> dict[str, float]:
         """Means since the last call; every process must call it at the same time."""
@@ -90,9 +121,10 @@ class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
     Metrics: `accuracy` (the mean score of `metric`), the other figures of `metric` under its own names (such as
-    `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean of new tokens an answer, its eos included), `loss` on the
-    labelled tokens, `stage`, `num_latents`, `n`, and of a model with a stop head `num_thoughts` (mean). With an
-    alignment `loss` is the weighted sum of `ce_loss` and `align_loss`, which are logged too. The best model of stage s
+    `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean of new tokens an answer, its eos included), `loss` (mean over
+    the labelled tokens of the whole split, whatever the batches), `stage`, `num_latents`, `n`, and of a model with a
+    stop head `num_thoughts` (mean). With an alignment `loss` is the weighted sum of that mean, `ce_loss`, and of
+    `align_loss`, the mean over pictures; both are logged too. The best model of stage s
     by `metric_for_best_model`, by default accuracy, is kept in <output_dir>/stages/stage-s; epochs of alignment alone
     do not count.
 
@@ -126,7 +158,7 @@ class CurriculumTrainer(Trainer):
         self.compute_metrics = self.score_answers
         self.curriculum_collator, self.metric, self.num_beams = data_collator, metric, num_beams
         self.alignment = data_collator.alignment
-        self.training_terms, self.evaluation_terms = Terms(), Terms()
+        self.training_terms = Terms()
         self.add_callback(CurriculumCallback(data_collator, reset_optimizer=reset_optimizer))
         if is_tracked(self.args):
             self.add_callback(TrackingCallback(self))
@@ -183,18 +215,37 @@ class CurriculumTrainer(Trainer):
     def get_test_dataloader(self, test_dataset):
         return self.prompt_dataloader(super().get_test_dataloader, test_dataset)
 
+    def row_losses(self, model, supervised: dict, pixels: dict, num_images: torch.Tensor | None) -> torch.Tensor:
+        """Return for each row (B, 4): the sum of its tokens' losses, their number, and the same of its pictures.
+
+        num_images (B,): of each row, where pictures are aligned with texts.
+        """
+        texts = {name: supervised.pop(name) for name in ALIGNED_TEXTS if name in supervised}
+        own_model = self.accelerator.unwrap_model(model)
+        with loss_per_token(own_model):
+            outputs = model(**supervised, **pixels, logits_to_keep=1)
+        labels = supervised["labels"] if self.model.config.is_encoder_decoder else supervised["labels"][:, 1:]
+        rows = (labels != IGNORED).nonzero()[:, 0]  # (n,), the row of each labelled token
+        sums = torch.zeros(len(labels), 4, device=labels.device)
+        sums[:, 0].index_add_(0, rows, outputs.loss)
+        sums[:, 1] = rows.bincount(minlength=len(labels))
+        if texts:
+            vectors = own_model.get_text_features(*(texts[name] for name in ALIGNED_TEXTS))  # (I, D)
+            distances = 1 - nn.functional.cosine_similarity(outputs.image_embeds, vectors, dim=-1)  # (I,)
+            rows = torch.arange(len(labels), device=labels.device).repeat_interleave(num_images)  # (I,)
+            sums[:, 2].index_add_(0, rows, distances.float())
+            sums[:, 3] = num_images
+        return sums
+
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss of the labelled rows, new tokens (B, up to max_new_tokens), and (B, 2) the rows' index and thoughts."""
+        """Return no loss, new tokens (B, up to max_new_tokens), and of the rows index and thoughts (B, 2) and the sums
+        (B, 4) of `row_losses`, so that the loss does not depend on how rows were put into batches."""
         inputs = self._prepare_inputs(inputs)
-        index, supervised = inputs.pop("index"), inputs.pop("supervised")
+        index, supervised, num_images = inputs.pop("index"), inputs.pop("supervised"), inputs.pop("num_images", None)
         pixels = {name: inputs[name] for name in ("pixel_values", "image_features", "num_tiles") if name in inputs}
         with self.compute_loss_context_manager():
-            outputs = model(**supervised, **pixels, logits_to_keep=1)
-            loss = outputs.loss
-            if self.alignment is not None:
-                self.evaluation_terms.add(ce_loss=loss, align_loss=outputs.alignment_loss, weight=len(index))
-                loss = self.alignment.total(loss, outputs.alignment_loss)
+            sums = self.row_losses(model, supervised, pixels, num_images)
             model = self.accelerator.unwrap_model(model)
             tokens, num_thoughts = generate_and_count(
                 model,
@@ -209,11 +260,11 @@ class CurriculumTrainer(Trainer):
                 synced_gpus=self.is_fsdp_enabled or None,
             )
         counted = torch.stack([index, num_thoughts.to(index)], dim=1)  # (B, 2)
-        return loss, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], counted
+        return None, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], (counted, sums)
 
     def score_answers(self, prediction) -> dict[str, float]:
         """Metrics of generated ids (n, new tokens) padded with -100, and for each the index into the evaluation data
-        and the number of thoughts, (n, 2)."""
+        and the number of thoughts, (n, 2), and the sums (n, 4) of its losses."""
         processor, collator = self.processing_class, self.curriculum_collator
         tokens = torch.as_tensor(prediction.predictions)
         eos = self.model.generation_config.eos_token_id
@@ -221,13 +272,19 @@ class CurriculumTrainer(Trainer):
         counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in rows_of_tokens]
         written = [row[:count] for row, count in zip(rows_of_tokens, counts)]
         texts = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
-        indices, num_thoughts = prediction.label_ids.T.tolist()
+        counted, sums = prediction.label_ids
+        indices, num_thoughts = counted.T.tolist()
+        terms = mean_losses(sums)
+        loss = terms["ce_loss"]
+        if self.alignment is not None:
+            loss = self.alignment.total(loss, terms.get("align_loss"))
         rows = self.evaluated.remove_columns("images").select(indices)
         results = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))
         scores = results["scores"]
         return {
             **figures_of(results),
-            **(self.evaluation_terms.means(self.accelerator) if self.alignment is not None else {}),
+            **(terms if self.alignment is not None else {}),
+            "loss": loss,
             "accuracy": sum(scores) / len(scores),
             "generated_tokens": sum(counts) / len(counts),
             "n": len(scores),

@@ -137,7 +137,8 @@ def test_prompt_that_leaves_no_room_for_the_answer_is_refused_by_name(processor,
 def lengths_by_definition(made, row, room: int) -> list[int]:
     """Tokens of a row at each stage that it is laid out at, encoded anew for each; with room also of its prompts."""
     lengths = []
-    for made.fixed_stage in made.stages:
+    for stage in made.stages:
+        made.fixed_stage = stage
         plan = made.training_plan(row)
         turns = [made.encode_row(row, plan, [1])]
         if room:

@@ -122,15 +122,11 @@ def test_internvl_recipes_go_from_cot_over_coconut_to_evaluation(tmp_path, monke
 @pytest.mark.parametrize(
     "words, message",
     [
-        (
-            ["--max_new_tokens", "50"],
-            "arrow_mazes validation row .: the prompt of stage 2 with 50 new tokens .* takes",
-        ),
-        (["--c_thought", "20"], r"arrow_mazes train row \d+: the sequence of stage [23] takes .* has 64 positions"),
-        (["--max_length", "30"], r"arrow_mazes train row \d+: the sequence of stage 0 takes .* has 30 positions"),
-        (["--metric", "numeric_answer"], "arrow_mazes train row 0, field 'answers': .* give a number"),
-        (["--metric", "aokvqa_mc"], "arrow_mazes train row 0, field 'answers': .* none of the choices"),
-        (["--test_split", "test", "--metric", "numeric_answer"], "row 0, field 'answers'"),
+        (["--max_new_tokens", "50"], r"mazes validation row \d: the prompt of stage 2 with 50 new tokens .* takes"),
+        (["--c_thought", "20"], r"mazes validation row \d+: the .* of stage [23] .*takes .* has 64 positions"),
+        (["--max_length", "20"], r"mazes validation row \d+: the sequence of stage 0 takes .* has 20 positions"),
+        (["--metric", "numeric_answer"], "mazes validation row 0, field 'answers': .* give a number"),
+        (["--metric", "aokvqa_mc"], "mazes validation row 0, field 'answers': .* none of the choices"),
     ],
 )
 def test_a_mistake_that_a_later_stage_would_meet_is_refused_before_the_first_update(
