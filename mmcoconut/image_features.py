@@ -21,7 +21,7 @@ import torch
 import transformers
 from datasets import Dataset, config
 from filelock import FileLock
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -77,8 +77,18 @@ def fingerprint(description: Mapping) -> str:
 
 @lru_cache(maxsize=OPEN_SHARDS)
 def open_shard(path: Path):
-    """A shard, mapped into memory and kept open; each process has its own."""
-    return safe_open(path, framework="pt")
+    """Open a shard, mapped into memory and kept open; each process has its own.
+
+    Raises:
+        ValueError: a file that was cut short or is none.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes that are no whole file of image features ({error}): delete it, and "
+            "its pictures are computed again."
+        ) from error
 
 
 class ImageFeatures:

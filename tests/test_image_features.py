@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 
 import pytest
 import torch
@@ -283,6 +284,23 @@ def test_equal_pictures_are_computed_once_wherever_they_lie(tmp_path):
         Trainer(*frozen_pair()), [rows_of([item], [filed]), rows_of([filed, picture_bytes(1)])], tmp_path / "cache"
     )
     assert len(features.shards) == 2
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_shard_that_was_cut_is_named_and_computed_again_once_it_is_deleted(size, tmp_path):
+    pair, rows = frozen_pair(), several_pictures()
+    first = precompute_image_features(Trainer(*pair), [rows], tmp_path)
+    (shard,) = {*first.shards.values()}
+    whole = shard.read_bytes()
+    image_features.open_shard.cache_clear()
+    shard.unlink()
+    shard.write_bytes(whole[:size])
+    message = re.escape(f"{shard}: {len(whole[:size])} bytes that are no whole file of image features")
+    with pytest.raises(ValueError, match=f"{message} .*: delete it, and its pictures are computed again"):
+        precompute_image_features(Trainer(*pair), [rows], tmp_path)
+    shard.unlink()
+    again = precompute_image_features(Trainer(*pair), [rows], tmp_path)
+    assert again.shards == first.shards and shard.read_bytes() == whole
 
 
 def changed(model, processor, what: str):
