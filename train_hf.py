@@ -28,7 +28,7 @@ from mmcoconut.lora import add_lora
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import load_model, model_class
 from mmcoconut.objectives import Alignment
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles
 from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
 from mmcoconut.recipe_files import run_command
@@ -156,6 +156,11 @@ def build_from_vlm(model_args):
         use_thumbnail=model_args.use_thumbnail,
         markers=model_args.markers,
     )
+    if not model_args.use_thumbnail and not makes_tiles(processor.image_processor):
+        raise ValueError(
+            f"use_thumbnail: false has no effect, because {type(processor.image_processor).__name__} of "
+            f"{model_args.vlm} cuts no tiles: remove this key."
+        )
     return model, processor
 
 
@@ -234,6 +239,14 @@ def check_best_metric(run_args, metric: str, rows, alignment) -> None:
         raise ValueError(f"metric_for_best_model is {wanted!r}: choose one of {', '.join(sorted(known))}.")
 
 
+def max_length_of(model, max_length: int | None) -> int | None:
+    """Return the most tokens of a row: `max_length`, or fewer where the language model has fewer positions."""
+    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    if None not in (positions, max_length) and max_length > positions:
+        logger.warning("max_length is %d, and the language model has %d positions: these count", max_length, positions)
+    return min((limit for limit in (max_length, positions) if limit is not None), default=None)
+
+
 def build_collator(model, processor, *, data_args, curriculum_args, run_args) -> CurriculumCollator:
     fields = asdict(curriculum_args)
     lengths = fields.pop("epochs_per_stage")
@@ -252,11 +265,10 @@ def build_collator(model, processor, *, data_args, curriculum_args, run_args) ->
     )
     if curriculum_args.objective != "supervised":  # all that was to be learnt from steps is learnt
         curriculum = replace(curriculum, start_epoch=curriculum.epochs_before_last_stage)
-    limits = (data_args.max_length, getattr(model.config.text_config, "max_position_embeddings", None))
     return CurriculumCollator(
         curriculum,
         processor,
-        max_length=min((limit for limit in limits if limit is not None), default=None),
+        max_length=max_length_of(model, data_args.max_length),
         max_new_tokens=data_args.max_new_tokens,
         alignment=alignment if alignment.align_weight else None,
         num_epochs=math.ceil(run_args.num_train_epochs) if run_args.do_train and run_args.max_steps <= 0 else None,

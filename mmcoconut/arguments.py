@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import logging
 import math
 import os
 from enum import EnumMeta
@@ -42,7 +43,10 @@ from mmcoconut.recipe_files import (
     scalar,
 )
 from mmcoconut.scoring import REFERENCES
+from mmcoconut.without_effect import idle_keys, without_effect
 
+
+logger = logging.getLogger("mmcoconut")
 
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
@@ -78,6 +82,9 @@ REFUSED = {
     "remove_unused_columns": "the Trainer would drop the images before the collator sees them: remove this key",
     "load_best_model_at_end": "accuracies of different stages do not compare; stages/ keeps the best of each",
     "fsdp": "it belongs to the machine: accelerate launch --config_file recipes/accelerate/fsdp2_8gpu.yaml",
+    "prediction_loss_only": "evaluation always generates answers: remove this key",
+    "batch_eval_metrics": "metrics need the whole split: remove this key",
+    "do_predict": "a split is evaluated after training by `test_split`: set that, and remove this key",
     "length_column_name": "rows have no such column, their lengths change with the stage: remove this key",
     "dataloader_persistent_workers": "workers that persist keep stage 0 for the whole run: remove this key",
 }
@@ -99,11 +106,13 @@ NOT_REWARDED = {
     "reset_optimizer": "there is one stage: remove this key",
 }
 OF_STAGES = ("c_thought", "max_latent_stage", "epochs_per_stage", "uniform_prob", "pad_latent_to_max", "start_epoch")
+OF_STAGES += ("reset_optimizer",)
 IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
 IN_A_CHECKPOINT = ("vlm", *IN_A_VLM)
 # What a vision-language model decides by its weights, and what only its processor can be told.
 JOINED_IN_A_VLM = ("image_fusion", "projector_type", "vision_feature_layer", "vision_last_norm")
-JOINED_IN_A_VLM += ("vision_feature_select_strategy",)
+JOINED_IN_A_VLM += ("vision_feature_select_strategy", "projector_num_heads", "num_visual_tokens", "image_pooling")
+JOINED_IN_A_VLM += ("alignment_adapter",)
 OF_A_VLM = ("image_size", "min_tiles", "max_tiles", "use_thumbnail")
 FOLDERS = ("model", "vlm", "vision_model", "text_model", "tokenizer", "resume_from_checkpoint")
 DATA_PATHS = ("file", "folder", "image_root")
@@ -244,6 +253,9 @@ def default_of(key: str):
         return None
     factory = fields[key].default_factory
     return fields[key].default if factory is dataclasses.MISSING else factory()
+
+
+DEFAULTS = {name: default_of(name) for names in NAMES for name in names}
 
 
 def compared_modes(compare: str | list[str] | None) -> list[str]:
@@ -389,12 +401,25 @@ def _conflicts(values: dict):
             yield f"learning_rates.{part}", rate, "must be at least 0"
     if values.get("profile") and not values.get("do_train", True):
         yield "profile", True, "with `do_train: false` there is no update to profile: remove this key"
+    if not values.get("eval_do_concat_batches", True):
+        yield "eval_do_concat_batches", False, "metrics need the whole split: remove this key"
+    yield from _updates(values)
     for key in REFUSED:
         if values.get(key):
             yield key, values[key], REFUSED[key]
     for key in CHECKPOINTING:
         if isinstance(values.get(key), dict) and values[key].get("use_reentrant"):
             yield key, values[key], "re-entrant checkpointing cannot replay the latents' cache: use_reentrant: false"
+
+
+def _updates(values: dict):
+    """What would leave a run without an update."""
+    if not values.get("do_train", True):
+        return
+    if values.get("max_steps") == 0:
+        yield "max_steps", 0, "nothing would be trained: set 1 or more, or remove this key to train by epochs"
+    elif values.get("num_train_epochs") == 0 and values.get("max_steps", -1) < 0:
+        yield "num_train_epochs", 0, "nothing would be trained: set more than 0, or `do_train: false` to evaluate only"
 
 
 def _alignment(values: dict):
@@ -540,6 +565,13 @@ def _missing(values: dict):
                 yield f"dataset_options.{name}", path, "no such file or folder"
 
 
+def _warn_of_idle(values: dict, run: RunArguments) -> None:
+    """Log the keys that this run's mode, checkpoint or objective leaves without effect, in one process."""
+    modes = compared_modes(values.get("compare")) or [values["mode"]]
+    for line in idle_keys(values, DEFAULTS, modes) if run.process_index == 0 else ():
+        logger.warning("%s", line)
+
+
 def _build(values: dict, problems: list[tuple]) -> list:
     """The four dataclasses; RunArguments last, as it sets up devices, and only from values that are right."""
     parts = [{key: values[key] for key in names if key in values} for names in NAMES]
@@ -547,7 +579,11 @@ def _build(values: dict, problems: list[tuple]) -> list:
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
     found = [*_conflicts(complete), *_comparison(complete), *unknown_fields(complete), *_lora(complete)]
-    found += [*_alignment(complete), *(_objective(complete) if "objective" not in wrong else ())]
+    found += [
+        *without_effect(complete, DEFAULTS),
+        *_alignment(complete),
+        *(_objective(complete) if "objective" not in wrong else ()),
+    ]
     found += [] if values.get("smoke_test") else _missing(complete)
     problems += [problem for problem in found if problem[0] not in wrong]
     if values.get("smoke_test") and not torch.cuda.is_available():
@@ -561,6 +597,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
                 _, data, curriculum, run = built
                 problems += batch_problems(run, complete["rl"])
                 built[-1] = run if problems else rewarded_arguments(run, data, curriculum)
+            _warn_of_idle(complete, built[-1])
         except Exception as error:  # whatever it is, it belongs in the list of problems
             problems.append(("TrainingArguments", type(error).__name__, str(error)))
     return built

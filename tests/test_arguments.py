@@ -311,6 +311,25 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("compare: 3", "compare", 3, "expected str | list[str] | None"),
         ("{compare: cot, seeds: 0}", "seeds", 0, "between 1 and inf"),
         ("{compare: cot, compare_jobs: 0}", "compare_jobs", 0, "between 1 and inf"),
+        ("num_train_epochs: 0", "num_train_epochs", 0, "nothing would be trained: set more than 0"),
+        ("max_steps: 0", "max_steps", 0, "nothing would be trained: set 1 or more"),
+        ("{overwrite: true, resume_from_checkpoint: true}", "overwrite", True, "is resumed, not deleted"),
+        ("prediction_loss_only: true", "prediction_loss_only", True, "always generates answers"),
+        ("batch_eval_metrics: true", "batch_eval_metrics", True, "need the whole split"),
+        ("eval_do_concat_batches: false", "eval_do_concat_batches", False, "need the whole split"),
+        ("do_predict: true", "do_predict", True, "by `test_split`"),
+        ("greater_is_better: false", "greater_is_better", False, "set `metric_for_best_model` too"),
+        ("checkpointed_passes: first", "checkpointed_passes", "first", "set `activation_checkpointing: true`"),
+        ("ce_weight: 0.5", "ce_weight", 0.5, "there is no alignment: set `align_weight` too"),
+        ("alignment_target: [answer]", "alignment_target", ["answer"], "there is no alignment"),
+        ("projector_num_heads: 4", "projector_num_heads", 4, "only a projector_type of transformer"),
+        ("num_visual_tokens: 4", "num_visual_tokens", 4, "only a projector_type of pooled_prefix"),
+        ("image_pooling: cls", "image_pooling", "cls", "only a projector_type of pooled_prefix"),
+        ("alignment_adapter: false", "alignment_adapter", False, "only a projector_type of pooled_prefix"),
+        ("{vision_last_norm: true, vision_feature_layer: -2}", "vision_last_norm", True, "only layer -1"),
+        ("{vision_last_norm: true, vision_feature_layer: [1, 2]}", "vision_last_norm", True, "layer is [1, 2]"),
+        ("{thoughts_per_turn: 2, reset_optimizer: true}", "reset_optimizer", True, "there are no stages"),
+        ("{tokenizer: a/b, tokenizer_vocab_size: 300}", "tokenizer_vocab_size", 300, "set `tokenizer: train`"),
         ("seeds: 3", "seeds", 3, "set `compare` to its modes"),
         ("compare_jobs: 2", "compare_jobs", 2, "set `compare` to its modes"),
         ("hub_strategy: all_checkpoints", "hub_strategy", "all_checkpoints", "each save is a revision already"),
@@ -362,6 +381,60 @@ def test_a_problem_is_reported_with_key_value_and_remedy(recipe, line, key, valu
     assert found[:2] == (key, value)
     assert remedy in found[2]
     assert str(RecipeError("r", [found])) == f"r: 1 problem(s)\n  - {key} = {value!r}: {' '.join(found[2].split())}"
+
+
+@pytest.mark.parametrize("key", ["overwrite", "resume_from_checkpoint"])
+def test_an_evaluation_neither_deletes_nor_resumes_a_run(key, recipe):
+    found = only_problem(recipe(f"model: a/b\nuse_cpu: true\ndo_train: false\n{key}: true"))
+    assert found == (key, True, "with `do_train: false` nothing is trained: remove this key")
+
+
+@pytest.mark.parametrize(
+    "key, value", [("num_visual_tokens", 4), ("projector_num_heads", 4), ("image_pooling", "cls")]
+)
+def test_a_vision_language_model_brings_its_projector(key, value, recipe):
+    found = only_problem(recipe(f"vlm: a/b\nuse_cpu: true\n{key}: {value}"))
+    assert found == (key, value, "the `vlm` brings its own: remove this key")
+
+
+@pytest.mark.parametrize("words", [["--num_train_epochs", "0", "--max_steps", "5"], ["--num_train_epochs", "0.01"]])
+def test_updates_may_be_fewer_than_an_epoch(words, recipe):
+    parse_recipe([recipe(SCRATCH), *words])
+
+
+@pytest.mark.parametrize(
+    "words, lines",
+    [
+        ([], []),
+        (["--c_thought", "2", "--hub_model_id", "a/b", "--push_to_hub", "true"], []),
+        (["--mode", "cot", "--c_thought", "1"], []),
+        (
+            ["--mode", "cot", "--c_thought", "2", "--markers", "start", "--thought_norm", "embedding"],
+            ["`mode: cot`: c_thought: 2; markers: start; thought_norm: embedding"],
+        ),
+        (
+            ["--mode", "no_thoughts", "--c_thought", "2", "--max_latent_stage", "2"],
+            ["`mode: no_thoughts`: c_thought: 2"],
+        ),
+        (["--mode", "pause", "--bptt_thoughts", "1", "--c_thought", "2"], ["`mode: pause`: bptt_thoughts: 1"]),
+        (["--compare", "cot,coconut", "--c_thought", "2", "--uniform_prob", "0.1"], []),
+        (["--compare", "cot,no_cot", "--uniform_prob", "0.1"], ["`mode: cot, no_cot`: uniform_prob: 0.1"]),
+        (
+            ["--max_latent_stage", "1", "--epochs_per_stage", "1", "1", "1", "4"],
+            ["`max_latent_stage: 1` (the last entries): epochs_per_stage: [1, 1, 1, 4]"],
+        ),
+        (["--max_latent_stage", "1", "--epochs_per_stage", "1", "1", "1"], []),
+        (["--hub_model_id", "a/b"], ["`push_to_hub: false`: hub_model_id: a/b"]),
+        (
+            ["--model", "a/b", "--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
+            + ["--tokenizer_vocab_size", "300"],
+            ["the checkpoint `model` (it brings its own): tokenizer_vocab_size: 300"],
+        ),
+    ],
+)
+def test_keys_that_this_run_leaves_idle_are_warned_of_in_one_line_a_reason(words, lines, recipe, caplog):
+    parse_recipe([recipe(SCRATCH), *words])
+    assert [record.message for record in caplog.records] == [f"Without effect beside {line}" for line in lines]
 
 
 def test_a_model_and_its_config_exclude_each_other(recipe):
@@ -765,8 +838,9 @@ def test_a_saved_recipe_gives_the_same_arguments(recipe, tmp_path):
     assert parse_recipe([str(tmp_path / "run" / "recipe.yaml")]) == arguments
 
 
-def test_a_saved_recipe_does_not_delete_or_resume_the_run_it_came_from(recipe, tmp_path):
-    words = ["--overwrite", "true", "--resume_from_checkpoint", "true"]
+@pytest.mark.parametrize("key", ["overwrite", "resume_from_checkpoint"])
+def test_a_saved_recipe_does_not_delete_or_resume_the_run_it_came_from(key, recipe, tmp_path):
+    words = [f"--{key}", "true"]
     save_recipe(tmp_path / "recipe.yaml", *parse_recipe([recipe(SCRATCH), *words]))
     run = parse_recipe([str(tmp_path / "recipe.yaml")])[3]
     assert (run.overwrite, run.resume_from_checkpoint) == (False, None)

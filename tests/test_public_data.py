@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -415,6 +416,17 @@ def test_direct_answers_are_all_ten_with_the_most_frequent_first(tmp_path):
     (row,) = load("aokvqa", tmp_path, [AOKVQA], task="direct_answer")
     assert row["answers"] == ["taxi", "ride", "ride", "bus", "travelling", "traffic", "taxi", "cab", "cab", "taxi"]
     assert row["choices"] == []
+
+
+@pytest.mark.parametrize("name", ["aokvqa", "flickr30k", "m3cot", "scienceqa", "vqav2"])
+def test_a_folder_of_pictures_beside_a_published_data_set_is_refused(name):
+    call = partial(data.load_examples, name, split="train", path="user/data", image_root="coco")
+    error_of(call, f"{name}: the option image_root is 'coco'", "path='user/data'", "remove one of them")
+
+
+def test_a_configuration_of_original_files_is_refused(tmp_path):
+    options = {"folder": tmp_path, "config": "ScienceQA-IMG"}
+    error_of(lambda: data.load_examples("scienceqa", split="train", **options), "option config is 'ScienceQA-IMG'")
 
 
 def test_difficult_questions_are_left_out_only_when_asked(tmp_path):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from test_from_vlm import thinking_pair
 from tiny import tiny_image, tiny_model, tiny_processor
 
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
@@ -62,6 +63,21 @@ def test_pictures_are_not_decoded_to_measure_rows_whose_tiles_do_not_depend_on_t
     made.max_length = made.longest(to_dataset([row(images=broken)])[0]) - 1
     with pytest.raises(ValueError, match=f"takes {made.max_length + 1} tokens"):
         check_lengths(to_dataset([row(images=broken)]), made)
+
+
+def test_tiles_are_counted_and_only_where_the_most_of_them_would_be_too_long():
+    model, processor = thinking_pair(max_tiles=3)
+    wide = {"bytes": png_bytes(tiny_image().resize((90, 30))), "path": None}
+    (square,) = rows = to_dataset([row()])
+    made = collator(processor)
+    most, exact = (made.longest_form(square, [tiles])[0] for tiles in (4, 1))
+    assert most - exact == 3 * processor.image_seq_length
+    made.max_length = most
+    check_lengths(to_dataset([row(images=[{"bytes": b"not decoded", "path": None}])]), made)
+    made.max_length = exact
+    check_lengths(rows, made)
+    with pytest.raises(ValueError, match=f"train.json row 1: the sequence of stage 0 takes {most} tokens"):
+        check_lengths(to_dataset([row(), row(1, images=[wide])]), made)
 
 
 # Answers

@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny import TEXT_CONFIGS, tiny_model
 
 import train_hf
 from mmcoconut import trainer
-from mmcoconut.arguments import parse_recipe
+from mmcoconut.arguments import CurriculumArguments, DataArguments, parse_recipe
+from mmcoconut.curriculum import Curriculum, CurriculumCollator
 from mmcoconut.data import json_steps
 from mmcoconut.data.images import UnreadableImageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -94,6 +96,28 @@ def test_recipe_trains_evaluates_saves_and_reloads_in_a_smoke_test(name, tmp_pat
     prompt_ids = "decoder_input_ids" if fusion == "encoder" else "input_ids"
     assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs[prompt_ids].shape[1] + 2
     assert f'tokens[:, inputs["{prompt_ids}"].shape[1] :]' in (folder / "README.md").read_text()
+
+
+def test_a_thumbnail_switched_off_where_there_are_no_tiles_is_refused(tmp_path):
+    write_tiny_vlm(tmp_path / "vlm", "llava")
+    (tmp_path / "r.yaml").write_text(f"vlm: {tmp_path / 'vlm'}\nuse_cpu: true\nuse_thumbnail: false\n")
+    with pytest.raises(ValueError, match="use_thumbnail: false has no effect, .* cuts no tiles: remove this key"):
+        train_hf.build_from_vlm(parse_recipe([str(tmp_path / "r.yaml")])[0])
+
+
+@pytest.mark.parametrize("max_length, limit, warned", [(None, 64, False), (40, 40, False), (90, 64, True)])
+def test_the_language_models_positions_limit_max_length(max_length, limit, warned, caplog):
+    assert train_hf.max_length_of(tiny_model(TEXT_CONFIGS["gpt2"](n_positions=64)), max_length) == limit
+    assert [record.message for record in caplog.records] == [
+        "max_length is 90, and the language model has 64 positions: these count"
+    ] * warned
+
+
+def test_rows_cut_to_no_length_are_refused():
+    arguments = {"data_args": DataArguments(long_rows="cut"), "curriculum_args": CurriculumArguments()}
+    collator = CurriculumCollator(Curriculum(), None, max_length=None)
+    with pytest.raises(ValueError, match="long_rows: cut has no effect, .* set max_length"):
+        train_hf.fit({}, collator, **arguments, run_args=None)
 
 
 def test_internvl_recipes_go_from_cot_over_coconut_to_evaluation(tmp_path, monkeypatch):

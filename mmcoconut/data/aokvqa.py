@@ -21,6 +21,7 @@ from mmcoconut.data.hub import from_published, read_published
 from mmcoconut.data.json_steps import field_error, field_of, read_rows
 from mmcoconut.data.public import (
     FindImages,
+    check_not_beside_path,
     check_source,
     check_split,
     choice_at,
@@ -161,6 +162,7 @@ def load(
     """
     check_split("aokvqa", split)
     check_source("aokvqa", folder=folder, path=path)
+    check_not_beside_path("aokvqa", path, image_root=image_root)
     if task not in TASKS:
         raise ValueError(f"the option task is {task!r}; {nearest(task, TASKS)}")
     examples = partial(_examples, task=task, rationale=rationale, skip_difficult=skip_difficult)

@@ -24,6 +24,7 @@ from mmcoconut.data.json_steps import field_error, read_text
 from mmcoconut.data.public import (
     FindImages,
     check_fractions,
+    check_not_beside_path,
     check_source,
     check_split,
     from_rows,
@@ -210,6 +211,7 @@ def load(
     """
     check_split("flickr30k", split)
     check_source("flickr30k", file=file, path=path)
+    check_not_beside_path("flickr30k", path, image_root=image_root)
     check_fractions(fractions)
     if isinstance(row_per_caption, Mapping):
         row_per_caption = row_per_caption.get(split, False)

@@ -63,6 +63,16 @@ def check_source(dataset: str, **options: Any) -> None:
         raise ValueError(f"{dataset} was given {given or 'no source'}; give one of the options {', '.join(options)}")
 
 
+def check_not_beside_path(dataset: str, path: Any, **options: Any) -> None:
+    """Refuse options about files on disk beside `path`, whose data set brings what they would say."""
+    for option, value in options.items():
+        if path is not None and value is not None:
+            raise ValueError(
+                f"{dataset}: the option {option} is {value!r}, and what path={str(path)!r} holds brings its own; "
+                "remove one of them"
+            )
+
+
 # Files
 
 

@@ -17,6 +17,7 @@ from mmcoconut.data.hub import from_published, read_published
 from mmcoconut.data.json_steps import check_list, field_error, field_of
 from mmcoconut.data.public import (
     FindImages,
+    check_not_beside_path,
     check_source,
     check_split,
     choice_at,
@@ -119,6 +120,9 @@ def load(
     """
     check_split("scienceqa", split)
     check_source("scienceqa", folder=folder, path=path)
+    check_not_beside_path("scienceqa", path, image_root=image_root)
+    if config is not None and path is None:
+        raise ValueError(f"scienceqa: the option config is {config!r}, and only path has several; remove it")
     examples = partial(_examples, images=no_images, split_sentences=split_sentences)
     if path is not None:
         images = "optional" if images_required else "none"

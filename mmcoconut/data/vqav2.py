@@ -18,6 +18,7 @@ from mmcoconut.data.hub import from_published, read_published
 from mmcoconut.data.json_steps import field_error
 from mmcoconut.data.public import (
     FindImages,
+    check_not_beside_path,
     check_source,
     check_split,
     from_rows,
@@ -117,6 +118,7 @@ def load(
     """
     check_split("vqav2", split)
     check_source("vqav2", folder=folder, path=path)
+    check_not_beside_path("vqav2", path, image_root=image_root)
     if path is not None:
         examples, images = partial(_examples, images=no_images), "required" if images_required else "none"
         return from_published(read_published(path, split), path, split, examples=examples, images=images)
