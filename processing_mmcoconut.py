@@ -37,7 +37,7 @@ from .configuration_mmcoconut import (
 logger = logging.get_logger(__name__)
 
 ANSWER_MARKER = "###"
-ANSWER_LINE = re.compile(rf"^{ANSWER_MARKER}#*", re.MULTILINE)  # also GSM8K's four
+ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
 MARKERS = ("both", "start", "none")
 SET_THOUGHTS = (
     "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
@@ -640,8 +640,8 @@ class MMCoconutProcessor(ProcessorMixin):
 def parse_answer(text: str) -> str:
     """Return the text after the first line that begins with `###`, else after the last `###`, else ''.
 
-    Steps stand on lines of their own before that line, and an answer may hold `###` itself. Surrounding space is
-    removed.
+    Steps stand on lines of their own before that line, and an answer may hold `###` itself, except at its beginning:
+    a marker that is written twice counts once. Surrounding space is removed.
 
     >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("red")
     ('red', 'red', '')

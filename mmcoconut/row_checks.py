@@ -94,6 +94,22 @@ def check_steps(rows: Dataset) -> None:
                 )
 
 
+def check_beginnings(rows: Sequence[Mapping]) -> None:
+    """Check that each answer is found whole behind the marker.
+
+    Raises:
+        ValueError: an answer that begins with the marker.
+    """
+    for row in rows:
+        answer = row["answers"][0]
+        found = parse_answer(f"{ANSWER_MARKER} {answer}")
+        if found != answer.strip():
+            raise ValueError(
+                f"{row['row_id']}, field 'answers': found {answer!r}, of which evaluation would find {found!r}, as "
+                f"{ANSWER_MARKER} stands before every answer: write it without {ANSWER_MARKER} at its beginning."
+            )
+
+
 def own_scores(metric: str, rows: Sequence[Mapping]) -> list[float]:
     """The score of each row's own first answer, as evaluation would find it in the text that is learnt.
 
@@ -118,10 +134,12 @@ def check_answers(rows: Dataset, metric: str) -> None:
     """Check that every row's own answer can be found in what the model learns to write, and scores by the metric.
 
     Raises:
-        ValueError: a step that would be taken for the answer; an answer that the metric cannot read, or gives 0.
+        ValueError: a step that would be taken for the answer, or an answer that begins as its marker does; an answer
+            that the metric cannot read, or gives 0.
     """
     check_steps(rows)
     answered = distinct(rows)
+    check_beginnings(answered)
     for row, value in zip(answered, own_scores(metric, answered), strict=True):
         if value <= 0:
             raise ValueError(

@@ -125,6 +125,8 @@ def test_thoughts_stand_before_every_assistant_turn_of_a_chat(processor, image):
         ("### Sure:\n\n### Eggs\n- two", "Sure:\n\n### Eggs\n- two"),
         ("48+24=72\n#### 72", "72"),
         ("### #1", "#1"),
+        ("### ### red", "red"),
+        ("B2\n###\n###### red", "red"),
         ("a ### b ### c d\n", "c d"),
         ("red", ""),
         ("###", ""),

@@ -83,15 +83,23 @@ def test_tiles_are_counted_and_only_where_the_most_of_them_would_be_too_long():
 # Answers
 
 
-LONG_ANSWERS = ("48+24=72 #### 72", "Sure:\n\n### Eggs\n- two", "### red", "#1", "a\n#### b", "red ###")
+MARKED_ANSWERS = ("48+24=72 #### 72", "Sure:\n\n### Eggs\n- two", "#1", "a\n#### b", "red ###")
 
 
-@pytest.mark.parametrize("answer", LONG_ANSWERS)
+@pytest.mark.parametrize("answer", MARKED_ANSWERS)
 def test_an_answer_that_holds_the_marker_is_learnt_and_scored_whole(answer, processor):
     steps = ["16 ### 4", "4 #### 2"]
     written = processor.tokenizer.decode(processor.encode_target(steps, answer), skip_special_tokens=True)
     assert parse_answer(written) == answer
     check_answers(to_dataset([row(steps=steps, answers=[answer])]), "exact_match")
+
+
+@pytest.mark.parametrize("answer", ["### red", "#### 72", "###"])
+def test_an_answer_that_begins_with_the_marker_is_refused_with_its_row(answer):
+    rows = to_dataset([row(), row(1, answers=[answer])])
+    message = f"train.json row 1, field 'answers': found {answer!r}, of which evaluation would find "
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_answers(rows, "exact_match")
 
 
 @pytest.mark.parametrize("step", ["### Look", "Look.\n#### 2", "###"])
