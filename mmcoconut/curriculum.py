@@ -447,7 +447,7 @@ class CurriculumCallback(TrainerCallback):
                 f"All {state.max_steps} updates of this run lie in the {alignment.warmup_epochs} epochs of "
                 "align_warmup_epochs, so that the answer is never learnt: set max_steps to more, or that to less."
             )
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and not args.smoke_test:  # which always stops early
             self.announce_last_stage(state.num_train_epochs)
         # A finished run that is resumed has no epoch left to begin.
         self.enter(min(int((state.epoch or 0) + 1e-6), math.ceil(args.num_train_epochs) - 1))

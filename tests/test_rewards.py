@@ -39,7 +39,17 @@ CAPTIONS = {**ROW, "answers": ["a dog runs on the beach", "a dog"]}
 WORTH = {
     "exact_match": [
         (ROW, {"### red": 1.0, "B2\n### Red ": 1.0, "### black": 0.0, "### red or blue": 0.0, "red": 0.0}),
-        (ROW, {"### blue\n### red": 1.0, "### red\n### blue": 0.0, "red ###": 0.0, "###": 0.0, "": 0.0}),
+        (
+            ROW,
+            {
+                "B2 ### blue ### red": 1.0,
+                "### ### red": 1.0,
+                "### blue\n### red": 0.0,
+                "red ###": 0.0,
+                "###": 0.0,
+                "": 0.0,
+            },
+        ),
         ({**ROW, "answers": ["4", "four"]}, {"### four": 1.0, "### 4": 1.0, "### 4.": 0.0}),
     ],
     "vqa_accuracy": [
