@@ -53,7 +53,8 @@ def _of_building(values: Mapping, changed: set[str]) -> Iterator[Problem]:
         remedy = "no tokenizer is trained: set `tokenizer: train`, or remove this key"
         yield "tokenizer_vocab_size", values["tokenizer_vocab_size"], remedy
     for key, (projectors, remedy) in OF_PROJECTORS.items():
-        if key in changed and values["projector_type"] not in projectors:
+        needed = values["align_weight"] and projectors is PREFIX_PROJECTORS  # then projector_type is what is wrong
+        if key in changed and values["projector_type"] not in projectors and not needed:
             yield key, values[key], remedy
     layers = values["vision_feature_layer"]
     if values["vision_last_norm"] and -1 not in ([layers] if isinstance(layers, int) else layers):
