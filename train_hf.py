@@ -5,17 +5,16 @@ Read the recipe and the data, build model and processor, train through the curri
 
 import logging
 import math
-import shutil
 import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from mmcoconut.arguments import REWARDED, parse_recipe, save_recipe
+from mmcoconut.arguments import REWARDED, parse_recipe
 from mmcoconut.card import SPEED, stage_rows, stage_table
 from mmcoconut.compare import compare
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
@@ -24,7 +23,7 @@ from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.image_features import DEFAULT_CACHE, precompute_image_features
-from mmcoconut.lora import add_lora
+from mmcoconut.lora import add_lora, describe_adapters
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import load_model, model_class
 from mmcoconut.objectives import Alignment
@@ -32,7 +31,8 @@ from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles
 from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
 from mmcoconut.recipe_files import run_command
-from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, write_json
+from mmcoconut.records import RESULTS_FILE, write_json
+from mmcoconut.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
 from mmcoconut.row_checks import check_alignment_texts, check_answers, check_lengths, timed
 from mmcoconut.scoring import REFERENCES, default_metric, figures_of, references_of, score
 from mmcoconut.smoke import smoke_arguments
@@ -93,9 +93,12 @@ def read(data_args, run_args):
     return {name: rows for name, (rows, _) in read_splits.items()}, skipped
 
 
-def build_tokenizer(model_args, train_set):
+def build_tokenizer(model_args, train_set, checkpoint: Path | None = None):
+    """The tokenizer of the recipe; one that is trained is trained once, and then that of the checkpoint."""
     if model_args.tokenizer != "train":
         return AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.text_model)
+    if checkpoint is not None:
+        return MMCoconutProcessor.from_pretrained(checkpoint, trust_remote_code=False).tokenizer
     texts = [
         "".join(f"{question}\n### {answer}\n" for question, answer in history_of(row))
         + f"{question_text(row)}\n"
@@ -119,8 +122,8 @@ def config_of(values: dict | None):
     return None if values is None else AutoConfig.for_model(**values)
 
 
-def build_from_backbones(model_args, train_set):
-    tokenizer = build_tokenizer(model_args, train_set)
+def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
+    tokenizer = build_tokenizer(model_args, train_set, checkpoint)
     model = model_class(model_args.image_fusion).from_backbones(
         model_args.vision_model,
         model_args.text_model,
@@ -204,14 +207,17 @@ def freeze(model, names: list[str]) -> None:
             module.requires_grad_(False)
 
 
-def build(model_args, curriculum_args, train_set):
-    """Model and processor, from a checkpoint, a vision-language model or backbones, set to the mode of this run."""
+def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None):
+    """Model and processor, from a checkpoint, a vision-language model or backbones, set to the mode of this run.
+
+    checkpoint: what a run is resumed from; its weights are loaded when training begins.
+    """
     if model_args.model is not None:
         model, processor = build_from_checkpoint(model_args)
     elif model_args.vlm is not None:
         model, processor = build_from_vlm(model_args)
     else:
-        model, processor = build_from_backbones(model_args, train_set)
+        model, processor = build_from_backbones(model_args, train_set, checkpoint)
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
     model.bptt_thoughts = model_args.bptt_thoughts
     processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"
@@ -224,6 +230,10 @@ def build(model_args, curriculum_args, train_set):
         logger.warning("images are aligned with a text encoder that is trained too: freeze language_model.encoder")
     if model_args.lora is not None:
         add_lora(model, model_args.lora)
+        if PartialState().is_main_process:
+            logger.info(describe_adapters(model))
+    if checkpoint is not None:
+        check_tokenizer(checkpoint, processor.tokenizer)
     return model, processor
 
 
@@ -341,40 +351,10 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
     )
 
 
-def clear_output(run_args) -> None:
-    """Refuse to mix two runs in one folder: a new one starts in an empty folder, or says `overwrite`, or resumes."""
-    folder = Path(run_args.output_dir)
-    last = get_last_checkpoint(folder) if folder.exists() else None
-    if run_args.resume_from_checkpoint is True and last is None:
-        raise ValueError(f"{folder} holds no checkpoint to resume: name one, or start without resume_from_checkpoint.")
-    if run_args.resume_from_checkpoint or not folder.exists() or not any(folder.iterdir()):
-        return
-    if not run_args.overwrite:
-        raise ValueError(
-            f"{folder} holds an earlier run: give --resume_from_checkpoint true to go on with it, --overwrite true to "
-            "delete it, or another --output_dir."
-        )
-    if not (folder / RECIPE_FILE).exists():
-        raise ValueError(f"{folder} holds no {RECIPE_FILE}, so no run of this script: --overwrite does not delete it.")
-    shutil.rmtree(folder)
-
-
-def prepare_output(run_args, arguments) -> None:
-    """An output folder that belongs to this run and says with which recipe it was made; one process writes."""
-    with run_args.main_process_first(desc="preparing the output folder"):
-        if run_args.process_index == 0:
-            if not run_args.smoke_test:
-                clear_output(run_args)
-            save_recipe(Path(run_args.output_dir, RECIPE_FILE), *arguments)
-
-
-def train(trainer, run_args) -> float:
-    """Train, or go on from `resume_from_checkpoint`; the seconds it took."""
-    resume = run_args.resume_from_checkpoint
-    if resume is True:
-        resume = get_last_checkpoint(run_args.output_dir)
+def train(trainer, checkpoint: Path | None) -> float:
+    """Train, or go on from a checkpoint; the seconds it took."""
     began = time.perf_counter()
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return time.perf_counter() - began
 
 
@@ -462,12 +442,14 @@ def main(argv: list[str] | None = None) -> dict:
     if arguments[-1].compare is not None:
         return compare(*arguments, script=__file__, argv=argv)
     model_args, data_args, curriculum_args, run_args = arguments
-    if run_args.do_train:
-        prepare_output(run_args, arguments)
+    checkpoint = check_output(arguments) if run_args.do_train and not run_args.smoke_test else None
     set_seed(run_args.seed)
 
     splits, skipped = read(data_args, run_args)
-    model, processor = build(model_args, curriculum_args, splits.get("train"))
+    course = course_of(arguments, splits) if run_args.do_train else {}
+    if checkpoint is not None:
+        check_course(checkpoint, course)
+    model, processor = build(model_args, curriculum_args, splits.get("train"), checkpoint)
     run = {"data_args": data_args, "curriculum_args": curriculum_args, "run_args": run_args}
     collator = build_collator(model, processor, **run)
     if not run_args.do_train:
@@ -475,12 +457,14 @@ def main(argv: list[str] | None = None) -> dict:
     with timed("Measuring the rows of all splits"):
         splits, cut = fit(splits, collator, **run)
     trainer = build_trainer(model, collator, splits=splits, **run)
+    trainer.course = course
     if data_args.precompute_image_features:
         cache = data_args.image_features_cache or DEFAULT_CACHE
         trainer.curriculum_collator.image_features = precompute_image_features(trainer, [*splits.values()], cache)
     if not run_args.do_train:
         return evaluate(trainer, data_args)
-    train_seconds = train(trainer, run_args)
+    prepare_output(arguments)
+    train_seconds = train(trainer, checkpoint)
     trainer.save_model()
     test = trainer.evaluate(splits["test"], metric_key_prefix="test") if "test" in splits else {}
     left_out = {"skipped": skipped, "cut": cut}

@@ -42,6 +42,7 @@ from mmcoconut.recipe_files import (
     read_recipe_file,
     scalar,
 )
+from mmcoconut.records import write_whole
 from mmcoconut.scoring import REFERENCES
 from mmcoconut.without_effect import idle_keys, without_effect
 
@@ -715,6 +716,6 @@ def recipe_text(*arguments) -> str:
 
 
 def save_recipe(path: str | os.PathLike, *arguments) -> None:
-    """Writes `recipe_text`, and the folder it goes to."""
+    """Write `recipe_text` whole or not at all, and make the folder it goes to."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(recipe_text(*arguments), encoding="utf-8")
+    write_whole(Path(path), recipe_text(*arguments))

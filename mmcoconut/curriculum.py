@@ -13,7 +13,6 @@ Source: Hao et al. 2024, https://arxiv.org/abs/2412.06769, section 3, and its pu
 """
 
 import logging
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -427,8 +426,9 @@ class CurriculumCollator:
 class CurriculumCallback(TrainerCallback):
     """Moves the collator through the stages, and evaluates and saves at the end of each.
 
-    The stage follows from `state.epoch` alone, so a resumed run is at the right one. It is set before the epoch's data
-    loader starts its workers; persistent workers would keep the first stage, and are refused.
+    Epochs are counted as the Trainer counts them, from the updates that are done and `updates_per_epoch`, which the
+    trainer sets, so a resumed run is at the right stage. It is set before the epoch's data loader starts its workers;
+    persistent workers would keep the first stage, and are refused.
 
     Args:
         collator: the trainer's.
@@ -437,6 +437,8 @@ class CurriculumCallback(TrainerCallback):
 
     def __init__(self, collator: CurriculumCollator, *, reset_optimizer: bool = False):
         self.collator, self.reset_optimizer = collator, reset_optimizer
+        self.updates_per_epoch: int | None = None
+        self.next_epoch = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.dataloader_persistent_workers:
@@ -449,8 +451,24 @@ class CurriculumCallback(TrainerCallback):
             )
         if state.is_world_process_zero and not args.smoke_test:  # which always stops early
             self.announce_last_stage(state.num_train_epochs)
+        self.check_resumed(state)
+        self.next_epoch = state.global_step // self.updates_per_epoch
         # A finished run that is resumed has no epoch left to begin.
-        self.enter(min(int((state.epoch or 0) + 1e-6), math.ceil(args.num_train_epochs) - 1))
+        self.enter(min(self.next_epoch, state.num_train_epochs - 1))
+
+    def check_resumed(self, state) -> None:
+        """Refuse a checkpoint that counted other epochs, as it would go on in the wrong stage.
+
+        Raises:
+            ValueError: names the checkpoint's epoch and the one that its updates are in this run.
+        """
+        saved, present = state.epoch or 0.0, state.global_step / self.updates_per_epoch
+        if int(saved + 1e-6) != int(present) or abs(saved - present) > 1 / self.updates_per_epoch:
+            raise ValueError(
+                f"The checkpoint was saved after {state.global_step} updates, in its run {saved:.4g} epochs, and with "
+                f"this run's {self.updates_per_epoch} updates per epoch {present:.4g} epochs: take the rows, batch "
+                "size, gradient_accumulation_steps and number of processes that it was trained with."
+            )
 
     def announce_last_stage(self, num_epochs: int) -> None:
         """Log the stage that a run of so many epochs ends in, as a warning where it is not the last one."""
@@ -472,11 +490,11 @@ class CurriculumCallback(TrainerCallback):
         self.collator.processor.num_latents = self.collator.curriculum.num_latents(self.collator.stage)
 
     def on_epoch_begin(self, args, state, control, optimizer=None, **kwargs):
-        epoch = int(state.epoch + 1e-6)
+        epoch, self.next_epoch = self.next_epoch, self.next_epoch + 1
         self.enter(epoch)
         curriculum, stage = self.collator.curriculum, self.collator.stage
         begins = epoch == 0 or curriculum.stage_at(epoch - 1) != stage
-        resumed_inside = state.epoch - epoch > 1e-6
+        resumed_inside = state.global_step > epoch * self.updates_per_epoch
         if begins and not resumed_inside:
             if state.is_world_process_zero:
                 num_latents = curriculum.num_latents(stage)

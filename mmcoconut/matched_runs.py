@@ -20,9 +20,9 @@ from pathlib import Path
 
 import torch
 import yaml
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 
 from mmcoconut.arguments import compared_modes, default_of, recipe_text
+from mmcoconut.checkpoints import newest_whole
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE
 
 
@@ -71,10 +71,8 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint that training can go on from exactly; its state is the last file to be written."""
-        found = [path.parent for path in self.folder.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-        whole = [path for path in found if (path / OPTIMIZER_NAME).exists()]
-        return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+        """The newest checkpoint that training can go on from exactly."""
+        return newest_whole(self.folder)
 
 
 def plan_runs(model_args, data_args, curriculum_args, run_args) -> list[Run]:

@@ -183,7 +183,7 @@ class ThinkingPolicy:
         return super()._prepare_inputs(inputs) if self.model.training else Trainer._prepare_inputs(self, inputs)
 
     def _save_checkpoint(self, *args, **kwargs):
-        """As the library's, without the card that trl writes into a checkpoint."""
+        """As transformers', without the card that trl writes into a checkpoint."""
         Trainer._save_checkpoint(self, *args, **kwargs)
 
     def _send_telemetry(self) -> None:

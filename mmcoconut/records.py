@@ -1,6 +1,7 @@
 """How records are kept: JSON, JSON Lines, and tables in Markdown."""
 
 import json
+import os
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -9,8 +10,31 @@ RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"  # of a training run, beside its weights
 
 
+def sync(path: Path) -> None:
+    """Flush a file to disk; on Windows that takes a file opened for writing, and is left to the system."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file that others find either as it was or whole, even if this process is killed."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        sync(unfinished)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_json(file: Path, record) -> None:
-    file.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a record as JSON, whole or not at all."""
+    write_whole(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(file: Path):

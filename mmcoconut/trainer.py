@@ -1,8 +1,7 @@
 """The library's Trainer with a curriculum: batches of the present stage, and evaluation by generating answers."""
 
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,17 +10,19 @@ import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from mmcoconut.answering import count_generated, generate_and_count
 from mmcoconut.arguments import read_recipe
 from mmcoconut.card import Evidence, model_card, stage_row, stage_rows, write_card
+from mmcoconut.checkpoints import ASIDE, describe, put_in_place, rotate, start_aside
 from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
 from mmcoconut.grouping import StageGroupedSampler
 from mmcoconut.learning_rates import set_learning_rates
-from mmcoconut.lora import ADAPTER_FOLDER, load_adapter, merged_model
+from mmcoconut.lora import ADAPTER_FOLDER, check_whole_model, load_adapter, merged_model
 from mmcoconut.processing_mmcoconut import parse_answer
-from mmcoconut.records import RECIPE_FILE, read_json
+from mmcoconut.records import RECIPE_FILE, read_json, write_json
 from mmcoconut.saving import ordinary_model
 from mmcoconut.scoring import figures_of, score
 from mmcoconut.tracking import TrackingCallback, is_tracked
@@ -137,6 +138,8 @@ class CurriculumTrainer(Trainer):
     """
 
     uploads: Uploads | None = None  # of the process that uploads, once it has a repository to name
+    course: Mapping = {}  # what checkpoints say of how they were trained, see mmcoconut.resuming
+    aside: Path | None = None  # where a checkpoint is being written
 
     def __init__(
         self,
@@ -159,7 +162,8 @@ class CurriculumTrainer(Trainer):
         self.curriculum_collator, self.metric, self.num_beams = data_collator, metric, num_beams
         self.alignment = data_collator.alignment
         self.training_terms = Terms()
-        self.add_callback(CurriculumCallback(data_collator, reset_optimizer=reset_optimizer))
+        self.curriculum_callback = CurriculumCallback(data_collator, reset_optimizer=reset_optimizer)
+        self.add_callback(self.curriculum_callback)
         if is_tracked(self.args):
             self.add_callback(TrackingCallback(self))
 
@@ -186,6 +190,12 @@ class CurriculumTrainer(Trainer):
         align_loss = None if outputs.alignment_loss is None else outputs.alignment_loss / steps
         loss = self.alignment.total(ce_loss, align_loss)
         return (loss, outputs) if return_outputs else loss
+
+    def set_initial_training_values(self, *args, **kwargs):
+        """As transformers'; the callback counts epochs by the same updates."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        self.curriculum_callback.updates_per_epoch = values[1]
+        return values
 
     def _get_train_sampler(self, train_dataset=None):
         """As the library's; `group_by_length` groups by what rows cost at the present stage."""
@@ -318,13 +328,50 @@ class CurriculumTrainer(Trainer):
         *earlier, latest = [(self.warmed_up(record), sign * record[name]) for record in records]
         if not latest[0] or any(record >= latest for record in earlier):
             return
-        folder = Path(self.args.output_dir, "stages", f"stage-{metrics['eval_stage']}")
-        self.save_model(str(folder))
-        if self.is_world_process_zero():
-            record = json.dumps({**metrics, "global_step": self.state.global_step}, indent=2)
-            (folder / STAGE_FILE).write_text(record + "\n")
-            if self.uploads_saves:
-                self.add_best_of_stage(folder)
+        self.save_stage(Path(self.args.output_dir, "stages", f"stage-{metrics['eval_stage']}"), metrics)
+
+    def save_stage(self, folder: Path, metrics: dict) -> None:
+        """Save the model and what chose it, whole or not at all."""
+        written = self.start_aside() / folder.name
+        self.save_model(str(written))
+        if self.args.should_save:
+            write_json(written / STAGE_FILE, {**metrics, "global_step": self.state.global_step})
+            put_in_place(written, folder)
+        if self.uploads_saves:
+            self.add_best_of_stage(folder)
+
+    def start_aside(self) -> Path:
+        """Return an empty folder for what is not whole yet; all processes write there."""
+        folder = Path(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        aside = start_aside(folder) if self.args.should_save else folder / ASIDE
+        self.accelerator.wait_for_everyone()
+        return aside
+
+    def _get_output_dir(self, trial):
+        """As transformers', and while a checkpoint is being written the place for that."""
+        return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """As transformers', but written aside, put in place once it is whole, and only then uploaded and rotated."""
+        self.aside = self.start_aside()
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            written, self.aside = self.aside / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", None
+        checkpoint = Path(self.args.output_dir, written.name)
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            describe(written, self.course)
+            put_in_place(written, checkpoint)
+            best = self.state.best_model_checkpoint
+            rotate(checkpoint.parent, self.args.save_total_limit, keep={checkpoint, *([Path(best)] if best else [])})
+        self.accelerator.wait_for_everyone()
+        if self.uploads_saves:
+            self.upload_checkpoint(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As the library's, but always an ordinary model: of one with an adapter, the merged one and, in a folder
@@ -351,6 +398,7 @@ class CurriculumTrainer(Trainer):
         if self.model._hf_peft_config_loaded:
             load_adapter(self.model, resume_from_checkpoint)
         else:
+            check_whole_model(resume_from_checkpoint)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.curriculum_collator.image_features is not None:
             self.curriculum_collator.image_features.check_tower(self.model)
@@ -417,11 +465,12 @@ class CurriculumTrainer(Trainer):
         self.uploads.add(folder.name, fill, message)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: the checkpoint is uploaded when it is whole and in its place."""
+
+    def upload_checkpoint(self, saved: Path) -> None:
         """Upload a checkpoint behind training's back, and the stages' best that wait."""
-        if not self.uploads_saves:
-            return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        saved, whole = Path(checkpoint_folder), self.args.hub_strategy == HubStrategy.CHECKPOINT
+        whole = self.args.hub_strategy == HubStrategy.CHECKPOINT
         message = f"Training in progress, step {self.state.global_step}"
         fill = partial(self.fill_revision, saved=saved, checkpoint=whole)
         self.uploads.add(self.uploads.main, fill, message)

@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
+from mmcoconut.checkpoints import COURSE_FILE
 from mmcoconut.lora import ADAPTER_FOLDER
 from mmcoconut.records import RECIPE_FILE
 
@@ -29,6 +30,7 @@ logger = logging.getLogger("mmcoconut")
 PUBLISHED = ("*.json", "*.safetensors", "*.py", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.spm", RECIPE_FILE)
 # Weights of an earlier revision, which another number of shards would leave beside the new ones.
 STALE = ["model*.safetensors", "model.safetensors.index.json"]
+STATE_FILES = (TRAINER_STATE_NAME, COURSE_FILE)
 LAST_CHECKPOINT = "last-checkpoint"
 MAIN = "main"
 NOT_ALLOWED = (401, 403)
@@ -46,7 +48,7 @@ def copy_model(source: Path, target: Path) -> None:
     """The files of a checkpoint that are published, its adapter's too; no pickles, and nothing of a run's state."""
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
-        wanted = any(fnmatch(file.name, pattern) for pattern in PUBLISHED) and file.name != TRAINER_STATE_NAME
+        wanted = any(fnmatch(file.name, pattern) for pattern in PUBLISHED) and file.name not in STATE_FILES
         if wanted and file.is_file():
             shutil.copyfile(file, target / file.name)
     if (source / ADAPTER_FOLDER).is_dir():

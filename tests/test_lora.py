@@ -16,7 +16,7 @@ from mmcoconut import arguments
 from mmcoconut.answering import load_checkpoint
 from mmcoconut.arguments import RecipeError, parse_recipe
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
-from mmcoconut.lora import add_lora, linear_layers, load_adapter, merged_model
+from mmcoconut.lora import add_lora, check_whole_model, describe_adapters, linear_layers, load_adapter, merged_model
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
 
@@ -87,6 +87,90 @@ def test_frozen_new_part_stays_frozen_and_named_parts_are_trained_in_full():
     assert {name.split(".lora_")[0].split(".")[-1] for name in trained if ".lora_" in name} == {"c_attn"}
 
 
+def adapted_paths(model) -> set[str]:
+    return {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+
+
+def test_bare_names_of_layers_mean_the_language_model():
+    model = tiny_model(HEADS["qwen2, untied"][0]())  # whose tower has layers of the same names
+    add_lora(model, {"target_modules": ["q_proj", "v_proj"]})
+    paths = [f"model.language_model.layers.{layer}.self_attn.{name}_proj" for layer in range(2) for name in "qv"]
+    assert adapted_paths(model) == {*paths}
+    said = describe_adapters(model)
+    assert "adapters on 4 layers of language_model (2 q_proj, 2 v_proj)" in said
+    assert "4 rows of model.language_model.embed_tokens" in said and "multi_modal_projector" in said
+
+
+@pytest.mark.parametrize(
+    "target", [["c_attn", "encoder.layers.0.self_attn.q_proj"], r".*(h\..*\.c_attn|encoder\.layers\.0\..*\.q_proj)"]
+)
+def test_longer_names_and_expressions_reach_other_parts(target):
+    model = tiny_model()
+    add_lora(model, {"target_modules": target})
+    tower = {path for path in adapted_paths(model) if "vision_tower" in path}
+    assert len(adapted_paths(model) - tower) == 2 and {path[-31:] for path in tower} == {
+        "encoder.layers.0.self_attn.q_proj"[-31:]
+    }
+    assert "1 layers of vision_tower (1 q_proj)" in describe_adapters(model)
+
+
+@pytest.mark.parametrize("target", [["c_attn", "q_proj"], "q_proj"])
+def test_layers_that_the_language_model_lacks_are_refused_with_those_it_has(target):
+    with pytest.raises(ValueError, match="language model has no layer 'q_proj'.*c_attn, c_fc, c_proj"):
+        add_lora(tiny_model(), {"target_modules": target})
+
+
+def test_exclusions_of_the_recipe_hold_beside_those_of_other_parts():
+    for excluded in (["layers.1.self_attn.q_proj"], r".*\.layers\.1\..*"):
+        model = tiny_model(HEADS["qwen2, untied"][0]())
+        add_lora(model, {"target_modules": ["q_proj"], "exclude_modules": excluded})
+        assert adapted_paths(model) == {"model.language_model.layers.0.self_attn.q_proj"}
+
+
+@pytest.mark.parametrize(
+    "head, named",
+    [
+        ("gpt2, tied", "wte"),
+        ("gpt2, tied", "lm_head"),
+        ("qwen2, tied", "embed_tokens"),
+        ("qwen2, untied", "embed_tokens"),
+        ("qwen2, untied", "lm_head"),
+    ],
+)
+def test_named_embedding_or_head_is_trained_whole_saved_and_merged(head, named, tmp_path):
+    def adapted():
+        model = tiny_model(HEADS[head][0](), thought_norm="projection")
+        add_lora(model, {"r": 4, "modules_to_save": [named]})
+        return model
+
+    model, original = adapted(), tiny_model(HEADS[head][0](), thought_norm="projection").state_dict()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)  # decays every row
+    batch = ragged_batch(model)
+    gradients(model, batch)
+    optimizer.step()
+    merged_model(model.eval()).save_pretrained(tmp_path / "merged")
+    merged = MMCoconutForConditionalGeneration.from_pretrained(tmp_path / "merged")
+    table = "lm_head.weight" if named == "lm_head" else f"model.language_model.{model.embedding_name()}.weight"
+    assert (merged.state_dict()[table] != original[table]).any(dim=1).float().mean() > 0.9
+    assert max_difference(merged(**batch).logits, model(**batch).logits) < 1e-5
+    if "untied" not in head:
+        assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    fresh = adapted().eval()
+    load_adapter(fresh, tmp_path)
+    assert max_difference(fresh(**batch).logits, model(**batch).logits) == 0
+
+
+def test_module_to_save_that_is_not_there_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="modules_to_save: no module 'vision_towr': did you mean 'vision_tower'"):
+        add_lora(tiny_model(), {"modules_to_save": ["vision_towr"]})
+
+
+def test_rows_beside_the_whole_embedding_are_refused():
+    with pytest.raises(ValueError, match="names 2 rows of the embedding, and lora.modules_to_save .* remove one"):
+        add_lora(tiny_model(), {"modules_to_save": ["wte"], "trainable_token_indices": [1, 2]})
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_gradients_reach_the_adapters_through_the_thoughts(head):
     model = adapted_model(head)
@@ -135,9 +219,15 @@ def test_saved_adapter_is_restored_and_another_one_refused(tmp_path):
     batch = ragged_batch(model)
     assert max_difference(fresh(**batch).logits, model(**batch).logits) == 0
     narrow = tiny_model(thought_norm="projection")
-    add_lora(narrow, {"target_modules": ["c_attn"]})
-    with pytest.raises(ValueError, match="differ in 12 weights.*set `lora` and `freeze` as the run was started with"):
+    add_lora(narrow, {"r": 4, "target_modules": ["c_attn"]})
+    with pytest.raises(ValueError, match=r"target_modules is .* there and \['c_attn'\] here"):
         load_adapter(narrow, tmp_path)
+    wide = tiny_model(thought_norm="projection")
+    add_lora(wide, {"r": 8})
+    with pytest.raises(ValueError, match="r is 4 there and 8 here. Set `lora` and `freeze` as the run was started"):
+        load_adapter(wide, tmp_path)
+    with pytest.raises(ValueError, match="holds an adapter with r = 4, .* `lora` is not set"):
+        check_whole_model(tmp_path)
     with pytest.raises(ValueError, match="holds no adapter: remove `lora`"):
         load_adapter(fresh, tmp_path / "none")
 
