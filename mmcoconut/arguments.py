@@ -232,11 +232,11 @@ class RunArguments(TrainingArguments):
     learning_rates: dict[str, float] | None = HfArg(
         default=None, help="Of parts of the model: {vision_tower: 3.0e-4}; the others have learning_rate."
     )
-    overwrite: bool = HfArg(default=False, help="Delete an earlier run's output_dir before training anew.")
+    overwrite: bool = HfArg(default=False, help="Delete the run in output_dir when the new one begins to train.")
     do_train: bool = HfArg(default=True, help="Train; false only evaluates.")
     license: str | None = HfArg(default=None, help="Of the weights, in the model card: an id such as mit.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false: the collator needs the images.")
-    resume_from_checkpoint: bool | str | None = HfArg(default=None, help="Folder, or true: last one in output_dir.")
+    resume_from_checkpoint: bool | str | None = HfArg(default=None, help="Folder, or true: the newest whole one.")
     compare: str | list[str] | None = HfArg(default=None, help="Modes to train and compare: cot,no_cot,coconut ...")
     seeds: int = HfArg(default=1, help="Runs of each compared mode, with the seeds seed, seed + 1, ...")
     compare_jobs: int | None = HfArg(default=None, help="Compared runs at a time; default: what the devices allow.")

@@ -20,6 +20,7 @@ from tiny import tiny_model, tiny_processor
 import train_hf
 from mmcoconut import compare, matched_runs
 from mmcoconut.arguments import parse_recipe
+from mmcoconut.checkpoints import describe
 from mmcoconut.compare import Finished
 from mmcoconut.curriculum import IGNORED, MODES, THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import load_examples
@@ -197,14 +198,14 @@ def test_comparison_in_the_folder_of_a_single_run_is_refused(recipe, tmp_path):
 
 def test_checkpoint_that_was_not_written_to_its_end_is_not_resumed(recipe, tmp_path):
     run = planned(recipe, "--output_dir", str(tmp_path))[0]
-    for step, files in (
-        (4, ["optimizer.pt", "trainer_state.json"]),
-        (6, ["trainer_state.json"]),
-        (8, ["optimizer.pt"]),
-    ):
+    state = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+    for step, lost in ((4, None), (6, "optimizer.pt"), (8, "trainer_state.json")):
         (run.folder / f"checkpoint-{step}").mkdir(parents=True)
-        for file in files:
+        for file in state:
             (run.folder / f"checkpoint-{step}" / file).touch()
+        describe(run.folder / f"checkpoint-{step}", {})
+        if lost is not None:
+            (run.folder / f"checkpoint-{step}" / lost).unlink()
     assert run.checkpoint == run.folder / "checkpoint-4"
 
 

@@ -331,7 +331,7 @@ def test_run_killed_before_its_first_checkpoint_is_told_to_start_anew(stopped):
 def test_run_killed_ten_times_ends_as_one_that_was_never_stopped(tmp_path, limit):
     """SIGKILL at random moments, also before training begins; a minute of training, most of it saving."""
     (tmp_path / "tiny.yaml").write_text(TINY)
-    options = ["--save_steps", "1", "--num_train_epochs", "60", "--epochs_per_stage", "20", *limit]
+    options = ["--save_steps", "1", "--num_train_epochs", "120", "--epochs_per_stage", "40", *limit]
     options += ["--text_config.resid_pdrop", "0.1"]
     run(tmp_path / "whole", *options)
     folder, draws = tmp_path / "killed", random.Random(0)
@@ -347,7 +347,7 @@ def test_run_killed_ten_times_ends_as_one_that_was_never_stopped(tmp_path, limit
             stderr=subprocess.PIPE,
             text=True,
         )
-        time.sleep(draws.uniform(4, 14))
+        time.sleep(draws.uniform(3, 9))
         process.send_signal(signal.SIGKILL)
         _, said = process.communicate()
         assert process.returncode == -signal.SIGKILL, said[-3000:]
