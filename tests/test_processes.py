@@ -130,7 +130,9 @@ def sharded(tmp_path_factory):
     cases["kept"] += kept_features
     torchrun("several_runs.py", json.dumps([run(name, options) for name, options in cases.items()]), **fsdp)
     for name, options in cases.items():
-        shutil.copytree(folder / name / "checkpoint-6", folder / f"{name}, resumed" / "checkpoint-6")
+        for step in (6, 12):
+            shutil.copytree(folder / name / f"checkpoint-{step}", folder / f"{name}, resumed" / f"checkpoint-{step}")
+        (folder / f"{name}, resumed" / "checkpoint-12" / "scheduler.pt").unlink()  # so both processes take the other
         options += ["--resume_from_checkpoint", "true"]
     cases["ragged"] += ["--activation_checkpointing"]
     resumed = [run(f"{name}, resumed", options) for name, options in cases.items()]
