@@ -395,7 +395,7 @@ def test_a_picture_outside_the_splits_is_refused(tmp_path):
 
 def test_a_tower_with_adapters_is_refused(tmp_path):
     model, processor = frozen_pair()
-    add_lora(model, {"target_modules": ["q_proj"]})
+    add_lora(model, {"target_modules": ["self_attn.q_proj"]})
     with pytest.raises(ValueError, match="needs a frozen vision tower, and 4 of its parameters .* `lora` out of it"):
         precompute_image_features(Trainer(model, processor), [several_pictures()], tmp_path)
 
