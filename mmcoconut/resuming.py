@@ -267,8 +267,6 @@ def check_output(arguments) -> Path | None:
     """
     run_args = arguments[-1]
     folder, resume = Path(run_args.output_dir), run_args.resume_from_checkpoint
-    if resume and run_args.overwrite:
-        raise ValueError("resume_from_checkpoint goes on with a run and overwrite deletes it: give one of the two.")
     if resume:
         return agree(lambda: choose_checkpoint(folder, resume), run_args)
     if not folder.exists() or not any(folder.iterdir()):

@@ -310,7 +310,7 @@ def test_overwriting_deletes_nothing_before_the_new_run_is_checked(stopped):
     before = contents(stopped)
     with pytest.raises(ValueError, match="no sub-module 'vision_towr'"):
         run(stopped, "--overwrite", "true", "--freeze", "vision_towr")
-    with pytest.raises(ValueError, match="give one of the two"):
+    with pytest.raises(ValueError, match="the earlier run is resumed, not deleted"):
         run(stopped, "--overwrite", "true", *RESUMED)
     scratch = ["--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
     with pytest.raises(ValueError, match="--overwrite would delete .*checkpoint-8, which `model` reads"):
