@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import is_peft_available
@@ -23,7 +24,7 @@ from mmcoconut.saving import ordinary_model
 
 
 if is_peft_available():  # an optional extra; recipes with `lora` are refused without it
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,6 +33,7 @@ if is_peft_available():  # an optional extra; recipes with `lora` are refused wi
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NAME = "default"
 # What peft's files put before every name, as if the model stood inside a PeftModel.
 FILE_PREFIX = "base_model.model."
@@ -188,8 +190,27 @@ def describe_adapters(model) -> str:
 
 
 def add_lora(model, fields: dict) -> None:
-    """Put a fresh adapter into the model and stop the gradients of everything else, but for the new rows and parts."""
-    model.add_adapter(lora_config(model, fields), ADAPTER_NAME)
+    """Put a fresh adapter into the model and stop the gradients of everything else, but for the new rows and parts.
+
+    By peft's own function: the method of transformers 5.24 asks for peft 0.22, which is not published, and needs
+    nothing of it.
+    """
+    config = lora_config(model, fields)
+    config.base_model_name_or_path = model.name_or_path
+    inject_adapter_in_model(config, model, ADAPTER_NAME)
+
+
+def has_lora(model) -> bool:
+    return is_peft_available() and any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def save_adapter(model, folder: Path) -> None:
+    """Write the adapter of a model as peft does, so that `PeftModel.from_pretrained` reads it too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    weights = {f"{FILE_PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}
+    save_file(weights, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    dataclasses.replace(model.peft_config[ADAPTER_NAME], inference_mode=True).save_pretrained(folder)
 
 
 @contextmanager
@@ -257,7 +278,7 @@ def load_adapter(model, folder: str | Path) -> None:
     check_adapter(model, Path(folder))
     saved = load_peft_weights(str(folder), device="cpu")
     weights = {name.removeprefix(FILE_PREFIX): weight for name, weight in saved.items()}
-    expected = model.get_adapter_state_dict(ADAPTER_NAME).keys()
+    expected = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False).keys()
     if weights.keys() != expected:
         other = sorted(weights.keys() ^ expected)
         raise ValueError(

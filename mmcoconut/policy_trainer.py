@@ -18,7 +18,7 @@ from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 from mmcoconut.data import question_text
-from mmcoconut.lora import without_adapters
+from mmcoconut.lora import has_lora, without_adapters
 from mmcoconut.policy import Likelihood, Rollout, Sampling, likelihood, read_prompts, sample
 from mmcoconut.trainer import CurriculumTrainer
 
@@ -43,7 +43,7 @@ class WithoutAdapters:
 
 def reference_of(model):
     """What the policy is held near to: itself as it is now, with its weights kept, or without its adapters."""
-    if model._hf_peft_config_loaded:
+    if has_lora(model):
         return WithoutAdapters(model)
     return copy.deepcopy(model).eval().requires_grad_(False)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from mmcoconut.answering import count_generated, generate_and_count
@@ -20,7 +20,7 @@ from mmcoconut.checkpoints import ASIDE, describe, put_in_place, rotate, start_a
 from mmcoconut.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
 from mmcoconut.grouping import StageGroupedSampler
 from mmcoconut.learning_rates import set_learning_rates
-from mmcoconut.lora import ADAPTER_FOLDER, check_whole_model, load_adapter, merged_model
+from mmcoconut.lora import ADAPTER_FOLDER, check_whole_model, has_lora, load_adapter, merged_model, save_adapter
 from mmcoconut.processing_mmcoconut import parse_answer
 from mmcoconut.records import RECIPE_FILE, read_json, write_json
 from mmcoconut.saving import ordinary_model
@@ -156,7 +156,7 @@ class CurriculumTrainer(Trainer):
         super().__init__(data_collator=data_collator, **kwargs)
         self.model_class = type(self.model)  # before it is sharded, which changes it
         if self.is_fsdp_enabled:
-            check_sharding(self.accelerator.state.fsdp_plugin, adapted=self.model._hf_peft_config_loaded)
+            check_sharding(self.accelerator.state.fsdp_plugin, adapted=has_lora(self.model))
             self.add_callback(ShardingCallback())
         self.compute_metrics = self.score_answers
         self.curriculum_collator, self.metric, self.num_beams = data_collator, metric, num_beams
@@ -380,12 +380,17 @@ class CurriculumTrainer(Trainer):
         Only what a run with an adapter resumes from, checkpoint-n, is the adapter alone.
         """
         trained, folder = self.model, Path(output_dir or self.args.output_dir)
-        adapted, sharded = trained._hf_peft_config_loaded, type(trained) is not self.model_class
+        adapted, sharded = has_lora(trained), type(trained) is not self.model_class
         resumed_from = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
-        if not self.args.should_save or not (sharded or adapted) or (adapted and resumed_from):
+        if not self.args.should_save or not (sharded or adapted):
             return super()._save(output_dir, state_dict)
+        if adapted and resumed_from:
+            save_adapter(trained, folder)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            return
         if adapted:
-            trained.save_pretrained(folder / ADAPTER_FOLDER)
+            save_adapter(trained, folder / ADAPTER_FOLDER)
             self.model = merged_model(trained)
         else:
             self.model = ordinary_model(self.model_class, trained, state_dict)
@@ -395,7 +400,7 @@ class CurriculumTrainer(Trainer):
             self.model = trained
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if self.model._hf_peft_config_loaded:
+        if has_lora(self.model):
             load_adapter(self.model, resume_from_checkpoint)
         else:
             check_whole_model(resume_from_checkpoint)
