@@ -118,8 +118,13 @@ OF_A_VLM = ("image_size", "min_tiles", "max_tiles", "use_thumbnail")
 FOLDERS = ("model", "vlm", "vision_model", "text_model", "tokenizer", "resume_from_checkpoint")
 DATA_PATHS = ("file", "folder", "image_root")
 
-# Saved under their new name, set by the launcher, or secret: a run's folder may be pushed.
-NOT_SAVED = ("gradient_checkpointing", "gradient_checkpointing_kwargs", "local_rank", "hub_token")
+# Renamed with transformers 5.23, which knows both names; before it there is the second only.
+RENAMED = {f"activation_{name}": f"gradient_{name}" for name in ("checkpointing", "checkpointing_kwargs")}
+RENAMED = {new: old for new, old in RENAMED.items() if new not in TrainingArguments.__dataclass_fields__}
+# Set by the launcher, or secret: a run's folder may be pushed.
+NOT_SAVED = ("local_rank", "hub_token")
+if not RENAMED:  # saved under their new name
+    NOT_SAVED += ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 # About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
 NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compare_jobs", "profile")
 # What TrainingArguments makes of a field that was not given.
@@ -675,7 +680,8 @@ def read_values(recipe: str, words: list[str]) -> MergedRecipe:
     for key, value in overrides.items():
         assign(values, key, value, problems=problems)
     forget_sources(sources, overrides)
-    return MergedRecipe(expand(values, "", problems), sources, problems)
+    values = {RENAMED.get(key, key): value for key, value in expand(values, "", problems).items()}
+    return MergedRecipe(values, sources, problems)
 
 
 def read_recipe(recipe: str | os.PathLike) -> dict:
