@@ -12,8 +12,8 @@ from torch import nn
 def position_limit(decoder: nn.Module) -> int | None:
     """Return how many positions a decoder's table of positions has; None where there is no such table.
 
-    A table is an embedding, not that of the tokens, with a row for each of `max_position_embeddings`; OPT and BART keep
-    a few rows more.
+    A table is an embedding, not that of the tokens, with a row for each of `max_position_embeddings`; OPT and BART
+    keep a few rows more.
     """
     limit = getattr(decoder.config, "max_position_embeddings", None)
     if limit is None:

@@ -14,6 +14,7 @@ from mmcoconut.curriculum import align_rows
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.models import load_model
+from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
 
 
@@ -131,7 +132,7 @@ class Answerer:
         ids, mask = self.processor.prompt_names
         batch[ids] = torch.cat([batch[ids], begun], dim=1)  # (B, T)
         batch[mask] = torch.cat([batch[mask], torch.ones_like(begun)], dim=1)  # (B, T)
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        limit = position_limit(self.model.get_decoder())
         lengths = batch[mask].sum(dim=1)  # (B,)
         length, longest = int(lengths.max()), int(lengths.argmax())
         if limit is not None and length + room > limit:

@@ -13,6 +13,7 @@ from mmcoconut.answering import Answerer
 from mmcoconut.arguments import read_arguments, read_recipe
 from mmcoconut.conversations import LONG_ROWS, fit_rows
 from mmcoconut.data import drop_unreadable, load_examples
+from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.recipe_files import RecipeError, is_missing_folder
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 
@@ -123,7 +124,7 @@ def read_rows(arguments):
 
 def fit_to(answerer: Answerer, rows, arguments):
     """The rows without what `long_rows: cut` cuts; how much that is, is in the log."""
-    limits = (arguments.max_length, getattr(answerer.model.config.text_config, "max_position_embeddings", None))
+    limits = (arguments.max_length, position_limit(answerer.model.get_decoder()))
     limit = min((limit for limit in limits if limit is not None), default=None)
     if arguments.long_rows != "cut" or limit is None:
         return rows
