@@ -26,6 +26,7 @@ CHOICES = {"score_by": SCORE_BY, "long_rows": LONG_ROWS, "dtype": ("auto", "floa
 # What a run's own recipe says where the command does not.
 FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "num_beams", "unreadable_images")
 FROM_RECIPE += ("max_length", "long_rows")
+NEW_TOKENS = 64  # where neither says how many
 
 
 @dataclass
@@ -90,7 +91,7 @@ def complete_from_recipe(arguments) -> None:
             setattr(arguments, name, {**(default or {}), **(given or {})})
         elif given is None:
             setattr(arguments, name, default)
-    arguments.max_new_tokens = arguments.max_new_tokens or 64
+    arguments.max_new_tokens = arguments.max_new_tokens or NEW_TOKENS
     arguments.num_beams = arguments.num_beams or 1
 
 

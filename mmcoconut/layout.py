@@ -62,8 +62,8 @@ class Layout:
         return self.values.get("mode") in THINKING_MODES
 
 
-def _recipe_of(name: str, revision: str | None) -> dict:
-    """What the recipe of the run that made a checkpoint says; {} without one.
+def recipe_of(name: str, revision: str | None) -> dict:
+    """What the recipe of the run that made a checkpoint, a folder or Hub id, says; {} without one.
 
     A checkpoint-n and a stages/stage-s stand inside of the run's folder.
     """
@@ -94,7 +94,7 @@ def read_layout(name: str, *, revision: str | None = None) -> Layout:
     Raises:
         CheckpointError: no checkpoint of that name.
     """
-    config, recipe = read_config(name, revision=revision), _recipe_of(name, revision)
+    config, recipe = read_config(name, revision=revision), recipe_of(name, revision)
     options = {} if revision is None else {"revision": revision}
     processor = ProcessorMixin.get_processor_dict(name, **options)[0]
     markers, num_latents = processor.get("markers", "both"), processor.get("num_latents", 0)

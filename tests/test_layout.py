@@ -1,4 +1,4 @@
-"""A checkpoint decides its own layout: what a recipe leaves open is the checkpoint's, what it says otherwise is said."""
+"""A checkpoint decides its own layout: what a recipe leaves open is its own, and what it says otherwise is told."""
 
 import json
 import re
