@@ -13,6 +13,7 @@ from mmcoconut.answering import Answerer
 from mmcoconut.arguments import read_arguments, read_recipe
 from mmcoconut.conversations import LONG_ROWS, fit_rows
 from mmcoconut.data import drop_unreadable, load_examples
+from mmcoconut.layout import read_layout, refused
 from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.recipe_files import RecipeError, is_missing_folder
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
@@ -77,11 +78,26 @@ def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …
     return arguments
 
 
+def check_layout(arguments) -> None:
+    """Raise RecipeError if the recipe that a command names says another layout than the checkpoint has."""
+    said = read_recipe(arguments.recipe)
+    problems = refused(said, read_layout(arguments.model, revision=arguments.revision))
+    if problems:
+        raise RecipeError(arguments.recipe, problems)
+
+
 def complete_from_recipe(arguments) -> None:
-    """What the command leaves open is what the recipe named there, or found beside the weights, says."""
+    """What the command leaves open is what the recipe named there, or found beside the weights, says.
+
+    Raises:
+        RecipeError: a recipe that is named and has another layout than the checkpoint.
+        CheckpointError: no checkpoint.
+    """
     beside = Path(arguments.model, RECIPE_FILE)
     if arguments.recipe is None and beside.is_file():
         arguments.recipe = str(beside)
+    elif arguments.recipe is not None:
+        check_layout(arguments)
     recipe = read_recipe(arguments.recipe) if arguments.recipe is not None else {}
     if arguments.dataset not in (None, recipe.get("dataset")):
         recipe = {}  # another data set has other options
