@@ -350,7 +350,7 @@ class GenerationBehindPrefix:
         outputs = self.generate(ids, *args, attention_mask=mask, **{CACHE: prefix}, **images, **kwargs)
         return with_prompts(outputs, input_ids, moved=not bool(mask.all()))
 
-    def check_room(self, generation_config, model_kwargs: dict, num_read: int) -> None:
+    def _check_room(self, generation_config, model_kwargs: dict, num_read: int) -> None:
         """Raise ValueError if num_read columns, prompts included, need more positions than the decoder has."""
         name = "decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask"
         mask = model_kwargs.get(name)
@@ -365,7 +365,7 @@ class GenerationBehindPrefix:
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
         """As transformers', behind a check of positions; a prefix is copied into the rows of the cache."""
-        self.check_room(generation_config, model_kwargs, num_read)
+        self._check_room(generation_config, model_kwargs, num_read)
         prefix = model_kwargs.get(CACHE)
         prepare = super()._prepare_cache_for_generation
         if not isinstance(prefix, PromptPrefix):

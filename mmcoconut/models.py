@@ -82,8 +82,8 @@ def load_model(name: str, *, dtype="auto", revision: str | None = None, new_part
         config_fields: of MMCoconutConfig, in the place of the checkpoint's.
 
     Raises:
-        CheckpointError: no checkpoint of that name.
-        ValueError: a checkpoint without some of the weights, which transformers would draw at random.
+        CheckpointError: no checkpoint of that name, or one without some of the weights, which transformers would draw
+            at random.
     """
     options = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
     config = read_config(name, revision=revision)
@@ -92,5 +92,5 @@ def load_model(name: str, *, dtype="auto", revision: str | None = None, new_part
     )
     missing = sorted(key for key in info["missing_keys"] if not {*key.split(".")} & {*new_parts})
     if missing:
-        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
+        raise CheckpointError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
     return model
