@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import ProcessorMixin
 from transformers.utils import cached_file, has_file
 
-from mmcoconut.arguments import NEW_MODEL, layout_problems, read_recipe
-from mmcoconut.curriculum import THINKING_MODES, Curriculum
+from mmcoconut.arguments import NEW_MODEL, layout_problems, read_recipe, warn_of_idle
+from mmcoconut.curriculum import STAGED_MODES, THINKING_MODES, Curriculum
 from mmcoconut.models import check_sources, read_config
 from mmcoconut.recipe_files import RecipeError
 from mmcoconut.records import RECIPE_FILE
@@ -219,6 +219,10 @@ def settle(arguments: tuple, recipe: str) -> tuple:
     problems = layout_problems(settled_arguments)
     if problems:
         raise RecipeError(recipe, problems)
+    known = {**said, "mode": settled["mode"]}
+    if known["mode"] in STAGED_MODES:  # elsewhere it would count as said
+        known["max_latent_stage"] = settled["max_latent_stage"]
+    warn_of_idle({**vars(run_args), **known}, run_args)
     return settled_arguments
 
 

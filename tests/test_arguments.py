@@ -425,11 +425,6 @@ def test_updates_may_be_fewer_than_an_epoch(words, recipe):
         ),
         (["--max_latent_stage", "1", "--epochs_per_stage", "1", "1", "1"], []),
         (["--hub_model_id", "a/b"], ["`push_to_hub: false`: hub_model_id: a/b"]),
-        (
-            ["--model", "a/b", "--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
-            + ["--tokenizer_vocab_size", "300"],
-            ["the checkpoint `model` (it brings its own): tokenizer_vocab_size: 300"],
-        ),
     ],
 )
 def test_keys_that_this_run_leaves_idle_are_warned_of_in_one_line_a_reason(words, lines, recipe, caplog):
