@@ -33,7 +33,7 @@ OVERRIDDEN_METHODS = {
     # Called by gradient_checkpointing_enable() (to 5.22) and activation_checkpointing_enable() (from 5.23) alike.
     "_set_gradient_checkpointing": "the public method that calls it was renamed",
     # Between choosing a cache's kind and size and the first forward pass, `generate` calls nothing public.
-    "_prepare_cache_for_generation": "a prefix is copied into the cache that `generate` makes",
+    "_prepare_cache_for_generation": "a prefix is copied into the cache there, and the number of tokens is known",
 }
 
 

@@ -19,10 +19,15 @@ from transformers.utils import ModelOutput
 from .caches_mmcoconut import CrossAttentionCache, remember_state
 from .compat_mmcoconut import CACHE
 from .fusions_mmcoconut import check_one_source
+from .positions_mmcoconut import check_new_positions, position_limit
 
 
 # Features of the same picture, computed in another batch, differ by rounding; those of another picture by far more.
 SAME_FEATURES = 1e-2
+SAMPLED = 16  # first values of each parameter, by which weights are known again
+# Of a configuration, what says how it was saved or what calls return, and changes no keys and values.
+NOT_COMPARED = ("architectures", "auto_map", "dtype", "transformers_version", "mmcoconut_version", "use_cache")
+NOT_COMPARED += ("output_attentions", "output_hidden_states", "return_dict")
 
 
 def prompts_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
@@ -78,11 +83,55 @@ def same_images(name: str, one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one - other).abs().max() <= SAME_FEATURES * other.abs().max())
 
 
+def _flat(fields: dict, path: str = "") -> dict:
+    """The compared fields of a configuration, nested ones as `text_config.rope_theta`."""
+    flat = {}
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{path}{name}.")
+        elif name not in NOT_COMPARED and not str(name).startswith("_"):
+            flat[f"{path}{name}"] = value
+    return flat
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The model that made a prefix: its name, its configuration, and the first values of its parameters."""
+
+    name: str
+    fields: dict
+    weights: torch.Tensor
+
+    @classmethod
+    def of(cls, model) -> "Maker":
+        loaded = (weight.detach() for weight in model.parameters() if not weight.is_meta)
+        sampled = [weight.flatten()[:SAMPLED].float().cpu() for weight in loaded]
+        name = model.name_or_path or f"a {type(model).__name__} that was not loaded"
+        return cls(name, _flat(model.config.to_dict()), torch.cat(sampled))
+
+    def check_reads(self, reader: "Maker") -> None:
+        """Raise ValueError if the model that reads a prefix is not the one that made it."""
+        fields = self.fields | reader.fields
+        differing = [name for name in fields if self.fields.get(name) != reader.fields.get(name)]
+        if differing:
+            name = differing[0]
+            difference = f"{name} is {reader.fields.get(name)!r}, not {self.fields.get(name)!r}"
+        elif not torch.equal(self.weights, reader.weights):
+            difference = "weights are others"
+        else:
+            return
+        raise ValueError(
+            f"The prefix was made by {self.name}, and is read by {reader.name}, whose {difference}: make the prefix "
+            "with the model that reads it, and again after training."
+        )
+
+
 @dataclass
 class PromptPrefix:
     """What the model keeps of a prompt's first P tokens.
 
     input_ids (P,).
+    maker: the model that computed it, and that alone may read it.
     layers: keys and values (1, H, P, K) of each layer.
     last_hidden_state (1, D): of the last token; a question that begins with a latent reads it.
     images: the pixel_values or image_features (I, …) in it, by that name; num_tiles: the tiles of each image, or None.
@@ -90,6 +139,7 @@ class PromptPrefix:
     """
 
     input_ids: torch.Tensor
+    maker: Maker
     images: dict[str, torch.Tensor] = field(default_factory=dict)
     num_tiles: torch.Tensor | None = None
     layers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
@@ -269,7 +319,7 @@ class GenerationBehindPrefix:
         self.model.check_whole_images(prompt == self.config.image_token_id, tiles_of_images)
         images = {"pixel_values": pixel_values, "image_features": image_features}
         first = {name: tensor[:tiles] for name, tensor in images.items() if tensor is not None and tiles}
-        prefix = PromptPrefix(prompt[0], first, tiles_of_images if first else None)
+        prefix = PromptPrefix(prompt[0], Maker.of(self), first, tiles_of_images if first else None)
         prefix.without_images(self.count_tiles(prompts), num_tiles, **images)
         inputs = {**first, "num_tiles": prefix.num_tiles, "past_key_values": DynamicCache(), "use_cache": True}
         return prefix.keep(self.model(input_ids=prompt, **inputs).past_key_values)
@@ -280,6 +330,7 @@ class GenerationBehindPrefix:
 
     def generate_behind(self, prefix: PromptPrefix, inputs: torch.Tensor | None, *args, **kwargs):
         """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
+        prefix.maker.check_reads(Maker.of(self))
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
         other = [name for name in (CACHE, "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if input_ids is None or other:
@@ -299,12 +350,26 @@ class GenerationBehindPrefix:
         outputs = self.generate(ids, *args, attention_mask=mask, **{CACHE: prefix}, **images, **kwargs)
         return with_prompts(outputs, input_ids, moved=not bool(mask.all()))
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, *args):
-        """As the library's, and what a prefix holds is copied into the rows of the cache that it makes."""
+    def _check_room(self, generation_config, model_kwargs: dict, num_read: int) -> None:
+        """Raise ValueError if num_read columns, prompts included, need more positions than the decoder has."""
+        name = "decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask"
+        mask = model_kwargs.get(name)
+        given = isinstance(mask, torch.Tensor) and mask.ndim == 2
+        num_columns = mask.shape[1] if given else num_read + 1 - (generation_config.max_new_tokens or 1)
+        check_new_positions(
+            position_limit(self.get_decoder()),
+            mask if given and not self.model.counts_columns else None,
+            num_columns=num_columns,
+            num_new=num_read + 1 - num_columns,
+        )
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
+        """As transformers', behind a check of positions; a prefix is copied into the rows of the cache."""
+        self._check_room(generation_config, model_kwargs, num_read)
         prefix = model_kwargs.get(CACHE)
         prepare = super()._prepare_cache_for_generation
         if not isinstance(prefix, PromptPrefix):
-            return prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
+            return prepare(generation_config, model_kwargs, generation_mode, batch_size, num_read)
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             raise ValueError(
                 "Assisted decoding reads the whole prompt again in its first step, also what a cache holds already: "
@@ -312,7 +377,7 @@ class GenerationBehindPrefix:
             )
         del model_kwargs[CACHE]
         self.settle_cache(model_kwargs, generation_config)
-        prepare(generation_config, model_kwargs, generation_mode, batch_size, *args)
+        prepare(generation_config, model_kwargs, generation_mode, batch_size, num_read)
         if model_kwargs.get(CACHE) is None:
             raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
         padded = model_kwargs.get("attention_mask") is not None

@@ -17,17 +17,18 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_s
 from mmcoconut.arguments import REWARDED, parse_recipe
 from mmcoconut.card import SPEED, stage_rows, stage_table
 from mmcoconut.compare import compare
-from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.conversations import fit_rows
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.image_features import DEFAULT_CACHE, precompute_image_features
+from mmcoconut.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
 from mmcoconut.lora import add_lora, describe_adapters
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import load_model, model_class
 from mmcoconut.objectives import Alignment
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles
+from mmcoconut.positions_mmcoconut import position_limit
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles, set_tiles
 from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
 from mmcoconut.recipe_files import run_command
@@ -47,24 +48,6 @@ logger = logging.getLogger("mmcoconut")
 
 # Of an evaluation; what else it measures are the figures of the metric and of the objective.
 COMMON_FIGURES = ("accuracy", "generated_tokens", "loss", "n", "num_latents", "stage")
-# Fields of the model's configuration that a recipe sets when it builds a model out of backbones.
-CONFIG_FIELDS = (
-    "image_fusion",
-    "projector_type",
-    "projector_num_heads",
-    "num_visual_tokens",
-    "image_pooling",
-    "alignment_adapter",
-    "vision_feature_layer",
-    "vision_last_norm",
-    "vision_feature_select_strategy",
-    "thought_norm",
-    "thought_schedule",
-    "jacobi_iterations",
-    "stop_head",
-)
-# Of these, what may differ from the checkpoint that a run starts from.
-HOW_THOUGHTS_ARE_FED_BACK = ("thought_norm", "thought_schedule", "jacobi_iterations", "stop_head")
 
 
 def read_split(data_args, split: str, max_rows: int | None):
@@ -167,32 +150,21 @@ def build_from_vlm(model_args):
     return model, processor
 
 
-def feedback_of(model_args) -> dict:
-    """How the recipe feeds thoughts back, with a warning for each field that the checkpoint has otherwise."""
-    saved = MMCoconutConfig.from_pretrained(model_args.model, trust_remote_code=False)
-    wanted = {field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK}
-    for field, value in wanted.items():
-        before = getattr(saved, field)
-        if value != before:
-            logger.warning(
-                "%s is %r in the checkpoint %s and becomes %r, which the recipe says or has as its default: "
-                "set `%s: %s` in the recipe to keep the checkpoint's.",
-                *(field, before, model_args.model, value, field, "null" if before is None else before),
-            )
-    return wanted
-
-
 def build_from_checkpoint(model_args):
-    """Model and processor of an earlier run; the recipe may change how thoughts are fed back, nothing else."""
+    """Model and processor of an earlier run, with the layout that `settle` made of its own and the recipe's."""
     name = model_args.model
-    model = load_model(name, new_parts=("stop_head",) if model_args.stop_head else (), **feedback_of(model_args))
-    for field in CONFIG_FIELDS:
-        if getattr(model.config, field) != getattr(model_args, field):
-            raise ValueError(
-                f"{field} is {getattr(model.config, field)!r} in the checkpoint {name} and "
-                f"{getattr(model_args, field)!r} in the recipe: set it in the recipe as the checkpoint has it."
-            )
-    return model, MMCoconutProcessor.from_pretrained(name, trust_remote_code=False)
+    fed_back = {key: getattr(model_args, key) for key in HOW_THOUGHTS_ARE_FED_BACK}
+    model = load_model(name, new_parts=("stop_head",) if model_args.stop_head else (), **fed_back)
+    processor = MMCoconutProcessor.from_pretrained(name, trust_remote_code=False)
+    if model_args.use_thumbnail is not None:
+        set_tiles(
+            processor.image_processor,
+            image_size=None,
+            min_tiles=model_args.min_tiles,
+            max_tiles=model_args.max_tiles,
+        )
+        processor.use_thumbnail = model_args.use_thumbnail
+    return model, processor
 
 
 def freeze(model, names: list[str]) -> None:
@@ -251,7 +223,7 @@ def check_best_metric(run_args, metric: str, rows, alignment) -> None:
 
 def max_length_of(model, max_length: int | None) -> int | None:
     """Return the most tokens of a row: `max_length`, or fewer where the language model has fewer positions."""
-    positions = getattr(model.config.text_config, "max_position_embeddings", None)
+    positions = position_limit(model.get_decoder())
     if None not in (positions, max_length) and max_length > positions:
         logger.warning("max_length is %d, and the language model has %d positions: these count", max_length, positions)
     return min((limit for limit in (max_length, positions) if limit is not None), default=None)
@@ -364,12 +336,11 @@ def fix_stage(collator: CurriculumCollator) -> None:
     Raises:
         ValueError: no stage of the recipe has as many latents.
     """
-    curriculum, num_latents = collator.curriculum, collator.processor.num_latents
-    stages = [s for s in range(curriculum.last_stage + 1) if curriculum.num_latents(s) == num_latents]
+    stages = stages_with(collator.curriculum, collator.processor.num_latents)
     if not stages:
         raise ValueError(
-            f"The checkpoint was saved with {num_latents} latents, which no stage of this recipe has: set c_thought, "
-            "max_latent_stage and mode as it was trained."
+            f"A model that is not trained has {collator.processor.num_latents} latents, and no stage of this recipe: "
+            "name a checkpoint, `model`, or remove `thoughts_per_turn`."
         )
     collator.fixed_stage = stages[0]
 
@@ -439,6 +410,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = parse_recipe(argv)
     if arguments[-1].smoke_test:
         arguments = smoke_arguments(*arguments)
+    arguments = settle(arguments, recipe=argv[0])
     if arguments[-1].compare is not None:
         return compare(*arguments, script=__file__, argv=argv)
     model_args, data_args, curriculum_args, run_args = arguments

@@ -14,7 +14,9 @@ from mmcoconut.curriculum import align_rows
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.models import load_model
+from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
+from mmcoconut.recipe_files import UsageError
 
 
 def image_key(image: Mapping) -> str:
@@ -114,8 +116,8 @@ class Answerer:
         num_tiles (images,) where those are tiles, and of an encoder-decoder also the decoder's prompt.
 
         Raises:
-            ValueError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
-                language model's positions.
+            UsageError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
+                language model's table of positions.
         """
         room = self.max_new_tokens if room is None else room
         images = [open_images(row) for row in rows]
@@ -131,11 +133,11 @@ class Answerer:
         ids, mask = self.processor.prompt_names
         batch[ids] = torch.cat([batch[ids], begun], dim=1)  # (B, T)
         batch[mask] = torch.cat([batch[mask], torch.ones_like(begun)], dim=1)  # (B, T)
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        limit = position_limit(self.model.get_decoder())
         lengths = batch[mask].sum(dim=1)  # (B,)
         length, longest = int(lengths.max()), int(lengths.argmax())
         if limit is not None and length + room > limit:
-            raise ValueError(
+            raise UsageError(
                 f"{rows[longest]['row_id']}: the prompt takes {length} tokens, images and {self.num_latents} latents "
                 f"included, and {room} more may follow, but the language model has {limit} positions: lower "
                 "max_new_tokens or num_latents, or shorten the question."

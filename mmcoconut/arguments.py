@@ -115,6 +115,27 @@ JOINED_IN_A_VLM = ("image_fusion", "projector_type", "vision_feature_layer", "vi
 JOINED_IN_A_VLM += ("vision_feature_select_strategy", "projector_num_heads", "num_visual_tokens", "image_pooling")
 JOINED_IN_A_VLM += ("alignment_adapter",)
 OF_A_VLM = ("image_size", "min_tiles", "max_tiles", "use_thumbnail")
+# What a recipe that does not say is taken from the checkpoint that it starts from, and what a new model has there.
+NEW_MODEL = {
+    "image_fusion": "replace",
+    "projector_type": "linear",
+    "projector_num_heads": 8,
+    "num_visual_tokens": 8,
+    "image_pooling": "mean",
+    "alignment_adapter": True,
+    "vision_feature_layer": -1,
+    "vision_last_norm": False,
+    "vision_feature_select_strategy": "default",
+    "use_thumbnail": True,
+    "thought_norm": "none",
+    "thought_schedule": "sequential",
+    "stop_head": False,
+    "markers": "both",
+    "mode": "coconut",
+    "c_thought": 1,
+    "max_latent_stage": 3,
+    "thoughts_per_turn": 0,
+}
 FOLDERS = ("model", "vlm", "vision_model", "text_model", "tokenizer", "resume_from_checkpoint")
 DATA_PATHS = ("file", "folder", "image_root")
 
@@ -138,7 +159,10 @@ one by one, also inside mappings, and `key: null` removes what the base sets. Th
 
 @dataclasses.dataclass
 class ModelArguments:
-    """What the model starts from and how its parts are joined."""
+    """What the model starts from and how its parts are joined.
+
+    Of the fields in NEW_MODEL, here and in CurriculumArguments, None is what the checkpoint `model` has.
+    """
 
     model: str | None = HfArg(default=None, help="Folder or Hub id of an mmcoconut checkpoint to start from.")
     vlm: str | None = HfArg(default=None, help="Folder or Hub id of a pretrained InternVL or LLaVA to start from.")
@@ -151,25 +175,31 @@ class ModelArguments:
     text_model_type: str | None = HfArg(default=None, help="Architecture of text_model, for a smoke test.")
     tokenizer: str | None = HfArg(default=None, help="Folder, Hub id or `train`; default: text_model's.")
     tokenizer_vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer trained on the training texts.")
-    image_fusion: str = HfArg(default="replace", help="How image features reach the decoder.")
-    projector_type: str = HfArg(default="linear", help="What maps image features to the decoder's width.")
-    projector_num_heads: int = HfArg(default=8, help="Heads of the `transformer` and `attention_prefix` projectors.")
-    num_visual_tokens: int = HfArg(default=8, help="Visual tokens an image of a `_prefix` projector.")
-    image_pooling: str = HfArg(default="mean", help="How a `_prefix` projector makes one vector of an image.")
-    alignment_adapter: bool = HfArg(default=True, help="That vector goes through a linear layer.")
-    vision_feature_layer: int | list[int] = HfArg(default=-1, help="Hidden layer, or layers, of the vision tower.")
-    vision_last_norm: bool = HfArg(default=False, help="Layer -1 is read behind the tower's last norm.")
-    vision_feature_select_strategy: str = HfArg(default="default", help="`default` leaves out the class token.")
+    image_fusion: str | None = HfArg(default=None, help="How image features reach the decoder.")
+    projector_type: str | None = HfArg(default=None, help="What maps image features to the decoder's width.")
+    projector_num_heads: int | None = HfArg(
+        default=None, help="Heads of the `transformer` and `attention_prefix` projectors."
+    )
+    num_visual_tokens: int | None = HfArg(default=None, help="Visual tokens an image of a `_prefix` projector.")
+    image_pooling: str | None = HfArg(default=None, help="How a `_prefix` projector makes one vector of an image.")
+    alignment_adapter: bool | None = HfArg(default=None, help="That vector goes through a linear layer.")
+    vision_feature_layer: int | list[int] | None = HfArg(
+        default=None, help="Hidden layer, or layers, of the vision tower."
+    )
+    vision_last_norm: bool | None = HfArg(default=None, help="Layer -1 is read behind the tower's last norm.")
+    vision_feature_select_strategy: str | None = HfArg(default=None, help="`default` leaves out the class token.")
     image_size: int | None = HfArg(default=None, help="Side of the tiles that the vlm reads; default: its own.")
     min_tiles: int | None = HfArg(default=None, help="Least tiles of an image for the vlm; default: its own.")
     max_tiles: int | None = HfArg(default=None, help="Most tiles of an image for the vlm; default: its own.")
-    use_thumbnail: bool = HfArg(default=True, help="Several tiles of an image are followed by the whole picture.")
-    thought_norm: str = HfArg(default="none", help="What is done to a thought before it is fed back.")
-    thought_schedule: str = HfArg(default="sequential", help="`jacobi` updates all thoughts together.")
+    use_thumbnail: bool | None = HfArg(
+        default=None, help="Several tiles of an image are followed by the whole picture."
+    )
+    thought_norm: str | None = HfArg(default=None, help="What is done to a thought before it is fed back.")
+    thought_schedule: str | None = HfArg(default=None, help="`jacobi` updates all thoughts together.")
     jacobi_iterations: int | None = HfArg(default=None, help="How often `jacobi` updates them.")
-    stop_head: bool = HfArg(default=False, help="A head that ends thinking early, row by row; see objective.")
+    stop_head: bool | None = HfArg(default=None, help="A head that ends thinking early, row by row; see objective.")
     bptt_thoughts: int | None = HfArg(default=None, help="Thoughts, from the last, that gradients link; default: all.")
-    markers: str = HfArg(default="both", help="Which of <|start-latent|> and <|end-latent|> frame the thoughts.")
+    markers: str | None = HfArg(default=None, help="Which of <|start-latent|> and <|end-latent|> frame the thoughts.")
     freeze: list[str] = HfArg(default_factory=list, help="Sub-modules that are not trained, such as vision_tower.")
     lora: dict | None = HfArg(default=None, help="Train adapters: fields of peft.LoraConfig; {} for the defaults.")
     new_token_init: str | None = HfArg(default=None, help="Token that new embeddings copy; default: their mean.")
@@ -208,13 +238,15 @@ class CurriculumArguments:
     rewards: dict | None = HfArg(default=None, help="What answers are worth, {name: weight}; default: the metric.")
     rl: dict = HfArg(default_factory=dict, help="Fields of trl's GRPOConfig or RLOOConfig, {num_generations: 16}.")
     thought_noise: float = HfArg(default=0.0, help="Noise on sampled thoughts, in units of their root mean square.")
-    mode: str = HfArg(default="coconut", help="Latent reasoning, or one of its controls.")
-    c_thought: int = HfArg(default=1, help="Latent tokens for each replaced step.")
-    max_latent_stage: int = HfArg(default=3, help="Last stage that replaces one more step.")
+    mode: str | None = HfArg(default=None, help="Latent reasoning, or one of its controls.")
+    c_thought: int | None = HfArg(default=None, help="Latent tokens for each replaced step.")
+    max_latent_stage: int | None = HfArg(default=None, help="Last stage that replaces one more step.")
     epochs_per_stage: int | list[int] = HfArg(default=1, help="A stage's epochs; of a list the last entry repeats.")
     uniform_prob: float = HfArg(default=0.0, help="Probability that an example takes a stage at random.")
     pad_latent_to_max: bool = HfArg(default=True, help="As many latents for rows with fewer steps than the stage.")
-    thoughts_per_turn: int = HfArg(default=0, help="Latent tokens before each answer of a conversation; no stages.")
+    thoughts_per_turn: int | None = HfArg(
+        default=None, help="Latent tokens before each answer of a conversation; no stages."
+    )
     reset_optimizer: bool = HfArg(default=False, help="Forget the optimizer's state at each stage.")
     start_epoch: int = HfArg(default=0, help="Epochs trained elsewhere: the first epoch here counts as this one.")
     align_weight: float = HfArg(default=0.0, help="Of the alignment of images with texts in the loss; 0: none.")
@@ -255,6 +287,8 @@ TYPES = {name: get_type_hints(cls)[name] for cls, names in zip(CLASSES, NAMES, s
 def default_of(key: str):
     """What a recipe without this key stands for; also for keys that are younger than a saved recipe."""
     fields = {field.name: field for cls in CLASSES for field in dataclasses.fields(cls)}
+    if key in NEW_MODEL:
+        return NEW_MODEL[key]
     if key not in fields:
         return None
     factory = fields[key].default_factory
@@ -262,6 +296,20 @@ def default_of(key: str):
 
 
 DEFAULTS = {name: default_of(name) for names in NAMES for name in names}
+
+
+def completed_for_a_new_model(values: dict) -> dict:
+    """Return the values with NEW_MODEL's where they say nothing; those that a checkpoint or a `vlm` decides stay open.
+
+    A smoke test makes a new model in any case.
+    """
+    starts = values.get("model") is not None
+    if starts and not values.get("smoke_test"):
+        return values
+    of_a_vlm = values.get("vlm") is not None or (starts and values.get("vlm_model_type") is not None)
+    left_open = JOINED_IN_A_VLM if of_a_vlm else ("use_thumbnail",)
+    said = {key: value for key, value in values.items() if value is not None or key not in NEW_MODEL}
+    return {key: value for key, value in NEW_MODEL.items() if key not in left_open} | said
 
 
 def compared_modes(compare: str | list[str] | None) -> list[str]:
@@ -331,13 +379,12 @@ def as_types(values: dict, types: dict, problems: list[tuple], *, others=()) -> 
 
 def _vlm_conflicts(values: dict):
     """What a vision-language model brings itself, and what means nothing without one."""
-    defaults = {field.name: field.default for field in dataclasses.fields(ModelArguments)}
-    changed = [key for key in (*JOINED_IN_A_VLM, *OF_A_VLM) if values[key] != defaults[key]]
     if values["vlm"] is None:
-        for key in {*changed} & {*OF_A_VLM}:
-            yield key, values[key], "it sets up the images of a `vlm`, and there is none: remove this key"
+        for key in OF_A_VLM if values["model"] is None else ():
+            if values[key] is not None:
+                yield key, values[key], "it sets up the images of a `vlm`, and there is none: remove this key"
         return
-    for key in [key for key in IN_A_VLM if values[key] is not None] + [key for key in changed if key not in OF_A_VLM]:
+    for key in [key for key in (*IN_A_VLM, *JOINED_IN_A_VLM) if values[key] is not None]:
         yield key, values[key], "the `vlm` brings its own: remove this key"
     if None not in (values["min_tiles"], values["max_tiles"]) and values["min_tiles"] > values["max_tiles"]:
         yield "min_tiles", values["min_tiles"], f"`max_tiles` is {values['max_tiles']}: set it to no more than that"
@@ -346,6 +393,8 @@ def _vlm_conflicts(values: dict):
 def _schedule(values: dict, modes: list[str]):
     """What a schedule of thoughts needs, and where there is none."""
     schedule, iterations = values["thought_schedule"], values["jacobi_iterations"]
+    if schedule is None:
+        return
     if schedule != "jacobi":
         if iterations is not None:
             yield "jacobi_iterations", iterations, "it belongs to another schedule: set `thought_schedule: jacobi` too"
@@ -358,10 +407,20 @@ def _schedule(values: dict, modes: list[str]):
 
 def _per_turn(values: dict):
     """What means nothing where every turn has as many thoughts."""
-    defaults = {field.name: field.default for field in dataclasses.fields(CurriculumArguments)}
     for key in OF_STAGES if values["thoughts_per_turn"] else ():
-        if values[key] != defaults[key]:
+        if values[key] not in (None, default_of(key)):
             yield key, values[key], "with `thoughts_per_turn` there are no stages: remove this key"
+
+
+def _layout(values: dict):
+    """Contradictions of the layout; None is what a checkpoint has that is not read yet, and contradicts nothing."""
+    modes = compared_modes(values.get("compare")) or [values["mode"]]
+    yield from _schedule(values, modes)
+    thinking = [mode for mode in modes if mode in THINKING_MODES]
+    yield from _per_turn(values)
+    for key in ("c_thought", "max_latent_stage") if thinking and not values["thoughts_per_turn"] else ():
+        if values[key] == 0:
+            yield key, 0, f"`mode: {thinking[0]}` would have no latents: set 1 or more, or `mode: no_thoughts`"
 
 
 def _conflicts(values: dict):
@@ -384,13 +443,6 @@ def _conflicts(values: dict):
         yield "tokenizer", "train", "the embeddings of `text_model` belong to its own tokenizer: remove this key"
     if not values.get("do_train", True) and values["model"] is None and values["tokenizer"] == "train":
         yield "model", None, "with `do_train: false` there is nothing to evaluate: name a checkpoint"
-    modes = compared_modes(values.get("compare")) or [values["mode"]]
-    yield from _schedule(values, modes)
-    thinking = [mode for mode in modes if mode in THINKING_MODES]
-    yield from _per_turn(values)
-    for key in ("c_thought", "max_latent_stage") if thinking and not values["thoughts_per_turn"] else ():
-        if values[key] == 0:
-            yield key, 0, f"`mode: {thinking[0]}` would have no latents: set 1 or more, or `mode: no_thoughts`"
     if values["dataset_options"].get("images_required") is False and values["dataset_options"].get("image_root"):
         yield "dataset_options.images_required", False, "no image would be read from `image_root`: keep one"
     if values["lora"] is not None and values.get("push_to_hub") and values.get("hub_strategy") != "end":
@@ -471,13 +523,13 @@ def _objective(values: dict):
     if values["stop_head"] and values["thought_schedule"] == "jacobi":
         yield "stop_head", True, "parallel thoughts do not follow each other: set `thought_schedule: sequential`"
     modes = compared_modes(values.get("compare")) or [values["mode"]]
-    for mode in [mode for mode in modes if mode != "coconut"] if values["stop_head"] else []:
+    for mode in [mode for mode in modes if mode not in (None, "coconut")] if values["stop_head"] else []:
         yield "mode", mode, "`stop_head` ends thoughts that are fed back: set `mode: coconut`, or remove `stop_head`"
 
 
 def _distilled(values: dict):
     """What is wrong with, or means nothing beside, a stop head that learns from a model which answers already."""
-    if not values["stop_head"]:
+    if values["stop_head"] is False:
         yield "stop_head", False, "`objective: distill_stops` trains that head: set `stop_head: true`"
     if values["model"] is None and not values.get("smoke_test"):
         yield "model", None, "`objective: distill_stops` needs a model that answers already: name its checkpoint"
@@ -501,9 +553,9 @@ def _rewarded(values: dict):
             check_value(key, _read(key, value, types[key]))
         except ValueError as error:
             yield f"rl.{key}", value, str(error)
-    if "thoughts" in (values["rewards"] or {}) and not values["stop_head"]:
+    if "thoughts" in (values["rewards"] or {}) and values["stop_head"] is False:
         yield "rewards.thoughts", values["rewards"]["thoughts"], "all rows think all thoughts: set `stop_head: true`"
-    if values["thought_noise"] and values["mode"] != "coconut":
+    if values["thought_noise"] and values["mode"] not in (None, "coconut"):
         yield "thought_noise", values["thought_noise"], f"`mode: {values['mode']}` feeds no thought back: set it to 0"
     for key, remedy in NOT_REWARDED.items():
         if values.get(key):
@@ -571,8 +623,11 @@ def _missing(values: dict):
                 yield f"dataset_options.{name}", path, "no such file or folder"
 
 
-def _warn_of_idle(values: dict, run: RunArguments) -> None:
-    """Log the keys that this run's mode, checkpoint or objective leaves without effect, in one process."""
+def warn_of_idle(values: dict, run: RunArguments) -> None:
+    """Log the keys that this run's mode, checkpoint or objective leaves without effect, in one process.
+
+    values: what the recipe says, with the mode that a checkpoint settled.
+    """
     modes = compared_modes(values.get("compare")) or [values["mode"]]
     for line in idle_keys(values, DEFAULTS, modes) if run.process_index == 0 else ():
         logger.warning("%s", line)
@@ -585,11 +640,8 @@ def _build(values: dict, problems: list[tuple]) -> list:
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
     wrong = {key for key, _, _ in problems}
     found = [*_conflicts(complete), *_comparison(complete), *unknown_fields(complete), *_lora(complete)]
-    found += [
-        *without_effect(complete, DEFAULTS),
-        *_alignment(complete),
-        *(_objective(complete) if "objective" not in wrong else ()),
-    ]
+    found += [*without_effect(complete, DEFAULTS), *_layout(complete), *_alignment(complete)]
+    found += [*_objective(complete)] if "objective" not in wrong else []
     found += [] if values.get("smoke_test") else _missing(complete)
     problems += [problem for problem in found if problem[0] not in wrong]
     if values.get("smoke_test") and not torch.cuda.is_available():
@@ -603,10 +655,19 @@ def _build(values: dict, problems: list[tuple]) -> list:
                 _, data, curriculum, run = built
                 problems += batch_problems(run, complete["rl"])
                 built[-1] = run if problems else rewarded_arguments(run, data, curriculum)
-            _warn_of_idle(complete, built[-1])
+            if values.get("model") is None or values.get("smoke_test"):  # else the checkpoint settles the mode first
+                warn_of_idle(complete, built[-1])
         except Exception as error:  # whatever it is, it belongs in the list of problems
             problems.append(("TrainingArguments", type(error).__name__, str(error)))
     return built
+
+
+def layout_problems(arguments) -> list[tuple]:
+    """What is wrong with the layout once a checkpoint has settled it, as (key, value, remedy)."""
+    *parts, run = arguments
+    values = {key: value for part in parts for key, value in vars(part).items()}
+    values |= {key: getattr(run, key) for key in NAMES[-1]}
+    return [*_layout(values), *_objective(values)]
 
 
 def _run_values(run: RunArguments) -> dict:
@@ -640,11 +701,20 @@ def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: Curri
     return rewarded
 
 
+def _default(field) -> str:
+    """What help adds for a field that a checkpoint decides."""
+    return f" Default: the checkpoint's; of a new model {NEW_MODEL[field.name]}." if field.name in NEW_MODEL else ""
+
+
 def help_text(usage: str, classes=CLASSES) -> str:
     lines = [f"usage: {usage}", ""]
     for cls in classes:
         own = [field for field in dataclasses.fields(cls) if field.name in vars(cls).get("__annotations__", {})]
-        lines += [f"{cls.__doc__}", *(f"  --{field.name}: {field.metadata['help']}" for field in own), ""]
+        lines += [
+            f"{cls.__doc__}",
+            *(f"  --{field.name}: {field.metadata['help']}{_default(field)}" for field in own),
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -703,6 +773,7 @@ def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, Curric
     values, sources, problems = read_values(recipe, words)
     values = as_types(values, TYPES, problems, others=COCONUT_KEYS)
     values["output_dir"] = values.get("output_dir") or f"outputs/{Path(recipe).stem}"
+    values = completed_for_a_new_model(values)
     arguments = _build(values, problems)
     if values.get("smoke_test"):  # it makes its own data
         problems = [problem for problem in problems if not problem[0].startswith("dataset_options.")]

@@ -13,6 +13,8 @@ from mmcoconut.answering import Answerer
 from mmcoconut.arguments import read_arguments, read_recipe
 from mmcoconut.conversations import LONG_ROWS, fit_rows
 from mmcoconut.data import drop_unreadable, load_examples
+from mmcoconut.layout import read_layout, refused
+from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.recipe_files import RecipeError, is_missing_folder
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 
@@ -25,6 +27,7 @@ CHOICES = {"score_by": SCORE_BY, "long_rows": LONG_ROWS, "dtype": ("auto", "floa
 # What a run's own recipe says where the command does not.
 FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "num_beams", "unreadable_images")
 FROM_RECIPE += ("max_length", "long_rows")
+NEW_TOKENS = 64  # where neither says how many
 
 
 @dataclass
@@ -75,11 +78,26 @@ def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …
     return arguments
 
 
+def check_layout(arguments) -> None:
+    """Raise RecipeError if the recipe that a command names says another layout than the checkpoint has."""
+    said = read_recipe(arguments.recipe)
+    problems = refused(said, read_layout(arguments.model, revision=arguments.revision))
+    if problems:
+        raise RecipeError(arguments.recipe, problems)
+
+
 def complete_from_recipe(arguments) -> None:
-    """What the command leaves open is what the recipe named there, or found beside the weights, says."""
+    """What the command leaves open is what the recipe named there, or found beside the weights, says.
+
+    Raises:
+        RecipeError: a recipe that is named and has another layout than the checkpoint.
+        CheckpointError: no checkpoint.
+    """
     beside = Path(arguments.model, RECIPE_FILE)
     if arguments.recipe is None and beside.is_file():
         arguments.recipe = str(beside)
+    elif arguments.recipe is not None:
+        check_layout(arguments)
     recipe = read_recipe(arguments.recipe) if arguments.recipe is not None else {}
     if arguments.dataset not in (None, recipe.get("dataset")):
         recipe = {}  # another data set has other options
@@ -89,7 +107,7 @@ def complete_from_recipe(arguments) -> None:
             setattr(arguments, name, {**(default or {}), **(given or {})})
         elif given is None:
             setattr(arguments, name, default)
-    arguments.max_new_tokens = arguments.max_new_tokens or 64
+    arguments.max_new_tokens = arguments.max_new_tokens or NEW_TOKENS
     arguments.num_beams = arguments.num_beams or 1
 
 
@@ -123,7 +141,7 @@ def read_rows(arguments):
 
 def fit_to(answerer: Answerer, rows, arguments):
     """The rows without what `long_rows: cut` cuts; how much that is, is in the log."""
-    limits = (arguments.max_length, getattr(answerer.model.config.text_config, "max_position_embeddings", None))
+    limits = (arguments.max_length, position_limit(answerer.model.get_decoder()))
     limit = min((limit for limit in limits if limit is not None), default=None)
     if arguments.long_rows != "cut" or limit is None:
         return rows

@@ -16,6 +16,7 @@ import torch
 
 from mmcoconut.answering import Answerer, image_key
 from mmcoconut.data import history_of, question_text
+from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.scoring import score
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
@@ -319,7 +320,7 @@ def counts_to_try(own: int, room: int) -> list[int]:
 
 def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
     """Positions of the language model that the longest prompt and `max_new_tokens` leave free."""
-    limit = getattr(answerer.model.config.text_config, "max_position_embeddings", None)
+    limit = position_limit(answerer.model.get_decoder())
     if limit is None:
         return 2 * answerer.num_latents
     return limit - max(map(answerer.prompt_length, rows)) - answerer.max_new_tokens

@@ -1,13 +1,77 @@
 """Which of the two public classes a recipe or a checkpoint is, and loading one completely or not at all."""
 
+from collections.abc import Callable
+
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.recipe_files import UsageError
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 
 
 def model_class(image_fusion: str) -> type[MMCoconutForConditionalGeneration]:
     """The class of a fusion: with `encoder` the language model has an encoder, otherwise it is a decoder alone."""
     return MMCoconutForSeq2SeqLM if image_fusion == "encoder" else MMCoconutForConditionalGeneration
+
+
+class CheckpointError(UsageError):
+    """A name at which there is no checkpoint of the kind that is wanted."""
+
+
+def _found(key: str, name: str, read: Callable):
+    """What `read()` gives, which looks for the files of a folder or Hub id.
+
+    Raises:
+        CheckpointError: they are not there, or cannot be reached.
+    """
+    remedy = "Give an existing folder or a Hub id."
+    try:
+        found = read()
+    except OSError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(f"{key} = {name!r}: {reason} {remedy}") from error
+    if not found:
+        raise CheckpointError(f"{key} = {name!r}: there is no config.json. {remedy}")
+    return found
+
+
+def _config_values(key: str, name: str, revision: str | None = None) -> dict:
+    """What the config.json of a folder or Hub id says."""
+    options = {} if revision is None else {"revision": revision}
+    return _found(key, name, lambda: PreTrainedConfig.get_config_dict(name, **options)[0])
+
+
+def read_config(name: str, *, revision: str | None = None) -> MMCoconutConfig:
+    """The configuration of a checkpoint, a folder or Hub id.
+
+    Raises:
+        CheckpointError: no such name, or a model of another kind.
+    """
+    model_type = _config_values("model", name, revision).get("model_type")
+    if model_type != MMCoconutConfig.model_type:
+        raise CheckpointError(
+            f"model = {name!r} is a {model_type!r}, not an mmcoconut checkpoint: name the folder or "
+            "Hub id of a trained one, or start from this one by `text_model`, `vision_model` or `vlm`."
+        )
+    options = {} if revision is None else {"revision": revision}
+    return MMCoconutConfig.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def check_sources(model_args) -> None:
+    """Look for the models that a recipe starts from, before anything is built.
+
+    Raises:
+        CheckpointError: one that is not there.
+    """
+    for key in ("vlm", "vision_model", "text_model"):
+        name = getattr(model_args, key)
+        if name is not None:
+            _config_values(key, name)
+    name = model_args.tokenizer
+    if name not in (None, "train"):
+        _found("tokenizer", name, lambda: cached_file(name, "tokenizer_config.json"))
 
 
 def load_model(name: str, *, dtype="auto", revision: str | None = None, new_parts=(), **config_fields):
@@ -18,14 +82,15 @@ def load_model(name: str, *, dtype="auto", revision: str | None = None, new_part
         config_fields: of MMCoconutConfig, in the place of the checkpoint's.
 
     Raises:
-        ValueError: a checkpoint without some of the weights, which the library would draw at random.
+        CheckpointError: no checkpoint of that name, or one without some of the weights, which transformers would draw
+            at random.
     """
     options = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
-    config = MMCoconutConfig.from_pretrained(name, **options)
+    config = read_config(name, revision=revision)
     model, info = model_class(config.image_fusion).from_pretrained(
         name, dtype=dtype, output_loading_info=True, **options, **config_fields
     )
     missing = sorted(key for key in info["missing_keys"] if not {*key.split(".")} & {*new_parts})
     if missing:
-        raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
+        raise CheckpointError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
     return model

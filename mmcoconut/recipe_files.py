@@ -21,7 +21,11 @@ BASE = "base"
 WHERE_FILES_ARE = {"recipe": "the first argument is a YAML file", BASE: "its path starts at the recipe's own folder"}
 
 
-class RecipeError(ValueError):
+class UsageError(ValueError):
+    """A mistake of whoever called, which its message tells in full: a command prints that, without a traceback."""
+
+
+class RecipeError(UsageError):
     """Everything that is wrong with a recipe, a line each; `problems` holds it as (key, value found, remedy)."""
 
     def __init__(self, recipe: str, problems: list[tuple]):
@@ -42,10 +46,10 @@ def is_missing_folder(name) -> bool:
 
 
 def run_command(main) -> None:
-    """main(), with all that is wrong with a recipe or a command line said in its lines, without a traceback."""
+    """Run main(); what is wrong with a recipe, a command line or a name is printed without a traceback."""
     try:
         main()
-    except RecipeError as error:
+    except UsageError as error:
         raise SystemExit(str(error)) from None
 
 

@@ -88,9 +88,9 @@ def _of_the_launch(values: Mapping) -> Iterator[Problem]:
 def without_effect(values: Mapping, defaults: Mapping) -> Iterator[Problem]:
     """Yield the keys of typed `values` that contradict the others so that nothing reads them, with the remedy.
 
-    defaults: the values of keys that were not given; what equals its default was not set.
+    defaults: the values of keys that were not given; what equals its default, or is None, was not set.
     """
-    changed = {key for key, default in defaults.items() if key in values and values[key] != default}
+    changed = {key for key, default in defaults.items() if values.get(key) not in (None, default)}
     yield from _of_building(values, changed)
     yield from _of_training(values, changed)
     yield from _of_the_launch(values)
@@ -106,7 +106,7 @@ def idle_keys(values: Mapping, defaults: Mapping, modes: Sequence[str]) -> list[
 
     modes: the run's, or all that are compared.
     """
-    changed = {key for key, default in defaults.items() if key in values and values[key] != default}
+    changed = {key for key, default in defaults.items() if values.get(key) not in (None, default)}
     staged = not {*modes}.isdisjoint(STAGED_MODES)
     idle = {f"`mode: {', '.join(modes)}`": [key for key, read_in in OF_MODES.items() if {*modes}.isdisjoint(read_in)]}
     if values["model"] is not None:

@@ -255,7 +255,7 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("dataset_options: [1]", "dataset_options", [1], "expected dict"),
         ("freeze: [1]", "freeze", [1], "expected list[str]"),
         ("epochs_per_stage: [a]", "epochs_per_stage", ["a"], "expected int | list[int]"),
-        ("c_thought:", "c_thought", None, "expected int"),
+        ("max_new_tokens:", "max_new_tokens", None, "expected int"),
         ("c_thought: -1", "c_thought", -1, "between 0 and inf"),
         ("start_epoch: -1", "start_epoch", -1, "between 0 and inf"),
         ("max_train_samples: 0", "max_train_samples", 0, "between 1 and inf"),
@@ -425,11 +425,6 @@ def test_updates_may_be_fewer_than_an_epoch(words, recipe):
         ),
         (["--max_latent_stage", "1", "--epochs_per_stage", "1", "1", "1"], []),
         (["--hub_model_id", "a/b"], ["`push_to_hub: false`: hub_model_id: a/b"]),
-        (
-            ["--model", "a/b", "--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
-            + ["--tokenizer_vocab_size", "300"],
-            ["the checkpoint `model` (it brings its own): tokenizer_vocab_size: 300"],
-        ),
     ],
 )
 def test_keys_that_this_run_leaves_idle_are_warned_of_in_one_line_a_reason(words, lines, recipe, caplog):
@@ -690,7 +685,7 @@ def test_a_null_takes_an_inherited_value_away(recipe):
     model, data, curriculum, _ = parse_recipe([path])
     assert (curriculum.c_thought, model.new_token_init) == (1, None)
     assert data.dataset_options == {"noise": {"level": 1}}
-    assert only_problem(recipe("base: a.yaml\nc_thought: 1\nmax_latent_stage: null"))[0] == "max_latent_stage"
+    assert only_problem(recipe("base: a.yaml\nc_thought: 1\nmax_new_tokens: null"))[0] == "max_new_tokens"
 
 
 def test_a_mapping_and_a_plain_value_replace_each_other(recipe):
@@ -871,7 +866,7 @@ def test_the_internvl_recipes_differ_where_they_say_so():
     stages = {"c_thought": 2, "max_latent_stage": 4, "epochs_per_stage": 5, "uniform_prob": 0.1}
     updates = {"learning_rate": 1e-5, "weight_decay": 0.01, "warmup_steps": 1000, "max_grad_norm": 1.0}
     assert whole | stages | updates == whole
-    place = {"vlm", "model", "projector_type", "max_tiles"}
+    place = {"vlm", "model", "max_tiles"}
     few = {"max_train_samples", "max_eval_samples", "max_new_tokens", "max_tiles", "gradient_accumulation_steps"}
     for name, changed in (
         ("cot", {"mode", "num_train_epochs"}),

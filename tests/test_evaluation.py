@@ -22,11 +22,13 @@ from tiny import tiny_image, tiny_model, tiny_processor
 
 from mmcoconut import answering, evaluation, provenance
 from mmcoconut.answering import Answerer, load_checkpoint
+from mmcoconut.asking import EvaluationArguments
+from mmcoconut.audit import AuditArguments
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
 from mmcoconut.data import Example, load_examples, loader_of, question_text, to_dataset
 from mmcoconut.data.images import UnreadableImageError, open_images
 from mmcoconut.evaluation import main, parse_arguments, read_lines
-from mmcoconut.recipe_files import RecipeError
+from mmcoconut.recipe_files import RecipeError, run_command
 from mmcoconut.scoring import score
 from mmcoconut.statistics import bootstrap_mean
 
@@ -667,6 +669,32 @@ def test_recipe_that_is_named_comes_before_the_one_beside_the_weights(with_recip
     arguments = parse_arguments(["--model", str(with_recipe), "--recipe", str(tmp_path / "other.yaml")])
     assert (arguments.dataset, arguments.dataset_options) == ("vqav2", {"folder": "d"})
     assert (arguments.max_new_tokens, arguments.metric) == (64, None)
+
+
+@pytest.mark.parametrize("arguments", [EvaluationArguments, AuditArguments])
+@pytest.mark.parametrize(
+    ("text", "key", "own"),
+    [
+        ("markers: none", "markers", "both"),
+        ("mode: pause", "mode", "coconut"),
+        ("image_fusion: add", "image_fusion", "replace"),
+    ],
+)
+def test_recipe_that_is_named_and_has_another_layout_is_refused(checkpoint, tmp_path, arguments, text, key, own):
+    (tmp_path / "other.yaml").write_text(f"dataset: arrow_mazes\n{text}\n")
+    words = ["--model", str(checkpoint), "--recipe", str(tmp_path / "other.yaml")]
+    with pytest.raises(RecipeError, match=f"{key} = .*: the checkpoint .* has '{own}'.* remove this key"):
+        parse_arguments(words, arguments)
+    (tmp_path / "other.yaml").write_text(f"dataset: arrow_mazes\n{key}: {own}\n")
+    assert parse_arguments(words, arguments).dataset == "arrow_mazes"
+
+
+def test_name_without_a_checkpoint_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    options = ["--dataset", "arrow_mazes", "--max_samples", "1", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="model = 'nobody/nothing': .* Give an existing folder or a Hub id") as caught:
+        run_command(lambda: main(["--model", "nobody/nothing", *options]))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

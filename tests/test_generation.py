@@ -517,3 +517,44 @@ def test_generation_follows_training():
         optimizer.zero_grad()
     sequences = generate(model.eval(), batch, max_new_tokens=3).sequences
     assert torch.equal(sequences, taught["input_ids"])
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+@pytest.mark.parametrize("text", ["gpt2", *CROSS_DECODERS])
+def test_a_table_of_positions_ends_generation_before_it_begins(text, num_beams):
+    """Only what is read needs a position: the last new token is not."""
+    model = tiny_model(text)
+    batch = batch_of(model, [words(120, 1), words(90, 2)])
+    exactly = {"num_beams": num_beams, "min_new_tokens": 9, "eos_token_id": None}
+    assert model.generate(**batch, max_new_tokens=9, **exactly).shape == (2, 129)
+    with pytest.raises(ValueError, match="has 120 tokens.*max_new_tokens=10 .* 128 positions: lower .* at most 9"):
+        model.generate(**batch, max_new_tokens=10)
+    with pytest.raises(ValueError, match="has 120 tokens.*max_new_tokens=10 .* 128 positions"):
+        model.generate(**batch, max_length=130)
+
+
+def test_padding_takes_no_positions_in_generation():
+    model = tiny_model("gpt2")
+    batch = batch_of(model, [words(100, 1)])
+    ids = torch.nn.functional.pad(batch["input_ids"], (60, 0))
+    mask = torch.nn.functional.pad(batch["attention_mask"], (60, 0))
+    assert model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=29).shape[1] <= 189
+    with pytest.raises(ValueError, match="has 100 tokens.*max_new_tokens=30"):
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=30)
+
+
+def test_rotary_positions_have_no_end():
+    model = tiny_model("qwen2")
+    batch = batch_of(model, [words(120, 1)])
+    assert model.generate(**batch, max_new_tokens=20, min_new_tokens=20).shape == (1, 140)
+
+
+def test_a_further_turn_beyond_the_positions_is_refused_and_the_first_stands():
+    model = tiny_model("gpt2")
+    batch = batch_of(model, [words(100, 1)])
+    answered = generate(model, batch, max_new_tokens=8, min_new_tokens=8)
+    ids = torch.cat([answered.sequences, torch.tensor([words(12, 2)])], dim=1)
+    further = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": answered.past_key_values}
+    with pytest.raises(ValueError, match="has 120 tokens.*max_new_tokens=10 .* leave out earlier turns"):
+        model.generate(**further, max_new_tokens=10)
+    assert model.generate(**further, max_new_tokens=9).shape[1] <= 129

@@ -296,3 +296,34 @@ def test_an_encoder_decoder_says_what_to_reuse_in_the_place_of_a_prefix():
         model.prefill(torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(ValueError, match="get_vision_features"):
         model.generate(torch.ones(1, 3, dtype=torch.long), prefix=object())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 1}, "outputs/a, and is read by outputs/b, whose weights are others"),
+        ({"thought_norm": "embedding"}, "outputs/a, .* outputs/b, whose thought_norm is 'embedding', not 'none'"),
+        ({"thought_mode": "pause"}, "outputs/a, .* outputs/b, whose thought_mode is 'pause', not 'feedback'"),
+    ],
+)
+def test_a_prefix_of_another_checkpoint_is_refused_with_both_names(other, message):
+    made, reads = tiny_model("gpt2"), tiny_model("gpt2", **other)
+    made.name_or_path, reads.name_or_path = "outputs/a", "outputs/b"
+    batch = questions(made)
+    prefix = made.prefill(**batch)
+    with pytest.raises(ValueError, match=message):
+        generate(reads, batch, prefix=prefix)
+
+
+def test_a_prefix_outlives_reloading_and_not_training(tmp_path):
+    model = tiny_model("gpt2")
+    batch = questions(model)
+    prefix = model.prefill(**batch)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    again.config.text_config.use_cache = False
+    assert generate(again, batch, prefix=prefix).sequences.shape == generate(model, batch).sequences.shape
+    with torch.no_grad():
+        again.get_decoder().h[1].mlp.c_fc.bias += 1e-3
+    with pytest.raises(ValueError, match="whose weights are others: make the prefix with the model that reads it"):
+        generate(again, batch, prefix=prefix)

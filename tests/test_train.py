@@ -21,6 +21,7 @@ from mmcoconut.arguments import CurriculumArguments, DataArguments, parse_recipe
 from mmcoconut.curriculum import Curriculum, CurriculumCollator
 from mmcoconut.data import json_steps
 from mmcoconut.data.images import UnreadableImageError
+from mmcoconut.layout import settle
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import model_class
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
@@ -257,45 +258,20 @@ def test_schedule_is_saved_with_the_weights_and_truncation_with_the_recipe(recip
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (config["thought_schedule"], config["jacobi_iterations"]) == ("jacobi", 2)
     assert "bptt_thoughts" not in config
-    model_args, _, curriculum_args, _ = parse_recipe([str(tmp_path / "run" / "recipe.yaml")])
+    model_args, data_args, curriculum_args, run_args = parse_recipe([str(tmp_path / "run" / "recipe.yaml")])
+
+    def built(*parts):
+        model_args, _, curriculum_args, _ = settle((parts[0], data_args, parts[1], run_args), "recipe.yaml")
+        return train_hf.build(model_args, curriculum_args, None)
+
     assert model_args.bptt_thoughts == 1
     start = {"model": str(tmp_path / "run"), "vision_config": None, "text_config": None, "tokenizer": None}
-    model, _ = train_hf.build(replace(model_args, **start), curriculum_args, None)
+    model, _ = built(replace(model_args, **start), curriculum_args)
     assert (model.model.bptt_thoughts, model.config.jacobi_iterations) == (1, 2)
     assert model.model.thinking_loop(None).func.__name__ == "think_jacobi"
     sequential = {"thought_schedule": "sequential", "jacobi_iterations": None, "bptt_thoughts": None}
-    model, _ = train_hf.build(replace(model_args, **start, **sequential), curriculum_args, None)
+    model, _ = built(replace(model_args, **start, **sequential), curriculum_args)
     assert (model.model.bptt_thoughts, model.config.thought_schedule) == (None, "sequential")
-
-
-def test_what_a_recipe_changes_in_a_checkpoint_is_said_with_both_values(recipe, tmp_path, caplog):
-    saved = ["--thought_norm", "embedding", "--thought_schedule", "jacobi", "--jacobi_iterations", "2"]
-    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "1", *saved])
-    start = [recipe, "--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
-    start += ["--model", str(tmp_path / "run"), "--output_dir", str(tmp_path / "next")]
-
-    def warnings(*options: str) -> list[str]:
-        caplog.clear()
-        model_args, _, curriculum_args, _ = parse_recipe([*start, *options])
-        train_hf.build(model_args, curriculum_args, None)
-        return [record.getMessage() for record in caplog.records if record.name == "mmcoconut"]
-
-    assert warnings(*saved) == []
-    found = warnings("--thought_norm", "embedding")
-    assert len(found) == 2
-    assert "thought_schedule is 'jacobi' in the checkpoint" in found[0] and "becomes 'sequential'" in found[0]
-    assert "set `thought_schedule: jacobi`" in found[0] and "set `jacobi_iterations: 2`" in found[1]
-
-
-def test_coconut_starts_from_a_cot_checkpoint_with_the_recipes_layout(recipe, tmp_path):
-    train_hf.main([recipe, "--output_dir", str(tmp_path / "cot"), "--mode", "cot", "--max_steps", "1"])
-    start = [recipe, "--vision_config", "null", "--text_config", "null", "--tokenizer", "null", "--max_steps", "1"]
-    start += ["--model", str(tmp_path / "cot"), "--output_dir", str(tmp_path / "run")]
-    train_hf.main([*start, "--markers", "start", "--thought_norm", "embedding"])
-    assert MMCoconutProcessor.from_pretrained(tmp_path / "run").markers == "start"
-    assert MMCoconutForConditionalGeneration.from_pretrained(tmp_path / "run").config.thought_norm == "embedding"
-    with pytest.raises(ValueError, match="image_fusion is 'replace' in the checkpoint .* and 'add' in the recipe"):
-        train_hf.main([*start, "--image_fusion", "add", "--overwrite", "true"])
 
 
 @pytest.fixture

@@ -2,8 +2,11 @@
 
 import base64
 import importlib.util
+import inspect
 import io
+import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -219,3 +222,89 @@ def test_a_client_asks_a_server_about_a_picture_and_sets_the_thoughts(folders, s
     stream = client.chat.completions.create(**request_of(folders("decoder"), stream=True, **chosen))
     parts = [chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices]
     assert "".join(parts) == expected.removesuffix("\N{REPLACEMENT CHARACTER}")  # a stream holds back half a character
+
+
+def posted(server: str, request: dict) -> tuple[int, dict]:
+    """Status and JSON of the answer to a chat request."""
+    data = json.dumps(request).encode()
+    asked = urllib.request.Request(f"{server}/chat/completions", data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def with_picture(request: dict, url: str) -> dict:
+    [message] = request["messages"]
+    content = [{"type": "image_url", "image_url": {"url": url}}, *message["content"][1:]]
+    return {**request, "messages": [{**message, "content": content}]}
+
+
+def test_a_mistake_in_a_request_is_answered_with_what_is_wrong(folders, server):
+    right = request_of(folders("decoder"))
+    for request, message in (
+        ({**right, "chat_template_kwargs": {"num_latents": "3"}}, "num_latents='3'"),
+        ({**right, "chat_template_kwargs": {"num_latents": -1}}, "num_latents=-1"),
+        ({**right, "chat_template_kwargs": {"markers": "none"}}, "the checkpoint decides its markers"),
+        ({**right, "chat_template_kwargs": [3]}, "must be a mapping"),
+        ({**right, "max_tokens": "many"}, "many"),
+        (with_picture(right, "data:image/png;base64,@@no-picture@@"), "image"),
+        (with_picture(right, "data:image/png;base64,aGVsbG8="), "image"),
+        ({"model": right["model"], "max_tokens": 4}, "lacks 'messages'"),
+    ):
+        status, answer = posted(server, request)
+        assert status == 400, answer
+        assert message in answer["error"]["message"]
+    assert posted(server, right)[0] == 200
+
+
+def test_a_server_writes_as_much_as_the_checkpoints_recipe_says_where_a_request_does_not(folders, server):
+    folder = folders("decoder")
+    request = {key: value for key, value in request_of(folder).items() if key != "max_tokens"}
+    (folder / "recipe.yaml").write_text("max_new_tokens: 5\n")
+    status, answer = posted(server, request)
+    (folder / "recipe.yaml").unlink()
+    assert (status, answer["usage"]["completion_tokens"]) == (200, 5)
+
+
+def test_a_prompt_that_leaves_no_room_is_answered_with_the_numbers():
+    """A decoder with a table of positions, through the handler, without a server of its own."""
+    pytest.importorskip("fastapi")
+    from starlette.testclient import TestClient
+    from transformers.cli.serving import server as serving
+
+    from mmcoconut.serve import with_clear_errors
+
+    model, messages = tiny_model("gpt2"), "The longest prompt has 120 tokens.*max_new_tokens=64.* 128 positions"
+
+    class Handler:
+        chat_template_kwargs = {}
+
+        async def handle_request(self, body, request_id):
+            return model.generate(torch.full((1, 120), 7), max_new_tokens=body["max_tokens"]).tolist()
+
+    class Manager:
+        force_model = None
+
+        def shutdown(self):
+            pass
+
+    parts = dict.fromkeys(inspect.signature(serving.build_server).parameters)
+    handlers = {name: Handler() for name in parts if name.endswith("_handler")}
+    del parts["model_manager"]
+    app = with_clear_errors(serving.build_server)(Manager(), **{**parts, **handlers, "enable_cors": False})
+    with TestClient(app) as client:
+        answer = client.post("/v1/chat/completions", json={"messages": [], "max_tokens": 64})
+    assert answer.status_code == 400
+    assert re.match(messages, answer.json()["error"]["message"])
+
+
+def test_a_server_of_a_folder_that_is_not_there_says_so_in_one_line(tmp_path):
+    pytest.importorskip("uvicorn")
+    from mmcoconut import serve
+    from mmcoconut.recipe_files import run_command
+
+    with pytest.raises(SystemExit, match="model = .*nowhere.* Give an existing folder or a Hub id") as caught:
+        run_command(lambda: serve.main([str(tmp_path / "nowhere"), "--port", "1"]))
+    assert "\n" not in str(caught.value)
