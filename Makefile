@@ -1,4 +1,4 @@
-# make quickstart | audit | demo | compare | test | test-releases | edge | style
+# make quickstart | audit | demo | compare | test | test-slow | test-releases | edge | style
 # The first call of any makes .venv and installs the package into it.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ CORE_TESTS := $(addprefix tests/test_,compat.py latent.py modeling.py generation
 	remote_code.py versions.py)
 PYTEST_OPTIONS := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart audit demo compare test releases test-releases edge style
+.PHONY: quickstart audit demo compare test test-slow releases test-releases edge style
 .NOTPARALLEL:
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ compare: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+# Tests that take longer than ten seconds or so, or several processes: with `make test` the whole suite.
+test-slow: .venv/installed
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS) -m slow
 
 # Beside the pin and without it: each release of transformers in a folder of its own, moved there when it is whole.
 .releases/%: | .venv/installed

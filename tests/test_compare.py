@@ -406,6 +406,7 @@ def files_of(out: Path) -> dict[str, int]:
     return {str(file.relative_to(out)): file.stat().st_mtime_ns for file in files}
 
 
+@pytest.mark.slow
 def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"

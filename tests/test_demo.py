@@ -360,6 +360,7 @@ def pushing(*words: str) -> list[str]:
     return ["--dataset_options.num_rows", "2", "--max_samples", "2", "--push_space", "someone/demo", *words]
 
 
+@pytest.mark.slow
 def test_a_pushed_space_is_on_the_hub(tmp_path):
     with Hub() as hub:
         words = pushing("--model", "someone/model", "--revision", "v2", "--package", PACKAGE, "--private", "true")

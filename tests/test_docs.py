@@ -227,6 +227,7 @@ def run(words: list[str]) -> None:
             raise AssertionError(f"no way to run {shlex.join(words)}")
 
 
+@pytest.mark.slow
 @blocks_in("bash")
 def test_the_commands_of_a_bash_block_run(block, user):
     for words in commands_of(block.text):
@@ -260,6 +261,7 @@ def test_a_json_block_holds_rows_that_are_read(block, tmp_path):
         assert len(read["history"]) + 1 == len(row.get("conversations", row.get("messages"))) / 2
 
 
+@pytest.mark.slow
 def test_the_first_training_command_runs_as_it_stands(user):
     """Not in this process as above, but by the real launcher."""
     readme = [block for block in BLOCKS if block.page.name == "README.md" and block.language == "bash"]

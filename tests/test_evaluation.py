@@ -420,6 +420,7 @@ def test_folder_that_is_no_evaluation_is_left_alone(checkpoint, tmp_path, name, 
 # Several processes
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(checkpoint, whole, tmp_path):
     """One of the rows was answered before, by a process of another launch, so that six are shared by two."""
     folder = interrupted(whole, tmp_path / "out", {"predictions.part-5.jsonl": unscored(whole)[3]})

@@ -114,6 +114,7 @@ def test_grouped_run_is_resumed_exactly_inside_a_stage(recipe, tmp_path):  # noq
     assert losses(resumed) == losses(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], GROUPED])
 def test_workers_that_read_and_tokenize_change_no_result(recipe, tmp_path, options):  # noqa: F811
     options = [*options, "--uniform_prob", "0.3", "--text_config.resid_pdrop", "0.1"]

@@ -8,6 +8,9 @@ import pytest
 from nbclient import NotebookClient
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 UPDATES = "1"  # an epoch

@@ -304,6 +304,7 @@ def of_two(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TWO)
 def test_two_processes_equal_one_with_twice_the_batch(name, of_two, tmp_path, monkeypatch):
     monkeypatch.setattr(policy_trainer, "sample", fixed_answers)

@@ -24,6 +24,9 @@ from mmcoconut.latent_mmcoconut import latent_columns
 from mmcoconut.trainer import check_sharding
 
 
+pytestmark = pytest.mark.slow
+
+
 TESTS = Path(__file__).parent
 ACCELERATE = sorted((TESTS.parent / "recipes" / "accelerate").glob("*.yaml"))
 SECONDS = 240  # a process that waits for the other for ever fails the tests here

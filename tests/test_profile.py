@@ -133,6 +133,7 @@ def test_shares_are_the_whole_of_updates_however_they_are_made(options, run, tmp
     assert min(shares[part] for part in ("prefix pass", "latent steps", "answer pass", "backward")) > 0
 
 
+@pytest.mark.slow
 def test_a_slow_part_shows_in_its_own_row(run, monkeypatch):
     def parts_of(model) -> dict:
         return {"vision tower": model.vision_tower, "projector": model.model.multi_modal_projector}
@@ -158,6 +159,7 @@ def test_a_slow_part_shows_in_its_own_row(run, monkeypatch):
         assert max(shares, key=shares.get) == part, shares
 
 
+@pytest.mark.slow
 def test_a_slow_collator_optimizer_or_backward_pass_shows_in_its_own_row(run, monkeypatch):
     slowed = [("data", CurriculumCollator, "__call__"), ("optimizer", torch.optim.AdamW, "step")]
     slowed += [("backward", torch.Tensor, "backward"), ("optimizer", ProfiledTrainer, "_clip_grad_norm")]

@@ -178,6 +178,7 @@ def expected(folder: Path) -> torch.Tensor:
         return model(**processor(images=tiny_image(), text=QUESTION, return_tensors="pt")).logits
 
 
+@pytest.mark.slow
 def test_every_pushed_revision_loads_where_the_package_is_not(hub, loaded):
     every = revisions(hub, "user/every")
     assert {"Best of stage 0, step 6", "Best of stage 2, step 18", "End of training"} < every.keys()

@@ -175,7 +175,17 @@ def test_shipped_files_import_the_standard_library_and_three_others(file):
     assert imported_libraries(ROOT / file) - set(sys.stdlib_module_names) <= LIBRARIES
 
 
-MODULES = {"collections", "contextlib", "contextvars", "copy", "dataclasses", "difflib", "functools", "inspect", "itertools"}
+MODULES = {
+    "collections",
+    "contextlib",
+    "contextvars",
+    "copy",
+    "dataclasses",
+    "difflib",
+    "functools",
+    "inspect",
+    "itertools",
+}
 MODULES |= {"math", "operator", "re", "typing"}
 REACHES_OUT = {"open", "exec", "eval", "compile", "__import__", "input", "breakpoint"}
 

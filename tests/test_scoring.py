@@ -145,6 +145,7 @@ def test_refused_rows_leave_nothing_behind_in_the_metric():
     assert load_metric("numeric_answer") is load_metric("numeric_answer")
 
 
+@pytest.mark.slow
 def test_installed_package_brings_its_metrics(tmp_path, monkeypatch):
     """The wheel of what git would hold, unpacked as pip does, imported where no repository is near."""
     source, target = tmp_path / "source", tmp_path / "site"

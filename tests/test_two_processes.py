@@ -14,6 +14,9 @@ from test_train import ROOT, launch, losses
 import train_hf
 
 
+pytestmark = pytest.mark.slow
+
+
 RAGGED = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false"]
 HALF = ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "3"]  # 8 rows: some are repeated
 # Recipe, options of both sides, options of the two processes.
