@@ -18,7 +18,6 @@ from itertools import takewhile
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
-from transformers.image_utils import make_flat_list_of_images
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import logging
 
@@ -32,6 +31,7 @@ from .configuration_mmcoconut import (
     add_special_tokens,
     image_token_of,
 )
+from .images_mmcoconut import flat_images, read_images
 
 
 logger = logging.get_logger(__name__)
@@ -346,6 +346,7 @@ class MMCoconutProcessor(ProcessorMixin):
             pixel_values (images, channels, height, width) of all groups in order. Of an image processor that makes
             tiles: (tiles, channels, height, width), and num_tiles (images,).
         """
+        groups = [flat_images(group) for group in groups]
         images = [image for group in groups for image in group]
         if not images:
             return {}, [[] for _ in groups]
@@ -360,9 +361,13 @@ class MMCoconutProcessor(ProcessorMixin):
         tiles = iter(inputs["num_tiles"])
         return dict(BatchFeature(inputs, tensor_type=return_tensors)), [[next(tiles) for _ in g] for g in groups]
 
+    def prepare_inputs_layout(self, images=None, **kwargs):
+        """Read images before transformers, which would clip 16 bits and drop transparency."""
+        return super().prepare_inputs_layout(images=None if images is None else read_images(images), **kwargs)
+
     def _process_images(self, images, **kwargs) -> tuple[dict, list[str]]:
         """As the library's, which replaces each image token of a rendered text by what this says."""
-        inputs, [num_tiles] = self.encode_images([make_flat_list_of_images(images)], **kwargs)
+        inputs, [num_tiles] = self.encode_images([images], **kwargs)
         return inputs, [self.replace_image_token(inputs, index, num_tiles=n) for index, n in enumerate(num_tiles)]
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, *, num_tiles: int = 1, **kwargs) -> str:
@@ -550,7 +555,6 @@ class MMCoconutProcessor(ProcessorMixin):
                 f"{len(histories)} entries in history for {len(texts)} texts: give one a text ([] for none)."
             )
         return_tensors, padding = kwargs.pop("return_tensors", None), kwargs.pop("padding", len(texts) > 1)
-        groups = [make_flat_list_of_images(group) if group else [] for group in groups]
         pixels, tiles = self.encode_images(groups, return_tensors=return_tensors, **kwargs)
         input_ids = [
             self.encode_prompt(question, num_tiles=num_tiles, num_latents=count, history=earlier)

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from mmcoconut import data
-from mmcoconut.data import arrow_mazes, images, json_steps
-from mmcoconut.data.images import MAX_IMAGE_PIXELS, UnreadableImageError, open_images, resolve_image_path
+from mmcoconut import data, images_mmcoconut
+from mmcoconut.data import arrow_mazes, json_steps
+from mmcoconut.data.images import open_images, resolve_image_path
+from mmcoconut.images_mmcoconut import MAX_IMAGE_PIXELS, UnreadableImageError
 from mmcoconut.scoring import score
 
 
@@ -246,7 +247,7 @@ def test_pillows_filling_of_cut_pictures_is_refused(monkeypatch):
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_a_bomb_is_refused_from_its_header_with_both_numbers(width, height, pillow_limit, action, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillow_limit)
-    monkeypatch.setattr(images, "_to_rgb", lambda image: pytest.fail("decoded"))
+    monkeypatch.setattr(images_mmcoconut, "to_rgb", lambda image: pytest.fail("decoded"))
     with warnings.catch_warnings():
         warnings.simplefilter(action, Image.DecompressionBombWarning)
         error_of(
@@ -260,7 +261,7 @@ def test_a_bomb_is_refused_from_its_header_with_both_numbers(width, height, pill
 
 
 def test_the_limit_itself_is_allowed_and_one_pixel_more_is_not(monkeypatch):
-    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 40 * 30)
+    monkeypatch.setattr(images_mmcoconut, "MAX_IMAGE_PIXELS", 40 * 30)
     assert len(open_images(row_of(encoded(noise(40, 30))))) == 1
     error_of(lambda: open_images(row_of(encoded(noise(1201, 1)))), "1201 x 1 = 1201 pixels", "limit of 1200")
 
