@@ -513,7 +513,8 @@ class MMCoconutProcessor(ProcessorMixin):
         """Prompts for `generate`: images first, then the question, then the latents.
 
         Args:
-            images: one a text, or a list for each text, or all for a single text, or None.
+            images: one a text, or a list for each text, or all for a single text, or None. Each is a path, a URL,
+                base64 text, a PIL image, an array or a tensor; all but the last two are read by `read_images`.
             text (`str | list[str]`): questions. They are user text: a special token's string in them stays text.
             num_latents (`int | list[int]`): latents of every prompt, or of each; default `self.num_latents`. In a
                 conversation they stand before every answer.
@@ -525,7 +526,7 @@ class MMCoconutProcessor(ProcessorMixin):
             what pad_prompts and encode_images give.
 
         Raises:
-            ValueError: images, histories and texts differ in number.
+            ValueError: images, histories and texts differ in number; an image cannot be read.
         """
         if rendered and (num_latents is not None or history is not None):
             raise ValueError(
