@@ -12,15 +12,33 @@ begins to write.
 """
 
 import copy
+import difflib
+import inspect
 import re
 from collections.abc import Sequence
 from itertools import takewhile
+from numbers import Integral
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
-from transformers.processing_utils import ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import logging
 
+from .chat_template_mmcoconut import (
+    ANSWER_MARKER,
+    CHAT_TEMPLATE,
+    MARKERS,
+    SAMPLE_HISTORY,
+    RenderedPrompt,
+    conversations_of,
+    encode_marked,
+    images_of,
+    marked,
+    messages_of,
+    starts_with_bos,
+    texts_of,
+    with_thoughts,
+)
 from .configuration_mmcoconut import (
     END_LATENT_TOKEN,
     IMAGE_TOKEN,
@@ -31,78 +49,16 @@ from .configuration_mmcoconut import (
     add_special_tokens,
     image_token_of,
 )
-from .images_mmcoconut import flat_images, read_images
+from .images_mmcoconut import flat_images
 
 
 logger = logging.get_logger(__name__)
 
-ANSWER_MARKER = "###"
+TEXT_OPTIONS = ("return_tensors", "padding", "max_length", "pad_to_multiple_of", "padding_side", "truncation")
+TEXT_OPTIONS += ("return_mm_token_type_ids", "return_attention_mask")
+OPTION_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
+CALL_OPTIONS = ("images", "text", "num_latents", "history", "rendered")
 ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
-MARKERS = ("both", "start", "none")
-SET_THOUGHTS = (
-    "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
-    " ~ '<|latent|>' * (num_latents | default(0))"
-    " ~ ('<|end-latent|>' if markers | default('both') == 'both' else '') -%}"
-)
-CHAT_TEMPLATE = (
-    SET_THOUGHTS + "{{- BOS -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- thoughts -}}{%- endif -%}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}{%- for part in message['content'] -%}"
-    "{{- '<image>' if part['type'] == 'image' else part['text'] -}}"
-    "{%- endfor -%}{%- endif -%}"
-    "{{- eos_token if message['role'] == 'assistant' else '\n' -}}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- thoughts -}}{%- endif -%}"
-)
-# Before another model's template: assistant messages get the thoughts in front of their text.
-THINKING_MESSAGES = (
-    "{%- set thinking = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- set content = message['content'] -%}"
-    "{%- if message['role'] == 'assistant' and content is string -%}{%- set content = thoughts ~ content -%}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{%- if content[0]['type'] != 'text' -%}"
-    "{{- raise_exception('An assistant message must begin with text, for thoughts stand before it.') -}}"
-    "{%- endif -%}"
-    "{%- set content = [dict(content[0], text=thoughts ~ content[0]['text'])] + content[1:] -%}"
-    "{%- endif -%}"
-    "{%- set thinking.messages = thinking.messages + [dict(message, content=content)] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = thinking.messages -%}"
-)
-# A turn before another one, which shows what a template writes between them.
-SAMPLE_HISTORY = (("a", "a"),)
-# A chat that is rendered to see how a template begins and writes an image.
-SAMPLE_CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
-
-
-def starts_with_bos(tokenizer) -> bool:
-    """Whether this tokenizer puts its bos token in front of a text (Llama does, GPT-2 and Qwen2 do not)."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-
-
-def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str:
-    """A chat template of another model with the latents and markers where the assistant begins to write.
-
-    The bos token is written in front where the tokenizer would put it and the template does not.
-
-    Raises:
-        ValueError: no template, or one that does not write the image token once an image.
-    """
-    if not isinstance(chat_template, str):
-        raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
-    sample = tokenizer.apply_chat_template(SAMPLE_CHAT, chat_template=chat_template, tokenize=False)
-    if sample.count(image_token) != 1:
-        raise ValueError(
-            f"The chat template writes {image_token} {sample.count(image_token)} times for an image, and once is "
-            "wanted: give a chat_template=… that does."
-        )
-    lacks_bos = starts_with_bos(tokenizer) and not sample.startswith(tokenizer.bos_token)
-    bos = "{{ bos_token }}" if lacks_bos else "{{ '' }}"  # an expression, after which no white space is cut
-    end = "{{ thoughts if add_generation_prompt else '' }}"
-    return SET_THOUGHTS + THINKING_MESSAGES + bos + chat_template.removesuffix("\n") + end
 
 
 def makes_tiles(image_processor) -> bool:
@@ -159,6 +115,19 @@ def check_token_ids(tokenizer, config, image_token: str) -> None:
             )
 
 
+def check_arguments(cls, kwargs: dict) -> None:
+    """Refuse names that `__init__` of a class does not have.
+
+    Raises:
+        ValueError: names the nearest one.
+    """
+    known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+    for name in kwargs.keys() - known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}."
+        raise ValueError(f"{name} is no argument of {cls.__name__}: {hint}")
+
+
 def images_of_each(images, texts: Sequence[str]) -> list[list]:
     """Images as one list a text: nested lists as they are, a flat list one a text, or all for a single text.
 
@@ -187,30 +156,6 @@ def without_thumbnails(inputs: dict) -> dict:
         kept, counts = [*kept, *inputs["pixel_values"][first:last]], [*counts, last - first]
         first += number
     return {**inputs, "pixel_values": kept, "num_tiles": counts}
-
-
-def texts_of(conversation) -> list[str]:
-    """All texts in the messages of a conversation, or of a list of them."""
-    if isinstance(conversation, str):
-        return [conversation]
-    if isinstance(conversation, dict):
-        return texts_of(conversation.get("content", conversation.get("text", "")))
-    return [text for part in conversation for text in texts_of(part)]
-
-
-def user_message(text: str, num_images: int = 0) -> dict:
-    return {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
-
-
-def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: int) -> list[dict]:
-    """A chat up to its last question: the images first, each earlier answer as the model writes it."""
-    messages = []
-    for asked, answer in history:
-        written = [{"type": "text", "text": f"{ANSWER_MARKER} {answer}"}]
-        messages += [user_message(asked), {"role": "assistant", "content": written}]
-    messages.append(user_message(question))
-    messages[0] = user_message(history[0][0] if history else question, num_images)
-    return messages
 
 
 def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
@@ -294,6 +239,7 @@ class MMCoconutProcessor(ProcessorMixin):
         Raises:
             ValueError: the tokenizer's ids differ from the configuration's.
         """
+        check_arguments(cls, kwargs)
         tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
         image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
         add_special_tokens(tokenizer)
@@ -319,6 +265,7 @@ class MMCoconutProcessor(ProcessorMixin):
             ValueError: the tokenizer's ids differ from the configuration's; no chat template; settings of tiles for
                 an image processor that makes none.
         """
+        check_arguments(cls, kwargs)
         tokenizer, image_processor, chat_template = (
             kwargs.pop(name, None) or part
             for name, part in zip(("tokenizer", "image_processor", "chat_template"), parts_of_vlm(vlm))
@@ -361,18 +308,17 @@ class MMCoconutProcessor(ProcessorMixin):
         tiles = iter(inputs["num_tiles"])
         return dict(BatchFeature(inputs, tensor_type=return_tensors)), [[next(tiles) for _ in g] for g in groups]
 
-    def prepare_inputs_layout(self, images=None, **kwargs):
-        """Read images before transformers, which would clip 16 bits and drop transparency."""
-        return super().prepare_inputs_layout(images=None if images is None else read_images(images), **kwargs)
-
-    def _process_images(self, images, **kwargs) -> tuple[dict, list[str]]:
-        """As the library's, which replaces each image token of a rendered text by what this says."""
-        inputs, [num_tiles] = self.encode_images([images], **kwargs)
-        return inputs, [self.replace_image_token(inputs, index, num_tiles=n) for index, n in enumerate(num_tiles)]
-
-    def replace_image_token(self, image_inputs: dict, image_idx: int, *, num_tiles: int = 1, **kwargs) -> str:
-        placeholders = self.image_token * (self.image_seq_length * num_tiles)
-        return f"{self.start_image_token or ''}{placeholders}{self.end_image_token or ''}"
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs):
+        """Tokens and tiles of images (height, width); serving engines ask every processor for them by this name."""
+        if image_sizes is None:
+            return MultiModalData()
+        tiles = [1] * len(image_sizes)
+        if makes_tiles(self.image_processor):
+            count = self.image_processor.get_number_of_image_patches
+            tiles = [count(height, width, kwargs) for height, width in image_sizes]
+            if not self.use_thumbnail:  # which is counted where there are several
+                tiles = [number - (number > 1) for number in tiles]
+        return MultiModalData(num_image_tokens=[len(self.image_ids(n)) for n in tiles], num_image_patches=tiles)
 
     def image_ids(self, num_tiles: int) -> list[int]:
         """Ids of an image: its placeholders, and what frames them."""
@@ -385,9 +331,10 @@ class MMCoconutProcessor(ProcessorMixin):
     def layout(self, num_latents: int | None) -> dict:
         """The template's variables: how many latents and which markers."""
         num_latents = self.num_latents if num_latents is None else num_latents
-        if type(num_latents) is not int or num_latents < 0:
+        is_whole = isinstance(num_latents, Integral) and not isinstance(num_latents, bool)
+        if not is_whole or num_latents < 0:
             raise ValueError(f"num_latents={num_latents!r} is no number of latents: give a whole one from 0 on.")
-        return {"num_latents": num_latents, "markers": self.markers}
+        return {"num_latents": int(num_latents), "markers": self.markers}
 
     def encode_prompt(
         self,
@@ -408,17 +355,34 @@ class MMCoconutProcessor(ProcessorMixin):
 
     def encode_messages(self, messages: list[dict], num_tiles: Sequence[int], num_latents: int | None) -> list[int]:
         """Ids of messages with images of so many tiles; after a user's message the assistant is to write."""
-        ids = self.tokenizer.apply_chat_template(
-            messages,
+        chat = self.tokenizer.apply_chat_template(
+            marked(messages, self.tokenizer),
             chat_template=self.chat_template,
             add_generation_prompt=messages[-1]["role"] == "user",
-            sanitize_control_tokens=True,
-            return_dict=False,
+            tokenize=False,
             **self.layout(num_latents),
         )
+        return self.encode_rendered(chat, num_tiles)[0]
+
+    def encode_rendered(
+        self, chat: str, num_tiles: Sequence[int], *, with_mask: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """Ids of a rendered chat with images of so many tiles, and `encode_marked`'s mask of what is written.
+
+        Raises:
+            ValueError: image tokens and images differ in number.
+        """
+        ids, mask = encode_marked(self.tokenizer, chat, with_mask=with_mask)
+        wanted = ids.count(self.image_token_id)
+        if wanted != len(num_tiles):
+            raise ValueError(
+                f"The text has {wanted} {self.image_token} and {len(num_tiles)} images are given: give one image for "
+                "each."
+            )
         images = (self.image_ids(number) for number in num_tiles)
-        pieces = (next(images) if token_id == self.image_token_id else [token_id] for token_id in ids)
-        return [token_id for piece in pieces for token_id in piece]
+        pieces = [next(images) if token_id == self.image_token_id else [token_id] for token_id in ids]
+        masks = [[value] * len(piece) for value, piece in zip(mask, pieces)]
+        return [token_id for piece in pieces for token_id in piece], [value for values in masks for value in values]
 
     def encode_turns(
         self,
@@ -478,14 +442,14 @@ class MMCoconutProcessor(ProcessorMixin):
             )
         return [*prompt[:end], self.tokenizer.eos_token_id], [self.decoder_start_token_id, *prompt[end:]]
 
-    def pad_prompts(self, prompts: Sequence[list[int]], **kwargs) -> dict:
+    def pad_prompts(self, prompts: Sequence[list[int]], *, padding_side: str = "left", **kwargs) -> dict:
         """Prompts as one batch: padded on the left where the answer follows, on the right for an encoder.
 
         Returns:
             input_ids, attention_mask (B, T), and of an encoder-decoder decoder_input_ids, decoder_attention_mask.
         """
         encoder, decoder = zip(*map(self.split_prompt, prompts))
-        padded = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
+        padded = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side=padding_side, **kwargs)
         batch = dict(zip(self.prompt_names, padded.values()))
         if self.decoder_start_token_id is None:
             return batch
@@ -508,7 +472,7 @@ class MMCoconutProcessor(ProcessorMixin):
         return [token_id for step in steps for token_id in self.encode_step(step)] + self.encode_answer(answer)
 
     def __call__(
-        self, images=None, text=None, *, num_latents=None, history=None, rendered: bool = False, **kwargs
+        self, images=None, text=None, *, num_latents=None, history=None, rendered: bool | None = None, **kwargs
     ) -> BatchFeature:
         """Prompts for `generate`: images first, then the question, then the latents.
 
@@ -520,7 +484,11 @@ class MMCoconutProcessor(ProcessorMixin):
                 conversation they stand before every answer.
             history: for each text question and answer of the turns before it, of which the first has the images.
             rendered: the text comes out of `apply_chat_template(..., tokenize=False)`: its special tokens are meant.
-            kwargs: of the tokenizer's `pad` (`return_tensors`, `padding`) or, if rendered, of the library's call.
+                None finds it out of the type of the text, a `RenderedPrompt`, which stays one when text is added
+                behind it or it is pickled; True says so of a copy, False asks a question.
+            kwargs: options of the text (`return_tensors`, `padding`, `max_length`, `pad_to_multiple_of`,
+                `padding_side`, `truncation`, `return_mm_token_type_ids`) and of the image processor, flat or in
+                `text_kwargs`, `images_kwargs` and `common_kwargs`.
 
         Returns:
             what pad_prompts and encode_images give.
@@ -532,21 +500,27 @@ class MMCoconutProcessor(ProcessorMixin):
             raise ValueError(
                 "num_latents and history have no effect on rendered text: give them to apply_chat_template instead."
             )
-        if rendered or kwargs.get("sanitize_control_tokens"):
-            return self.split_batch(super().__call__(images=images, text=text, **kwargs))
-        if kwargs.get("truncation"):
-            raise ValueError(
-                "truncation=True could cut images or thoughts: shorten the text before, and leave it out."
-            )
         if text is None:
             raise ValueError("text is None: give a question for each image ('' for none).")
+        text_options, image_options = self.options_of(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
+        groups = images_of_each(images, texts)
+        pixels, tiles = self.encode_images(groups, **image_options)
+        if rendered is None:
+            rendered = all(isinstance(prompt, RenderedPrompt) for prompt in texts) and bool(texts)
+        if rendered:
+            input_ids = [self.encode_rendered(prompt, num_tiles)[0] for prompt, num_tiles in zip(texts, tiles)]
+        else:
+            input_ids = self.encode_questions(texts, tiles, num_latents, history)
+        return self.batch_of(input_ids, pixels, text_options)
+
+    def encode_questions(self, texts: list[str], tiles: list[list[int]], num_latents, history) -> list[list[int]]:
+        """Ids of the prompts of questions; arguments as of a call, tiles of each image of each question."""
         if any(token in question for token in (self.image_token, *THOUGHT_TOKENS) for question in texts):
             logger.warning_once(
                 "A question contains the string of a special token, which is read as plain text; pass rendered=True "
-                "for text that apply_chat_template(tokenize=False) made."
+                "for text that apply_chat_template(tokenize=False) made and that was copied since."
             )
-        groups = images_of_each(images, texts)
         counts = list(num_latents) if isinstance(num_latents, (list, tuple)) else [num_latents] * len(texts)
         if len(counts) != len(texts):
             raise ValueError(f"{len(counts)} entries in num_latents for {len(texts)} texts: give one a text, or one.")
@@ -555,13 +529,64 @@ class MMCoconutProcessor(ProcessorMixin):
             raise ValueError(
                 f"{len(histories)} entries in history for {len(texts)} texts: give one a text ([] for none)."
             )
-        return_tensors, padding = kwargs.pop("return_tensors", None), kwargs.pop("padding", len(texts) > 1)
-        pixels, tiles = self.encode_images(groups, return_tensors=return_tensors, **kwargs)
-        input_ids = [
+        return [
             self.encode_prompt(question, num_tiles=num_tiles, num_latents=count, history=earlier)
             for question, num_tiles, count, earlier in zip(texts, tiles, counts, histories)
         ]
-        batch = self.pad_prompts(input_ids, padding=padding, return_tensors=return_tensors)
+
+    def options_of(self, kwargs: dict) -> tuple[dict, dict]:
+        """Options of the text and of the image processor, out of flat ones and `text_kwargs`, `images_kwargs`, ….
+
+        Raises:
+            ValueError: an unknown name, or one without effect.
+        """
+        groups = {name: dict(kwargs.pop(name, None) or {}) for name in OPTION_GROUPS}
+        of_images = set(self.image_processor.valid_kwargs.__annotations__) - {"return_tensors"}
+        known = {*TEXT_OPTIONS, *of_images}
+        for name in [*kwargs, *(name for group in groups.values() for name in group)]:
+            if name not in known:
+                close = difflib.get_close_matches(name, [*known, *CALL_OPTIONS], n=1)
+                hint = f"did you mean {close[0]}?" if close else f"the text has {', '.join(TEXT_OPTIONS)}."
+                raise ValueError(f"{name} is no option of the processor: {hint}")
+        shared = {**groups["common_kwargs"], **kwargs}
+        text = {name: value for name, value in shared.items() if name in TEXT_OPTIONS} | groups["text_kwargs"]
+        images = {name: value for name, value in shared.items() if name in of_images} | groups["images_kwargs"]
+        if text.get("return_tensors") is not None:
+            images["return_tensors"] = text["return_tensors"]
+        wants_length = text.get("padding") == "max_length" or text.get("truncation")
+        if text.get("max_length") is not None and not wants_length:
+            raise ValueError(
+                f"max_length={text['max_length']} has no effect alone: add padding='max_length', or truncation=True, "
+                "which refuses longer prompts."
+            )
+        return text, images
+
+    def batch_of(self, input_ids: list[list[int]], pixels: dict, options: dict, masks=None) -> BatchFeature:
+        """Prompts and pixels as a batch under the options of the text; masks of what the assistant writes, or None.
+
+        Raises:
+            ValueError: truncation of a prompt that is too long, which could cut images or thoughts.
+        """
+        options = dict(options)
+        limit, truncation = options.get("max_length"), options.pop("truncation", None)
+        longest = max(map(len, input_ids), default=0)
+        if truncation and (limit is None or longest > limit):
+            raise ValueError(
+                f"truncation={truncation!r} could cut images or thoughts of a prompt of {longest} tokens, and "
+                f"max_length is {limit}: shorten the text before, use fewer images or latents, or raise max_length."
+            )
+        return_tensors, with_types = options.get("return_tensors"), options.pop("return_mm_token_type_ids", False)
+        options.setdefault("padding", len(input_ids) > 1)
+        batch = self.pad_prompts(input_ids, **options)
+        ids = batch["input_ids"]
+        if masks is not None:
+            side = options.get("padding_side", "left")
+            rows = [([0] * (len(row) - len(mask)), mask) for row, mask in zip(ids, masks)]
+            rows = [[*pad, *mask] if side == "left" else [*mask, *pad] for pad, mask in rows]
+            batch["assistant_masks"] = rows
+        if with_types:
+            is_image = [[int(token == self.image_token_id) for token in row] for row in ids]
+            batch["mm_token_type_ids"] = is_image
         return BatchFeature({**batch, **pixels}, tensor_type=return_tensors)
 
     def further_turn(
@@ -611,30 +636,69 @@ class MMCoconutProcessor(ProcessorMixin):
             }
         )
 
-    def split_batch(self, batch: BatchFeature) -> BatchFeature:
-        """A rendered batch as an encoder-decoder takes it; as it is for a decoder alone."""
-        if self.decoder_start_token_id is None:
-            return batch
-        is_list = isinstance(batch["input_ids"], list)
-        rows = zip(batch.pop("input_ids"), batch.pop("attention_mask"))
-        prompts = [[int(token) for token, real in zip(*row) if real] for row in rows]
-        padded = self.pad_prompts(prompts, padding=True, return_tensors=None if is_list else "pt")
-        return BatchFeature({**batch, **padded})
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template=None,
+        *,
+        num_latents: int | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        sanitize_control_tokens: bool = True,
+        return_tensors: str | None = "auto",
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        """Render chats with this processor's latents and markers; tokenized, control tokens in messages are text.
 
-    def apply_chat_template(self, conversation, chat_template=None, *, num_latents: int | None = None, **kwargs):
-        """As the library's, with this processor's latents and markers; control tokens in messages are plain text.
+        Args:
+            conversation: messages of one chat, or of several; images under `image`, `url`, `path` or `base64`.
+            tokenize: False gives a `RenderedPrompt`, which a call of this processor reads as such.
+            return_assistant_tokens_mask: also `assistant_masks`, 1 at what the assistant writes and its end token.
+            sanitize_control_tokens: False reads control tokens in messages as such.
+            processor_kwargs, kwargs: options of a call of this processor, and variables of the template.
 
         Raises:
-            ValueError: such a token in a message with tokenize=False, whose text could no longer tell it from ours.
+            ValueError: a control token in a message with tokenize=False, whose text could no longer tell it from ours.
         """
-        if kwargs.get("tokenize"):
-            kwargs.setdefault("sanitize_control_tokens", True)
-        elif any(token in text for token in self.tokenizer.all_special_tokens for text in texts_of(conversation)):
-            raise ValueError(
-                "A message contains the string of a special token, which rendered text cannot tell from a real one: "
-                "call apply_chat_template with tokenize=True, return_dict=True."
+        chats, is_batch = conversations_of(conversation)
+        layout = {**self.layout(num_latents), **kwargs}
+        options = {name: layout.pop(name) for name in [*layout] if name in (*TEXT_OPTIONS, *OPTION_GROUPS)}
+        options |= processor_kwargs or {}
+        if return_tensors != "auto":
+            options["return_tensors"] = return_tensors
+        template = {"chat_template": chat_template or self.chat_template, "tokenize": False, **layout}
+        if not tokenize:
+            if sanitize_control_tokens and any(
+                token in text for token in self.tokenizer.all_special_tokens for text in texts_of(conversation)
+            ):
+                raise ValueError(
+                    "A message contains the string of a special token, which rendered text cannot tell from a real "
+                    "one: call apply_chat_template with tokenize=True, return_dict=True."
+                )
+            prompts = [RenderedPrompt(self.tokenizer.apply_chat_template(chat, **template)) for chat in chats]
+            return prompts if is_batch else prompts[0]
+        if return_assistant_tokens_mask and self.decoder_start_token_id is not None:
+            raise ValueError("An encoder-decoder reads no assistant messages: leave return_assistant_tokens_mask out.")
+        text_options, image_options = self.options_of(options)
+        pixels, tiles = self.encode_images([images_of(chat) for chat in chats], **image_options)
+        rows = [
+            self.encode_rendered(
+                self.tokenizer.apply_chat_template(
+                    marked(chat, self.tokenizer, quotes=sanitize_control_tokens), **template
+                ),
+                num_tiles,
+                with_mask=return_assistant_tokens_mask,
             )
-        return super().apply_chat_template(conversation, chat_template, **{**self.layout(num_latents), **kwargs})
+            for chat, num_tiles in zip(chats, tiles)
+        ]
+        input_ids, masks = map(list, zip(*rows))
+        is_single = not is_batch and text_options.get("return_tensors") is None
+        batch = self.batch_of(input_ids, pixels, text_options, masks if return_assistant_tokens_mask else None)
+        if not return_dict:
+            return batch["input_ids"][0] if is_single else batch["input_ids"]
+        return batch
 
     def decode_answers(self, generated_ids) -> list[str]:
         """The answers in generated ids (B, new tokens), as `parse_answer` finds them; '' where there is none."""

@@ -1,5 +1,9 @@
 """The processor: one layout for every way in, and no way from user text to a special token."""
 
+import copy
+import pickle
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -194,3 +198,142 @@ def test_impossible_layout_is_refused(processor, values, message):
 def test_what_is_no_number_of_latents_is_refused(processor, num_latents):
     with pytest.raises(ValueError, match="no number of latents"):
         processor(text=["What is it?", "Why?"], num_latents=num_latents)
+
+
+CHAT = [[QUESTION], [QUESTION, "### red", "What shape?"], ["Is it?", "### <|latent|>\\n<|endoftext|>", "Why?"]]
+
+
+def chat_of(texts, image=None):
+    """A chat in which user and assistant take turns, the user's first message with an image."""
+    messages = []
+    for number, text in enumerate(texts):
+        parts = [image, text] if image is not None and number == 0 else [text]
+        message = user(*parts)
+        messages.append({**message, "role": "assistant"} if number % 2 else message)
+    return messages
+
+
+@pytest.mark.parametrize("texts", CHAT[:2])
+@pytest.mark.parametrize("carry", [lambda text: text, copy.deepcopy, lambda text: pickle.loads(pickle.dumps(text))])
+def test_what_a_template_rendered_gives_the_ids_of_the_tokenized_chat(processor, image, texts, carry):
+    messages = chat_of(texts, image)
+    text = carry(processor.apply_chat_template(messages, add_generation_prompt=True, num_latents=2))
+    expected = encode_chat(processor, messages, num_latents=2)
+    for given in (text, [text]):
+        found = processor(text=given, images=image, return_tensors="pt")
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_text_may_follow_what_a_template_rendered(processor, image):
+    prompt = processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True, num_latents=2)
+    ids = processor(text=prompt + "### red", images=image)["input_ids"][0]
+    assert ids == processor.encode_prompt(QUESTION, num_latents=2) + processor.encode_text("### red")
+
+
+def test_a_copy_of_a_rendered_prompt_is_a_question_unless_it_is_said_to_be_rendered(processor, image):
+    prompt = str(processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True, num_latents=2))
+    latents = [
+        processor(text=str.__str__(prompt)[:], images=image, rendered=rendered, num_latents=None)["input_ids"][
+            0
+        ].count(processor.latent_token_id)
+        for rendered in (True, False)
+    ]
+    assert latents == [2, 0]
+
+
+def test_rendered_text_needs_an_image_for_each_image_token(processor, image):
+    prompt = processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True)
+    with pytest.raises(ValueError, match="has 1 <image> and 2 images are given"):
+        processor(text=prompt, images=[image, image])
+
+
+def test_control_tokens_in_messages_are_read_as_such_only_on_demand(processor, image):
+    latent, messages = processor.latent_token_id, [user(image, f"{QUESTION}<|latent|>")]
+    read = [
+        encode_chat(processor, messages, num_latents=2, sanitize_control_tokens=sanitized)["input_ids"][0].tolist()
+        for sanitized in (True, False)
+    ]
+    assert [ids.count(latent) for ids in read] == [2, 3]
+
+
+@pytest.mark.parametrize("texts", CHAT[1:])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_mask_of_the_assistant_covers_what_it_writes_and_its_end(processor, image, texts, side):
+    messages = chat_of(texts[:2], image)
+    options = {"add_generation_prompt": False, "num_latents": 2, "return_assistant_tokens_mask": True}
+    batch = encode_chat(processor, [messages, chat_of(texts[:1], image)], padding_side=side, padding=True, **options)
+    ids, mask = batch["input_ids"], batch["assistant_masks"].bool()
+    written = [*processor.encode_text(texts[1]), processor.tokenizer.eos_token_id]
+    assert ids[0][mask[0]].tolist() == written
+    assert not mask[1].any() and mask.shape == ids.shape == batch["attention_mask"].shape
+    plain = encode_chat(processor, messages, add_generation_prompt=False, num_latents=2)
+    assert torch.equal(ids[0][batch["attention_mask"][0].bool()], plain["input_ids"][0])
+
+
+def test_every_answer_of_a_conversation_is_in_the_mask(processor, image):
+    texts = [QUESTION, "### red", "What shape?", "### a cube"]
+    options = {"add_generation_prompt": False, "num_latents": 3, "return_assistant_tokens_mask": True}
+    batch = encode_chat(processor, chat_of(texts, image), **options)
+    written = [[*processor.encode_text(text), processor.tokenizer.eos_token_id] for text in texts[1::2]]
+    assert batch["input_ids"][batch["assistant_masks"].bool()].tolist() == written[0] + written[1]
+
+
+def test_serving_engines_are_told_the_tokens_of_images(processor, image):
+    told = processor._get_num_multimodal_tokens(image_sizes=[(16, 16), (40, 20)])
+    batch = processor(text=QUESTION, images=[image, image], return_mm_token_type_ids=True, return_tensors="pt")
+    assert told.num_image_tokens == [NUM_FEATURES] * 2 and told.num_image_patches == [1, 1]
+    image_id = processor.image_token_id
+    assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == image_id).long())
+    assert batch["mm_token_type_ids"].sum() == sum(told.num_image_tokens)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_options_reach_text_and_images_flat_and_in_groups(processor, image, nested):
+    text = {"padding": "max_length", "max_length": 40, "padding_side": "right"}
+    of_images = {"do_normalize": False}
+    options = {"text_kwargs": text, "images_kwargs": of_images} if nested else {**text, **of_images}
+    common = {"common_kwargs": {"return_tensors": "pt"}} if nested else {"return_tensors": "pt"}
+    batch = processor(text=QUESTION, images=image, **options, **common)
+    assert batch["input_ids"].shape == (1, 40) and batch["attention_mask"][0, -1] == 0
+    normal = processor(text=QUESTION, images=image, return_tensors="pt")
+    assert not torch.equal(batch["pixel_values"], normal["pixel_values"])
+    chat = encode_chat(processor, [user(image, QUESTION)], processor_kwargs={**options, **common})
+    assert all(torch.equal(chat[name], batch[name]) for name in batch)
+
+
+def test_rows_are_padded_to_a_multiple(processor):
+    assert processor(text=["a", "b c d"], pad_to_multiple_of=16, return_tensors="pt")["input_ids"].shape == (2, 16)
+
+
+@pytest.mark.parametrize("images", [None, "one"])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_latent": 0}, "num_latent is no option of the processor: did you mean num_latents?"),
+        ({"text_kwargs": {"pading": True}}, "did you mean padding?"),
+        ({"images_kwargs": {"do_resise": False}}, "did you mean do_resize?"),
+        ({"max_length": 5}, "max_length=5 has no effect alone"),
+        ({"max_length": 5, "truncation": True}, r"of a prompt of \d+ tokens, and max_length is 5"),
+    ],
+)
+def test_unknown_options_and_those_without_effect_are_refused(processor, image, images, options, message):
+    with pytest.raises(ValueError, match=message.replace("?", r"\?")):
+        processor(text=QUESTION, images=image if images else None, **options)
+
+
+def test_a_prompt_that_fits_may_ask_for_truncation(processor):
+    whole = processor(text=QUESTION)["input_ids"]
+    assert processor(text=QUESTION, truncation=True, max_length=99)["input_ids"] == whole
+
+
+@pytest.mark.parametrize("make", [MMCoconutProcessor.from_backbones])
+def test_an_unknown_argument_of_a_new_processor_is_refused(processor, make):
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    with pytest.raises(ValueError, match="num_latent is no argument.*did you mean num_latents"):
+        make(config=tiny_model().config, num_latent=3, **parts)
+
+
+@pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3).item(), 3])
+def test_any_whole_number_counts_latents(processor, number):
+    ids = processor(text=QUESTION, num_latents=number)["input_ids"][0]
+    assert ids.count(processor.latent_token_id) == 3
