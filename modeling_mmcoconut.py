@@ -327,9 +327,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return select_features(image_outputs, layers, select_strategy, last_norm=self.config.vision_last_norm)
 
     def run_vision_tower(self, pixel_values: torch.Tensor, layers: int | list[int], **kwargs):
-        """The tower's output with the hidden states that are read, or those that kwargs ask for."""
-        if not kwargs.get("output_hidden_states"):
-            kwargs["output_hidden_states"] = hidden_states_to_return(layers)
+        """The tower's output with the hidden states that are read, and those that kwargs ask for."""
+        kwargs["output_hidden_states"] = hidden_states_to_return(layers, kwargs.get("output_hidden_states"))
         return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
     @merge_with_config_defaults
