@@ -786,6 +786,7 @@ class MMCoconutForConditionalGeneration(
 
     base_class = MMCoconutModel
     text_auto_class = AutoModelForCausalLM
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
@@ -794,6 +795,8 @@ class MMCoconutForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.embedding_name()}.weight"}
         self.post_init()
+        if not self.get_decoder().tp_plan:  # a head cut alone would be cut from the embeddings that it is tied to
+            self.tp_plan = None
 
     def embedding_name(self) -> str:
         """Where the decoder keeps its token embeddings: wte, embed_tokens, …"""
@@ -902,12 +905,15 @@ class MMCoconutForConditionalGeneration(
         thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
         output_stop_logits: bool = False,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> tuple | MMCoconutCausalLMOutputWithPast:
         """The base model, its head and the causal loss.
 
         Args:
             labels (B, T): token ids, -100 where there is no loss; shifted inside.
+            shift_labels (B, T): what each column is to predict, in the place of labels, as context parallelism, which
+                cuts the sequence, prepares them.
             logits_to_keep: as in the library. None means all, except in training with labels, where it means none:
                 the loss runs the head on the labelled positions only.
             The rest as in MMCoconutModel.forward; `num_items_in_batch` reaches the loss.
@@ -915,9 +921,14 @@ class MMCoconutForConditionalGeneration(
         Raises:
             ValueError: a latent after the last labelled token of its row.
         """
-        if labels is not None and input_ids is not None:
+        targets = shift_labels  # (B, T)
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
+        if targets is not None and input_ids is not None:
             latent_mask, _ = self.model.split_latents(input_ids == self.config.latent_token_id, attention_mask)
-            check_thoughts_matter(latent_mask, labels != -100)
+            first = targets.new_full((len(targets), 1), -100) if labels is None else labels[:, :1]  # (B, 1)
+            labelled = torch.cat([first, targets], dim=1) != -100  # (B, T + 1), of the column behind the last too
+            check_thoughts_matter(nn.functional.pad(latent_mask, (0, 1)), labelled)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -935,7 +946,6 @@ class MMCoconutForConditionalGeneration(
             output_stop_logits=output_stop_logits,
             **kwargs,
         )
-        targets = None if labels is None else nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, targets, logits_to_keep, **kwargs)
         return MMCoconutCausalLMOutputWithPast(
             loss=loss,

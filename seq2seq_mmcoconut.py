@@ -320,6 +320,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
                 "There is nothing for the decoder to read: pass decoder_input_ids, as MMCoconutProcessor returns "
                 "them, or labels, or alignment_input_ids to align images with texts only."
             )
+        if kwargs.get("shift_labels") is not None:
+            raise ValueError("Labels of an encoder-decoder are not shifted, so there are no shift_labels: pass labels.")
         aligned = None
         if encoder_outputs is None:
             encoder_outputs = self.model.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features)
