@@ -73,6 +73,7 @@ from .latent_mmcoconut import (
     whole_tensor,
 )
 from .passes_mmcoconut import Passes, check_checkpointed_passes
+from .positions_mmcoconut import position_limit
 from .prefixes_mmcoconut import GenerationBehindPrefix
 from .projectors_mmcoconut import build_projector, check_image_features, select_features
 from .regroup_mmcoconut import can_regroup, is_worth, layout_of, think_regrouped
@@ -481,9 +482,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return whole_tensor(norms).mean()
 
     def check_length(self, num_columns: int, position_ids: torch.Tensor | None, past_key_values: Cache | None) -> None:
-        """Raise before an embedding of positions is read past its end; single decoding steps are not looked at."""
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        if limit is None or num_columns == 1:
+        """Raise before a table of positions is read past its end; single decoding steps are not looked at."""
+        limit = None if num_columns == 1 else position_limit(self.get_decoder())
+        if limit is None:
             return
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = past_length + num_columns
@@ -797,6 +798,9 @@ class MMCoconutForConditionalGeneration(
         self.post_init()
         if not self.get_decoder().tp_plan:  # a head cut alone would be cut from the embeddings that it is tied to
             self.tp_plan = None
+        # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
+        if self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = [getattr(config, field) for field in TOKEN_ID_FIELDS]
 
     def embedding_name(self) -> str:
         """Where the decoder keeps its token embeddings: wte, embed_tokens, …"""

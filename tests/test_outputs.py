@@ -1,9 +1,16 @@
-"""What is asked for beside logits: hidden states, attention maps and their names, as transformers' own models give it."""
+"""What is asked for beside logits: states, attention maps and their names, as transformers' models give them."""
 
 import pytest
 import torch
-from tiny import DECODERS, max_difference, no_picture, plain_language_model, ragged_batch, seq2seq_batch
-from tiny import tiny_model, tiny_seq2seq, words
+from tiny import (
+    DECODERS,
+    max_difference,
+    no_picture,
+    plain_language_model,
+    ragged_batch,
+    tiny_model,
+    words,
+)
 
 from mmcoconut.compat_mmcoconut import RELEASE
 

@@ -55,7 +55,11 @@ def make_model(text: str):
     if text == "seq2seq":
         return tiny_seq2seq(thought_norm="projection")
     schedule = {"thought_schedule": "jacobi", "jacobi_iterations": 2} if text.endswith(" in parallel") else {}
-    name = Qwen2Config(**TEXT_SIZES, num_key_value_heads=2, tie_word_embeddings=True) if text == "qwen2 tied" else text.split()[0]
+    name = (
+        Qwen2Config(**TEXT_SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+        if text == "qwen2 tied"
+        else text.split()[0]
+    )
     model = tiny_model(name, thought_norm="projection", **schedule)
     model.model.defer_weight_gradients = True
     if text.endswith(" truncated"):
