@@ -798,9 +798,20 @@ class MMCoconutForConditionalGeneration(
         self.post_init()
         if not self.get_decoder().tp_plan:  # a head cut alone would be cut from the embeddings that it is tied to
             self.tp_plan = None
-        # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
+        self.suppress_placeholders()
+
+    def suppress_placeholders(self) -> None:
+        """Let generation leave out the placeholders and markers, unless something else was chosen.
+
+        One that is sampled would be read as an ordinary token by the cache and as a thought without.
+        """
         if self.generation_config.suppress_tokens is None:
-            self.generation_config.suppress_tokens = [getattr(config, field) for field in TOKEN_ID_FIELDS]
+            self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """As transformers', which reads a folder's generation_config.json and starts from nothing where it lacks."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.suppress_placeholders()
 
     def embedding_name(self) -> str:
         """Where the decoder keeps its token embeddings: wte, embed_tokens, …"""
