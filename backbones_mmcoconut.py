@@ -413,6 +413,4 @@ class FromBackbones:
         self.model.vision_tower, self.model.language_model, self.lm_head = vision_tower, language_model, head
         self.config.image_seq_length = count_placeholders(vision_tower, self.config)
         self.tie_weights()
-        # A placeholder that is sampled would be read as an ordinary token by the cache and as a thought without.
-        self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
         return self.eval()

@@ -82,12 +82,15 @@ def call_with_cache(function, past_key_values: Cache | None, **kwargs):
     return function(**{CACHE: past_key_values}, **kwargs)
 
 
-def hidden_states_to_return(layers: int | list[int]) -> bool | int | list[int]:
-    """Return what a tower's `output_hidden_states` must be where only some layers are read.
+def hidden_states_to_return(layers: int | list[int], wanted: bool | int | list[int] | None = None):
+    """Return what a tower's `output_hidden_states` must be where some layers are read, and others wanted beside them.
 
     From transformers 5.23 on a tower returns the named ones alone, before that all or none.
     """
-    return layers if RELEASE >= (5, 23) else True
+    if RELEASE < (5, 23) or wanted is True:
+        return True
+    layers, wanted = ([value] if type(value) is int else value or [] for value in (layers, wanted))
+    return [*layers, *wanted]
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:

@@ -234,17 +234,18 @@ def seen_until(attention_mask: torch.Tensor | None, end: int):
     return attention_mask if attention_mask is None or end == 0 else attention_mask[:, :end]
 
 
-def join_columns(pieces: list[torch.Tensor]) -> torch.Tensor:
-    """Pieces (B, t, D) as (B, T, D); a single piece is returned as it is, not copied."""
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+def join_columns(pieces: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Pieces (B, t, D) as (B, T, D); a single one as it is, not copied; None for a layer that was not asked for."""
+    return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces, dim=1)
 
 
 def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) -> tuple[torch.Tensor, ...]:
     """Attention maps (B, H, t, keys) of the pieces as (B, H, T, all keys); a single piece is returned as it is.
 
-    Zeros stand for what a piece does not see: later keys, and earlier ones that a sliding window has let go.
+    Zeros stand for what a piece does not see: later keys, and earlier ones that a sliding window has let go. An
+    attention implementation that makes no maps, as sdpa, leaves () of them.
     """
-    if len(pieces) == 1:
+    if len(pieces) == 1 or not pieces[0]:
         return pieces[0]
     ends = list(accumulate((piece[0].shape[2] for piece in pieces), initial=past_length))[1:]
     num_keys = max(ends[-1], *(attention.shape[-1] for attention in pieces[-1]))

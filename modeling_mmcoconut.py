@@ -73,6 +73,7 @@ from .latent_mmcoconut import (
     whole_tensor,
 )
 from .passes_mmcoconut import Passes, check_checkpointed_passes
+from .positions_mmcoconut import position_limit
 from .prefixes_mmcoconut import GenerationBehindPrefix
 from .projectors_mmcoconut import build_projector, check_image_features, select_features
 from .regroup_mmcoconut import can_regroup, is_worth, layout_of, think_regrouped
@@ -327,9 +328,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return select_features(image_outputs, layers, select_strategy, last_norm=self.config.vision_last_norm)
 
     def run_vision_tower(self, pixel_values: torch.Tensor, layers: int | list[int], **kwargs):
-        """The tower's output with the hidden states that are read, or those that kwargs ask for."""
-        if not kwargs.get("output_hidden_states"):
-            kwargs["output_hidden_states"] = hidden_states_to_return(layers)
+        """The tower's output with the hidden states that are read, and those that kwargs ask for."""
+        kwargs["output_hidden_states"] = hidden_states_to_return(layers, kwargs.get("output_hidden_states"))
         return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
     @merge_with_config_defaults
@@ -482,9 +482,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return whole_tensor(norms).mean()
 
     def check_length(self, num_columns: int, position_ids: torch.Tensor | None, past_key_values: Cache | None) -> None:
-        """Raise before an embedding of positions is read past its end; single decoding steps are not looked at."""
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
-        if limit is None or num_columns == 1:
+        """Raise before a table of positions is read past its end; single decoding steps are not looked at."""
+        limit = None if num_columns == 1 else position_limit(self.get_decoder())
+        if limit is None:
             return
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         length = past_length + num_columns
@@ -787,6 +787,7 @@ class MMCoconutForConditionalGeneration(
 
     base_class = MMCoconutModel
     text_auto_class = AutoModelForCausalLM
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
@@ -795,6 +796,22 @@ class MMCoconutForConditionalGeneration(
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.embedding_name()}.weight"}
         self.post_init()
+        if not self.get_decoder().tp_plan:  # a head cut alone would be cut from the embeddings that it is tied to
+            self.tp_plan = None
+        self.suppress_placeholders()
+
+    def suppress_placeholders(self) -> None:
+        """Let generation leave out the placeholders and markers, unless something else was chosen.
+
+        One that is sampled would be read as an ordinary token by the cache and as a thought without.
+        """
+        if self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
+
+    def adjust_generation_fn(self, *args, **kwargs) -> None:
+        """As transformers', which reads a folder's generation_config.json and starts from nothing where it lacks."""
+        super().adjust_generation_fn(*args, **kwargs)
+        self.suppress_placeholders()
 
     def embedding_name(self) -> str:
         """Where the decoder keeps its token embeddings: wte, embed_tokens, …"""
@@ -903,12 +920,15 @@ class MMCoconutForConditionalGeneration(
         thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
         output_stop_logits: bool = False,
+        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> tuple | MMCoconutCausalLMOutputWithPast:
         """The base model, its head and the causal loss.
 
         Args:
             labels (B, T): token ids, -100 where there is no loss; shifted inside.
+            shift_labels (B, T): what each column is to predict, in the place of labels, as context parallelism, which
+                cuts the sequence, prepares them.
             logits_to_keep: as in the library. None means all, except in training with labels, where it means none:
                 the loss runs the head on the labelled positions only.
             The rest as in MMCoconutModel.forward; `num_items_in_batch` reaches the loss.
@@ -916,9 +936,14 @@ class MMCoconutForConditionalGeneration(
         Raises:
             ValueError: a latent after the last labelled token of its row.
         """
-        if labels is not None and input_ids is not None:
+        targets = shift_labels  # (B, T)
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
+        if targets is not None and input_ids is not None:
             latent_mask, _ = self.model.split_latents(input_ids == self.config.latent_token_id, attention_mask)
-            check_thoughts_matter(latent_mask, labels != -100)
+            first = targets.new_full((len(targets), 1), -100) if labels is None else labels[:, :1]  # (B, 1)
+            labelled = torch.cat([first, targets], dim=1) != -100  # (B, T + 1), of the column behind the last too
+            check_thoughts_matter(nn.functional.pad(latent_mask, (0, 1)), labelled)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -936,7 +961,6 @@ class MMCoconutForConditionalGeneration(
             output_stop_logits=output_stop_logits,
             **kwargs,
         )
-        targets = None if labels is None else nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, targets, logits_to_keep, **kwargs)
         return MMCoconutCausalLMOutputWithPast(
             loss=loss,

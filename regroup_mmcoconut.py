@@ -154,5 +154,7 @@ def think_regrouped(
     outputs.last_hidden_state = layout.move_back(outputs.last_hidden_state)  # (B, T, D)
     outputs.inputs_embeds = layout.move_back(outputs.inputs_embeds)  # (B, T, D)
     if outputs.hidden_states is not None:
-        outputs.hidden_states = tuple(layout.move_back(states) for states in outputs.hidden_states)
+        outputs.hidden_states = tuple(
+            None if states is None else layout.move_back(states) for states in outputs.hidden_states
+        )
     return outputs

@@ -29,6 +29,7 @@ from .modeling_mmcoconut import (
     MMCoconutModelOutputWithPast,
     thoughts_of,
 )
+from .positions_mmcoconut import position_limit
 
 
 @dataclass
@@ -108,7 +109,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 
     def check_encoder_length(self, num_tokens: int) -> None:
-        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        limit = position_limit(self.get_encoder())
         if limit is not None and num_tokens > limit:
             raise ValueError(
                 f"The question takes {num_tokens} tokens, but the text encoder has {limit} positions: shorten it, or "
@@ -320,6 +321,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
                 "There is nothing for the decoder to read: pass decoder_input_ids, as MMCoconutProcessor returns "
                 "them, or labels, or alignment_input_ids to align images with texts only."
             )
+        if kwargs.get("shift_labels") is not None:
+            raise ValueError("Labels of an encoder-decoder are not shifted, so it takes no shift_labels: pass labels.")
         aligned = None
         if encoder_outputs is None:
             encoder_outputs = self.model.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features)

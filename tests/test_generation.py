@@ -1,5 +1,6 @@
 """Stock `generate()`: every way of it gives what the model gives without any cache, on ragged batches with images."""
 
+import copy
 import threading
 
 import pytest
@@ -31,6 +32,7 @@ from mmcoconut.caches_mmcoconut import text_cache
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, add_special_tokens
 from mmcoconut.kernels_mmcoconut import MAX_QUERIES, SplitCache
 from mmcoconut.latent_mmcoconut import latent_columns
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
 
 NEW_TOKENS = 8
@@ -473,6 +475,22 @@ def test_special_tokens_are_never_generated(options):
     generated = generate(model, batch, **options).sequences[:, batch["input_ids"].shape[1] :]
     assert not torch.isin(generated, torch.tensor(special)).any()
     assert torch.isin(generate(model, batch, suppress_tokens=[]).logits[0].argmax(-1), torch.tensor(special)).all()
+
+
+def test_a_model_made_of_its_configuration_suppresses_special_tokens_and_a_users_choice_is_kept(tmp_path):
+    config = tiny_model().config
+    special = [getattr(config, field) for field in TOKEN_ID_FIELDS]
+    model = MMCoconutForConditionalGeneration(copy.deepcopy(config))
+    assert model.generation_config.suppress_tokens == special
+    model.save_pretrained(tmp_path)
+    assert MMCoconutForConditionalGeneration.from_pretrained(tmp_path).generation_config.suppress_tokens == special
+    model.generation_config.suppress_tokens = [*special, 7]
+    model.save_pretrained(tmp_path)
+    loaded = MMCoconutForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.suppress_tokens == [*special, 7]
+    (tmp_path / "generation_config.json").unlink()
+    loaded = MMCoconutForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.suppress_tokens == special
 
 
 def streaming_tokenizer():

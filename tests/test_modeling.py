@@ -629,8 +629,8 @@ def test_a_latent_after_the_last_label_is_refused():
     assert model(**batch, labels=labels).loss.isfinite()
 
 
-@pytest.mark.parametrize("text", ["gpt2", "qwen2"])
-def test_more_tokens_than_positions_are_refused_with_both_numbers(text):
+@pytest.mark.parametrize("text", ["gpt2", "bart", "marian"])
+def test_more_tokens_than_a_table_has_positions_are_refused_with_both_numbers(text):
     model = tiny_model(text)
     model(torch.tensor([words(128, 1)]))
     with pytest.raises(ValueError, match="129 tokens.*128 positions"):
@@ -638,6 +638,21 @@ def test_more_tokens_than_positions_are_refused_with_both_numbers(text):
     past = model(torch.tensor([words(120, 1)]), use_cache=True).past_key_values
     with pytest.raises(ValueError, match="130 tokens.*128 positions"):
         model(torch.tensor([words(10, 1)]), past_key_values=past)
+
+
+@pytest.mark.parametrize("rope", [{}, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}])
+@pytest.mark.parametrize("text", ["qwen2", "llama"])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_rotary_positions_go_on_beyond_those_of_training(text, rope, tolerance):
+    parameters = {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default", **rope}}
+    model = tiny_model(TEXT_CONFIGS[text](**parameters))
+    latent = model.config.latent_token_id
+    batch = batch_of(model, [[*words(150, 1), latent, latent, *words(3, 2)]])
+    with torch.no_grad():
+        logits = model(**batch).logits
+        with uncached(model):
+            expected = model(**batch, use_cache=False).logits
+    assert max_difference(logits, expected) <= tolerance
 
 
 def test_padding_does_not_count_as_tokens():

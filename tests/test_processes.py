@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 from test_train import TINY, losses
-from tiny import batch_of
+from tiny import batch_of, max_difference, ragged_rows
 from two_processes import CASES, labelled_batch, make_model, prompt, rows_of
 
 import train_hf
@@ -64,6 +64,18 @@ def test_the_two_processes_differ_in_their_passes():
         batch_of(model, rows_of(model.config, rank))["input_ids"] == model.config.latent_token_id for rank in (0, 1)
     ]
     assert [len(latent_columns(mask)) for mask in masks] == [6, 0]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_model_cut_across_processes_computes_what_it_does_whole(found, tied, tolerance):
+    model = make_model("qwen2 tied" if tied else "qwen2")
+    batch = batch_of(model, ragged_rows(model.config))
+    with torch.no_grad():
+        logits = model(**batch).logits
+    cut = found["tensor parallel", tied]
+    assert max_difference(cut["logits"], logits) <= tolerance
+    assert cut["tokens"].equal(model.generate(**batch, max_new_tokens=4, do_sample=False))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

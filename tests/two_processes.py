@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from tiny import (
+    TEXT_SIZES,
     batch_of,
     checkpoint_activations,
     decoder_side,
@@ -23,6 +24,8 @@ from tiny import (
 )
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen2Config
+from transformers.distributed import DistributedConfig
 
 from mmcoconut.lora import add_lora
 
@@ -52,7 +55,12 @@ def make_model(text: str):
     if text == "seq2seq":
         return tiny_seq2seq(thought_norm="projection")
     schedule = {"thought_schedule": "jacobi", "jacobi_iterations": 2} if text.endswith(" in parallel") else {}
-    model = tiny_model(text.split()[0], thought_norm="projection", **schedule)
+    name = (
+        Qwen2Config(**TEXT_SIZES, num_key_value_heads=2, tie_word_embeddings=True)
+        if text == "qwen2 tied"
+        else text.split()[0]
+    )
+    model = tiny_model(name, thought_norm="projection", **schedule)
     model.model.defer_weight_gradients = True
     if text.endswith(" truncated"):
         model.model.bptt_thoughts = 1
@@ -148,12 +156,26 @@ def in_parallel() -> list[str]:
     return errors
 
 
+def in_tensor_parallel(tied: bool, folder: Path) -> dict:
+    """Logits and tokens of a model of which each process holds half of the decoder and of its head."""
+    model = make_model("qwen2 tied" if tied else "qwen2")
+    if dist.get_rank() == 0:
+        model.save_pretrained(folder)
+    dist.barrier()
+    model = type(model).from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2))
+    batch = batch_of(model, ragged_rows(model.config))
+    with torch.no_grad():
+        logits = whole(model(**batch).logits)
+    return {"logits": logits, "tokens": model.generate(**batch, max_new_tokens=4, do_sample=False)}
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     found = {case: train(*case) for case in CASES}
     found |= {("generate", text): generate(text) for text in ("gpt2", "qwen2")}
     found |= {"too short": too_short(), "in parallel": in_parallel()}
+    found |= {("tensor parallel", tied): in_tensor_parallel(tied, folder / f"tied_{tied}") for tied in (False, True)}
     if dist.get_rank() == 0:
         torch.save(found, folder / "found.pt")
     dist.barrier()
