@@ -19,6 +19,8 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .backbones_mmcoconut import FromBackbones, call_with_row_positions
@@ -356,7 +358,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         vision_feature_select_strategy: str | None = None,
         num_tiles: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutImageOutput:
         """Features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
 
@@ -700,7 +702,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
         output_stop_logits: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutModelOutputWithPast:
         """Run images and text through the model; each latent placeholder reads the state of the column before it.
 
@@ -921,7 +923,7 @@ class MMCoconutForConditionalGeneration(
         output_thoughts: bool = False,
         output_stop_logits: bool = False,
         shift_labels: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutCausalLMOutputWithPast:
         """The base model, its head and the causal loss.
 

@@ -15,18 +15,23 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    ModelOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .compat_mmcoconut import CACHE, rename_cache, takes_cache_by_either_name
+from .compat_mmcoconut import CACHE, CacheByEitherName, rename_cache, takes_cache_by_either_name
 from .configuration_mmcoconut import MMCoconutConfig
 from .latent_mmcoconut import check_thoughts_matter, positions_from_mask
 from .modeling_mmcoconut import (
-    MMCoconutCausalLMOutputWithPast,
     MMCoconutForConditionalGeneration,
     MMCoconutModel,
-    MMCoconutModelOutputWithPast,
     thoughts_of,
 )
 from .positions_mmcoconut import position_limit
@@ -34,28 +39,46 @@ from .positions_mmcoconut import position_limit
 
 @dataclass
 class MMCoconutEncoderOutput(ModelOutput):
-    """What the decoder reads: states (B, E, D), visual tokens first, and their mask (B, E); image_embeds (I, D)."""
+    """What the decoder reads: states (B, E, D), visual tokens first, and their mask (B, E); image_embeds (I, D).
+
+    hidden_states (B, S, D), attentions (B, H, S, S): of the text encoder's layers, where they are asked for.
+    """
 
     last_hidden_state: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
-class MMCoconutSeq2SeqModelOutput(MMCoconutModelOutputWithPast):
-    """The base model's output of the decoder, and encoder_last_hidden_state (B, E, D), image_embeds (I, D)."""
+class MMCoconutSeq2SeqModelOutput(CacheByEitherName, Seq2SeqModelOutput):
+    """The base model's output: the decoder's states under transformers' names, and the encoder's.
 
-    encoder_last_hidden_state: torch.Tensor | None = None
+    encoder_last_hidden_state (B, E, D) is what the decoder reads, visual tokens first; encoder_hidden_states (B, S, D)
+    and encoder_attentions (B, H, S, S) are of the text encoder alone. image_embeds (I, D).
+    The rest as in MMCoconutModelOutputWithPast.
+    """
+
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    thoughts: torch.Tensor | None = None
+    thought_mask: torch.Tensor | None = None
+    stop_logits: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
 
 
 @dataclass
-class MMCoconutSeq2SeqLMOutput(MMCoconutCausalLMOutputWithPast):
+class MMCoconutSeq2SeqLMOutput(CacheByEitherName, Seq2SeqLMOutput):
     """The head's output: loss () of the labels alone, alignment_loss () in [0, 2], and the base model's fields."""
 
     alignment_loss: torch.Tensor | None = None
-    encoder_last_hidden_state: torch.Tensor | None = None
+    image_hidden_states: tuple[torch.Tensor, ...] | None = None
+    thoughts: torch.Tensor | None = None
+    thought_mask: torch.Tensor | None = None
+    stop_logits: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
 
 
@@ -70,6 +93,12 @@ def alignment_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tor
             f"{image_embeds.shape[0]} images to be aligned with {text_embeds.shape[0]} texts: give a text an image."
         )
     return (1 - nn.functional.cosine_similarity(image_embeds, text_embeds, dim=-1)).mean()
+
+
+def asked_outputs(settings: dict) -> dict:
+    """What of `output_hidden_states` and `output_attentions` is set, for the encoder."""
+    names = ("output_hidden_states", "output_attentions")
+    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 class MMCoconutSeq2SeqModel(MMCoconutModel):
@@ -97,16 +126,25 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
     def get_encoder(self, modality: str | None = None):
         return super().get_encoder(modality) if modality is not None else self.language_model.get_encoder()
 
+    @can_return_tuple
     @torch.no_grad()
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The teacher's vector of texts (n, S): its encoder's states meaned over the tokens, L2-normalised; (n, D)."""
+    def get_text_features(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | BaseModelOutputWithPooling:
+        """The teacher's view of texts (n, S): its encoder's states, and of each text one vector, `pooler_output`.
+
+        The vector is the states meaned over the tokens and L2-normalised, (n, D).
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)  # (n, S)
         encoder = self.get_encoder()
         training = encoder.training
         encoder.eval()  # a teacher says the same thing twice
-        states = encoder(input_ids, attention_mask=attention_mask).last_hidden_state  # (n, S, D)
+        outputs = encoder(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         encoder.train(training)
-        mask = attention_mask[..., None].to(states.dtype)  # (n, S, 1)
-        return nn.functional.normalize((states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        states, mask = outputs.last_hidden_state, attention_mask[..., None]  # (n, S, D), (n, S, 1)
+        mean = (states * mask.to(states.dtype)).sum(dim=1) / mask.sum(dim=1)  # (n, D)
+        return BaseModelOutputWithPooling(pooler_output=nn.functional.normalize(mean, dim=-1), **outputs)
 
     def check_encoder_length(self, num_tokens: int) -> None:
         limit = position_limit(self.get_encoder())
@@ -123,8 +161,11 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         pixel_values: torch.Tensor | None = None,
         num_tiles: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        **kwargs,
     ) -> MMCoconutEncoderOutput:
         """What the decoder is to read of questions (B, S) and their images; placeholders are not read as text.
+
+        kwargs: output_hidden_states and output_attentions, of the text encoder.
 
         Raises:
             ValueError: no question; placeholders and images differ in number; more tokens than the encoder has
@@ -136,7 +177,8 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)  # (B, S)
         text_mask = attention_mask * (input_ids != self.config.image_token_id)  # (B, S)
-        states = self.get_encoder()(input_ids, attention_mask=text_mask).last_hidden_state  # (B, S, D)
+        outputs = self.get_encoder()(input_ids, attention_mask=text_mask, return_dict=True, **kwargs)
+        states = outputs.last_hidden_state  # (B, S, D)
         projected, image_outputs = states[0, :0], None  # (0, D)
         if pixel_values is not None or image_features is not None:
             images = {"num_tiles": num_tiles, "image_features": image_features}
@@ -150,6 +192,8 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             attention_mask=read["encoder_attention_mask"],
             image_embeds=getattr(image_outputs, "image_embeds", None),
             image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
         )
 
     @takes_cache_by_either_name
@@ -171,7 +215,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
         output_stop_logits: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutSeq2SeqModelOutput:
         """Encode question and images, then run the decoder; each latent reads the state of the column before it.
 
@@ -184,7 +228,8 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             MMCoconutModel.forward, of the decoder.
         """
         if encoder_outputs is None:
-            encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features)
+            images = {"pixel_values": pixel_values, "num_tiles": num_tiles, "image_features": image_features}
+            encoder_outputs = self.encode(input_ids, attention_mask, **images, **asked_outputs(kwargs))
         inputs_embeds = self.get_input_embeddings()(decoder_input_ids)  # (B, T, D)
         latent_mask = decoder_input_ids == self.config.latent_token_id  # (B, T)
         outputs = self.run_decoder(
@@ -204,14 +249,16 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         return MMCoconutSeq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
             **{CACHE: outputs.past_key_values},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             image_hidden_states=encoder_outputs.image_hidden_states,
             **(thoughts_of(outputs, latent_mask) if output_thoughts else {}),
             stop_logits=outputs.stop_logits,
             attention_mask=outputs.attention_mask,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
             image_embeds=encoder_outputs.image_embeds,
         )
 
@@ -228,8 +275,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
     def get_encoder(self, modality: str | None = None):
         return self.model.get_encoder(modality)
 
-    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model.get_text_features(input_ids, attention_mask)
+    def get_text_features(self, *args, **kwargs) -> tuple | BaseModelOutputWithPooling:
+        return self.model.get_text_features(*args, **kwargs)
 
     def prefill(self, *args, **kwargs):
         """Refused: there is no prefix that questions share, because the encoder reads each of them whole."""
@@ -243,20 +290,27 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
 
         Raises:
             ValueError: `prefill_chunk_size`, which the library can cut a decoder's text into only where that is all;
-                a prefix, see `prefill`.
+                an assistant_model; a prefix, see `prefill`.
         """
         if prefix is not None:
             self.prefill()
         if kwargs.get("prefill_chunk_size") is not None:
             raise ValueError("prefill_chunk_size does not work with an encoder-decoder: leave it out.")
+        if kwargs.get("assistant_model") is not None:
+            raise ValueError(
+                "An assistant_model would read the question without its images, as an encoder-decoder hands on none: "
+                "leave it out, or pass prompt_lookup_num_tokens."
+            )
         rename_cache(kwargs)
         self.settle_stopping(kwargs)
         self.settle_cache(kwargs)
         if encoder_outputs is None:
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
             images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles", "image_features")}
+            chosen = kwargs.get("generation_config") or self.generation_config
+            asked = asked_outputs(chosen.to_dict()) | asked_outputs(kwargs)
             with torch.no_grad():
-                encoder_outputs = self.model.encode(input_ids, kwargs.pop("attention_mask", None), **images)
+                encoder_outputs = self.model.encode(input_ids, kwargs.pop("attention_mask", None), **images, **asked)
         kwargs["attention_mask"] = encoder_outputs.attention_mask
         # Not this class's parent, whose generate() checks images that are read in the text.
         return super(MMCoconutForConditionalGeneration, self).generate(
@@ -301,7 +355,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         thought_noise: torch.Tensor | None = None,
         output_thoughts: bool = False,
         output_stop_logits: bool = False,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutSeq2SeqLMOutput:
         """The base model, its head, the loss of the labels, and the alignment loss.
 
@@ -325,7 +379,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             raise ValueError("Labels of an encoder-decoder are not shifted, so it takes no shift_labels: pass labels.")
         aligned = None
         if encoder_outputs is None:
-            encoder_outputs = self.model.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features)
+            images = {"pixel_values": pixel_values, "num_tiles": num_tiles, "image_features": image_features}
+            encoder_outputs = self.model.encode(input_ids, attention_mask, **images, **asked_outputs(kwargs))
         if alignment_input_ids is not None:
             aligned = self.align(encoder_outputs.image_embeds, alignment_input_ids, alignment_attention_mask)
         if decoder_input_ids is None and labels is None:
@@ -363,7 +418,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
                 "There are texts to align images with, but no image vectors: pass the images, and take a projector "
                 f"that makes them, pooled_prefix or attention_prefix, not {self.config.projector_type}."
             )
-        return alignment_loss(image_embeds, self.get_text_features(alignment_input_ids, alignment_attention_mask))
+        texts = self.get_text_features(alignment_input_ids, alignment_attention_mask, return_dict=True)
+        return alignment_loss(image_embeds, texts.pooler_output)
 
     @classmethod
     def from_backbones(cls, *args, **kwargs):

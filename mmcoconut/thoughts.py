@@ -262,9 +262,10 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
     with eager_attention(model.get_decoder()) if attention else nullcontext():
         outputs = model.base_model(**inputs, **asked)
     columns = read_columns(mask, latent_columns)  # (n, N + 1)
-    layers = (*outputs.hidden_states[:-1], outputs.last_hidden_state)  # (n, T, D) each
+    hidden_states = outputs.decoder_hidden_states if model.config.is_encoder_decoder else outputs.hidden_states
+    layers = (*hidden_states[:-1], outputs.last_hidden_state)  # (n, T, D) each
     tokens, probabilities = logit_lens([take_columns(layer, columns) for layer in layers], model, top_k=top_k)
-    maps = outputs.cross_attentions or outputs.attentions
+    maps = outputs.cross_attentions or outputs.get("attentions")
     return Readings(
         thoughts=outputs.thoughts.cpu(),
         tokens=tokens,

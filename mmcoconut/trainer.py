@@ -240,7 +240,8 @@ class CurriculumTrainer(Trainer):
         sums[:, 0].index_add_(0, rows, outputs.loss)
         sums[:, 1] = rows.bincount(minlength=len(labels))
         if texts:
-            vectors = own_model.get_text_features(*(texts[name] for name in ALIGNED_TEXTS))  # (I, D)
+            described = own_model.get_text_features(*(texts[name] for name in ALIGNED_TEXTS), return_dict=True)
+            vectors = described.pooler_output  # (I, D)
             distances = 1 - nn.functional.cosine_similarity(outputs.image_embeds, vectors, dim=-1)  # (I,)
             rows = torch.arange(len(labels), device=labels.device).repeat_interleave(num_images)  # (I,)
             sums[:, 2].index_add_(0, rows, distances.float())

@@ -8,7 +8,9 @@ from tiny import (
     no_picture,
     plain_language_model,
     ragged_batch,
+    seq2seq_batch,
     tiny_model,
+    tiny_seq2seq,
     words,
 )
 
@@ -63,3 +65,54 @@ def test_the_towers_layers_that_are_asked_for_stand_beside_the_one_that_is_read(
         outputs = model.get_image_features(pixels, output_hidden_states=wanted)
     assert outputs.hidden_states[0] is not None and outputs.hidden_states[-1] is not None
     assert max_difference(torch.stack(outputs.pooler_output), torch.stack(expected)) == 0
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_encoder_decoder_generates_with_all_that_transformers_returns(num_beams):
+    model = tiny_seq2seq()
+    model.set_attn_implementation("eager")
+    batch = seq2seq_batch(model)
+    wanted = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
+    outputs = model.generate(**batch, **wanted, num_beams=num_beams, max_new_tokens=2, min_new_tokens=2)
+    rows, columns = batch["decoder_input_ids"].shape
+    questions = batch["input_ids"].shape
+    assert [states.shape[:2] for states in outputs.encoder_hidden_states] == [questions] * 2
+    assert [maps.shape[2:] for maps in outputs.encoder_attentions] == [questions[1:] * 2]
+    for first, second in (outputs.decoder_hidden_states, outputs.decoder_attentions, outputs.cross_attentions):
+        assert len(first) == len(second)
+    assert outputs.decoder_hidden_states[0][0].shape[:2] == (rows * num_beams, columns)
+    assert outputs.decoder_attentions[0][0].shape == (rows * num_beams, 4, columns, columns)
+    assert outputs.cross_attentions[1][0].shape[:3] == (rows * num_beams, 4, 1)
+
+
+def test_what_an_encoder_decoder_returns_has_the_names_and_values_of_its_parts():
+    model = tiny_seq2seq()
+    model.set_attn_implementation("eager")
+    batch = seq2seq_batch(model)
+    with torch.no_grad():
+        outputs = model(**batch, output_hidden_states=True, output_attentions=True)
+        mask = batch["attention_mask"] * (batch["input_ids"] != model.config.image_token_id)
+        encoder = model.get_encoder()(batch["input_ids"], attention_mask=mask, output_hidden_states=True)
+    names = ("decoder_hidden_states", "decoder_attentions", "cross_attentions", "encoder_hidden_states")
+    assert [len(outputs[name]) for name in (*names, "encoder_attentions")] == [3, 2, 2, 2, 1]
+    for states, expected in zip(outputs.encoder_hidden_states, encoder.hidden_states):
+        assert max_difference(states, expected) == 0
+    assert max_difference(model.lm_head(outputs.decoder_hidden_states[-1]), outputs.logits) == 0
+
+
+def test_text_features_are_an_output_with_states_and_vectors_or_a_tuple():
+    model = tiny_seq2seq()
+    ids = torch.tensor([words(5, 1), words(5, 2)])
+    outputs = model.get_text_features(input_ids=ids, output_hidden_states=True)
+    assert outputs.last_hidden_state.shape[:2] == ids.shape and len(outputs.hidden_states) == 2
+    assert torch.equal(outputs.pooler_output, model.get_text_features(ids, torch.ones_like(ids)).pooler_output)
+    assert torch.equal(model.get_text_features(ids, return_dict=False)[1], outputs.pooler_output)
+
+
+def test_an_encoder_decoder_refuses_an_assistant_and_takes_prompt_lookup():
+    model = tiny_seq2seq()
+    batch = seq2seq_batch(model, order=[0])
+    with pytest.raises(ValueError, match="prompt_lookup_num_tokens"):
+        model.generate(**batch, assistant_model=tiny_seq2seq(seed=1))
+    expected = model.generate(**batch, max_new_tokens=6)
+    assert torch.equal(model.generate(**batch, max_new_tokens=6, prompt_lookup_num_tokens=2), expected)

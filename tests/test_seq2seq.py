@@ -342,12 +342,12 @@ def texts_of_images(model) -> dict:
 def test_the_teachers_vector_is_the_mean_of_its_real_states(model, tolerance):
     texts = texts_of_images(model)
     ids, mask = texts["alignment_input_ids"], texts["alignment_attention_mask"]
-    vectors = model.get_text_features(ids, mask)
+    vectors = model.get_text_features(ids, mask).pooler_output
     for vector, row, real in zip(vectors, ids, mask.bool()):
         with torch.no_grad():
             states = model.get_encoder()(row[real][None]).last_hidden_state[0]
         assert max_difference(vector, functional.normalize(states.mean(dim=0), dim=0)) <= tolerance
-    assert torch.equal(model.get_text_features(ids.masked_fill(mask == 0, FIRST_WORD_ID), mask), vectors)
+    assert torch.equal(model.get_text_features(ids.masked_fill(mask == 0, FIRST_WORD_ID), mask).pooler_output, vectors)
 
 
 @pytest.mark.parametrize("projector_type", PREFIXES)
@@ -373,8 +373,8 @@ def test_both_losses_come_of_one_call_and_the_labels_loss_stays_what_it_is(model
     with torch.no_grad():
         both = model(**batch, labels=labels_of(batch), **texts)
         assert both.loss == model(**batch, labels=labels_of(batch)).loss
-        vectors = model.get_text_features(texts["alignment_input_ids"], texts["alignment_attention_mask"])
-        cosine = functional.cosine_similarity(both.image_embeds, vectors)
+        described = model.get_text_features(texts["alignment_input_ids"], texts["alignment_attention_mask"])
+        cosine = functional.cosine_similarity(both.image_embeds, described.pooler_output)
     assert both.alignment_loss.item() == pytest.approx(1 - cosine.mean().item(), abs=tolerance)
 
 
@@ -548,7 +548,7 @@ def test_saved_parts_load_by_themselves_and_tied_weights_stay_one(tmp_path, mode
 def test_teacher_says_the_same_in_training_as_in_evaluation(tolerance):
     model = tiny_seq2seq(text=TEXT_CONFIGS["bart"](dropout=0.5))
     texts = torch.tensor([words(5, 1), words(5, 2)])
-    expected = model.get_text_features(texts, torch.ones_like(texts))
+    expected = model.get_text_features(texts, torch.ones_like(texts)).pooler_output
     model.train()
-    assert max_difference(model.get_text_features(texts, torch.ones_like(texts)), expected) <= tolerance
+    assert max_difference(model.get_text_features(texts, torch.ones_like(texts)).pooler_output, expected) <= tolerance
     assert model.get_encoder().training
