@@ -33,7 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
-from .compat_mmcoconut import CACHE
+from .compat_mmcoconut import CACHE, current_backward_pass
 from .triton_mmcoconut import attention_backward as triton_attention_backward
 from .triton_mmcoconut import attention_forward as triton_attention_forward
 from .triton_mmcoconut import prefix_backward as triton_prefix_backward
@@ -234,9 +234,9 @@ class SplitStates:
 
     def enter(self) -> "SplitStates":
         """Itself, without what another backward pass left, one for some gradients only, which did not come to all."""
-        if self.backward_pass != torch._C._current_graph_task_id():
+        if self.backward_pass != current_backward_pass():
             self.tail_gradients, self.steps = (), []
-            self.backward_pass = torch._C._current_graph_task_id()
+            self.backward_pass = current_backward_pass()
         return self
 
     def tail(self, length: int) -> tuple[torch.Tensor, ...]:
