@@ -4,6 +4,7 @@ Shapes: D hidden of the language model, V vocabulary.
 """
 
 import copy
+import difflib
 from functools import partial
 
 import torch
@@ -45,6 +46,9 @@ def llava_fields(vlm: PreTrainedModel) -> dict:
 VLM_FIELDS = {"internvl": internvl_fields, "llava": llava_fields}
 SHARED_FIELDS = ("image_token_id", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
 
+OF_VLM_PROJECTOR = ("projector_type", "projector_bias", "downsample_ratio", "tie_word_embeddings")
+DECIDED_BY_VLM = (*TOKEN_ID_FIELDS, *SHARED_FIELDS, *OF_VLM_PROJECTOR, "vision_config", "text_config")
+
 
 def check_convertible(config: PreTrainedConfig) -> None:
     if config.model_type not in VLM_FIELDS:
@@ -52,6 +56,40 @@ def check_convertible(config: PreTrainedConfig) -> None:
             f"from_vlm cannot take over a {config.model_type}, only {', '.join(VLM_FIELDS)}: take one of these, or "
             "join a vision tower and a language model with from_backbones."
         )
+
+
+def check_fields(names, config_class: type, *, method: str, decided: tuple[str, ...] = TOKEN_ID_FIELDS) -> None:
+    """Raise for a name that is no field of the configuration, or one that is decided by the parts that are joined."""
+    fields = [name for name in config_class.__dataclass_fields__ if not name.startswith("_")]
+    for name in names:
+        if name in decided:
+            raise ValueError(f"{method} takes no {name!r}, which follows from the parts that it joins: leave it out.")
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "what it takes are the fields of MMCoconutConfig."
+            raise ValueError(f"{method} takes no {name!r}: {hint}")
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """The dtype of a name such as `bfloat16`, or as it is."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ValueError(
+            f"dtype={dtype!r} is not a type of weights: pass torch.bfloat16, torch.float16 or torch.float32."
+        )
+    return named
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with weights of this dtype; what is computed, such as rotary frequencies, stays as exact as it was."""
+    saved = model.state_dict().keys()
+    weights = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
+    for weight in weights:
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    for config in (model.config, model.config.vision_config, model.config.text_config):
+        config.dtype = dtype
+    return model
 
 
 def load_config(name_or_path: str, part: str) -> PreTrainedConfig:
@@ -287,6 +325,7 @@ class FromBackbones:
         vision_config: PreTrainedConfig | None = None,
         text_config: PreTrainedConfig | None = None,
         new_token_init: str | None = None,
+        dtype: torch.dtype | str | None = None,
         **config_kwargs,
     ):
         """A new model out of a vision tower and a language model, pretrained or from their configurations.
@@ -299,14 +338,17 @@ class FromBackbones:
                 where it lacks them, and the embeddings grow to its length.
             new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
                 None takes the mean of the old embeddings.
+            dtype: of all weights, e.g. torch.bfloat16; None: torch's default.
             config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add".
 
         Raises:
-            ValueError: both or neither of a name and a configuration; an unknown `new_token_init`; a language model
-                whose head is more than a matrix.
+            ValueError: both or neither of a name and a configuration; an unknown field, dtype or
+                `new_token_init`; a language model whose head is more than a matrix.
         """
         if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
             raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
+        check_fields(config_kwargs, cls.config_class, method="from_backbones")
+        dtype = as_dtype(dtype)
         image_fusion = config_kwargs.get("image_fusion", cls.config_class.image_fusion)
         cls.base_class.check_fusion(image_fusion)
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
@@ -338,7 +380,7 @@ class FromBackbones:
             forced_bos_token_id=None,  # BART's summaries want them, and an answer begins and ends by itself
             forced_eos_token_id=None,
         )
-        return model
+        return model if dtype is None else cast_weights(model, dtype)
 
     @staticmethod
     def language_part(causal_lm: PreTrainedModel) -> PreTrainedModel:
@@ -353,6 +395,7 @@ class FromBackbones:
         tokenizer=None,
         processor=None,
         new_token_init: str | None = None,
+        dtype: torch.dtype | str | None = None,
         **config_kwargs,
     ):
         """A pretrained InternVL or LLaVA that can think: tower, projector, decoder and head as they are.
@@ -363,13 +406,17 @@ class FromBackbones:
             tokenizer, or processor with one: loaded from `vlm` by default; the tokenizer gets the latent and the two
                 markers where it lacks them, and the embeddings grow to its length. The image token is the VLM's own.
             new_token_init: a token whose embedding the new tokens start from; None takes the mean of the old ones.
+            dtype: of all weights, e.g. torch.bfloat16; None: the model's own, or torch's default for one by name.
             config_kwargs: fields of MMCoconutConfig that the VLM does not decide, e.g. thought_norm or image_size.
 
         Raises:
-            ValueError: a model of another kind; a model without its tokenizer; an unknown `new_token_init`.
+            ValueError: a model of another kind; a model without its tokenizer; an unknown `new_token_init`, dtype or
+                field, or one that the VLM decides.
         """
         if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
             raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
+        check_fields(config_kwargs, cls.config_class, method="from_vlm", decided=DECIDED_BY_VLM)
+        dtype = as_dtype(dtype)
         tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
         vlm = load_vlm(vlm)
         fields = fields_of_vlm(vlm)
@@ -394,7 +441,7 @@ class FromBackbones:
             pad_token_id=tokenizer.pad_token_id,
             suppress_tokens=suppress_tokens,
         )
-        return model.to(vlm.device, vlm.dtype)
+        return cast_weights(model.to(vlm.device), vlm.dtype if dtype is None else dtype)
 
     @classmethod
     def without_backbones(cls, config: MMCoconutConfig):

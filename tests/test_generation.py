@@ -12,6 +12,7 @@ from tiny import (
     GPT2_SIZES,
     IN_TEXT_DECODERS,
     NO_DROPOUT,
+    TEXT_CONFIGS,
     batch_of,
     last_labels,
     max_difference,
@@ -167,13 +168,25 @@ def test_a_language_model_as_assistant_changes_nothing(text, tolerance):
         assert_equals_reference(model, row, tolerance, reference={}, assistant_model=assistant)
 
 
+def narrow_model(text):
+    """A thinking model of half the width, for images of the same size."""
+    config = TEXT_CONFIGS[text]()
+    config.hidden_size //= 2
+    return tiny_model(config, seed=1, image_fusion="cross_attention" if text in CROSS_DECODERS else "replace")
+
+
 @pytest.mark.parametrize("text", DECODERS)
 @pytest.mark.parametrize("tolerance", [1e-5])
-def test_a_thinking_assistant_changes_nothing(text, tolerance):
-    """On text: the library hands an assistant no images."""
-    model, assistant = tiny_model(text), tiny_model(text, seed=1)
-    row = text_batch(model, (4, 5, 9))
-    assert_equals_reference(model, row, tolerance, reference={}, assistant_model=assistant)
+def test_a_thinking_assistant_of_another_width_is_shown_the_images_and_changes_nothing(text, tolerance):
+    model, assistant = tiny_model(text), narrow_model(text)
+    shown = []
+    assistant.model.vision_tower.register_forward_hook(
+        lambda module, args, kwargs, output: shown.append(len(output.last_hidden_state)), with_kwargs=True
+    )
+    rows = rows_alone(model, ragged_batch(model))
+    for row in rows:
+        assert_equals_reference(model, row, tolerance, reference={}, assistant_model=assistant)
+    assert set(shown) == {len(row["pixel_values"]) for row in rows if "pixel_values" in row} == {1, 2}
 
 
 @pytest.mark.parametrize("text", DECODERS)
