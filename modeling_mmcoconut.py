@@ -156,11 +156,14 @@ def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> Encode
 
 
 def remember(outputs: ThinkOutput, past_key_values: Cache) -> Cache:
-    """The cache with the state (B, D) of its last column, so that a next call may begin with a latent."""
-    compiled_step = outputs.last_hidden_state.shape[1] == 1 and torch.compiler.is_compiling()
-    if compiled_step:
-        return past_key_values
+    """The cache with the state (B, D) of its last column, so that a next call may begin with a latent.
+
+    A compiled step of one token forgets it: its state lies in memory that the next replay of a graph overwrites.
+    """
     remember_skipped(past_key_values, outputs.attention_mask)
+    if outputs.last_hidden_state.shape[1] == 1 and torch.compiler.is_compiling():
+        past_key_values.last_hidden_state = None
+        return past_key_values
     return remember_state(past_key_values, outputs.last_hidden_state[:, -1])
 
 

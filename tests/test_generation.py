@@ -389,6 +389,20 @@ def test_a_compiled_chunk_of_one_latent_is_refused_not_misread(fresh_compiler):
         generate(model, text_batch(model, (6,), length=7), prefill_chunk_size=6, **compiled(fullgraph=False))
 
 
+def test_a_compiled_step_leaves_no_state_of_an_earlier_column(fresh_compiler):
+    """A cache that was cut and filled again by a compiled step is as long as before, with another last column."""
+    model = tiny_model("gpt2")
+    ids, latent = torch.tensor([words(8, 1)]), torch.tensor([[model.config.latent_token_id]])
+    step = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+        cache.crop(-1)
+        step(torch.tensor([[9]]), past_key_values=cache)
+        assert cache.get_seq_length() == 8
+        with pytest.raises(ValueError, match="no token before it"):
+            model(latent, past_key_values=cache)
+
+
 def thinking_batch(model, num_rows: int = 2) -> dict:
     """Rows of different lengths whose latents end in one column, so that most of their passes have one column."""
     latent = model.config.latent_token_id
