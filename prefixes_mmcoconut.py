@@ -17,7 +17,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 
 from .caches_mmcoconut import CrossAttentionCache, remember_state
-from .compat_mmcoconut import CACHE
+from .compat_mmcoconut import CACHE, RELEASE
 from .fusions_mmcoconut import check_one_source
 from .positions_mmcoconut import check_new_positions, position_limit
 
@@ -367,6 +367,12 @@ class GenerationBehindPrefix:
         """As transformers', behind a check of positions; a prefix is copied into the rows of the cache."""
         self._check_room(generation_config, model_kwargs, num_read)
         prefix = model_kwargs.get(CACHE)
+        begun = isinstance(prefix, PromptPrefix) or (prefix is not None and int(prefix.get_seq_length()) > 0)
+        if begun and generation_config.prefill_chunk_size is not None and RELEASE < (5, 21):
+            raise ValueError(
+                f"prefill_chunk_size={generation_config.prefill_chunk_size} behind a cache or prefix reads the wrong "
+                "columns in this release of transformers: install 5.21 or newer, or leave it out."
+            )
         prepare = super()._prepare_cache_for_generation
         if not isinstance(prefix, PromptPrefix):
             return prepare(generation_config, model_kwargs, generation_mode, batch_size, num_read)

@@ -87,6 +87,10 @@ def test_generation_behind_a_prefix_equals_plain_generation(text, options, toler
     before = [states.clone() for states in contents(prefix)]
     plain = {key: value for key, value in options.items() if key not in ("prefill_chunk_size", "cache_implementation")}
     expected = generate(model, batch, **plain)
+    if "prefill_chunk_size" in options and RELEASE < (5, 21):
+        with pytest.raises(ValueError, match="reads the wrong columns in this release of transformers"):
+            generate(model, batch, prefix=prefix, **options)
+        return
     assert_same(generate(model, batch, prefix=prefix, **options), expected, tolerance)
     without_pixels = {name: batch[name] for name in ("input_ids", "attention_mask")}
     assert_same(generate(model, without_pixels, prefix=prefix, **options), expected, tolerance)
