@@ -21,6 +21,8 @@ from tiny import (
 )
 from transformers import CompileConfig, GPT2Config
 
+from mmcoconut.compat_mmcoconut import RELEASE
+
 
 EXACTLY = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
 
