@@ -338,8 +338,9 @@ def test_run_killed_ten_times_ends_as_one_that_was_never_stopped(tmp_path, limit
     command = [sys.executable, str(ROOT / "train_hf.py"), str(tmp_path / "tiny.yaml"), *OPTIONS, *options]
     command += ["--output_dir", str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    startup = None  # seconds to the first checkpoint, which depend on the machine and what else it does
     for _ in range(10):
-        begun = newest_whole(folder)
+        begun, started = newest_whole(folder), time.monotonic()
         process = subprocess.Popen(
             [*command, *(RESUMED if begun else ["--overwrite", "true"])],
             env=environment,
@@ -347,7 +348,13 @@ def test_run_killed_ten_times_ends_as_one_that_was_never_stopped(tmp_path, limit
             stderr=subprocess.PIPE,
             text=True,
         )
-        time.sleep(draws.uniform(3, 9))
+        if startup is None:
+            while newest_whole(folder) is None and process.poll() is None:
+                time.sleep(0.05)
+            startup = time.monotonic() - started
+            time.sleep(draws.uniform(0, 3))
+        else:
+            time.sleep(draws.uniform(0.4 * startup, startup + 4))
         process.send_signal(signal.SIGKILL)
         _, said = process.communicate()
         assert process.returncode == -signal.SIGKILL, said[-3000:]
