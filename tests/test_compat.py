@@ -1,11 +1,13 @@
 """Names of transformers and torch that are private or moved: each test fails by name when one of them moves again."""
 
 import ast
+import importlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import ragged_batch, tiny_model, tiny_seq2seq
+from tiny import checkpoint_activations, ragged_batch, tiny_model, tiny_seq2seq
 from transformers import GPT2Config, GPT2Model
 from transformers.cache_utils import DynamicCache
 from transformers.generation import GenerationMixin
@@ -111,6 +113,52 @@ def test_shipped_files_use_no_private_name_of_transformers_or_torch(path):
     assert private - own <= allowed, f"{path.name} uses {private - own - allowed}: put it in compat_mmcoconut.py"
     overridden = {name for name in own - allowed if name.startswith("_") and any(hasattr(o, name) for o in OWNERS)}
     assert not {name for name in overridden if not name.startswith("__")}
+
+
+def test_private_methods_of_models_that_are_overridden_are_still_called(monkeypatch):
+    """One that is there and that nothing calls any more would be as bad as one that is gone."""
+    called, model = [], tiny_model()
+    for name in ("_set_gradient_checkpointing", "_prepare_cache_for_generation", "_init_weights"):
+        own = getattr(type(model), name)
+
+        def record(*args, own=own, name=name, **kwargs):
+            called.append(name)
+            return own(*args, **kwargs)
+
+        monkeypatch.setattr(type(model), name, record)
+    checkpoint_activations(model)
+    assert called == ["_set_gradient_checkpointing"]
+    model.generate(**ragged_batch(model), max_new_tokens=1)
+    assert called[1:] == ["_prepare_cache_for_generation"]
+    type(model)(model.config)
+    assert set(called[2:]) == {"_init_weights"}
+
+
+def test_checkpointing_is_seen_whatever_its_property_is_called():
+    model = tiny_model().train()
+    found = [compat.is_checkpointing(model)]
+    for enable in (True, False):
+        checkpoint_activations(model, enable=enable)
+        found.append(compat.is_checkpointing(model))
+    assert found == [False, True, False]
+
+
+@pytest.mark.parametrize("layers", [-1, [0, -1]])
+def test_a_tower_is_asked_for_what_is_read_and_what_is_wanted(layers):
+    named = [layers] if isinstance(layers, int) else layers
+    expected = [*named, 1] if compat.RELEASE >= (5, 23) else True
+    assert compat.hidden_states_to_return(layers, 1) == expected
+    assert compat.hidden_states_to_return(layers, True) is True
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_what_shipped_files_import_from_transformers_is_there(path):
+    """On the release that runs, of which the oldest supported one is another."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "transformers":
+            module, names = importlib.import_module(node.module), [alias.name for alias in node.names]
+            gone = [n for n in names if not (hasattr(module, n) or find_spec(f"{node.module}.{n}"))]
+            assert not gone, f"{path.name}:{node.lineno}: {node.module} has no {gone} any more"
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_seq2seq])
