@@ -119,6 +119,7 @@ class MMCoconutModelOutputWithPast(CacheByEitherName, BaseModelOutputWithPast):
     stop_logits (B, N): the stop head's, before each latent; with `output_stop_logits=True`.
     attention_mask (B, past + T): where rows left latents out, the mask in which these are 0, which every later call
     over the same cache needs.
+    image_outputs: what `get_image_features` gave, the tower's hidden states where `output_hidden_states=True`.
     """
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -127,6 +128,7 @@ class MMCoconutModelOutputWithPast(CacheByEitherName, BaseModelOutputWithPast):
     thought_mask: torch.Tensor | None = None
     stop_logits: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
+    image_outputs: MMCoconutImageOutput | None = None
 
 
 @dataclass
@@ -143,6 +145,7 @@ class MMCoconutCausalLMOutputWithPast(CacheByEitherName, CausalLMOutputWithPast)
     thought_mask: torch.Tensor | None = None
     stop_logits: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
+    image_outputs: MMCoconutImageOutput | None = None
 
 
 def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> EncoderDecoderCache:
@@ -171,6 +174,11 @@ def thoughts_of(outputs: ThinkOutput, latent_mask: torch.Tensor) -> dict:
     """`thoughts` and `thought_mask` of the model's output, for the latents (B, T) of a call."""
     thought_mask = latent_mask if outputs.skipped is None else latent_mask & ~outputs.skipped
     return dict(zip(("thoughts", "thought_mask"), gather_thoughts(outputs.inputs_embeds, thought_mask)))
+
+
+def asked_of_tower(kwargs: dict) -> dict:
+    """What the vision tower is asked for beside the decoder; a choice of layers is the decoder's."""
+    return {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name) is True}
 
 
 def remembered(past_key_values: Cache | None) -> torch.Tensor | None:
@@ -738,7 +746,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         encodes = pixel_values is not None or image_features is not None
         if encodes:
             images = {"num_tiles": num_tiles, "image_features": image_features}
-            image_outputs = self.get_image_features(pixel_values, **images, return_dict=True)
+            image_outputs = self.get_image_features(pixel_values, **images, **asked_of_tower(kwargs), return_dict=True)
 
         latent_mask = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
         decoder_inputs = self.fuse_images(input_ids, inputs_embeds, image_outputs, past_key_values)
@@ -767,7 +775,15 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             **(thoughts_of(outputs, latent_mask) if output_thoughts else {}),
             stop_logits=outputs.stop_logits,
             attention_mask=outputs.attention_mask,
+            image_outputs=self.returned_of_tower(image_outputs, kwargs),
         )
+
+    def returned_of_tower(self, image_outputs, kwargs: dict):
+        """What `image_outputs` of the model's output holds: no states that only the projector asked for."""
+        wanted = kwargs.get("output_hidden_states") or self.vision_tower.config.output_hidden_states
+        if wanted or image_outputs is None:
+            return image_outputs
+        return type(image_outputs)(**{name: value for name, value in image_outputs.items() if name != "hidden_states"})
 
 
 def setting_of_base(name: str) -> property:
@@ -979,6 +995,7 @@ class MMCoconutForConditionalGeneration(
             thought_mask=outputs.thought_mask,
             stop_logits=outputs.stop_logits,
             attention_mask=outputs.attention_mask,
+            image_outputs=outputs.image_outputs,
         )
 
 

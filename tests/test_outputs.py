@@ -116,3 +116,26 @@ def test_an_encoder_decoder_refuses_an_assistant_and_takes_prompt_lookup():
         model.generate(**batch, assistant_model=tiny_seq2seq(seed=1))
     expected = model.generate(**batch, max_new_tokens=6)
     assert torch.equal(model.generate(**batch, max_new_tokens=6, prompt_lookup_num_tokens=2), expected)
+
+
+@pytest.mark.parametrize("part", ["whole", "base"])
+def test_what_the_tower_gave_is_returned_and_its_states_only_where_they_are_asked_for(part):
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    module, batch = model if part == "whole" else model.model, ragged_batch(model)
+    with torch.no_grad():
+        asked = module(**batch, output_hidden_states=True, output_attentions=True).image_outputs
+        plain = module(**batch).image_outputs
+        expected = model.vision_tower(batch["pixel_values"], output_hidden_states=True)
+    assert len(asked.hidden_states) == 3 and len(asked.attentions) == 2
+    assert max_difference(asked.hidden_states[1], expected.hidden_states[1]) == 0
+    assert plain.hidden_states is None and len(plain.pooler_output) == len(batch["pixel_values"])
+    model.vision_tower.config.output_hidden_states = True
+    assert module(**batch).image_outputs.hidden_states is not None
+
+
+@pytest.mark.skipif(RELEASE < (5, 23), reason="transformers selects layers from 5.23 on")
+def test_a_choice_of_layers_is_the_decoders_alone():
+    model = tiny_model()
+    outputs = model(**ragged_batch(model), output_hidden_states=[2])
+    assert outputs.hidden_states[2] is not None and outputs.image_outputs.last_hidden_state is not None
