@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_from_vlm import tiny_vlm
-from tiny import max_difference, ragged_batch, tiny_model, tiny_seq2seq
+from tiny import max_difference, ragged_batch, seq2seq_batch, tiny_model, tiny_seq2seq
 
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
@@ -62,3 +62,13 @@ def test_a_narrow_model_computes_what_a_cast_one_does():
 def test_a_dtype_that_weights_cannot_have_is_refused(dtype):
     with pytest.raises(ValueError, match="not a type of weights: pass torch.bfloat16"):
         tiny_model(dtype=dtype)
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_seq2seq])
+def test_generate_refuses_an_argument_that_nothing_reads(make):
+    """The keywords of attention and outputs are known, so that a misspelt one of them is not taken for another."""
+    model = make()
+    batch = seq2seq_batch(model) if make is tiny_seq2seq else ragged_batch(model)
+    for unknown in ("max_new_token", "output_attention", "pixel_value"):
+        with pytest.raises(ValueError, match=f"not used by the model: .*'{unknown}'"):
+            model.generate(**batch, **{unknown: 1})
