@@ -1,7 +1,8 @@
 """Read an image as upright RGB: the one way in for training, evaluation, `processor(images=…)`, pipelines and demo.
 
 Paths, URLs, base64 and PIL images are decoded here and not by transformers, whose loaders clip 16 bits to white and
-drop transparency. Arrays and tensors hold pixels already, and stay as they are.
+drop transparency. Arrays and tensors hold pixels already, and stay as they are. Behind that: which images belong to
+which text, and the tiles that some image processors cut.
 """
 
 import base64
@@ -10,7 +11,7 @@ import os
 import struct
 import urllib.request
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.client import HTTPException
 from typing import BinaryIO
@@ -222,3 +223,83 @@ def read_images(images):
 def flat_images(images) -> list:
     """Read images as `read_images` does, into one flat list; a four-dimensional array is several images."""
     return list(make_flat_list_of_images(read_images(images)))
+
+
+def shared_out(images: Sequence, shares: Sequence[int]) -> list[list]:
+    """Images in lists of so many each.
+
+    Raises:
+        ValueError: there are more images, or fewer.
+    """
+    if len(images) != sum(shares):
+        raise ValueError(
+            f"The {len(shares)} texts have {sum(shares)} image tokens ({', '.join(map(str, shares))}) and "
+            f"{len(images)} images are given: give one image for each."
+        )
+    ends = [sum(shares[: number + 1]) for number in range(len(shares))]
+    return [list(images[end - share : end]) for end, share in zip(ends, shares)]
+
+
+def images_of_each(images, texts: Sequence, shares: Sequence[int] | None = None) -> list[list]:
+    """Images as one list a text: nested lists as they are, a flat list one a text, or all for a single text.
+
+    shares: how many of a flat list each text is to have, for texts that say so.
+
+    Raises:
+        ValueError: a flat list whose length differs from the number of texts, or nested lists of another number.
+    """
+    if images is None:
+        return [[] for _ in texts]
+    nested = isinstance(images, (list, tuple)) and all(isinstance(image, (list, tuple)) for image in images)
+    flat = list(images) if isinstance(images, (list, tuple)) else [images]
+    if not nested and len(texts) == 1:
+        return [flat]
+    if not nested and shares is not None:
+        return shared_out(flat, shares)
+    if len(flat) != len(texts):
+        raise ValueError(
+            f"{len(flat)} images for {len(texts)} texts: give one image a text, or a list of images for each text "
+            "([[a, b], [], [c]])."
+        )
+    return [list(group) for group in flat] if nested else [[image] for image in flat]
+
+
+def makes_tiles(image_processor) -> bool:
+    """Whether this image processor can cut a picture into tiles."""
+    return "crop_to_patches" in image_processor.valid_kwargs.__annotations__
+
+
+def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None, max_tiles: int | None) -> None:
+    """Switch tiles on where the image processor can make them, with the given side and numbers or its own.
+
+    Raises:
+        ValueError: a setting for an image processor without tiles; more tiles at least than at most.
+    """
+    settings = {"min_patches": min_tiles, "max_patches": max_tiles}
+    settings["size"] = None if image_size is None else {"height": image_size, "width": image_size}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not makes_tiles(image_processor):
+        if given:
+            raise ValueError(
+                f"{type(image_processor).__name__} cuts no tiles, so image_size={image_size}, min_tiles={min_tiles} "
+                f"and max_tiles={max_tiles} have no effect: leave them out, or set up its own sizes and give it."
+            )
+        return
+    image_processor.crop_to_patches = True
+    for name, value in given.items():
+        setattr(image_processor, name, value)
+    if not 1 <= image_processor.min_patches <= image_processor.max_patches:
+        raise ValueError(
+            f"At least {image_processor.min_patches} and at most {image_processor.max_patches} tiles: set min_tiles "
+            "and max_tiles so that 1 <= min_tiles <= max_tiles."
+        )
+
+
+def without_thumbnails(inputs: dict) -> dict:
+    """pixel_values, a list of tiles, and num_tiles, a list, without the last tile of every image that has several."""
+    kept, counts, first = [], [], 0
+    for number in inputs["num_tiles"]:
+        last = first + max(1, number - 1)
+        kept, counts = [*kept, *inputs["pixel_values"][first:last]], [*counts, last - first]
+        first += number
+    return {**inputs, "pixel_values": kept, "num_tiles": counts}
