@@ -117,7 +117,13 @@ def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
 
 
 class RenderedPrompt(str):
-    """A chat as `apply_chat_template(tokenize=False)` renders it; its control tokens are meant. Text may be added."""
+    """A chat as `apply_chat_template(tokenize=False)` renders it; its control tokens are meant.
+
+    So are those of its slices, and of text that is added in front of it or behind it.
+    """
+
+    def __getitem__(self, place) -> "RenderedPrompt":
+        return RenderedPrompt(str.__getitem__(self, place))
 
     def __add__(self, other: str) -> "RenderedPrompt":
         return RenderedPrompt(str(self) + other)

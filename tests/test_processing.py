@@ -258,6 +258,14 @@ def test_text_may_stand_before_what_a_template_rendered(processor, image):
     assert ids == processor.encode_text("Look:\n") + processor.encode_prompt(QUESTION, num_latents=2)
 
 
+def test_parts_of_what_a_template_rendered_are_rendered(processor, image):
+    messages = chat_of([QUESTION, "### red"], image)
+    prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True, num_latents=2)
+    completion = processor.apply_chat_template(messages, num_latents=2)[len(prompt) :]
+    ids = processor(text=completion)["input_ids"][0]
+    assert ids == processor.encode_answer("red")
+
+
 COPIES = {
     "characters": lambda text: "".join(list(text)),
     "JSON": lambda text: json.loads(json.dumps({"text": text}))["text"],
