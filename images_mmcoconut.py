@@ -1,8 +1,9 @@
 """Read an image as upright RGB: the one way in for training, evaluation, `processor(images=…)`, pipelines and demo.
 
 Paths, URLs, base64 and PIL images are decoded here and not by transformers, whose loaders clip 16 bits to white and
-drop transparency. Arrays and tensors hold pixels already, and stay as they are. Behind that: which images belong to
-which text, and the tiles that some image processors cut.
+drop transparency. Arrays and tensors of three channels hold pixels already, and stay as they are; greys, alpha and 16
+bits in them are read as in files. Behind that: which images belong to which text, and the tiles that image processors
+cut.
 """
 
 import base64
@@ -18,7 +19,7 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
-from transformers.image_utils import is_valid_image, make_flat_list_of_images
+from transformers.image_utils import is_valid_image
 
 
 # Where Pillow starts to warn of a decompression bomb (256 MiB of 24-bit pixels). Fixed here, so that a program that
@@ -30,6 +31,7 @@ READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 REMEDY = "replace the image"
 KINDS = "a path, a URL (http://, https://, data:), base64 text of a file, a PIL image, an array or a tensor"
+ARRAY_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 URL_PREFIXES = ("http://", "https://", "data:")
 URL_TIMEOUT = 60  # seconds without an answer
 LONGEST_TEXT_SHOWN = 500  # characters; longer text is base64 and not a path
@@ -193,6 +195,43 @@ def _read_pil(image: Image.Image) -> Image.Image:
         return to_rgb(image)
 
 
+def _channels_of(image) -> int | None:
+    """Return how many channels an array has, in front or behind as transformers takes them; None if unclear."""
+    if image.ndim == 2:
+        return 1
+    if image.ndim != 3:
+        return None
+    ends = (image.shape[0], image.shape[-1])
+    return 3 if 3 in ends else next((end for end in reversed(ends) if end in ARRAY_MODES), None)
+
+
+def _read_array(image):
+    """Return an array of one image, or a list of images for one of four dimensions.
+
+    Raises:
+        UnreadableImageError: a shape that is no image's; alpha that is not of 8 or 16 bits.
+    """
+    if image.ndim == 4:
+        return [_read_array(one) for one in image]
+    channels, kind = _channels_of(image), str(image.dtype).removeprefix("torch.")
+    is_whole = kind in ("uint8", "uint16", "bool")
+    if channels is None or (channels in (2, 4) and not is_whole):
+        raise UnreadableImageError(
+            f"array of shape {tuple(image.shape)} and type {kind}: is no image; give (height, width), (height, width, "
+            "channels) or (channels, height, width) with 1 or 3 channels, or of uint8, uint16 or bool with alpha too"
+        )
+    if not is_whole:
+        return image[:, :, None] if image.ndim == 2 else image
+    if channels == 3 and kind == "uint8":
+        return image
+    values = np.asarray(image)
+    values = values >> 8 if kind == "uint16" else values * np.uint8(255 if kind == "bool" else 1)
+    if values.ndim == 3 and values.shape[-1] != channels:
+        values = values.transpose(1, 2, 0)  # (height, width, channels)
+    values = np.ascontiguousarray(values[..., 0] if channels == 1 and values.ndim == 3 else values, dtype=np.uint8)
+    return to_rgb(Image.frombytes(ARRAY_MODES[channels], values.shape[1::-1], values.tobytes()))
+
+
 def read_images(images):
     """Read an image, or every image in nested lists; lists stay lists.
 
@@ -202,7 +241,8 @@ def read_images(images):
 
     Returns:
         RGB PIL images in their places, upright, 16-bit greys by their high byte, transparency over white. Arrays and
-        tensors stay as they are.
+        tensors of three channels stay as they are; those of uint8, uint16 or bool with one channel, alpha or 16 bits
+        are read as a file of them is. Four dimensions are a list of images.
 
     Raises:
         UnreadableImageError: an image that is missing, damaged or of another type, by its name and with the remedy.
@@ -217,12 +257,20 @@ def read_images(images):
         return _read_file(images)
     if not is_valid_image(images):
         raise UnreadableImageError(f"image of type {type(images).__name__}: is none that can be read; give {KINDS}")
-    return images
+    return _read_array(images)
+
+
+def _flat(images) -> Iterator:
+    if not isinstance(images, list):
+        yield images
+        return
+    for image in images:
+        yield from _flat(image)
 
 
 def flat_images(images) -> list:
     """Read images as `read_images` does, into one flat list; a four-dimensional array is several images."""
-    return list(make_flat_list_of_images(read_images(images)))
+    return list(_flat(read_images(images)))
 
 
 def shared_out(images: Sequence, shares: Sequence[int]) -> list[list]:
@@ -250,6 +298,8 @@ def images_of_each(images, texts: Sequence, shares: Sequence[int] | None = None)
     """
     if images is None:
         return [[] for _ in texts]
+    if is_valid_image(images) and not isinstance(images, Image.Image) and images.ndim == 4:
+        images = list(images)
     nested = isinstance(images, (list, tuple)) and all(isinstance(image, (list, tuple)) for image in images)
     flat = list(images) if isinstance(images, (list, tuple)) else [images]
     if not nested and len(texts) == 1:
