@@ -1,18 +1,27 @@
 """The layout as a chat template, and rendered chats as ids in which user text never becomes a control token.
 
-A chat is rendered with marks around what its messages say: around each string in them that is a control token of the
-tokenizer, which is then encoded as text, and around what the assistant writes, for its mask. The marks are characters
-of Unicode's private use, taken out of messages before.
+A chat is rendered with marks around each string in it that is a control token of the tokenizer, which is then encoded
+as text. Where a mask of what the assistant writes is asked for and the template has no `{% generation %}`, marks stand
+around that too. The marks are characters of Unicode's private use, taken out of messages before.
 """
 
 import re
 from collections.abc import Sequence
 
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from .configuration_mmcoconut import LATENT_TOKEN, THOUGHT_TOKENS
+
 
 ANSWER_MARKER = "###"
 QUOTES = ("\ue000", "\ue001")
 WRITTEN = ("\ue002", "\ue003")
-MARKS = re.compile("[\ue000-\ue003]")
+SAMPLE = "\ue004"
+MARKS = re.compile("[\ue000-\ue004]")
+GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
+ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
+# Under these names a part of a message holds its image.
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
 MARKERS = ("both", "start", "none")
 SET_THOUGHTS = (
     "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
@@ -20,14 +29,16 @@ SET_THOUGHTS = (
     " ~ ('<|end-latent|>' if markers | default('both') == 'both' else '') -%}"
 )
 CHAT_TEMPLATE = (
-    SET_THOUGHTS + "{{- BOS -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- thoughts -}}{%- endif -%}"
-    "{%- if message['content'] is string -%}{{- message['content'] -}}"
-    "{%- else -%}{%- for part in message['content'] -%}"
+    SET_THOUGHTS + "{%- macro said(content) -%}"
+    "{%- if content is string -%}{{- content -}}"
+    "{%- else -%}{%- for part in content -%}"
     "{{- '<image>' if part['type'] == 'image' else part['text'] -}}"
-    "{%- endfor -%}{%- endif -%}"
-    "{{- eos_token if message['role'] == 'assistant' else '\n' -}}"
+    "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
+    "{{- BOS -}}"
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}{{- thoughts -}}"
+    "{%- generation -%}{{- said(message['content']) ~ eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- said(message['content']) ~ '\n' -}}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- thoughts -}}{%- endif -%}"
 )
@@ -80,15 +91,6 @@ def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str
     return SET_THOUGHTS + THINKING_MESSAGES + bos + chat_template.removesuffix("\n") + end
 
 
-def texts_of(conversation) -> list[str]:
-    """All texts in the messages of a conversation, or of a list of them."""
-    if isinstance(conversation, str):
-        return [conversation]
-    if isinstance(conversation, dict):
-        return texts_of(conversation.get("content", conversation.get("text", "")))
-    return [text for part in conversation for text in texts_of(part)]
-
-
 def user_message(text: str, num_images: int = 0) -> dict:
     return {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
 
@@ -104,20 +106,59 @@ def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: i
     return messages
 
 
+def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
+    """Where ids stand in others for the last time; -1 if nowhere.
+
+    >>> last_place([1, 2], [1, 2, 0, 1, 2]), last_place([2, 1], [1, 2])
+    (3, -1)
+    """
+    starts = range(len(whole) - len(part), -1, -1)
+    return next((start for start in starts if whole[start : start + len(part)] == part), -1)
+
+
 class RenderedPrompt(str):
-    """A chat as `apply_chat_template(tokenize=False)` renders it; its control tokens are meant. Text may follow it."""
+    """A chat as `apply_chat_template(tokenize=False)` renders it; its control tokens are meant.
+
+    So are those of its slices, and of text that is added in front of it or behind it.
+    """
+
+    def __getitem__(self, place) -> "RenderedPrompt":
+        return RenderedPrompt(str.__getitem__(self, place))
 
     def __add__(self, other: str) -> "RenderedPrompt":
         return RenderedPrompt(str(self) + other)
+
+    def __radd__(self, other: str) -> "RenderedPrompt":
+        return RenderedPrompt(other + str(self))
 
     def __reduce__(self):
         return RenderedPrompt, (str(self),)
 
 
 def conversations_of(conversation) -> tuple[list[list[dict]], bool]:
-    """Return a list of chats, and whether there were several."""
-    is_batch = bool(conversation) and not isinstance(conversation[0], dict)
-    return list(conversation) if is_batch else [conversation], is_batch
+    """Return a list of chats with images under type `image` and text under every content, and if there were several.
+
+    Raises:
+        ValueError: no message, or one that is no mapping.
+    """
+    is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
+    chats = list(conversation) if is_batch else [conversation]
+    for chat in chats:
+        if not chat or not all(isinstance(message, dict) for message in chat):
+            kinds = ", ".join(sorted({type(message).__name__ for message in chat})) or "none"
+            raise ValueError(
+                f"A chat has messages of type {kinds}: give each chat as a list of "
+                "{'role': …, 'content': …}, with at least one."
+            )
+    return [[_normal(message) for message in chat] for chat in chats], is_batch
+
+
+def _normal(message: dict) -> dict:
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return {**message, "content": content}
+    parts = [{**part, "type": "image"} if part.get("type") == "image_url" else part for part in content]
+    return {**message, "content": parts}
 
 
 def images_of(messages: Sequence[dict]) -> list:
@@ -126,78 +167,230 @@ def images_of(messages: Sequence[dict]) -> list:
     for message in messages:
         parts = message["content"] if not isinstance(message["content"], str) else []
         for part in parts:
-            if part["type"] in ("image", "image_url"):
-                values = [part.get(key) for key in ("image", "url", "path", "base64", "image_url")]
+            if part["type"] == "image":
+                values = [part.get(key) for key in IMAGE_KEYS]
                 value = next((value for value in values if value is not None), None)
                 found.append(value["url"] if isinstance(value, dict) else value)
     return [image for image in found if image is not None]
 
 
-def control_tokens_of(tokenizer) -> re.Pattern:
-    """Match any token that the tokenizer reads whole out of a text, the longest first."""
-    tokens = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
-
-
-def marked(messages: Sequence[dict], tokenizer, *, quotes: bool = True) -> list[dict]:
-    """Return messages with marks around control tokens in them, unless quotes is False, and the assistant's text."""
-    tokens = control_tokens_of(tokenizer)
-
-    def mark(text: str, role: str) -> str:
-        text = MARKS.sub("", text)
-        if quotes:
-            text = tokens.sub(f"{QUOTES[0]}\\g<0>{QUOTES[1]}", text)
-        return f"{WRITTEN[0]}{text}{WRITTEN[1]}" if role == "assistant" else text
-
+def without_images(messages: Sequence[dict]) -> list[dict]:
+    """Return messages whose images are left out but for their places: a template sees that there is one."""
     result = []
     for message in messages:
         content = message["content"]
-        if isinstance(content, str):
-            content = mark(content, message["role"])
-        else:
+        if not isinstance(content, str):
             content = [
-                {**part, "text": mark(part["text"], message["role"])} if part.get("text") is not None else part
+                {key: value for key, value in part.items() if key not in IMAGE_KEYS or part["type"] != "image"}
                 for part in content
             ]
         result.append({**message, "content": content})
     return result
 
 
-def encode_piece(tokenizer, text: str, *, quoted: bool, follows: bool, with_spans: bool) -> tuple[list, list]:
+def control_tokens_of(tokenizer, chat_template: str) -> re.Pattern:
+    """Match what user text may not write: special tokens, and other added tokens that the template writes.
+
+    The longest come first, for one may begin another. White space is ordinary text, though some tokenizers add it.
+    """
+    added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
+    tokens = {token.content for token in added if token.special or token.content in chat_template}
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+
+def unquoted(text: str) -> str:
+    """Return a text without characters that are marks here."""
+    return MARKS.sub("", text)
+
+
+def quoted(value, tokens: re.Pattern | None):
+    """Return a value with marks around control tokens in every string in it: messages, tools, documents, variables.
+
+    tokens: None gives strings without marks of any kind.
+    """
+    if isinstance(value, str):
+        text = unquoted(value)
+        return text if tokens is None else tokens.sub(f"{QUOTES[0]}\\g<0>{QUOTES[1]}", text)
+    if isinstance(value, dict):
+        return {key: quoted(item, tokens) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [quoted(item, tokens) for item in value]
+    return value
+
+
+def written(messages: Sequence[dict]) -> list[dict]:
+    """Return messages with marks around every text of the assistant."""
+
+    def mark(text: str) -> str:
+        return f"{WRITTEN[0]}{text}{WRITTEN[1]}"
+
+    result = []
+    for message in messages:
+        content = message["content"]
+        if message.get("role") != "assistant":
+            result.append(message)
+        elif isinstance(content, str):
+            result.append({**message, "content": mark(content)})
+        else:
+            parts = [{**part, "text": mark(part["text"])} if part["type"] == "text" else part for part in content]
+            result.append({**message, "content": parts})
+    return result
+
+
+def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
+    """Render one chat.
+
+    Args:
+        messages: of `conversations_of`, with or without marks of `quoted`.
+        variables: of the template, `add_generation_prompt`, `continue_final_message`, `tools`, `documents`.
+        with_spans: whether the places of what the assistant writes are wanted.
+
+    Returns:
+        the text, and where in it the assistant's texts begin and end: what the template puts into `{% generation %}`,
+        or, in a template without that, the messages' texts.
+
+    Raises:
+        ValueError: a template without `{% generation %}` that changes the assistant's text.
+    """
+    options = {**tokenizer.special_tokens_map, **variables}
+    by_template = with_spans and GENERATION.search(chat_template) is not None
+    [text], spans = render_jinja_template(
+        [list(messages)], chat_template=chat_template, return_assistant_tokens_mask=by_template, **options
+    )
+    if by_template or not with_spans:
+        return text, spans[0] if spans else []
+    [marked], _ = render_jinja_template([written(messages)], chat_template=chat_template, **options)
+    pieces = re.split(f"[{''.join(WRITTEN)}]", marked)
+    if "".join(pieces) != text:
+        raise ValueError(
+            "The chat template changes what the assistant wrote, such as the space around it, so there is no telling "
+            "which tokens it writes: put {% generation %} … {% endgeneration %} around them in the template."
+        )
+    ends = [sum(map(len, pieces[: number + 1])) for number in range(len(pieces))]
+    spans = list(zip(ends[:-1:2], ends[1::2]))
+    eos = tokenizer.eos_token
+    return text, [(start, end + len(eos) * text.startswith(eos, end)) for start, end in spans]
+
+
+def encode_piece(tokenizer, text: str, *, follows: bool, with_spans: bool, as_text: bool = False) -> tuple[list, list]:
     """Return the ids of a piece of a chat and, if wanted, where each begins and ends in it.
 
-    quoted: control tokens in it are text. follows: it stands behind another piece, so it is encoded behind a line
+    as_text: control tokens in it are text. follows: it stands behind another piece, so it is encoded behind a line
     break, before which SentencePiece adds its space.
     """
     front = "\n" if follows else ""
-    options = {"add_special_tokens": False, "split_special_tokens": quoted, "return_offsets_mapping": with_spans}
+    options = {"add_special_tokens": False, "split_special_tokens": as_text, "return_offsets_mapping": with_spans}
     encoded = tokenizer(front + text, **options)
     ids, breaks = encoded["input_ids"], tokenizer(front, add_special_tokens=False)["input_ids"] if front else []
     if ids[: len(breaks)] != breaks:
-        return encode_piece(tokenizer, text, quoted=quoted, follows=False, with_spans=with_spans)
+        return encode_piece(tokenizer, text, as_text=as_text, follows=False, with_spans=with_spans)
     spans = encoded["offset_mapping"][len(breaks) :] if with_spans else [(0, 0)] * (len(ids) - len(breaks))
     return ids[len(breaks) :], [(start - len(front), end - len(front)) for start, end in spans]
 
 
-def encode_marked(tokenizer, chat: str, *, with_mask: bool = False) -> tuple[list[int], list[int]]:
-    """Return the ids of a chat rendered from `marked` messages and, with_mask, 1 at what the assistant writes.
+def encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> tuple[list, list]:
+    """As `encode_piece`, for the string of a control token, which is text.
 
-    The end token directly behind what it writes is part of that; without with_mask all are 0.
+    An added token that is not special is found in text too, but not in its halves.
+
+    Raises:
+        ValueError: the tokenizer makes the token out of any text.
     """
-    ids, mask, is_written = [], [], False
+    options = {"as_text": True, "with_spans": with_spans}
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    ids, spans = encode_piece(tokenizer, token, follows=follows, **options)
+    if token_id in ids:
+        (first, first_spans), (rest, rest_spans) = (
+            encode_piece(tokenizer, token[:1], follows=follows, **options),
+            encode_piece(tokenizer, token[1:], follows=True, **options),
+        )
+        ids, spans = first + rest, first_spans + [(start + 1, end + 1) for start, end in rest_spans]
+    if token_id in ids:
+        raise ValueError(f"A message holds {token!r}, which this tokenizer cannot read as text: leave it out.")
+    return ids, spans
+
+
+def encode_marked(tokenizer, chat: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int]]:
+    """Return the ids of a chat rendered from `quoted` messages, and 1 at those that lie in the given spans of it.
+
+    Thoughts are no text of anybody: 0, wherever a template puts them.
+    """
+    ids, mask, begins = [], [], 0
+    thought_ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
     for number, piece in enumerate(re.split(f"[{''.join(QUOTES)}]", chat)):
-        text, written = "", []  # written: of each character, whether the assistant writes it
-        for part in re.split(f"([{''.join(WRITTEN)}])", piece):
-            if part in WRITTEN:
-                is_written = part == WRITTEN[0]
-            else:
-                text, written = text + part, written + [is_written] * len(part)
-        if text:
-            layout = {"quoted": number % 2 == 1, "follows": bool(ids), "with_spans": with_mask}
-            piece_ids, spans = encode_piece(tokenizer, text, **layout)
+        if piece:
+            encode = encode_quote if number % 2 else encode_piece
+            piece_ids, places = encode(tokenizer, piece, follows=bool(ids), with_spans=bool(spans))
             ids += piece_ids
-            mask += [int(any(written[max(start, 0) : end])) for start, end in spans]
-    ends = [column for column in range(1, len(ids)) if mask[column - 1] and ids[column] == tokenizer.eos_token_id]
-    for column in ends:
-        mask[column] = 1
+            for token_id, (start, end) in zip(piece_ids, places):
+                is_inside = any(begins + start < last and begins + end > first for first, last in spans)
+                mask.append(int(is_inside and token_id not in thought_ids))
+        begins += len(piece) + 1  # and a mark
     return ids, mask
+
+
+class RenderedForm:
+    """How the prompts and finished chats of a template end, to know a copy of one that is a plain string again.
+
+    A text has the form if it ends where the assistant is to write, with any number of latents, or in what it has
+    written since, and if every thought token in it stands where the template puts them. Where neither the template nor
+    the layout writes a control token there, an image token in it has to say so; image_token None: none can.
+    """
+
+    def __init__(self, tokenizer, chat_template: str, *, markers: str, image_token: str | None):
+        said = [{"type": "text", "text": SAMPLE}]
+        messages = [{"role": role, "content": said} for role in ("user", "assistant")]
+        layout = {"markers": markers, "num_latents": 1}
+        prompt, _ = render(tokenizer, chat_template, messages[:1], {**layout, "add_generation_prompt": True})
+        finished, _ = render(tokenizer, chat_template, messages, layout)
+        before, _, self.end = finished.rpartition(SAMPLE)
+        begins = [piece.rpartition(SAMPLE)[2] for piece in (prompt, before)]
+        latent = re.escape(LATENT_TOKEN)
+        turn = "|".join(re.escape(begin).replace(latent, f"(?:{latent})*") for begin in begins)
+        self.turn, self.whole = re.compile(turn), re.compile(f"(.*)(?:{turn})(.*)", re.DOTALL)
+        self.tokens, self.image_token = control_tokens_of(tokenizer, chat_template), image_token
+        self.is_plain = self.tokens.search(begins[0]) is None
+
+    def fits(self, text: str) -> bool:
+        """Return True if a text has the form."""
+        found = self.whole.fullmatch(text)
+        if found is None:
+            return False
+        before, answer = self.turn.sub("", found[1]), found[2].removesuffix(self.end)
+        if self.tokens.search(answer) or any(token in before for token in THOUGHT_TOKENS):
+            return False
+        return not self.is_plain or (not answer and self.image_token is not None and self.image_token in text)
+
+
+def rendered_prompt(
+    tokenizer, chat_template: str, chat: Sequence[dict], variables: dict, *, sanitized: bool
+) -> RenderedPrompt:
+    """Return a chat of `conversations_of` as text.
+
+    Raises:
+        ValueError: a control token in it, if it is to be sanitized.
+    """
+    said = quoted([without_images(chat), variables], None)
+    if sanitized and quoted(said, control_tokens_of(tokenizer, chat_template)) != said:
+        raise ValueError(
+            "A message contains the string of a special token, which rendered text cannot tell from a real one: "
+            "call apply_chat_template with tokenize=True, return_dict=True."
+        )
+    return RenderedPrompt(render(tokenizer, chat_template, *said)[0])
+
+
+def parse_answer(text: str) -> str:
+    """Return the text after the first line that begins with `###`, else after the last `###`, else ''.
+
+    Steps stand on lines of their own before that line, and an answer may hold `###` itself, except at its beginning:
+    a marker that is written twice counts once. Surrounding space is removed.
+
+    >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("red")
+    ('red', 'red', '')
+    >>> parse_answer("### 48+24=72 #### 72")
+    '48+24=72 #### 72'
+    """
+    line = ANSWER_LINE.search(text)
+    if line is not None:
+        return text[line.end() :].strip()
+    return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""

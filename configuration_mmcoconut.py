@@ -351,6 +351,17 @@ def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
 
 
+def check_tokenizer(tokenizer, config, image_token: str) -> None:
+    """The tokenizer must have the placeholders and markers where the model's configuration has them."""
+    for field, token in zip(TOKEN_ID_FIELDS, (image_token, *THOUGHT_TOKENS)):
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        if token_id != getattr(config, field):
+            raise ValueError(
+                f"The tokenizer has {token} at {token_id}, the model's {field} is {getattr(config, field)}: use "
+                "the tokenizer that the model was built with."
+            )
+
+
 MMCoconutConfig.register_for_auto_class()
 
 __all__ = ["MMCoconutConfig"]

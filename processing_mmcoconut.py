@@ -12,12 +12,8 @@ begins to write.
 """
 
 import copy
-import difflib
-import inspect
-import re
 from collections.abc import Sequence
 from itertools import takewhile
-from numbers import Integral
 
 import torch
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
@@ -29,15 +25,22 @@ from .chat_template_mmcoconut import (
     CHAT_TEMPLATE,
     MARKERS,
     SAMPLE_HISTORY,
+    RenderedForm,
     RenderedPrompt,
+    control_tokens_of,
     conversations_of,
     encode_marked,
     images_of,
-    marked,
+    last_place,
     messages_of,
+    parse_answer,
+    quoted,
+    render,
+    rendered_prompt,
     starts_with_bos,
-    texts_of,
+    unquoted,
     with_thoughts,
+    without_images,
 )
 from .configuration_mmcoconut import (
     END_LATENT_TOKEN,
@@ -45,51 +48,23 @@ from .configuration_mmcoconut import (
     LATENT_TOKEN,
     START_LATENT_TOKEN,
     THOUGHT_TOKENS,
-    TOKEN_ID_FIELDS,
     add_special_tokens,
+    check_tokenizer,
     image_token_of,
 )
-from .images_mmcoconut import flat_images
+from .images_mmcoconut import flat_images, images_of_each, makes_tiles, set_tiles, without_thumbnails
+from .options_mmcoconut import (
+    TOKENIZER_OPTIONS,
+    check_arguments,
+    check_lengths,
+    limit_of,
+    split_chat_options,
+    split_options,
+    whole_number,
+)
 
 
 logger = logging.get_logger(__name__)
-
-TEXT_OPTIONS = ("return_tensors", "padding", "max_length", "pad_to_multiple_of", "padding_side", "truncation")
-TEXT_OPTIONS += ("return_mm_token_type_ids", "return_attention_mask")
-OPTION_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
-CALL_OPTIONS = ("images", "text", "num_latents", "history", "rendered")
-ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
-
-
-def makes_tiles(image_processor) -> bool:
-    """Whether this image processor can cut a picture into tiles."""
-    return "crop_to_patches" in image_processor.valid_kwargs.__annotations__
-
-
-def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None, max_tiles: int | None) -> None:
-    """Switch tiles on where the image processor can make them, with the given side and numbers or its own.
-
-    Raises:
-        ValueError: a setting for an image processor without tiles; more tiles at least than at most.
-    """
-    settings = {"min_patches": min_tiles, "max_patches": max_tiles}
-    settings["size"] = None if image_size is None else {"height": image_size, "width": image_size}
-    given = {name: value for name, value in settings.items() if value is not None}
-    if not makes_tiles(image_processor):
-        if given:
-            raise ValueError(
-                f"{type(image_processor).__name__} cuts no tiles, so image_size={image_size}, min_tiles={min_tiles} "
-                f"and max_tiles={max_tiles} have no effect: leave them out, or set up its own sizes and give it."
-            )
-        return
-    image_processor.crop_to_patches = True
-    for name, value in given.items():
-        setattr(image_processor, name, value)
-    if not 1 <= image_processor.min_patches <= image_processor.max_patches:
-        raise ValueError(
-            f"At least {image_processor.min_patches} and at most {image_processor.max_patches} tiles: set min_tiles "
-            "and max_tiles so that 1 <= min_tiles <= max_tiles."
-        )
 
 
 def parts_of_vlm(vlm) -> tuple:
@@ -102,70 +77,6 @@ def parts_of_vlm(vlm) -> tuple:
     tokenizer = AutoTokenizer.from_pretrained(vlm)
     chat_template = ProcessorMixin.get_processor_dict(vlm)[0].get("chat_template") or tokenizer.chat_template
     return tokenizer, AutoImageProcessor.from_pretrained(vlm), chat_template
-
-
-def check_token_ids(tokenizer, config, image_token: str) -> None:
-    """The tokenizer must have the placeholders and markers where the model's configuration has them."""
-    for field, token in zip(TOKEN_ID_FIELDS, (image_token, *THOUGHT_TOKENS)):
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        if token_id != getattr(config, field):
-            raise ValueError(
-                f"The tokenizer has {token} at {token_id}, the model's {field} is {getattr(config, field)}: use "
-                "the tokenizer that the model was built with."
-            )
-
-
-def check_arguments(cls, kwargs: dict) -> None:
-    """Refuse names that `__init__` of a class does not have.
-
-    Raises:
-        ValueError: names the nearest one.
-    """
-    known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
-    for name in kwargs.keys() - known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(sorted(known))}."
-        raise ValueError(f"{name} is no argument of {cls.__name__}: {hint}")
-
-
-def images_of_each(images, texts: Sequence[str]) -> list[list]:
-    """Images as one list a text: nested lists as they are, a flat list one a text, or all for a single text.
-
-    Raises:
-        ValueError: a flat list whose length differs from the number of texts, or nested lists of another number.
-    """
-    if images is None:
-        return [[] for _ in texts]
-    nested = isinstance(images, (list, tuple)) and all(isinstance(image, (list, tuple)) for image in images)
-    flat = list(images) if isinstance(images, (list, tuple)) else [images]
-    if not nested and len(texts) == 1:
-        return [flat]
-    if len(flat) != len(texts):
-        raise ValueError(
-            f"{len(flat)} images for {len(texts)} texts: give one image a text, or a list of images for each text "
-            "([[a, b], [], [c]])."
-        )
-    return [list(group) for group in flat] if nested else [[image] for image in flat]
-
-
-def without_thumbnails(inputs: dict) -> dict:
-    """pixel_values, a list of tiles, and num_tiles, a list, without the last tile of every image that has several."""
-    kept, counts, first = [], [], 0
-    for number in inputs["num_tiles"]:
-        last = first + max(1, number - 1)
-        kept, counts = [*kept, *inputs["pixel_values"][first:last]], [*counts, last - first]
-        first += number
-    return {**inputs, "pixel_values": kept, "num_tiles": counts}
-
-
-def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
-    """Where ids stand in others for the last time; -1 if nowhere.
-
-    >>> last_place([1, 2], [1, 2, 0, 1, 2]), last_place([2, 1], [1, 2])
-    (3, -1)
-    """
-    starts = range(len(whole) - len(part), -1, -1)
-    return next((start for start in starts if whole[start : start + len(part)] == part), -1)
 
 
 class MMCoconutProcessor(ProcessorMixin):
@@ -184,7 +95,8 @@ class MMCoconutProcessor(ProcessorMixin):
         decoder_start_token_id (`int`): of an encoder-decoder, what its decoder begins with; None for a decoder alone.
 
     Raises:
-        ValueError: a tokenizer without the special tokens; unknown `markers`; a negative `num_latents`.
+        ValueError: a tokenizer without the special tokens; unknown `markers` or arguments; `num_latents` that is no
+            integer from 0 on.
     """
 
     def __init__(
@@ -211,12 +123,11 @@ class MMCoconutProcessor(ProcessorMixin):
             )
         if markers not in MARKERS:
             raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
-        if num_latents < 0:
-            raise ValueError(f"num_latents={num_latents} is negative: give 0 for no latents, or a number of them.")
+        check_arguments(type(self), kwargs)
         # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from the question's.
         tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
         self.image_seq_length = image_seq_length
-        self.num_latents = num_latents
+        self.num_latents = whole_number(num_latents)
         self.markers = markers
         self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
         self.start_image_token, self.end_image_token = start_image_token, end_image_token
@@ -243,7 +154,7 @@ class MMCoconutProcessor(ProcessorMixin):
         tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
         image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
         add_special_tokens(tokenizer)
-        check_token_ids(tokenizer, config, IMAGE_TOKEN)
+        check_tokenizer(tokenizer, config, IMAGE_TOKEN)
         if config.is_encoder_decoder:
             kwargs.setdefault("decoder_start_token_id", config.text_config.decoder_start_token_id)
         return cls(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)
@@ -274,7 +185,7 @@ class MMCoconutProcessor(ProcessorMixin):
         image_token = image_token_of(tokenizer, config.image_token_id)
         chat_template = with_thoughts(chat_template, tokenizer, image_token)
         add_special_tokens(tokenizer, image_token)
-        check_token_ids(tokenizer, config, image_token)
+        check_tokenizer(tokenizer, config, image_token)
         kwargs.setdefault("start_image_token", getattr(tokenizer, "start_image_token", None))
         kwargs.setdefault("end_image_token", getattr(tokenizer, "end_image_token", None))
         return cls(
@@ -322,19 +233,22 @@ class MMCoconutProcessor(ProcessorMixin):
 
     def image_ids(self, num_tiles: int) -> list[int]:
         """Ids of an image: its placeholders, and what frames them."""
-        frame = [
-            [] if token is None else [self.tokenizer.convert_tokens_to_ids(token)]
-            for token in (self.start_image_token, self.end_image_token)
-        ]
-        return [*frame[0], *[self.image_token_id] * (self.image_seq_length * num_tiles), *frame[1]]
+        frame = (self.start_image_token, self.end_image_token)
+        start, end = ([] if token is None else [self.tokenizer.convert_tokens_to_ids(token)] for token in frame)
+        return [*start, *[self.image_token_id] * (self.image_seq_length * num_tiles), *end]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call gives for text with images."""
+        text = ["input_ids", "attention_mask"]
+        if self.decoder_start_token_id is not None:
+            text += self.prompt_names
+        return [*text, "pixel_values", *(["num_tiles"] if makes_tiles(self.image_processor) else [])]
 
     def layout(self, num_latents: int | None) -> dict:
         """The template's variables: how many latents and which markers."""
         num_latents = self.num_latents if num_latents is None else num_latents
-        is_whole = isinstance(num_latents, Integral) and not isinstance(num_latents, bool)
-        if not is_whole or num_latents < 0:
-            raise ValueError(f"num_latents={num_latents!r} is no number of latents: give a whole one from 0 on.")
-        return {"num_latents": int(num_latents), "markers": self.markers}
+        return {"num_latents": whole_number(num_latents), "markers": self.markers}
 
     def encode_prompt(
         self,
@@ -355,24 +269,20 @@ class MMCoconutProcessor(ProcessorMixin):
 
     def encode_messages(self, messages: list[dict], num_tiles: Sequence[int], num_latents: int | None) -> list[int]:
         """Ids of messages with images of so many tiles; after a user's message the assistant is to write."""
-        chat = self.tokenizer.apply_chat_template(
-            marked(messages, self.tokenizer),
-            chat_template=self.chat_template,
-            add_generation_prompt=messages[-1]["role"] == "user",
-            tokenize=False,
-            **self.layout(num_latents),
-        )
+        variables = {**self.layout(num_latents), "add_generation_prompt": messages[-1]["role"] == "user"}
+        tokens = control_tokens_of(self.tokenizer, self.chat_template)
+        chat, _ = render(self.tokenizer, self.chat_template, quoted(messages, tokens), variables)
         return self.encode_rendered(chat, num_tiles)[0]
 
     def encode_rendered(
-        self, chat: str, num_tiles: Sequence[int], *, with_mask: bool = False
+        self, chat: str, num_tiles: Sequence[int], spans: Sequence[tuple[int, int]] = ()
     ) -> tuple[list[int], list[int]]:
-        """Ids of a rendered chat with images of so many tiles, and `encode_marked`'s mask of what is written.
+        """Ids of a rendered chat with images of so many tiles, and 1 at those in its spans, 0 elsewhere.
 
         Raises:
             ValueError: image tokens and images differ in number.
         """
-        ids, mask = encode_marked(self.tokenizer, chat, with_mask=with_mask)
+        ids, mask = encode_marked(self.tokenizer, chat, spans)
         wanted = ids.count(self.image_token_id)
         if wanted != len(num_tiles):
             raise ValueError(
@@ -442,17 +352,31 @@ class MMCoconutProcessor(ProcessorMixin):
             )
         return [*prompt[:end], self.tokenizer.eos_token_id], [self.decoder_start_token_id, *prompt[end:]]
 
-    def pad_prompts(self, prompts: Sequence[list[int]], *, padding_side: str = "left", **kwargs) -> dict:
+    def pad_prompts(self, prompts: Sequence[list[int]], *, padding_side: str | None = None, **kwargs) -> dict:
         """Prompts as one batch: padded on the left where the answer follows, on the right for an encoder.
+
+        padding_side: of a decoder alone; default: the tokenizer's, which is made to be on the left.
 
         Returns:
             input_ids, attention_mask (B, T), and of an encoder-decoder decoder_input_ids, decoder_attention_mask.
+
+        Raises:
+            ValueError: a padding_side for an encoder-decoder.
         """
-        encoder, decoder = zip(*map(self.split_prompt, prompts))
-        padded = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side=padding_side, **kwargs)
-        batch = dict(zip(self.prompt_names, padded.values()))
         if self.decoder_start_token_id is None:
-            return batch
+            return dict(
+                self.tokenizer.pad(
+                    {"input_ids": list(prompts)}, padding_side=padding_side or self.tokenizer.padding_side, **kwargs
+                )
+            )
+        if padding_side is not None:
+            raise ValueError(
+                f"padding_side={padding_side!r} has no effect: an encoder-decoder's questions are padded on the right "
+                "and what its decoder begins with on the left. Leave it out."
+            )
+        encoder, decoder = zip(*map(self.split_prompt, prompts))
+        padded = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
+        batch = dict(zip(self.prompt_names, padded.values()))
         return {**batch, **self.tokenizer.pad({"input_ids": list(encoder)}, padding_side="right", **kwargs)}
 
     def encode_text(self, text: str) -> list[int]:
@@ -478,48 +402,86 @@ class MMCoconutProcessor(ProcessorMixin):
 
         Args:
             images: one a text, or a list for each text, or all for a single text, or None. Each is a path, a URL,
-                base64 text, a PIL image, an array or a tensor; all but the last two are read by `read_images`.
-            text (`str | list[str]`): questions. They are user text: a special token's string in them stays text.
+                base64 text, a PIL image, an array or a tensor; all but the last two are read by `read_images`. A flat
+                list for several rendered texts is shared out by their image tokens.
+            text (`str | list[str]`): questions. They are user text: a special token's string in them stays text. None
+                gives the images alone.
             num_latents (`int | list[int]`): latents of every prompt, or of each; default `self.num_latents`. In a
                 conversation they stand before every answer.
             history: for each text question and answer of the turns before it, of which the first has the images.
-            rendered: the text comes out of `apply_chat_template(..., tokenize=False)`: its special tokens are meant.
-                None finds it out of the type of the text, a `RenderedPrompt`, which stays one when text is added
-                behind it or it is pickled; True says so of a copy, False asks a question.
+            rendered: True: the text comes out of `apply_chat_template(..., tokenize=False)`, its special tokens are
+                meant; False: it is a question, whatever is written in it. None: a `RenderedPrompt` is rendered, and
+                so is a copy of one that is a plain string, if it ends as the chat template ends a prompt or an answer
+                (`RenderedForm`) and neither num_latents nor history is given.
             kwargs: options of the text (`return_tensors`, `padding`, `max_length`, `pad_to_multiple_of`,
-                `padding_side`, `truncation`, `return_mm_token_type_ids`) and of the image processor, flat or in
-                `text_kwargs`, `images_kwargs` and `common_kwargs`.
+                `padding_side`, `truncation`, `return_mm_token_type_ids`, `return_attention_mask`) and of the image
+                processor, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`.
 
         Returns:
             what pad_prompts and encode_images give.
 
         Raises:
-            ValueError: images, histories and texts differ in number; an image cannot be read.
+            ValueError: images, histories and texts differ in number; an image cannot be read; an unknown option.
         """
-        if rendered and (num_latents is not None or history is not None):
+        text_options, image_options = split_options(kwargs, self.tokenizer, self.image_processor)
+        if text is None:
+            return self.images_alone(images, text_options, image_options, num_latents=num_latents, history=history)
+        texts = [text] if isinstance(text, str) else list(text)
+        is_question = num_latents is not None or history is not None
+        flags = self.rendered_ones(texts, rendered, is_question=is_question, with_images=images is not None)
+        if any(flags) and is_question:
             raise ValueError(
                 "num_latents and history have no effect on rendered text: give them to apply_chat_template instead."
             )
-        if text is None:
-            raise ValueError("text is None: give a question for each image ('' for none).")
-        text_options, image_options = self.options_of(kwargs)
-        texts = [text] if isinstance(text, str) else list(text)
-        groups = images_of_each(images, texts)
-        pixels, tiles = self.encode_images(groups, **image_options)
-        if rendered is None:
-            rendered = all(isinstance(prompt, RenderedPrompt) for prompt in texts) and bool(texts)
-        if rendered:
-            input_ids = [self.encode_rendered(prompt, num_tiles)[0] for prompt, num_tiles in zip(texts, tiles)]
-        else:
-            input_ids = self.encode_questions(texts, tiles, num_latents, history)
+        shares = [prompt.count(self.image_token) for prompt in texts] if all(flags) else None
+        pixels, tiles = self.encode_images(images_of_each(images, texts, shares), **image_options)
+        questions = iter(
+            self.encode_questions(
+                [question for question, flag in zip(texts, flags) if not flag],
+                [num_tiles for num_tiles, flag in zip(tiles, flags) if not flag],
+                num_latents,
+                history,
+            )
+        )
+        input_ids = [
+            self.encode_rendered(unquoted(prompt), num_tiles)[0] if flag else next(questions)
+            for prompt, num_tiles, flag in zip(texts, tiles, flags)
+        ]
         return self.batch_of(input_ids, pixels, text_options)
+
+    def images_alone(self, images, text_options: dict, image_options: dict, **of_text) -> BatchFeature:
+        """A call without text: what the model reads for the images."""
+        set_by_others = ("return_tensors", *TOKENIZER_OPTIONS)
+        idle = [name for name, value in of_text.items() if value is not None]
+        idle += [name for name in text_options if name not in set_by_others]
+        if images is None or idle:
+            effect = f", so that {', '.join(idle)} would have no effect" if idle else ""
+            raise ValueError(f"text is None{effect}: give a question for each image ('' for none), or images alone.")
+        pixels, _ = self.encode_images([images if isinstance(images, (list, tuple)) else [images]], **image_options)
+        return BatchFeature(pixels, tensor_type=text_options.get("return_tensors"))
+
+    def rendered_ones(
+        self, texts: Sequence[str], rendered: bool | None, *, is_question: bool, with_images: bool
+    ) -> list[bool]:
+        """Whether each text is a rendered prompt; arguments as of a call."""
+        if not texts:
+            raise ValueError("text is an empty list: give at least one question.")
+        if rendered is not None:
+            return [rendered] * len(texts)
+        found = [isinstance(prompt, RenderedPrompt) for prompt in texts]
+        tokens = control_tokens_of(self.tokenizer, self.chat_template)
+        if is_question or not any(tokens.search(prompt) for prompt in texts):
+            return found
+        image_token = self.image_token if with_images else None
+        form = RenderedForm(self.tokenizer, self.chat_template, markers=self.markers, image_token=image_token)
+        return [is_sure or form.fits(prompt) for is_sure, prompt in zip(found, texts)]
 
     def encode_questions(self, texts: list[str], tiles: list[list[int]], num_latents, history) -> list[list[int]]:
         """Ids of the prompts of questions; arguments as of a call, tiles of each image of each question."""
         if any(token in question for token in (self.image_token, *THOUGHT_TOKENS) for question in texts):
             logger.warning_once(
                 "A question contains the string of a special token, which is read as plain text; pass rendered=True "
-                "for text that apply_chat_template(tokenize=False) made and that was copied since."
+                "for text that apply_chat_template(tokenize=False) made and that was changed since."
             )
         counts = list(num_latents) if isinstance(num_latents, (list, tuple)) else [num_latents] * len(texts)
         if len(counts) != len(texts):
@@ -534,59 +496,28 @@ class MMCoconutProcessor(ProcessorMixin):
             for question, num_tiles, count, earlier in zip(texts, tiles, counts, histories)
         ]
 
-    def options_of(self, kwargs: dict) -> tuple[dict, dict]:
-        """Options of the text and of the image processor, out of flat ones and `text_kwargs`, `images_kwargs`, ….
-
-        Raises:
-            ValueError: an unknown name, or one without effect.
-        """
-        groups = {name: dict(kwargs.pop(name, None) or {}) for name in OPTION_GROUPS}
-        of_images = set(self.image_processor.valid_kwargs.__annotations__) - {"return_tensors"}
-        known = {*TEXT_OPTIONS, *of_images}
-        for name in [*kwargs, *(name for group in groups.values() for name in group)]:
-            if name not in known:
-                close = difflib.get_close_matches(name, [*known, *CALL_OPTIONS], n=1)
-                hint = f"did you mean {close[0]}?" if close else f"the text has {', '.join(TEXT_OPTIONS)}."
-                raise ValueError(f"{name} is no option of the processor: {hint}")
-        shared = {**groups["common_kwargs"], **kwargs}
-        text = {name: value for name, value in shared.items() if name in TEXT_OPTIONS} | groups["text_kwargs"]
-        images = {name: value for name, value in shared.items() if name in of_images} | groups["images_kwargs"]
-        if text.get("return_tensors") is not None:
-            images["return_tensors"] = text["return_tensors"]
-        wants_length = text.get("padding") == "max_length" or text.get("truncation")
-        if text.get("max_length") is not None and not wants_length:
-            raise ValueError(
-                f"max_length={text['max_length']} has no effect alone: add padding='max_length', or truncation=True, "
-                "which refuses longer prompts."
-            )
-        return text, images
-
     def batch_of(self, input_ids: list[list[int]], pixels: dict, options: dict, masks=None) -> BatchFeature:
         """Prompts and pixels as a batch under the options of the text; masks of what the assistant writes, or None.
 
         Raises:
-            ValueError: truncation of a prompt that is too long, which could cut images or thoughts.
+            ValueError: a prompt that is too long for max_length.
         """
-        options = dict(options)
-        limit, truncation = options.get("max_length"), options.pop("truncation", None)
-        longest = max(map(len, input_ids), default=0)
-        if truncation and (limit is None or longest > limit):
-            raise ValueError(
-                f"truncation={truncation!r} could cut images or thoughts of a prompt of {longest} tokens, and "
-                f"max_length is {limit}: shorten the text before, use fewer images or latents, or raise max_length."
-            )
-        return_tensors, with_types = options.get("return_tensors"), options.pop("return_mm_token_type_ids", False)
+        options, limit = dict(options), limit_of(options, self.tokenizer)
+        return_tensors, with_types, _ = (
+            options.pop(name, None) for name in ("return_tensors", "return_mm_token_type_ids", "truncation")
+        )
+        if options.get("padding") != "max_length":
+            options.pop("max_length", None)
         options.setdefault("padding", len(input_ids) > 1)
+        check_lengths([part for prompt in input_ids for part in self.split_prompt(prompt)], limit)
         batch = self.pad_prompts(input_ids, **options)
-        ids = batch["input_ids"]
         if masks is not None:
-            side = options.get("padding_side", "left")
-            rows = [([0] * (len(row) - len(mask)), mask) for row, mask in zip(ids, masks)]
-            rows = [[*pad, *mask] if side == "left" else [*mask, *pad] for pad, mask in rows]
-            batch["assistant_masks"] = rows
+            rows = [([0] * (len(row) - len(mask)), mask) for row, mask in zip(batch["input_ids"], masks)]
+            is_left = (options.get("padding_side") or self.tokenizer.padding_side) == "left"
+            batch["assistant_masks"] = [[*pad, *mask] if is_left else [*mask, *pad] for pad, mask in rows]
         if with_types:
-            is_image = [[int(token == self.image_token_id) for token in row] for row in ids]
-            batch["mm_token_type_ids"] = is_image
+            image_ids = set(self.image_ids(1))
+            batch["mm_token_type_ids"] = [[int(token in image_ids) for token in row] for row in batch["input_ids"]]
         return BatchFeature({**batch, **pixels}, tensor_type=return_tensors)
 
     def further_turn(
@@ -655,72 +586,57 @@ class MMCoconutProcessor(ProcessorMixin):
         Args:
             conversation: messages of one chat, or of several; images under `image`, `url`, `path` or `base64`.
             tokenize: False gives a `RenderedPrompt`, which a call of this processor reads as such.
-            return_assistant_tokens_mask: also `assistant_masks`, 1 at what the assistant writes and its end token.
+            return_assistant_tokens_mask: also `assistant_masks`, 1 at what the assistant writes and its end token:
+                what the template puts into `{% generation %}`, or else the messages' text and an end token behind it.
             sanitize_control_tokens: False reads control tokens in messages as such.
-            processor_kwargs, kwargs: options of a call of this processor, and variables of the template.
+            processor_kwargs: options of a call of this processor, and `images` (a list for each chat) where messages
+                have only places for them.
+            kwargs: variables of the template, `add_generation_prompt`, `continue_final_message`, `tools`,
+                `documents`; also options of a call.
+
+        Returns:
+            text of each chat; tokenized, ids of each (also of a single one), or with return_dict what a call gives.
 
         Raises:
-            ValueError: a control token in a message with tokenize=False, whose text could no longer tell it from ours.
+            ValueError: a control token in a message with tokenize=False, whose text could no longer tell it from ours;
+                an unknown name; a mask of a template that changes the assistant's text.
         """
         chats, is_batch = conversations_of(conversation)
-        layout = {**self.layout(num_latents), **kwargs}
-        options = {name: layout.pop(name) for name in [*layout] if name in (*TEXT_OPTIONS, *OPTION_GROUPS)}
-        options |= processor_kwargs or {}
-        if return_tensors != "auto":
-            options["return_tensors"] = return_tensors
-        template = {"chat_template": chat_template or self.chat_template, "tokenize": False, **layout}
+        template = chat_template or self.chat_template
+        variables, options = split_chat_options(kwargs, processor_kwargs or {}, template, self.image_processor)
+        if num_latents is None:
+            num_latents = options.pop("num_latents", None)
+        variables |= self.layout(num_latents)
         if not tokenize:
-            if sanitize_control_tokens and any(
-                token in text for token in self.tokenizer.all_special_tokens for text in texts_of(conversation)
-            ):
-                raise ValueError(
-                    "A message contains the string of a special token, which rendered text cannot tell from a real "
-                    "one: call apply_chat_template with tokenize=True, return_dict=True."
-                )
-            prompts = [RenderedPrompt(self.tokenizer.apply_chat_template(chat, **template)) for chat in chats]
+            prompts = [
+                rendered_prompt(self.tokenizer, template, chat, variables, sanitized=sanitize_control_tokens)
+                for chat in chats
+            ]
             return prompts if is_batch else prompts[0]
         if return_assistant_tokens_mask and self.decoder_start_token_id is not None:
             raise ValueError("An encoder-decoder reads no assistant messages: leave return_assistant_tokens_mask out.")
-        text_options, image_options = self.options_of(options)
-        pixels, tiles = self.encode_images([images_of(chat) for chat in chats], **image_options)
-        rows = [
-            self.encode_rendered(
-                self.tokenizer.apply_chat_template(
-                    marked(chat, self.tokenizer, quotes=sanitize_control_tokens), **template
-                ),
-                num_tiles,
-                with_mask=return_assistant_tokens_mask,
+        if return_tensors != "auto":
+            options["return_tensors"] = return_tensors
+        images = options.pop("images", None)
+        text_options, image_options = split_options(options, self.tokenizer, self.image_processor)
+        groups = [images_of(chat) for chat in chats] if images is None else images_of_each(images, chats)
+        pixels, tiles = self.encode_images(groups, **image_options)
+        tokens = control_tokens_of(self.tokenizer, template) if sanitize_control_tokens else None
+        rows = []
+        for chat, num_tiles in zip(chats, tiles):
+            said = quoted(without_images(chat), tokens)
+            text, spans = render(
+                self.tokenizer, template, said, quoted(variables, tokens), with_spans=return_assistant_tokens_mask
             )
-            for chat, num_tiles in zip(chats, tiles)
-        ]
+            rows.append(self.encode_rendered(text, num_tiles, spans))
         input_ids, masks = map(list, zip(*rows))
-        is_single = not is_batch and text_options.get("return_tensors") is None
         batch = self.batch_of(input_ids, pixels, text_options, masks if return_assistant_tokens_mask else None)
-        if not return_dict:
-            return batch["input_ids"][0] if is_single else batch["input_ids"]
-        return batch
+        return batch if return_dict else batch["input_ids"]
 
     def decode_answers(self, generated_ids) -> list[str]:
         """The answers in generated ids (B, new tokens), as `parse_answer` finds them; '' where there is none."""
         texts = self.tokenizer.batch_decode(generated_ids, skip_special_tokens=True)
         return [parse_answer(text) for text in texts]
-
-
-def parse_answer(text: str) -> str:
-    """Return the text after the first line that begins with `###`, else after the last `###`, else ''.
-
-    Steps stand on lines of their own before that line, and an answer may hold `###` itself, except at its beginning:
-    a marker that is written twice counts once. Surrounding space is removed.
-
-    >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("red")
-    ('red', 'red', '')
-    >>> parse_answer("### 48+24=72 #### 72")
-    '48+24=72 #### 72'
-    """
-    line = ANSWER_LINE.search(text)
-    if line is not None:
-        return text[line.end() :].strip()
-    return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
 
 
 MMCoconutProcessor.register_for_auto_class()

@@ -402,6 +402,55 @@ def test_rendered_chat_gives_the_same_inputs(pair):
     assert all(torch.equal(rendered[name], called[name]) for name in called)
 
 
+@pytest.mark.parametrize("kind", ["internvl", "llava"])
+@pytest.mark.parametrize("num_latents", [0, 2])
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_a_template_rendered_is_known_as_such(kind, num_latents, copied):
+    _, processor = thinking_pair(kind)
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "### red"}]}
+    for messages in ([user(WIDE, QUESTION)], [user(WIDE, QUESTION), answer, user(TALL, "Why?")]):
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, num_latents=num_latents)
+        text = str.__str__(text) if copied else text
+        found = processor(images=[[WIDE, TALL][: text.count(processor.image_token)]], text=[text], return_tensors="pt")
+        expected = chat(processor, messages, num_latents=num_latents)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("kind, written", [("internvl", "### red<|im_end|>"), ("llava", "### red ")])
+def test_the_mask_covers_what_the_assistant_writes_behind_tiles_and_thoughts(kind, written):
+    """LLaVA's template has `{% generation %}` around the message, in front of which the thoughts stand."""
+    _, processor = thinking_pair(kind)
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "### red"}]}
+    messages = [user(WIDE, QUESTION), answer, user(TALL, "Why <|latent|>?"), answer]
+    options = {"num_latents": 2, "add_generation_prompt": False}
+    batch = chat(processor, [messages, messages[:2]], return_assistant_tokens_mask=True, **options)
+    for count, ids, mask, real in zip((2, 1), batch["input_ids"], batch["assistant_masks"], batch["attention_mask"]):
+        assert processor.decode(ids[mask.bool()]) == written * count
+        alone = chat(processor, messages[: 2 * count], **options)["input_ids"][0]
+        assert torch.equal(ids[real.bool()], alone)
+
+
+@pytest.mark.parametrize("kind", ["internvl", "llava"])
+@pytest.mark.parametrize("settings", [{}, {"use_thumbnail": False}])
+def test_serving_engines_are_told_the_tokens_that_are_of_an_image(kind, settings):
+    _, processor = thinking_pair(kind, **settings)
+    images = [ONE, WIDE, TALL]
+    told = processor._get_num_multimodal_tokens(image_sizes=[(image.height, image.width) for image in images])
+    batch = processor(images=[images], text=["a"], return_mm_token_type_ids=True, return_tensors="pt")
+    assert told.num_image_patches == batch.get("num_tiles", torch.ones(3, dtype=int)).tolist()
+    types = batch["mm_token_type_ids"][0].tolist()
+    for image, count in zip(images, told.num_image_tokens):
+        alone = processor(images=[[image]], text=["a"], return_mm_token_type_ids=True)
+        assert sum(alone["mm_token_type_ids"][0]) == count
+    assert sum(types) == sum(told.num_image_tokens)
+    assert set(batch) - {"mm_token_type_ids"} == set(processor.model_input_names)
+
+
+def test_an_unknown_setting_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="num_latent is no argument.*did you mean num_latents"):
+        MMCoconutProcessor.from_vlm(vlm_processor(), config=thinking().config, num_latent=3)
+
+
 @pytest.mark.parametrize("writes_bos", [True, False])
 def test_bos_stands_in_front_once_where_the_tokenizer_puts_it(writes_bos):
     processor, model = vlm_processor("llava"), thinking("llava")

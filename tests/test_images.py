@@ -390,6 +390,44 @@ def test_arrays_and_tensors_are_read_as_the_image_processor_takes_them(convert, 
     assert read_images(last) is last
 
 
+ARRAYS = {  # as arrays of (height, width) or (height, width, channels), and the pixels to be read
+    "grey": (GREY, grey(GREY)),
+    "one channel": (GREY[..., None], grey(GREY)),
+    "16 bits": (RAMP, grey(RAMP // 256)),
+    "16 bits in color": (COLOR.astype(np.uint16) * 256 + 7, COLOR),
+    "black and white": (ALPHA > 0, grey(ALPHA)),
+    "grey with alpha": (np.dstack([GREY, ALPHA]), over_white(grey(GREY))),
+    "color with alpha": (np.dstack([COLOR, ALPHA]), over_white(COLOR)),
+}
+
+
+@pytest.mark.parametrize("convert", [np.array, torch.tensor])
+@pytest.mark.parametrize("kind", ARRAYS)
+def test_arrays_of_greys_alpha_and_16_bits_are_read_as_their_files_are(kind, convert, processor):
+    array, expected = ARRAYS[kind]
+    arrays = [array] if array.ndim == 2 else [array, np.ascontiguousarray(array.transpose(2, 0, 1))]
+    for image in arrays:
+        assert np.array_equal(read_images(convert(image)), expected)
+        assert torch.equal(asked(processor, convert(image)), pixels_of(processor, expected))
+
+
+def test_an_array_of_several_images_goes_round_to_several_texts(processor):
+    stack = np.stack([COLOR, 255 - COLOR])
+    several = {"text": [QUESTION, QUESTION], "return_tensors": "pt"}
+    expected = processor(images=[Image.fromarray(image) for image in stack], **several)
+    assert torch.equal(processor(images=stack, **several)["pixel_values"], expected["pixel_values"])
+    assert torch.equal(asked(processor, stack), expected["pixel_values"])
+
+
+@pytest.mark.parametrize("shape", [(4,), (5, 6, 7), (1, 1, 3, 4, 4)])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_an_array_that_is_no_image_is_refused_by_its_shape(shape, kind, processor):
+    with pytest.raises(UnreadableImageError, match=r"of shape \(.* and type (float32|uint8): is no image; give"):
+        asked(processor, np.zeros(shape, kind))
+    with pytest.raises(UnreadableImageError, match=r"of shape \(8, 8, 4\) and type float32"):
+        asked(processor, np.zeros((8, 8, 4), np.float32))
+
+
 @pytest.mark.parametrize("kind", FILES)
 def test_a_pil_image_stays_as_it_is_and_is_read_once_as_twice(kind, tmp_path):
     image, name, options, expected = FILES[kind]

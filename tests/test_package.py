@@ -16,6 +16,7 @@ import mmcoconut
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = [
     "arguments",
+    "chat_template_mmcoconut",
     "configuration_mmcoconut",
     "curriculum",
     "data",
@@ -23,7 +24,6 @@ MODULES = [
     "data.images",
     "data.json_steps",
     "data.puzzlevqa",
-    "processing_mmcoconut",
     "recipe_files",
     "records",
     "rewards",

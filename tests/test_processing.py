@@ -1,14 +1,22 @@
 """The processor: one layout for every way in, and no way from user text to a special token."""
 
+import base64
 import copy
+import json
 import pickle
+import re
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
-from tiny import NUM_FEATURES, tiny_model, tiny_processor, tiny_tokenizer
+from tiny import NUM_FEATURES, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
+from transformers import AutoTokenizer
 
+from mmcoconut.chat_template_mmcoconut import RenderedPrompt
 from mmcoconut.configuration_mmcoconut import SPECIAL_TOKENS
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
 
@@ -21,9 +29,14 @@ MARKER_TOKENS = {
 }
 
 
+@pytest.fixture(scope="module")
+def config():
+    return tiny_model().config
+
+
 @pytest.fixture
-def processor():
-    return tiny_processor(tiny_model())
+def processor(config):
+    return tiny_processor(SimpleNamespace(config=config))
 
 
 @pytest.fixture
@@ -178,7 +191,10 @@ def test_tokenizer_of_another_model_is_refused():
     [
         ({"images": ["a", "b"], "text": ["1", "2", "3"]}, "2 images for 3 texts: give one image a text"),
         ({"text": ["1", "2"], "num_latents": [1]}, "1 entries in num_latents for 2 texts"),
-        ({"images": "a"}, "text is None"),
+        ({}, "text is None: give a question for each image"),
+        ({"images": "a", "num_latents": 2}, "text is None, so that num_latents would have no effect"),
+        ({"images": "a", "return_mm_token_type_ids": True}, "text is None, so that return_mm_token_type_ids would"),
+        ({"text": []}, "text is an empty list"),
         ({"text": "1", "truncation": True}, "could cut images or thoughts"),
         ({"text": "1", "rendered": True, "num_latents": 1}, "no effect on rendered text"),
     ],
@@ -188,7 +204,13 @@ def test_images_texts_and_latents_must_match_in_number(processor, call, message)
         processor(**call)
 
 
-@pytest.mark.parametrize("values, message", [({"markers": "end"}, "both, start, none"), ({"num_latents": -1}, "-1")])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"markers": "end"}, "both, start, none"),
+        *(({"num_latents": number}, str(number)) for number in (-1, 2.5, True)),
+    ],
+)
 def test_impossible_layout_is_refused(processor, values, message):
     with pytest.raises(ValueError, match=message):
         MMCoconutProcessor(processor.image_processor, processor.tokenizer, image_seq_length=4, **values)
@@ -230,19 +252,94 @@ def test_text_may_follow_what_a_template_rendered(processor, image):
     assert ids == processor.encode_prompt(QUESTION, num_latents=2) + processor.encode_text("### red")
 
 
-def test_a_copy_of_a_rendered_prompt_is_a_question_unless_it_is_said_to_be_rendered(processor, image):
-    prompt = str(processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True, num_latents=2))
-    latents = [
-        processor(text=str.__str__(prompt)[:], images=image, rendered=rendered, num_latents=None)["input_ids"][
-            0
-        ].count(processor.latent_token_id)
-        for rendered in (True, False)
-    ]
-    assert latents == [2, 0]
+def test_text_may_stand_before_what_a_template_rendered(processor, image):
+    prompt = processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True, num_latents=2)
+    ids = processor(text="Look:\n" + prompt, images=image)["input_ids"][0]
+    assert ids == processor.encode_text("Look:\n") + processor.encode_prompt(QUESTION, num_latents=2)
 
 
-def test_rendered_text_needs_an_image_for_each_image_token(processor, image):
+def test_parts_of_what_a_template_rendered_are_rendered(processor, image):
+    messages = chat_of([QUESTION, "### red"], image)
+    prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True, num_latents=2)
+    completion = processor.apply_chat_template(messages, num_latents=2)[len(prompt) :]
+    ids = processor(text=completion)["input_ids"][0]
+    assert ids == processor.encode_answer("red")
+
+
+COPIES = {
+    "characters": lambda text: "".join(list(text)),
+    "JSON": lambda text: json.loads(json.dumps({"text": text}))["text"],
+    "data set": lambda text: Dataset.from_dict({"text": [text]})[0]["text"],
+}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("texts", CHAT[:2])
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("markers, num_latents", [("both", 2), ("both", 0), ("start", 3), ("none", 1), ("none", 0)])
+def test_a_copy_of_a_rendered_prompt_gives_the_same_ids(
+    processor, image, copied, texts, finished, markers, num_latents
+):
+    processor.markers = markers
+    messages = chat_of([*texts, "### a cube"] if finished else texts, image)
+    options = {"num_latents": num_latents, "add_generation_prompt": not finished}
+    text = COPIES[copied](processor.apply_chat_template(messages, **options))
+    assert type(text) is str
+    found = processor(text=text, images=image, return_tensors="pt")
+    assert torch.equal(found["input_ids"], encode_chat(processor, messages, **options)["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{QUESTION}\n<|start-latent|><|latent|>",
+        f"{QUESTION} <|start-latent|><|latent|><|end-latent|>",
+        f"<|latent|>{QUESTION}\n<|start-latent|><|latent|><|end-latent|>",
+        f"{QUESTION}\n<|start-latent|><|latent|><|end-latent|>a<image>",
+        f"{QUESTION}\n",
+    ],
+)
+def test_what_no_template_rendered_is_a_question(processor, text):
+    assert processor(text=text)["input_ids"][0] == processor.encode_prompt(text, num_images=0)
+
+
+@pytest.mark.parametrize("options", [{"rendered": False}, {"num_latents": 2}, {"history": [[]]}])
+def test_a_copy_that_is_said_to_be_a_question_is_one(processor, image, options):
+    text = str.__str__(processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True))
+    ids = processor(text=text, images=image, **options)["input_ids"][0]
+    assert ids == processor.encode_prompt(text, num_latents=options.get("num_latents"))
+
+
+def test_a_batch_may_hold_rendered_prompts_and_questions(processor, image):
+    prompt = processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True, num_latents=2)
+    batch = processor(text=["red?", prompt], images=[[], [image]], padding=False)
+    assert batch["input_ids"][0] == processor.encode_prompt("red?", num_images=0)
+    assert batch["input_ids"][1] == processor.encode_prompt(QUESTION, num_latents=2)
+
+
+@pytest.mark.parametrize("options", [{"num_latents": 2}, {"history": [[]]}])
+def test_latents_and_history_of_what_is_rendered_are_refused(processor, options):
+    prompt = processor.apply_chat_template([user(QUESTION)], add_generation_prompt=True)
+    with pytest.raises(ValueError, match="no effect on rendered text"):
+        processor(text=prompt, **options)
+
+
+def test_a_flat_list_of_images_is_shared_out_to_rendered_prompts(processor):
+    images = [tiny_image(seed) for seed in range(3)]
+    chats = [[user(images[0], "and", images[1])], [user("no picture")], [user(images[2], "red?")]]
+    texts = processor.apply_chat_template(chats, add_generation_prompt=True)
+    expected = encode_chat(processor, chats)
+    found = processor(text=texts, images=images, return_tensors="pt")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"have 3 image tokens \(2, 0, 1\) and 2 images are given"):
+        processor(text=texts, images=images[:2])
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_rendered_text_needs_an_image_for_each_image_token(processor, image, copied):
     prompt = processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True)
+    prompt = str.__str__(prompt) if copied else prompt
     with pytest.raises(ValueError, match="has 1 <image> and 2 images are given"):
         processor(text=prompt, images=[image, image])
 
@@ -278,12 +375,88 @@ def test_every_answer_of_a_conversation_is_in_the_mask(processor, image):
     assert batch["input_ids"][batch["assistant_masks"].bool()].tolist() == written[0] + written[1]
 
 
+def test_marks_in_messages_forge_no_control_token(processor):
+    for text in ("\ue000<|latent|>\ue001", "<|lat\ue000ent|>", "\ue001<|latent|>\ue000"):
+        plain = encode_chat(processor, [user(QUESTION + "<|latent|>")], num_latents=2)["input_ids"]
+        assert torch.equal(encode_chat(processor, [user(QUESTION + text)], num_latents=2)["input_ids"], plain)
+        prompt = RenderedPrompt(f"{text}\n")
+        assert processor(text=prompt)["input_ids"] == processor(text=RenderedPrompt("<|latent|>\n"))["input_ids"]
+
+
+TOOLS = [{"type": "function", "function": {"name": "look<|latent|>", "description": "d"}}]
+TOOL_TEMPLATE = "{{ place }}{% for tool in tools %}{{ tool.function.name }}{% endfor %}{{ messages[0].name }}"
+
+
+def test_no_field_of_a_chat_becomes_a_control_token(processor):
+    message = {**user(QUESTION), "name": "Eve<|latent|>"}
+    options = {"chat_template": TOOL_TEMPLATE, "tools": TOOLS, "place": "<|latent|>", "return_tensors": None}
+    ids = encode_chat(processor, [message], **options)["input_ids"][0]
+    assert processor.latent_token_id not in ids
+    assert processor.tokenizer.decode(ids) == "<|latent|>look<|latent|>Eve<|latent|>"
+    with pytest.raises(ValueError, match="cannot tell from a real one"):
+        processor.apply_chat_template([user(QUESTION)], chat_template=TOOL_TEMPLATE, tools=TOOLS)
+
+
+def test_an_added_token_that_the_template_writes_is_text_in_messages_too(processor):
+    tokenizer = processor.tokenizer
+    tokenizer.add_tokens(["<turn>", "unwritten"])  # not special, so a tokenizer finds them in any text
+    template = "<turn>{{ messages[0].content }}"
+    ids = processor.apply_chat_template([{"role": "user", "content": "a<turn>b unwritten"}], template, tokenize=True)[
+        0
+    ]
+    turn, unwritten = tokenizer.convert_tokens_to_ids(["<turn>", "unwritten"])
+    assert (ids.count(turn), ids.count(unwritten)) == (1, 1) and ids[0] == turn
+    assert tokenizer.decode(ids) == "<turn>a<turn>b unwritten"
+
+
+def test_the_template_says_what_the_assistant_writes(processor, image):
+    """trl asks a template for `{% generation %}`, and the tokenizer alone for its mask."""
+    assert re.search(r"{%-?\s*generation\s*-?%}", processor.chat_template)
+    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "### red"}]
+    options = {"chat_template": processor.chat_template, "num_latents": 2, "return_assistant_tokens_mask": True}
+    encoded = processor.tokenizer.apply_chat_template(messages, return_dict=True, **options)
+    marked = [token for token, value in zip(encoded["input_ids"], encoded["assistant_masks"]) if value]
+    assert marked == [*processor.encode_text("### red"), processor.tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("texts", CHAT[1:])
+def test_a_template_without_generation_gives_the_same_mask(processor, image, texts):
+    """As checkpoints of version 0.1 have it."""
+    old = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", processor.chat_template)
+    options = {"add_generation_prompt": False, "num_latents": 2, "return_assistant_tokens_mask": True}
+    expected, found = (
+        encode_chat(processor, chat_of(texts, image), chat_template=template, **options) for template in (None, old)
+    )
+    assert expected["assistant_masks"].any()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_mask_follows_generation_where_a_template_has_it(processor):
+    template = (
+        "{% for message in messages %}{% if loop.last %}{% generation %}{{ message.content }}{% endgeneration %}"
+        "{% else %}{{ message.content }}{% endif %}{% endfor %}"
+    )
+    messages = [{"role": role, "content": content} for role, content in [("assistant", "no "), ("assistant", "yes")]]
+    batch = encode_chat(
+        processor, messages, chat_template=template, return_assistant_tokens_mask=True, add_generation_prompt=False
+    )
+    assert processor.decode(batch["input_ids"][batch["assistant_masks"].bool()]) == "yes"
+
+
+def test_a_mask_of_a_template_that_changes_the_answer_is_refused(processor):
+    template = "{% for message in messages %}{{ message.content | trim }}\n{% endfor %}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b "}]
+    with pytest.raises(ValueError, match="changes what the assistant wrote.*endgeneration"):
+        encode_chat(processor, messages, chat_template=template, return_assistant_tokens_mask=True)
+    ids = encode_chat(processor, messages, chat_template=template)["input_ids"][0]
+    assert processor.decode(ids) == "a\nb\n"
+
+
 def test_serving_engines_are_told_the_tokens_of_images(processor, image):
     told = processor._get_num_multimodal_tokens(image_sizes=[(16, 16), (40, 20)])
     batch = processor(text=QUESTION, images=[image, image], return_mm_token_type_ids=True, return_tensors="pt")
     assert told.num_image_tokens == [NUM_FEATURES] * 2 and told.num_image_patches == [1, 1]
-    image_id = processor.image_token_id
-    assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == image_id).long())
+    assert torch.equal(batch["mm_token_type_ids"], (batch["input_ids"] == processor.image_token_id).long())
     assert batch["mm_token_type_ids"].sum() == sum(told.num_image_tokens)
 
 
@@ -312,6 +485,14 @@ def test_rows_are_padded_to_a_multiple(processor):
         ({"num_latent": 0}, "num_latent is no option of the processor: did you mean num_latents?"),
         ({"text_kwargs": {"pading": True}}, "did you mean padding?"),
         ({"images_kwargs": {"do_resise": False}}, "did you mean do_resize?"),
+        ({"images_kwargs": {"padding": True}}, "padding is no option of the processor"),
+        ({"common_kwargs": {"return_tensor": "pt"}}, "did you mean return_tensors?"),
+        ({"do_rescale": True, "images_kwargs": {"do_rescale": True}}, "do_rescale is given twice"),
+        ({"padding": True, "text_kwargs": {"padding": True}}, "padding is given twice"),
+        ({"add_special_tokens": True}, "add_special_tokens=True is nothing that this processor does"),
+        ({"videos": ["a.mp4"]}, r"videos=\['a.mp4'\] is nothing that this processor does"),
+        ({"padding": "max_length"}, "padding='max_length' needs max_length"),
+        ({"padding": "max_length", "max_length": 5}, r"of a prompt of \d+ tokens, and max_length is 5"),
         ({"max_length": 5}, "max_length=5 has no effect alone"),
         ({"max_length": 5, "truncation": True}, r"of a prompt of \d+ tokens, and max_length is 5"),
     ],
@@ -326,14 +507,143 @@ def test_a_prompt_that_fits_may_ask_for_truncation(processor):
     assert processor(text=QUESTION, truncation=True, max_length=99)["input_ids"] == whole
 
 
-@pytest.mark.parametrize("make", [MMCoconutProcessor.from_backbones])
-def test_an_unknown_argument_of_a_new_processor_is_refused(processor, make):
+@pytest.mark.parametrize("options", [{"padding": False}, {"truncation": False}, {"truncation": "do_not_truncate"}])
+@pytest.mark.parametrize("neutral", [{}, {"videos": None, "audio": None}, {"add_special_tokens": False}])
+def test_options_that_ask_for_nothing_change_nothing(processor, options, neutral):
+    assert processor(text=QUESTION, **options, **neutral)["input_ids"] == processor(text=QUESTION)["input_ids"]
+
+
+@pytest.mark.parametrize("nested, tokenize", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "name, value, hint",
+    [("num_latent", 0, "num_latents"), ("do_resise", False, "do_resize"), ("pading", True, "padding")],
+)
+def test_unknown_options_of_a_chat_are_refused(processor, image, nested, name, value, hint, tokenize):
+    options = {"processor_kwargs": {name: value}} if nested else {name: value}
+    with pytest.raises(ValueError, match=f"{name} is no option .*did you mean {hint}"):
+        processor.apply_chat_template([user(image, QUESTION)], tokenize=tokenize, return_dict=True, **options)
+
+
+def test_options_of_a_chat_may_be_flat(processor, image):
+    flat = encode_chat(processor, [user(image, QUESTION)], do_normalize=False, padding="max_length", max_length=40)
+    options = {"do_normalize": False, "padding": "max_length", "max_length": 40, "num_latents": 2}
+    nested = encode_chat(processor, [user(image, QUESTION)], processor_kwargs=options)
+    assert flat["input_ids"].shape == nested["input_ids"].shape == (1, 40)
+    assert torch.equal(flat["pixel_values"], nested["pixel_values"])
+    assert [(batch["input_ids"] == processor.latent_token_id).sum() for batch in (flat, nested)] == [0, 2]
+
+
+def test_tools_that_the_template_does_not_write_are_refused(processor):
+    with pytest.raises(ValueError, match="writes no tools"):
+        processor.apply_chat_template([user(QUESTION)], tools=TOOLS)
+    assert processor.apply_chat_template([user(QUESTION)], tools=None, load_audio_from_video=False) == f"{QUESTION}\n"
+
+
+@pytest.mark.parametrize("options, length", [({}, 50), ({"padding": "longest"}, None), ({"max_length": 60}, 60)])
+def test_a_call_goes_before_what_the_tokenizer_was_made_with(processor, image, tmp_path, options, length):
+    processor.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding="max_length", max_length=50)
+    made = MMCoconutProcessor(processor.image_processor, tokenizer, image_seq_length=NUM_FEATURES)
+    found = made(text=QUESTION, images=image, return_tensors="pt", **options)["input_ids"]
+    assert (
+        found.shape[1] == length or processor(text=QUESTION, images=image, return_tensors="pt")["input_ids"].shape[1]
+    )
+
+
+def test_padding_stands_on_the_side_that_is_asked_for(processor):
+    texts = ["a", QUESTION]
+    sides = [processor(text=texts, padding_side=side)["attention_mask"][0] for side in ("left", "right")]
+    assert sides[0][0] == sides[1][-1] == 0 and sides[0] == sides[1][::-1]
+    processor.tokenizer.padding_side = "right"
+    assert processor(text=texts)["attention_mask"][0] == sides[1]
+
+
+def test_images_alone_are_what_the_image_processor_makes_of_them(processor, image):
+    found = processor(images=[image, image], return_tensors="pt", do_normalize=False)
+    expected = processor.image_processor([image, image], return_tensors="pt", do_normalize=False)
+    assert found.keys() == expected.keys() == {"pixel_values"}
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize("kind", ["pt", "np", None])
+def test_a_call_gives_what_the_names_of_inputs_say(processor, image, kind):
+    batch = processor(images=image, text=QUESTION, return_tensors=kind)
+    assert list(batch) == processor.model_input_names
+    types = {"pt": torch.Tensor, "np": np.ndarray, None: list}
+    assert {type(value) for value in batch.values()} == {types[kind]}
+
+
+def test_a_saved_processor_is_equal_and_gives_equal_batches(processor, image, tmp_path):
+    processor.num_latents, processor.markers = 2, "start"
+    processor.save_pretrained(tmp_path)
+    loaded = MMCoconutProcessor.from_pretrained(tmp_path, backend="pil")
+    saved = processor.to_dict()
+    saved.pop("auto_map")  # saving writes it into the processor
+    assert loaded.to_dict() == saved and loaded.chat_template == processor.chat_template
+    options = {"return_tensors": "pt", "return_mm_token_type_ids": True}
+    expected, found = (each(images=image, text=QUESTION, **options) for each in (processor, loaded))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("content", ["image", "url", "path", "base64", "image_url"])
+@pytest.mark.parametrize("num_chats", [None, 1, 2])
+def test_a_chat_takes_its_images_under_every_key(processor, image, content, num_chats, tmp_path):
+    image.save(tmp_path / "a.png")
+    data = base64.b64encode((tmp_path / "a.png").read_bytes()).decode()
+    path = str(tmp_path / "a.png")
+    part = {
+        "image": {"type": "image", "image": image},
+        "url": {"type": "image", "url": f"data:image/png;base64,{data}"},
+        "path": {"type": "image", "path": path},
+        "base64": {"type": "image", "base64": data},
+        "image_url": {"type": "image_url", "image_url": {"url": path}},
+    }[content]
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}]
+    conversation = messages if num_chats is None else [messages] * num_chats
+    before = copy.deepcopy(messages)
+    found = encode_chat(processor, conversation)
+    expected = processor(images=[image] * (num_chats or 1), text=[QUESTION] * (num_chats or 1), return_tensors="pt")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert messages == before
+    ids = processor.apply_chat_template(conversation, tokenize=True, add_generation_prompt=True)
+    assert ids == expected["input_ids"].tolist()
+    places = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}]
+    found = encode_chat(processor, places, processor_kwargs={"images": [image]})
+    assert torch.equal(found["pixel_values"], expected["pixel_values"][:1])
+
+
+@pytest.mark.parametrize("conversation", [[], [[]], ["a"], [["a"]], [7]])
+def test_what_is_no_chat_is_refused(processor, conversation):
+    with pytest.raises(ValueError, match="A chat has messages of type"):
+        processor.apply_chat_template(conversation)
+
+
+def test_an_answer_that_is_begun_is_gone_on_with(processor):
+    messages = [user(QUESTION), {"role": "assistant", "content": "### a r"}]
+    ids = processor.apply_chat_template(messages, tokenize=True, continue_final_message=True, num_latents=2)[0]
+    assert ids == processor.encode_prompt(QUESTION, num_images=0, num_latents=2) + processor.encode_text("### a r")
+
+
+def test_generated_ids_are_decoded_as_by_every_processor(processor):
+    ids = [processor.encode_target(["red"], "a cube"), processor.encode_prompt("red?", num_images=0, num_latents=2)]
+    texts = ["red\n### a cube", "red?\n"]
+    assert processor.post_process_image_text_to_text(ids) == texts
+    assert processor.batch_decode(ids, skip_special_tokens=True) == texts
+    assert processor.decode(ids[0], skip_special_tokens=True) == texts[0]
+
+
+def test_an_unknown_argument_of_a_new_processor_is_refused(processor):
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
-    with pytest.raises(ValueError, match="num_latent is no argument.*did you mean num_latents"):
-        make(config=tiny_model().config, num_latent=3, **parts)
+    for make in (MMCoconutProcessor, partial(MMCoconutProcessor.from_backbones, config=tiny_model().config)):
+        with pytest.raises(ValueError, match="num_latent is no argument.*did you mean num_latents"):
+            make(num_latent=3, **parts)
 
 
-@pytest.mark.parametrize("number", [np.int64(3), torch.tensor(3).item(), 3])
-def test_any_whole_number_counts_latents(processor, number):
-    ids = processor(text=QUESTION, num_latents=number)["input_ids"][0]
-    assert ids.count(processor.latent_token_id) == 3
+@pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), torch.tensor(3), 3])
+def test_any_whole_number_counts_latents(processor, number, tmp_path):
+    made = MMCoconutProcessor(processor.image_processor, processor.tokenizer, num_latents=number)
+    made.save_pretrained(tmp_path)
+    assert MMCoconutProcessor.from_pretrained(tmp_path, backend="pil").num_latents == 3
+    for ids in (made(text=QUESTION)["input_ids"][0], processor(text=QUESTION, num_latents=number)["input_ids"][0]):
+        assert ids.count(processor.latent_token_id) == 3
