@@ -2,7 +2,7 @@
 
 A chat is rendered with marks around each string in it that is a control token of the tokenizer, which is then encoded
 as text. Where a mask of what the assistant writes is asked for and the template has no `{% generation %}`, marks stand
-around that too. The marks are characters of Unicode's private use, taken out of messages before.
+around that too. The marks are code points that stand for no character, taken out of messages before.
 """
 
 import re
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_mmcoconut import LATENT_TOKEN, THOUGHT_TOKENS
+from .configuration_mmcoconut import THOUGHT_TOKENS
 
 
 ANSWER_MARKER = "###"
-QUOTES = ("\ue000", "\ue001")
-WRITTEN = ("\ue002", "\ue003")
-SAMPLE = "\ue004"
-MARKS = re.compile("[\ue000-\ue004]")
+# Code points that are no characters in Unicode, and will be none.
+QUOTES = ("\ufdd0", "\ufdd1")
+WRITTEN = ("\ufdd2", "\ufdd3")
+MARKS = re.compile("[\ufdd0-\ufdef]")
 GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
 # Under these names a part of a message holds its image.
@@ -116,35 +116,16 @@ def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
     return next((start for start in starts if whole[start : start + len(part)] == part), -1)
 
 
-class RenderedPrompt(str):
-    """A chat as `apply_chat_template(tokenize=False)` renders it; its control tokens are meant.
-
-    So are those of its slices, and of text that is added in front of it or behind it.
-    """
-
-    def __getitem__(self, place) -> "RenderedPrompt":
-        return RenderedPrompt(str.__getitem__(self, place))
-
-    def __add__(self, other: str) -> "RenderedPrompt":
-        return RenderedPrompt(str(self) + other)
-
-    def __radd__(self, other: str) -> "RenderedPrompt":
-        return RenderedPrompt(other + str(self))
-
-    def __reduce__(self):
-        return RenderedPrompt, (str(self),)
-
-
 def conversations_of(conversation) -> tuple[list[list[dict]], bool]:
     """Return a list of chats with images under type `image` and text under every content, and if there were several.
 
     Raises:
-        ValueError: no message, or one that is no mapping.
+        ValueError: no message, one that is no mapping with a role, or a part that is neither text nor image.
     """
     is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
     chats = list(conversation) if is_batch else [conversation]
     for chat in chats:
-        if not chat or not all(isinstance(message, dict) for message in chat):
+        if not chat or not all(isinstance(message, dict) and "role" in message for message in chat):
             kinds = ", ".join(sorted({type(message).__name__ for message in chat})) or "none"
             raise ValueError(
                 f"A chat has messages of type {kinds}: give each chat as a list of "
@@ -157,7 +138,12 @@ def _normal(message: dict) -> dict:
     content = message.get("content") or ""
     if isinstance(content, str):
         return {**message, "content": content}
-    parts = [{**part, "type": "image"} if part.get("type") == "image_url" else part for part in content]
+    for part in content:
+        if part.get("type") not in ("text", "image", "image_url"):
+            raise ValueError(
+                f"A part of a message has type={part.get('type')!r}: this model reads 'text' and 'image'."
+            )
+    parts = [{**part, "type": "image"} if part["type"] == "image_url" else part for part in content]
     return {**message, "content": parts}
 
 
@@ -310,73 +296,34 @@ def encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> t
     return ids, spans
 
 
+def pieces_of(chat: str, tokenizer) -> list[tuple[str, bool, int]]:
+    """Return the pieces between the marks of `quoted`, whether each is a quote, and where it begins.
+
+    A mark whose partner a template cut off, as by taking only what follows a token, quotes nothing.
+    """
+    pieces = []
+    for match in re.finditer(f"[^{''.join(QUOTES)}]+", chat):
+        around = chat[max(match.start() - 1, 0) : match.start()], chat[match.end() : match.end() + 1]
+        is_quote = around == QUOTES and match[0] in tokenizer.get_added_vocab()
+        pieces.append((match[0], is_quote, match.start()))
+    return pieces
+
+
 def encode_marked(tokenizer, chat: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int]]:
     """Return the ids of a chat rendered from `quoted` messages, and 1 at those that lie in the given spans of it.
 
     Thoughts are no text of anybody: 0, wherever a template puts them.
     """
-    ids, mask, begins = [], [], 0
+    ids, mask = [], []
     thought_ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
-    for number, piece in enumerate(re.split(f"[{''.join(QUOTES)}]", chat)):
-        if piece:
-            encode = encode_quote if number % 2 else encode_piece
-            piece_ids, places = encode(tokenizer, piece, follows=bool(ids), with_spans=bool(spans))
-            ids += piece_ids
-            for token_id, (start, end) in zip(piece_ids, places):
-                is_inside = any(begins + start < last and begins + end > first for first, last in spans)
-                mask.append(int(is_inside and token_id not in thought_ids))
-        begins += len(piece) + 1  # and a mark
+    for piece, is_quote, begins in pieces_of(chat, tokenizer):
+        encode = encode_quote if is_quote else encode_piece
+        piece_ids, places = encode(tokenizer, piece, follows=bool(ids), with_spans=bool(spans))
+        ids += piece_ids
+        for token_id, (start, end) in zip(piece_ids, places):
+            is_inside = any(begins + start < last and begins + end > first for first, last in spans)
+            mask.append(int(is_inside and token_id not in thought_ids))
     return ids, mask
-
-
-class RenderedForm:
-    """How the prompts and finished chats of a template end, to know a copy of one that is a plain string again.
-
-    A text has the form if it ends where the assistant is to write, with any number of latents, or in what it has
-    written since, and if every thought token in it stands where the template puts them. Where neither the template nor
-    the layout writes a control token there, an image token in it has to say so; image_token None: none can.
-    """
-
-    def __init__(self, tokenizer, chat_template: str, *, markers: str, image_token: str | None):
-        said = [{"type": "text", "text": SAMPLE}]
-        messages = [{"role": role, "content": said} for role in ("user", "assistant")]
-        layout = {"markers": markers, "num_latents": 1}
-        prompt, _ = render(tokenizer, chat_template, messages[:1], {**layout, "add_generation_prompt": True})
-        finished, _ = render(tokenizer, chat_template, messages, layout)
-        before, _, self.end = finished.rpartition(SAMPLE)
-        begins = [piece.rpartition(SAMPLE)[2] for piece in (prompt, before)]
-        latent = re.escape(LATENT_TOKEN)
-        turn = "|".join(re.escape(begin).replace(latent, f"(?:{latent})*") for begin in begins)
-        self.turn, self.whole = re.compile(turn), re.compile(f"(.*)(?:{turn})(.*)", re.DOTALL)
-        self.tokens, self.image_token = control_tokens_of(tokenizer, chat_template), image_token
-        self.is_plain = self.tokens.search(begins[0]) is None
-
-    def fits(self, text: str) -> bool:
-        """Return True if a text has the form."""
-        found = self.whole.fullmatch(text)
-        if found is None:
-            return False
-        before, answer = self.turn.sub("", found[1]), found[2].removesuffix(self.end)
-        if self.tokens.search(answer) or any(token in before for token in THOUGHT_TOKENS):
-            return False
-        return not self.is_plain or (not answer and self.image_token is not None and self.image_token in text)
-
-
-def rendered_prompt(
-    tokenizer, chat_template: str, chat: Sequence[dict], variables: dict, *, sanitized: bool
-) -> RenderedPrompt:
-    """Return a chat of `conversations_of` as text.
-
-    Raises:
-        ValueError: a control token in it, if it is to be sanitized.
-    """
-    said = quoted([without_images(chat), variables], None)
-    if sanitized and quoted(said, control_tokens_of(tokenizer, chat_template)) != said:
-        raise ValueError(
-            "A message contains the string of a special token, which rendered text cannot tell from a real one: "
-            "call apply_chat_template with tokenize=True, return_dict=True."
-        )
-    return RenderedPrompt(render(tokenizer, chat_template, *said)[0])
 
 
 def parse_answer(text: str) -> str:

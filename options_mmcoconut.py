@@ -17,6 +17,7 @@ OPTION_GROUPS = ("text_kwargs", "images_kwargs", "common_kwargs")
 CALL_OPTIONS = ("images", "text", "num_latents", "history", "rendered")
 # Of `apply_chat_template`, beside the variables of the template.
 RENDER_OPTIONS = ("add_generation_prompt", "continue_final_message", "tools", "documents")
+CHAT_ARGUMENTS = ("num_latents", "tokenize", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens")
 # What callers of any processor pass, with the values under which they mean what this one does anyway.
 NEUTRAL = {"videos": (None,), "audio": (None,), "add_special_tokens": (None, False)}
 NEUTRAL |= {"load_audio_from_video": (None, False)}
@@ -51,8 +52,8 @@ def unknown(name: str, what: str, known: Iterable[str]) -> ValueError:
     return ValueError(f"{name} is no {what}: {hint}")
 
 
-def check_arguments(cls, kwargs: Iterable[str]) -> None:
-    """Refuse names that `__init__` of a class does not have.
+def check_arguments(cls, kwargs: Iterable[str], *others: str) -> None:
+    """Refuse names that `__init__` of a class does not have; others may be what was meant.
 
     Raises:
         ValueError: names the nearest one.
@@ -60,7 +61,7 @@ def check_arguments(cls, kwargs: Iterable[str]) -> None:
     known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
     for name in kwargs:
         if name not in known:
-            raise unknown(name, f"argument of {cls.__name__}", known)
+            raise unknown(name, f"argument of {cls.__name__}", {*known, *others})
 
 
 def without_neutral(kwargs: dict) -> dict:
@@ -110,6 +111,13 @@ def split_options(kwargs: dict, tokenizer, image_processor) -> tuple[dict, dict]
             f"max_length={text['max_length']} has no effect alone: add padding='max_length', or truncation=True, "
             "which refuses longer prompts."
         )
+    multiple, side = text.get("pad_to_multiple_of"), text.get("padding_side")
+    if multiple is not None and text.get("padding") in (False, "do_not_pad"):
+        raise ValueError(
+            f"pad_to_multiple_of={multiple} has no effect with padding={text['padding']!r}: leave one out."
+        )
+    if side not in (None, "left", "right"):
+        raise ValueError(f"padding_side={side!r} is not one of left, right: set padding_side to one of them.")
     made_with = {name: tokenizer.init_kwargs.get(name) for name in TOKENIZER_OPTIONS}
     return {**{name: value for name, value in made_with.items() if value is not None}, **text}, images
 
@@ -118,9 +126,12 @@ def split_chat_options(kwargs: dict, options: dict, template: str, image_process
     """Return variables of a template, and options of a call, out of what `apply_chat_template` is given.
 
     Raises:
-        ValueError: a name that is neither; tools or documents that the template does not write.
+        ValueError: a name that is neither, or is given twice; tools or documents that the template does not write.
     """
     variables, options = {}, dict(options)
+    twice = sorted(kwargs.keys() & options.keys())
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice, by itself and in processor_kwargs: give it once.")
     called = {*TEXT_OPTIONS, *OPTION_GROUPS, *image_options_of(image_processor)}
     for name, value in without_neutral(kwargs).items():
         is_written = re.search(rf"\b{re.escape(name)}\b", template) is not None
@@ -131,7 +142,7 @@ def split_chat_options(kwargs: dict, options: dict, template: str, image_process
         elif is_written or name in RENDER_OPTIONS:
             variables[name] = value
         else:
-            raise unknown(name, "option of apply_chat_template", {*called, *RENDER_OPTIONS, "num_latents"})
+            raise unknown(name, "option of apply_chat_template", {*called, *RENDER_OPTIONS, *CHAT_ARGUMENTS})
     return variables, options
 
 

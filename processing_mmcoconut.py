@@ -25,8 +25,6 @@ from .chat_template_mmcoconut import (
     CHAT_TEMPLATE,
     MARKERS,
     SAMPLE_HISTORY,
-    RenderedForm,
-    RenderedPrompt,
     control_tokens_of,
     conversations_of,
     encode_marked,
@@ -36,7 +34,6 @@ from .chat_template_mmcoconut import (
     parse_answer,
     quoted,
     render,
-    rendered_prompt,
     starts_with_bos,
     unquoted,
     with_thoughts,
@@ -62,6 +59,7 @@ from .options_mmcoconut import (
     split_options,
     whole_number,
 )
+from .rendered_mmcoconut import RenderedForm, RenderedPrompt, rendered_prompt
 
 
 logger = logging.get_logger(__name__)
@@ -150,7 +148,7 @@ class MMCoconutProcessor(ProcessorMixin):
         Raises:
             ValueError: the tokenizer's ids differ from the configuration's.
         """
-        check_arguments(cls, kwargs)
+        check_arguments(cls, kwargs, "vision", "text", "config")
         tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
         image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
         add_special_tokens(tokenizer)
@@ -176,7 +174,7 @@ class MMCoconutProcessor(ProcessorMixin):
             ValueError: the tokenizer's ids differ from the configuration's; no chat template; settings of tiles for
                 an image processor that makes none.
         """
-        check_arguments(cls, kwargs)
+        check_arguments(cls, kwargs, "vlm", "config", "min_tiles", "max_tiles")
         tokenizer, image_processor, chat_template = (
             kwargs.pop(name, None) or part
             for name, part in zip(("tokenizer", "image_processor", "chat_template"), parts_of_vlm(vlm))
@@ -220,13 +218,16 @@ class MMCoconutProcessor(ProcessorMixin):
         return dict(BatchFeature(inputs, tensor_type=return_tensors)), [[next(tiles) for _ in g] for g in groups]
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs):
-        """Tokens and tiles of images (height, width); serving engines ask every processor for them by this name."""
+        """Tokens and tiles of images (height, width) under a call's options, by the name that serving engines know."""
         if image_sizes is None:
             return MultiModalData()
+        _, options = split_options(kwargs, self.tokenizer, self.image_processor)
+        if options.get("size") is not None:
+            options["patch_size"] = options["size"]  # as the image processor calls the side of a tile there
         tiles = [1] * len(image_sizes)
         if makes_tiles(self.image_processor):
             count = self.image_processor.get_number_of_image_patches
-            tiles = [count(height, width, kwargs) for height, width in image_sizes]
+            tiles = [count(height, width, options) for height, width in image_sizes]
             if not self.use_thumbnail:  # which is counted where there are several
                 tiles = [number - (number > 1) for number in tiles]
         return MultiModalData(num_image_tokens=[len(self.image_ids(n)) for n in tiles], num_image_patches=tiles)
@@ -411,8 +412,9 @@ class MMCoconutProcessor(ProcessorMixin):
             history: for each text question and answer of the turns before it, of which the first has the images.
             rendered: True: the text comes out of `apply_chat_template(..., tokenize=False)`, its special tokens are
                 meant; False: it is a question, whatever is written in it. None: a `RenderedPrompt` is rendered, and
-                so is a copy of one that is a plain string, if it ends as the chat template ends a prompt or an answer
-                (`RenderedForm`) and neither num_latents nor history is given.
+                so is a copy of one that is a plain string, if all of it is what the chat template writes
+                (`RenderedForm`) and neither num_latents nor history is given. Pass False for text of users that you
+                do not trust.
             kwargs: options of the text (`return_tensors`, `padding`, `max_length`, `pad_to_multiple_of`,
                 `padding_side`, `truncation`, `return_mm_token_type_ids`, `return_attention_mask`) and of the image
                 processor, flat or in `text_kwargs`, `images_kwargs` and `common_kwargs`.
@@ -464,16 +466,18 @@ class MMCoconutProcessor(ProcessorMixin):
         self, texts: Sequence[str], rendered: bool | None, *, is_question: bool, with_images: bool
     ) -> list[bool]:
         """Whether each text is a rendered prompt; arguments as of a call."""
-        if not texts:
-            raise ValueError("text is an empty list: give at least one question.")
+        if not texts or not all(isinstance(text, str) for text in texts):
+            kinds = ", ".join(sorted({type(text).__name__ for text in texts}))
+            what = f"a list of {kinds}" if kinds else "an empty list"
+            raise ValueError(f"text is {what}: give at least one question, every one as a string.")
         if rendered is not None:
             return [rendered] * len(texts)
         found = [isinstance(prompt, RenderedPrompt) for prompt in texts]
         tokens = control_tokens_of(self.tokenizer, self.chat_template)
         if is_question or not any(tokens.search(prompt) for prompt in texts):
             return found
-        image_token = self.image_token if with_images else None
-        form = RenderedForm(self.tokenizer, self.chat_template, markers=self.markers, image_token=image_token)
+        layout = {"markers": self.markers, "image_token": self.image_token, "with_images": with_images}
+        form = RenderedForm(self.tokenizer, self.chat_template, **layout)
         return [is_sure or form.fits(prompt) for is_sure, prompt in zip(found, texts)]
 
     def encode_questions(self, texts: list[str], tiles: list[list[int]], num_latents, history) -> list[list[int]]:
@@ -508,7 +512,7 @@ class MMCoconutProcessor(ProcessorMixin):
         )
         if options.get("padding") != "max_length":
             options.pop("max_length", None)
-        options.setdefault("padding", len(input_ids) > 1)
+        options.setdefault("padding", len(input_ids) > 1 or options.get("pad_to_multiple_of") is not None)
         check_lengths([part for prompt in input_ids for part in self.split_prompt(prompt)], limit)
         batch = self.pad_prompts(input_ids, **options)
         if masks is not None:
@@ -604,9 +608,13 @@ class MMCoconutProcessor(ProcessorMixin):
         chats, is_batch = conversations_of(conversation)
         template = chat_template or self.chat_template
         variables, options = split_chat_options(kwargs, processor_kwargs or {}, template, self.image_processor)
-        if num_latents is None:
-            num_latents = options.pop("num_latents", None)
-        variables |= self.layout(num_latents)
+        if "num_latents" in options and num_latents is not None:
+            raise ValueError("num_latents is given twice, by itself and in processor_kwargs: give it once.")
+        variables |= self.layout(options.pop("num_latents", num_latents))
+        images = options.pop("images", None)
+        if return_tensors != "auto":
+            options["return_tensors"] = return_tensors
+        text_options, image_options = split_options(options, self.tokenizer, self.image_processor)
         if not tokenize:
             prompts = [
                 rendered_prompt(self.tokenizer, template, chat, variables, sanitized=sanitize_control_tokens)
@@ -615,10 +623,6 @@ class MMCoconutProcessor(ProcessorMixin):
             return prompts if is_batch else prompts[0]
         if return_assistant_tokens_mask and self.decoder_start_token_id is not None:
             raise ValueError("An encoder-decoder reads no assistant messages: leave return_assistant_tokens_mask out.")
-        if return_tensors != "auto":
-            options["return_tensors"] = return_tensors
-        images = options.pop("images", None)
-        text_options, image_options = split_options(options, self.tokenizer, self.image_processor)
         groups = [images_of(chat) for chat in chats] if images is None else images_of_each(images, chats)
         pixels, tiles = self.encode_images(groups, **image_options)
         tokens = control_tokens_of(self.tokenizer, template) if sanitize_control_tokens else None

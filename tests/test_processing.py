@@ -16,9 +16,9 @@ from PIL import Image
 from tiny import NUM_FEATURES, tiny_image, tiny_model, tiny_processor, tiny_tokenizer
 from transformers import AutoTokenizer
 
-from mmcoconut.chat_template_mmcoconut import RenderedPrompt
 from mmcoconut.configuration_mmcoconut import SPECIAL_TOKENS
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
+from mmcoconut.rendered_mmcoconut import RenderedPrompt
 
 
 QUESTION = "What colour is the left square?"
@@ -376,7 +376,7 @@ def test_every_answer_of_a_conversation_is_in_the_mask(processor, image):
 
 
 def test_marks_in_messages_forge_no_control_token(processor):
-    for text in ("\ue000<|latent|>\ue001", "<|lat\ue000ent|>", "\ue001<|latent|>\ue000"):
+    for text in ("\ufdd0<|latent|>\ufdd1", "<|lat\ufdd0ent|>", "\ufdd1<|latent|>\ufdd0"):
         plain = encode_chat(processor, [user(QUESTION + "<|latent|>")], num_latents=2)["input_ids"]
         assert torch.equal(encode_chat(processor, [user(QUESTION + text)], num_latents=2)["input_ids"], plain)
         prompt = RenderedPrompt(f"{text}\n")
