@@ -35,14 +35,13 @@ OVERRIDDEN_METHODS = {
     # Called by gradient_checkpointing_enable() (to 5.22) and activation_checkpointing_enable() (from 5.23) alike.
     "_set_gradient_checkpointing": "the public method that calls it was renamed",
     # Between choosing a cache's kind and size and the first forward pass, `generate` calls nothing public.
-    "_prepare_cache_for_generation": "a prefix is copied into the cache there, and the number of tokens is known",
+    "_prepare_cache_for_generation": "a prefix is copied in where the kind and size of the cache are known",
 }
 # What a model class tells PreTrainedModel about itself; they are documented, and the underscore is part of the names.
 CLASS_ATTRIBUTES = (
     "_tied_weights_keys",
     "_skip_keys_device_placement",
     "_tp_plan",
-    "_pp_plan",
     "_can_compile_fullgraph",
 )
 CLASS_ATTRIBUTES += ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_attn", "_supports_attention_backend")

@@ -56,15 +56,6 @@ def images_of_call(encoded: EncodedImages | None):
         IMAGES_OF_CALL.reset(token)
 
 
-def first_new_column(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, past_key_values) -> int:
-    """Return the column of the first id that is not in the cache; ids may be all or only those behind it."""
-    if not isinstance(past_key_values, Cache):
-        return 0
-    past_length = int(past_key_values.get_seq_length())
-    has_all = attention_mask is None or attention_mask.shape[1] == input_ids.shape[1]
-    return min(past_length, input_ids.shape[1]) if has_all else 0
-
-
 class GenerationWithImages:
     """The part of a model with a head that encodes the images of `generate`; before GenerationMixin."""
 
@@ -77,11 +68,12 @@ class GenerationWithImages:
             ValueError: images given twice; placeholders and features differ in number; rows with parts of images.
         """
         past_key_values, encoded = kwargs.get(CACHE), kwargs.pop("mm_encoder_outputs", None) or None
+        # A prefix, which is no Cache yet, has its placeholders taken out of the prompts.
+        past_length = int(past_key_values.get_seq_length()) if isinstance(past_key_values, Cache) else 0
         images = {name: value for name in IMAGE_INPUTS if (value := kwargs.pop(name, None)) is not None}
         assisted = IMAGES_OF_CALL.get()
-        if not images and encoded is None and assisted is not None:
-            is_begun = isinstance(past_key_values, Cache) and int(past_key_values.get_seq_length()) > 0
-            images = {} if is_begun else assisted.inputs
+        if not images and encoded is None and assisted is not None and past_length == 0:
+            images = assisted.inputs
         pixels = {name: images.get(name) for name in ("pixel_values", "image_features")}
         check_one_source(**pixels, mm_encoder_outputs=encoded)
         if encoded is None and all(value is None for value in pixels.values()):
@@ -89,16 +81,18 @@ class GenerationWithImages:
         ids = kwargs.get("input_ids") if inputs is None else inputs
         embeds = None if ids is not None else kwargs["inputs_embeds"]
         image_mask = self.model.get_token_mask(self.config.image_token_id, ids, embeds)  # (B, T)
+        if assisted is not None and not image_mask.any():  # a call inside another one, about something else
+            return None
         self.model.check_whole_images(image_mask, images.get("num_tiles"))
         if encoded is None:
             with torch.no_grad():
                 encoded = {"image": self.get_image_features(**images, return_dict=True)}
         features = torch.cat(list(encoded["image"].pooler_output))  # (P, D)
-        start = first_new_column(image_mask, kwargs.get("attention_mask"), past_key_values)
-        placeholders = image_mask[:, start:]
+        mask = kwargs.get("attention_mask")
+        has_past = mask is None or mask.shape[1] == image_mask.shape[1]  # the ids are all, or those behind the cache
+        placeholders = image_mask[:, past_length:] if has_past else image_mask
         self.model.check_num_features(placeholders, features)
-        first = start or (int(past_key_values.get_seq_length()) if isinstance(past_key_values, Cache) else 0)
-        return EncodedImages(placeholders, first, features, images)
+        return EncodedImages(placeholders, past_length, features, images)
 
     def prepare_inputs_for_generation(
         self,

@@ -28,11 +28,13 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.generation import GenerationMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
+from .caches_mmcoconut import text_cache
 from .compat_mmcoconut import CACHE, current_backward_pass
 from .triton_mmcoconut import attention_backward as triton_attention_backward
 from .triton_mmcoconut import attention_forward as triton_attention_forward
@@ -527,19 +529,18 @@ def latent_mask(batch_size, q_length, kv_length, *args, attention_mask=None, all
 class GenerationOverSplitKeys:
     """The part of a model with a head that gives `generate` a SplitCache where that can be read."""
 
-    def settle_cache(self, kwargs: dict, generation_config=None) -> None:
-        """Set a SplitCache in the arguments of `generate` where it would make a growing cache."""
-        given = generation_config or kwargs.get("generation_config") or self.generation_config
-        wanted = {
-            name: kwargs.get(name, getattr(given, name, None))
-            for name in ("cache_implementation", "use_cache", "assistant_model", "prompt_lookup_num_tokens")
-        }
-        grows = wanted.pop("cache_implementation") in (None, "dynamic") and wanted.pop("use_cache") is not False
-        is_assisted = any(value is not None for value in wanted.values())
-        if kwargs.get(CACHE) is not None or not grows or is_assisted or not self.model.reads_split_keys():
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
+        """Put a SplitCache in the place of a growing cache that transformers makes."""
+        is_given = model_kwargs.get(CACHE) is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
+        own = None if is_given else text_cache(model_kwargs.get(CACHE))
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if type(own) is not DynamicCache or own.offloading or is_assisted or not self.model.reads_split_keys():
             return
-        is_pair = self.config.is_encoder_decoder
-        kwargs[CACHE] = EncoderDecoderCache(SplitCache(), DynamicCache()) if is_pair else SplitCache()
+        if own is model_kwargs[CACHE]:
+            model_kwargs[CACHE] = SplitCache()
+        else:
+            model_kwargs[CACHE].self_attention_cache = SplitCache()
 
 
 AttentionInterface.register("latent", latent_attention_forward)

@@ -886,7 +886,6 @@ class MMCoconutForConditionalGeneration(
         if prefix is not None:
             return self.generate_behind(prefix, inputs, *args, image_features=image_features, **kwargs)
         self.settle_stopping(kwargs)
-        self.settle_cache(kwargs)
         kwargs["image_features"] = image_features
         with images_of_call(self.encode_prompts(inputs, kwargs)):
             return super().generate(inputs, *args, **kwargs)

@@ -382,7 +382,6 @@ class GenerationBehindPrefix:
                 "leave out the prefix, or assistant_model and prompt_lookup_num_tokens."
             )
         del model_kwargs[CACHE]
-        self.settle_cache(model_kwargs, generation_config)
         prepare(generation_config, model_kwargs, generation_mode, batch_size, num_read)
         if model_kwargs.get(CACHE) is None:
             raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")

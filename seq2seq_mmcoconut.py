@@ -303,7 +303,6 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             )
         rename_cache(kwargs)
         self.settle_stopping(kwargs)
-        self.settle_cache(kwargs)
         if encoder_outputs is None:
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
             images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles", "image_features")}

@@ -26,7 +26,7 @@ from tiny import (
     uncached,
     words,
 )
-from transformers import CompileConfig, DynamicCache, GPT2Config, TextIteratorStreamer, TextStreamer
+from transformers import CompileConfig, DynamicCache, GenerationConfig, GPT2Config, TextIteratorStreamer, TextStreamer
 
 from mmcoconut import kernels_mmcoconut, latent_graphs_mmcoconut
 from mmcoconut.caches_mmcoconut import text_cache
@@ -603,3 +603,31 @@ def test_a_further_turn_beyond_the_positions_is_refused_and_the_first_stands():
     with pytest.raises(ValueError, match="has 120 tokens.*max_new_tokens=10 .* leave out earlier turns"):
         model.generate(**further, max_new_tokens=10)
     assert model.generate(**further, max_new_tokens=9).shape[1] <= 129
+
+
+def test_a_call_inside_another_one_reads_its_own_prompt_only():
+    """As of a stopping criterion that asks the model something else while a picture is being described."""
+    model = tiny_model("qwen2")
+    batch, question = ragged_batch(model), torch.tensor([words(5, 1)])
+    alone, inside = model.generate(question, max_new_tokens=3), []
+
+    def ask(input_ids, scores, **kwargs):
+        inside.append(model.generate(question, max_new_tokens=3))
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    expected = model.generate(**batch, max_new_tokens=3)
+    assert torch.equal(model.generate(**batch, max_new_tokens=3, stopping_criteria=[ask]), expected)
+    assert inside and all(torch.equal(tokens, alone) for tokens in inside)
+
+
+@pytest.mark.parametrize("kind", [None, "dynamic", "static"])
+def test_split_keys_yield_to_a_cache_that_a_configuration_names(kind):
+    model = latent_model("qwen2")
+    question = torch.tensor([words(9, 1)])
+    expected = model.generate(question, max_new_tokens=4)
+    config = GenerationConfig(max_new_tokens=4, cache_implementation=kind)
+    given = [((question, config), {}), ((question,), {"generation_config": config})]
+    if kind is not None:
+        given.append(((question,), {"max_new_tokens": 4, "cache_implementation": kind}))
+    for args, kwargs in given:
+        assert torch.equal(model.generate(*args, **kwargs), expected)
