@@ -291,7 +291,7 @@ def think(
     length = inputs_embeds.shape[1]
     past_length = int(past_key_values.get_seq_length()) if columns else 0
     outputs, read = [], []
-    row = torch.arange(len(inputs_embeds), device=inputs_embeds.device)  # (B,)
+    row = torch.arange(inputs_embeds.shape[0], device=inputs_embeds.device)  # (B,)
     # Not `start in columns` over `sorted({0, *columns, length})`: torch.compile takes it for False in later calls.
     starts = [0, *(column for column in columns if column > 0)]
     cuts = list(pairwise([*starts, length]))

@@ -20,7 +20,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .backbones_mmcoconut import FromBackbones, call_with_row_positions
@@ -158,13 +158,18 @@ def with_cross_attention(past_key_values: Cache, encoder_inputs: dict) -> Encode
     return CrossAttentionCache(past_key_values, states, mask)
 
 
+def takes_no_thoughts(num_columns: int) -> bool:
+    """Return True in a compiled step of one token and in `torch.export`, where passes cannot follow the ids."""
+    return torch.compiler.is_exporting() or (num_columns == 1 and torch.compiler.is_compiling())
+
+
 def remember(outputs: ThinkOutput, past_key_values: Cache) -> Cache:
     """The cache with the state (B, D) of its last column, so that a next call may begin with a latent.
 
     A compiled step of one token forgets it: its state lies in memory that the next replay of a graph overwrites.
     """
     remember_skipped(past_key_values, outputs.attention_mask)
-    if outputs.last_hidden_state.shape[1] == 1 and torch.compiler.is_compiling():
+    if takes_no_thoughts(outputs.last_hidden_state.shape[1]):
         past_key_values.last_hidden_state = None
         return past_key_values
     return remember_state(past_key_values, outputs.last_hidden_state[:, -1])
@@ -397,7 +402,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             image_outputs.image_embeds = self.multi_modal_projector.embedding(image_features)  # (I, D)
         if self.cross_attends:
             projected = projected.flatten(1)[:, None]  # (I, 1, P · D)
-        if num_tiles is None:
+        if torch.compiler.is_exporting():  # a list of images would fix their number
+            image_outputs.pooler_output = [projected.flatten(0, 1)]
+        elif num_tiles is None:
             image_outputs.pooler_output = list(projected)
         else:
             of_images = projected.split(num_tiles.tolist())  # (tiles, P, D) each
@@ -430,6 +437,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     def check_num_features(self, image_mask: torch.Tensor, image_features: torch.Tensor) -> None:
         """Raise where placeholders (B, T) and image features (P, D) differ in number."""
+        if torch.compiler.is_exporting():  # a program checks it when it runs, and cannot say the numbers
+            torch_compilable_check(image_mask.sum() == image_features.shape[0], "placeholders and features differ")
+            return
         num_placeholders, num_features = int(image_mask.sum()), image_features.shape[0]
         if num_placeholders != num_features:
             raise ValueError(
@@ -446,6 +456,9 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         """
         counts = image_mask.sum(-1)  # (B,)
         broken = counts % self.config.image_seq_length != 0
+        if torch.compiler.is_exporting():
+            torch_compilable_check(~broken.any(), "a row has a part of an image")
+            return
         if broken.any():
             row = broken.nonzero()[0].item()
             raise ValueError(
@@ -541,15 +554,16 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return latent_mask & real, latent_mask & ~real
 
     def thought_columns(
-        self, latent_mask: torch.Tensor, skipped: torch.Tensor, *, attention_mask, past_key_values, kwargs: dict
+        self, latent_mask: torch.Tensor, skipped: torch.Tensor, *, attention_mask, past_key_values
     ) -> tuple[list[int], bool]:
         """Where hidden states are fed back in this call, and whether any row leaves a latent out, skipped (B, T).
 
-        Nowhere with `pause`, nor in a compiled decoding step. Under FSDP the sequence is cut at further columns, so
-        that all processes make the same number of passes.
+        Nowhere with `pause`, nor in a compiled decoding step or an exported program. Under FSDP the sequence is cut at
+        further columns, so that all processes make the same number of passes.
         """
-        if latent_mask.shape[1] == 1 and torch.compiler.is_compiling():
-            assert_without_waiting(~latent_mask.any(), "A compiled step of one token cannot read a thought.")
+        if takes_no_thoughts(latent_mask.shape[1]):
+            message = "A compiled step of one token, or an exported program, cannot read a thought."
+            assert_without_waiting(~latent_mask.any(), message)
             return [], False
         columns, left_out = column_lists(latent_mask, skipped)
         if self.config.thought_mode == "pause":
@@ -649,7 +663,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         self.check_length(num_columns, position_ids, past_key_values)
         given_mask, (latent_mask, skipped) = latent_mask, self.split_latents(latent_mask, attention_mask)
         columns, leaves_out = self.thought_columns(
-            latent_mask, skipped, attention_mask=attention_mask, past_key_values=past_key_values, kwargs=kwargs
+            latent_mask, skipped, attention_mask=attention_mask, past_key_values=past_key_values
         )
         looks_back = columns or leaves_out or output_stop_logits  # what a cache remembers may be on the device
         loop, before = think, remembered(past_key_values) if looks_back else None

@@ -756,3 +756,26 @@ def test_a_backbone_that_is_not_there_is_refused_by_its_part_and_name(names, par
     configs = {} if vision else {"vision_config": VISION_CONFIGS["clip"]()}
     with pytest.raises(ValueError, match=f"The {part} is neither a folder that holds a config.json nor found"):
         MMCoconutForConditionalGeneration.from_backbones(vision, text, tokenizer=tiny_tokenizer(), **configs)
+
+
+@pytest.mark.parametrize("text", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("image_fusion", ["replace", "add"])
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_an_exported_program_reads_other_sizes_and_refuses_thoughts(text, image_fusion, tolerance):
+    """`torch.export` follows one path, and how often the decoder runs for thoughts depends on the ids."""
+    model = tiny_model(text, image_fusion=image_fusion)
+
+    def inputs(rows, length, last=7):
+        ids = torch.tensor([[model.config.image_token_id] * 4 + words(length, row) + [last] for row in range(rows)])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(rows, 3, 16, 16)}
+
+    rows, columns = torch.export.Dim("rows", min=2, max=8), torch.export.Dim("columns", min=8, max=60)
+    shapes = {"input_ids": {0: rows, 1: columns}, "attention_mask": {0: rows, 1: columns}, "pixel_values": {0: rows}}
+    options = {"use_cache": False}
+    program = torch.export.export(
+        model, (), {**inputs(2, 6), **options}, dynamic_shapes={**shapes, **dict.fromkeys(options)}, strict=False
+    ).module()
+    batch = inputs(5, 17)
+    assert (program(**batch, **options)["logits"] - model(**batch).logits).abs().max() <= tolerance
+    with pytest.raises(RuntimeError, match="cannot read a thought"):
+        program(**inputs(2, 6, last=model.config.latent_token_id), **options)
