@@ -71,7 +71,7 @@ def check_fields(names, config_class: type, *, method: str, decided: tuple[str, 
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """The dtype of a name such as `bfloat16`, or as it is."""
+    """Return a torch dtype, given one or its name such as `bfloat16`."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise ValueError(
@@ -81,7 +81,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with weights of this dtype; what is computed, such as rotary frequencies, stays as exact as it was."""
+    """Cast the weights of a model; computed buffers, such as rotary frequencies, keep their precision."""
     saved = model.state_dict().keys()
     weights = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
     for weight in weights:

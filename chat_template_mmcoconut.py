@@ -65,7 +65,7 @@ SAMPLE_CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", 
 
 
 def starts_with_bos(tokenizer) -> bool:
-    """Whether this tokenizer puts its bos token in front of a text (Llama does, GPT-2 and Qwen2 do not)."""
+    """Return True if this tokenizer puts its bos token in front of a text (Llama does, GPT-2 and Qwen2 do not)."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
@@ -275,7 +275,7 @@ def encode_piece(tokenizer, text: str, *, follows: bool, with_spans: bool, as_te
 
 
 def encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> tuple[list, list]:
-    """As `encode_piece`, for the string of a control token, which is text.
+    """Encode the string of a control token as text, as `encode_piece` does.
 
     An added token that is not special is found in text too, but not in its halves.
 

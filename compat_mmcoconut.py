@@ -104,7 +104,7 @@ def hidden_states_to_return(layers: int | list[int], wanted: bool | int | list[i
 
 
 def attention_of(config: PreTrainedConfig) -> str | None:
-    """The attention implementation that a model runs; `set_attn_implementation` is public, reading it is not."""
+    """Return the attention implementation of a model; `set_attn_implementation` is public, reading it is not."""
     return config._attn_implementation
 
 
@@ -124,7 +124,7 @@ def assert_without_waiting(condition: torch.Tensor, message: str) -> None:
 
 
 def current_backward_pass() -> int:
-    """A number that tells backward passes apart; torch's own checkpointing asks for it by this private name."""
+    """Return a number that tells backward passes apart; torch's own checkpointing uses this private name."""
     return torch._C._current_graph_task_id()
 
 

@@ -163,7 +163,7 @@ class MMCoconutConfig(PreTrainedConfig):
 
 
 def as_config(values: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
-    """The configuration of one part: as it is, of its values, or the default one of a model type."""
+    """Return the configuration of one part from itself, from its values, or the default of a model type."""
     if isinstance(values, PreTrainedConfig):
         return values
     return AutoConfig.for_model(**{"model_type": model_type, **(values or {})})
@@ -352,7 +352,7 @@ def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
 
 
 def check_tokenizer(tokenizer, config, image_token: str) -> None:
-    """The tokenizer must have the placeholders and markers where the model's configuration has them."""
+    """Raise unless the tokenizer has the placeholders and markers at the ids of the model's configuration."""
     for field, token in zip(TOKEN_ID_FIELDS, (image_token, *THOUGHT_TOKENS)):
         token_id = tokenizer.convert_tokens_to_ids(token)
         if token_id != getattr(config, field):

@@ -35,7 +35,7 @@ class EncodedImages:
         self.features = features.split(placeholders.sum(dim=1).tolist())
 
     def of_columns(self, start: int, num_columns: int, num_rows: int) -> torch.Tensor | None:
-        """Features (P, D) of columns start, start + 1, … in E rows; None where these have no placeholder."""
+        """Return the features (P, D) of columns start, start + 1, … in E rows; None where they have no placeholder."""
         start = max(start - self.first, 0)
         before = self.placeholders[:, :start].sum(dim=1).tolist()  # (B,)
         here = self.placeholders[:, start : start + num_columns].sum(dim=1).tolist()  # (B,)

@@ -315,7 +315,7 @@ def images_of_each(images, texts: Sequence, shares: Sequence[int] | None = None)
 
 
 def makes_tiles(image_processor) -> bool:
-    """Whether this image processor can cut a picture into tiles."""
+    """Return True if this image processor can cut a picture into tiles."""
     return "crop_to_patches" in image_processor.valid_kwargs.__annotations__
 
 

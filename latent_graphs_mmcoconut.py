@@ -94,7 +94,7 @@ def call_or_step(decoder, *, inputs_embeds, attention_mask=None, position_ids=No
 
 
 def latent_step_caller(decoder: PreTrainedModel, past_key_values: Cache, *, latent_graphs: str, **kwargs):
-    """What to call in the decoder's place: itself, by `call_with_cache`, or `call_or_step` with it.
+    """Return what to call in the decoder's place: the decoder by `call_with_cache`, or `call_or_step` with it.
 
     latent_graphs: `auto` compiles on CUDA where nothing stands against it; `on` also on other devices, and warns once
         where it cannot; `off` never does.

@@ -182,7 +182,7 @@ def thoughts_of(outputs: ThinkOutput, latent_mask: torch.Tensor) -> dict:
 
 
 def asked_of_tower(kwargs: dict) -> dict:
-    """What the vision tower is asked for beside the decoder; a choice of layers is the decoder's."""
+    """Return the outputs asked of the vision tower; a list of layers is meant for the decoder."""
     return {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name) is True}
 
 
@@ -346,7 +346,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         return select_features(image_outputs, layers, select_strategy, last_norm=self.config.vision_last_norm)
 
     def run_vision_tower(self, pixel_values: torch.Tensor, layers: int | list[int], **kwargs):
-        """The tower's output with the hidden states that are read, and those that kwargs ask for."""
+        """Run the tower and keep the hidden states that the projector reads, and those that kwargs ask for."""
         kwargs["output_hidden_states"] = hidden_states_to_return(layers, kwargs.get("output_hidden_states"))
         return self.vision_tower(pixel_values, return_dict=True, **kwargs)
 
@@ -793,7 +793,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         )
 
     def returned_of_tower(self, image_outputs, kwargs: dict):
-        """What `image_outputs` of the model's output holds: no states that only the projector asked for."""
+        """Return `image_outputs` without the states that only the projector asked for."""
         wanted = kwargs.get("output_hidden_states") or self.vision_tower.config.output_hidden_states
         if wanted or image_outputs is None:
             return image_outputs
@@ -844,7 +844,7 @@ class MMCoconutForConditionalGeneration(
             self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:
-        """As transformers', which reads a folder's generation_config.json and starts from nothing where it lacks."""
+        """Read generation_config.json, and suppress the placeholders where it is missing."""
         super().adjust_generation_fn(*args, **kwargs)
         self.suppress_placeholders()
 

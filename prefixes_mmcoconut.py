@@ -364,7 +364,7 @@ class GenerationBehindPrefix:
         )
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
-        """As transformers', behind a check of positions; a prefix is copied into the rows of the cache."""
+        """Check that positions suffice, let transformers make the cache, and copy a prefix into its rows."""
         self._check_room(generation_config, model_kwargs, num_read)
         prefix = model_kwargs.get(CACHE)
         begun = isinstance(prefix, PromptPrefix) or (prefix is not None and int(prefix.get_seq_length()) > 0)

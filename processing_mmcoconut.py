@@ -240,7 +240,7 @@ class MMCoconutProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        """What a call gives for text with images."""
+        """Return the names that a call gives for text with images."""
         text = ["input_ids", "attention_mask"]
         if self.decoder_start_token_id is not None:
             text += self.prompt_names
@@ -465,7 +465,7 @@ class MMCoconutProcessor(ProcessorMixin):
     def rendered_ones(
         self, texts: Sequence[str], rendered: bool | None, *, is_question: bool, with_images: bool
     ) -> list[bool]:
-        """Whether each text is a rendered prompt; arguments as of a call."""
+        """Return for each text whether it is a rendered prompt; arguments as of a call."""
         if not texts or not all(isinstance(text, str) for text in texts):
             kinds = ", ".join(sorted({type(text).__name__ for text in texts}))
             what = f"a list of {kinds}" if kinds else "an empty list"

@@ -53,7 +53,7 @@ def rendered_prompt(
 
 
 class RenderedForm:
-    """What all of a text must be to be a chat of a template, by which a copy that is a plain string is known again.
+    """The form of a chat that a template rendered, by which a copy that is a plain string is recognized.
 
     Turns of user and assistant in order behind what the template begins with, complete thoughts, of any number, in
     front of every answer, and no other control token but those of images in what a user says. The last answer may be

@@ -96,7 +96,7 @@ def alignment_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tor
 
 
 def asked_outputs(settings: dict) -> dict:
-    """What of `output_hidden_states` and `output_attentions` is set, for the encoder."""
+    """Return the values of `output_hidden_states` and `output_attentions` that are set, for the encoder."""
     names = ("output_hidden_states", "output_attentions")
     return {name: settings[name] for name in names if settings.get(name) is not None}
 

@@ -148,6 +148,8 @@ if not RENAMED:  # saved under their new name
     NOT_SAVED += ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 # About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
 NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compare_jobs", "profile")
+# What TrainingArguments, and trl's, raise for values that they refuse or packages that are not there.
+REFUSALS = (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError)
 # What TrainingArguments makes of a field that was not given.
 NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_tokens_seen": "no"}
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
@@ -471,7 +473,7 @@ def _conflicts(values: dict):
 
 
 def _updates(values: dict):
-    """What would leave a run without an update."""
+    """Yield the settings that leave a run without an update."""
     if not values.get("do_train", True):
         return
     if values.get("max_steps") == 0:
@@ -657,13 +659,13 @@ def _build(values: dict, problems: list[tuple]) -> list:
                 built[-1] = run if problems else rewarded_arguments(run, data, curriculum)
             if values.get("model") is None or values.get("smoke_test"):  # else the checkpoint settles the mode first
                 warn_of_idle(complete, built[-1])
-        except Exception as error:  # whatever it is, it belongs in the list of problems
+        except REFUSALS as error:  # it belongs in the list of problems
             problems.append(("TrainingArguments", type(error).__name__, str(error)))
     return built
 
 
 def layout_problems(arguments) -> list[tuple]:
-    """What is wrong with the layout once a checkpoint has settled it, as (key, value, remedy)."""
+    """Return the problems of the layout that a checkpoint has settled, as (key, value, remedy)."""
     *parts, run = arguments
     values = {key: value for part in parts for key, value in vars(part).items()}
     values |= {key: getattr(run, key) for key in NAMES[-1]}
@@ -702,7 +704,7 @@ def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: Curri
 
 
 def _default(field) -> str:
-    """What help adds for a field that a checkpoint decides."""
+    """Return what help adds for a field that a checkpoint decides."""
     return f" Default: the checkpoint's; of a new model {NEW_MODEL[field.name]}." if field.name in NEW_MODEL else ""
 
 

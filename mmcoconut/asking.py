@@ -87,7 +87,7 @@ def check_layout(arguments) -> None:
 
 
 def complete_from_recipe(arguments) -> None:
-    """What the command leaves open is what the recipe named there, or found beside the weights, says.
+    """Fill in what the command leaves open from the recipe named there, or the one beside the weights.
 
     Raises:
         RecipeError: a recipe that is named and has another layout than the checkpoint.

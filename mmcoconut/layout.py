@@ -47,7 +47,7 @@ COUNTS = ("c_thought", "max_latent_stage", "thoughts_per_turn")
 
 @dataclass(frozen=True)
 class Layout:
-    """What a checkpoint has, by the keys of a recipe; a key is missing where the files do not say it.
+    """The settings of a checkpoint, by the keys of a recipe; a key is missing where its files do not say it.
 
     num_latents: of its prompts. counts_known: whether a recipe beside the weights says how they came about.
     """
@@ -63,7 +63,7 @@ class Layout:
 
 
 def recipe_of(name: str, revision: str | None) -> dict:
-    """What the recipe of the run that made a checkpoint, a folder or Hub id, says; {} without one.
+    """Read the recipe of the run that made a checkpoint, a folder or Hub id; {} without one.
 
     A checkpoint-n and a stages/stage-s stand inside of the run's folder.
     """
@@ -79,7 +79,7 @@ def recipe_of(name: str, revision: str | None) -> dict:
 
 
 def _mode_of(thought_mode: str, markers: str, num_latents: int, said: str | None) -> str | None:
-    """The mode of a checkpoint, as far as it can be told: its files first, then what its recipe said."""
+    """Return the mode of a checkpoint, as far as it can be told: from its files, then from its recipe."""
     if thought_mode == "pause":
         return "pause"
     thinks = markers != "none" or num_latents > 0
@@ -115,12 +115,12 @@ def read_layout(name: str, *, revision: str | None = None) -> Layout:
 
 
 def stages_with(curriculum: Curriculum, num_latents: int) -> list[int]:
-    """The stages of a curriculum whose prompts have so many latents."""
+    """Return the stages of a curriculum whose prompts have this many latents."""
     return [stage for stage in range(curriculum.last_stage + 1) if curriculum.num_latents(stage) == num_latents]
 
 
 def differences(said: Mapping, layout: Layout) -> Iterator[tuple]:
-    """(key, said, in the checkpoint) of what a recipe says otherwise; None is what it leaves open.
+    """Yield (key, value in the recipe, value in the checkpoint) where they differ; None in a recipe leaves a key open.
 
     Markers and numbers of thoughts compare only where both think.
     """
@@ -136,7 +136,7 @@ def differences(said: Mapping, layout: Layout) -> Iterator[tuple]:
 
 
 def refused(said: Mapping, layout: Layout) -> list[tuple]:
-    """The differences as problems of a recipe by which a checkpoint is only asked, (key, value, remedy)."""
+    """Return the differences as problems of a recipe that does not train, (key, value, remedy)."""
     return [
         (key, value, f"the checkpoint {layout.name} has {own!r}, and only training changes it: remove this key")
         for key, value, own in differences(said, layout)
@@ -144,7 +144,7 @@ def refused(said: Mapping, layout: Layout) -> list[tuple]:
 
 
 def _fixed(said: Mapping, layout: Layout) -> list[tuple]:
-    """The differences that training cannot make either."""
+    """Return the differences that training cannot make either."""
     return [
         (key, value, f"the checkpoint {layout.name} has {own!r}, and its weights are made for that: remove this key")
         for key, value, own in differences(said, layout)
@@ -180,7 +180,7 @@ def _settled(said: dict, layout: Layout, *, objective: str) -> dict:
 
 
 def last_number(values: Mapping) -> int:
-    """Latents of the last stage."""
+    """Return the number of latents of the last stage."""
     return values["thoughts_per_turn"] or values["c_thought"] * values["max_latent_stage"]
 
 

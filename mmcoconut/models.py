@@ -21,7 +21,7 @@ class CheckpointError(UsageError):
 
 
 def _found(key: str, name: str, read: Callable):
-    """What `read()` gives, which looks for the files of a folder or Hub id.
+    """Return what `read()` gives, which looks for the files of a folder or Hub id.
 
     Raises:
         CheckpointError: they are not there, or cannot be reached.
@@ -38,7 +38,7 @@ def _found(key: str, name: str, read: Callable):
 
 
 def _config_values(key: str, name: str, revision: str | None = None) -> dict:
-    """What the config.json of a folder or Hub id says."""
+    """Read the config.json of a folder or Hub id."""
     options = {} if revision is None else {"revision": revision}
     return _found(key, name, lambda: PreTrainedConfig.get_config_dict(name, **options)[0])
 

@@ -183,7 +183,7 @@ class ThinkingPolicy:
         return super()._prepare_inputs(inputs) if self.model.training else Trainer._prepare_inputs(self, inputs)
 
     def _save_checkpoint(self, *args, **kwargs):
-        """As transformers', without the card that trl writes into a checkpoint."""
+        """Save a checkpoint without the card that trl writes into it."""
         Trainer._save_checkpoint(self, *args, **kwargs)
 
     def _send_telemetry(self) -> None:

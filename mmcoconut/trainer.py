@@ -192,7 +192,7 @@ class CurriculumTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def set_initial_training_values(self, *args, **kwargs):
-        """As transformers'; the callback counts epochs by the same updates."""
+        """Tell the callback by how many updates transformers counts an epoch."""
         values = super().set_initial_training_values(*args, **kwargs)
         self.curriculum_callback.updates_per_epoch = values[1]
         return values
@@ -350,11 +350,11 @@ class CurriculumTrainer(Trainer):
         return aside
 
     def _get_output_dir(self, trial):
-        """As transformers', and while a checkpoint is being written the place for that."""
+        """Return the output folder, or while a checkpoint is being written the folder aside."""
         return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        """As transformers', but written aside, put in place once it is whole, and only then uploaded and rotated."""
+        """Write a checkpoint aside, put it in place once it is whole, and only then upload and rotate."""
         self.aside = self.start_aside()
         try:
             super()._save_checkpoint(*args, **kwargs)
