@@ -29,7 +29,6 @@ from mmcoconut.models import load_model, model_class
 from mmcoconut.objectives import Alignment
 from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles, set_tiles
-from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
 from mmcoconut.recipe_files import run_command
 from mmcoconut.records import RESULTS_FILE, write_json
@@ -305,7 +304,7 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
         for rows in splits.values():
             check_answers(rows, metric)
     check_best_metric(run_args, metric, splits["eval"], collator.alignment)
-    trainer_class, options = ProfiledTrainer if run_args.profile else CurriculumTrainer, {}
+    trainer_class, options = CurriculumTrainer, {}
     if curriculum_args.objective in REWARDED and run_args.do_train:
         trainer_class, options = rewarded_trainer(curriculum_args, metric, splits["train"])
     elif curriculum_args.objective == "distill_stops":
@@ -446,8 +445,6 @@ def main(argv: list[str] | None = None) -> dict:
         if run_args.smoke_test:
             check_reload(run_args.output_dir, splits["eval"])
         report(results)
-    if run_args.profile:
-        save_profile(trainer)
     if run_args.push_to_hub:
         trainer.push_to_hub(results=results)
     # Without this, processes that leave at different moments abort each other.

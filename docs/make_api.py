@@ -21,7 +21,6 @@ from mmcoconut import (
     evaluation,
     prepare_flickr30k,
     publish,
-    reward_model,
     serve,
 )
 
@@ -42,7 +41,6 @@ COMMANDS = (
     ("python -m mmcoconut.convert_coconut", convert_coconut.__doc__, [convert_coconut.ConversionArguments]),
     ("python -m mmcoconut.publish", publish.__doc__, [publish.PublishArguments]),
     ("python -m mmcoconut.demo", demo.__doc__, [demo.DemoArguments]),
-    ("python -m mmcoconut.reward_model recipe.yaml", reward_model.__doc__, reward_model.CLASSES),
     ("python -m mmcoconut.serve", serve.__doc__, []),
 )
 

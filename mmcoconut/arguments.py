@@ -70,7 +70,7 @@ AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 AT_LEAST_1 += ("max_length",)
 AT_LEAST_1 += ("num_visual_tokens", "projector_num_heads", "num_beams", "jacobi_iterations")
-AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "compare_jobs", "top_k", "image_size", "min_tiles", "max_tiles")
+AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "top_k", "image_size", "min_tiles", "max_tiles")
 FRACTIONS = ("uniform_prob", "margin", "stop_threshold", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 LIMITS = (
     dict.fromkeys(AT_LEAST_0, (0, math.inf))
@@ -93,13 +93,11 @@ REFUSED = {
 NOT_COMPARED = {
     "resume_from_checkpoint": "a comparison goes on by itself when it is called again: remove this key",
     "push_to_hub": "the runs would overwrite each other on the Hub: remove this key, and push the run that you want",
-    "profile": "compared runs share a machine, which changes the shares: remove this key, and profile a run alone",
 }
 CHECKPOINTING = ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs")
 # What belongs to rewards, and what means something else or nothing with them.
 OF_REWARDS = ("rewards", "rl", "thought_noise")
 NOT_REWARDED = {
-    "profile": "parts of an update are measured in supervised training only: remove this key",
     "start_epoch": "the stage is the last one, whatever the epoch: remove this key",
     "align_weight": "nothing is aligned while answers are rewarded: set it to 0",
     "uniform_prob": "the stage is the last one in all rows: remove this key",
@@ -147,7 +145,7 @@ NOT_SAVED = ("local_rank", "hub_token")
 if not RENAMED:  # saved under their new name
     NOT_SAVED += ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 # About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
-NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "compare_jobs", "profile")
+NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds")
 # What TrainingArguments, and trl's, raise for values that they refuse or packages that are not there.
 REFUSALS = (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError)
 # What TrainingArguments makes of a field that was not given.
@@ -267,7 +265,6 @@ class RunArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = HfArg(
         default=True, help="Leave true: a vision tower's last norm gets no gradient."
     )
-    profile: bool = HfArg(default=False, help="Report the share of each part of an update in its time.")
     learning_rates: dict[str, float] | None = HfArg(
         default=None, help="Of parts of the model: {vision_tower: 3.0e-4}; the others have learning_rate."
     )
@@ -278,7 +275,6 @@ class RunArguments(TrainingArguments):
     resume_from_checkpoint: bool | str | None = HfArg(default=None, help="Folder, or true: the newest whole one.")
     compare: str | list[str] | None = HfArg(default=None, help="Modes to train and compare: cot,no_cot,coconut ...")
     seeds: int = HfArg(default=1, help="Runs of each compared mode, with the seeds seed, seed + 1, ...")
-    compare_jobs: int | None = HfArg(default=None, help="Compared runs at a time; default: what the devices allow.")
 
 
 CLASSES = (ModelArguments, DataArguments, CurriculumArguments, RunArguments)
@@ -459,8 +455,6 @@ def _conflicts(values: dict):
     for part, rate in (values.get("learning_rates") or {}).items():
         if rate < 0:
             yield f"learning_rates.{part}", rate, "must be at least 0"
-    if values.get("profile") and not values.get("do_train", True):
-        yield "profile", True, "with `do_train: false` there is no update to profile: remove this key"
     if not values.get("eval_do_concat_batches", True):
         yield "eval_do_concat_batches", False, "metrics need the whole split: remove this key"
     yield from _updates(values)
@@ -572,9 +566,9 @@ def _comparison(values: dict):
     """What is wrong with `compare`, and what does not go with it or without it."""
     compare = values.get("compare")
     if compare is None:
-        for key in ("seeds", "compare_jobs"):
-            if values.get(key) not in (None, 1):
-                yield key, values[key], "only a comparison has several runs: set `compare` to its modes, or remove it"
+        if values.get("seeds") not in (None, 1):
+            remedy = "only a comparison has several runs: set `compare` to its modes, or remove it"
+            yield "seeds", values["seeds"], remedy
         return
     for mode in compared_modes(compare) or [""]:
         if mode not in MODES:

@@ -22,14 +22,14 @@ import yaml
 
 from mmcoconut.evaluation import PREDICTIONS_FILE, RECORD_FILE
 from mmcoconut.matched_runs import (
-    Jobs,
     Run,
+    Runner,
     check_finished,
     check_folders,
     clear,
+    device_of_runs,
     evaluation_options,
     plan_runs,
-    share_machine,
 )
 from mmcoconut.provenance import without_tokens
 from mmcoconut.records import RESULTS_FILE, markdown_table, read_json, read_lines, write_json
@@ -143,7 +143,7 @@ def shared_recipe(run: Run) -> dict:
     return {key: value for key, value in yaml.safe_load(run.recipe).items() if key not in own}
 
 
-def summarise(outcomes: list[Finished], *, command: str, jobs: int, threads: int) -> dict:
+def summarise(outcomes: list[Finished], *, command: str) -> dict:
     """compare.json: a record a mode, in the order given, and what the figures were made with."""
     by_mode: dict[str, list[Finished]] = {}
     for outcome in outcomes:
@@ -158,8 +158,6 @@ def summarise(outcomes: list[Finished], *, command: str, jobs: int, threads: int
         "date": max(outcome.results["date"] for outcome in outcomes),
         "machine": distinct(outcome.results["machine"] for outcome in outcomes),
         "evaluation_machine": distinct(evaluation["machine"] for evaluation in evaluations),
-        "runs_at_a_time": jobs,
-        "threads": threads,
         "versions": distinct(
             part["versions"] for outcome in outcomes for part in (outcome.results, outcome.evaluation)
         ),
@@ -234,8 +232,7 @@ def markdown(summary: dict) -> str:
         f"was trained on the same rows in the same order, with the seeds: {seeds}. "
         f"{intervals(len(summary['seeds']))} Always answering `{commonest['answer']}`, the commonest answer, gives "
         f"{percent(commonest['accuracy'])}.",
-        "Seconds of training hold the evaluation at the end of each stage, and depend on what ran beside: "
-        f"{summary['runs_at_a_time']} at a time, threads of each: {summary['threads']}.",
+        "Seconds of training hold the evaluation at the end of each stage, and depend on what ran beside.",
         f"Trained on {listed(summary['machine'])}; evaluated on {listed(summary['evaluation_machine'])}; "
         f"{listed(summary['versions'])}; commit {listed(summary['commit'])}; {summary['date']}:",
     ]
@@ -321,13 +318,13 @@ def compare(model_args, data_args, curriculum_args, run_args, *, script: str, ar
     runs = plan_runs(model_args, data_args, curriculum_args, run_args)
     check_start(runs, overwrite=run_args.overwrite)
     folder.mkdir(parents=True, exist_ok=True)
-    devices, threads = share_machine(run_args, len(runs))
-    jobs = Jobs(script, options=evaluation_options(data_args, run_args), devices=devices, threads=threads)
-    check_finished(jobs.finish_all(runs), len(runs))
+    options = evaluation_options(data_args, run_args)
+    runner = Runner(script, options=options, device=device_of_runs(run_args.device))
+    check_finished(runner.finish_all(runs), len(runs))
     outcomes = [read_outcome(run) for run in runs]
     check_matched(outcomes)
     command = shlex.join(["python", Path(script).name, *without_tokens(argv)])
-    summary = summarise(outcomes, command=command, jobs=len(devices), threads=threads)
+    summary = summarise(outcomes, command=command)
     write_json(folder / "compare.json", summary)
     (folder / "compare.md").write_text(markdown(summary), encoding="utf-8")
     draw(summary, folder / "compare.png")

@@ -1,4 +1,4 @@
-"""The runs of a comparison: a mode and a seed each, trained and evaluated in processes of their own, some at a time.
+"""The runs of a comparison: a mode and a seed each, trained and evaluated one after the other, in own processes.
 
 A run is finished when its results.json and its evaluation.json are there. What is finished is never repeated; what has
 a checkpoint goes on from it.
@@ -6,14 +6,11 @@ a checkpoint goes on from it.
 
 import copy
 import os
-import queue
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +27,6 @@ from mmcoconut.records import RECIPE_FILE, RESULTS_FILE
 LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1")
 LAUNCH += ("--gpu_ids", "all", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
 LOG_LINES = 8
-STOPPED = -signal.SIGTERM
 
 
 class ComparisonError(RuntimeError):
@@ -138,20 +134,9 @@ def clear(runs: list[Run]) -> None:
         run.log.unlink(missing_ok=True)
 
 
-def visible_devices(device) -> list[str]:
-    """The CUDA devices a run may have to itself, as CUDA_VISIBLE_DEVICES names them; elsewhere one that names none."""
-    if device.type != "cuda":
-        return [""]
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    return named if named != [""] else [str(number) for number in range(torch.cuda.device_count())]
-
-
-def share_machine(run_args, num_runs: int) -> tuple[list[str], int]:
-    """A device for each run that goes on at a time, and the threads that each of these has."""
-    devices, cores = visible_devices(run_args.device), torch.get_num_threads()
-    at_a_time = min(num_runs, cores) if run_args.device.type == "cpu" else len(devices)
-    jobs = min(num_runs, run_args.compare_jobs or at_a_time)
-    return [devices[job % len(devices)] for job in range(jobs)], max(1, cores // jobs)
+def device_of_runs(device) -> str:
+    """The one device of every run, as CUDA_VISIBLE_DEVICES names it: the first CUDA device, elsewhere none."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if device.type == "cuda" else ""
 
 
 @contextmanager
@@ -167,31 +152,24 @@ def terminated_as_interrupted():
             signal.signal(number, signal.SIG_DFL)
 
 
-class Jobs:
-    """Takes runs through training and evaluation, each in processes of its own, one a device at a time.
+class Runner:
+    """Takes runs through training and evaluation, one after the other, each in processes of its own.
 
     Args:
         script: path of train_hf.py.
         options: of the evaluations.
-        devices: CUDA_VISIBLE_DEVICES of each run that goes on at a time.
-        threads: of each run.
+        device: CUDA_VISIBLE_DEVICES of the runs.
     """
 
-    def __init__(self, script: str, *, options: list[str], devices: list[str], threads: int):
-        self.script, self.options, self.threads = script, options, threads
-        self.free_devices: queue.SimpleQueue = queue.SimpleQueue()
-        for device in devices:
-            self.free_devices.put(device)
-        self.num_jobs = len(devices)
-        self.lock = threading.Lock()
-        self.processes: set[subprocess.Popen] = set()
-        self.stopped = False
+    def __init__(self, script: str, *, options: list[str], device: str):
+        self.script, self.options, self.device = script, options, device
+        self.threads = str(torch.get_num_threads())
         self.num_done = self.num_runs = 0
 
     def train_command(self, run: Run) -> list[str]:
         checkpoint = run.checkpoint
         start = ["--overwrite", "true"] if checkpoint is None else ["--resume_from_checkpoint", str(checkpoint)]
-        threads = ["--num_cpu_threads_per_process", str(self.threads)]
+        threads = ["--num_cpu_threads_per_process", self.threads]
         return [sys.executable, *LAUNCH, *threads, self.script, str(run.recipe_file), *start]
 
     def evaluation_command(self, run: Run) -> list[str]:
@@ -199,78 +177,62 @@ class Jobs:
         command += ["--recipe", str(run.folder / RECIPE_FILE), "--output_dir", str(run.evaluation)]
         return [*command, *self.options]
 
-    def environment(self, device: str) -> dict[str, str]:
-        """This process's own, with the run's device and threads, and the package that is running now."""
+    def environment(self) -> dict[str, str]:
+        """This process's own, with the runs' device and threads, and the package that is running now."""
         paths = [str(Path(self.script).parent), os.environ.get("PYTHONPATH")]
-        values = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": str(self.threads)}
-        return os.environ | values | {"CUDA_VISIBLE_DEVICES": device}
+        values = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": self.threads}
+        return os.environ | values | {"CUDA_VISIBLE_DEVICES": self.device}
 
-    def call(self, command: list[str], *, run: Run, device: str) -> None:
-        """Run a command to its end, its words in the run's log; CalledProcessError if it failed."""
+    def call(self, command: list[str], run: Run) -> None:
+        """Run a command to its end, its words in the run's log.
+
+        Raises:
+            CalledProcessError: it failed. Whatever else ends the call, such as Ctrl-C, ends the command too.
+        """
         with run.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
-            with self.lock:
-                if self.stopped:
-                    raise subprocess.CalledProcessError(STOPPED, command)
-                # A session of its own, so that `stop` reaches the launcher's children too.
-                options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-                process = subprocess.Popen(command, env=self.environment(device), **options)
-                self.processes.add(process)
-            status = process.wait()
-        with self.lock:
-            self.processes.discard(process)
+            # A session of its own, so that a signal reaches the launcher's children too.
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+            process = subprocess.Popen(command, env=self.environment(), **options)
+            try:
+                status = process.wait()
+            except BaseException:
+                with suppress(ProcessLookupError):  # it ended at this moment
+                    os.killpg(process.pid, signal.SIGTERM)
+                process.wait()
+                raise
         if status != 0:
             raise subprocess.CalledProcessError(status, command)
 
-    def stop(self) -> None:
-        """End everything that is running, and start nothing more."""
-        with self.lock:
-            self.stopped = True
-            for process in self.processes:
-                with suppress(ProcessLookupError):  # it ended at this moment
-                    os.killpg(process.pid, signal.SIGTERM)
-
-    def say(self, run: Run, what: str, *, done: int = 0) -> None:
-        """A line for a run whose state changed, with the number of runs that are done after it."""
-        with self.lock:
-            self.num_done += done
-            if not self.stopped:
-                print(f"{run}: {what} ({self.num_done} of {self.num_runs} runs done)", flush=True)
+    def say(self, run: Run, what: str) -> None:
+        """A line for a run whose state changed, with the number of runs that are done."""
+        print(f"{run}: {what} ({self.num_done} of {self.num_runs} runs done)", flush=True)
 
     def finish(self, run: Run) -> None:
         """Train and evaluate a run where that is not done yet."""
-        device = self.free_devices.get()
-        try:
-            if not run.is_trained:
-                self.say(run, "training …" if run.checkpoint is None else f"training on from {run.checkpoint.name} …")
-                shutil.rmtree(run.evaluation, ignore_errors=True)  # it belongs to the weights that are replaced now
-                run.recipe_file.write_text(run.recipe, encoding="utf-8")
-                self.call(self.train_command(run), run=run, device=device)
-            self.say(run, "evaluating …")
-            self.call(self.evaluation_command(run), run=run, device=device)
-            self.say(run, "done", done=1)
-        finally:
-            self.free_devices.put(device)
+        if not run.is_trained:
+            self.say(run, "training …" if run.checkpoint is None else f"training on from {run.checkpoint.name} …")
+            shutil.rmtree(run.evaluation, ignore_errors=True)  # it belongs to the weights that are replaced now
+            run.recipe_file.write_text(run.recipe, encoding="utf-8")
+            self.call(self.train_command(run), run)
+        self.say(run, "evaluating …")
+        self.call(self.evaluation_command(run), run)
+        self.num_done += 1
+        self.say(run, "done")
 
     def finish_all(self, runs: list[Run]) -> dict[Run, int]:
-        """Finish every run; those that failed, with their exit status. Ctrl-C stops them all."""
+        """Finish every run; those that failed, with their exit status. Ctrl-C ends the run that is going on."""
         waiting = [run for run in runs if not run.is_evaluated]
         self.num_runs, self.num_done = len(runs), len(runs) - len(waiting)
         failed = {}
-        with terminated_as_interrupted(), ThreadPoolExecutor(self.num_jobs) as executor:
-            futures = {executor.submit(self.finish, run): run for run in waiting}
-            try:
-                for future in as_completed(futures):
-                    try:
-                        future.result()
-                    except subprocess.CalledProcessError as error:
-                        failed[futures[future]] = error.returncode
-                        self.say(futures[future], f"failed, see {futures[future].log}")
-            except BaseException:
-                self.stop()
-                executor.shutdown(cancel_futures=True)
-                raise
+        with terminated_as_interrupted():
+            for run in waiting:
+                try:
+                    self.finish(run)
+                except subprocess.CalledProcessError as error:
+                    failed[run] = error.returncode
+                    self.say(run, f"failed, see {run.log}")
         return failed
 
 

@@ -3,7 +3,7 @@
 A reward says whether an answer is right, and so takes its numbers from metrics/: what is trained is what evaluation
 measures. How similar an answer is to the accepted one, by embeddings of sentences, is no reward: "red" and "black" are
 near each other, for both are colours, and where the one is right the other is wrong. Where right answers have many
-wordings, a model that has learnt from right and wrong ones judges (`ModelReward`, mmcoconut/reward_model.py).
+wordings, a model that has learnt from right and wrong ones judges (`ModelReward`).
 
 Functions are called as `f(completions=…, completion_ids=…, **columns)`. A completion is a text, or a list of messages
 with `content`; a column, such as `answers` or `choices` of `mmcoconut.data`, is a list with one entry a completion.
@@ -192,8 +192,8 @@ def check_labels(name: str, config) -> None:
     if len(labels) != 1 and (len(labels) != 2 or RIGHT not in labels):
         raise ValueError(
             f"{name} has {len(labels)} labels ({', '.join(labels)}), and cannot say how right an answer is: give a "
-            f"sequence-classification model with two labels, one of them called {RIGHT!r}, as "
-            "`python -m mmcoconut.reward_model` trains it, or with one label, whose logit says it."
+            f"sequence-classification model with two labels, one of them called {RIGHT!r}, or "
+            "with one label, whose logit says it, such as trl's RewardTrainer makes."
         )
 
 

@@ -310,7 +310,6 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("compare: []", "compare", "", "choose from coconut, cot, no_cot, no_thoughts, pause"),
         ("compare: 3", "compare", 3, "expected str | list[str] | None"),
         ("{compare: cot, seeds: 0}", "seeds", 0, "between 1 and inf"),
-        ("{compare: cot, compare_jobs: 0}", "compare_jobs", 0, "between 1 and inf"),
         ("num_train_epochs: 0", "num_train_epochs", 0, "nothing would be trained: set more than 0"),
         ("max_steps: 0", "max_steps", 0, "nothing would be trained: set 1 or more"),
         ("{overwrite: true, resume_from_checkpoint: true}", "overwrite", True, "is resumed, not deleted"),
@@ -331,7 +330,6 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("{thoughts_per_turn: 2, reset_optimizer: true}", "reset_optimizer", True, "there are no stages"),
         ("{tokenizer: a/b, tokenizer_vocab_size: 300}", "tokenizer_vocab_size", 300, "set `tokenizer: train`"),
         ("seeds: 3", "seeds", 3, "set `compare` to its modes"),
-        ("compare_jobs: 2", "compare_jobs", 2, "set `compare` to its modes"),
         ("hub_strategy: all_checkpoints", "hub_strategy", "all_checkpoints", "each save is a revision already"),
         ("{compare: cot, push_to_hub: true}", "push_to_hub", True, "overwrite each other on the Hub"),
         ("{compare: cot, resume_from_checkpoint: true}", "resume_from_checkpoint", True, "goes on by itself"),
@@ -461,7 +459,7 @@ def test_controls_without_latents_may_have_no_latent_stage(recipe):
 def test_compared_controls_without_latents_may_have_no_latent_stage(recipe):
     words = ["--compare", "cot,no_thoughts", "--max_latent_stage", "0", "--seeds", "3"]
     run = parse_recipe([recipe(SCRATCH), *words])[3]
-    assert (compared_modes(run.compare), run.seeds, run.compare_jobs) == (["cot", "no_thoughts"], 3, None)
+    assert (compared_modes(run.compare), run.seeds) == (["cot", "no_thoughts"], 3)
 
 
 def test_compared_modes_are_a_list_or_words_with_commas(recipe):
@@ -842,10 +840,10 @@ def test_a_saved_recipe_does_not_delete_or_resume_the_run_it_came_from(key, reci
 
 
 def test_a_saved_recipe_is_one_run_of_a_comparison(recipe, tmp_path):
-    words = ["--compare", "cot,coconut", "--seeds", "2", "--compare_jobs", "2"]
+    words = ["--compare", "cot,coconut", "--seeds", "2"]
     save_recipe(tmp_path / "recipe.yaml", *parse_recipe([recipe(SCRATCH), *words]))
     run = parse_recipe([str(tmp_path / "recipe.yaml")])[3]
-    assert (run.compare, run.seeds, run.compare_jobs) == (None, 1, None)
+    assert (run.compare, run.seeds) == (None, 1)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

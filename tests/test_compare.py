@@ -24,7 +24,7 @@ from mmcoconut.checkpoints import describe
 from mmcoconut.compare import Finished
 from mmcoconut.curriculum import IGNORED, MODES, THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import load_examples
-from mmcoconut.matched_runs import ComparisonError, Jobs, Run
+from mmcoconut.matched_runs import ComparisonError, Run, Runner
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
 
@@ -233,33 +233,14 @@ def test_comparison_within_several_processes_is_refused(recipe, tmp_path, monkey
         compare.check_start(runs, overwrite=True)
 
 
-class OnDevice:
-    """What `share_machine` reads of the run's arguments."""
-
-    def __init__(self, device: str, compare_jobs: int | None = None):
-        self.device, self.compare_jobs = torch.device(device), compare_jobs
-
-
 @pytest.mark.parametrize(
-    "run_args, visible, num_runs, devices, threads",
-    [
-        (OnDevice("cpu"), None, 15, [""] * 8, 1),
-        (OnDevice("cpu"), None, 2, [""] * 2, 4),
-        (OnDevice("cpu", 3), None, 15, [""] * 3, 2),
-        (OnDevice("cpu", 20), None, 15, [""] * 15, 1),
-        (OnDevice("cuda"), None, 15, ["0", "1", "2", "3"], 2),
-        (OnDevice("cuda"), "5,MIG-a", 15, ["5", "MIG-a"], 4),
-        (OnDevice("cuda", 3), "5,6", 15, ["5", "6", "5"], 2),
-        (OnDevice("cuda"), None, 1, ["0"], 8),
-    ],
+    "device, visible, expected", [("cpu", "1,2", ""), ("cuda", None, "0"), ("cuda", "MIG-a,5", "MIG-a")]
 )
-def test_runs_share_devices_and_cores(monkeypatch, run_args, visible, num_runs, devices, threads):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+def test_runs_have_one_device(monkeypatch, device, visible, expected):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert matched_runs.share_machine(run_args, num_runs) == (devices, threads)
+    assert matched_runs.device_of_runs(torch.device(device)) == expected
 
 
 def is_alive(pid: int) -> bool:
@@ -271,7 +252,7 @@ def is_alive(pid: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_stops_the_children_and_theirs_and_starts_no_more(recipe, tmp_path, monkeypatch, capsys, number):
     nested = "import subprocess; child = subprocess.Popen(['sleep', '60']); print(child.pid, flush=True); child.wait()"
-    monkeypatch.setattr(Jobs, "train_command", lambda self, run: [sys.executable, "-c", nested])
+    monkeypatch.setattr(Runner, "train_command", lambda self, run: [sys.executable, "-c", nested])
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     earlier = signal.signal(number, handlers[number])
     runs = planned(recipe, "--output_dir", str(tmp_path))
@@ -286,7 +267,7 @@ def test_interrupt_stops_the_children_and_theirs_and_starts_no_more(recipe, tmp_
     began = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            Jobs("train_hf.py", options=[], devices=[""], threads=1).finish_all(runs)
+            Runner("train_hf.py", options=[], device="").finish_all(runs)
         assert signal.getsignal(number) == handlers[number]
     finally:
         timer.join()
@@ -319,7 +300,7 @@ def outcome(mode: str, seed: int, scores, *, num_steps=None, **results) -> Finis
 
 
 def summary(outcomes: list[Finished]) -> dict:
-    return compare.summarise(outcomes, command="python train_hf.py", jobs=2, threads=1)
+    return compare.summarise(outcomes, command="python train_hf.py")
 
 
 @pytest.fixture
@@ -411,7 +392,7 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
     pytest.importorskip("matplotlib")
     out = tmp_path / "out"
     command = [recipe, "--compare", "cot,coconut", "--seeds", "2", "--seed", "1", "--output_dir", str(out)]
-    command += ["--compare_jobs", "2", "--hub_token", "hf_secret"]
+    command += ["--hub_token", "hf_secret"]
     blocker = out / "cot-seed1" / "notes.txt"
     blocker.parent.mkdir(parents=True)
     blocker.write_text("mine")

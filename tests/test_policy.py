@@ -492,7 +492,6 @@ def test_an_entropy_bonus_has_gradients(recipe, tmp_path):
         (["--rewards", "{exact_macht: 1.0}"], "rewards.exact_macht", "exact_match"),
         (["--rewards", "{}"], "rewards", "nothing to learn from"),
         (["--thought_noise", "-1"], "thought_noise", "must lie between"),
-        (["--profile", "true"], "profile", "supervised training only"),
         (["--start_epoch", "2"], "start_epoch", "the stage is the last one"),
         (["--objective", "supervised"], "rl", "nothing is sampled"),
         (["--objective", "distill_stops", "--rl", "{}"], "stop_head", "stop_head: true"),

@@ -41,7 +41,6 @@ def of_two(tmp_path_factory):
         return [str(folder / f"{recipe}.yaml"), "--output_dir", str(folder / name), *options]
 
     runs = [run(name, recipe, [*both, *RAGGED, *HALF, *own]) for name, (recipe, both, own) in EQUAL.items()]
-    runs.append(run("profiled", "tiny", ["--profile", "true", "--max_steps", "4"]))
     runs.append(run("kept", "tiny", [*FROZEN, *HALF, *kept_in(folder / "cache")]))
     launch(json.dumps(runs), folder=folder, script=ROOT / "tests" / "several_runs.py")
     return folder
@@ -75,8 +74,3 @@ def test_two_processes_share_the_pictures_and_equal_one(of_two, tmp_path):
     assert sorted(keys[0]) == sorted(keys[1]) and len(keys[1]) == len({*keys[1]})
     assert len(list((of_two / "cache").glob("*/*.safetensors"))) == 2
     assert losses(of_two / "kept") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
-
-
-def test_two_processes_write_one_profile(of_two):
-    record = json.loads((of_two / "profiled" / "profile.json").read_text())
-    assert record["updates"] == 3 and sum(record["shares"].values()) == pytest.approx(1, abs=1e-3)
