@@ -14,33 +14,33 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 
-from mmcoconut.arguments import REWARDED, parse_recipe
-from mmcoconut.card import SPEED, stage_rows, stage_table
-from mmcoconut.compare import compare
-from mmcoconut.conversations import fit_rows
-from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
+from mmcoconut.arguments.recipe_files import run_command
+from mmcoconut.arguments.recipes import REWARDED, parse_recipe
+from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
+from mmcoconut.data.conversations import fit_rows
+from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
 from mmcoconut.data.images import open_images
-from mmcoconut.image_features import DEFAULT_CACHE, precompute_image_features
-from mmcoconut.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
-from mmcoconut.lora import add_lora, describe_adapters
+from mmcoconut.data.scoring import REFERENCES, default_metric, figures_of, references_of, score
+from mmcoconut.data.tokenizer import train_tokenizer
+from mmcoconut.evaluation.compare import compare
+from mmcoconut.hub.card import SPEED, stage_rows, stage_table
+from mmcoconut.hub.uploads import quiet_requests
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import load_model, model_class
-from mmcoconut.objectives import Alignment
+from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles, set_tiles
 from mmcoconut.provenance import provenance
-from mmcoconut.recipe_files import run_command
 from mmcoconut.records import RESULTS_FILE, write_json
-from mmcoconut.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
-from mmcoconut.row_checks import check_alignment_texts, check_answers, check_lengths, timed
-from mmcoconut.scoring import REFERENCES, default_metric, figures_of, references_of, score
-from mmcoconut.smoke import smoke_arguments
+from mmcoconut.rl.stop_distillation import StopDistiller
 from mmcoconut.statistics import percent
-from mmcoconut.stop_distillation import StopDistiller
-from mmcoconut.tokenizer import train_tokenizer
-from mmcoconut.trainer import CurriculumTrainer
-from mmcoconut.uploads import quiet_requests
+from mmcoconut.training.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
+from mmcoconut.training.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
+from mmcoconut.training.lora import add_lora, describe_adapters
+from mmcoconut.training.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
+from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths, timed
+from mmcoconut.training.trainer import CurriculumTrainer
 
 
 logger = logging.getLogger("mmcoconut")
@@ -287,8 +287,8 @@ def fit(splits: dict, collator: CurriculumCollator, *, data_args, curriculum_arg
 
 def rewarded_trainer(curriculum_args, metric: str, train_set) -> tuple:
     """The trainer of an objective with rewards, and what it takes beside the others' arguments."""
-    from mmcoconut.policy_trainer import POLICY_TRAINERS  # here, because it imports trl
-    from mmcoconut.rewards import reward_functions
+    from mmcoconut.objectives.rewards import reward_functions
+    from mmcoconut.rl.policy_trainer import POLICY_TRAINERS  # here, because it imports trl
 
     rewards = curriculum_args.rewards or {metric: 1.0}
     for name in rewards.keys() & {*REFERENCES, "multiple_choice"}:  # fails now, not in an update

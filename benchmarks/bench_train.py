@@ -20,13 +20,13 @@ from measuring import write_results
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, TrainerCallback
 from transformers.utils import logging as library_logging
 
-from mmcoconut.arguments import RunArguments
-from mmcoconut.curriculum import Curriculum, CurriculumCallback, CurriculumCollator
+from mmcoconut.arguments.recipes import RunArguments
 from mmcoconut.data import load_examples, question_text
+from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.tokenizer import train_tokenizer
-from mmcoconut.trainer import CurriculumTrainer
+from mmcoconut.training.curriculum import Curriculum, CurriculumCallback, CurriculumCollator
+from mmcoconut.training.trainer import CurriculumTrainer
 
 
 # Of each side: mode, attention, whether rows are grouped.

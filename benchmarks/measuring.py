@@ -13,8 +13,8 @@ import transformers
 from tables import read_rows
 from transformers import CLIPVisionConfig, GPT2Config
 
+from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.tokenizer import train_tokenizer
 
 
 RESULTS = Path(__file__).with_name("results")

@@ -10,11 +10,11 @@ way of the *other* picture ends. Both colours are known for certain, so the pred
 import sys
 from pathlib import Path
 
-from mmcoconut.answering import Answerer, load_checkpoint
-from mmcoconut.asking import join_processes, parse_arguments, read_rows
+from mmcoconut.audit.interventions import Study, given, images_key, keep, other_rows, with_images_of
 from mmcoconut.data import question_text
 from mmcoconut.data.arrow_mazes import generate
-from mmcoconut.interventions import Study, given, images_key, keep, other_rows, with_images_of
+from mmcoconut.evaluation.answering import Answerer, load_checkpoint
+from mmcoconut.evaluation.asking import join_processes, parse_arguments, read_rows
 from mmcoconut.provenance import provenance
 from mmcoconut.records import markdown_table, write_json
 from mmcoconut.statistics import Estimate, bootstrap_mean

@@ -12,17 +12,12 @@ import inspect
 from pathlib import Path
 
 import mmcoconut
-from mmcoconut import (
-    arguments,
-    asking,
-    audit,
-    convert_coconut,
-    demo,
-    evaluation,
-    prepare_flickr30k,
-    publish,
-    serve,
-)
+from mmcoconut import convert_coconut, prepare_flickr30k, publish, serve
+from mmcoconut.arguments import recipes as arguments
+from mmcoconut.audit import command as audit
+from mmcoconut.demo import page as demo
+from mmcoconut.evaluation import asking
+from mmcoconut.evaluation import evaluate as evaluation
 
 
 PAGE = Path(__file__).with_name("api.md")

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from mmcoconut.arguments.recipe_files import UsageError
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.recipe_files import UsageError
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 
 

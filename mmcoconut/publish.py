@@ -17,18 +17,18 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.hf_argparser import HfArg
 
-from mmcoconut.arguments import NAMES, default_of, read_arguments, read_recipe
-from mmcoconut.asking import trained_with
-from mmcoconut.audit import ANSWERS_FILE, CARD_FILE, PICTURES
-from mmcoconut.audit import RECORD_FILE as AUDIT_FILE
-from mmcoconut.card import Evidence, model_card, write_card
+from mmcoconut.arguments.recipe_files import RecipeError, run_command
+from mmcoconut.arguments.recipes import NAMES, default_of, read_arguments, read_recipe
+from mmcoconut.audit.command import ANSWERS_FILE, CARD_FILE, PICTURES
+from mmcoconut.audit.command import RECORD_FILE as AUDIT_FILE
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
-from mmcoconut.evaluation import RECORD_FILE as EVALUATION_FILE
+from mmcoconut.evaluation.asking import trained_with
+from mmcoconut.evaluation.evaluate import RECORD_FILE as EVALUATION_FILE
+from mmcoconut.hub.card import Evidence, model_card, write_card
+from mmcoconut.hub.uploads import Repository, copy_model, quiet_requests
 from mmcoconut.models import load_model
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.recipe_files import RecipeError, run_command
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json, read_lines
-from mmcoconut.uploads import Repository, copy_model, quiet_requests
 
 
 COMPARE_FILE, COMPARE_PICTURE = "compare.json", "compare.png"

@@ -16,11 +16,11 @@ from jinja2 import TemplateError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
-from mmcoconut.asking import NEW_TOKENS
+from mmcoconut.arguments.recipe_files import run_command
 from mmcoconut.auto_classes import BOTH
-from mmcoconut.layout import recipe_of
+from mmcoconut.evaluation.asking import NEW_TOKENS
 from mmcoconut.models import read_config
-from mmcoconut.recipe_files import run_command
+from mmcoconut.training.layout import recipe_of
 
 
 logger = logging.getLogger("mmcoconut")

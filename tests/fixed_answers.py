@@ -8,8 +8,8 @@ from collections import Counter
 
 from several_runs import run_all
 
-from mmcoconut import policy_trainer
-from mmcoconut.policy import Rollout
+from mmcoconut.rl import policy_trainer
+from mmcoconut.rl.policy import Rollout
 
 
 ANSWERS = ("red", "green", "blue", "yellow")

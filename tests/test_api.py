@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import mmcoconut
-from mmcoconut.arguments import CLASSES
-from mmcoconut.audit import AuditArguments
+from mmcoconut.arguments.recipes import CLASSES
+from mmcoconut.audit.command import AuditArguments
 
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mmcoconut.arguments import CLASSES, read_recipe
+from mmcoconut.arguments.recipe_files import RecipeError
+from mmcoconut.arguments.recipes import CLASSES, read_recipe
 from mmcoconut.data import json_steps
-from mmcoconut.recipe_files import RecipeError
 
 
 ROOT = Path(__file__).resolve().parent.parent

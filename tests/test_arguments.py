@@ -8,7 +8,9 @@ import pytest
 import torch
 import yaml
 
-from mmcoconut.arguments import (
+from mmcoconut.arguments.coconut_recipes import translate_coconut_keys
+from mmcoconut.arguments.recipe_files import RecipeError, read_recipe_file, run_command
+from mmcoconut.arguments.recipes import (
     CLASSES,
     LIMITS,
     RunArguments,
@@ -17,8 +19,6 @@ from mmcoconut.arguments import (
     read_recipe,
     save_recipe,
 )
-from mmcoconut.coconut_recipes import translate_coconut_keys
-from mmcoconut.recipe_files import RecipeError, read_recipe_file, run_command
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from tiny import tiny_image, tiny_model, tiny_processor
 
-from mmcoconut import answering, audit
-from mmcoconut.audit_report import card_of, probe_line
+from mmcoconut.arguments.recipe_files import RecipeError
+from mmcoconut.audit import command as audit
+from mmcoconut.audit.report import card_of, probe_line
+from mmcoconut.audit.verdict import CANNOT_TELL
 from mmcoconut.data import load_examples
-from mmcoconut.recipe_files import RecipeError
-from mmcoconut.verdict import CANNOT_TELL
+from mmcoconut.evaluation import answering
 
 
 NUM_ROWS = 12

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from tiny import VISION_SIZES, tiny_model, tiny_processor, tiny_seq2seq
 from transformers import CLIPVisionConfig
 
-from mmcoconut.card import Evidence, base_models, hub_dataset, model_card, stage_rows, write_card
+from mmcoconut.hub.card import Evidence, base_models, hub_dataset, model_card, stage_rows, write_card
 
 
 MAZES = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "mazes"

@@ -18,14 +18,14 @@ from test_train import TINY
 from tiny import tiny_model, tiny_processor
 
 import train_hf
-from mmcoconut import compare, matched_runs
-from mmcoconut.arguments import parse_recipe
-from mmcoconut.checkpoints import describe
-from mmcoconut.compare import Finished
-from mmcoconut.curriculum import IGNORED, MODES, THINKING_MODES, Curriculum, CurriculumCollator
+from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.data import load_examples
-from mmcoconut.matched_runs import ComparisonError, Run, Runner
+from mmcoconut.evaluation import compare, matched_runs
+from mmcoconut.evaluation.compare import Finished
+from mmcoconut.evaluation.matched_runs import ComparisonError, Run, Runner
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.training.checkpoints import describe
+from mmcoconut.training.curriculum import IGNORED, MODES, THINKING_MODES, Curriculum, CurriculumCollator
 
 
 EPOCHS = range(5)  # stages 0 to 3 of a curriculum with max_latent_stage 2, the last one twice

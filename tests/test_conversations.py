@@ -15,18 +15,18 @@ from tiny import (
 )
 from transformers import LogitsProcessor
 
-from mmcoconut import evaluation
-from mmcoconut.answering import Answerer
-from mmcoconut.arguments import RecipeError, parse_recipe
-from mmcoconut.conversations import fit_rows, without_last_turn
-from mmcoconut.curriculum import IGNORED, Curriculum, CurriculumCollator, RowPlan
+from mmcoconut.arguments.recipes import RecipeError, parse_recipe
+from mmcoconut.arguments.smoke import TINY_VLMS, write_tiny_vlm
+from mmcoconut.audit.interventions import Study
 from mmcoconut.data import Example, load_examples, loader_of, open_images, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
-from mmcoconut.grouping import row_lengths
-from mmcoconut.interventions import Study
+from mmcoconut.data.conversations import fit_rows, without_last_turn
+from mmcoconut.evaluation import evaluate as evaluation
+from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.smoke import TINY_VLMS, write_tiny_vlm
+from mmcoconut.training.curriculum import IGNORED, Curriculum, CurriculumCollator, RowPlan
+from mmcoconut.training.grouping import row_lengths
 
 
 TURNS = (("Which colour?", "red"), ("Which shape is it?", "a cube"), ("Is it left?", "no"))

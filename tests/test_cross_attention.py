@@ -29,9 +29,9 @@ from tiny import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from mmcoconut.audit.thoughts import read_thoughts
 from mmcoconut.fusions_mmcoconut import features_by_row
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.thoughts import read_thoughts
 
 
 TEXTS = ("marian", "bart", "gpt2")

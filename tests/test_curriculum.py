@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_processor, tiny_seq2seq
 
-from mmcoconut.curriculum import IGNORED, MODES, Curriculum, CurriculumCallback, CurriculumCollator, RowPlan
 from mmcoconut.data import load_examples
+from mmcoconut.training.curriculum import IGNORED, MODES, Curriculum, CurriculumCallback, CurriculumCollator, RowPlan
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ from PIL import Image, ImageFile
 from mmcoconut import data, images_mmcoconut
 from mmcoconut.data import arrow_mazes, json_steps
 from mmcoconut.data.images import open_images, resolve_image_path
+from mmcoconut.data.scoring import score
 from mmcoconut.images_mmcoconut import MAX_IMAGE_PIXELS, UnreadableImageError
-from mmcoconut.scoring import score
 
 
 OWN = ("arrow_mazes", "json_steps", "puzzlevqa")  # the others are held in test_public_data.py

@@ -17,14 +17,14 @@ import pytest
 from hub import Hub
 from tiny import max_difference, tiny_image, tiny_model, tiny_processor, tiny_seq2seq
 
-from mmcoconut import answering, asking
-from mmcoconut.answering import Answerer
+from mmcoconut.arguments.recipe_files import RecipeError
+from mmcoconut.audit.interventions import given, intervening, zero
+from mmcoconut.audit.thoughts import lens_text, load_extra, read_thoughts
 from mmcoconut.data import load_examples
 from mmcoconut.data.arrow_mazes import png_bytes
-from mmcoconut.interventions import given, intervening, zero
-from mmcoconut.one_question import Asker, answer_with, read_examples, row_of, think, write_examples
-from mmcoconut.recipe_files import RecipeError
-from mmcoconut.thoughts import lens_text, load_extra, read_thoughts
+from mmcoconut.demo.one_question import Asker, answer_with, read_examples, row_of, think, write_examples
+from mmcoconut.evaluation import answering, asking
+from mmcoconut.evaluation.answering import Answerer
 
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install mmcoconut[demo]")
@@ -32,7 +32,8 @@ pytest.importorskip("gradio", reason="gradio is not installed: pip install mmcoc
 import gradio as gr  # noqa: E402
 from huggingface_hub import HfApi, SpaceCard  # noqa: E402
 
-from mmcoconut import demo, spaces  # noqa: E402
+from mmcoconut.demo import page as demo  # noqa: E402
+from mmcoconut.demo import spaces
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,17 +20,19 @@ from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from tiny import tiny_image, tiny_model, tiny_processor
 
-from mmcoconut import answering, evaluation, provenance
-from mmcoconut.answering import Answerer, load_checkpoint
-from mmcoconut.asking import EvaluationArguments
-from mmcoconut.audit import AuditArguments
-from mmcoconut.curriculum import Curriculum, CurriculumCollator
+from mmcoconut import provenance
+from mmcoconut.arguments.recipe_files import RecipeError, run_command
+from mmcoconut.audit.command import AuditArguments
 from mmcoconut.data import Example, load_examples, loader_of, question_text, to_dataset
 from mmcoconut.data.images import UnreadableImageError, open_images
-from mmcoconut.evaluation import main, parse_arguments, read_lines
-from mmcoconut.recipe_files import RecipeError, run_command
-from mmcoconut.scoring import score
+from mmcoconut.data.scoring import score
+from mmcoconut.evaluation import answering
+from mmcoconut.evaluation import evaluate as evaluation
+from mmcoconut.evaluation.answering import Answerer, load_checkpoint
+from mmcoconut.evaluation.asking import EvaluationArguments
+from mmcoconut.evaluation.evaluate import main, parse_arguments, read_lines
 from mmcoconut.statistics import bootstrap_mean
+from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
 
 
 NUM_LATENTS = 2

@@ -9,7 +9,7 @@ from test_train import TINY, losses
 from transformers.generation import GenerationMixin
 
 import train_hf
-from mmcoconut import evaluation
+from mmcoconut.evaluation import evaluate as evaluation
 from mmcoconut.models import load_model
 
 

@@ -14,7 +14,7 @@ import pytest
 from mmcoconut import data
 from mmcoconut.data import graph_paths, prosqa
 from mmcoconut.data.graph_paths import FRACTIONS, NAMES, SYMBOLS, WORDINGS, WORDS, Puzzle, generate, row_of
-from mmcoconut.tokenizer import train_tokenizer
+from mmcoconut.data.tokenizer import train_tokenizer
 
 
 TREES = {"num_nodes": 14, "num_edges": 12, "min_hops": 2, "max_hops": 4}

@@ -8,11 +8,11 @@ from test_train import losses, recipe  # noqa: F401  (a fixture)
 from tiny import tiny_model, tiny_processor, tiny_seq2seq
 
 import train_hf
-from mmcoconut.arguments import RecipeError
-from mmcoconut.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.arguments.recipes import RecipeError
 from mmcoconut.data import image_counts, load_examples
-from mmcoconut.grouping import StageGroupedSampler
-from mmcoconut.trainer import with_index
+from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.grouping import StageGroupedSampler
+from mmcoconut.training.trainer import with_index
 
 
 NUM_ROWS, BATCH = 480, 8

@@ -28,14 +28,13 @@ from tiny import (
 from transformers import TrainingArguments
 
 import train_hf
-from mmcoconut import image_features
-from mmcoconut.arguments import parse_recipe
-from mmcoconut.data import Example, to_dataset
+from mmcoconut.arguments.recipe_files import RecipeError
+from mmcoconut.arguments.recipes import parse_recipe
+from mmcoconut.data import Example, image_features, to_dataset
+from mmcoconut.data.image_features import one_run_at_a_time, precompute_image_features
 from mmcoconut.data.images import open_images
-from mmcoconut.image_features import one_run_at_a_time, precompute_image_features
-from mmcoconut.lora import add_lora
-from mmcoconut.recipe_files import RecipeError
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
+from mmcoconut.training.lora import add_lora
 
 
 CONFIGS = {

@@ -13,11 +13,11 @@ from PIL import Image
 from tiny import IMAGE_SIZE, tiny_model, tiny_processor
 from transformers import pipeline
 
-from mmcoconut.answering import Answerer
-from mmcoconut.curriculum import Curriculum, CurriculumCollator
 from mmcoconut.data.images import open_images
+from mmcoconut.demo.one_question import row_of
+from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.images_mmcoconut import UnreadableImageError, flat_images, read_images
-from mmcoconut.one_question import row_of
+from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
 
 
 QUESTION = "What colour is the left square?"

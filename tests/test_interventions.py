@@ -11,10 +11,7 @@ from tiny import DECODERS, batch_of, max_difference, tiny_model, tiny_processor,
 from torch import nn
 
 from mmcoconut import latent_mmcoconut
-from mmcoconut.answering import Answerer
-from mmcoconut.backbones_mmcoconut import call_with_row_positions
-from mmcoconut.data import load_examples, question_text
-from mmcoconut.interventions import (
+from mmcoconut.audit.interventions import (
     Study,
     counts_to_try,
     given,
@@ -31,9 +28,12 @@ from mmcoconut.interventions import (
     swaps,
     zero,
 )
+from mmcoconut.audit.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, verdict_of
+from mmcoconut.backbones_mmcoconut import call_with_row_positions
+from mmcoconut.data import load_examples, question_text
+from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.latent_mmcoconut import think_uncached
 from mmcoconut.statistics import Estimate, bootstrap_mean
-from mmcoconut.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, verdict_of
 
 
 NUM_LATENTS = 3

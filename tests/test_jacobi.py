@@ -29,10 +29,10 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mmcoconut.interventions import intervening, keep
+from mmcoconut.audit.interventions import intervening, keep
 from mmcoconut.jacobi_mmcoconut import check_not_sharded, think_jacobi, think_jacobi_uncached
 from mmcoconut.latent_mmcoconut import latent_columns, linked_thoughts, think
-from mmcoconut.lora import add_lora
+from mmcoconut.training.lora import add_lora
 
 
 FAMILIES = (*DECODERS, "seq2seq")

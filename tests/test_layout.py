@@ -10,12 +10,12 @@ import yaml
 from test_train import TINY
 
 import train_hf
-from mmcoconut.arguments import default_of, parse_recipe
-from mmcoconut.layout import read_layout, settle
+from mmcoconut.arguments.recipe_files import RecipeError, run_command
+from mmcoconut.arguments.recipes import default_of, parse_recipe
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import CheckpointError
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.recipe_files import RecipeError, run_command
+from mmcoconut.training.layout import read_layout, settle
 
 
 # Everywhere another value than a new model's.

@@ -12,11 +12,12 @@ from test_train import ROOT, losses, recipe  # noqa: F401  (a fixture)
 from tiny import TEXT_CONFIGS, checkpoint_activations, last_labels, max_difference, ragged_batch, tiny_model, uncached
 
 import train_hf
-from mmcoconut import arguments
-from mmcoconut.answering import load_checkpoint
-from mmcoconut.arguments import RecipeError, parse_recipe
+from mmcoconut.arguments import recipes as arguments
+from mmcoconut.arguments.recipes import RecipeError, parse_recipe
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
-from mmcoconut.lora import (
+from mmcoconut.evaluation.answering import load_checkpoint
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.training.lora import (
     add_lora,
     check_whole_model,
     describe_adapters,
@@ -25,7 +26,6 @@ from mmcoconut.lora import (
     merged_model,
     save_adapter,
 )
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
 
 pytest.importorskip("peft")

@@ -13,20 +13,21 @@ from test_train import ROOT, TINY, launch, losses
 from tiny import HIDDEN_SIZE, max_difference, tiny_model, tiny_processor, tiny_seq2seq, uncached
 
 import train_hf
-from mmcoconut import arguments, stop_distillation
-from mmcoconut.answering import load_checkpoint
-from mmcoconut.arguments import RecipeError, parse_recipe
-from mmcoconut.curriculum import Curriculum, CurriculumCollator
-from mmcoconut.lora import add_lora
+from mmcoconut.arguments import recipes as arguments
+from mmcoconut.arguments.recipes import RecipeError, parse_recipe
+from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.models import load_model
-from mmcoconut.policy import Rollout, Sampling, joined, likelihood, read_prompts, sample
-from mmcoconut.rewards import REWARDS
-from mmcoconut.stop_distillation import fewest_right
+from mmcoconut.objectives.rewards import REWARDS
+from mmcoconut.rl import stop_distillation
+from mmcoconut.rl.policy import Rollout, Sampling, joined, likelihood, read_prompts, sample
+from mmcoconut.rl.stop_distillation import fewest_right
+from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.lora import add_lora
 
 
 pytest.importorskip("trl")
 
-from mmcoconut import policy_trainer  # noqa: E402  (it needs trl)
+from mmcoconut.rl import policy_trainer  # noqa: E402  (it needs trl)
 
 
 NUM_LATENTS = 3

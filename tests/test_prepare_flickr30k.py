@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mmcoconut import data, prepare_flickr30k
-from mmcoconut.arguments import RecipeError
+from mmcoconut.arguments.recipes import RecipeError
 from mmcoconut.data.images import open_images
 from mmcoconut.prepare_flickr30k import main
 

@@ -19,9 +19,9 @@ from tiny import batch_of, max_difference, ragged_rows
 from two_processes import CASES, labelled_batch, make_model, prompt, rows_of
 
 import train_hf
-from mmcoconut.answering import load_checkpoint
+from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.latent_mmcoconut import latent_columns
-from mmcoconut.trainer import check_sharding
+from mmcoconut.training.trainer import check_sharding
 
 
 pytestmark = pytest.mark.slow

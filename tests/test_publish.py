@@ -14,9 +14,9 @@ from test_train import TINY, losses
 from tiny import tiny_image, tiny_model, tiny_processor
 
 from mmcoconut import publish
+from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.recipe_files import RecipeError
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from test_train import ROOT, TINY, losses
 
 import train_hf
-from mmcoconut.checkpoints import checkpoints_of, choose_checkpoint, damage, newest_whole, rotate
 from mmcoconut.records import write_json
+from mmcoconut.training.checkpoints import checkpoints_of, choose_checkpoint, damage, newest_whole, rotate
 
 
 OPTIONS = ["--save_strategy", "steps", "--save_steps", "4", "--lr_scheduler_type", "constant"]

@@ -16,9 +16,11 @@ from transformers import (
     GPT2Config,
 )
 
-from mmcoconut import rewards
 from mmcoconut.data import question_text
-from mmcoconut.rewards import (
+from mmcoconut.data.scoring import REFERENCES
+from mmcoconut.data.tokenizer import train_tokenizer
+from mmcoconut.objectives import rewards
+from mmcoconut.objectives.rewards import (
     REWARDS,
     ModelReward,
     judged_text,
@@ -26,8 +28,6 @@ from mmcoconut.rewards import (
     reward_functions,
     reward_problems,
 )
-from mmcoconut.scoring import REFERENCES
-from mmcoconut.tokenizer import train_tokenizer
 
 
 ROW = {"question": "What colour is the box?", "choices": [], "answers": ["red"], "row_id": "train.json row 7"}

@@ -6,13 +6,13 @@ import pytest
 from test_from_vlm import thinking_pair
 from tiny import tiny_image, tiny_model, tiny_processor
 
-from mmcoconut.curriculum import Curriculum, CurriculumCollator
 from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
-from mmcoconut.objectives import Alignment
+from mmcoconut.data.scoring import REFERENCES
+from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.processing_mmcoconut import parse_answer
-from mmcoconut.row_checks import check_alignment_texts, check_answers, check_lengths
-from mmcoconut.scoring import REFERENCES
+from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths
 
 
 PICTURE = {"bytes": png_bytes(tiny_image()), "path": None}

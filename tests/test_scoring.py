@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mmcoconut import scoring
-from mmcoconut.data import DATASETS, load_examples, loader_of
-from mmcoconut.scoring import (
+from mmcoconut.data import DATASETS, load_examples, loader_of, scoring
+from mmcoconut.data.scoring import (
     METRIC_OF_DATASET,
     REFERENCES,
     default_metric,

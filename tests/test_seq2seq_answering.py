@@ -17,15 +17,15 @@ from tiny import (
     uncached,
 )
 
-from mmcoconut import audit
-from mmcoconut.answering import Answerer, load_checkpoint
+from mmcoconut.audit import command as audit
+from mmcoconut.audit.interventions import given, intervening, keep, recording, room_for_more, zero
+from mmcoconut.audit.thoughts import eager_attention, read_thoughts
 from mmcoconut.configuration_mmcoconut import LATENT_TOKEN, START_LATENT_TOKEN
 from mmcoconut.data import load_examples
-from mmcoconut.interventions import given, intervening, keep, recording, room_for_more, zero
-from mmcoconut.lora import add_lora, merged_model
+from mmcoconut.evaluation.answering import Answerer, load_checkpoint
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
-from mmcoconut.thoughts import eager_attention, read_thoughts
+from mmcoconut.training.lora import add_lora, merged_model
 
 
 QUESTIONS = ["What colour is the left square?", "Which"]

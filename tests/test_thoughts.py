@@ -24,15 +24,8 @@ from tiny import (
 )
 from transformers import AutoModel, OpenAIGPTConfig, OPTConfig
 
-from mmcoconut.thought_pictures import (
-    HEAT,
-    geometry_figure,
-    heat_map,
-    picture_grid,
-    probe_figure,
-    thought_strip,
-)
-from mmcoconut.thoughts import (
+from mmcoconut.audit.thought_pictures import HEAT, geometry_figure, heat_map, picture_grid, probe_figure, thought_strip
+from mmcoconut.audit.thoughts import (
     MAX_CLASSES,
     MIN_ROWS,
     final_norm,

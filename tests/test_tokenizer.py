@@ -12,8 +12,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
 from mmcoconut.configuration_mmcoconut import PAD_TOKEN, SPECIAL_TOKENS, add_special_tokens
+from mmcoconut.data.tokenizer import EOS_TOKEN, WORD, train_tokenizer
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.tokenizer import EOS_TOKEN, WORD, train_tokenizer
 
 
 CAPTIONS = [

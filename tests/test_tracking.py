@@ -13,11 +13,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_train import TINY, launch
 
 import train_hf
-from mmcoconut import tracking
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.models import load_model
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.training import tracking
 
 
 STAGES = [0, 1, 2]

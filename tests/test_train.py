@@ -16,16 +16,16 @@ from PIL import Image
 from tiny import TEXT_CONFIGS, tiny_model
 
 import train_hf
-from mmcoconut import trainer
-from mmcoconut.arguments import CurriculumArguments, DataArguments, parse_recipe
-from mmcoconut.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.arguments.recipes import CurriculumArguments, DataArguments, parse_recipe
+from mmcoconut.arguments.smoke import write_tiny_vlm
 from mmcoconut.data import json_steps
 from mmcoconut.data.images import UnreadableImageError
-from mmcoconut.layout import settle
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import model_class
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.smoke import write_tiny_vlm
+from mmcoconut.training import trainer
+from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.layout import settle
 
 
 ROOT = Path(__file__).resolve().parent.parent

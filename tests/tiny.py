@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from mmcoconut.backbones_mmcoconut import call_with_row_positions
+from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.jacobi_mmcoconut import think_jacobi_uncached
 from mmcoconut.latent_mmcoconut import linked_thoughts, noise_by_column, think_uncached
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 from mmcoconut.stopping_mmcoconut import carry_states
-from mmcoconut.tokenizer import train_tokenizer
 
 
 TEXTS = (

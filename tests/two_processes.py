@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config
 from transformers.distributed import DistributedConfig
 
-from mmcoconut.lora import add_lora
+from mmcoconut.training.lora import add_lora
 
 
 # wrapper, decoder, whether layers are checkpointed

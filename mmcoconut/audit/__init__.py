@@ -1,0 +1,1 @@
+"""Whether a checkpoint's thoughts matter, and what they hold: `python -m mmcoconut.audit`."""

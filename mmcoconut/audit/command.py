@@ -1,0 +1,287 @@
+"""Do the thoughts matter, and what do they hold? `python -m mmcoconut.audit --model … --dataset … [--split …]`.
+
+Answers the same questions again with other thoughts (mmcoconut/interventions.py), reads the thoughts themselves
+(mmcoconut/thoughts.py), and writes audit.json, answers.jsonl, report.html, card.md and pictures/ into `--output_dir`.
+
+Shapes: n rows, N thoughts a row, D hidden.
+"""
+
+import logging
+import random
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image
+from transformers import set_seed
+from transformers.hf_argparser import HfArg
+
+from mmcoconut.arguments.recipe_files import RecipeError
+from mmcoconut.audit.interventions import Outcome, Study, images_key, knock_outs, other_counts, replacements, swaps
+from mmcoconut.audit.report import card_of, interventions_figure, report_of
+from mmcoconut.audit.thought_pictures import geometry_figure, probe_figure, thought_strip, why_no_map
+from mmcoconut.audit.thoughts import (
+    Readings,
+    geometry,
+    lens_text,
+    linear_probe,
+    load_extra,
+    probe_targets,
+    read_thoughts,
+)
+from mmcoconut.audit.verdict import MARGIN, verdict_of
+from mmcoconut.data import question_text
+from mmcoconut.data.scoring import default_metric
+from mmcoconut.evaluation.answering import Answerer, load_checkpoint
+from mmcoconut.evaluation.asking import (
+    EvaluationArguments,
+    default_folder,
+    fit_to,
+    join_processes,
+    parse_arguments,
+    read_rows,
+    trained_with,
+)
+from mmcoconut.provenance import provenance
+from mmcoconut.records import write_json, write_lines
+from mmcoconut.statistics import bootstrap_mean
+
+
+logger = logging.getLogger("mmcoconut")
+
+RECORD_FILE = "audit.json"
+ANSWERS_FILE = "answers.jsonl"
+REPORT_FILE = "report.html"
+CARD_FILE = "card.md"
+PICTURES = "pictures"
+OWN_NAMES = {RECORD_FILE, ANSWERS_FILE, REPORT_FILE, CARD_FILE, PICTURES}
+
+
+@dataclass
+class AuditArguments(EvaluationArguments):
+    """What is audited, on what, and what is drawn."""
+
+    max_samples: int | None = HfArg(default=500, help="Rows, drawn at random; each is answered some thirty times.")
+    output_dir: str | None = HfArg(default=None, help="Default: outputs/audit/<model>-<dataset>-<split>.")
+    overwrite: bool = HfArg(default=False, help="Delete an earlier audit in output_dir.")
+    stop_threshold: float = HfArg(default=1.0, help="Leave it: all thoughts of a stop head's checkpoint are audited.")
+    margin: float = HfArg(default=MARGIN, help="A smaller difference in accuracy is taken for none.")
+    num_shown: int = HfArg(default=4, help="Rows whose thoughts are drawn and decoded one by one.")
+    top_k: int = HfArg(default=5, help="Tokens that are listed for each thought and layer.")
+
+
+@dataclass
+class Shown:
+    """One row of the report: what was asked and answered, what its thoughts decode to and where they look.
+
+    lens: for each of the N thoughts and the text that follows them, and each layer, the likeliest tokens with their
+    probabilities. strip: the heat maps, None for a row without images or of features that make no square.
+    """
+
+    row_id: str
+    question: str
+    gold: list[str]
+    answer: str
+    lens: list[list[list[tuple[str, float]]]]
+    image_share: list[float] | None
+    strip: Image.Image | None
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Nothing is in the folder but, with `overwrite`, an earlier audit.
+
+    Raises:
+        ValueError: something else is in it.
+    """
+    found = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if found and not overwrite:
+        raise ValueError(f"{folder} is not empty: give --overwrite true to replace an earlier audit, or another.")
+    if found and not found & OWN_NAMES:
+        raise ValueError(f"{folder} holds {sorted(found)[0]} and no audit: give another --output_dir.")
+
+
+def clear(folder: Path) -> None:
+    """Delete what an audit wrote into its folder, and nothing else."""
+    for name in OWN_NAMES - {PICTURES}:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / PICTURES, ignore_errors=True)
+
+
+def draw_rows(rows, count: int | None, seed: int):
+    """So many rows at random, in their order: the first ones may be of one kind."""
+    if count is None or count >= len(rows):
+        return rows
+    return rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))
+
+
+def strip_of(readings: Readings, pixels, *, projector_type: str, captions: list[str]) -> Image.Image | None:
+    """The heat maps of readings of one row; None where there is nothing to draw on."""
+    if len(pixels) == 0:
+        return None
+    maps = readings.image_map(0)  # (N, I · P)
+    if why_no_map(projector_type, maps.shape[1] // len(pixels)) is not None:
+        return None
+    return thought_strip(pixels, maps, captions)
+
+
+def decoded(readings: Readings, tokenizer, row: int) -> list[list[list[tuple[str, float]]]]:
+    """The lens of one row: for each state and layer the likeliest tokens as text, with their probabilities."""
+    tokens, probabilities = readings.tokens[row].tolist(), readings.probabilities[row].tolist()
+    return [
+        [[(tokenizer.decode([token]), round(p, 4)) for token, p in zip(*layer)] for layer in zip(*state)]
+        for state in zip(tokens, probabilities)
+    ]
+
+
+def show(study: Study, count: int, top_k: int) -> list[Shown]:
+    """The first rows of the study, each read by itself."""
+    answerer, shown = study.answerer, []
+    model, tokenizer = answerer.model, answerer.processor.tokenizer
+    for index, row in enumerate(study.rows[:count]):
+        inputs = answerer.inputs([row])
+        readings = read_thoughts(model, inputs, top_k=top_k)
+        reads = lens_text(readings, tokenizer, 0)
+        captions = [f"thought {j + 1} · reads: {text}" for j, text in enumerate(reads[: answerer.num_latents])]
+        has_images = len(row["images"]) > 0
+        shown.append(
+            Shown(
+                row_id=row["row_id"],
+                question=question_text(row),
+                gold=row["answers"],
+                answer=study.untouched.texts[index],
+                lens=decoded(readings, tokenizer, 0),
+                image_share=readings.image_share(0).tolist() if has_images else None,
+                strip=strip_of(
+                    readings,
+                    inputs.get("pixel_values", ()),
+                    projector_type=model.config.projector_type,
+                    captions=captions,
+                ),
+            )
+        )
+    return shown
+
+
+def probe(study: Study) -> dict:
+    """Which written step each thought encodes; rows of one picture (or question) stay on one side of the split."""
+    names, targets = probe_targets(study.rows)
+    groups = [images_key(row) or question_text(row) for row in study.rows]
+    return linear_probe(study.untouched.thoughts, targets, names=names, groups=groups, seed=study.seed)
+
+
+def intervene(study: Study) -> tuple[dict[str, Outcome], list[str]]:
+    """Every intervention by name, and why some were not run."""
+    outcomes = []
+    for what in (replacements, knock_outs, other_counts):
+        logger.info("interventions: %s", what.__name__.replace("_", " "))
+        outcomes += what(study)
+    logger.info("interventions: thoughts of other rows")
+    swapped, reasons = swaps(study)
+    return {outcome.name: outcome for outcome in [*swapped, *outcomes]}, reasons
+
+
+def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_run: list[str]) -> dict:
+    """audit.json, all but what the thoughts hold."""
+    model, untouched = study.answerer.model, study.untouched
+    return {
+        **{key: getattr(arguments, key) for key in ("model", "revision", "dataset", "dataset_options", "split")},
+        "metric": study.metric,
+        "n": len(study.rows),
+        "num_latents": study.answerer.num_latents,
+        "accuracy": bootstrap_mean(untouched.scores, seed=study.seed).asdict(),
+        "generated_tokens": untouched.generated_tokens,
+        "verdict": asdict(verdict_of(study, outcomes, margin=arguments.margin)),
+        "margin": arguments.margin,
+        "interventions": {name: outcome.asdict() for name, outcome in outcomes.items()},
+        "not_run": not_run,
+        "geometry": geometry(untouched.thoughts, model.get_input_embeddings().weight),
+        "probe": probe(study),
+        "seed": study.seed,
+        "batch_size": study.batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "trained_with": trained_with(arguments.model),
+        **provenance(model.device),
+    }
+
+
+def pictures_of(record: dict, outcomes: Mapping[str, Outcome], shown: Sequence[Shown]) -> dict[str, Image.Image]:
+    """Every picture of the report by its name."""
+    pictures = {
+        "interventions": interventions_figure(outcomes, record["accuracy"], num_rows=record["n"]),
+        "geometry": geometry_figure(record["geometry"]),
+    }
+    if any(reason is None for reason in record["probe"]["reasons"]):
+        pictures["probe"] = probe_figure(record["probe"])
+    strips = {f"row_{index}": row.strip for index, row in enumerate(shown) if row.strip is not None}
+    return {**pictures, **strips}
+
+
+def answer_lines(study: Study, outcomes: Mapping[str, Outcome]) -> list[dict]:
+    """What each row was answered, untouched and under every intervention."""
+    return [
+        {
+            "row_id": row["row_id"],
+            "question": question_text(row),
+            "gold": row["answers"],
+            "untouched": text,
+            **{name: outcome.texts[index] for name, outcome in outcomes.items()},
+        }
+        for index, (row, text) in enumerate(zip(study.rows, study.untouched.texts))
+    ]
+
+
+def write(folder: Path, record: dict, *, pictures: Mapping[str, Image.Image], lines: list[dict], shown: list[Shown]):
+    """All files of the audit in the place of an earlier one's."""
+    clear(folder)
+    (folder / PICTURES).mkdir(parents=True)
+    for name, picture in pictures.items():
+        picture.save(folder / PICTURES / f"{name}.png")
+    write_lines(folder / ANSWERS_FILE, lines)
+    (folder / REPORT_FILE).write_text(report_of(record, pictures, shown), encoding="utf-8")
+    (folder / CARD_FILE).write_text(card_of(record), encoding="utf-8")
+    write_json(folder / RECORD_FILE, record)
+
+
+def check_start(arguments, state) -> None:
+    """What would stop the audit in the end stops it now."""
+    if arguments.score_by != "generation":
+        raise RecipeError("command line", [("score_by", arguments.score_by, "an audit reads what is written")])
+    if arguments.stop_threshold != 1:
+        remedy = "interventions replace all thoughts, so none is left out: remove this key"
+        raise RecipeError("command line", [("stop_threshold", arguments.stop_threshold, remedy)])
+    if state.num_processes > 1:
+        raise ValueError(f"An audit runs in one process, not in {state.num_processes}: start it without a launcher.")
+    for name in ("matplotlib", "sklearn"):
+        load_extra(name)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, AuditArguments, "mmcoconut.audit")
+    state = join_processes()
+    check_start(arguments, state)
+    folder = Path(arguments.output_dir or default_folder(arguments, "audit"))
+    check_folder(folder, overwrite=arguments.overwrite)
+    set_seed(arguments.seed)
+    count, arguments.max_samples = arguments.max_samples, None
+    rows = draw_rows(read_rows(arguments), count, arguments.seed)
+    model, processor = load_checkpoint(
+        arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
+    )
+    # A stop head is left alone: which thoughts matter is asked of all of them.
+    counts = {"num_latents": arguments.num_latents, "max_new_tokens": arguments.max_new_tokens}
+    answerer = Answerer(model, processor, stop_threshold=None, **counts)
+    rows = fit_to(answerer, rows, arguments)
+    metric = arguments.metric or default_metric(arguments.dataset, rows[0])
+    logger.info("answering %d rows untouched", len(rows))
+    study = Study(answerer, rows, metric=metric, batch_size=arguments.batch_size, seed=arguments.seed)
+    shown = show(study, arguments.num_shown, arguments.top_k)
+    outcomes, not_run = intervene(study)
+    record = record_of(study, outcomes, arguments=arguments, not_run=not_run)
+    pictures = pictures_of(record, outcomes, shown)
+    write(folder, record, pictures=pictures, lines=answer_lines(study, outcomes), shown=shown)
+    print(card_of(record))
+    print(f"written to {folder}: open {folder / REPORT_FILE}")
+    return record

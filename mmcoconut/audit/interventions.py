@@ -1,0 +1,420 @@
+"""Interventions on thoughts at inference: the same questions, other thoughts, and what that does to the answers.
+
+A thought is what is read at a latent; an intervention puts another vector in its place and lets the model go on. Later
+thoughts are computed from what was put there, and are replaced in their turn where the intervention says so.
+
+Shapes: n rows of the data, B rows of a batch, N thoughts a row, D hidden.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from mmcoconut.data import history_of, question_text
+from mmcoconut.data.scoring import score
+from mmcoconut.evaluation.answering import Answerer, image_key
+from mmcoconut.positions_mmcoconut import position_limit
+from mmcoconut.processing_mmcoconut import ANSWER_MARKER
+from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
+
+
+# Position j of the thought and what the model thought there (B, D) → what is read (B, D).
+Replace = Callable[[int, torch.Tensor], torch.Tensor]
+# Indices of the rows in a batch → its replacement.
+ReplaceOf = Callable[[list[int]], Replace]
+# Name, description and replacement of interventions.
+Table = list[tuple[str, str, ReplaceOf]]
+
+
+@contextmanager
+def intervening(model, replace: Replace) -> Iterator[None]:
+    """Inside, one call of `generate` or `forward` reads replace(j, thought) as its j-th thought, counted from 0.
+
+    Raises:
+        ValueError: a model that feeds nothing back, or all thoughts together.
+    """
+    if model.config.thought_mode != "feedback":
+        raise ValueError(
+            f"thought_mode is {model.config.thought_mode!r}: this checkpoint feeds no hidden state back, so it has no "
+            "thoughts to intervene on. Audit a checkpoint that was trained with mode: coconut."
+        )
+    if model.config.thought_schedule != "sequential":
+        raise ValueError(
+            f"thought_schedule is {model.config.thought_schedule!r}: interventions take one thought after the other, "
+            "and this checkpoint computes them together. Audit a checkpoint with thought_schedule: sequential."
+        )
+    positions = itertools.count()
+    hook = model.base_model.thought_feed.register_forward_hook(
+        lambda _, __, thought: replace(next(positions), thought)
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@dataclass
+class Answers:
+    """What a checkpoint answered to n rows.
+
+    texts, outputs (n,): the answers, and all that was written. scores (n,): None where the rows are donors, which have
+    no gold answer. generated_tokens: mean an answer. thoughts (n, N, D): what the model thought, also where something
+    else was read in its place; None where it was not watched.
+    """
+
+    texts: list[str]
+    outputs: list[str]
+    scores: list[float] | None
+    generated_tokens: float
+    thoughts: torch.Tensor | None
+
+
+@dataclass
+class Outcome:
+    """What an intervention did, beside the untouched run of the same rows.
+
+    difference: of the accuracies, paired; num_lost and num_gained: rows whose score fell and rose. changed: share of
+    the answers that are another text (where there is none before and after, of all that was written). follows_donor:
+    of the rows whose donor was answered, and otherwise than they, the share that now get the donor's answer.
+    """
+
+    name: str
+    description: str
+    accuracy: Estimate
+    difference: Estimate
+    num_lost: int
+    num_gained: int
+    changed: Estimate
+    generated_tokens: float
+    follows_donor: Estimate | None = None
+    num_donors_that_differ: int | None = None
+    texts: list[str] = field(default_factory=list, repr=False)
+
+    def asdict(self) -> dict:
+        """For JSON, all but the answers themselves."""
+        values = asdict(self)
+        del values["texts"]
+        return values
+
+
+def check_single_turns(rows: Sequence[Mapping]) -> None:
+    """A thought is known by its place among those of one answer, so that rows must have one.
+
+    Raises:
+        ValueError: a conversation.
+    """
+    for row in rows:
+        if history_of(row):
+            raise ValueError(
+                f"{row['row_id']}: a conversation of {1 + len(history_of(row))} turns has thoughts before each, "
+                "and interventions know those before one: set --dataset_options.max_turns 1."
+            )
+
+
+class Study:
+    """The rows of an audit, answered untouched and under interventions, always in the same batches.
+
+    Args:
+        answerer: the checkpoint.
+        rows: of `mmcoconut.data`.
+        metric: a name in mmcoconut.scoring.REFERENCES.
+        batch_size: rows answered at once.
+        seed: of donors, noise and bootstrap.
+
+    Raises:
+        ValueError: fewer than two rows, a conversation, or a checkpoint without thoughts.
+    """
+
+    def __init__(
+        self, answerer: Answerer, rows: Sequence[Mapping], *, metric: str, batch_size: int = 32, seed: int = 0
+    ):
+        if len(rows) < 2:
+            raise ValueError(
+                f"An audit of {len(rows)} rows cannot give a row the thoughts of another: give more rows."
+            )
+        if answerer.model.config.stop_head and answerer.stop_threshold is not None:
+            raise ValueError("Rows of this checkpoint stop by themselves: give an Answerer(…, stop_threshold=None).")
+        if answerer.num_latents == 0:
+            raise ValueError(
+                "The checkpoint has num_latents 0, so there are no thoughts to audit: pass --num_latents."
+            )
+        check_single_turns(rows)
+        self.answerer, self.rows, self.metric = answerer, list(rows), metric
+        self.batch_size, self.seed = batch_size, seed
+        self.untouched = self.run(lambda indices: keep)
+
+    def batches(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.rows), self.batch_size):
+            yield list(range(start, min(start + self.batch_size, len(self.rows))))
+
+    def run(
+        self,
+        replace_of: ReplaceOf | None = None,
+        *,
+        donors: Sequence[Mapping] | None = None,
+        answerer: Answerer | None = None,
+    ) -> Answers:
+        """Answer all rows, or their donors; `replace_of` gives the replacement for the indices of a batch.
+
+        Without it the thoughts are not watched. answerer: another than the study's own.
+        """
+        rows, answerer = donors or self.rows, answerer or self.answerer
+        lines, thoughts = [], []
+        for indices in self.batches():
+            batch, seen = [rows[index] for index in indices], []
+            if replace_of is None:
+                lines += answerer.answer(batch)
+                continue
+            with intervening(answerer.model, recording(replace_of(indices), seen)):
+                lines += answerer.answer(batch)
+            thoughts.append(torch.stack(seen, dim=1).cpu())  # (B, N, D)
+        texts, outputs = [line["answer"] for line in lines], [line["output"] for line in lines]
+        scores = score(self.metric, outputs, texts, rows=rows)["scores"] if donors is None else None
+        return Answers(
+            texts,
+            outputs,
+            scores,
+            sum(line["generated_tokens"] for line in lines) / len(lines),
+            torch.cat(thoughts) if thoughts else None,
+        )
+
+    def outcome(self, name: str, description: str, answers: Answers, donors: Sequence[str] | None = None) -> Outcome:
+        """Compare a run with the untouched one; `donors` (n,) are the answers that belong to the thoughts read."""
+        before = self.untouched
+        pairs = zip(answers.texts, before.texts, answers.outputs, before.outputs)
+        changed = [float(now != then if now or then else written != old) for now, then, written, old in pairs]
+        scores = list(zip(answers.scores, before.scores))
+        follows, num_differ = None, None
+        if donors is not None:
+            rows = zip(answers.texts, before.texts, donors)
+            follow = [float(now == donor) for now, then, donor in rows if donor not in ("", then)]
+            follows, num_differ = (bootstrap_mean(follow, seed=self.seed) if follow else None), len(follow)
+        return Outcome(
+            name=name,
+            description=description,
+            accuracy=bootstrap_mean(answers.scores, seed=self.seed),
+            difference=bootstrap_difference(answers.scores, before.scores, seed=self.seed),
+            num_lost=sum(now < then for now, then in scores),
+            num_gained=sum(now > then for now, then in scores),
+            changed=bootstrap_mean(changed, seed=self.seed),
+            generated_tokens=answers.generated_tokens,
+            follows_donor=follows,
+            num_donors_that_differ=num_differ,
+            texts=answers.texts,
+        )
+
+
+def keep(position: int, thought: torch.Tensor) -> torch.Tensor:
+    """The thought as it is, (B, D), for runs that only watch."""
+    return thought
+
+
+def zero(position: int, thought: torch.Tensor) -> torch.Tensor:
+    """Zeros (B, D)."""
+    return torch.zeros_like(thought)
+
+
+def recording(replace: Replace, seen: list[torch.Tensor]) -> Replace:
+    """The same replacement, which appends every thought that the model had (B, D) to `seen`."""
+
+    def record(position: int, thought: torch.Tensor) -> torch.Tensor:
+        seen.append(thought)
+        return replace(position, thought)
+
+    return record
+
+
+def noise_like(thought: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Directions drawn uniformly, each as long as the thought of its row; (B, D)."""
+    noise = torch.randn(thought.shape, generator=generator).to(thought)
+    return noise * thought.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
+
+
+def noise(seed: int) -> ReplaceOf:
+    """Noise that is the same whenever it is drawn again."""
+
+    def of_batch(indices: list[int]) -> Replace:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + indices[0])
+        return lambda position, thought: noise_like(thought, generator)
+
+    return of_batch
+
+
+def given(thoughts: torch.Tensor, partners: Sequence[int] | None = None) -> ReplaceOf:
+    """Thoughts (n, N, D) in the place of the model's, those of row partners[i] (default: i) for row i."""
+
+    def of_batch(indices: list[int]) -> Replace:
+        batch = thoughts[indices if partners is None else [partners[index] for index in indices]]  # (B, N, D)
+        return lambda position, thought: batch[:, position].to(thought)
+
+    return of_batch
+
+
+def mean_thought(thoughts: torch.Tensor) -> ReplaceOf:
+    """The mean over rows of thoughts (n, N, D) at each position."""
+    mean = thoughts.float().mean(dim=0, keepdim=True)  # (1, N, D)
+    return given(mean.expand(len(thoughts), -1, -1))
+
+
+def only_at(position: int, replace_of: ReplaceOf) -> ReplaceOf:
+    """The replacement at one position, the model's own thoughts, computed after it, elsewhere."""
+
+    def of_batch(indices: list[int]) -> Replace:
+        replace = replace_of(indices)
+        return lambda j, thought: replace(j, thought) if j == position else thought
+
+    return of_batch
+
+
+def other_rows(keys: Sequence, seed: int, groups: Sequence | None = None) -> list[int] | None:
+    """For each row another one whose key differs, drawn at random, of its own group where there is one.
+
+    None where some row has no such partner, because all keys are equal.
+    """
+    if len(set(keys)) < 2:
+        return None
+    rng = random.Random(seed)
+    members = {}
+    for index, group in enumerate(groups if groups is not None else [None] * len(keys)):
+        members.setdefault(group, []).append(index)
+    partners = []
+    for index, key in enumerate(keys):
+        group = members[groups[index] if groups is not None else None]
+        candidates = [other for other in group if keys[other] != key] or range(len(keys))
+        partner = rng.choice(candidates)
+        while keys[partner] == key:  # only where the whole data are searched, which holds two keys
+            partner = rng.choice(candidates)
+        partners.append(partner)
+    return partners
+
+
+def images_key(row: Mapping) -> tuple[str, ...]:
+    return tuple(image_key(image) for image in row["images"])
+
+
+def with_images_of(row: Mapping, donor: Mapping) -> dict:
+    return {**row, "images": donor["images"]}
+
+
+def with_question_of(row: Mapping, donor: Mapping) -> dict:
+    return {**row, "question": donor["question"], "choices": donor["choices"]}
+
+
+def swapped(study: Study, name: str, description: str, donors: list[dict]) -> Outcome:
+    """Give every row the thoughts that the model has on its donor row."""
+    of_donors = study.run(lambda indices: keep, donors=donors)
+    answers = study.run(given(of_donors.thoughts))
+    return study.outcome(name, description, answers, of_donors.texts)
+
+
+def counts_to_try(own: int, room: int) -> list[int]:
+    """Numbers of thoughts other than the study's own: down to none, and up to twice as many where there is room."""
+    fewer = range(own) if own <= 8 else sorted({0, 1, own // 4, own // 2, 3 * own // 4, own - 1})
+    more = sorted({own + 1, own + 2, 2 * own})
+    return [*fewer, *(count for count in more if count - own <= room)]
+
+
+def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
+    """Positions of the language model that the longest prompt and `max_new_tokens` leave free."""
+    limit = position_limit(answerer.model.get_decoder())
+    if limit is None:
+        return 2 * answerer.num_latents
+    return limit - max(map(answerer.prompt_length, rows)) - answerer.max_new_tokens
+
+
+def shuffled(study: Study) -> Outcome | str:
+    """The thoughts of a row that was answered otherwise, or why there is none."""
+    partners = other_rows(study.untouched.texts, study.seed)
+    if partners is None:
+        return "shuffled was not run: all rows were answered alike"
+    answers = study.run(given(study.untouched.thoughts, partners))
+    donors = [study.untouched.texts[partner] for partner in partners]
+    return study.outcome("shuffled", "the thoughts of a random row that was answered otherwise", answers, donors)
+
+
+def other_image(study: Study) -> Outcome | str:
+    """The thoughts on the same question about the image of another row, or why there is none."""
+    images, questions = [images_key(row) for row in study.rows], [question_text(row) for row in study.rows]
+    if 0 in map(len, images) or len(set(map(len, images))) > 1:
+        return "other_image was not run: it needs rows with equally many images, at least one"
+    partners = other_rows(images, study.seed, groups=questions)
+    if partners is None:
+        return "other_image was not run: no two rows have different images"
+    donors = [with_images_of(row, study.rows[partner]) for row, partner in zip(study.rows, partners)]
+    return swapped(study, "other_image", "the thoughts on this question about another image", donors)
+
+
+def other_question(study: Study) -> Outcome | str:
+    """The thoughts on the question of another row about the same image, or why there is none."""
+    images, questions = [images_key(row) for row in study.rows], [question_text(row) for row in study.rows]
+    if 0 in map(len, images):
+        return "other_question was not run: some rows have no image"
+    partners = other_rows(questions, study.seed, groups=images)
+    if partners is None:
+        return "other_question was not run: all rows ask the same question"
+    donors = [with_question_of(row, study.rows[partner]) for row, partner in zip(study.rows, partners)]
+    return swapped(study, "other_question", "the thoughts on another question about this image", donors)
+
+
+def swaps(study: Study) -> tuple[list[Outcome], list[str]]:
+    """Thoughts of other rows: what was run, and why something could not be."""
+    results = [shuffled(study), other_image(study), other_question(study)]
+    outcomes = [result for result in results if isinstance(result, Outcome)]
+    return outcomes, [result for result in results if isinstance(result, str)]
+
+
+def emptied(thoughts: torch.Tensor, seed: int) -> Table:
+    """All thoughts (n, N, D) replaced by nothing, by noise, by their mean: name, description, replacement."""
+    return [
+        ("zero", "zeros", lambda indices: zero),
+        ("noise", "random directions as long as the thoughts", noise(seed)),
+        ("mean", "the mean thought of each position over all rows", mean_thought(thoughts)),
+    ]
+
+
+def one_taken_out(thoughts: torch.Tensor) -> Table:
+    """One of the thoughts (n, N, D) at a time replaced by its mean, the later ones computed anew."""
+    mean = mean_thought(thoughts)
+    return [
+        (f"without_{j + 1}", f"thought {j + 1} alone replaced by its mean", only_at(j, mean))
+        for j in range(thoughts.shape[1])
+    ]
+
+
+def replacements(study: Study) -> list[Outcome]:
+    """All thoughts replaced by nothing, by noise, by their mean."""
+    table = emptied(study.untouched.thoughts, study.seed)
+    return [study.outcome(name, description, study.run(replace_of)) for name, description, replace_of in table]
+
+
+def knock_outs(study: Study) -> list[Outcome]:
+    """One thought at a time replaced by its mean, the later ones computed anew."""
+    table = one_taken_out(study.untouched.thoughts)
+    return [study.outcome(name, description, study.run(replace_of)) for name, description, replace_of in table]
+
+
+def with_other_counts(own: Answerer, rows: Sequence[Mapping]) -> list[tuple[str, str, Answerer]]:
+    """Name, description and answerer with fewer and more thoughts than its own.
+
+    With fewer it may go on in words, as it learnt to in earlier stages; so each is also asked for the answer at once.
+    """
+    free, at_once = [], []
+    for count in counts_to_try(own.num_latents, room_for_more(own, rows)):
+        instead = f"{count} thought{'s' if count != 1 else ''} instead of {own.num_latents}"
+        free.append((f"count_{count}", instead, own.with_count(count)))
+        if count < own.num_latents:
+            other = own.with_count(count, begin_with=ANSWER_MARKER)
+            at_once.append((f"count_{count}_at_once", f"{instead}, no written steps", other))
+    return [*free, *at_once]
+
+
+def other_counts(study: Study) -> list[Outcome]:
+    """Fewer and more thoughts than the study has, see `with_other_counts`."""
+    return [
+        study.outcome(name, description, study.run(answerer=answerer))
+        for name, description, answerer in with_other_counts(study.answerer, study.rows)
+    ]

@@ -1,0 +1,328 @@
+"""One question to a checkpoint: its answer, what its thoughts hold, and its answers with other thoughts.
+
+The audit (mmcoconut/audit.py) does the same over many rows and counts; one question shows, and proves nothing.
+
+Shapes: B rows of a batch, n examples, N thoughts a row, D hidden.
+"""
+
+import json
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from mmcoconut.audit.command import decoded
+from mmcoconut.audit.interventions import (
+    ReplaceOf,
+    Table,
+    check_single_turns,
+    emptied,
+    given,
+    images_key,
+    intervening,
+    keep,
+    one_taken_out,
+    recording,
+    with_images_of,
+    with_other_counts,
+    with_question_of,
+)
+from mmcoconut.audit.thought_pictures import heat_maps, why_no_map
+from mmcoconut.audit.thoughts import Readings, read_thoughts, visible
+from mmcoconut.data import json_steps, question_text
+from mmcoconut.data.images import open_images
+from mmcoconut.evaluation.answering import Answerer
+
+
+EXAMPLES_FILE = "examples.json"
+ROW_ID = "your question"
+KEPT_NUMBERS = 8  # of thoughts, for which the examples' own are remembered
+
+
+def said(answer: str, output: str) -> str:
+    """The answer, or, where none was marked, all that was written."""
+    return answer or output.strip()
+
+
+@dataclass
+class Asked:
+    """A row and what was answered to it, in `seconds`. gold: the answers in the data; none for a user's question."""
+
+    row: Mapping
+    answerer: Answerer
+    answer: str
+    output: str
+    generated_tokens: int
+    num_thoughts: int
+    decoder_passes: int
+    seconds: float
+    gold: list[str]
+
+    @property
+    def num_latents(self) -> int:
+        return self.answerer.num_latents
+
+    @property
+    def said(self) -> str:
+        return said(self.answer, self.output)
+
+
+@dataclass
+class Thought:
+    """What a state decodes to, (token, probability) with the likeliest first, and where its thought looks.
+
+    image_share: of all attention, what goes to the picture; None without one. heat_map: None where `Look.no_map` says
+    why.
+    """
+
+    tokens: list[tuple[str, float]]
+    image_share: float | None = None
+    heat_map: Image.Image | None = None
+
+
+@dataclass
+class Look:
+    """The N thoughts of a question, and the state behind them, which writes the first token; why there is no map."""
+
+    thoughts: list[Thought]
+    writes: Thought
+    no_map: str | None
+
+
+@dataclass
+class Variant:
+    """An answer with other thoughts. donor_answer: the answer to the question that the thoughts belong to."""
+
+    name: str
+    description: str
+    answer: str
+    output: str
+    generated_tokens: int
+    changed: bool
+    donor_answer: str | None = None
+
+
+@dataclass
+class Variants:
+    """The answers with other thoughts in the place of all and of one, with other numbers of them; what was not run."""
+
+    replaced: list[Variant] = field(default_factory=list)
+    one_replaced: list[Variant] = field(default_factory=list)
+    counted: list[Variant] = field(default_factory=list)
+    not_run: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Donor:
+    """A row whose N thoughts (1, N, D) and answer are another's."""
+
+    name: str
+    description: str
+    answer: str
+    thoughts: torch.Tensor
+
+
+def with_bytes(file: str) -> dict:
+    """A picture of a row: the file's bytes, which are not decoded, and its path."""
+    return {"bytes": Path(file).read_bytes(), "path": file}
+
+
+def row_of(question: str, picture: str | None) -> dict:
+    """A row of `mmcoconut.data` for a question and the file of a picture, or None; the file is read, not decoded.
+
+    Raises:
+        ValueError: no question.
+    """
+    if not question or not question.strip():
+        raise ValueError("There is no question: write one, or choose an example.")
+    images = [] if picture is None else [with_bytes(picture)]
+    return {"images": images, "question": question, "choices": [], "steps": [], "answers": [], "row_id": ROW_ID}
+
+
+def write_examples(folder: Path, rows: Sequence[Mapping]) -> None:
+    """Rows of at most one picture as `examples.json` and their pictures as PNG, for `read_examples`; others are left.
+
+    Questions hold their choices, as the model reads them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for row in (row for row in rows if len(row["images"]) <= 1):
+        line = {"question": question_text(row), "steps": row["steps"], "answers": row["answers"]}
+        for picture in open_images(row):
+            line["image"] = f"{len(lines)}.png"
+            picture.save(folder / line["image"])
+        lines.append(line)
+    (folder / EXAMPLES_FILE).write_text(json.dumps(lines, indent=2, ensure_ascii=False), encoding="utf-8")
+
+
+def read_examples(folder: Path) -> list[dict]:
+    """The rows that `write_examples` wrote, with their pictures' bytes, by which a picture is known again."""
+    with_pictures = any(Path(folder).glob("*.png"))
+    options = {"image_root": str(folder)} if with_pictures else {"images_required": False}
+    rows = json_steps.load(split="test", file={"test": Path(folder, EXAMPLES_FILE)}, **options)
+    return [{**row, "images": [with_bytes(image["path"]) for image in row["images"]]} for row in rows]
+
+
+def think(answerer: Answerer, rows: Sequence[Mapping]) -> tuple[list[dict], torch.Tensor]:
+    """The answers to rows, in one batch, and their thoughts (B, N, D)."""
+    seen = []
+    with intervening(answerer.model, recording(keep, seen)):
+        lines = answerer.answer(rows)
+    return lines, torch.stack(seen, dim=1)
+
+
+def answer_with(answerer: Answerer, row: Mapping, replace_of: ReplaceOf) -> dict:
+    """The answer to one row, the first of those that the replacement knows."""
+    with intervening(answerer.model, replace_of([0])):
+        return answerer.answer([row])[0]
+
+
+def variant_of(asked: Asked, name: str, description: str, line: Mapping, donor_answer: str | None = None) -> Variant:
+    changed = said(line["answer"], line["output"]) != asked.said
+    return Variant(
+        name, description, line["answer"], line["output"], line["generated_tokens"], changed, donor_answer=donor_answer
+    )
+
+
+def maps_of(readings: Readings, pixels, projector_type: str) -> tuple[list[Image.Image] | None, str | None]:
+    """Heat maps of readings of one row, or why there are none."""
+    if len(pixels) == 0:
+        return None, "the question has no picture"
+    maps = readings.image_map(0)  # (N, I · P)
+    reason = why_no_map(projector_type, maps.shape[1] // len(pixels))
+    return (None, reason) if reason is not None else (heat_maps(pixels, maps), None)
+
+
+class Asker:
+    """A checkpoint that is asked one question at a time, and the examples whose thoughts a question may be given.
+
+    Args:
+        model, processor: of `load_checkpoint`, or of `AutoModel` and `AutoProcessor`.
+        examples: rows of `mmcoconut.data`; without any there are no thoughts of other rows and no mean.
+        max_new_tokens, num_beams: of every answer.
+        seed: of noise.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        examples: Sequence[Mapping] = (),
+        *,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+        seed: int = 0,
+    ):
+        check_single_turns(examples)
+        self.model, self.processor, self.examples = model.eval(), processor, list(examples)
+        self.max_new_tokens, self.num_beams, self.seed = max_new_tokens, num_beams, seed
+        self.thoughts_of_examples = {}
+
+    def ask(self, row: Mapping, num_latents: int) -> Asked:
+        """Answer a row, untouched, with so many thoughts."""
+        answerer = Answerer(
+            self.model,
+            self.processor,
+            num_latents=num_latents,
+            max_new_tokens=self.max_new_tokens,
+            num_beams=self.num_beams,
+            stop_threshold=None,
+        )
+        start = time.perf_counter()
+        line = answerer.answer([row])[0]
+        return Asked(row, answerer, seconds=time.perf_counter() - start, gold=self.gold_of(row), **line)
+
+    def gold_of(self, row: Mapping) -> list[str]:
+        """What the data say, where the row asks an example's question about an example's picture."""
+        asked = (images_key(row), question_text(row))
+        same = [example for example in self.examples if (images_key(example), question_text(example)) == asked]
+        return same[0]["answers"] if same else []
+
+    def look(self, asked: Asked, *, top_k: int = 5) -> Look:
+        """What the thoughts of an answered row decode to and where they look.
+
+        Raises:
+            ValueError: a row without thoughts.
+        """
+        if asked.num_latents == 0:
+            raise ValueError("There were no thoughts: set their number to 1 or more to look at them.")
+        inputs = asked.answerer.inputs([asked.row])
+        readings = read_thoughts(self.model, inputs, top_k=top_k)
+        *lens, last = [state[-1] for state in decoded(readings, self.processor.tokenizer, 0)]
+        maps, reason = maps_of(readings, inputs.get("pixel_values", ()), self.model.config.projector_type)
+        shares = readings.image_share(0).tolist() if asked.row["images"] else [None] * len(lens)
+        thoughts = [
+            Thought([(visible(text), p) for text, p in tokens], share, None if maps is None else maps[j])
+            for j, (tokens, share) in enumerate(zip(lens, shares))
+        ]
+        return Look(thoughts, Thought([(visible(text), p) for text, p in last]), reason)
+
+    def of_examples(self, answerer: Answerer) -> tuple[list[dict], torch.Tensor]:
+        """Answers and thoughts (n, N, D) of the examples, computed once for each of the last numbers of thoughts."""
+        key = answerer.num_latents
+        if key not in self.thoughts_of_examples:
+            while len(self.thoughts_of_examples) >= KEPT_NUMBERS:
+                del self.thoughts_of_examples[next(iter(self.thoughts_of_examples))]
+            self.thoughts_of_examples[key] = think(answerer, self.examples)
+        return self.thoughts_of_examples[key]
+
+    def donors(self, asked: Asked) -> Iterator[Donor | str]:
+        """Rows that are answered otherwise, so that it can be seen whether the answer comes with their thoughts."""
+        row, images = asked.row, images_key(asked.row)
+        pictures = [e for e in self.examples if len(images_key(e)) == len(images) > 0 and images_key(e) != images]
+        questions = [e for e in self.examples if images and question_text(e) != question_text(row)]
+        for name, description, rows in (
+            ("shuffled", "of an example that is answered otherwise", self.examples),
+            ("other_image", "on this question about another picture", [with_images_of(row, e) for e in pictures]),
+            (
+                "other_question",
+                "on another question about this picture",
+                [with_question_of(row, e) for e in questions],
+            ),
+        ):
+            yield self.first_that_differs(asked, rows, name=name, description=f"the thoughts {description}")
+
+    def first_that_differs(self, asked: Asked, rows: Sequence[Mapping], *, name: str, description: str) -> Donor | str:
+        """The first of the rows that is answered otherwise, or why there is none."""
+        if not rows:
+            return f"{description}: there is no example to take them from"
+        lines, thoughts = self.of_examples(asked.answerer) if rows is self.examples else think(asked.answerer, rows)
+        for index, line in enumerate(lines):
+            answer = said(line["answer"], line["output"])
+            if answer != asked.said:
+                return Donor(name, description, answer, thoughts[index : index + 1])
+        return f"{description}: all of them are answered like this question"
+
+    def tables(self, asked: Asked) -> tuple[Table, Table]:
+        """What no row thought in the place of all thoughts; means, over the examples and this row, in that of one."""
+        _, own = think(asked.answerer, [asked.row])
+        if not self.examples:
+            return [entry for entry in emptied(own, self.seed) if entry[0] != "mean"], []
+        thoughts = torch.cat([own, self.of_examples(asked.answerer)[1]])  # (1 + n, N, D)
+        return emptied(thoughts, self.seed), one_taken_out(thoughts)
+
+    def intervene(self, asked: Asked) -> Variants:
+        """The same question with other thoughts in the place of the model's, and with other numbers of thoughts.
+
+        Raises:
+            ValueError: a row without thoughts; a checkpoint that does not think one thought after the other.
+        """
+        if asked.num_latents == 0:
+            raise ValueError("There were no thoughts to replace: set their number to 1 or more.")
+        variants, answerer = Variants(), asked.answerer
+        for donor in self.donors(asked):
+            if isinstance(donor, str):
+                variants.not_run.append(donor)
+                continue
+            line = answer_with(answerer, asked.row, given(donor.thoughts))
+            variants.replaced.append(variant_of(asked, donor.name, donor.description, line, donor.answer))
+        for variants_of_table, table in zip((variants.replaced, variants.one_replaced), self.tables(asked)):
+            for name, description, replace_of in table:
+                line = answer_with(answerer, asked.row, replace_of)
+                variants_of_table.append(variant_of(asked, name, description, line))
+        for name, description, other in with_other_counts(answerer, [asked.row]):
+            variants.counted.append(variant_of(asked, name, description, other.answer([asked.row])[0]))
+        return variants

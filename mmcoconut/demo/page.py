@@ -1,0 +1,238 @@
+"""A page that asks a checkpoint about a picture and shows its thoughts: `python -m mmcoconut.demo --model …`.
+
+What the page shows is computed in mmcoconut/one_question.py; here are its layout, its command line, and, with
+`--push_space`, the way to a Space (mmcoconut/spaces.py). It needs `pip install mmcoconut[demo]`.
+"""
+
+import sys
+import tempfile
+from abc import ABCMeta
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from transformers.hf_argparser import HfArg
+
+from mmcoconut.arguments.recipe_files import RecipeError
+from mmcoconut.audit.report import data_uri
+from mmcoconut.audit.thoughts import load_extra
+from mmcoconut.data.images import open_images
+from mmcoconut.demo.one_question import Asker, read_examples, row_of, write_examples
+from mmcoconut.demo.spaces import push_demo
+from mmcoconut.evaluation.answering import load_checkpoint
+from mmcoconut.evaluation.asking import complete_from_recipe, join_processes, read_asked, read_rows
+
+
+gr = load_extra("gradio", "demo")
+
+PANELS = Path(__file__).with_name("panels.html")
+STYLE = Path(__file__).with_name("page.css")
+FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the visitor's machine
+SMALL_SIDE = 128  # pixels; smaller pictures are shown enlarged, with their pixels as squares
+PICTURE_BOX = {"sources": ["upload", "clipboard"], "label": "Picture", "show_label": False, "height": 300}
+TOP_K = 3  # tokens that are shown of each thought
+DEFAULT_DATASET = "arrow_mazes"
+
+
+@dataclass
+class DemoArguments:
+    """What is asked, which examples stand on the page, and where the page is served."""
+
+    model: str | None = HfArg(default=None, help="Folder or Hub id of a trained checkpoint.")
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit of a checkpoint on the Hub.")
+    recipe: str | None = HfArg(default=None, help="Recipe that names the examples' data; default: the one in `model`.")
+    dataset: str | None = HfArg(default=None, help="The examples'; default: the recipe's, or arrow_mazes.")
+    dataset_options: dict | None = HfArg(default=None, help="Passed to the data set: --dataset_options.folder …")
+    split: str = HfArg(default="test", help="Split whose first rows are the examples.")
+    max_samples: int = HfArg(default=6, help="Examples; their thoughts may take the place of a question's own.")
+    unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")
+    num_latents: int | None = HfArg(default=None, help="Thoughts at first; default: the checkpoint's.")
+    max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
+    num_beams: int | None = HfArg(default=None, help="Beams of the search; default: the recipe's, or 1: greedy.")
+    dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
+    seed: int = HfArg(default=0, help="Of noise.")
+    server_name: str | None = HfArg(default=None, help="Address to listen at; default: 127.0.0.1, this machine alone.")
+    port: int | None = HfArg(default=None, help="Default: the first free one from 7860.")
+    share: bool = HfArg(default=False, help="Also give the page a public address for a week, through gradio's server.")
+    push_space: str | None = HfArg(default=None, help="Serve nothing; make the page a Space of this name: user/name.")
+    package: str | None = HfArg(default=None, help="What the Space installs: 'mmcoconut @ git+https://…'.")
+    private: bool = HfArg(default=False, help="The Space is seen by its owner alone.")
+
+
+def file_of(self, payload) -> str | None:
+    """The uploaded file as it is: why one cannot be read is said by the library, which reads it, and not by gradio."""
+    return None if payload is None else payload.path
+
+
+# An ordinary `class` statement would have gradio's metaclass write a .pyi file beside this one.
+Picture = ABCMeta.__new__(type(gr.Image), "Picture", (gr.Image,), {"preprocess": file_of, "is_template": True})
+
+
+def panels():
+    """The macros of demo_panels.html by name: functions that give HTML, with all texts escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {
+        "uri": data_uri,
+        "percent": lambda share: f"{100 * share:.0f} %",
+        "milliseconds": lambda seconds: f"{1000 * seconds:.0f}",
+    }
+    return environment.from_string(PANELS.read_text(encoding="utf-8")).module
+
+
+def panel_of(html, name: str, compute: Callable[[], object]) -> str:
+    """What was computed as a panel; in its place what is wrong, with the remedy."""
+    try:
+        return getattr(html, name)(compute())
+    except ValueError as error:
+        return html.message(str(error))
+
+
+def responder(asker: Asker) -> Callable[..., Iterator[tuple[str, str, str]]]:
+    """The function behind the button: what the three panels show, again and again as more of it is known."""
+    html = panels()
+
+    def respond(picture: str | None, question: str, num_latents: float, with_others: bool):
+        try:
+            asked = asker.ask(row_of(question, picture), int(num_latents))
+        except ValueError as error:
+            yield html.message(str(error)), "", ""
+            return
+        answer = html.answer(asked)
+        yield answer, html.waiting("reading its thoughts"), ""
+        thoughts = panel_of(html, "thoughts", lambda: asker.look(asked, top_k=TOP_K))
+        if not with_others:
+            yield answer, thoughts, ""
+            return
+        yield answer, thoughts, html.waiting("asking again with other thoughts")
+        yield answer, thoughts, panel_of(html, "variants", lambda: asker.intervene(asked))
+
+    return respond
+
+
+def build_page(asker: Asker, *, name: str, num_latents: int | None = None):
+    """The page about a checkpoint of this name, a `gradio.Blocks`; `num_latents` thoughts until told otherwise."""
+    count = asker.processor.num_latents if num_latents is None else num_latents
+    heading = panels().heading(name, asker.processor.num_latents, asker.model.config.thought_mode)
+    with gr.Blocks(title=f"mmcoconut: {name}", analytics_enabled=False, fill_width=True) as page:
+        gr.HTML(heading)
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                inputs, ask = question_column(asker.examples, count)
+            with gr.Column(scale=5, min_width=480):
+                outputs = [gr.HTML(elem_id=panel) for panel in ("answer", "thoughts", "others")]
+        # One question at a time: other thoughts are put in by hooks on the one model.
+        events = {"triggers": [ask.click, inputs[1].submit], "concurrency_limit": 1, "api_name": "ask"}
+        gr.on(fn=responder(asker), inputs=inputs, outputs=outputs, show_progress="minimal", **events)
+    return page
+
+
+def question_column(examples: list[dict], count: int) -> tuple[list, gr.Button]:
+    """Picture, question, number of thoughts, whether other thoughts are tried; the button; examples to choose.
+
+    Without a picture in any example the checkpoint is one for text, and the page has no place for one.
+    """
+    pictures = [picture for row in examples for picture in open_images(row)]
+    small = bool(pictures) and max(side for picture in pictures for side in picture.size) <= SMALL_SIDE
+    crisp = {"elem_classes": ["mmc-crisp"]} if small else {}
+    inputs = [
+        Picture(visible=bool(pictures) or not examples, elem_id="picture", **PICTURE_BOX, **crisp),
+        gr.Textbox(label="Question", lines=2, elem_id="question"),
+        gr.Slider(0, max(8, 2 * count), value=count, step=1, label="Thoughts", elem_id="num_thoughts"),
+        gr.Checkbox(value=True, label="ask again with other thoughts", elem_id="with_others"),
+    ]
+    ask = gr.Button("Ask", variant="primary", elem_id="ask")
+    with gr.Column(**crisp):
+        show_examples(examples, inputs[:2])
+    return inputs, ask
+
+
+def show_examples(rows: list[dict], inputs: list) -> None:
+    """Examples that fill picture and question when they are chosen."""
+    if not rows:
+        return
+    if any(row["images"] for row in rows):
+        values = [[row["images"][0]["path"] if row["images"] else None, row["question"]] for row in rows]
+    else:
+        values, inputs = [[row["question"]] for row in rows], inputs[1:]
+    gr.Examples(values, inputs, elem_id="examples", examples_per_page=len(values), cache_examples=False)
+
+
+def launch(page, **options):
+    """Serve a page of `build_page`, without analytics, fonts or scripts from elsewhere; options of `Blocks.launch`."""
+    theme = gr.themes.Default(**FONTS)
+    return page.launch(
+        theme=theme,
+        css_paths=STYLE,
+        footer_links=[],
+        ssr_mode=False,
+        max_file_size="20mb",
+        **{"share": False} | options,
+    )
+
+
+def read_example_rows(arguments) -> list[dict]:
+    """The first rows of the data set that is named, or of mazes.
+
+    Raises:
+        ValueError: the data cannot be read here.
+    """
+    arguments.dataset = arguments.dataset or DEFAULT_DATASET
+    try:
+        return list(read_rows(arguments))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{error}\nThe page takes its examples from {arguments.dataset!r}: put its files where "
+            f"--dataset_options says, or take other examples, such as --dataset {DEFAULT_DATASET}."
+        ) from error
+
+
+def parse_demo_arguments(argv: list[str]) -> DemoArguments:
+    """The command line, completed from the checkpoint's recipe.
+
+    Raises:
+        RecipeError: everything that is wrong with it.
+    """
+    arguments = read_asked(argv, DemoArguments, "mmcoconut.demo", data="")
+    if arguments.push_space is None and arguments.package is not None:
+        problem = ("package", arguments.package, "only a Space installs one: name it with `push_space`")
+        raise RecipeError("command line", [problem])
+    complete_from_recipe(arguments)
+    return arguments
+
+
+def serve(arguments: DemoArguments, rows: list[dict]) -> None:
+    """Load the checkpoint and show the page until it is stopped.
+
+    Raises:
+        ValueError: the address or the port cannot be had.
+    """
+    device = join_processes().device
+    model, processor = load_checkpoint(
+        arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=device
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_examples(Path(folder), rows)
+        asker = Asker(
+            model,
+            processor,
+            read_examples(Path(folder)),
+            max_new_tokens=arguments.max_new_tokens,
+            num_beams=arguments.num_beams,
+            seed=arguments.seed,
+        )
+        page = build_page(asker, name=arguments.model.rstrip("/"), num_latents=arguments.num_latents)
+        try:
+            launch(page, server_name=arguments.server_name, server_port=arguments.port, share=arguments.share)
+        except OSError as error:
+            where = f"{arguments.server_name or '127.0.0.1'}, port {arguments.port or 'from 7860'}"
+            raise ValueError(f"No page at {where} ({error}): give another --port or --server_name.") from error
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_demo_arguments(sys.argv[1:] if argv is None else argv)
+    rows = read_example_rows(arguments)
+    if arguments.push_space is None:
+        serve(arguments, rows)
+        return
+    print(f"The demo is at {push_demo(arguments, rows)}")

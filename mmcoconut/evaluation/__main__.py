@@ -1,0 +1,11 @@
+"""`python -m mmcoconut.evaluation`."""
+
+from accelerate import PartialState
+
+from mmcoconut.arguments.recipe_files import run_command
+from mmcoconut.evaluation.evaluate import main
+
+
+if __name__ == "__main__":
+    run_command(main)
+    PartialState().destroy_process_group()

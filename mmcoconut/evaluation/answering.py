@@ -1,0 +1,238 @@
+"""A checkpoint that answers rows of `mmcoconut.data` in batches: by writing, or by choosing the likeliest choice.
+
+Shapes: B rows of a batch, T tokens, D hidden, V vocabulary.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from mmcoconut.arguments.recipe_files import UsageError
+from mmcoconut.data import history_of, question_text
+from mmcoconut.data.images import open_images
+from mmcoconut.models import load_model
+from mmcoconut.positions_mmcoconut import position_limit
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
+from mmcoconut.training.curriculum import align_rows
+
+
+def image_key(image: Mapping) -> str:
+    """What tells a picture from others: the start of the SHA-256 of its bytes, or, where it has none, its path."""
+    if image["bytes"] is None:
+        return image["path"]
+    return f"sha256:{hashlib.sha256(image['bytes']).hexdigest()[:16]}"
+
+
+def image_name(image: Mapping) -> str:
+    """The path of a picture, or, where it has none, its key."""
+    return image["path"] or image_key(image)
+
+
+def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
+    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run."""
+    model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), revision=revision)
+    options = {} if revision is None else {"revision": revision}
+    processor = MMCoconutProcessor.from_pretrained(name, trust_remote_code=False, **options)
+    return model.to(device).eval(), processor
+
+
+def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
+    """How many of a row's new tokens it wrote: up to its first eos, that one included; what follows is padding.
+
+    >>> count_generated([5, 6, 0, 9, 9], [0]), count_generated([5, 6], [0])
+    (3, 2)
+    """
+    ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
+    return ends[0] + 1 if ends else len(tokens)
+
+
+def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
+    """At which of the latents (B, P) of their prompts rows thought, (B, P), by what a filled cache says."""
+    stopped = getattr(past_key_values, "mask_of_stopped", None)
+    if stopped is None:
+        return latent_mask
+    num_beams = len(stopped) // len(latent_mask)
+    return latent_mask & stopped[::num_beams, : latent_mask.shape[1]].bool()
+
+
+def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: float | None, **options):
+    """What `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,).
+
+    stop_threshold: of a model with a stop head.
+    """
+    latent_mask = inputs[processor.prompt_names[0]] == model.config.latent_token_id  # (B, P)
+    if not model.config.stop_head:
+        return model.generate(**inputs, **options), latent_mask.sum(dim=1)
+    options |= {"stop_threshold": stop_threshold, "return_dict_in_generate": True}
+    outputs = model.generate(**inputs, **options)
+    return outputs.sequences, thought_latents(outputs.past_key_values, latent_mask).sum(dim=1)
+
+
+class Answerer:
+    """A checkpoint that answers rows of `mmcoconut.data` in batches.
+
+    Args:
+        model, processor: of `load_checkpoint`.
+        num_latents: thoughts a question; None takes the checkpoint's.
+        max_new_tokens: longest text written.
+        num_beams: of the search; 1 is greedy.
+        stop_threshold: of a model with a stop head, see its `generate`; None thinks all thoughts.
+        begin_with: text that every answer is made to begin with, such as "###" for an answer without written steps.
+    """
+
+    def __init__(
+        self,
+        model,
+        processor,
+        *,
+        num_latents: int | None = None,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+        stop_threshold: float | None = 0.5,
+        begin_with: str = "",
+    ):
+        self.model, self.processor = model, processor
+        self.stop_threshold = stop_threshold
+        self.num_latents = processor.num_latents if num_latents is None else num_latents
+        self.max_new_tokens, self.num_beams, self.begin_with = max_new_tokens, num_beams, begin_with
+
+    def with_count(self, num_latents: int, *, begin_with: str = "") -> "Answerer":
+        """The same checkpoint with another number of thoughts, exactly so many."""
+        return Answerer(
+            self.model,
+            self.processor,
+            num_latents=num_latents,
+            max_new_tokens=self.max_new_tokens,
+            num_beams=self.num_beams,
+            stop_threshold=None,
+            begin_with=begin_with,
+        )
+
+    def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
+        """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width),
+        num_tiles (images,) where those are tiles, and of an encoder-decoder also the decoder's prompt.
+
+        Raises:
+            UsageError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
+                language model's table of positions.
+        """
+        room = self.max_new_tokens if room is None else room
+        images = [open_images(row) for row in rows]
+        batch = self.processor(
+            images=images if any(images) else None,
+            text=[question_text(row) for row in rows],
+            history=[history_of(row) for row in rows],
+            num_latents=self.num_latents,
+            return_tensors="pt",
+            padding=True,
+        )
+        begun = torch.tensor([self.processor.encode_text(self.begin_with)] * len(rows), dtype=torch.long)
+        ids, mask = self.processor.prompt_names
+        batch[ids] = torch.cat([batch[ids], begun], dim=1)  # (B, T)
+        batch[mask] = torch.cat([batch[mask], torch.ones_like(begun)], dim=1)  # (B, T)
+        limit = position_limit(self.model.get_decoder())
+        lengths = batch[mask].sum(dim=1)  # (B,)
+        length, longest = int(lengths.max()), int(lengths.argmax())
+        if limit is not None and length + room > limit:
+            raise UsageError(
+                f"{rows[longest]['row_id']}: the prompt takes {length} tokens, images and {self.num_latents} latents "
+                f"included, and {room} more may follow, but the language model has {limit} positions: lower "
+                "max_new_tokens or num_latents, or shorten the question."
+            )
+        return batch.to(self.model.device, dtype=self.model.dtype)
+
+    def prompt_length(self, row: Mapping) -> int:
+        """Tokens of a row's prompt, of an encoder-decoder those that thoughts stand in."""
+        _, [num_tiles] = self.processor.encode_images([open_images(row)])  # a picture's size says how many
+        layout = {"num_tiles": num_tiles, "num_latents": self.num_latents}
+        prompt = self.processor.encode_prompt(question_text(row), history=history_of(row), **layout)
+        return len(self.processor.split_prompt(prompt)[1])
+
+    def decoder_passes(self, generated_tokens: int, num_thoughts: int) -> int:
+        """Calls of the decoder, one after the other, that a row's answer needs: one a token, and one a thought, those
+        of its earlier turns included, or, where thoughts are updated together, one an update and one for the text
+        before them."""
+        config, fed_back = self.model.config, num_thoughts
+        if config.thought_mode != "feedback":
+            fed_back = 0
+        elif config.thought_schedule == "jacobi" and fed_back > 1:
+            fed_back = 1 + min(config.jacobi_iterations, fed_back)
+        return fed_back + max(1, generated_tokens)
+
+    @torch.no_grad()
+    def answer(self, rows: Sequence[Mapping]) -> list[dict]:
+        """`output`, `answer`, `generated_tokens`, `num_thoughts`, `decoder_passes` of each row; all in one batch."""
+        inputs = self.inputs(rows)
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": self.num_beams}
+        tokens, num_thoughts = generate_and_count(
+            self.model, self.processor, inputs, stop_threshold=self.stop_threshold, **options
+        )
+        prompt_length = inputs[self.processor.prompt_names[0]].shape[1]
+        new_tokens = tokens[:, prompt_length:].tolist()  # (B, up to max_new_tokens)
+        eos = self.model.generation_config.eos_token_id
+        counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in new_tokens]
+        texts = self.processor.tokenizer.batch_decode(
+            [row[:count] for row, count in zip(new_tokens, counts)], skip_special_tokens=True
+        )
+        texts = [self.begin_with + text for text in texts]
+        return [
+            {
+                "output": text,
+                "answer": parse_answer(text),
+                "generated_tokens": count,
+                "num_thoughts": thoughts,
+                "decoder_passes": self.decoder_passes(count, thoughts),
+            }
+            for text, count, thoughts in zip(texts, counts, num_thoughts.tolist())
+        ]
+
+    @torch.no_grad()
+    def choice_log_probs(self, row: Mapping) -> list[tuple[float, int]]:
+        """For each choice of a row: the log-probability of `### choice <eos>` after the thoughts, and its tokens.
+
+        Raises:
+            ValueError: a row without choices.
+        """
+        if not row["choices"]:
+            raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
+        targets = [self.processor.encode_target([], choice) for choice in row["choices"]]
+        inputs = self.inputs([row], room=max(map(len, targets)))
+        ids, mask = self.processor.prompt_names
+        prompt = inputs.pop(ids)[0].tolist()
+        inputs.pop(mask)
+        # All else, such as the row's images, once for each choice.
+        inputs = {name: tensor.repeat(len(targets), *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
+        pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
+        batch = align_rows([[(prompt, target)] for target in targets], pad_id=pad_id, latent_id=latent_id)
+        batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
+        inputs |= {ids: batch["input_ids"], mask: batch["attention_mask"]}
+        labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]  # (B, T)
+        hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
+        labelled = labels != -100
+        log_probs = self.model.lm_head(hidden[labelled]).float().log_softmax(dim=-1)  # (labelled, V)
+        of_labels = torch.zeros(labels.shape, device=log_probs.device)
+        of_labels[labelled] = log_probs.gather(1, labels[labelled][:, None])[:, 0]
+        return list(zip(of_labels.sum(dim=1).tolist(), labelled.sum(dim=1).tolist()))
+
+    def choose(self, rows: Sequence[Mapping], per_token: bool) -> list[dict]:
+        """As `answer`, with the likeliest choice of each row; `log_probs` holds what was compared."""
+        answers = []
+        for row in rows:
+            scores = [total / (count if per_token else 1) for total, count in self.choice_log_probs(row)]
+            if not all(map(math.isfinite, scores)):
+                raise ValueError(f"{row['row_id']}: log-probabilities {scores} are not finite: pass --dtype float32.")
+            best = row["choices"][scores.index(max(scores))]
+            answers.append(
+                {
+                    "output": f"### {best}",
+                    "answer": best,
+                    "generated_tokens": 0,
+                    "num_thoughts": self.num_latents * (1 + len(history_of(row))),
+                    "decoder_passes": self.decoder_passes(0, self.num_latents * (1 + len(history_of(row)))),
+                    "log_probs": scores,
+                }
+            )
+        return answers

@@ -1,0 +1,172 @@
+"""What evaluation, audit and demo share: which checkpoint is asked which rows, from the command line and a recipe."""
+
+import logging
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from transformers.hf_argparser import HfArg
+
+from mmcoconut.arguments.recipe_files import RecipeError, is_missing_folder
+from mmcoconut.arguments.recipes import read_arguments, read_recipe
+from mmcoconut.data import drop_unreadable, load_examples
+from mmcoconut.data.conversations import LONG_ROWS, fit_rows
+from mmcoconut.evaluation.answering import Answerer
+from mmcoconut.positions_mmcoconut import position_limit
+from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
+from mmcoconut.training.layout import read_layout, refused
+
+
+logger = logging.getLogger("mmcoconut")
+
+# How an answer is found: written by `generate`, or the choice that the model thinks likeliest.
+SCORE_BY = ("generation", "likelihood", "likelihood_per_token")
+CHOICES = {"score_by": SCORE_BY, "long_rows": LONG_ROWS, "dtype": ("auto", "float32", "bfloat16", "float16")}
+# What a run's own recipe says where the command does not.
+FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "num_beams", "unreadable_images")
+FROM_RECIPE += ("max_length", "long_rows")
+NEW_TOKENS = 64  # where neither says how many
+
+
+@dataclass
+class EvaluationArguments:
+    """What is evaluated, on what, and how answers are scored."""
+
+    model: str | None = HfArg(default=None, help="Folder or Hub id of a trained checkpoint.")
+    revision: str | None = HfArg(default=None, help="Branch, tag or commit of a checkpoint on the Hub.")
+    recipe: str | None = HfArg(default=None, help="Recipe that names the data; default: the one inside `model`.")
+    dataset: str | None = HfArg(default=None, help="A name in mmcoconut.data.DATASETS.")
+    dataset_options: dict | None = HfArg(default=None, help="Passed to the data set: --dataset_options.folder …")
+    split: str = HfArg(default="test", help="Split that is answered.")
+    max_samples: int | None = HfArg(default=None, help="Answer only the first so many rows.")
+    metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the recipe's, or the data set's.")
+    score_by: str = HfArg(default="generation", help="Write answers, or choose the likeliest of a row's choices.")
+    num_latents: int | None = HfArg(default=None, help="Thoughts a question; default: the checkpoint's.")
+    stop_threshold: float = HfArg(default=0.5, help="Of a stop head: rows stop above it; 1 thinks all thoughts.")
+    max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
+    num_beams: int | None = HfArg(default=None, help="Beams of the search; default: the recipe's, or 1: greedy.")
+    unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")
+    max_length: int | None = HfArg(default=None, help="Most tokens of a row and its answer; default: the recipe's.")
+    long_rows: str | None = HfArg(default=None, help="`error` or `cut`; default: the recipe's, or `error`.")
+    batch_size: int = HfArg(default=32, help="Rows answered at once in each process.")
+    dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
+    seed: int = HfArg(default=0, help="Of the bootstrap.")
+    output_dir: str | None = HfArg(default=None, help="Default: outputs/evaluation/<model>-<dataset>-<split>.")
+    overwrite: bool = HfArg(default=False, help="Delete an earlier evaluation in output_dir.")
+
+
+def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …"):
+    """Arguments of the command line of a module that asks a checkpoint.
+
+    Raises:
+        RecipeError: every argument that is unknown, of the wrong type or missing.
+    """
+    arguments = read_arguments(argv, cls, f"python -m {module} --model …{data} [--key value ...]")
+    problems = [
+        (name, getattr(arguments, name), f"choose one of {', '.join(choices)}")
+        for name, choices in CHOICES.items()
+        if getattr(arguments, name, None) not in (None, *choices)
+    ]
+    if arguments.model is None:
+        problems.append(("model", None, "name a checkpoint: its folder or Hub id"))
+    elif is_missing_folder(arguments.model):
+        problems.append(("model", arguments.model, "no such folder: give an existing folder or a Hub id"))
+    if problems:
+        raise RecipeError("command line", problems)
+    return arguments
+
+
+def check_layout(arguments) -> None:
+    """Raise RecipeError if the recipe that a command names says another layout than the checkpoint has."""
+    said = read_recipe(arguments.recipe)
+    problems = refused(said, read_layout(arguments.model, revision=arguments.revision))
+    if problems:
+        raise RecipeError(arguments.recipe, problems)
+
+
+def complete_from_recipe(arguments) -> None:
+    """Fill in what the command leaves open from the recipe named there, or the one beside the weights.
+
+    Raises:
+        RecipeError: a recipe that is named and has another layout than the checkpoint.
+        CheckpointError: no checkpoint.
+    """
+    beside = Path(arguments.model, RECIPE_FILE)
+    if arguments.recipe is None and beside.is_file():
+        arguments.recipe = str(beside)
+    elif arguments.recipe is not None:
+        check_layout(arguments)
+    recipe = read_recipe(arguments.recipe) if arguments.recipe is not None else {}
+    if arguments.dataset not in (None, recipe.get("dataset")):
+        recipe = {}  # another data set has other options
+    for name in {field.name for field in fields(arguments)} & {*FROM_RECIPE}:
+        given, default = getattr(arguments, name), recipe.get(name)
+        if name == "dataset_options":
+            setattr(arguments, name, {**(default or {}), **(given or {})})
+        elif given is None:
+            setattr(arguments, name, default)
+    arguments.max_new_tokens = arguments.max_new_tokens or NEW_TOKENS
+    arguments.num_beams = arguments.num_beams or 1
+
+
+def parse_arguments(argv: list[str], cls=EvaluationArguments, module: str = "mmcoconut.evaluation"):
+    """Arguments of the command line, completed from the recipe named there or found beside the weights.
+
+    Raises:
+        RecipeError: every argument that is unknown, of the wrong type or missing.
+    """
+    arguments = read_asked(argv, cls, module)
+    complete_from_recipe(arguments)
+    if arguments.dataset is None:
+        raise RecipeError("command line", [("dataset", None, "name a data set, or a --recipe that does")])
+    return arguments
+
+
+def read_rows(arguments):
+    """The rows to be answered; those left out by `unreadable_images: skip` are named in the log."""
+    with PartialState().main_process_first():
+        rows = load_examples(arguments.dataset, split=arguments.split, **arguments.dataset_options)
+    count = len(rows) if arguments.max_samples is None else min(arguments.max_samples, len(rows))
+    rows = rows.select(range(count))
+    if arguments.unreadable_images == "skip":
+        rows, skipped = drop_unreadable(rows)
+        for message in skipped:
+            logger.warning("left out: %s", message)
+    if len(rows) == 0:
+        raise ValueError(f"No row of {arguments.dataset} ({arguments.split}) is left to be answered: see the log.")
+    return rows
+
+
+def fit_to(answerer: Answerer, rows, arguments):
+    """The rows without what `long_rows: cut` cuts; how much that is, is in the log."""
+    limits = (arguments.max_length, position_limit(answerer.model.get_decoder()))
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if arguments.long_rows != "cut" or limit is None:
+        return rows
+    rows, cut = fit_rows(rows, lambda row: answerer.prompt_length(row) + answerer.max_new_tokens, limit)
+    if PartialState().is_main_process:
+        logger.info("%s", cut)
+    return rows
+
+
+def default_folder(arguments, room: str) -> Path:
+    """outputs/<room>/, and in it the checkpoint's path in one word, the data set and the split."""
+    model = arguments.model.strip("/.").replace("/", "-")
+    return Path("outputs", room, f"{model}-{arguments.dataset}-{arguments.split}")
+
+
+def join_processes() -> PartialState:
+    """The processes of `accelerate launch`; on a CPU, unless told, each would take itself for the only one."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+
+
+def trained_with(model: str) -> dict | None:
+    """How the checkpoint was trained, from the results.json beside its weights; None where there is none."""
+    file = Path(model, RESULTS_FILE)
+    if not file.exists():
+        return None
+    results = read_json(file)
+    kept = ("mode", "seed", "train_steps", "train_seconds", "command", "commit", "versions", "machine")
+    return {key: results.get(key) for key in kept}

@@ -1,0 +1,332 @@
+"""Compare modes: train each with each seed on the same rows, order and updates, evaluate each, write one table.
+
+`python train_hf.py recipe.yaml --compare cot,no_cot,coconut --seeds 3` makes below the recipe's output_dir
+
+    coconut-seed1/              a run of train_hf.py like any other, and in evaluation/ what mmcoconut.evaluation wrote
+    coconut-seed1.yaml, .log    the recipe it was started with, and what it printed
+    compare.json, .md, .png     the table, as figures, for a README and as a picture
+
+Called again, it repeats only what is not finished. Shapes: S runs of a mode, one a seed; n examples.
+"""
+
+import json
+import os
+import shlex
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from mmcoconut.data.scoring import commonest_answer
+from mmcoconut.evaluation.evaluate import PREDICTIONS_FILE, RECORD_FILE
+from mmcoconut.evaluation.matched_runs import (
+    Run,
+    Runner,
+    check_finished,
+    check_folders,
+    clear,
+    device_of_runs,
+    evaluation_options,
+    plan_runs,
+)
+from mmcoconut.provenance import without_tokens
+from mmcoconut.records import RESULTS_FILE, markdown_table, read_json, read_lines, write_json
+from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_runs, percent, points
+
+
+BASELINE = "coconut"
+# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker: a mode has the same in every plot.
+STYLES = {
+    "coconut": {"color": "#0072B2", "marker": "o"},
+    "cot": {"color": "#000000", "marker": "v"},
+    "no_cot": {"color": "#D55E00", "marker": "s"},
+    "no_thoughts": {"color": "#009E73", "marker": "^"},
+    "pause": {"color": "#CC79A7", "marker": "D"},
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a finished run left: results.json, evaluation.json, and its predictions by index."""
+
+    run: Run
+    results: dict
+    evaluation: dict
+    predictions: list[dict]
+
+    @cached_property
+    def rows(self) -> list[tuple]:
+        """What the run was asked; equal in all runs of a comparison."""
+        return [(row["index"], row["row_id"], row["num_steps"]) for row in self.predictions]
+
+    @cached_property
+    def scores(self) -> list[float]:
+        return [row["score"] for row in self.predictions]
+
+
+def read_outcome(run: Run) -> Finished:
+    return Finished(
+        run=run,
+        results=read_json(run.folder / RESULTS_FILE),
+        evaluation=read_json(run.evaluation / RECORD_FILE),
+        predictions=sorted(read_lines(run.evaluation / PREDICTIONS_FILE), key=lambda row: row["index"]),
+    )
+
+
+def check_matched(outcomes: list[Finished]) -> None:
+    """Raise ValueError unless all runs made as many updates and answered the same rows."""
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        steps = first.results["train_steps"], other.results["train_steps"]
+        if steps[0] != steps[1]:
+            raise ValueError(
+                f"{first.run} made {steps[0]} updates and {other.run} made {steps[1]}, so they do not compare: did "
+                "the training data change between them? Repeat the comparison with --overwrite true."
+            )
+        if first.rows != other.rows:
+            unpaired = sorted({*first.rows} ^ {*other.rows}, key=str)
+            raise ValueError(
+                f"{first.run} was evaluated on {len(first.rows)} rows and {other.run} on {len(other.rows)}; "
+                f"{len(unpaired)} of them are not the same, such as {unpaired[0]}: did the data change between them? "
+                f"Delete {first.run.evaluation} and {other.run.evaluation}, and repeat the command."
+            )
+
+
+def commonest_gold(finished: Finished) -> dict:
+    """The gold answer of most rows, and the accuracy of always giving it."""
+    rows = [{**row, "answers": row["gold"]} for row in finished.predictions]
+    answer, accuracy = commonest_answer(rows, finished.evaluation["metric"])
+    return {"answer": answer, "accuracy": accuracy}
+
+
+def training_seconds(outcomes: list[Finished]) -> float | None:
+    """Mean over runs; None if each was resumed, since a resumed run only knows the time after it."""
+    whole = [outcome for outcome in outcomes if "--resume_from_checkpoint" not in outcome.results["command"]]
+    return float(np.mean([outcome.results["train_seconds"] for outcome in whole])) if whole else None
+
+
+def mode_record(outcomes: list[Finished], baseline: list[Finished] | None) -> dict:
+    """All figures of a mode, from its runs; `baseline` holds those of coconut with the same seeds."""
+    scores = np.array([outcome.scores for outcome in outcomes])  # (S, n)
+    num_steps = np.array([row["num_steps"] for row in outcomes[0].predictions])  # (n,)
+    groups = {str(number): scores[:, num_steps == number] for number in np.unique(num_steps)}
+    by_steps = {number: {**bootstrap_runs(group).asdict(), "n": group.shape[1]} for number, group in groups.items()}
+    record = {
+        "mode": outcomes[0].run.mode,
+        "accuracy": bootstrap_runs(scores).asdict(),
+        "accuracy_by_seed": {str(outcome.run.seed): float(np.mean(outcome.scores)) for outcome in outcomes},
+        "difference_to_coconut": None,
+        "by_num_steps": by_steps,
+        "train_steps": outcomes[0].results["train_steps"],
+        "train_seconds": training_seconds(outcomes),
+        "parameters": outcomes[0].results["parameters"],
+    }
+    if baseline is not None and record["mode"] != BASELINE:
+        base = [outcome.scores for outcome in baseline]
+        record["difference_to_coconut"] = bootstrap_difference(scores, base).asdict()
+    for key in ("generated_tokens", "num_latents", "decoder_passes", "seconds_per_answer", "peak_memory_mb"):
+        record[key] = float(np.mean([outcome.evaluation[key] for outcome in outcomes]))
+    return record
+
+
+def distinct(values) -> list:
+    """The different values, in order; one, where all runs were made alike."""
+    return [json.loads(text) for text in dict.fromkeys(json.dumps(value) for value in values)]
+
+
+def shared_recipe(run: Run) -> dict:
+    """What all runs have in common."""
+    own = ("mode", "seed", "output_dir", "run_name")
+    return {key: value for key, value in yaml.safe_load(run.recipe).items() if key not in own}
+
+
+def summarise(outcomes: list[Finished], *, command: str) -> dict:
+    """compare.json: a record a mode, in the order given, and what the figures were made with."""
+    by_mode: dict[str, list[Finished]] = {}
+    for outcome in outcomes:
+        by_mode.setdefault(outcome.run.mode, []).append(outcome)
+    evaluations = [outcome.evaluation for outcome in outcomes]
+    return {
+        "modes": [mode_record(some, by_mode.get(BASELINE)) for some in by_mode.values()],
+        "commonest_answer": commonest_gold(outcomes[0]),
+        **{key: evaluations[0][key] for key in ("dataset", "split", "metric", "n")},
+        "seeds": distinct(outcome.run.seed for outcome in outcomes),
+        "command": command,
+        "date": max(outcome.results["date"] for outcome in outcomes),
+        "machine": distinct(outcome.results["machine"] for outcome in outcomes),
+        "evaluation_machine": distinct(evaluation["machine"] for evaluation in evaluations),
+        "versions": distinct(
+            part["versions"] for outcome in outcomes for part in (outcome.results, outcome.evaluation)
+        ),
+        "commit": distinct(part["commit"] for outcome in outcomes for part in (outcome.results, outcome.evaluation)),
+        "recipe": shared_recipe(outcomes[0].run),
+    }
+
+
+def against_baseline(difference: dict | None) -> str:
+    return "" if difference is None else points(Estimate.of(difference))
+
+
+def main_table(records: list[dict]) -> str:
+    header = ["mode", "accuracy", "by seed, %", "against `coconut`", "tokens written", "latents"]
+    header += ["decoder passes", "s an answer", "updates", "s of training"]
+    rows = []
+    for record in records:
+        seconds = record["train_seconds"]
+        rows.append(
+            [
+                f"`{record['mode']}`",
+                str(Estimate.of(record["accuracy"])),
+                " / ".join(f"{100 * accuracy:.1f}" for accuracy in record["accuracy_by_seed"].values()),
+                against_baseline(record["difference_to_coconut"]),
+                f"{record['generated_tokens']:.1f}",
+                f"{record['num_latents']:g}",
+                f"{record['decoder_passes']:.1f}",
+                f"{record['seconds_per_answer']:.4f}",
+                str(record["train_steps"]),
+                "resumed" if seconds is None else f"{seconds:.1f}",
+            ]
+        )
+    return markdown_table(header, rows)
+
+
+def steps_table(records: list[dict]) -> str:
+    groups = records[0]["by_num_steps"]
+    header = ["accuracy by written steps of a row", *(f"{steps} (n = {groups[steps]['n']})" for steps in groups)]
+    rows = []
+    for record in records:
+        estimates = [str(Estimate.of(group)) for group in record["by_num_steps"].values()]
+        rows.append([f"`{record['mode']}`", *estimates])
+    return markdown_table(header, rows)
+
+
+def listed(values) -> str:
+    """Different values in one line; mappings as `torch 2.13.0, …`."""
+    parts = [
+        ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
+        for value in values
+    ]
+    return "; ".join(parts)
+
+
+def intervals(num_seeds: int) -> str:
+    """What the numbers in brackets are."""
+    if num_seeds == 1:
+        return "In brackets: 95 % bootstrap intervals over rows, paired for differences; other seeds may differ more."
+    return (
+        "Accuracy is the mean over seeds. In brackets: bootstrap intervals over seeds and rows, paired for "
+        "differences. With so few seeds they are too narrow (in simulations three of four hold the truth): read the "
+        "seeds too."
+    )
+
+
+def markdown(summary: dict) -> str:
+    """compare.md: the table, accuracy by number of steps, and below what they were made with."""
+    commonest = summary["commonest_answer"]
+    seeds = ", ".join(map(str, summary["seeds"]))
+    notes = [
+        f"{summary['n']} rows of `{summary['dataset']}` ({summary['split']}), metric `{summary['metric']}`. Each mode "
+        f"was trained on the same rows in the same order, with the seeds: {seeds}. "
+        f"{intervals(len(summary['seeds']))} Always answering `{commonest['answer']}`, the commonest answer, gives "
+        f"{percent(commonest['accuracy'])}.",
+        "Seconds of training hold the evaluation at the end of each stage, and depend on what ran beside.",
+        f"Trained on {listed(summary['machine'])}; evaluated on {listed(summary['evaluation_machine'])}; "
+        f"{listed(summary['versions'])}; commit {listed(summary['commit'])}; {summary['date']}:",
+    ]
+    parts = [main_table(summary["modes"]), steps_table(summary["modes"]), *notes]
+    return "\n\n".join([*parts, f"```bash\n{summary['command']}\n```"]) + "\n"
+
+
+def error_bars(estimates: list[dict]) -> np.ndarray:
+    """Lengths (2, number) of the bars below and above the means, in %."""
+    below = [estimate["mean"] - estimate["low"] for estimate in estimates]
+    above = [estimate["high"] - estimate["mean"] for estimate in estimates]
+    return 100 * np.maximum([below, above], 0)
+
+
+def draw_modes(axes, records: list[dict], commonest: dict) -> None:
+    """Accuracy of each mode with its interval, the first on top, and a line where the commonest answer is."""
+    for place, record in enumerate(records):
+        mean, bars = 100 * record["accuracy"]["mean"], error_bars([record["accuracy"]])
+        axes.errorbar(mean, place, xerr=bars, markersize=7, capsize=4, **STYLES[record["mode"]])
+    axes.axvline(100 * commonest["accuracy"], color="grey", linestyle=":", label="commonest answer")
+    axes.set_yticks(range(len(records)), [record["mode"] for record in records])
+    axes.set_ylim(len(records) - 0.5, -0.5)
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("accuracy, %")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
+
+
+def draw_steps(axes, records: list[dict]) -> None:
+    """Accuracy over the number of written steps, a line a mode; moved apart a little, so that none covers another."""
+    steps = [int(number) for number in records[0]["by_num_steps"]]
+    for place, record in enumerate(records):
+        groups = list(record["by_num_steps"].values())
+        moved = [number + 0.05 * (place - (len(records) - 1) / 2) for number in steps]
+        means = [100 * group["mean"] for group in groups]
+        style = {**STYLES[record["mode"]], "label": record["mode"], "capsize": 2, "elinewidth": 0.8}
+        axes.errorbar(moved, means, yerr=error_bars(groups), **style)
+    axes.set_xticks(steps)
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("written steps of a row")
+    axes.set_ylabel("accuracy, %")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def draw(summary: dict, file: Path) -> None:
+    """compare.png, 1600 pixels wide, to be shown at 800."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), dpi=200, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_modes(left, summary["modes"], summary["commonest_answer"])
+    draw_steps(right, summary["modes"])
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    figure.savefig(file)
+
+
+def check_start(runs: list[Run], *, overwrite: bool) -> None:
+    """What would stop the comparison in the end stops it now."""
+    if find_spec("matplotlib") is None:
+        raise ImportError(
+            "A comparison draws its table with matplotlib, which is missing: pip install mmcoconut[audit]"
+        )
+    if "LOCAL_RANK" in os.environ:
+        raise ValueError("A comparison launches its runs itself: start it with `python train_hf.py`, in one process.")
+    if overwrite:
+        clear(runs)
+    check_folders(runs)
+
+
+def compare(model_args, data_args, curriculum_args, run_args, *, script: str, argv: list[str]) -> dict:
+    """Train, evaluate and tabulate every mode in `run_args.compare`; returns what compare.json holds.
+
+    Args:
+        script: path of train_hf.py, which trains a run.
+        argv: the command line, to be written beside the figures.
+
+    Raises:
+        ComparisonError: runs that failed; those that finished stay.
+        ValueError: folders of another recipe, or runs that do not compare.
+    """
+    folder = Path(run_args.output_dir)
+    runs = plan_runs(model_args, data_args, curriculum_args, run_args)
+    check_start(runs, overwrite=run_args.overwrite)
+    folder.mkdir(parents=True, exist_ok=True)
+    options = evaluation_options(data_args, run_args)
+    runner = Runner(script, options=options, device=device_of_runs(run_args.device))
+    check_finished(runner.finish_all(runs), len(runs))
+    outcomes = [read_outcome(run) for run in runs]
+    check_matched(outcomes)
+    command = shlex.join(["python", Path(script).name, *without_tokens(argv)])
+    summary = summarise(outcomes, command=command)
+    write_json(folder / "compare.json", summary)
+    (folder / "compare.md").write_text(markdown(summary), encoding="utf-8")
+    draw(summary, folder / "compare.png")
+    print(markdown(summary))
+    return summary

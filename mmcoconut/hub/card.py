@@ -1,0 +1,328 @@
+"""A model card out of what was measured: README.md, from model_card.md. What was not measured does not stand in it."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+
+import mmcoconut
+from mmcoconut.arguments.recipes import OF_REWARDS, REWARDED
+from mmcoconut.evaluation.compare import intervals, main_table
+from mmcoconut.records import markdown_table
+from mmcoconut.statistics import Estimate, percent
+
+
+TEMPLATE = "model_card.md"
+CARD = "README.md"
+EVAL_RESULTS = ".eval_results"
+PIPELINE, TEXT_PIPELINE = "image-text-to-text", "text-generation"
+TAGS = ("mmcoconut", "coconut", "latent-reasoning")
+# Of a run's recipe, what its card shows.
+SETTINGS = (
+    "model",
+    "objective",
+    "rewards",
+    "rl",
+    "thought_noise",
+    "stop_head",
+    "mode",
+    "c_thought",
+    "max_latent_stage",
+    "epochs_per_stage",
+    "uniform_prob",
+    "pad_latent_to_max",
+    "markers",
+)
+SETTINGS += (
+    "thought_norm",
+    "thought_schedule",
+    "jacobi_iterations",
+    "bptt_thoughts",
+    "reset_optimizer",
+    "freeze",
+    "lora",
+)
+SETTINGS += (
+    "align_weight",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
+SETTINGS += ("learning_rate", "lr_scheduler_type", "max_train_samples")
+STARTS = ("model", "vlm", "vision_model", "text_model")
+# Of an evaluation while training; what else it measures are the figures of the metric and of the objective.
+SPEED = ("runtime", "samples_per_second", "steps_per_second")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a model; None where it was not measured.
+
+    recipe, results, evaluation, compare, audit: recipe.yaml, results.json, evaluation.json, compare.json, audit.json.
+    audit_section: the audit's card.md. asked: the row of answers.jsonl whose thoughts are shown.
+    figures: pictures by what they show, `thoughts` and `modes`.
+    """
+
+    recipe: Mapping = field(default_factory=dict)
+    results: Mapping | None = None
+    evaluation: Mapping | None = None
+    compare: Mapping | None = None
+    audit: Mapping | None = None
+    audit_section: str | None = None
+    asked: Mapping | None = None
+    figures: Mapping[str, Path] = field(default_factory=dict)
+
+
+def template() -> str:
+    """The text of model_card.md: the repository's, or, where that is installed, the package's own."""
+    files = (Path(folder, TEMPLATE) for folder in reversed(mmcoconut.__path__))
+    return next(file for file in files if file.is_file()).read_text(encoding="utf-8")
+
+
+def stage_row(record: Mapping) -> dict:
+    """What an evaluation measured, without its speed, under the names of results.json."""
+    measured = {name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")}
+    return {name: value for name, value in measured.items() if name not in SPEED}
+
+
+def stage_rows(log_history: list[dict]) -> list[dict]:
+    """The last evaluation of every stage, out of the trainer's log."""
+    rows = {record["eval_stage"]: stage_row(record) for record in log_history if "eval_accuracy" in record}
+    return [rows[stage] for stage in sorted(rows)]
+
+
+def stage_table(rows: list[dict]) -> str:
+    """A line a stage: latents of a prompt, mean of new tokens an answer, accuracy, rows evaluated."""
+    cells = [
+        (row["stage"], row["num_latents"], f"{row['generated_tokens']:.1f}", percent(row["accuracy"]), row["n"])
+        for row in rows
+    ]
+    return markdown_table(["stage", "latents", "generated tokens", "accuracy", "n"], (map(str, row) for row in cells))
+
+
+def steps_table(evaluation: Mapping) -> str:
+    """Accuracy by the written steps of a row, of evaluation.json."""
+    groups = evaluation["by_num_steps"].items()
+    return markdown_table(
+        ["written steps of a row", "accuracy", "n"],
+        [[steps, str(Estimate.of(group)), str(group["n"])] for steps, group in groups],
+    )
+
+
+def hub_id(name) -> str | None:
+    """`owner/name` where that is no folder here."""
+    is_id = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists()
+    return name if is_id else None
+
+
+def base_models(recipe: Mapping) -> list[str]:
+    """The Hub ids that the training started from."""
+    return list(dict.fromkeys(name for key in STARTS if (name := hub_id(recipe.get(key)))))
+
+
+def hub_dataset(recipe: Mapping) -> str | None:
+    """The Hub id of the data, where they were read from there."""
+    return hub_id((recipe.get("dataset_options") or {}).get("path"))
+
+
+def measurements(evidence: Evidence) -> list[tuple[str, str, float]]:
+    """(split, metric, mean score) of all that was measured; an evaluation takes the place of the test in training."""
+    results, evaluation, found = evidence.results, evidence.evaluation, {}
+    if results is not None and results["stages"]:
+        found[results["split"], results["metric"]] = results["stages"][-1]["accuracy"]
+    if results is not None and results.get("test"):
+        found[evidence.recipe.get("test_split") or "test", results["metric"]] = results["test"]["test_accuracy"]
+    if evaluation is not None:
+        found[evaluation["split"], evaluation["metric"]] = evaluation["accuracy"]["mean"]
+    return [(*key, value) for key, value in found.items()]
+
+
+def sees_pictures(config) -> bool:
+    """Whether a checkpoint was made for pictures: the tower of one for text alone has a single patch."""
+    vision = config.vision_config
+    return vision.image_size != vision.patch_size
+
+
+def model_index(evidence: Evidence, task: str) -> list[EvalResult]:
+    """The measurements as the card's metadata has them."""
+    name = dataset_name(evidence)
+    if name is None:
+        return []
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=hub_dataset(evidence.recipe) or name,
+            dataset_name=name,
+            dataset_split=split,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for split, metric, value in measurements(evidence)
+    ]
+
+
+def eval_entries(evidence: Evidence) -> list[EvalResultEntry]:
+    """The measurements for `.eval_results`, which the Hub shows beside the data set: only for one that is there."""
+    dataset = hub_dataset(evidence.recipe)
+    if dataset is None:
+        return []
+    task = (evidence.recipe.get("dataset_options") or {}).get("config") or "default"
+    return [
+        EvalResultEntry(dataset_id=dataset, task_id=task, value=value, notes=f"{metric} on the split {split}")
+        for split, metric, value in measurements(evidence)
+    ]
+
+
+def dataset_name(evidence: Evidence) -> str | None:
+    """Of the data that the model was trained on, or else evaluated on."""
+    return evidence.recipe.get("dataset") or (evidence.evaluation or evidence.audit or {}).get("dataset")
+
+
+def card_data(title: str, evidence: Evidence, license: str | None, task: str) -> ModelCardData:
+    """The metadata."""
+    results, dataset = model_index(evidence, task), hub_dataset(evidence.recipe)
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task,
+        base_model=base_models(evidence.recipe) or None,
+        datasets=[dataset] if dataset else None,
+        license=license,
+        tags=[*TAGS],
+        metrics=sorted({result.metric_type for result in results}) or None,
+        model_name=title,
+        eval_results=results or None,
+    )
+
+
+def layout(processor, pictures: bool) -> str:
+    """A prompt as the chat template renders it, runs of placeholders written as `×n`."""
+    question = [{"type": "image"}] * pictures + [{"type": "text", "text": "Your question?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+    )
+    text = text.replace(processor.image_token, f"{processor.image_token}×{processor.image_seq_length}")
+    return re.sub(r"(<\|latent\|>)+", f"<|latent|>×{processor.num_latents}", text)
+
+
+def limits(evidence: Evidence, mode: str | None, num_latents: int, *, stops: bool) -> list[str]:
+    """What does not follow from what was measured; stops: whether rows end thinking by themselves."""
+    name = dataset_name(evidence)
+    seeds = len(evidence.compare["seeds"]) if evidence.compare else 0
+    thinks = mode == "coconut" and num_latents > 0
+    often = times(num_latents, stops=stops)
+    possible = {
+        f"This run trained it on `{name}` alone; of other pictures and questions nothing is known.": name is not None,
+        "Nothing about its answers was measured.": not measurements(evidence),
+        f"It thinks {often} about every question; with another `num_latents` it is a model that was not measured "
+        "here.": thinks,
+        "No control was trained beside it: whether thoughts are what it owes its accuracy to is not known.": thinks
+        and not seeds,
+        "One seed of each control: another may differ by more than the intervals say.": seeds == 1,
+        "It was not audited: whether its answers depend on its thoughts is not known.": thinks
+        and evidence.audit is None,
+        "Loading it runs the code in this repository: read it, and pin a `revision`.": True,
+    }
+    return [limit for limit, holds in possible.items() if holds]
+
+
+def times(number: int, *, stops: bool = False) -> str:
+    """How often a model thinks before it writes; at most so often where rows stop by themselves.
+
+    >>> times(1), times(7), times(7, stops=True)
+    ('once', '7 times', 'up to 7 times')
+    """
+    return ("up to " if stops else "") + ("once" if number == 1 else f"{number} times")
+
+
+def shown(value) -> str:
+    """A setting in a cell."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def settings_of(recipe: Mapping) -> dict[str, str]:
+    """What a card shows of a recipe; of rewards nothing where there are none."""
+    rewarded = recipe.get("objective") in REWARDED
+    keys = [key for key in SETTINGS if rewarded or key not in OF_REWARDS]
+    return {key: shown(recipe[key]) for key in keys if recipe.get(key) not in (None, [], {})}
+
+
+def parts(evidence: Evidence) -> dict:
+    """Tables and sentences that the template places."""
+    results, evaluation, compare = evidence.results, evidence.evaluation, evidence.compare
+    recipe = evidence.recipe
+    return {
+        "settings": settings_of(recipe),
+        "stage_table": stage_table(results["stages"]) if results else None,
+        "evaluation_table": steps_table(evaluation) if evaluation else None,
+        "compare_table": main_table(compare["modes"]) if compare else None,
+        "intervals": intervals(len(compare["seeds"])) if compare else None,
+        "audit_section": evidence.audit_section,
+        "figures": {name: figure_name(name) for name in evidence.figures},
+        "percent": percent,
+        "estimate": lambda record: str(Estimate.of(record)),
+        "versions": lambda record: ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
+    }
+
+
+def figure_name(name: str) -> str:
+    """Of a picture, beside the card."""
+    return f"{name}.png"
+
+
+def model_card(
+    name: str,
+    evidence: Evidence,
+    *,
+    config,
+    processor,
+    license: str | None = None,
+    branches: Sequence[str] = (),
+) -> ModelCard:
+    """The card of a model.
+
+    Args:
+        name: the Hub id or folder that it is loaded from.
+        config, processor: of the checkpoint.
+        branches: of its repository, with the best model of each stage.
+    """
+    pictures = sees_pictures(config)
+    title = name.rstrip("/").rpartition("/")[-1]
+    results, recipe = evidence.results, evidence.recipe
+    mode = (results or recipe).get("mode", "coconut" if config.thought_mode == "feedback" else "pause")
+    card = ModelCard.from_template(
+        card_data(title, evidence, license, PIPELINE if pictures else TEXT_PIPELINE),
+        template_str=template(),
+        **vars(evidence) | parts(evidence),
+        title=title,
+        model_name=name,
+        mode=mode,
+        config=config,
+        processor=processor,
+        layout=layout(processor, pictures),
+        pictures=pictures,
+        times=times(processor.num_latents, stops=config.stop_head),
+        base_model=base_models(recipe),
+        dataset=f"`{dataset_name(evidence)}`" if dataset_name(evidence) else "its data",
+        parameters=(results or {}).get("parameters"),
+        max_new_tokens=recipe.get("max_new_tokens") or 64,
+        branches=branches,
+        limits=limits(evidence, mode, processor.num_latents, stops=config.stop_head),
+    )
+    card.text = re.sub(r"\n{3,}", "\n\n", card.text)  # around sections that were left out
+    return card
+
+
+def write_card(folder: Path, card: ModelCard, evidence: Evidence) -> None:
+    """README.md, the pictures that it shows, and `.eval_results` where the Hub has the data."""
+    card.save(folder / CARD)
+    for name, picture in evidence.figures.items():
+        (folder / figure_name(name)).write_bytes(picture.read_bytes())
+    entries = eval_entries(evidence)
+    if entries:
+        (folder / EVAL_RESULTS).mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+        (folder / EVAL_RESULTS / f"{dataset_name(evidence)}.yaml").write_text(text, encoding="utf-8")

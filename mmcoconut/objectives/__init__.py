@@ -1,0 +1,1 @@
+"""What a model learns from: the alignment of images with texts, the rewards of answers."""

@@ -1,0 +1,1 @@
+"""The curriculum, its batches and its Trainer."""

@@ -1,0 +1,149 @@
+"""Check every row before the first update: its tokens at each stage, its picture's text, its own answer by the metric.
+
+A mistake in a data file or a recipe otherwise ends a run only when its stage begins, or its split is evaluated.
+"""
+
+import logging
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from datasets import Dataset
+
+from mmcoconut.data import image_counts
+from mmcoconut.data.scoring import REFERENCES, score
+from mmcoconut.processing_mmcoconut import ANSWER_MARKER, parse_answer
+from mmcoconut.training.curriculum import CurriculumCollator
+from mmcoconut.training.grouping import token_counts
+
+
+logger = logging.getLogger("mmcoconut")
+
+LONG = 5.0  # seconds, from which on the log says how long a check took
+SCORED = ["question", "choices", "steps", "answers", "row_id"]
+ANSWER_LINE = re.compile(rf"^{ANSWER_MARKER}", re.MULTILINE)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Log how long the block took, if that is long."""
+    began = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - began
+    if seconds > LONG:
+        logger.info("%s took %.0f s", what, seconds)
+
+
+def check_lengths(rows: Dataset, collator: CurriculumCollator, *, room: int = 0) -> None:
+    """Check that every row fits into the language model at every stage, without decoding a picture where it can.
+
+    Args:
+        room: new tokens that may follow a prompt; 0 for rows that are never generated from.
+
+    Raises:
+        ValueError: a row that takes more than `collator.max_length` tokens, or whose turns cannot be laid out.
+    """
+    for index, (row, num_images) in enumerate(zip(rows.remove_columns("images"), image_counts(rows), strict=True)):
+        collator.check_turns(row)
+        if collator.max_length is not None:
+            length, form = collator.measure(row, num_images, lambda index=index: rows[index], room=room)
+            collator.check_length(row, length, form)
+
+
+def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
+    """Check that every row with pictures has a text to align them with, which the text encoder can read.
+
+    Raises:
+        ValueError: a row without such a text, or with one that is too long.
+    """
+    if collator.alignment is None:
+        return
+    counts = zip(rows.remove_columns("images"), image_counts(rows), strict=True)
+    texts = [(row["row_id"], collator.alignment.text(row)) for row, num_images in counts if num_images]
+    lengths = token_counts(collator.processor.tokenizer, [text for _, text in texts], add_special_tokens=True)
+    for row_id, text in texts:
+        if collator.max_length is not None and lengths[text] > collator.max_length:
+            raise ValueError(
+                f"{row_id}: the text to align its pictures with takes {lengths[text]} tokens, and the language model, "
+                f"or max_length, has {collator.max_length} positions: set alignment_target to a shorter one."
+            )
+
+
+def distinct(rows: Dataset) -> list[dict]:
+    """The first row of each that a metric cannot tell apart, with the columns that it reads."""
+    found = {}
+    for row in rows.select_columns(SCORED):
+        found.setdefault((tuple(row["answers"]), tuple(row["choices"])), row)
+    return [*found.values()]
+
+
+def check_steps(rows: Dataset) -> None:
+    """Check that no written step would be taken for the answer, which is what follows the first line with a marker.
+
+    Raises:
+        ValueError: a step with a line that begins with the marker.
+    """
+    for row in rows.select_columns(SCORED):
+        for step in row["steps"]:
+            if ANSWER_LINE.search(step):
+                raise ValueError(
+                    f"{row['row_id']}, field 'steps': found {step[:100]!r}, and the first line that begins with "
+                    f"{ANSWER_MARKER} is read as the answer: write the step without {ANSWER_MARKER} at the beginning "
+                    "of a line."
+                )
+
+
+def check_beginnings(rows: Sequence[Mapping]) -> None:
+    """Check that each answer is found whole behind the marker.
+
+    Raises:
+        ValueError: an answer that begins with the marker.
+    """
+    for row in rows:
+        answer = row["answers"][0]
+        found = parse_answer(f"{ANSWER_MARKER} {answer}")
+        if found != answer.strip():
+            raise ValueError(
+                f"{row['row_id']}, field 'answers': found {answer!r}, of which evaluation would find {found!r}, as "
+                f"{ANSWER_MARKER} stands before every answer: write it without {ANSWER_MARKER} at its beginning."
+            )
+
+
+def own_scores(metric: str, rows: Sequence[Mapping]) -> list[float]:
+    """The score of each row's own first answer, as evaluation would find it in the text that is learnt.
+
+    Raises:
+        ValueError: a row that the metric cannot read.
+    """
+    texts = [f"{ANSWER_MARKER} {row['answers'][0]}" for row in rows]
+    try:
+        return score(metric, texts, [parse_answer(text) for text in texts], rows=rows)["scores"]
+    except ValueError as error:  # raised anew for the row that it is about
+        if len(rows) == 1:
+            raise ValueError(
+                f"{rows[0]['row_id']}, field 'answers': found {rows[0]['answers']!r}, which the metric {metric} "
+                f"cannot read ({str(error).removeprefix('row 0: ')}): correct the row, leave it out, or set `metric` "
+                f"to another one of {', '.join(REFERENCES)}."
+            ) from error
+    half = len(rows) // 2
+    return [*own_scores(metric, rows[:half]), *own_scores(metric, rows[half:])]
+
+
+def check_answers(rows: Dataset, metric: str) -> None:
+    """Check that every row's own answer can be found in what the model learns to write, and scores by the metric.
+
+    Raises:
+        ValueError: a step that would be taken for the answer, or an answer that begins as its marker does; an answer
+            that the metric cannot read, or gives 0.
+    """
+    check_steps(rows)
+    answered = distinct(rows)
+    check_beginnings(answered)
+    for row, value in zip(answered, own_scores(metric, answered), strict=True):
+        if value <= 0:
+            raise ValueError(
+                f"{row['row_id']}, field 'answers': found {row['answers']!r}, and the metric {metric} gives the first "
+                f"one, which is learnt, {value:g}: correct the row, leave it out, or set `metric` to another one of "
+                f"{', '.join(REFERENCES)}."
+            )

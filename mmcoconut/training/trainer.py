@@ -1,0 +1,516 @@
+"""The library's Trainer with a curriculum: batches of the present stage, and evaluation by generating answers."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+
+from mmcoconut.arguments.recipes import read_recipe
+from mmcoconut.data.scoring import figures_of, score
+from mmcoconut.evaluation.answering import count_generated, generate_and_count
+from mmcoconut.hub.card import Evidence, model_card, stage_row, stage_rows, write_card
+from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
+from mmcoconut.processing_mmcoconut import parse_answer
+from mmcoconut.records import RECIPE_FILE, read_json, write_json
+from mmcoconut.training.checkpoints import ASIDE, describe, put_in_place, rotate, start_aside
+from mmcoconut.training.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+from mmcoconut.training.grouping import StageGroupedSampler
+from mmcoconut.training.learning_rates import set_learning_rates
+from mmcoconut.training.lora import (
+    ADAPTER_FOLDER,
+    check_whole_model,
+    has_lora,
+    load_adapter,
+    merged_model,
+    save_adapter,
+)
+from mmcoconut.training.saving import ordinary_model
+from mmcoconut.training.tracking import TrackingCallback, is_tracked
+
+
+STAGE_FILE = "stage.json"
+UPLOADS = ".uploads"
+ALIGNED_TEXTS = ("alignment_input_ids", "alignment_attention_mask")
+
+
+def with_index(dataset):
+    """The rows with their number in `index`, by which metrics and `uniform_prob` know them."""
+    return dataset if "index" in dataset.column_names else dataset.add_column("index", list(range(len(dataset))))
+
+
+def check_sharding(plugin, *, adapted: bool) -> None:
+    """Refuse the ways of sharding that would hang, or leave no model behind.
+
+    Raises:
+        ValueError: FSDP of version 1; weights that are not gathered for saving; FSDP with LoRA.
+    """
+    if plugin.fsdp_version != 2:
+        raise ValueError(f"fsdp_version is {plugin.fsdp_version}: set 2, or use DDP.")
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"fsdp_state_dict_type is {plugin.state_dict_type}, which leaves no model to load: set FULL_STATE_DICT."
+        )
+    if adapted:
+        raise ValueError("`lora` is not merged from sharded weights: use DDP, or remove `lora`.")
+
+
+class ShardingCallback(TrainerCallback):
+    """Gives parameters that a sharded model did not use in a step a gradient of zero.
+
+    Processes must reduce the same gradients, and one of them may have a batch without images; and an optimizer is not
+    restored without a state of every parameter.
+    """
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.set_reduce_scatter_unused_params(True)
+
+
+def token_losses(logits: torch.Tensor, labels, *, shift_labels: torch.Tensor, **kwargs) -> torch.Tensor:
+    """Return the cross-entropy of each labelled token (n,), where a model's loss function returns their mean ()."""
+    return nn.functional.cross_entropy(logits.float(), shift_labels, reduction="none")
+
+
+@contextmanager
+def loss_per_token(model) -> Iterator[None]:
+    """Inside, the loss of a model is a vector with one entry for each labelled token of the batch, row by row."""
+    mean = model.loss_function
+    model.loss_function = token_losses
+    try:
+        yield
+    finally:
+        model.loss_function = mean
+
+
+def mean_losses(sums) -> dict[str, float]:
+    """Return ce_loss per labelled token and align_loss per picture from the sums (n, 4) of rows; without any, neither.
+
+    >>> mean_losses([[2.0, 4, 0.0, 0], [1.0, 2, 0.0, 0]])
+    {'ce_loss': 0.5}
+    """
+    ce_sum, num_tokens, align_sum, num_images = (float(sum(column)) for column in zip(*sums, strict=True))
+    pairs = {"ce_loss": (ce_sum, num_tokens), "align_loss": (align_sum, num_images)}
+    return {name: total / count for name, (total, count) in pairs.items() if count}
+
+
+class Terms:
+    """Running means of the parts of the training loss, over all processes; empty where there is one part only."""
+
+    NAMES = ("ce_loss", "align_loss")
+
+    def __init__(self):
+        self.sums = {}
+
+    def add(self, *, ce_loss=None, align_loss=None, steps: int = 1) -> None:
+        """Count the losses () of a batch; ce_loss is that batch's part of an update of so many steps."""
+        losses = {"ce_loss": None if ce_loss is None else ce_loss * steps, "align_loss": align_loss}
+        for name, loss in losses.items():
+            if loss is not None:
+                total, count = self.sums.get(name, (0.0, 0.0))
+                self.sums[name] = (total + loss.detach().float(), count + 1)
+
+    def means(self, accelerator) -> dict[str, float]:
+        """Means since the last call; every process must call it at the same time."""
+        sums, self.sums = self.sums, {}
+        local = [float(number) for name in self.NAMES for number in sums.get(name, (0.0, 0.0))]
+        totals = accelerator.reduce(torch.tensor(local, device=accelerator.device), reduction="sum").tolist()
+        pairs = zip(self.NAMES, totals[::2], totals[1::2])
+        return {name: total / count for name, total, count in pairs if count}
+
+
+class CurriculumTrainer(Trainer):
+    """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
+
+    Metrics: `accuracy` (the mean score of `metric`), the other figures of `metric` under its own names (such as
+    `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean of new tokens an answer, its eos included), `loss` (mean over
+    the labelled tokens of the whole split, whatever the batches), `stage`, `num_latents`, `n`, and of a model with a
+    stop head `num_thoughts` (mean). With an alignment `loss` is the weighted sum of that mean, `ce_loss`, and of
+    `align_loss`, the mean over pictures; both are logged too. The best model of stage s
+    by `metric_for_best_model`, by default accuracy, is kept in <output_dir>/stages/stage-s; epochs of alignment alone
+    do not count.
+
+    Args:
+        metric: a name in mmcoconut.scoring.REFERENCES.
+        num_beams: of the search that evaluation generates by.
+        reset_optimizer: see CurriculumCallback.
+        data_collator: a CurriculumCollator, which brings processor and schedule.
+        kwargs: of the library's Trainer.
+    """
+
+    uploads: Uploads | None = None  # of the process that uploads, once it has a repository to name
+    course: Mapping = {}  # what checkpoints say of how they were trained, see mmcoconut.resuming
+    aside: Path | None = None  # where a checkpoint is being written
+
+    def __init__(
+        self,
+        *,
+        data_collator: CurriculumCollator,
+        metric: str = "exact_match",
+        num_beams: int = 1,
+        reset_optimizer: bool = False,
+        **kwargs,
+    ):
+        kwargs.setdefault("processing_class", data_collator.processor)
+        if kwargs.get("train_dataset") is not None:
+            kwargs["train_dataset"] = with_index(kwargs["train_dataset"])
+        super().__init__(data_collator=data_collator, **kwargs)
+        self.model_class = type(self.model)  # before it is sharded, which changes it
+        if self.is_fsdp_enabled:
+            check_sharding(self.accelerator.state.fsdp_plugin, adapted=has_lora(self.model))
+            self.add_callback(ShardingCallback())
+        self.compute_metrics = self.score_answers
+        self.curriculum_collator, self.metric, self.num_beams = data_collator, metric, num_beams
+        self.alignment = data_collator.alignment
+        self.training_terms = Terms()
+        self.curriculum_callback = CurriculumCallback(data_collator, reset_optimizer=reset_optimizer)
+        self.add_callback(self.curriculum_callback)
+        if is_tracked(self.args):
+            self.add_callback(TrackingCallback(self))
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the library's, with the rates of `learning_rates` for the parts that it names."""
+        created = self.optimizer is not None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.learning_rates and not created:
+            set_learning_rates(optimizer, self.model, self.args.learning_rates)
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As the library's; with an alignment the weighted sum of both losses, or in its warm-up of that alone."""
+        if self.alignment is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        ce_loss, steps = None, 1
+        if "labels" in inputs:
+            ce_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
+        else:
+            outputs = model(**inputs)
+        if num_items_in_batch is not None:  # then the labels' loss is divided by all batches of an update already
+            steps = self.current_gradient_accumulation_steps
+        self.training_terms.add(ce_loss=ce_loss, align_loss=outputs.alignment_loss, steps=steps)
+        align_loss = None if outputs.alignment_loss is None else outputs.alignment_loss / steps
+        loss = self.alignment.total(ce_loss, align_loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def set_initial_training_values(self, *args, **kwargs):
+        """Tell the callback by how many updates transformers counts an epoch."""
+        values = super().set_initial_training_values(*args, **kwargs)
+        self.curriculum_callback.updates_per_epoch = values[1]
+        return values
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As the library's; `group_by_length` groups by what rows cost at the present stage."""
+        args, rows = self.args, train_dataset or self.train_dataset
+        if args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        seed = args.seed if args.data_seed is None else args.data_seed
+        return StageGroupedSampler(batch_size, rows, self.curriculum_collator, seed=seed)
+
+    def _get_eval_sampler(self, eval_dataset):
+        """In order, however training is sampled."""
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def prompt_dataloader(self, make, dataset):
+        """A data loader of the library, collated by `prompts`: what is generated from never holds the answer."""
+        self.evaluated = with_index(dataset)
+        collator, self.data_collator = self.data_collator, self.curriculum_collator.prompts
+        try:
+            return make(self.evaluated)
+        finally:
+            self.data_collator = collator
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        return self.prompt_dataloader(super().get_eval_dataloader, eval_dataset or self.eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        return self.prompt_dataloader(super().get_test_dataloader, test_dataset)
+
+    def row_losses(self, model, supervised: dict, pixels: dict, num_images: torch.Tensor | None) -> torch.Tensor:
+        """Return for each row (B, 4): the sum of its tokens' losses, their number, and the same of its pictures.
+
+        num_images (B,): of each row, where pictures are aligned with texts.
+        """
+        texts = {name: supervised.pop(name) for name in ALIGNED_TEXTS if name in supervised}
+        own_model = self.accelerator.unwrap_model(model)
+        with loss_per_token(own_model):
+            outputs = model(**supervised, **pixels, logits_to_keep=1)
+        labels = supervised["labels"] if self.model.config.is_encoder_decoder else supervised["labels"][:, 1:]
+        rows = (labels != IGNORED).nonzero()[:, 0]  # (n,), the row of each labelled token
+        sums = torch.zeros(len(labels), 4, device=labels.device)
+        sums[:, 0].index_add_(0, rows, outputs.loss)
+        sums[:, 1] = rows.bincount(minlength=len(labels))
+        if texts:
+            described = own_model.get_text_features(*(texts[name] for name in ALIGNED_TEXTS), return_dict=True)
+            vectors = described.pooler_output  # (I, D)
+            distances = 1 - nn.functional.cosine_similarity(outputs.image_embeds, vectors, dim=-1)  # (I,)
+            rows = torch.arange(len(labels), device=labels.device).repeat_interleave(num_images)  # (I,)
+            sums[:, 2].index_add_(0, rows, distances.float())
+            sums[:, 3] = num_images
+        return sums
+
+    @torch.no_grad()
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return no loss, new tokens (B, up to max_new_tokens), and of the rows index and thoughts (B, 2) and the sums
+        (B, 4) of `row_losses`, so that the loss does not depend on how rows were put into batches."""
+        inputs = self._prepare_inputs(inputs)
+        index, supervised, num_images = inputs.pop("index"), inputs.pop("supervised"), inputs.pop("num_images", None)
+        pixels = {name: inputs[name] for name in ("pixel_values", "image_features", "num_tiles") if name in inputs}
+        with self.compute_loss_context_manager():
+            sums = self.row_losses(model, supervised, pixels, num_images)
+            model = self.accelerator.unwrap_model(model)
+            tokens, num_thoughts = generate_and_count(
+                model,
+                self.processing_class,
+                inputs,
+                stop_threshold=None if self.is_fsdp_enabled else 0.5,  # passes must be equally many there
+                max_new_tokens=self.curriculum_collator.max_new_tokens,
+                do_sample=False,
+                num_beams=self.num_beams,
+                use_cache=True,
+                # A process that is done goes on calling the shards that others still need.
+                synced_gpus=self.is_fsdp_enabled or None,
+            )
+        counted = torch.stack([index, num_thoughts.to(index)], dim=1)  # (B, 2)
+        return None, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], (counted, sums)
+
+    def score_answers(self, prediction) -> dict[str, float]:
+        """Metrics of generated ids (n, new tokens) padded with -100, and for each the index into the evaluation data
+        and the number of thoughts, (n, 2), and the sums (n, 4) of its losses."""
+        processor, collator = self.processing_class, self.curriculum_collator
+        tokens = torch.as_tensor(prediction.predictions)
+        eos = self.model.generation_config.eos_token_id
+        rows_of_tokens = [[token for token in row if token != IGNORED] for row in tokens.tolist()]
+        counts = [count_generated(row, eos if isinstance(eos, list) else [eos]) for row in rows_of_tokens]
+        written = [row[:count] for row, count in zip(rows_of_tokens, counts)]
+        texts = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
+        counted, sums = prediction.label_ids
+        indices, num_thoughts = counted.T.tolist()
+        terms = mean_losses(sums)
+        loss = terms["ce_loss"]
+        if self.alignment is not None:
+            loss = self.alignment.total(loss, terms.get("align_loss"))
+        rows = self.evaluated.remove_columns("images").select(indices)
+        results = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))
+        scores = results["scores"]
+        return {
+            **figures_of(results),
+            **(terms if self.alignment is not None else {}),
+            "loss": loss,
+            "accuracy": sum(scores) / len(scores),
+            "generated_tokens": sum(counts) / len(counts),
+            "n": len(scores),
+            "stage": collator.stage,
+            "num_latents": collator.curriculum.num_latents(collator.stage),
+            **({"num_thoughts": sum(num_thoughts) / len(scores)} if self.model.config.stop_head else {}),
+        }
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """As the library's; within training the stage's best model so far is saved."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if self.is_in_train:
+            self.keep_best_of_stage(metrics)
+        return metrics
+
+    def warmed_up(self, record: dict) -> bool:
+        """Whether the epoch that an evaluation stands at the end of, or within, learnt the answer."""
+        return self.alignment is None or not self.alignment.warms_up(math.ceil(record["epoch"] - 1e-6) - 1)
+
+    def keep_best_of_stage(self, metrics: dict) -> None:
+        """Save the model if no evaluation of this stage was better; the log's history is restored on resuming.
+
+        Raises:
+            ValueError: a `metric_for_best_model` that evaluation does not give.
+        """
+        name = f"eval_{(self.args.metric_for_best_model or 'accuracy').removeprefix('eval_')}"
+        if name not in metrics:
+            raise ValueError(f"metric_for_best_model is {name}: choose one of {', '.join(sorted(metrics))}.")
+        sign = 1 if self.args.metric_for_best_model is None or self.args.greater_is_better else -1
+        records = [record for record in self.state.log_history if record.get("eval_stage") == metrics["eval_stage"]]
+        *earlier, latest = [(self.warmed_up(record), sign * record[name]) for record in records]
+        if not latest[0] or any(record >= latest for record in earlier):
+            return
+        self.save_stage(Path(self.args.output_dir, "stages", f"stage-{metrics['eval_stage']}"), metrics)
+
+    def save_stage(self, folder: Path, metrics: dict) -> None:
+        """Save the model and what chose it, whole or not at all."""
+        written = self.start_aside() / folder.name
+        self.save_model(str(written))
+        if self.args.should_save:
+            write_json(written / STAGE_FILE, {**metrics, "global_step": self.state.global_step})
+            put_in_place(written, folder)
+        if self.uploads_saves:
+            self.add_best_of_stage(folder)
+
+    def start_aside(self) -> Path:
+        """Return an empty folder for what is not whole yet; all processes write there."""
+        folder = Path(self.args.output_dir)
+        self.accelerator.wait_for_everyone()
+        aside = start_aside(folder) if self.args.should_save else folder / ASIDE
+        self.accelerator.wait_for_everyone()
+        return aside
+
+    def _get_output_dir(self, trial):
+        """Return the output folder, or while a checkpoint is being written the folder aside."""
+        return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """Write a checkpoint aside, put it in place once it is whole, and only then upload and rotate."""
+        self.aside = self.start_aside()
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            written, self.aside = self.aside / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", None
+        checkpoint = Path(self.args.output_dir, written.name)
+        if self.state.best_model_checkpoint == str(written):
+            self.state.best_model_checkpoint = str(checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(written / TRAINER_STATE_NAME))
+            describe(written, self.course)
+            put_in_place(written, checkpoint)
+            best = self.state.best_model_checkpoint
+            rotate(checkpoint.parent, self.args.save_total_limit, keep={checkpoint, *([Path(best)] if best else [])})
+        self.accelerator.wait_for_everyone()
+        if self.uploads_saves:
+            self.upload_checkpoint(checkpoint)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As the library's, but always an ordinary model: of one with an adapter, the merged one and, in a folder
+        inside, the adapter; of a sharded one, its own class, whose code goes with it, with the gathered weights.
+
+        Only what a run with an adapter resumes from, checkpoint-n, is the adapter alone.
+        """
+        trained, folder = self.model, Path(output_dir or self.args.output_dir)
+        adapted, sharded = has_lora(trained), type(trained) is not self.model_class
+        resumed_from = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+        if not self.args.should_save or not (sharded or adapted):
+            return super()._save(output_dir, state_dict)
+        if adapted and resumed_from:
+            save_adapter(trained, folder)
+            self.processing_class.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            return
+        if adapted:
+            save_adapter(trained, folder / ADAPTER_FOLDER)
+            self.model = merged_model(trained)
+        else:
+            self.model = ordinary_model(self.model_class, trained, state_dict)
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if has_lora(self.model):
+            load_adapter(self.model, resume_from_checkpoint)
+        else:
+            check_whole_model(resume_from_checkpoint)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.curriculum_collator.image_features is not None:
+            self.curriculum_collator.image_features.check_tower(self.model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = True) -> None:
+        """As the library's, but saving uploads nothing by itself."""
+        super().save_model(output_dir, _internal_call=True)
+
+    def init_hf_repo(self, *args, **kwargs) -> None:
+        """The repository that `push_to_hub` names, or a note that there is none yet (see Uploads.start)."""
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        repository = Repository(name, private=args.hub_private_repo, token=args.hub_token)
+        self.uploads = Uploads(repository, Path(args.output_dir, UPLOADS), main=args.hub_revision)
+        self.uploads.start()
+
+    @property
+    def uploads_saves(self) -> bool:
+        """Whether what is saved while training goes up at once; in the process that uploads."""
+        args = self.args
+        return args.push_to_hub and args.hub_strategy != HubStrategy.END and self.is_world_process_zero()
+
+    def create_model_card(self, folder: Path | None = None, *, results: dict | None = None, rows=None) -> None:
+        """README.md from model_card.md, with results.json or, while training, with the stages so far.
+
+        folder: where the model is saved; default output_dir. rows: of the stages, where they are not the log's.
+        """
+        folder = Path(folder or self.args.output_dir)
+        recipe = Path(self.args.output_dir, RECIPE_FILE)
+        recipe = read_recipe(recipe) if recipe.is_file() else {}
+        rows = stage_rows(self.state.log_history) if rows is None else rows
+        if results is None and rows:
+            mode = self.curriculum_collator.curriculum.mode
+            results = {"mode": mode, "metric": self.metric, "split": recipe.get("eval_split"), "stages": rows}
+        evidence = Evidence(recipe=recipe, results=results)
+        name, branches = self.args.output_dir, ()
+        if self.uploads is not None:
+            name, branches = self.uploads.repository.name, self.uploads.branches
+        card = model_card(
+            str(name),
+            evidence,
+            config=self.model.config,
+            processor=type(self.processing_class).from_pretrained(folder, trust_remote_code=False),
+            license=recipe.get("license"),
+            branches=branches,
+        )
+        write_card(folder, card, evidence)
+
+    def fill_revision(self, copy: Path, saved: Path, *, checkpoint: bool = False, **card) -> None:
+        """A folder for the Hub: what was saved, its card and, for `hub_strategy: checkpoint`, what resuming needs."""
+        copy_model(saved, copy)
+        if checkpoint:
+            copy_checkpoint(saved, copy / LAST_CHECKPOINT)
+        self.create_model_card(copy, **card)
+
+    def add_best_of_stage(self, folder: Path) -> None:
+        """The stage's branch, to go up with the next save; its card ends with the evaluation that chose it."""
+        record = read_json(folder / STAGE_FILE)
+        rows = [row for row in stage_rows(self.state.log_history) if row["stage"] < record["eval_stage"]]
+        message = f"Best of stage {record['eval_stage']}, step {record['global_step']}"
+        fill = partial(self.fill_revision, saved=folder, rows=[*rows, stage_row(record)])
+        self.uploads.add(folder.name, fill, message)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing yet: the checkpoint is uploaded when it is whole and in its place."""
+
+    def upload_checkpoint(self, saved: Path) -> None:
+        """Upload a checkpoint behind training's back, and the stages' best that wait."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        whole = self.args.hub_strategy == HubStrategy.CHECKPOINT
+        message = f"Training in progress, step {self.state.global_step}"
+        fill = partial(self.fill_revision, saved=saved, checkpoint=whole)
+        self.uploads.add(self.uploads.main, fill, message)
+        self.uploads.begin()
+
+    def push_to_hub(self, commit_message: str = "End of training", *, results: dict | None = None) -> None:
+        """Upload the model as it is, and what still waits. What fails is reported, not raised: the run is on disk.
+
+        results: as results.json has them, for the card; default: the stages so far.
+        """
+        self.save_model()
+        if not self.is_world_process_zero():
+            return
+        if self.uploads is None:
+            self.init_hf_repo()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        folder = Path(self.args.output_dir)
+        for record in folder.glob(f"stages/*/{STAGE_FILE}") if self.uploads_saves else ():
+            if record.parent.name not in self.uploads.branches:  # of the run before it was resumed, too
+                self.add_best_of_stage(record.parent)
+        self.uploads.begin().result()  # so that the card knows the branches
+        self.create_model_card(results=results)
+        self.uploads.add(self.uploads.main, partial(self.fill_revision, saved=folder, results=results), commit_message)
+        self.uploads.finish(folder)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Every record carries the stage, so that trackers show where it changed, and the parts of the loss."""
+        if "loss" in logs and self.alignment is not None:
+            logs = {**logs, **self.training_terms.means(self.accelerator)}
+        super().log({**logs, "stage": self.curriculum_collator.stage}, *args, **kwargs)
