@@ -14,8 +14,8 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 
-from mmcoconut.arguments.recipe_files import run_command
-from mmcoconut.arguments.recipes import REWARDED, parse_recipe
+from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
+from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows
@@ -23,8 +23,8 @@ from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_featur
 from mmcoconut.data.images import open_images
 from mmcoconut.data.scoring import REFERENCES, default_metric, figures_of, references_of, score
 from mmcoconut.data.tokenizer import train_tokenizer
+from mmcoconut.errors import run_command
 from mmcoconut.evaluation.compare import compare
-from mmcoconut.hub.card import SPEED, stage_rows, stage_table
 from mmcoconut.hub.uploads import quiet_requests
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import load_model, model_class
@@ -35,7 +35,9 @@ from mmcoconut.provenance import provenance
 from mmcoconut.records import RESULTS_FILE, write_json
 from mmcoconut.rl.stop_distillation import StopDistiller
 from mmcoconut.statistics import percent
-from mmcoconut.training.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
+from mmcoconut.tables import SPEED, stage_rows, stage_table
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
 from mmcoconut.training.lora import add_lora, describe_adapters
 from mmcoconut.training.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output

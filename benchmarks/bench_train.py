@@ -20,12 +20,14 @@ from measuring import write_results
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, TrainerCallback
 from transformers.utils import logging as library_logging
 
-from mmcoconut.arguments.recipes import RunArguments
+from mmcoconut.arguments.fields import RunArguments
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.training.curriculum import Curriculum, CurriculumCallback, CurriculumCollator
+from mmcoconut.training.callbacks import CurriculumCallback
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.trainer import CurriculumTrainer
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import mmcoconut
 from mmcoconut import convert_coconut, prepare_flickr30k, publish, serve
-from mmcoconut.arguments import recipes as arguments
-from mmcoconut.audit import command as audit
-from mmcoconut.demo import page as demo
-from mmcoconut.evaluation import asking
-from mmcoconut.evaluation import evaluate as evaluation
+from mmcoconut.arguments.choices import CHOICES
+from mmcoconut.arguments.fields import CLASSES
+from mmcoconut.audit import command
+from mmcoconut.demo import page as demo_page
+from mmcoconut.evaluation import asking, evaluate
 
 
 PAGE = Path(__file__).with_name("api.md")
@@ -29,13 +29,13 @@ documented in that library.
 """
 # A command, the docstring that says what it is for, and the classes of its arguments.
 COMMANDS = (
-    ("train_hf.py recipe.yaml", "", arguments.CLASSES),
-    ("python -m mmcoconut.evaluation", evaluation.__doc__, [asking.EvaluationArguments]),
-    ("python -m mmcoconut.audit", audit.__doc__, [asking.EvaluationArguments, audit.AuditArguments]),
+    ("train_hf.py recipe.yaml", "", CLASSES),
+    ("python -m mmcoconut.evaluation", evaluate.__doc__, [asking.EvaluationArguments]),
+    ("python -m mmcoconut.audit", command.__doc__, [asking.EvaluationArguments, command.AuditArguments]),
     ("python -m mmcoconut.prepare_flickr30k", prepare_flickr30k.__doc__, [prepare_flickr30k.PreparationArguments]),
     ("python -m mmcoconut.convert_coconut", convert_coconut.__doc__, [convert_coconut.ConversionArguments]),
     ("python -m mmcoconut.publish", publish.__doc__, [publish.PublishArguments]),
-    ("python -m mmcoconut.demo", demo.__doc__, [demo.DemoArguments]),
+    ("python -m mmcoconut.demo", demo_page.__doc__, [demo_page.DemoArguments]),
     ("python -m mmcoconut.serve", serve.__doc__, []),
 )
 
@@ -114,7 +114,7 @@ def default_text(field: dataclasses.Field) -> str:
 
 def argument_line(field: dataclasses.Field) -> str:
     """A line of the table; signs that mean something in a table of Markdown are escaped."""
-    choices = arguments.CHOICES.get(field.name) or asking.CHOICES.get(field.name) or ()
+    choices = CHOICES.get(field.name) or asking.CHOICES.get(field.name) or ()
     values = f" One of {', '.join(f'`{choice}`' for choice in choices)}." if choices else ""
     default, said = default_text(field), field.metadata["help"].replace("<", "\\<").replace("|", "\\|")
     return f"| `{field.name}` | {f'`{default}`' if default else ''} | {said}{values} |"

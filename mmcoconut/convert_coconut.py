@@ -18,9 +18,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig
 from transformers.hf_argparser import HfArg
 
-from mmcoconut.arguments.recipe_files import RecipeError, run_command
 from mmcoconut.arguments.recipes import read_arguments
 from mmcoconut.configuration_mmcoconut import END_LATENT_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN
+from mmcoconut.errors import RecipeError, run_command
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 

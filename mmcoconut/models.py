@@ -5,8 +5,8 @@ from collections.abc import Callable
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
-from mmcoconut.arguments.recipe_files import UsageError
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut.errors import UsageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 

@@ -17,11 +17,12 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.hf_argparser import HfArg
 
-from mmcoconut.arguments.recipe_files import RecipeError, run_command
-from mmcoconut.arguments.recipes import NAMES, default_of, read_arguments, read_recipe
+from mmcoconut.arguments.fields import NAMES, default_of
+from mmcoconut.arguments.recipes import read_arguments, read_recipe
 from mmcoconut.audit.command import ANSWERS_FILE, CARD_FILE, PICTURES
 from mmcoconut.audit.command import RECORD_FILE as AUDIT_FILE
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut.errors import RecipeError, run_command
 from mmcoconut.evaluation.asking import trained_with
 from mmcoconut.evaluation.evaluate import RECORD_FILE as EVALUATION_FILE
 from mmcoconut.hub.card import Evidence, model_card, write_card

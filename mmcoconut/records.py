@@ -8,6 +8,8 @@ from pathlib import Path
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"  # of a training run, beside its weights
+COURSE_FILE = "course.json"  # of a checkpoint: how it was trained
+ADAPTER_FOLDER = "adapter"  # beside the merged weights
 
 
 def sync(path: Path) -> None:

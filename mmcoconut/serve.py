@@ -16,8 +16,8 @@ from jinja2 import TemplateError
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
-from mmcoconut.arguments.recipe_files import run_command
 from mmcoconut.auto_classes import BOTH
+from mmcoconut.errors import run_command
 from mmcoconut.evaluation.asking import NEW_TOKENS
 from mmcoconut.models import read_config
 from mmcoconut.training.layout import recipe_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import mmcoconut
-from mmcoconut.arguments.recipes import CLASSES
+from mmcoconut.arguments.fields import CLASSES
 from mmcoconut.audit.command import AuditArguments
 
 

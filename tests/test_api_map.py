@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from mmcoconut.arguments.recipe_files import RecipeError
-from mmcoconut.arguments.recipes import CLASSES, read_recipe
+from mmcoconut.arguments.fields import CLASSES
+from mmcoconut.arguments.recipes import read_recipe
 from mmcoconut.data import json_steps
+from mmcoconut.errors import RecipeError
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,17 +8,12 @@ import pytest
 import torch
 import yaml
 
+from mmcoconut.arguments.choices import LIMITS
 from mmcoconut.arguments.coconut_recipes import translate_coconut_keys
-from mmcoconut.arguments.recipe_files import RecipeError, read_recipe_file, run_command
-from mmcoconut.arguments.recipes import (
-    CLASSES,
-    LIMITS,
-    RunArguments,
-    compared_modes,
-    parse_recipe,
-    read_recipe,
-    save_recipe,
-)
+from mmcoconut.arguments.fields import CLASSES, RunArguments, compared_modes
+from mmcoconut.arguments.recipe_files import read_recipe_file
+from mmcoconut.arguments.recipes import parse_recipe, read_recipe, save_recipe
+from mmcoconut.errors import RecipeError, run_command
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -571,7 +566,7 @@ def test_an_original_recipe_is_translated(coconut, tmp_path):
 
 def test_the_vision_tower_taken_for_an_original_recipe_is_said(monkeypatch):
     said = []
-    monkeypatch.setattr("mmcoconut.coconut_recipes.logger.warning", said.append)
+    monkeypatch.setattr("mmcoconut.arguments.coconut_recipes.logger.warning", said.append)
     translate_coconut_keys({"model_id": "gpt2", "clip_id": "a/b"})
     assert said == []
     translate_coconut_keys({"model_id": "gpt2"})

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from tiny import tiny_image, tiny_model, tiny_processor
 
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.audit import command as audit
 from mmcoconut.audit.report import card_of, probe_line
 from mmcoconut.audit.verdict import CANNOT_TELL
 from mmcoconut.data import load_examples
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation import answering
 
 

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard, parse_eval_result_entries
 from tiny import VISION_SIZES, tiny_model, tiny_processor, tiny_seq2seq
 from transformers import CLIPVisionConfig
 
-from mmcoconut.hub.card import Evidence, base_models, hub_dataset, model_card, stage_rows, write_card
+from mmcoconut.hub.card import Evidence, base_models, hub_dataset, model_card, write_card
+from mmcoconut.tables import stage_rows
 
 
 MAZES = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "mazes"

@@ -18,6 +18,7 @@ from test_train import TINY
 from tiny import tiny_model, tiny_processor
 
 import train_hf
+from mmcoconut.arguments.choices import MODES, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.data import load_examples
 from mmcoconut.evaluation import compare, matched_runs
@@ -25,7 +26,8 @@ from mmcoconut.evaluation.compare import Finished
 from mmcoconut.evaluation.matched_runs import ComparisonError, Run, Runner
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.training.checkpoints import describe
-from mmcoconut.training.curriculum import IGNORED, MODES, THINKING_MODES, Curriculum, CurriculumCollator
+from mmcoconut.training.collator import IGNORED, CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 
 
 EPOCHS = range(5)  # stages 0 to 3 of a curriculum with max_latent_stage 2, the last one twice

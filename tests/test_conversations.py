@@ -25,7 +25,8 @@ from mmcoconut.evaluation import evaluate as evaluation
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.training.curriculum import IGNORED, Curriculum, CurriculumCollator, RowPlan
+from mmcoconut.training.collator import IGNORED, CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum, RowPlan
 from mmcoconut.training.grouping import row_lengths
 
 

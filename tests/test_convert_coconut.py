@@ -5,8 +5,8 @@ import torch
 from tiny import TEXT_CONFIGS, tiny_tokenizer
 from transformers import AutoModel, AutoProcessor, GPT2LMHeadModel
 
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.convert_coconut import convert, main
+from mmcoconut.errors import RecipeError
 
 
 NUM_LATENTS = 3

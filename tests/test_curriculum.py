@@ -6,8 +6,11 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_processor, tiny_seq2seq
 
+from mmcoconut.arguments.choices import MODES
 from mmcoconut.data import load_examples
-from mmcoconut.training.curriculum import IGNORED, MODES, Curriculum, CurriculumCallback, CurriculumCollator, RowPlan
+from mmcoconut.training.callbacks import CurriculumCallback
+from mmcoconut.training.collator import IGNORED, CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum, RowPlan
 
 
 @pytest.fixture(scope="module")

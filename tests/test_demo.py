@@ -17,12 +17,12 @@ import pytest
 from hub import Hub
 from tiny import max_difference, tiny_image, tiny_model, tiny_processor, tiny_seq2seq
 
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.audit.interventions import given, intervening, zero
 from mmcoconut.audit.thoughts import lens_text, load_extra, read_thoughts
 from mmcoconut.data import load_examples
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.demo.one_question import Asker, answer_with, read_examples, row_of, think, write_examples
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation import answering, asking
 from mmcoconut.evaluation.answering import Answerer
 

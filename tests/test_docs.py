@@ -27,8 +27,9 @@ from tiny import TEXT_CONFIGS, VISION_CONFIGS, tiny_image, tiny_tokenizer
 from transformers import CLIPImageProcessor, CLIPVisionModel, GPT2LMHeadModel
 
 import train_hf
+from mmcoconut.arguments.fields import TYPES
 from mmcoconut.arguments.recipe_files import BASE
-from mmcoconut.arguments.recipes import TYPES, parse_recipe, read_recipe
+from mmcoconut.arguments.recipes import parse_recipe, read_recipe
 from mmcoconut.arguments.smoke import write_tiny_vlm
 from mmcoconut.data import json_steps, llava_instruct
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from tiny import tiny_image, tiny_model, tiny_processor, tiny_seq2seq
 
-from mmcoconut.arguments.recipes import RunArguments
+from mmcoconut.arguments.fields import RunArguments
 from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.objectives.alignment import Alignment
-from mmcoconut.training.curriculum import IGNORED, Curriculum, CurriculumCollator
+from mmcoconut.training.collator import IGNORED, CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.trainer import CurriculumTrainer
 
 

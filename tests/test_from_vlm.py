@@ -31,15 +31,16 @@ from transformers import (
 )
 
 import train_hf
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, shuffle_factor
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.projectors_mmcoconut import pixel_shuffle
-from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 
 
 SIDE = 32  # of a tile: 16 patches of 8 × 8, which InternVL's pixel shuffle makes 4 features

@@ -10,7 +10,8 @@ from tiny import tiny_model, tiny_processor, tiny_seq2seq
 import train_hf
 from mmcoconut.arguments.recipes import RecipeError
 from mmcoconut.data import image_counts, load_examples
-from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.grouping import StageGroupedSampler
 from mmcoconut.training.trainer import with_index
 

@@ -28,11 +28,11 @@ from tiny import (
 from transformers import TrainingArguments
 
 import train_hf
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.data import Example, image_features, to_dataset
 from mmcoconut.data.image_features import one_run_at_a_time, precompute_image_features
 from mmcoconut.data.images import open_images
+from mmcoconut.errors import RecipeError
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 from mmcoconut.training.lora import add_lora
 

@@ -17,7 +17,8 @@ from mmcoconut.data.images import open_images
 from mmcoconut.demo.one_question import row_of
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.images_mmcoconut import UnreadableImageError, flat_images, read_images
-from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 
 
 QUESTION = "What colour is the left square?"

@@ -10,8 +10,9 @@ import yaml
 from test_train import TINY
 
 import train_hf
-from mmcoconut.arguments.recipe_files import RecipeError, run_command
-from mmcoconut.arguments.recipes import default_of, parse_recipe
+from mmcoconut.arguments.fields import default_of
+from mmcoconut.arguments.recipes import parse_recipe
+from mmcoconut.errors import RecipeError, run_command
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import CheckpointError
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor

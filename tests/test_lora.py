@@ -243,7 +243,7 @@ def test_saved_adapter_is_restored_and_another_one_refused(tmp_path):
 LORA = ["--lora.r", "4", "--lora.lora_dropout", "0.1", "--save_strategy", "steps", "--save_steps", "6"]
 FRESH_PROCESS = """
 import sys, torch
-from mmcoconut.answering import load_checkpoint
+from mmcoconut.evaluation.answering import load_checkpoint
 model, processor = load_checkpoint(sys.argv[1])
 inputs = torch.load(sys.argv[2])
 torch.save({"logits": model(**inputs).logits, "tokens": model.generate(**inputs, max_new_tokens=2)}, sys.argv[3])

@@ -11,13 +11,14 @@ from PIL import Image
 from tiny import TEXT_CONFIGS, VISION_CONFIGS, tiny_processor, tiny_tokenizer
 
 import train_hf
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
+from mmcoconut.errors import RecipeError
 from mmcoconut.models import load_model
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
-from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.learning_rates import part_of, set_learning_rates
 
 

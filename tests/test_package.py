@@ -14,25 +14,11 @@ import mmcoconut
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = [
-    "arguments",
-    "chat_template_mmcoconut",
-    "configuration_mmcoconut",
-    "curriculum",
-    "data",
-    "data.arrow_mazes",
-    "data.images",
-    "data.json_steps",
-    "data.puzzlevqa",
-    "recipe_files",
-    "records",
-    "rewards",
-    "scoring",
-    "stop_distillation",
-    "smoke",
-    "tokenizer",
-    "trainer",
-]
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__").removeprefix("mmcoconut.")
+    for path in [*ROOT.glob("mmcoconut/**/*.py"), *ROOT.glob("*_mmcoconut.py")]
+    if ">>> " in path.read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

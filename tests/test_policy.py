@@ -21,7 +21,8 @@ from mmcoconut.objectives.rewards import REWARDS
 from mmcoconut.rl import stop_distillation
 from mmcoconut.rl.policy import Rollout, Sampling, joined, likelihood, read_prompts, sample
 from mmcoconut.rl.stop_distillation import fewest_right
-from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.lora import add_lora
 
 

@@ -14,7 +14,7 @@ from test_train import TINY, losses
 from tiny import tiny_image, tiny_model, tiny_processor
 
 from mmcoconut import publish
-from mmcoconut.arguments.recipe_files import RecipeError
+from mmcoconut.errors import RecipeError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 
@@ -35,7 +35,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from mmcoconut import audit, evaluation, publish, uploads
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.uploads import Repository, Uploads
+from mmcoconut.hub.uploads import Repository, Uploads
 
 
 def run(name, *options):

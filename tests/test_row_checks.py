@@ -11,7 +11,8 @@ from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.data.scoring import REFERENCES
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.processing_mmcoconut import parse_answer
-from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths
 
 

@@ -32,7 +32,7 @@ METRICS = {
 }
 ROW = {"row_id": "row 4", "choices": ["kite", "bird", "7"], "answers": ["7", "seven"]}
 INSTALLED = (
-    "from mmcoconut.scoring import REFERENCES, metric_folder; print(*map(metric_folder, REFERENCES), sep='\\n')"
+    "from mmcoconut.data.scoring import REFERENCES, metric_folder; print(*map(metric_folder, REFERENCES), sep='\\n')"
 )
 
 

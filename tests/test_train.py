@@ -16,7 +16,8 @@ from PIL import Image
 from tiny import TEXT_CONFIGS, tiny_model
 
 import train_hf
-from mmcoconut.arguments.recipes import CurriculumArguments, DataArguments, parse_recipe
+from mmcoconut.arguments.fields import CurriculumArguments, DataArguments
+from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import write_tiny_vlm
 from mmcoconut.data import json_steps
 from mmcoconut.data.images import UnreadableImageError
@@ -24,7 +25,8 @@ from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import model_class
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.training import trainer
-from mmcoconut.training.curriculum import Curriculum, CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.layout import settle
 
 

@@ -303,7 +303,7 @@ def test_a_prompt_that_leaves_no_room_is_answered_with_the_numbers():
 def test_a_server_of_a_folder_that_is_not_there_says_so_in_one_line(tmp_path):
     pytest.importorskip("uvicorn")
     from mmcoconut import serve
-    from mmcoconut.arguments.recipe_files import run_command
+    from mmcoconut.errors import run_command
 
     with pytest.raises(SystemExit, match="model = .*nowhere.* Give an existing folder or a Hub id") as caught:
         run_command(lambda: serve.main([str(tmp_path / "nowhere"), "--port", "1"]))

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from transformers.utils import logging
 
-from mmcoconut.arguments.recipe_files import RecipeError, scalar
+from mmcoconut.arguments.recipe_files import scalar
+from mmcoconut.errors import RecipeError
 
 
 logger = logging.get_logger(__name__)

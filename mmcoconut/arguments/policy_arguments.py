@@ -10,7 +10,7 @@ from typing import get_type_hints
 
 from trl import GRPOConfig, RLOOConfig
 
-from mmcoconut.arguments.recipes import RunArguments
+from mmcoconut.arguments.fields import RunArguments
 
 
 @dataclasses.dataclass(repr=False)  # the inherited __repr__ hides tokens

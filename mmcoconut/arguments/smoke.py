@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mmcoconut.arguments.recipes import REWARDED, rewarded_arguments
+from mmcoconut.arguments.choices import REWARDED
+from mmcoconut.arguments.recipes import rewarded_arguments
 from mmcoconut.data import loader_of
 from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.objectives.rewards import REWARDS

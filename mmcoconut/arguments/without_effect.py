@@ -7,8 +7,8 @@ idle is a warning, because matched controls and runs that follow each other shar
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mmcoconut.arguments.choices import STAGED_MODES, THINKING_MODES
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
-from mmcoconut.training.curriculum import STAGED_MODES, THINKING_MODES
 
 
 Problem = tuple[str, Any, str]

@@ -1,7 +1,8 @@
 """Do the thoughts matter, and what do they hold? `python -m mmcoconut.audit --model … --dataset … [--split …]`.
 
-Answers the same questions again with other thoughts (mmcoconut/interventions.py), reads the thoughts themselves
-(mmcoconut/thoughts.py), and writes audit.json, answers.jsonl, report.html, card.md and pictures/ into `--output_dir`.
+Answers the same questions again with other thoughts (mmcoconut/audit/interventions.py), reads the thoughts themselves
+(mmcoconut/audit/thoughts.py), and writes audit.json, answers.jsonl, report.html, card.md and pictures/ into
+`--output_dir`.
 
 Shapes: n rows, N thoughts a row, D hidden.
 """
@@ -18,7 +19,6 @@ from PIL import Image
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.audit.interventions import Outcome, Study, images_key, knock_outs, other_counts, replacements, swaps
 from mmcoconut.audit.report import card_of, interventions_figure, report_of
 from mmcoconut.audit.thought_pictures import geometry_figure, probe_figure, thought_strip, why_no_map
@@ -34,6 +34,7 @@ from mmcoconut.audit.thoughts import (
 from mmcoconut.audit.verdict import MARGIN, verdict_of
 from mmcoconut.data import question_text
 from mmcoconut.data.scoring import default_metric
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import Answerer, load_checkpoint
 from mmcoconut.evaluation.asking import (
     EvaluationArguments,

@@ -121,7 +121,7 @@ class Study:
     Args:
         answerer: the checkpoint.
         rows: of `mmcoconut.data`.
-        metric: a name in mmcoconut.scoring.REFERENCES.
+        metric: a name in mmcoconut.data.scoring.REFERENCES.
         batch_size: rows answered at once.
         seed: of donors, noise and bootstrap.
 

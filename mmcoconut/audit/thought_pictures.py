@@ -1,4 +1,4 @@
-"""Pictures of what `mmcoconut.thoughts` computes: attention over an image as heat maps, probes and geometry as plots.
+"""Pictures of what mmcoconut/audit/thoughts.py computes: attention over an image, probes and geometry.
 
 Every function that draws returns a PIL image. Colours are told apart by brightness or from Okabe and Ito's palette,
 so that they are safe for colour-blind readers.

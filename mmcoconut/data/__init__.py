@@ -94,6 +94,23 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"{hint}valid are: {', '.join(valid)}"
 
 
+def check_split(dataset: str, split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"{dataset} has no split {split!r}; {nearest(split, SPLITS)}")
+
+
+def rows_of_split(dataset: str, num_rows: int | Mapping[str, int], split: str) -> int:
+    """How many rows of a split a generated data set is asked for: a number for every split, or one for each."""
+    check_split(dataset, split)
+    if isinstance(num_rows, Mapping):
+        if split not in num_rows:
+            raise ValueError(f"num_rows has no entry for split {split!r}, only {sorted(num_rows)}; add it")
+        num_rows = num_rows[split]
+    if num_rows < 1:
+        raise ValueError(f"num_rows is {num_rows} for split {split!r}; ask for at least 1")
+    return num_rows
+
+
 def split_of(content: bytes, fractions: Sequence[float]) -> str:
     """The split `content` belongs to, whatever else is in the data set: its SHA-256 as a number in [0, 1), cut at the
     running sums of `fractions` (train, validation, test)."""

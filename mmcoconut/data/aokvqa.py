@@ -16,14 +16,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, nearest
+from mmcoconut.data import SPLITS, Example, check_split, nearest
 from mmcoconut.data.hub import from_published, read_published
 from mmcoconut.data.json_steps import field_error, field_of, read_rows
 from mmcoconut.data.public import (
     FindImages,
     check_not_beside_path,
     check_source,
-    check_split,
     choice_at,
     from_rows,
     image_under,

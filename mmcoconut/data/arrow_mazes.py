@@ -17,7 +17,7 @@ from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 
 from mmcoconut.data import SPLITS, Example, split_of, to_dataset
-from mmcoconut.data.public import rows_of_split
+from mmcoconut.data.__init__ import rows_of_split
 
 
 # The first six, the default, are near the corners of the RGB cube; none is near the arrows' black or the mark's white.

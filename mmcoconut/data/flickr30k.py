@@ -18,7 +18,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, split_of
+from mmcoconut.data import SPLITS, Example, check_split, split_of
 from mmcoconut.data.hub import from_published, published_splits, read_published
 from mmcoconut.data.json_steps import field_error, read_text
 from mmcoconut.data.public import (
@@ -26,7 +26,6 @@ from mmcoconut.data.public import (
     check_fractions,
     check_not_beside_path,
     check_source,
-    check_split,
     from_rows,
     image_under,
     no_images,

@@ -21,8 +21,9 @@ from pathlib import Path
 from datasets import Dataset
 
 from mmcoconut.data import SPLITS, Example, nearest, split_of, to_dataset
+from mmcoconut.data.__init__ import rows_of_split
 from mmcoconut.data.prosqa import FILES
-from mmcoconut.data.public import rows_of_split, save_json
+from mmcoconut.data.public import save_json
 
 
 NUM_ROWS = {"train": 15_000, "validation": 500, "test": 500}
@@ -257,8 +258,8 @@ def _prosqa_texts(puzzle: Puzzle) -> dict:
 
 
 def _symbol_texts(puzzle: Puzzle) -> dict:
-    """An edge is one word on one line: the tokenizer of `mmcoconut.tokenizer` makes one token of it with its line end,
-    in facts and steps alike, if its vocabulary is large enough: 300 + num_nodes² entries will do."""
+    """An edge is one word on one line: `mmcoconut.data.tokenizer` makes one token of it with its line end, in facts and
+    steps alike, if its vocabulary is large enough: 300 + num_nodes² entries will do."""
     symbols = puzzle.symbols
     root, target = symbols[puzzle.path[0]], symbols[puzzle.path[-1]]
     first, second = (symbols[node] for node in puzzle.options)

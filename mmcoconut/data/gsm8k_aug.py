@@ -13,10 +13,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import Example, json_steps
+from mmcoconut.data import Example, check_split, json_steps
 from mmcoconut.data.hub import from_published, read_published
 from mmcoconut.data.json_steps import answer_text, check_list, check_text, field_error, field_of, read_text
-from mmcoconut.data.public import check_source, check_split, from_rows, numbered, text_of
+from mmcoconut.data.public import check_source, from_rows, numbered, text_of
 
 
 FILES = {"train": "train", "validation": "valid", "test": "test"}

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features, Image, get_dataset_split_names, load_dataset, load_from_disk
 
 from mmcoconut.data import FEATURES, nearest, to_dataset
+from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.data.json_steps import existing_image, field_error
 from mmcoconut.data.public import Examples, not_empty
 
@@ -109,8 +110,6 @@ def from_published(
 
 def save_published(folder: str | os.PathLike, split: str, rows: list[dict]) -> None:
     """Writes rows with a PIL picture in `image` as the Hub stores them: a parquet file that holds the PNG bytes."""
-    from mmcoconut.data.arrow_mazes import png_bytes
-
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     columns["image"] = [{"bytes": png_bytes(picture), "path": None} for picture in columns["image"]]
     dataset = Dataset.from_dict(columns).cast_column("image", Image(decode=False))

@@ -10,10 +10,10 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, split_of
+from mmcoconut.data import SPLITS, Example, check_split, split_of
 from mmcoconut.data.hub import from_published, read_published, rows_name, save_published
 from mmcoconut.data.json_steps import answer_text, field_error, field_of
-from mmcoconut.data.public import check_split, sample_puzzles, text_of
+from mmcoconut.data.public import sample_puzzles, text_of
 
 
 def _examples(row: Mapping[str, Any], row_id: str) -> Iterator[Example]:

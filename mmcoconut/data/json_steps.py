@@ -16,7 +16,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, nearest, to_dataset
+from mmcoconut.data import SPLITS, Example, arrow_mazes, nearest, to_dataset
 from mmcoconut.data.images import resolve_image_path
 
 
@@ -207,8 +207,6 @@ def _examples(rows: list[dict], file: Path, *, image_root: str | None, images_re
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
     """Writes `num_rows` arrow mazes a split as `<split>.json` with their pictures; returns the options for `load`."""
-    from mmcoconut.data import arrow_mazes
-
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split in SPLITS:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from mmcoconut.data import json_steps
-from mmcoconut.data.public import check_split, save_json
+from mmcoconut.data import check_split, json_steps
+from mmcoconut.data.public import save_json
 
 
 FILES = {"train": "train", "validation": "valid", "test": "test"}

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from mmcoconut.data import SPLITS, Example, nearest, to_dataset
+from mmcoconut.data import SPLITS, Example, arrow_mazes, to_dataset
 from mmcoconut.data.json_steps import check_list, check_text, existing_image, field_error, field_of, read_text
 
 
@@ -29,23 +29,6 @@ FindImages = Callable[[Mapping[str, Any], str], list[dict]]
 
 
 # Options
-
-
-def check_split(dataset: str, split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"{dataset} has no split {split!r}; {nearest(split, SPLITS)}")
-
-
-def rows_of_split(dataset: str, num_rows: int | Mapping[str, int], split: str) -> int:
-    """How many rows of a split a generated data set is asked for: a number for every split, or one for each."""
-    check_split(dataset, split)
-    if isinstance(num_rows, Mapping):
-        if split not in num_rows:
-            raise ValueError(f"num_rows has no entry for split {split!r}, only {sorted(num_rows)}; add it")
-        num_rows = num_rows[split]
-    if num_rows < 1:
-        raise ValueError(f"num_rows is {num_rows} for split {split!r}; ask for at least 1")
-    return num_rows
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
@@ -201,8 +184,6 @@ def sample_puzzles(split: str, *, num_rows: int, seed: int) -> Iterator[dict]:
     """Arrow mazes of one arrow for `write_sample`: picture, question, four choices, two sentences and the answer.
 
     No picture is in two splits."""
-    from mmcoconut.data import arrow_mazes
-
     for maze, hops in arrow_mazes.generate(split, num_rows=num_rows, seed=seed, max_hops=1):
         start, end = maze.path(hops)
         answer = maze.color_at(end)

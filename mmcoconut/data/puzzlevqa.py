@@ -14,7 +14,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, nearest, split_of, to_dataset
+from mmcoconut.data import SPLITS, Example, arrow_mazes, nearest, split_of, to_dataset
+from mmcoconut.data.arrow_mazes import PALETTE, cell_name
 from mmcoconut.data.json_steps import (
     answer_text,
     check_among,
@@ -84,8 +85,6 @@ def _examples(file: Path, split: str, *, fractions: Sequence[float]) -> Iterator
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
     """Writes arrow mazes as puzzles of the kind `arrow_maze` until every split has `num_rows`; returns the options."""
-    from mmcoconut.data import arrow_mazes
-
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     counts, lines = dict.fromkeys(SPLITS, 0), []
@@ -105,8 +104,6 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def _sample_puzzle(maze: Any, hops: int) -> dict:
-    from mmcoconut.data.arrow_mazes import PALETTE, cell_name
-
     start, *_, end = maze.path(hops)
     answer = maze.color_at(end)
     return {

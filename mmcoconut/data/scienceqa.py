@@ -12,14 +12,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example
+from mmcoconut.data import SPLITS, Example, check_split
 from mmcoconut.data.hub import from_published, read_published
 from mmcoconut.data.json_steps import check_list, field_error, field_of
 from mmcoconut.data.public import (
     FindImages,
     check_not_beside_path,
     check_source,
-    check_split,
     choice_at,
     from_rows,
     image_under,

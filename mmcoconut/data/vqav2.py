@@ -13,14 +13,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import Example
+from mmcoconut.data import Example, check_split
 from mmcoconut.data.hub import from_published, read_published
 from mmcoconut.data.json_steps import field_error
 from mmcoconut.data.public import (
     FindImages,
     check_not_beside_path,
     check_source,
-    check_split,
     from_rows,
     image_under,
     integer_of,

@@ -1,7 +1,7 @@
 """`python -m mmcoconut.demo`."""
 
-from mmcoconut.arguments.recipe_files import run_command
 from mmcoconut.demo.page import main
+from mmcoconut.errors import run_command
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A page that asks a checkpoint about a picture and shows its thoughts: `python -m mmcoconut.demo --model …`.
 
-What the page shows is computed in mmcoconut/one_question.py; here are its layout, its command line, and, with
-`--push_space`, the way to a Space (mmcoconut/spaces.py). It needs `pip install mmcoconut[demo]`.
+What the page shows is computed in mmcoconut/demo/one_question.py; here are its layout, its command line, and, with
+`--push_space`, the way to a Space (mmcoconut/demo/spaces.py). It needs `pip install mmcoconut[demo]`.
 """
 
 import sys
@@ -14,12 +14,12 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from transformers.hf_argparser import HfArg
 
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.audit.report import data_uri
 from mmcoconut.audit.thoughts import load_extra
 from mmcoconut.data.images import open_images
 from mmcoconut.demo.one_question import Asker, read_examples, row_of, write_examples
 from mmcoconut.demo.spaces import push_demo
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.evaluation.asking import complete_from_recipe, join_processes, read_asked, read_rows
 

@@ -28,8 +28,8 @@ from pathlib import Path
 
 from transformers import AutoModel, AutoProcessor
 
-from mmcoconut.demo import build_page, launch
-from mmcoconut.one_question import Asker, read_examples
+from mmcoconut.demo.one_question import Asker, read_examples
+from mmcoconut.demo.page import build_page, launch
 
 
 MODEL, REVISION = {model!r}, {revision!r}
@@ -133,7 +133,7 @@ def build_space(
 
 
 def push_demo(arguments, rows: Sequence[Mapping]) -> str:
-    """Upload the demo of `mmcoconut.demo.DemoArguments` as the Space `push_space`; returns its address.
+    """Upload the demo of `mmcoconut.demo.page.DemoArguments` as the Space `push_space`; returns its address.
 
     What is uploaded: the three files and the examples' pictures. The token is that of `hf auth login`, or HF_TOKEN.
 

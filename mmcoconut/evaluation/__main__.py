@@ -2,7 +2,7 @@
 
 from accelerate import PartialState
 
-from mmcoconut.arguments.recipe_files import run_command
+from mmcoconut.errors import run_command
 from mmcoconut.evaluation.evaluate import main
 
 

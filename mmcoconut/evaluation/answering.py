@@ -10,13 +10,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from mmcoconut.arguments.recipe_files import UsageError
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.images import open_images
+from mmcoconut.errors import UsageError
 from mmcoconut.models import load_model
 from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
-from mmcoconut.training.curriculum import align_rows
+from mmcoconut.training.collator import align_rows
+from mmcoconut.training.generating import count_generated, generate_and_count
 
 
 def image_key(image: Mapping) -> str:
@@ -37,38 +38,6 @@ def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "aut
     options = {} if revision is None else {"revision": revision}
     processor = MMCoconutProcessor.from_pretrained(name, trust_remote_code=False, **options)
     return model.to(device).eval(), processor
-
-
-def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
-    """How many of a row's new tokens it wrote: up to its first eos, that one included; what follows is padding.
-
-    >>> count_generated([5, 6, 0, 9, 9], [0]), count_generated([5, 6], [0])
-    (3, 2)
-    """
-    ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
-    return ends[0] + 1 if ends else len(tokens)
-
-
-def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
-    """At which of the latents (B, P) of their prompts rows thought, (B, P), by what a filled cache says."""
-    stopped = getattr(past_key_values, "mask_of_stopped", None)
-    if stopped is None:
-        return latent_mask
-    num_beams = len(stopped) // len(latent_mask)
-    return latent_mask & stopped[::num_beams, : latent_mask.shape[1]].bool()
-
-
-def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: float | None, **options):
-    """What `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,).
-
-    stop_threshold: of a model with a stop head.
-    """
-    latent_mask = inputs[processor.prompt_names[0]] == model.config.latent_token_id  # (B, P)
-    if not model.config.stop_head:
-        return model.generate(**inputs, **options), latent_mask.sum(dim=1)
-    options |= {"stop_threshold": stop_threshold, "return_dict_in_generate": True}
-    outputs = model.generate(**inputs, **options)
-    return outputs.sequences, thought_latents(outputs.past_key_values, latent_mask).sum(dim=1)
 
 
 class Answerer:

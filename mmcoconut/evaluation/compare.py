@@ -34,7 +34,8 @@ from mmcoconut.evaluation.matched_runs import (
 )
 from mmcoconut.provenance import without_tokens
 from mmcoconut.records import RESULTS_FILE, markdown_table, read_json, read_lines, write_json
-from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_runs, percent, points
+from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_runs, percent
+from mmcoconut.tables import intervals, main_table
 
 
 BASELINE = "coconut"
@@ -166,33 +167,6 @@ def summarise(outcomes: list[Finished], *, command: str) -> dict:
     }
 
 
-def against_baseline(difference: dict | None) -> str:
-    return "" if difference is None else points(Estimate.of(difference))
-
-
-def main_table(records: list[dict]) -> str:
-    header = ["mode", "accuracy", "by seed, %", "against `coconut`", "tokens written", "latents"]
-    header += ["decoder passes", "s an answer", "updates", "s of training"]
-    rows = []
-    for record in records:
-        seconds = record["train_seconds"]
-        rows.append(
-            [
-                f"`{record['mode']}`",
-                str(Estimate.of(record["accuracy"])),
-                " / ".join(f"{100 * accuracy:.1f}" for accuracy in record["accuracy_by_seed"].values()),
-                against_baseline(record["difference_to_coconut"]),
-                f"{record['generated_tokens']:.1f}",
-                f"{record['num_latents']:g}",
-                f"{record['decoder_passes']:.1f}",
-                f"{record['seconds_per_answer']:.4f}",
-                str(record["train_steps"]),
-                "resumed" if seconds is None else f"{seconds:.1f}",
-            ]
-        )
-    return markdown_table(header, rows)
-
-
 def steps_table(records: list[dict]) -> str:
     groups = records[0]["by_num_steps"]
     header = ["accuracy by written steps of a row", *(f"{steps} (n = {groups[steps]['n']})" for steps in groups)]
@@ -210,17 +184,6 @@ def listed(values) -> str:
         for value in values
     ]
     return "; ".join(parts)
-
-
-def intervals(num_seeds: int) -> str:
-    """What the numbers in brackets are."""
-    if num_seeds == 1:
-        return "In brackets: 95 % bootstrap intervals over rows, paired for differences; other seeds may differ more."
-    return (
-        "Accuracy is the mean over seeds. In brackets: bootstrap intervals over seeds and rows, paired for "
-        "differences. With so few seeds they are too narrow (in simulations three of four hold the truth): read the "
-        "seeds too."
-    )
 
 
 def markdown(summary: dict) -> str:

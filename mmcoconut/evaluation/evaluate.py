@@ -17,8 +17,8 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import set_seed
 
-from mmcoconut.arguments.recipe_files import RecipeError
 from mmcoconut.data.scoring import default_metric, figures_of, score
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import Answerer, image_name, load_checkpoint
 from mmcoconut.evaluation.asking import (
     default_folder,

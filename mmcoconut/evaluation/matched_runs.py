@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import yaml
 
-from mmcoconut.arguments.recipes import compared_modes, default_of, recipe_text
+from mmcoconut.arguments.fields import compared_modes, default_of
+from mmcoconut.arguments.recipes import recipe_text
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE
 from mmcoconut.training.checkpoints import newest_whole
 

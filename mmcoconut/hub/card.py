@@ -9,10 +9,10 @@ import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
 
 import mmcoconut
-from mmcoconut.arguments.recipes import OF_REWARDS, REWARDED
-from mmcoconut.evaluation.compare import intervals, main_table
+from mmcoconut.arguments.choices import OF_REWARDS, REWARDED
 from mmcoconut.records import markdown_table
 from mmcoconut.statistics import Estimate, percent
+from mmcoconut.tables import intervals, main_table, stage_table
 
 
 TEMPLATE = "model_card.md"
@@ -54,8 +54,6 @@ SETTINGS += (
 )
 SETTINGS += ("learning_rate", "lr_scheduler_type", "max_train_samples")
 STARTS = ("model", "vlm", "vision_model", "text_model")
-# Of an evaluation while training; what else it measures are the figures of the metric and of the objective.
-SPEED = ("runtime", "samples_per_second", "steps_per_second")
 
 
 @dataclass(frozen=True)
@@ -79,29 +77,8 @@ class Evidence:
 
 def template() -> str:
     """The text of model_card.md: the repository's, or, where that is installed, the package's own."""
-    files = (Path(folder, TEMPLATE) for folder in reversed(mmcoconut.__path__))
+    files = (Path(mmcoconut.__path__[-1], TEMPLATE), Path(__file__).with_name(TEMPLATE))
     return next(file for file in files if file.is_file()).read_text(encoding="utf-8")
-
-
-def stage_row(record: Mapping) -> dict:
-    """What an evaluation measured, without its speed, under the names of results.json."""
-    measured = {name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")}
-    return {name: value for name, value in measured.items() if name not in SPEED}
-
-
-def stage_rows(log_history: list[dict]) -> list[dict]:
-    """The last evaluation of every stage, out of the trainer's log."""
-    rows = {record["eval_stage"]: stage_row(record) for record in log_history if "eval_accuracy" in record}
-    return [rows[stage] for stage in sorted(rows)]
-
-
-def stage_table(rows: list[dict]) -> str:
-    """A line a stage: latents of a prompt, mean of new tokens an answer, accuracy, rows evaluated."""
-    cells = [
-        (row["stage"], row["num_latents"], f"{row['generated_tokens']:.1f}", percent(row["accuracy"]), row["n"])
-        for row in rows
-    ]
-    return markdown_table(["stage", "latents", "generated tokens", "accuracy", "n"], (map(str, row) for row in cells))
 
 
 def steps_table(evaluation: Mapping) -> str:

@@ -19,9 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from mmcoconut.records import RECIPE_FILE
-from mmcoconut.training.checkpoints import COURSE_FILE
-from mmcoconut.training.lora import ADAPTER_FOLDER
+from mmcoconut.records import ADAPTER_FOLDER, COURSE_FILE, RECIPE_FILE
 
 
 logger = logging.getLogger("mmcoconut")

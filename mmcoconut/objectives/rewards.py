@@ -20,9 +20,9 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-from mmcoconut.arguments.recipe_files import RecipeError, is_missing_folder
 from mmcoconut.data import nearest, question_text
 from mmcoconut.data.scoring import REFERENCES, score
+from mmcoconut.errors import RecipeError, is_missing_folder
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER, parse_answer
 
 
@@ -54,7 +54,7 @@ def rows_of(columns: Mapping) -> list[dict]:
 
 
 def metric_scores(metric: str, completions: Sequence, columns: Mapping) -> list[float]:
-    """What a metric of `mmcoconut.scoring.REFERENCES` gives for each completion, as evaluation calls it."""
+    """What a metric of `mmcoconut.data.scoring.REFERENCES` gives for each completion, as evaluation calls it."""
     texts = [text_of(completion) for completion in completions]
     return score(metric, texts, [parse_answer(text) for text in texts], rows=rows_of(columns))["scores"]
 

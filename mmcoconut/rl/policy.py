@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmcoconut.evaluation.answering import count_generated, thought_latents
 from mmcoconut.latent_mmcoconut import take_columns
 from mmcoconut.stopping_mmcoconut import stop_log_probs
-from mmcoconut.training.curriculum import CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.generating import count_generated, thought_latents
 
 
 @dataclass

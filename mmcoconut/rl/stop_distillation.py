@@ -18,7 +18,7 @@ from mmcoconut.data.scoring import score
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.stopping_mmcoconut import first_thoughts, stop_log_probs
-from mmcoconut.training.curriculum import CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.trainer import CurriculumTrainer
 
 

@@ -16,13 +16,12 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from mmcoconut.records import read_json, sync, write_json
+from mmcoconut.records import COURSE_FILE, read_json, sync, write_json
 
 
 logger = logging.getLogger("mmcoconut")
 
 ASIDE = ".saving"
-COURSE_FILE = "course.json"
 # What resuming reads, and the files that may hold it: one process, FSDP, DeepSpeed.
 STATE = {
     "weights": ("*.safetensors", "pytorch_model*", "global_step*"),

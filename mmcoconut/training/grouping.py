@@ -18,7 +18,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mmcoconut.data import history_of, image_counts, question_text
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
-from mmcoconut.training.curriculum import CurriculumCollator, RowPlan
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import RowPlan
 
 
 TEXT_COLUMNS = ["question", "choices", "steps", "answers", "history"]

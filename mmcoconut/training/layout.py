@@ -12,11 +12,13 @@ from pathlib import Path
 from transformers import ProcessorMixin
 from transformers.utils import cached_file, has_file
 
-from mmcoconut.arguments.recipe_files import RecipeError
-from mmcoconut.arguments.recipes import NEW_MODEL, layout_problems, read_recipe, warn_of_idle
+from mmcoconut.arguments.choices import NEW_MODEL, STAGED_MODES, THINKING_MODES
+from mmcoconut.arguments.conflicts import layout_problems
+from mmcoconut.arguments.recipes import read_recipe, warn_of_idle
+from mmcoconut.errors import RecipeError
 from mmcoconut.models import check_sources, read_config
 from mmcoconut.records import RECIPE_FILE
-from mmcoconut.training.curriculum import STAGED_MODES, THINKING_MODES, Curriculum
+from mmcoconut.training.curriculum import Curriculum
 
 
 logger = logging.getLogger("mmcoconut")

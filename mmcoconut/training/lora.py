@@ -31,7 +31,6 @@ if is_peft_available():  # an optional extra; recipes with `lora` are refused wi
     from peft.utils import ModulesToSaveWrapper, load_peft_weights, set_peft_model_state_dict
 
 
-ADAPTER_FOLDER = "adapter"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NAME = "default"
@@ -43,11 +42,6 @@ ALL_LINEAR = "all-linear"
 # Of an adapter's configuration, what decides its weights and how they are read.
 SHAPING = ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices")
 SHAPING += ("bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
-
-
-def lora_fields() -> set[str]:
-    """What a recipe's `lora` may set."""
-    return {field.name for field in dataclasses.fields(LoraConfig) if field.init}
 
 
 def path_of(model, part: nn.Module) -> str:

@@ -15,11 +15,13 @@ from typing import NamedTuple
 import yaml
 from accelerate.utils import broadcast_object_list
 
+from mmcoconut.arguments.choices import DATA_PATHS, FOLDERS
+from mmcoconut.arguments.fields import TYPES, default_of
 from mmcoconut.arguments.recipe_files import RecipeLoader
-from mmcoconut.arguments.recipes import DATA_PATHS, FOLDERS, TYPES, default_of, recipe_text, save_recipe
+from mmcoconut.arguments.recipes import recipe_text, save_recipe
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.records import RECIPE_FILE, read_json
-from mmcoconut.training.checkpoints import COURSE_FILE, choose_checkpoint
+from mmcoconut.records import COURSE_FILE, RECIPE_FILE, read_json
+from mmcoconut.training.checkpoints import choose_checkpoint
 
 
 logger = logging.getLogger("mmcoconut")

@@ -14,7 +14,7 @@ from datasets import Dataset
 from mmcoconut.data import image_counts
 from mmcoconut.data.scoring import REFERENCES, score
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER, parse_answer
-from mmcoconut.training.curriculum import CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.grouping import token_counts
 
 

@@ -1,37 +1,32 @@
 """The library's Trainer with a curriculum: batches of the present stage, and evaluation by generating answers."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from mmcoconut.arguments.recipes import read_recipe
 from mmcoconut.data.scoring import figures_of, score
-from mmcoconut.evaluation.answering import count_generated, generate_and_count
-from mmcoconut.hub.card import Evidence, model_card, stage_row, stage_rows, write_card
+from mmcoconut.hub.card import Evidence, model_card, write_card
 from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
 from mmcoconut.processing_mmcoconut import parse_answer
-from mmcoconut.records import RECIPE_FILE, read_json, write_json
+from mmcoconut.records import ADAPTER_FOLDER, RECIPE_FILE, read_json, write_json
+from mmcoconut.tables import stage_row, stage_rows
+from mmcoconut.training.callbacks import CurriculumCallback, ShardingCallback
 from mmcoconut.training.checkpoints import ASIDE, describe, put_in_place, rotate, start_aside
-from mmcoconut.training.curriculum import IGNORED, CurriculumCallback, CurriculumCollator
+from mmcoconut.training.collator import IGNORED, CurriculumCollator
+from mmcoconut.training.generating import count_generated, generate_and_count
 from mmcoconut.training.grouping import StageGroupedSampler
 from mmcoconut.training.learning_rates import set_learning_rates
-from mmcoconut.training.lora import (
-    ADAPTER_FOLDER,
-    check_whole_model,
-    has_lora,
-    load_adapter,
-    merged_model,
-    save_adapter,
-)
+from mmcoconut.training.lora import check_whole_model, has_lora, load_adapter, merged_model, save_adapter
+from mmcoconut.training.losses import Terms, loss_per_token, mean_losses
 from mmcoconut.training.saving import ordinary_model
 from mmcoconut.training.tracking import TrackingCallback, is_tracked
 
@@ -62,69 +57,6 @@ def check_sharding(plugin, *, adapted: bool) -> None:
         raise ValueError("`lora` is not merged from sharded weights: use DDP, or remove `lora`.")
 
 
-class ShardingCallback(TrainerCallback):
-    """Gives parameters that a sharded model did not use in a step a gradient of zero.
-
-    Processes must reduce the same gradients, and one of them may have a batch without images; and an optimizer is not
-    restored without a state of every parameter.
-    """
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model.set_reduce_scatter_unused_params(True)
-
-
-def token_losses(logits: torch.Tensor, labels, *, shift_labels: torch.Tensor, **kwargs) -> torch.Tensor:
-    """Return the cross-entropy of each labelled token (n,), where a model's loss function returns their mean ()."""
-    return nn.functional.cross_entropy(logits.float(), shift_labels, reduction="none")
-
-
-@contextmanager
-def loss_per_token(model) -> Iterator[None]:
-    """Inside, the loss of a model is a vector with one entry for each labelled token of the batch, row by row."""
-    mean = model.loss_function
-    model.loss_function = token_losses
-    try:
-        yield
-    finally:
-        model.loss_function = mean
-
-
-def mean_losses(sums) -> dict[str, float]:
-    """Return ce_loss per labelled token and align_loss per picture from the sums (n, 4) of rows; without any, neither.
-
-    >>> mean_losses([[2.0, 4, 0.0, 0], [1.0, 2, 0.0, 0]])
-    {'ce_loss': 0.5}
-    """
-    ce_sum, num_tokens, align_sum, num_images = (float(sum(column)) for column in zip(*sums, strict=True))
-    pairs = {"ce_loss": (ce_sum, num_tokens), "align_loss": (align_sum, num_images)}
-    return {name: total / count for name, (total, count) in pairs.items() if count}
-
-
-class Terms:
-    """Running means of the parts of the training loss, over all processes; empty where there is one part only."""
-
-    NAMES = ("ce_loss", "align_loss")
-
-    def __init__(self):
-        self.sums = {}
-
-    def add(self, *, ce_loss=None, align_loss=None, steps: int = 1) -> None:
-        """Count the losses () of a batch; ce_loss is that batch's part of an update of so many steps."""
-        losses = {"ce_loss": None if ce_loss is None else ce_loss * steps, "align_loss": align_loss}
-        for name, loss in losses.items():
-            if loss is not None:
-                total, count = self.sums.get(name, (0.0, 0.0))
-                self.sums[name] = (total + loss.detach().float(), count + 1)
-
-    def means(self, accelerator) -> dict[str, float]:
-        """Means since the last call; every process must call it at the same time."""
-        sums, self.sums = self.sums, {}
-        local = [float(number) for name in self.NAMES for number in sums.get(name, (0.0, 0.0))]
-        totals = accelerator.reduce(torch.tensor(local, device=accelerator.device), reduction="sum").tolist()
-        pairs = zip(self.NAMES, totals[::2], totals[1::2])
-        return {name: total / count for name, total, count in pairs if count}
-
-
 class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
@@ -137,7 +69,7 @@ class CurriculumTrainer(Trainer):
     do not count.
 
     Args:
-        metric: a name in mmcoconut.scoring.REFERENCES.
+        metric: a name in mmcoconut.data.scoring.REFERENCES.
         num_beams: of the search that evaluation generates by.
         reset_optimizer: see CurriculumCallback.
         data_collator: a CurriculumCollator, which brings processor and schedule.
@@ -145,7 +77,7 @@ class CurriculumTrainer(Trainer):
     """
 
     uploads: Uploads | None = None  # of the process that uploads, once it has a repository to name
-    course: Mapping = {}  # what checkpoints say of how they were trained, see mmcoconut.resuming
+    course: Mapping = {}  # what checkpoints say of how they were trained, see mmcoconut.training.resuming
     aside: Path | None = None  # where a checkpoint is being written
 
     def __init__(

@@ -1,0 +1,306 @@
+"""What is wrong with a recipe as a whole, as (key, value, remedy): keys that contradict or miss each other."""
+
+import dataclasses
+from collections.abc import Container
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING
+from transformers.utils import is_peft_available
+from transformers.utils.import_utils import _is_package_available
+
+from mmcoconut.arguments.choices import (
+    CHECKPOINTING,
+    DATA_PATHS,
+    FOLDERS,
+    IN_A_CHECKPOINT,
+    IN_A_VLM,
+    JOINED_IN_A_VLM,
+    MODES,
+    NOT_COMPARED,
+    NOT_REWARDED,
+    OF_A_VLM,
+    OF_REWARDS,
+    OF_STAGES,
+    REFUSED,
+    REWARDED,
+    STAGED_MODES,
+    THINKING_MODES,
+)
+from mmcoconut.arguments.fields import DEFAULTS, NAMES, CurriculumArguments, RunArguments, compared_modes, default_of
+from mmcoconut.arguments.typed import did_you_mean, typed_value
+from mmcoconut.arguments.without_effect import without_effect
+from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
+from mmcoconut.errors import is_missing_folder
+from mmcoconut.objectives.alignment import ALIGNMENT_TARGETS
+
+
+def lora_fields() -> set[str]:
+    """What a recipe's `lora` may set."""
+    from peft import LoraConfig  # here, because peft is an optional extra
+
+    return {field.name for field in dataclasses.fields(LoraConfig) if field.init}
+
+
+def _vlm_conflicts(values: dict):
+    """What a vision-language model brings itself, and what means nothing without one."""
+    if values["vlm"] is None:
+        for key in OF_A_VLM if values["model"] is None else ():
+            if values[key] is not None:
+                yield key, values[key], "it sets up the images of a `vlm`, and there is none: remove this key"
+        return
+    for key in [key for key in (*IN_A_VLM, *JOINED_IN_A_VLM) if values[key] is not None]:
+        yield key, values[key], "the `vlm` brings its own: remove this key"
+    if None not in (values["min_tiles"], values["max_tiles"]) and values["min_tiles"] > values["max_tiles"]:
+        yield "min_tiles", values["min_tiles"], f"`max_tiles` is {values['max_tiles']}: set it to no more than that"
+
+
+def _schedule(values: dict, modes: list[str]):
+    """What a schedule of thoughts needs, and where there is none."""
+    schedule, iterations = values["thought_schedule"], values["jacobi_iterations"]
+    if schedule is None:
+        return
+    if schedule != "jacobi":
+        if iterations is not None:
+            yield "jacobi_iterations", iterations, "it belongs to another schedule: set `thought_schedule: jacobi` too"
+        return
+    if iterations is None:
+        yield "jacobi_iterations", None, "`thought_schedule: jacobi` needs it: set 1 or more, at most all thoughts"
+    if "pause" in modes:
+        yield "thought_schedule", schedule, "`mode: pause` feeds no thought back: set sequential, or another mode"
+
+
+def _per_turn(values: dict):
+    """What means nothing where every turn has as many thoughts."""
+    for key in OF_STAGES if values["thoughts_per_turn"] else ():
+        if values[key] not in (None, default_of(key)):
+            yield key, values[key], "with `thoughts_per_turn` there are no stages: remove this key"
+
+
+def _layout(values: dict):
+    """Contradictions of the layout; None is what a checkpoint has that is not read yet, and contradicts nothing."""
+    modes = compared_modes(values.get("compare")) or [values["mode"]]
+    yield from _schedule(values, modes)
+    thinking = [mode for mode in modes if mode in THINKING_MODES]
+    yield from _per_turn(values)
+    for key in ("c_thought", "max_latent_stage") if thinking and not values["thoughts_per_turn"] else ():
+        if values[key] == 0:
+            yield key, 0, f"`mode: {thinking[0]}` would have no latents: set 1 or more, or `mode: no_thoughts`"
+
+
+def _conflicts(values: dict):
+    """The combinations of typed `values` that cannot be meant."""
+    given = dict.fromkeys(key for key in IN_A_CHECKPOINT if values[key] is not None).keys()
+    for key in given if values["model"] is not None else ():
+        yield key, values[key], f"the checkpoint `model` brings its own: remove one (--{key} null)"
+    yield from _vlm_conflicts(values)
+    for part in ("vision", "text"):
+        model, config = f"{part}_model", f"{part}_config"
+        if {model, config} <= given:
+            yield model, values[model], f"`{config}` is set too: keep one"
+        if values["model"] is None and values["vlm"] is None and not {model, config} & given:
+            yield model, None, f"set `{model}` or `{config}`, or `model` to start from a checkpoint, or `vlm`"
+        if config in given and "model_type" not in values[config]:
+            yield config, values[config], "name the architecture: add `model_type`"
+    if "text_config" in given and not {"text_model", "tokenizer"} & given:
+        yield "tokenizer", None, "a `text_config` has none: set `tokenizer: train`, a folder or a Hub id"
+    if "text_model" in given and values["tokenizer"] == "train":
+        yield "tokenizer", "train", "the embeddings of `text_model` belong to its own tokenizer: remove this key"
+    if not values.get("do_train", True) and values["model"] is None and values["tokenizer"] == "train":
+        yield "model", None, "with `do_train: false` there is nothing to evaluate: name a checkpoint"
+    if values["dataset_options"].get("images_required") is False and values["dataset_options"].get("image_root"):
+        yield "dataset_options.images_required", False, "no image would be read from `image_root`: keep one"
+    if values["lora"] is not None and values.get("push_to_hub") and values.get("hub_strategy") != "end":
+        yield "hub_strategy", values.get("hub_strategy"), "a checkpoint with `lora` is no whole model to push: set end"
+    if values.get("hub_strategy") == "all_checkpoints":
+        yield "hub_strategy", "all_checkpoints", "each save is a revision already: set every_save or checkpoint"
+    frozen = {name.rpartition(".")[2] for name in values["freeze"]}
+    if values["precompute_image_features"] and "vision_tower" not in frozen:
+        yield "precompute_image_features", True, "the vision tower is trained: add `vision_tower` to `freeze`"
+    if values["image_features_cache"] is not None and not values["precompute_image_features"]:
+        yield "image_features_cache", values["image_features_cache"], "set `precompute_image_features: true` too"
+    for part, rate in (values.get("learning_rates") or {}).items():
+        if rate < 0:
+            yield f"learning_rates.{part}", rate, "must be at least 0"
+    if not values.get("eval_do_concat_batches", True):
+        yield "eval_do_concat_batches", False, "metrics need the whole split: remove this key"
+    yield from _updates(values)
+    for key in REFUSED:
+        if values.get(key):
+            yield key, values[key], REFUSED[key]
+    for key in CHECKPOINTING:
+        if isinstance(values.get(key), dict) and values[key].get("use_reentrant"):
+            yield key, values[key], "re-entrant checkpointing cannot replay the latents' cache: use_reentrant: false"
+
+
+def _updates(values: dict):
+    """Yield the settings that leave a run without an update."""
+    if not values.get("do_train", True):
+        return
+    if values.get("max_steps") == 0:
+        yield "max_steps", 0, "nothing would be trained: set 1 or more, or remove this key to train by epochs"
+    elif values.get("num_train_epochs") == 0 and values.get("max_steps", -1) < 0:
+        yield "num_train_epochs", 0, "nothing would be trained: set more than 0, or `do_train: false` to evaluate only"
+
+
+def _alignment(values: dict):
+    """What an alignment of images with texts needs, and what means nothing without one."""
+    for target in values["alignment_target"]:
+        if target not in ALIGNMENT_TARGETS:
+            remedy = f"choose from {', '.join(ALIGNMENT_TARGETS)}{did_you_mean(target, ALIGNMENT_TARGETS)}"
+            yield "alignment_target", target, remedy
+    if values["align_weight"] == 0:
+        if values["align_warmup_epochs"]:
+            yield "align_warmup_epochs", values["align_warmup_epochs"], "there is no alignment: set `align_weight` too"
+        return
+    if values["model"] is None and values["projector_type"] not in PREFIX_PROJECTORS:
+        remedy = f"an alignment needs one vector an image: set one of {', '.join(PREFIX_PROJECTORS)}"
+        yield "projector_type", values["projector_type"], remedy
+    if values["model"] is None and values["image_fusion"] != "encoder":
+        yield "image_fusion", values["image_fusion"], "an alignment needs a text encoder: set `encoder`"
+    lengths = values["epochs_per_stage"]
+    first = lengths if isinstance(lengths, int) else lengths[0]
+    epochs = values.get("num_train_epochs", RunArguments.num_train_epochs)
+    key, available = ("epochs_per_stage", first) if values["mode"] in STAGED_MODES else ("num_train_epochs", epochs)
+    if values["align_warmup_epochs"] >= available:
+        remedy = f"it leaves none of the {available} epochs of `{key}` for the answer: set that to more"
+        yield "align_warmup_epochs", values["align_warmup_epochs"], remedy
+
+
+def _objective(values: dict):
+    """What an objective needs, and what means nothing with it."""
+    objective = values["objective"]
+    if objective not in REWARDED:
+        for key in OF_REWARDS:
+            if values[key]:
+                yield key, values[key], "nothing is sampled and rewarded: set `objective: grpo`, or remove this key"
+    elif not _is_package_available("trl")[0]:
+        yield "objective", objective, "rewards need trl: pip install 'mmcoconut[rl]'"
+        return
+    else:
+        yield from _rewarded(values)
+    if objective == "distill_stops":
+        yield from _distilled(values)
+    elif objective == "supervised" and values["stop_head"] and values["model"] is None:
+        yield "stop_head", True, "nothing trains it here: set `objective: distill_stops` or grpo, or remove this key"
+    if values["stop_head"] and values["thought_schedule"] == "jacobi":
+        yield "stop_head", True, "parallel thoughts do not follow each other: set `thought_schedule: sequential`"
+    modes = compared_modes(values.get("compare")) or [values["mode"]]
+    for mode in [mode for mode in modes if mode not in (None, "coconut")] if values["stop_head"] else []:
+        yield "mode", mode, "`stop_head` ends thoughts that are fed back: set `mode: coconut`, or remove `stop_head`"
+
+
+def _distilled(values: dict):
+    """What is wrong with, or means nothing beside, a stop head that learns from a model which answers already."""
+    if values["stop_head"] is False:
+        yield "stop_head", False, "`objective: distill_stops` trains that head: set `stop_head: true`"
+    if values["model"] is None and not values.get("smoke_test"):
+        yield "model", None, "`objective: distill_stops` needs a model that answers already: name its checkpoint"
+    for key in (*NOT_REWARDED, "lora"):
+        if values.get(key):
+            yield key, values[key], "only the stop head learns, and at the last stage: remove this key"
+
+
+def _rewarded(values: dict):
+    """What is wrong with `rewards` and `rl`, and with what stands beside them."""
+    from mmcoconut.arguments.policy_arguments import check_value, passed_on  # here, because it imports trl
+    from mmcoconut.objectives.rewards import reward_problems
+
+    if values["rewards"] is not None:
+        yield from reward_problems(values["rewards"])
+    types = passed_on(values["objective"])
+    for key, value in values["rl"].items():
+        try:
+            if key not in types:
+                raise ValueError(f"not passed on to trl{did_you_mean(key, types)}; passed on are {', '.join(types)}")
+            check_value(key, typed_value(key, value, types[key]))
+        except ValueError as error:
+            yield f"rl.{key}", value, str(error)
+    if "thoughts" in (values["rewards"] or {}) and values["stop_head"] is False:
+        yield "rewards.thoughts", values["rewards"]["thoughts"], "all rows think all thoughts: set `stop_head: true`"
+    if values["thought_noise"] and values["mode"] not in (None, "coconut"):
+        yield "thought_noise", values["thought_noise"], f"`mode: {values['mode']}` feeds no thought back: set it to 0"
+    for key, remedy in NOT_REWARDED.items():
+        if values.get(key):
+            yield key, values[key], remedy
+    if values["ce_weight"] != CurriculumArguments.ce_weight:
+        yield "ce_weight", values["ce_weight"], "answers are rewarded, and have no cross-entropy: remove this key"
+    if values.get("train_sampling_strategy") == "group_by_length":
+        yield "train_sampling_strategy", "group_by_length", "trl repeats rows in its own order: remove this key"
+
+
+def _comparison(values: dict):
+    """What is wrong with `compare`, and what does not go with it or without it."""
+    compare = values.get("compare")
+    if compare is None:
+        if values.get("seeds") not in (None, 1):
+            remedy = "only a comparison has several runs: set `compare` to its modes, or remove it"
+            yield "seeds", values["seeds"], remedy
+        return
+    for mode in compared_modes(compare) or [""]:
+        if mode not in MODES:
+            yield "compare", mode, f"choose from {', '.join(MODES)}{did_you_mean(mode, MODES)}"
+    for key in NOT_COMPARED:
+        if values.get(key):
+            yield key, values[key], NOT_COMPARED[key]
+    if not values.get("do_train", True):
+        yield "do_train", False, "a comparison trains every mode: remove this key"
+
+
+def _unknown_fields(values: dict):
+    """Fields of the configurations that their architecture does not have; data sets check their own options."""
+    for part in ("vision_config", "text_config"):
+        config = values[part] or {}
+        cls = CONFIG_MAPPING[config["model_type"]] if config.get("model_type") in CONFIG_MAPPING else None
+        if config.get("model_type") and cls is None:
+            yield (
+                part,
+                config["model_type"],
+                f"no such architecture{did_you_mean(config['model_type'], CONFIG_MAPPING)}",
+            )
+        if cls is not None:
+            valid = {"model_type", *cls.attribute_map, *(field.name for field in dataclasses.fields(cls))}
+            for key in sorted(config.keys() - valid):
+                yield f"{part}.{key}", config[key], f"{cls.__name__} has no such field{did_you_mean(key, valid)}"
+
+
+def _lora(values: dict):
+    """Fields that peft.LoraConfig does not have."""
+    lora = values["lora"]
+    if lora is None:
+        return
+    if not is_peft_available():
+        yield "lora", lora, "adapters need peft: pip install 'mmcoconut[lora]'"
+        return
+    for key in sorted(lora.keys() - lora_fields()):
+        yield f"lora.{key}", lora[key], f"peft.LoraConfig has no such field{did_you_mean(key, lora_fields())}"
+
+
+def _missing(values: dict):
+    """The paths that lead nowhere; a Hub id is not looked up."""
+    for key in FOLDERS:
+        if is_missing_folder(values.get(key)):
+            yield key, values[key], "no such folder: give an existing folder or a Hub id"
+    splits = ("train", values["eval_split"]) if values.get("do_train", True) else (values["eval_split"],)
+    for name in DATA_PATHS:
+        option = values["dataset_options"].get(name) or {}
+        paths = option if isinstance(option, dict) else dict.fromkeys(splits, option)
+        for path in {str(paths[split]).replace("{split}", split): None for split in splits if paths.get(split)}:
+            if not Path(path).exists():
+                yield f"dataset_options.{name}", path, "no such file or folder"
+
+
+def problems_of(values: dict, wrong: Container[str]) -> list[tuple]:
+    """Return what is wrong with typed values, but nothing about the keys in `wrong`, whose values cannot be read."""
+    found = [*_conflicts(values), *_comparison(values), *_unknown_fields(values), *_lora(values)]
+    found += [*without_effect(values, DEFAULTS), *_layout(values), *_alignment(values)]
+    found += [*_objective(values)] if "objective" not in wrong else []
+    found += [] if values.get("smoke_test") else _missing(values)
+    return [problem for problem in found if problem[0] not in wrong]
+
+
+def layout_problems(arguments) -> list[tuple]:
+    """Return the problems of the layout that a checkpoint has settled, as (key, value, remedy)."""
+    *parts, run = arguments
+    values = {key: value for part in parts for key, value in vars(part).items()}
+    values |= {key: getattr(run, key) for key in NAMES[-1]}
+    return [*_layout(values), *_objective(values)]

@@ -1,0 +1,309 @@
+"""Rows of `mmcoconut.data` become the batches of a stage."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain
+
+import torch
+
+from mmcoconut.arguments.choices import STAGED_MODES, THINKING_MODES
+from mmcoconut.data import history_of, open_images, question_text
+from mmcoconut.data.image_features import ImageFeatures
+from mmcoconut.objectives.alignment import Alignment
+from mmcoconut.processing_mmcoconut import makes_tiles
+from mmcoconut.training.curriculum import Curriculum, RowPlan
+
+
+IGNORED = -100
+# What the model reads before it writes, and what it is to write: ids.
+Turn = tuple[Sequence[int], Sequence[int]]
+DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
+RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an image's
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: Sequence[int], length: int) -> torch.Tensor:
+    """Rows of ids as (B, length), `left[b]` pads before row b and the rest behind it."""
+    padded = [[value] * pad + list(row) + [value] * (length - pad - len(row)) for row, pad in zip(rows, left)]
+    return torch.tensor(padded)
+
+
+def align_rows(rows: Sequence[Sequence[Turn]], *, pad_id: int, latent_id: int):
+    """Batch rows of turns so that the first latents share a column, and label what is written in each turn only.
+
+        pad pad <img> q q <start> <lat> <lat> <end> ### a eos
+        <img> q q q q <start> <lat> <lat> <end> s ⏎ ### a eos     (rows are moved right, then padded behind)
+
+    A column with a latent costs a pass of the decoder, so shared columns cost the fewest. Without latents nothing
+    is moved. Returns input_ids, attention_mask, labels, each (B, T).
+    """
+    labels = [[*chain(*([*[IGNORED] * len(prompt), *target] for prompt, target in turns))] for turns in rows]
+    rows = [[*chain(*chain(*turns))] for turns in rows]
+    first = [row.index(latent_id) if latent_id in row else 0 for row in rows]
+    left = [max(first) - column if column else 0 for column in first]
+    length = max(pad + len(row) for pad, row in zip(left, rows))
+    return {
+        "input_ids": pad_rows(rows, pad_id, left=left, length=length),
+        "attention_mask": pad_rows([[1] * len(row) for row in rows], 0, left=left, length=length),
+        "labels": pad_rows(labels, IGNORED, left=left, length=length),
+    }
+
+
+@lru_cache(maxsize=RECURRING_TEXTS)
+def encode_turns(processor, question: str, history: tuple, markers: str, **layout) -> tuple:
+    """`processor.encode_turns`, which renders a chat, once for questions that recur; markers are the processor's."""
+    turns, prompt = processor.encode_turns(question, history, **layout)
+    return tuple((tuple(asked), tuple(written)) for asked, written in turns), tuple(prompt)
+
+
+@lru_cache(maxsize=RECURRING_TEXTS)
+def encode_step(processor, step: str) -> tuple:
+    """`processor.encode_step`, once for steps that recur."""
+    return tuple(processor.encode_step(step))
+
+
+@lru_cache(maxsize=RECURRING_TEXTS)
+def encode_answer(processor, answer: str) -> tuple:
+    """`processor.encode_answer`, once for answers that recur."""
+    return tuple(processor.encode_answer(answer))
+
+
+class CurriculumCollator:
+    """Rows of `mmcoconut.data` → batches of the present stage.
+
+    Calling it gives training batches; `prompts` gives evaluation batches, which end where the model is to go on.
+    `epoch` is set by `CurriculumCallback`; a data loader's workers read it when they start.
+
+    Args:
+        curriculum, processor: the schedule and the layout.
+        max_length: positions of the language model; longer rows are refused.
+        max_new_tokens: what evaluation will add to a prompt.
+        alignment: what the rows' pictures are aligned with, if anything.
+        num_epochs: epochs of the run, where known; stages that it does not reach are not measured.
+
+    With `image_features` batches hold these in the place of pixels.
+    """
+
+    def __init__(
+        self,
+        curriculum: Curriculum,
+        processor,
+        *,
+        max_length: int | None = None,
+        max_new_tokens: int = 0,
+        alignment: Alignment | None = None,
+        num_epochs: int | None = None,
+    ):
+        self.curriculum, self.processor = curriculum, processor
+        self.max_length, self.max_new_tokens = max_length, max_new_tokens
+        self.alignment, self.num_epochs = alignment, num_epochs
+        self.epoch = 0
+        self.fixed_stage: int | None = None
+        self.image_features: ImageFeatures | None = None
+
+    @property
+    def stage(self) -> int:
+        """The stage of the present epoch, unless one was fixed, as for evaluating a trained checkpoint."""
+        return self.curriculum.stage_at(self.epoch) if self.fixed_stage is None else self.fixed_stage
+
+    def check_length(self, row: dict, length: int, what: str) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(
+                f"{row['row_id']}: {what} takes {length} tokens, images and latents included, and the language "
+                f"model, or max_length, has {self.max_length} positions: shorten the question or the steps, use "
+                "fewer latents or image tokens, lower max_new_tokens, take a language model with more positions, or "
+                "set `long_rows: cut`."
+            )
+
+    def check_turns(self, row: dict) -> None:
+        """Whether this run can lay out the turns of a row.
+
+        Raises:
+            ValueError: a conversation whose turns would have thoughts by stage, or for an encoder-decoder; steps where
+                there are no stages.
+        """
+        num_turns, per_turn = 1 + len(history_of(row)), self.curriculum.thoughts_per_turn
+        if num_turns > 1 and self.processor.decoder_start_token_id is not None:
+            remedy = "an encoder-decoder reads one question: set dataset_options.max_turns to 1"
+        elif num_turns > 1 and self.curriculum.mode in THINKING_MODES and not per_turn:
+            remedy = f"mode {self.curriculum.mode} has thoughts by stage, and it has no stages: set thoughts_per_turn"
+        elif row["steps"] and per_turn:
+            remedy = f"with thoughts_per_turn={per_turn} no stage replaces its {len(row['steps'])} steps: set it to 0"
+        else:
+            return
+        raise ValueError(f"{row['row_id']}: a row of {num_turns} turn(s), and {remedy}.")
+
+    def training_plan(self, row: dict) -> RowPlan:
+        num_steps = len(row["steps"])
+        stage = self.curriculum.training_stage(self.stage, num_steps=num_steps, epoch=self.epoch, index=row["index"])
+        return self.curriculum.plan(stage, num_steps)
+
+    def evaluation_plan(self, row: dict) -> RowPlan:
+        """The stage's own, with the latents that an evaluation prompt has."""
+        skipped = self.curriculum.plan(self.stage, len(row["steps"])).skipped_steps
+        return RowPlan(skipped, self.curriculum.num_latents(self.stage))
+
+    def encode_turns(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> tuple[list[Turn], list[int]]:
+        """Earlier turns and last prompt of a row; num_tiles holds the tiles of each of its images."""
+        self.check_turns(row)
+        layout = {"num_tiles": tuple(num_tiles), "num_latents": num_latents}
+        asked, markers = (question_text(row), history_of(row)), self.processor.markers
+        turns, prompt = encode_turns(self.processor, *asked, markers, **layout)
+        return [*turns], [*prompt]
+
+    def encode_prompt(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> list[int]:
+        """All that comes before a row's last answer."""
+        turns, prompt = self.encode_turns(row, num_tiles, num_latents)
+        return [*chain(*chain(*turns)), *prompt]
+
+    def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> list[Turn]:
+        """The turns of a row under a plan, the last of which has what is left of its steps."""
+        turns, prompt = self.encode_turns(row, num_tiles, plan.num_latents)
+        steps = [encode_step(self.processor, step) for step in row["steps"][plan.skipped_steps :]]
+        return [*turns, (prompt, [*chain(*steps), *encode_answer(self.processor, row["answers"][0])])]
+
+    def length_of(self, turns: Sequence[Turn]) -> int:
+        """Tokens of a row; of an encoder-decoder those of the longer side."""
+        *before, (prompt, target) = turns
+        return self.longest_part([*chain(*chain(*before)), *prompt], len(target))
+
+    @property
+    def stages(self) -> range:
+        """The stages that rows may be laid out at: the fixed one, or all from the run's first epoch to its last."""
+        curriculum = self.curriculum
+        if self.fixed_stage is not None:
+            return range(self.fixed_stage, self.fixed_stage + 1)
+        if curriculum.uniform_prob and curriculum.mode in STAGED_MODES:
+            return range(curriculum.last_stage + 1)
+        last = curriculum.last_stage if self.num_epochs is None else curriculum.stage_at(max(0, self.num_epochs - 1))
+        return range(curriculum.stage_at(0), last + 1)
+
+    def longest_form(self, row: dict, num_tiles: Sequence[int], *, room: int = 0) -> tuple[int, str]:
+        """The most tokens that a row takes at any of `stages`, and as what it does.
+
+        Each text is tokenized once, not once a stage: a latent is one token, and a row whose latents change with the
+        stage has no earlier turns.
+
+        Args:
+            num_tiles: the tiles of each of its images.
+            room: new tokens that may follow its prompt. A row with room is evaluated too, so that its own number of
+                steps never caps the latents.
+        """
+        curriculum, (steps, answer) = self.curriculum, self.target_lengths(row)
+        plans = {stage: curriculum.plan(stage, len(steps)) for stage in self.stages}
+        latents = {stage: curriculum.num_latents(stage) if room else plan.num_latents for stage, plan in plans.items()}
+        most = max(latents.values())
+        turns, prompt = self.encode_turns(row, num_tiles, most)
+        encoder, decoder = self.processor.split_prompt([*chain(*chain(*turns)), *prompt])
+        forms = [(len(encoder), "the question")]
+        for stage, plan in plans.items():
+            begun = len(decoder) - most + latents[stage]
+            forms.append((begun + sum(steps[plan.skipped_steps :]) + answer, f"the sequence of stage {stage}"))
+            forms.append((begun + room, f"the prompt of stage {stage} with {room} new tokens (max_new_tokens)"))
+        return max(forms, key=lambda form: form[0])
+
+    def target_lengths(self, row: dict) -> tuple[list[int], int]:
+        """Tokens of each written step, and of the answer."""
+        steps = [len(encode_step(self.processor, step)) for step in row["steps"]]
+        return steps, len(encode_answer(self.processor, row["answers"][0]))
+
+    def measure(self, row: dict, num_images: int, whole_row, *, room: int = 0) -> tuple[int, str]:
+        """`longest_form` of a row with so many images; `whole_row()` gives the row with its images.
+
+        Only a row that would be too long with the most tiles that its images can have is read to count them.
+        """
+        image_processor = self.processor.image_processor
+        tiled = makes_tiles(image_processor) and num_images > 0
+        most = image_processor.max_patches + 1 if tiled and image_processor.crop_to_patches else 1  # 1: the thumbnail
+        found = self.longest_form(row, [most] * num_images, room=room)
+        if not tiled or self.max_length is None or found[0] <= self.max_length:
+            return found
+        return self.longest_form(row, self.pixels([whole_row()])[1][0], room=room)
+
+    def longest(self, row: dict, *, room: int = 0) -> int:
+        """The most tokens of a row at any stage, as `measure` counts them."""
+        return self.measure(row, len(row["images"]), lambda: row, room=room)[0]
+
+    def longest_part(self, prompt: list[int], num_following: int) -> int:
+        """Tokens of a prompt and what follows it; of an encoder-decoder those of the longer side."""
+        encoder, decoder = self.processor.split_prompt(prompt)
+        return max(len(encoder), len(decoder) + num_following)
+
+    def pixels(self, rows: Sequence[dict]) -> tuple[dict, list[list[int]]]:
+        """What the model reads for all rows' images in order, and the tiles of each image of each row."""
+        if self.image_features is not None:
+            return self.image_features.of_rows(rows)
+        return self.processor.encode_images([open_images(row) for row in rows], return_tensors="pt")
+
+    def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence[int]]) -> dict:
+        """input_ids, attention_mask, labels (B, T), each row under its plan; tiles as `pixels` gives them.
+
+        For an encoder-decoder these are the decoder's, labels what each column predicts, beside the encoder's.
+        """
+        encoder, decoder = [], []
+        for row, num_tiles in zip(rows, tiles):
+            (prompt, target), *later = turns = self.encode_row(row, plan_of(row), num_tiles)
+            self.check_length(row, self.length_of(turns), f"the sequence of stage {self.stage}")
+            read, begun = self.processor.split_prompt(prompt)
+            encoder.append(read)
+            decoder.append([(begun, target), *later])
+        pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
+        batch = align_rows(decoder, pad_id=pad_id, latent_id=latent_id)
+        if not encoder[0]:
+            return batch
+        ids, mask = self.processor.prompt_names
+        return {
+            ids: batch["input_ids"][:, :-1],
+            mask: batch["attention_mask"][:, :-1],
+            "labels": batch["labels"][:, 1:],
+            **self.processor.tokenizer.pad({"input_ids": encoder}, padding_side="right", return_tensors="pt"),
+        }
+
+    def aligned(self, rows: Sequence[dict]) -> dict:
+        """alignment_input_ids and alignment_attention_mask (images, S): of each row's text, once for each picture."""
+        texts = [self.alignment.text(row) for row in rows for _ in row["images"]]
+        if not texts:
+            return {}
+        tokenizer = self.processor.tokenizer
+        batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", split_special_tokens=True)
+        if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
+            raise ValueError(
+                f"A text to align a picture with takes {batch['input_ids'].shape[1]} tokens, and the language model "
+                f"has {self.max_length} positions: set alignment_target to a shorter one."
+            )
+        return {f"alignment_{name}": batch[name] for name in ("input_ids", "attention_mask")}
+
+    def __call__(self, rows: Sequence[dict]) -> dict:
+        pixels, tiles = self.pixels(rows)
+        batch = {**self.supervised(rows, self.training_plan, tiles), **pixels}
+        if self.alignment is None:
+            return batch
+        if self.alignment.warms_up(self.epoch):
+            if not any(row["images"] for row in rows):
+                raise ValueError(
+                    f"{rows[0]['row_id']}: align_warmup_epochs learns from pictures alone, and none of the "
+                    f"{len(rows)} rows of this batch has one: set it to 0, or leave rows without pictures out."
+                )
+            batch = {name: tensor for name, tensor in batch.items() if name not in ("labels", *DECODER_INPUTS)}
+        return {**batch, **self.aligned(rows)}
+
+    def prompts(self, rows: Sequence[dict]) -> dict:
+        """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows.
+
+        With an alignment also `num_images` (B,) of each row.
+        """
+        num_latents = self.curriculum.num_latents(self.stage)
+        pixels, tiles = self.pixels(rows)
+        prompts = [self.encode_prompt(row, num_tiles, num_latents) for row, num_tiles in zip(rows, tiles)]
+        for row, prompt in zip(rows, prompts):
+            length = self.longest_part(prompt, self.max_new_tokens)
+            self.check_length(row, length, "the prompt with max_new_tokens")
+        return {
+            **self.processor.pad_prompts(prompts, padding=True, return_tensors="pt"),
+            **pixels,
+            "index": torch.tensor([row["index"] for row in rows]),
+            **({"num_images": torch.tensor([len(row["images"]) for row in rows])} if self.alignment else {}),
+            "supervised": {
+                **self.supervised(rows, self.evaluation_plan, tiles),
+                **(self.aligned(rows) if self.alignment is not None else {}),
+            },
+        }

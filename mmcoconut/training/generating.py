@@ -1,0 +1,37 @@
+"""Generate answers and count what they took: tokens and thoughts."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+
+def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
+    """How many of a row's new tokens it wrote: up to its first eos, that one included; what follows is padding.
+
+    >>> count_generated([5, 6, 0, 9, 9], [0]), count_generated([5, 6], [0])
+    (3, 2)
+    """
+    ends = [position for position, token in enumerate(tokens) if token in eos_token_ids]
+    return ends[0] + 1 if ends else len(tokens)
+
+
+def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
+    """At which of the latents (B, P) of their prompts rows thought, (B, P), by what a filled cache says."""
+    stopped = getattr(past_key_values, "mask_of_stopped", None)
+    if stopped is None:
+        return latent_mask
+    num_beams = len(stopped) // len(latent_mask)
+    return latent_mask & stopped[::num_beams, : latent_mask.shape[1]].bool()
+
+
+def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: float | None, **options):
+    """What `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,).
+
+    stop_threshold: of a model with a stop head.
+    """
+    latent_mask = inputs[processor.prompt_names[0]] == model.config.latent_token_id  # (B, P)
+    if not model.config.stop_head:
+        return model.generate(**inputs, **options), latent_mask.sum(dim=1)
+    options |= {"stop_threshold": stop_threshold, "return_dict_in_generate": True}
+    outputs = model.generate(**inputs, **options)
+    return outputs.sequences, thought_latents(outputs.past_key_values, latent_mask).sum(dim=1)
