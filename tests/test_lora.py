@@ -12,7 +12,7 @@ from test_train import ROOT, losses, recipe  # noqa: F401  (a fixture)
 from tiny import TEXT_CONFIGS, checkpoint_activations, last_labels, max_difference, ragged_batch, tiny_model, uncached
 
 import train_hf
-from mmcoconut.arguments import recipes as arguments
+from mmcoconut.arguments import conflicts
 from mmcoconut.arguments.recipes import RecipeError, parse_recipe
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
 from mmcoconut.evaluation.answering import load_checkpoint
@@ -302,6 +302,6 @@ def test_recipe_with_a_wrong_adapter_is_refused(recipe, options, message):  # no
 
 
 def test_adapters_without_peft_are_refused_with_what_to_install(recipe, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(arguments, "is_peft_available", lambda: False)
+    monkeypatch.setattr(conflicts, "is_peft_available", lambda: False)
     with pytest.raises(RecipeError, match=r"pip install 'mmcoconut\[lora\]'"):
         parse_recipe([recipe, "--lora", "{}"])

@@ -13,7 +13,7 @@ from test_train import ROOT, TINY, launch, losses
 from tiny import HIDDEN_SIZE, max_difference, tiny_model, tiny_processor, tiny_seq2seq, uncached
 
 import train_hf
-from mmcoconut.arguments import recipes as arguments
+from mmcoconut.arguments import conflicts
 from mmcoconut.arguments.recipes import RecipeError, parse_recipe
 from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.models import load_model
@@ -518,6 +518,6 @@ def test_recipes_that_cannot_be_meant_are_refused(recipe, words, key, message):
 
 
 def test_rewards_without_trl_say_what_to_install(recipe, monkeypatch):
-    monkeypatch.setattr(arguments, "_is_package_available", lambda name: (False, None))
+    monkeypatch.setattr(conflicts, "_is_package_available", lambda name: (False, None))
     with pytest.raises(RecipeError, match=r"pip install 'mmcoconut\[rl\]'"):
         parse_recipe([recipe])

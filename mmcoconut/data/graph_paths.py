@@ -258,8 +258,8 @@ def _prosqa_texts(puzzle: Puzzle) -> dict:
 
 
 def _symbol_texts(puzzle: Puzzle) -> dict:
-    """An edge is one word on one line: `mmcoconut.data.tokenizer` makes one token of it with its line end, in facts and
-    steps alike, if its vocabulary is large enough: 300 + num_nodes² entries will do."""
+    """An edge is one word on one line: `train_tokenizer` makes one token of it with its line end, in facts and steps
+    alike, if its vocabulary is large enough: 300 + num_nodes² entries will do."""
     symbols = puzzle.symbols
     root, target = symbols[puzzle.path[0]], symbols[puzzle.path[-1]]
     first, second = (symbols[node] for node in puzzle.options)
