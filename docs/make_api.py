@@ -2,12 +2,13 @@
 
     python docs/make_api.py
 
-A name is shown with what this package's own classes define for it and say something about; what it inherits from
-transformers is documented there.
+A name is shown with what users call of it: those of METHODS that this package's own classes define. What it inherits
+from transformers is documented there, and what only this package calls is documented where it is defined.
 """
 
 import dataclasses
 import functools
+import importlib
 import inspect
 from pathlib import Path
 
@@ -27,6 +28,24 @@ Made from the docstrings by `python docs/make_api.py`: change it there. What a c
 documented in that library.
 
 """
+# What users call of the public classes.
+METHODS = ("from_backbones", "from_vlm", "forward", "generate", "prefill", "save_pretrained", "apply_chat_template")
+METHODS += ("decode_answers", "further_turn", "encode_images", "encode_prompt", "latent_graphs", "checkpointed_passes")
+METHODS += ("get_image_features", "stage_at", "last_stage", "plan", "num_latents", "stage", "prompts", "evaluate")
+METHODS += ("save_model", "create_model_card", "push_to_hub", "with_count", "answer", "choose")
+# What users import from modules, beside the names of the package itself; a test compares it with the pages.
+MODULES = {
+    "data": ("question_text",),
+    "data.arrow_mazes": ("generate", "draw", "draw_path", "question_of", "cell_name"),
+    "data.tokenizer": ("train_tokenizer",),
+    "arguments.fields": ("RunArguments",),
+    "arguments.recipes": ("parse_recipe",),
+    "objectives.rewards": ("exact_match_reward", "format_reward", "judged_text", "ModelReward"),
+    "evaluation.answering": ("load_checkpoint", "Answerer"),
+    "audit.interventions": ("intervening",),
+    "audit.thoughts": ("read_thoughts", "geometry", "lens_text", "linear_probe"),
+    "audit.thought_pictures": ("thought_strip",),
+}
 # A command, the docstring that says what it is for, and the classes of its arguments.
 COMMANDS = (
     ("train_hf.py recipe.yaml", "", CLASSES),
@@ -91,18 +110,18 @@ def class_entry(cls: type) -> list[str]:
     entries, seen = [verbatim(cls.__doc__)], set()
     for owner in own_classes(cls):
         for name, member in vars(owner).items():
-            entry = None if name.startswith("_") or name in seen else member_entry(name, member)
+            entry = member_entry(name, member) if name in METHODS and name not in seen else None
             seen.add(name)
             entries += [entry] if entry is not None else []
     return entries
 
 
-def public_entry(name: str) -> str:
-    """A public name: a class with its methods, or a function."""
-    thing = getattr(mmcoconut, name)
+def public_entry(name: str, module: str = "mmcoconut") -> str:
+    """A name that users import: a class with its methods, or a function."""
+    thing = getattr(importlib.import_module(module), name)
     head = name if inspect.isclass(thing) else name + signature_of(thing)
     body = class_entry(thing) if inspect.isclass(thing) else [verbatim(thing.__doc__)]
-    return "\n".join([f"### `{head}`\n", f"`from mmcoconut import {name}`\n", *body])
+    return "\n".join([f"### `{head}`\n", f"`from {module} import {name}`\n", *body])
 
 
 def default_text(field: dataclasses.Field) -> str:
@@ -136,8 +155,10 @@ def command_entry(command: str, docstring: str, classes) -> str:
 def page() -> str:
     """The text of docs/api.md."""
     names = "\n".join(map(public_entry, mmcoconut.PUBLIC_NAMES))
+    entries = [public_entry(name, f"mmcoconut.{module}") for module, some in MODULES.items() for name in some]
+    more = "\n".join(entries)
     commands = "\n".join(command_entry(*command) for command in COMMANDS)
-    return f"{HEAD}## Names\n\n{names}\n## Commands\n\n{commands}"
+    return f"{HEAD}## Names\n\n{names}\n## Names of modules\n\n{more}\n## Commands\n\n{commands}"
 
 
 if __name__ == "__main__":

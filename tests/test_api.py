@@ -3,6 +3,7 @@
 import dataclasses
 import doctest
 import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from mmcoconut.arguments.fields import CLASSES
 from mmcoconut.audit.command import AuditArguments
 
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
 sys.path.append(str(DOCS))
 
 import make_api  # noqa: E402
@@ -37,6 +39,20 @@ def test_every_argument_has_a_line_with_its_help(cls):
         if field.name in inspect.get_annotations(cls):
             start, said = f"| `{field.name}` |", field.metadata["help"].split("<")[0]
             assert any(line.startswith(start) and said in line for line in lines), field.name
+
+
+@pytest.mark.parametrize("name", make_api.METHODS)
+def test_what_users_call_has_an_entry(name):
+    assert f"\n#### `{name}`\n" in make_api.page() or f"\n#### `{name}(" in make_api.page()
+
+
+def test_every_name_that_the_pages_import_has_an_entry():
+    pages = [ROOT / "README.md", *DOCS.glob("*.md"), *ROOT.glob("notebooks/*.ipynb")]
+    found = re.findall(r"from mmcoconut\.([a-z0-9_.]+) import ([\w, ]+)", "".join(page.read_text() for page in pages))
+    imported = {(module, name.strip()) for module, names in found for name in names.split(",")}
+    assert imported and not {
+        (module, name) for module, name in imported if name not in make_api.MODULES.get(module, mmcoconut.PUBLIC_NAMES)
+    }
 
 
 def test_what_the_library_defines_is_not_repeated():

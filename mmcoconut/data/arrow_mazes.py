@@ -221,6 +221,7 @@ def generate(
 
 
 def question_of(hops: int) -> str:
+    """Return the question about a maze whose way has so many arrows."""
     arrows = "arrow" if hops == 1 else "arrows"
     return f"Start at the marked cell and follow {hops} {arrows}. Which color do you stand on?"
 
