@@ -48,10 +48,23 @@ def test_root_modules_are_all_installed_but_the_script():
     assert set(setup["options"]["py_modules"].split()) == {path.stem for path in ROOT.glob("*_mmcoconut.py")}
 
 
+def test_sub_packages_are_all_installed_with_what_they_show():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("mmcoconut/**/__init__.py")]
+    assert set(setup["options"]["packages"].split()) == {"mmcoconut.metrics", *(".".join(f.parts) for f in folders)}
+    files = [path for path in ROOT.glob("mmcoconut/**/*") if path.suffix in (".html", ".css", ".md")]
+    assert len(files) == 4
+    for file in files:
+        patterns = setup["options.package_data"][".".join(file.parent.relative_to(ROOT).parts)].split(", ")
+        assert f"*{file.suffix}" in patterns, file
+
+
 @pytest.mark.parametrize(
     "file",
     [
         "README.md",
+        "CHANGELOG.md",
         "CONTRIBUTING.md",
         "CITATION.cff",
         "LICENSE",

@@ -145,11 +145,12 @@ def test_refused_rows_leave_nothing_behind_in_the_metric():
 
 
 @pytest.mark.slow
-def test_installed_package_brings_its_metrics(tmp_path, monkeypatch):
+def test_installed_package_brings_its_metrics_and_files(tmp_path, monkeypatch):
     """The wheel of what git would hold, unpacked as pip does, imported where no repository is near."""
     source, target = tmp_path / "source", tmp_path / "site"
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
-    for name in subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines():
+    names = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.splitlines()
+    for name in names:
         if name.startswith("tests/") or not (ROOT / name).is_file():
             continue
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -163,6 +164,8 @@ def test_installed_package_brings_its_metrics(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     folders = {name: target / "mmcoconut" / "metrics" / name for name in REFERENCES}
     assert done.stdout.splitlines() == [str(folder) for folder in folders.values()]
+    package = [name for name in names if name.startswith("mmcoconut/") and (ROOT / name).is_file()]
+    assert package and not [name for name in package if not (target / name).is_file()]
     monkeypatch.setattr(scoring, "metric_folder", folders.get)
     load_metric.cache_clear()
     for name, folder in folders.items():
