@@ -32,10 +32,13 @@ from pathlib import Path
 import train_hf
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
-from mmcoconut import audit, evaluation, publish, uploads
+from mmcoconut import publish
+from mmcoconut.audit import command
+from mmcoconut.evaluation import evaluate
+from mmcoconut.hub import uploads
+from mmcoconut.hub.uploads import Repository, Uploads
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.hub.uploads import Repository, Uploads
 
 
 def run(name, *options):
@@ -53,8 +56,8 @@ def fill(text):
 # A run that uploads every save, and what is measured and published of it afterwards.
 run("every", "--hub_private_repo", "true", "--hub_token", os.environ["TOKEN"], "--license", "mit")
 data = ["--split", "validation"]
-evaluation.main(["--model", "every", *data, "--output_dir", "evaluated"])
-audit.main(["--model", "every", *data, "--output_dir", "audited", "--max_samples", "6", "--num_shown", "1"])
+evaluate.main(["--model", "every", *data, "--output_dir", "evaluated"])
+command.main(["--model", "every", *data, "--output_dir", "audited", "--max_samples", "6", "--num_shown", "1"])
 measured = ["--evaluation", "evaluated", "--audit", "audited"]
 published = ["--model", "every", "--repo_id", "user/published", "--private", "true"]
 publish.main([*published, "--max_shard_size", "30KB", "--message", "In pieces"])
