@@ -15,7 +15,6 @@ STAGED_MODES = ("coconut", "pause", "no_thoughts")
 THINKING_MODES = ("coconut", "pause")
 MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause")
 
-
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}

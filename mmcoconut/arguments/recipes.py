@@ -45,7 +45,6 @@ from mmcoconut.records import write_whole
 
 logger = logging.getLogger("mmcoconut")
 
-
 # Renamed with transformers 5.23, which knows both names; before it there is the second only.
 RENAMED = {f"activation_{name}": f"gradient_{name}" for name in ("checkpointing", "checkpointing_kwargs")}
 RENAMED = {new: old for new, old in RENAMED.items() if new not in TrainingArguments.__dataclass_fields__}

@@ -1,4 +1,4 @@
-"""The curriculum of Coconut: stage arithmetic, the collator of a stage's batches, the callback that goes on.
+"""The curriculum of Coconut: which stage an epoch has, and what that does to a row.
 
 At stage s the first s reasoning steps of a row are replaced by c_thought · s latents:
 
@@ -12,14 +12,10 @@ are learnt.
 Source: Hao et al. 2024, https://arxiv.org/abs/2412.06769, section 3, and its published configurations.
 """
 
-import logging
 import random
 from dataclasses import dataclass
 
 from mmcoconut.arguments.choices import MODES, STAGED_MODES, THINKING_MODES
-
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
