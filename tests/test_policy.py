@@ -538,6 +538,25 @@ def test_the_stop_heads_loss_is_clipped_and_leaves_out_rows_that_are_masked():
     assert stop_loss(log_probs, [None] * 3, **rows, limits=(0.8, 1.2)).item() == pytest.approx(-1.0)
 
 
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_the_stop_heads_loss_compares_with_the_policy_that_sampled(recipe, tmp_path, monkeypatch, objective):
+    """Two updates learn from each generation: the first is by that policy itself, and the reference is another."""
+    calls = []
+
+    def recording(log_probs, kept, **options):
+        calls.append((log_probs.tolist(), kept))
+        return stop_loss(log_probs, kept, **options)
+
+    monkeypatch.setattr(policy_trainer, "stop_loss", recording)
+    words = ["--objective", objective, "--stop_head", "true", "--rewards", "{low: 1.0}", "--rl.beta", "0.1"]
+    words += ["--rl.num_iterations", "2", "--learning_rate", "3e-2", "--max_steps", "4"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *words])
+    for (first, kept), (second, kept_later) in (calls[:2], calls[2:]):
+        assert kept == pytest.approx(first, abs=1e-5)
+        assert sorted(kept) == sorted(kept_later)
+        assert max(abs(new - old) for new, old in zip(second, kept_later)) > 1e-3
+
+
 def test_all_dropout_is_switched_off():
     pairs = [pair_of("marian"), pair_of("qwen2")]
     for model, _ in pairs:
