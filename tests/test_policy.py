@@ -1,10 +1,17 @@
 """The policy of reinforcement learning: what it samples, how likely it says that was, and what its trainers learn."""
 
+import copy
+import inspect
 import json
+import pickle
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from fixed_answers import answer as fixed_answers
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_conversations import rows_of
@@ -19,7 +26,7 @@ from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.models import load_model
 from mmcoconut.objectives.rewards import REWARDS
 from mmcoconut.rl import stop_distillation
-from mmcoconut.rl.policy import Rollout, Sampling, joined, likelihood, read_prompts, sample
+from mmcoconut.rl.policy import Rollout, Sampling, joined, likelihood, read_prompts, sample, stop_loss
 from mmcoconut.rl.stop_distillation import fewest_right
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
@@ -27,6 +34,8 @@ from mmcoconut.training.lora import add_lora
 
 
 pytest.importorskip("trl")
+
+from trl import GRPOTrainer, RLOOTrainer  # noqa: E402
 
 from mmcoconut.rl import policy_trainer  # noqa: E402  (it needs trl)
 
@@ -174,6 +183,94 @@ def test_a_row_that_recurs_is_read_once_and_a_long_one_is_refused():
     assert prompts[0] is prompts[1] and prompts[2] is not prompts[1]
     with pytest.raises(ValueError, match="talk row 0: the prompt with max_new_tokens takes"):
         read_prompts(collator_of(processor, max_length=8), rows())
+
+
+def rollouts_of(processor) -> policy_trainer.Rollouts:
+    """Rollouts over two rows whose index is not their position."""
+    rows = Dataset.from_list([{**row, "index": 10 + row["index"]} for row in rows_of(1, 1)])
+    return policy_trainer.Rollouts(rows, collator_of(processor), Sampling(0.5, {**WRITE, "temperature": 0.7}))
+
+
+def rolled_out(rollouts: policy_trainer.Rollouts, model) -> tuple[list[Rollout], list, dict]:
+    """Its rollouts of the second row and twice the first, their answers, and the batch that trl makes of them."""
+    prompts = [row["prompt"] for row in policy_trainer.questions_of([rollouts.rows[place] for place in (1, 0, 0)])]
+    accelerator = SimpleNamespace(unwrap_model=lambda model: model)
+    trainer = SimpleNamespace(accelerator=accelerator, model=model, compute_loss_context_manager=nullcontext)
+    output, kept = rollouts(copy.deepcopy(prompts), trainer), [*rollouts.kept.values()]
+    shown = [replace(rollout.prompt, begun=ids) for rollout, ids in zip(kept, output["prompt_ids"])]
+    answers = output["completion_ids"]
+    return kept, answers, batch_of(rollouts.collator.processor, [Rollout(prompt, []) for prompt in shown], answers)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rollouts_are_found_by_their_number_in_whatever_order(family):
+    model, processor = pair_of(family)
+    rollouts = rollouts_of(processor)
+    kept, answers, batch = rolled_out(rollouts, model)
+    assert kept[1].prompt is kept[2].prompt is not kept[0].prompt
+    assert [answer.num_thoughts for answer in answers] == [rollout.num_thoughts for rollout in kept]
+    order = torch.tensor([2, 0, 1])
+    ids, mask, num_written = batch["ids"][order], batch["mask"][order], batch["num_written"]
+    assert rollouts.of(ids[:, :-num_written]) == [kept[place] for place in order]
+    with torch.no_grad():
+        expected = likelihood(model, processor, kept, temperature=0.7, **batch_of(processor, kept, answers))
+        found = rollouts.likelihood(model, ids, mask, num_written, 2)
+    assert max_difference(found.log_probs, expected.log_probs[order]) <= 2e-5
+    assert max_difference(found.entropies, expected.entropies[order]) <= 2e-5
+
+
+def test_rollouts_that_trl_should_have_forgotten_are_not_mistaken_for_others():
+    model, processor = pair_of("gpt2")
+    rollouts = rollouts_of(processor)
+    _, _, batch = rolled_out(rollouts, model)
+    rolled_out(rollouts, model)
+    with pytest.raises(KeyError):
+        rollouts.likelihood(model, batch["ids"], batch["mask"], batch["num_written"], 3)
+
+
+def test_a_question_keeps_its_index_in_copies_and_between_processes():
+    question = policy_trainer.Question("Which colour?", 7)
+    for copied in (copy.deepcopy(question), pickle.loads(pickle.dumps(question))):
+        assert copied == "Which colour?" and copied.index == 7
+
+
+OWNERS = {"GRPO": GRPOTrainer, "RLOO": RLOOTrainer}
+
+
+@pytest.mark.parametrize("name", policy_trainer.OVERRIDDEN_METHODS)
+def test_a_private_method_of_trl_that_is_overridden_is_there(name):
+    for owner in OWNERS.values():
+        assert hasattr(owner, name), f"{owner.__name__} of trl has no {name} any more"
+
+
+def test_no_other_private_method_of_trl_is_overridden():
+    classes = (policy_trainer.ThinkingPolicy, policy_trainer.PolicyTrainer, policy_trainer.GRPO, policy_trainer.RLOO)
+    own = {name for owner in classes for name in vars(owner) if name.startswith("_") and not name.startswith("__")}
+    assert own - {"_tag_names"} == policy_trainer.OVERRIDDEN_METHODS.keys()
+
+
+def test_trl_calls_a_rollout_func_for_grpo_and_has_none_for_rloo():
+    grpo, rloo = (inspect.signature(owner.__init__).parameters for owner in OWNERS.values())
+    assert "rollout_func" in grpo, "GRPOTrainer has no rollout_func any more"
+    assert "rollout_func" not in rloo, "RLOOTrainer has a rollout_func now: its two overridden methods can go"
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_private_methods_of_trl_that_are_overridden_are_still_called(recipe, tmp_path, monkeypatch, objective):
+    """One that is there and that nothing calls any more would be as bad as one that is gone."""
+    called, trainer = set(), policy_trainer.POLICY_TRAINERS[objective]
+    owners = [owner for owner in trainer.__mro__ if owner.__module__ == policy_trainer.__name__]
+    names = {name for owner in owners for name in vars(owner)} & policy_trainer.OVERRIDDEN_METHODS.keys()
+
+    def recording(name, own):
+        return lambda *args, **kwargs: called.add(name) or own(*args, **kwargs)
+
+    for name in names:
+        monkeypatch.setattr(trainer, name, recording(name, getattr(trainer, name)))
+    words = ["--objective", objective, "--rewards", "{low: 1.0}", "--max_steps", "1", "--dataloader_num_workers", "1"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *words])
+    assert called == names and len(names) == {"grpo": 2, "rloo": len(policy_trainer.OVERRIDDEN_METHODS)}[objective]
+    assert logged(tmp_path / "run", "num_thoughts") == [2.0]
 
 
 def test_the_reference_of_an_adapter_is_the_model_without_it():
@@ -434,15 +531,32 @@ def test_accumulated_updates_equal_whole_ones(recipe, tmp_path, monkeypatch, obj
 
 
 def test_the_stop_heads_loss_is_clipped_and_leaves_out_rows_that_are_masked():
-    trainer = object.__new__(policy_trainer.ThinkingPolicy)
-    trainer.epsilon_low = trainer.epsilon_high = 0.2
-    trainer.rollouts = [Rollout(None, [], stop_log_prob=value) for value in (-1.0, -1.0, -2.0)]
-    trainer.stop_log_probs = torch.tensor([-1.0, -0.5, -2.0], requires_grad=True)
-    advantages, counted = torch.tensor([1.0, 1.0, -1.0]), torch.tensor([1.0, 1.0, 0.0])
-    loss = trainer.stop_loss(advantages, counted)
+    log_probs = torch.tensor([-1.0, -0.5, -2.0], requires_grad=True)
+    rows = {"advantages": torch.tensor([1.0, 1.0, -1.0]), "counted": torch.tensor([1.0, 1.0, 0.0])}
+    loss = stop_loss(log_probs, [-1.0, -1.0, -2.0], **rows, limits=(0.8, 1.2))
     assert loss.item() == pytest.approx(-(1.0 + 1.2) / 2)
     loss.backward()
-    assert trainer.stop_log_probs.grad.tolist() == pytest.approx([-0.5, 0.0, 0.0])
+    assert log_probs.grad.tolist() == pytest.approx([-0.5, 0.0, 0.0])
+    assert stop_loss(log_probs, [None] * 3, **rows, limits=(0.8, 1.2)).item() == pytest.approx(-1.0)
+
+
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+def test_the_stop_heads_loss_compares_with_the_policy_that_sampled(recipe, tmp_path, monkeypatch, objective):
+    """Two updates learn from each generation: the first is by that policy itself, and the reference is another."""
+    calls = []
+
+    def recording(log_probs, kept, **options):
+        calls.append((log_probs.tolist(), kept))
+        return stop_loss(log_probs, kept, **options)
+
+    monkeypatch.setattr(policy_trainer, "stop_loss", recording)
+    words = ["--objective", objective, "--stop_head", "true", "--rewards", "{low: 1.0}", "--rl.beta", "0.1"]
+    words += ["--rl.num_iterations", "2", "--learning_rate", "3e-2", "--max_steps", "4"]
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *words])
+    for (first, kept), (second, kept_later) in (calls[:2], calls[2:]):
+        assert kept == pytest.approx(first, abs=1e-5)
+        assert sorted(kept) == sorted(kept_later)
+        assert max(abs(new - old) for new, old in zip(second, kept_later)) > 1e-3
 
 
 def test_all_dropout_is_switched_off():

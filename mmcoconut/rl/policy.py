@@ -13,7 +13,7 @@ log-probability.
 Shapes: B rollouts, P tokens of a prompt, C tokens written, N latents, D hidden, V vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,6 +62,12 @@ class Likelihood:
     log_probs: torch.Tensor
     entropies: torch.Tensor
     stop_log_probs: torch.Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: Iterable["Likelihood"]) -> "Likelihood":
+        """Return that of all rows from those of parts of them."""
+        columns = zip(*((part.log_probs, part.entropies, part.stop_log_probs) for part in parts))
+        return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 @dataclass
@@ -197,3 +203,26 @@ def likelihood(
     entropies = -(log_probs.exp() * log_probs).sum(dim=-1)  # (B, C)
     stops = stop_log_probs(outputs.stop_logits, thought, latent_mask) if own.config.stop_head else None  # (B,)
     return Likelihood(of_tokens, entropies, stops)
+
+
+def stop_loss(
+    log_probs: torch.Tensor,
+    kept: Sequence[float | None],
+    *,
+    advantages: torch.Tensor,
+    counted: torch.Tensor,
+    limits: tuple[float, float],
+) -> torch.Tensor:
+    """Return the clipped loss () of where rows stopped thinking, meaned over the rows that count.
+
+    Args:
+        log_probs (B,): of stopping there, with gradients.
+        kept: the same of the policy that sampled, for each row; with None in it, it is this one.
+        advantages (B,): of the rows' answers.
+        counted (B,): 1 for rows that count, else 0.
+        limits: of the ratio of both probabilities.
+    """
+    old = log_probs.detach() if None in kept else log_probs.new_tensor(kept)  # (B,)
+    ratio = (log_probs - old).exp()  # (B,)
+    losses = -torch.min(ratio * advantages, ratio.clamp(*limits) * advantages)  # (B,)
+    return (losses * counted).sum() / counted.sum().clamp(min=1)

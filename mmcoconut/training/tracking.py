@@ -129,7 +129,7 @@ class TrackingCallback(TrainerCallback):
         processor, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).eval()
         batch = collator.prompts(rows)
         inputs = {name: tensor for name, tensor in batch.items() if name not in ("index", "num_images", "supervised")}
-        inputs = trainer._prepare_inputs(inputs)
+        inputs = trainer._prepare_input(inputs)
         with trainer.compute_loss_context_manager():
             thoughts = model(**inputs, output_thoughts=True, logits_to_keep=1).thoughts  # (B, N, D)
             tokens = model.generate(**inputs, max_new_tokens=collator.max_new_tokens, do_sample=False)

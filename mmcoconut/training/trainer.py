@@ -191,7 +191,7 @@ class CurriculumTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return no loss, new tokens (B, up to max_new_tokens), and of the rows index and thoughts (B, 2) and the sums
         (B, 4) of `row_losses`, so that the loss does not depend on how rows were put into batches."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_input(inputs)
         index, supervised, num_images = inputs.pop("index"), inputs.pop("supervised"), inputs.pop("num_images", None)
         pixels = {name: inputs[name] for name in ("pixel_values", "image_features", "num_tiles") if name in inputs}
         with self.compute_loss_context_manager():
