@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoModel
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     ModelOutput,
@@ -26,15 +27,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
+from .columns_mmcoconut import check_thoughts_matter, position_limit, positions_from_mask, split_latents
 from .compat_mmcoconut import CACHE, CacheByEitherName, rename_cache, takes_cache_by_either_name
 from .configuration_mmcoconut import MMCoconutConfig
-from .latent_mmcoconut import check_thoughts_matter, positions_from_mask
-from .modeling_mmcoconut import (
-    MMCoconutForConditionalGeneration,
-    MMCoconutModel,
-    thoughts_of,
-)
-from .positions_mmcoconut import position_limit
+from .modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel
+from .vision_mmcoconut import check_whole_images
 
 
 @dataclass
@@ -185,7 +182,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             image_outputs = self.get_image_features(pixel_values, **images, return_dict=True)
             projected = torch.cat(list(image_outputs.pooler_output), dim=0).to(states)  # (I, P · D)
         image_mask = self.get_placeholder_mask(input_ids, states, projected)  # (B, S)
-        self.check_whole_images(image_mask, num_tiles)
+        check_whole_images(image_mask, num_tiles, self.config)
         read = self.fuse(states, projected, image_mask, attention_mask)
         return MMCoconutEncoderOutput(
             last_hidden_state=read["encoder_hidden_states"],
@@ -231,31 +228,27 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             images = {"pixel_values": pixel_values, "num_tiles": num_tiles, "image_features": image_features}
             encoder_outputs = self.encode(input_ids, attention_mask, **images, **asked_outputs(kwargs))
         inputs_embeds = self.get_input_embeddings()(decoder_input_ids)  # (B, T, D)
-        latent_mask = decoder_input_ids == self.config.latent_token_id  # (B, T)
-        outputs = self.run_decoder(
-            latent_mask,
-            inputs_embeds,
-            attention_mask=decoder_attention_mask,
-            position_ids=decoder_position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=encoder_outputs.attention_mask,
+        latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
+        masks = (decoder_attention_mask, decoder_position_ids)
+        inputs = self.decoder_inputs(inputs_embeds, *masks, past_key_values, use_cache)
+        inputs |= {"inputs_embeds": inputs_embeds, "encoder_hidden_states": encoder_outputs.last_hidden_state}
+        inputs["encoder_attention_mask"] = encoder_outputs.attention_mask
+        outputs, thought_fields = self.run_decoder(
+            latents,
+            {**kwargs, **inputs},
             stop_threshold=stop_threshold,
             thought_noise=thought_noise,
+            output_thoughts=output_thoughts,
             output_stop_logits=output_stop_logits,
-            **kwargs,
         )
         return MMCoconutSeq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            **{CACHE: outputs.past_key_values},
-            decoder_hidden_states=outputs.hidden_states,
-            decoder_attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            **{CACHE: outputs.get(CACHE)},
+            decoder_hidden_states=outputs.get("hidden_states"),
+            decoder_attentions=outputs.get("attentions"),
+            cross_attentions=outputs.get("cross_attentions"),
+            **thought_fields,
             image_hidden_states=encoder_outputs.image_hidden_states,
-            **(thoughts_of(outputs, latent_mask) if output_thoughts else {}),
-            stop_logits=outputs.stop_logits,
-            attention_mask=outputs.attention_mask,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
@@ -270,7 +263,6 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
     """
 
     base_class = MMCoconutSeq2SeqModel
-    text_auto_class = AutoModelForSeq2SeqLM
 
     def get_encoder(self, modality: str | None = None):
         return self.model.get_encoder(modality)
@@ -312,9 +304,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
                 encoder_outputs = self.model.encode(input_ids, kwargs.pop("attention_mask", None), **images, **asked)
         kwargs["attention_mask"] = encoder_outputs.attention_mask
         # Not this class's parent, whose generate() checks images that are read in the text.
-        return super(MMCoconutForConditionalGeneration, self).generate(
-            None, *args, encoder_outputs=encoder_outputs, **kwargs
-        )
+        return GenerationMixin.generate(self, None, *args, encoder_outputs=encoder_outputs, **kwargs)
 
     def prepare_inputs_for_generation(
         self, *args, decoder_attention_mask: torch.Tensor | None = None, **kwargs
@@ -388,7 +378,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         if labels is not None:
             latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
-            check_thoughts_matter(self.model.split_latents(latents, decoder_attention_mask)[0], labels != -100)
+            check_thoughts_matter(split_latents(latents, decoder_attention_mask)[0], labels != -100)
         outputs = self.model(
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
@@ -419,18 +409,6 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             )
         texts = self.get_text_features(alignment_input_ids, alignment_attention_mask, return_dict=True)
         return alignment_loss(image_embeds, texts.pooler_output)
-
-    @classmethod
-    def from_backbones(cls, *args, **kwargs):
-        """As MMCoconutForConditionalGeneration.from_backbones, with an encoder-decoder such as BART for its text."""
-        model = super().from_backbones(*args, **{"image_fusion": "encoder", **kwargs})
-        model.generation_config.update(decoder_start_token_id=model.config.text_config.decoder_start_token_id)
-        return model
-
-    @staticmethod
-    def language_part(causal_lm: PreTrainedModel) -> PreTrainedModel:
-        """Encoder and decoder, without the head."""
-        return causal_lm.base_model
 
 
 MMCoconutForSeq2SeqLM.register_for_auto_class("AutoModelForSeq2SeqLM")

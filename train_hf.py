@@ -15,7 +15,9 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 
 from mmcoconut.arguments import REWARDED, parse_recipe
+from mmcoconut.build import from_backbones, from_vlm
 from mmcoconut.card import SPEED, stage_rows, stage_table
+from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.compare import compare
 from mmcoconut.conversations import fit_rows
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
@@ -24,10 +26,8 @@ from mmcoconut.data.images import open_images
 from mmcoconut.image_features import DEFAULT_CACHE, precompute_image_features
 from mmcoconut.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
 from mmcoconut.lora import add_lora, describe_adapters
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.models import load_model, model_class
+from mmcoconut.models import load_model
 from mmcoconut.objectives import Alignment
-from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles, set_tiles
 from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
@@ -107,7 +107,7 @@ def config_of(values: dict | None):
 
 def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
     tokenizer = build_tokenizer(model_args, train_set, checkpoint)
-    model = model_class(model_args.image_fusion).from_backbones(
+    model = from_backbones(
         model_args.vision_model,
         model_args.text_model,
         tokenizer=tokenizer,
@@ -128,7 +128,7 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
 
 def build_from_vlm(model_args):
     """Model and processor of a pretrained vision-language model, with its own tokenizer and tiles."""
-    model = MMCoconutForConditionalGeneration.from_vlm(
+    model = from_vlm(
         model_args.vlm,
         new_token_init=model_args.new_token_init,
         image_size=model_args.image_size,

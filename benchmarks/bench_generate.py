@@ -19,7 +19,7 @@ import torch
 from measuring import fastest, thinking_gpt2, write_results
 from transformers import GPT2LMHeadModel
 
-from mmcoconut.latent_mmcoconut import think_uncached
+from mmcoconut.thinking_mmcoconut import think_uncached
 
 
 GPU_SIZES = {"num_layers": 24, "hidden_size": 1024, "prompt": 256, "latents": 16, "new_tokens": 128, "batch": 64}

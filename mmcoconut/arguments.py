@@ -26,7 +26,6 @@ from mmcoconut.curriculum import MODES, STAGED_MODES, THINKING_MODES
 from mmcoconut.data import DATASETS
 from mmcoconut.lora import lora_fields
 from mmcoconut.objectives import ALIGNMENT_TARGETS
-from mmcoconut.passes_mmcoconut import CHECKPOINTED_PASSES
 from mmcoconut.processing_mmcoconut import MARKERS
 from mmcoconut.recipe_files import (
     BASE,
@@ -44,6 +43,7 @@ from mmcoconut.recipe_files import (
 )
 from mmcoconut.records import write_whole
 from mmcoconut.scoring import REFERENCES
+from mmcoconut.thinking_mmcoconut import CHECKPOINTED_PASSES
 from mmcoconut.without_effect import idle_keys, without_effect
 
 

@@ -11,10 +11,10 @@ from transformers.hf_argparser import HfArg
 
 from mmcoconut.answering import Answerer
 from mmcoconut.arguments import read_arguments, read_recipe
+from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.conversations import LONG_ROWS, fit_rows
 from mmcoconut.data import drop_unreadable, load_examples
 from mmcoconut.layout import read_layout, refused
-from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.recipe_files import RecipeError, is_missing_folder
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from mmcoconut.answering import Answerer, image_key
+from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import history_of, question_text
-from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.scoring import score
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean

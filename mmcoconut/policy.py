@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 import torch
 
 from mmcoconut.answering import count_generated, thought_latents
+from mmcoconut.columns_mmcoconut import take_columns
 from mmcoconut.curriculum import CurriculumCollator
-from mmcoconut.latent_mmcoconut import take_columns
-from mmcoconut.stopping_mmcoconut import stop_log_probs
+from mmcoconut.schedules_mmcoconut import stop_log_probs
 
 
 @dataclass

@@ -17,8 +17,8 @@ from accelerate.utils import gather_object
 from mmcoconut.answering import Answerer
 from mmcoconut.curriculum import CurriculumCollator
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
+from mmcoconut.schedules_mmcoconut import first_thoughts, stop_log_probs
 from mmcoconut.scoring import score
-from mmcoconut.stopping_mmcoconut import first_thoughts, stop_log_probs
 from mmcoconut.trainer import CurriculumTrainer
 
 

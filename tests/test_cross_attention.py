@@ -29,9 +29,9 @@ from tiny import (
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mmcoconut.fusions_mmcoconut import features_by_row
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.build import from_backbones
 from mmcoconut.thoughts import read_thoughts
+from mmcoconut.vision_mmcoconut import features_by_row
 
 
 TEXTS = ("marian", "bart", "gpt2")
@@ -319,9 +319,7 @@ def save_backbones(folder, text, *, with_cross_attention=True):
 
 
 def build(folder):
-    return MMCoconutForConditionalGeneration.from_backbones(
-        str(folder / "vision"), str(folder / "text"), image_fusion="cross_attention"
-    )
+    return from_backbones(str(folder / "vision"), str(folder / "text"), image_fusion="cross_attention")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -30,9 +30,9 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig, GPT2Conf
 
 from mmcoconut import kernels_mmcoconut, latent_graphs_mmcoconut
 from mmcoconut.caches_mmcoconut import text_cache
+from mmcoconut.columns_mmcoconut import column_lists
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, add_special_tokens
 from mmcoconut.kernels_mmcoconut import MAX_QUERIES, SplitCache
-from mmcoconut.latent_mmcoconut import latent_columns
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
 
@@ -145,7 +145,7 @@ def test_a_prefill_in_chunks_equals_the_definition(text, chunk_size, cache_imple
     model = tiny_model(text)
     batch = ragged_batch(model)
     if isinstance(chunk_size, str):
-        chunk_size = latent_columns(batch["input_ids"] == model.config.latent_token_id)[1]
+        chunk_size = column_lists(batch["input_ids"] == model.config.latent_token_id)[0][1]
     chunks = {"prefill_chunk_size": chunk_size, "cache_implementation": cache_implementation}
     assert_equals_reference(model, batch, tolerance, reference={}, **chunks)
 

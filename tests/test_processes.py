@@ -20,7 +20,7 @@ from two_processes import CASES, labelled_batch, make_model, prompt, rows_of
 
 import train_hf
 from mmcoconut.answering import load_checkpoint
-from mmcoconut.latent_mmcoconut import latent_columns
+from mmcoconut.columns_mmcoconut import column_lists
 from mmcoconut.trainer import check_sharding
 
 
@@ -63,7 +63,7 @@ def test_the_two_processes_differ_in_their_passes():
     masks = [
         batch_of(model, rows_of(model.config, rank))["input_ids"] == model.config.latent_token_id for rank in (0, 1)
     ]
-    assert [len(latent_columns(mask)) for mask in masks] == [6, 0]
+    assert [len(column_lists(mask)[0]) for mask in masks] == [6, 0]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -19,20 +19,15 @@ from tiny import (
     tiny_processor,
     tiny_seq2seq,
     uncached,
+    widths_of_passes,
     words,
 )
 from transformers import DynamicCache, StaticCache
 
+from mmcoconut.columns_mmcoconut import carry_states, packed
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.stopping_mmcoconut import (
-    INITIAL_BIAS,
-    carry_states,
-    first_latents,
-    first_thoughts,
-    packed,
-    stop_log_probs,
-)
+from mmcoconut.schedules_mmcoconut import INITIAL_BIAS, first_latents, first_thoughts, stop_log_probs
 
 
 NEW_TOKENS = 6
@@ -167,8 +162,7 @@ def test_split_keys_and_a_prefix_go_with_rows_that_stop():
 def test_no_pass_is_made_for_thoughts_that_no_row_thinks():
     model = tiny_model("gpt2", stop_head=True)
     torch.nn.init.constant_(model.model.stop_head.bias, 10.0)  # all rows stop at once
-    calls = []
-    model.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
+    calls = widths_of_passes(model)
     with torch.no_grad():
         model.model(**prompts(model, ends=True, num_latents=6), stop_threshold=0.5)
     assert len(calls) == 2  # the question and the rest
