@@ -1,13 +1,15 @@
 """Caches of a decoder that runs several times in one call, and what a cache remembers beside keys and values.
 
-`PassCache` is the cache of one pass over another one, which stays as it is. `ThoughtState` stands behind a cache's own
-layers, so that whatever crops, reorders, repeats, resets or copies the cache does the same to it.
+`PassCache` is the cache of one pass over another one, which stays as it is. `ThoughtState` is what a thinking decoder
+leaves in a cache for later calls; whatever crops, reorders, repeats, resets or copies the cache does the same to it.
 
 Shapes: B batch, T tokens, E encoder states, H heads, K head dim, D hidden.
 """
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from transformers.cache_utils import (
@@ -15,6 +17,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     StaticLayer,
 )
@@ -41,49 +44,59 @@ def check_cache(past_key_values) -> None:
         )
 
 
-def key_layers(past_key_values: Cache) -> list[CacheLayerMixin]:
-    """Return the layers of the text's cache that hold keys and values."""
-    return [layer for layer in text_cache(past_key_values).layers if not isinstance(layer, ThoughtState)]
+@cache
+def in_front(mixin: type, own_class: type) -> type:
+    """Return a class with the mixin in front of another class, under whose name transformers goes on to know it."""
+    body = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own_class.__name__, (mixin, own_class), {**body, "mixed_of": (mixin, own_class)})
 
 
-class ThoughtState(CacheLayerMixin):
+class PutInFront:
+    """A mixin that `in_front` makes classes with."""
+
+    def __reduce_ex__(self, protocol):
+        """Pickle by the two classes, as the made one cannot be found by its name."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return new_instance, self.mixed_of, *state
+
+
+def new_instance(mixin: type, own_class: type):
+    """Return an empty instance of a class that `in_front` makes, for pickle."""
+    made = in_front(mixin, own_class)
+    return made.__new__(made)
+
+
+@dataclass
+class ThoughtState:
     """What a call leaves in its cache for later ones.
 
     last_state (B, D): of the last column, which a latent in the column behind it reads; None where it is not known.
+    length (): how many columns the cache had then.
     attention_mask (B, length): 0 also at latents that rows left out; None where they left out none.
     encoder_inputs: the states (B, E, D) and mask (B, E) whose keys a cache of encoder states holds.
     thoughts_end: the column behind the last thought that was updated together with others; None where none was.
     """
 
-    # As the first layer of keys has it: masks are made for the first layer of each kind.
-    is_sliding = False
-    is_compileable = True
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self):
-        super().__init__()
-        self.reset()
+    last_state: torch.Tensor | None = None
+    length: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    encoder_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    thoughts_end: int | None = None
 
     @classmethod
     def of(cls, past_key_values: Cache | None) -> "ThoughtState":
         """Return the state of a cache; an empty one that belongs to none where the cache has none."""
-        layers = [] if past_key_values is None else text_cache(past_key_values).layers
-        return layers[-1] if layers and isinstance(layers[-1], cls) else cls()
+        own = None if past_key_values is None else text_cache(past_key_values)
+        return own.thought_state if isinstance(own, RemembersThoughts) else cls()
 
     @classmethod
     def within(cls, past_key_values: Cache) -> "ThoughtState":
-        """Return the state of a cache that has been written to, put behind its layers where it had none."""
-        layers, state = text_cache(past_key_values).layers, cls.of(past_key_values)
-        if layers[-1] is not state:
-            state.is_sliding = layers[0].is_sliding
-            layers.append(state)
-        return state
-
-    def reset(self) -> None:
-        """Forget everything, as a cache that is emptied does."""
-        self.last_state = self.attention_mask = self.thoughts_end = self.length = None
-        self.encoder_inputs: dict[str, torch.Tensor] = {}
+        """Return the state of a cache, which from now on goes where the cache's rows go."""
+        own = text_cache(past_key_values)
+        if not isinstance(own, RemembersThoughts):
+            own.__class__ = in_front(RemembersThoughts, type(own))
+            own.thought_state = cls()
+        return own.thought_state
 
     def remember(self, last_state: torch.Tensor | None, past_key_values: Cache) -> None:
         """Keep the state (B, D) of the last column that is in the cache now."""
@@ -103,45 +116,36 @@ class ThoughtState(CacheLayerMixin):
             return None
         return self.attention_mask[:, : int(past_key_values.get_seq_length())]
 
-    def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Hold `pick` of each tensor's rows in its place."""
-        for name in ("last_state", "attention_mask"):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else pick(value))
-        self.encoder_inputs = {name: pick(value) for name, value in self.encoder_inputs.items()}
+    def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "ThoughtState":
+        """Return the state of other rows, `pick` of each tensor's."""
+        picked = {name: None if (value := getattr(self, name)) is None else pick(value) for name in OF_ROWS}
+        encoder_inputs = {name: pick(value) for name, value in self.encoder_inputs.items()}
+        return replace(self, **picked, encoder_inputs=encoder_inputs)
+
+
+OF_ROWS = ("last_state", "attention_mask")
+
+
+class RemembersThoughts(PutInFront):
+    """A cache whose `thought_state` goes where its rows go; cropped columns the state notices by the length."""
+
+    thought_state: ThoughtState
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self.of_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        super().reorder_cache(beam_idx)
+        self.thought_state = self.thought_state.of_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self.of_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        super().batch_repeat_interleave(repeats)
+        self.thought_state = self.thought_state.of_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self.of_rows(lambda rows: rows[indices])
+        super().batch_select_indices(indices)
+        self.thought_state = self.thought_state.of_rows(lambda rows: rows[indices])
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Nothing to do: `state_after` and `known_mask` look at how long the cache is."""
-
-    def lazy_initialization(self, key_states, value_states) -> None:
-        """Nothing to do: there are no keys."""
-
-    def offload(self) -> None:
-        """Nothing to do: a state is small."""
-
-    def prefetch(self) -> None:
-        """Nothing to do, as it never left."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        raise RuntimeError("No layer of a decoder writes here.")
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return query_length, 0
-
-    def get_seq_length(self) -> int:
-        return 0
-
-    def get_max_length(self) -> int:
-        return -1
+    def reset(self) -> None:
+        super().reset()
+        self.thought_state = ThoughtState()
 
 
 def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> torch.Tensor | None:
@@ -175,7 +179,7 @@ def copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
     Raises:
         ValueError: a layer that writes into its tensors (a quantized cache, …).
     """
-    if isinstance(layer, DynamicLayer):
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return copy.copy(layer)  # an update replaces its tensors by longer ones
     if type(layer) is not StaticLayer:
         raise ValueError(
@@ -201,7 +205,7 @@ class PassCache(Cache):
                 "The keys of the text before cannot be read again from an offloaded cache: use "
                 "thought_schedule='sequential', or a cache that stays on the device."
             )
-        self.before = [copied_layer(layer) for layer in key_layers(before)]
+        self.before = [copied_layer(layer) for layer in before.layers]
         super().__init__(layers=list(self.before))
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
@@ -227,24 +231,16 @@ class PassCache(Cache):
 class FirstPassCache(PassCache):
     """PassCache of a first pass that alone is replayed: the passes after it write into one cache, as without.
 
-    follow: makes that cache of the keys and values of all layers, pairs of (B, H, P, K).
+    follow: makes that cache of copies of this pass's layers.
     """
 
-    def __init__(self, before: Cache, follow: Callable[[list[tuple[torch.Tensor, torch.Tensor]]], Cache]):
+    def __init__(self, before: Cache, follow: Callable[[list[CacheLayerMixin]], Cache]):
         super().__init__(before)
         self.follow = follow
 
     def next_pass(self) -> Cache:
         self.check_written()
-        return self.follow([(layer.keys, layer.values) for layer in self.layers])
-
-
-def growing_after(states: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """Return a growing cache that begins with these keys and values (B, H, P, K) of all layers."""
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(states):
-        cache.update(keys, values, index)
-    return cache
+        return self.follow([copied_layer(layer) for layer in self.layers])
 
 
 class FixedFlags(dict):

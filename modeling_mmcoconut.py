@@ -12,7 +12,6 @@ Shapes: B batch, T tokens, N latents, I images, P features an image, W width of 
 vocabulary.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +33,6 @@ from .columns_mmcoconut import (
     check_thoughts_matter,
     gather_thoughts,
     is_two_dimensional,
-    noise_by_column,
     packed,
     positions_from_mask,
     split_latents,
@@ -418,7 +416,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             reads_again=self.config.thought_schedule == "jacobi",
             is_paused=self.config.thought_mode == "pause",
             num_linked=self.bptt_thoughts,
-            noise=None if thought_noise is None else noise_by_column(thought_noise, latents),
+            noise=thought_noise,
         )
         with thinking(thoughts):
             outputs = decoder(**inputs, return_dict=True)
@@ -549,8 +547,7 @@ def check_fusion(image_fusion: str, model_class: type[MMCoconutModel]) -> None:
 
 def check_cross_attends(decoder: PreTrainedModel, config: MMCoconutConfig) -> None:
     """Raise for a fusion by cross-attention with a decoder that has none."""
-    has_cross_attention = "encoder_hidden_states" in inspect.signature(decoder.forward).parameters
-    if config.image_fusion in READ_BY_CROSS_ATTENTION and not has_cross_attention:
+    if config.image_fusion in READ_BY_CROSS_ATTENTION and "encoder_hidden_states" not in decoder.own_arguments:
         raise ValueError(
             f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, and "
             f"{config.text_config.model_type} has none: take one that has (GPT-2, Marian, BART), or "

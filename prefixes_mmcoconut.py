@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .caches_mmcoconut import ThoughtState, key_layers, text_cache, with_cross_attention
+from .caches_mmcoconut import ThoughtState, text_cache, with_cross_attention
 
 
 # Features of the same picture, computed in another batch, differ by rounding; those of another picture by far more.
@@ -148,7 +148,7 @@ class PromptPrefix:
     def keep(self, past_key_values: Cache) -> "PromptPrefix":
         """Keep what the model wrote into this cache, which must hold all columns of every layer."""
         state = ThoughtState.of(past_key_values)
-        self.layers = [(layer.keys, layer.values) for layer in key_layers(past_key_values)]
+        self.layers = [(layer.keys, layer.values) for layer in text_cache(past_key_values).layers]
         self.last_hidden_state, self.encoder_inputs = state.last_state, state.encoder_inputs
         if isinstance(past_key_values, EncoderDecoderCache):
             of_images = past_key_values.cross_attention_cache

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .caches_mmcoconut import PassCache, ThoughtState, key_layers, text_cache
+from .caches_mmcoconut import PassCache, ThoughtState, text_cache
 from .columns_mmcoconut import is_sharded, is_two_dimensional, packed, positions_from_mask, take_columns
 from .kernels_mmcoconut import SplitCache, SplitLayer
 from .thinking_mmcoconut import Passes, Thoughts, join_columns, put_first, think
@@ -180,7 +180,7 @@ def moved_back(output, layout: Layout):
 
 def move_back_keys(past_key_values: Cache, layout: Layout) -> None:
     """Put a cache's keys and values (B, H, T', K) into the old columns, (B, H, T, K)."""
-    for layer in key_layers(past_key_values):
+    for layer in text_cache(past_key_values).layers:
         is_split = isinstance(layer, SplitLayer)
         held = layer.joined() if is_split else (layer.keys, layer.values)
         moved = [layout.move_back(states.transpose(1, 2)).transpose(1, 2).contiguous() for states in held]

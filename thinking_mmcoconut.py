@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial, wraps
+from functools import cached_property, partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -41,8 +41,9 @@ from transformers.utils.generic import can_return_tuple
 from .caches_mmcoconut import (
     FirstPassCache,
     PassCache,
+    PutInFront,
     ThoughtState,
-    growing_after,
+    in_front,
     is_replayed,
     next_pass,
     throwaway,
@@ -57,6 +58,7 @@ from .columns_mmcoconut import (
     is_sharded,
     is_two_dimensional,
     linked_thoughts,
+    noise_by_column,
     split_latents,
 )
 from .compat_mmcoconut import CACHE, attention_of, is_checkpointing, rename_cache
@@ -143,7 +145,8 @@ class Thoughts:
         reads_again: whether the schedule reads keys of columns that it has run before.
         is_paused: latents keep the embedding of their token, and nothing is fed back.
         num_linked: how many thoughts of a row, from its last one, send gradients to the state before; None: all.
-        noise (B, T, D): added to the thoughts in units of their own root mean square; None: nothing.
+        noise (B, N, D): added to the thoughts of each row in units of their own root mean square, by column (B, T, D)
+            once these are known; None: nothing.
 
     Set by the decoder:
         columns: where any row thinks. state_before (B, D): of the column before the first, from the cache.
@@ -190,7 +193,7 @@ class Thoughts:
         Raises:
             ValueError: a latent without a token before it; a mask that was made for a single pass.
         """
-        self.sharded = sharded
+        self.sharded, given = sharded, self.latents
         self.latents, left_out = split_latents(self.latents, attention_mask)
         columns, columns_left_out = column_lists(self.latents, left_out)
         if columns_left_out:
@@ -211,6 +214,8 @@ class Thoughts:
             )
         check_has_predecessor(self.latents, attention_mask if is_flat else None, self.state_before is not None)
         self.linked = linked_thoughts(self.latents, self.num_linked)
+        if self.noise is not None:
+            self.noise = noise_by_column(self.noise, given)  # (B, T, D)
 
 
 @contextmanager
@@ -332,10 +337,9 @@ def takes_no_thoughts(num_columns: int) -> bool:
     return torch.compiler.is_exporting() or (num_columns == 1 and torch.compiler.is_compiling())
 
 
-class ThinkingDecoder:
+class ThinkingDecoder(PutInFront):
     """What `give_thoughts` puts in front of a decoder's class: without latents, `forward` is the decoder's own.
 
-    counts_columns: whether the decoder numbers positions by column, as it takes no position_ids (Marian, BART).
 
     checkpointed_passes: which passes gradient checkpointing recomputes: `all`, or the `first`, before the thoughts.
     around_passes: makes the context that each pass of a training step is run in, one a step; mmcoconut's trainer lets
@@ -346,11 +350,6 @@ class ThinkingDecoder:
 
     checkpointed_passes: str = "all"
     around_passes: Callable[[], AbstractContextManager] = nullcontext
-
-    def __reduce_ex__(self, protocol):
-        """Pickle by the decoder's own class, as the generated one cannot be found by its name."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return new_thinking, (self.own_class,), *state
 
     @can_return_tuple
     def forward(self, *args, **kwargs):
@@ -407,6 +406,16 @@ class ThinkingDecoder:
         return outputs
 
     @cached_property
+    def own_arguments(self) -> frozenset[str]:
+        """The names of the arguments of the decoder's own forward."""
+        return frozenset(inspect.signature(super().forward).parameters)
+
+    @cached_property
+    def counts_columns(self) -> bool:
+        """Whether the decoder numbers positions by column, as it takes no position_ids (Marian, BART)."""
+        return "position_ids" not in self.own_arguments
+
+    @cached_property
     def sees_all_columns(self) -> bool:
         """Whether all layers attend to all columns, and none to a window; the cache that transformers makes tells."""
         return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
@@ -431,7 +440,7 @@ class ThinkingDecoder:
             return growing
         if self.checkpointed_passes == "all":
             return PassCache(growing)
-        return FirstPassCache(growing, SplitCache.after if splits else growing_after)
+        return FirstPassCache(growing, split_after if splits else Cache)
 
     def call_of_passes(self, thoughts: Thoughts) -> Callable:
         """Return what `Passes` calls with a cache and the arguments of one pass; a replayed pass goes by itself."""
@@ -458,6 +467,11 @@ class ThinkingDecoder:
         outputs.last_hidden_state = states  # (B, T, D)
         window = getattr(self.config, "sliding_window", None)
         check_window(self.sees_all_columns, window, thoughts.attention_mask.shape[1])
+
+
+def split_after(layers: list) -> SplitCache:
+    """Return the cache that leaves the keys and values of these layers in place."""
+    return SplitCache.after([(layer.keys, layer.values) for layer in layers])
 
 
 def check_checkpointed_passes(value: str) -> str:
@@ -503,27 +517,8 @@ def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tenso
     state.encoder_inputs = {name: inputs[name] for name in names if inputs.get(name) is not None}
 
 
-@cache
-def thinking_class(decoder_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Return the class that thinks; under the decoder's own name, by which transformers finds what it may record."""
-
-    @wraps(decoder_class.forward)
-    def forward(self, *args, **kwargs):
-        return ThinkingDecoder.forward(self, *args, **kwargs)
-
-    body = {name: getattr(decoder_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    body |= {"forward": forward, "own_class": decoder_class}
-    body["counts_columns"] = "position_ids" not in inspect.signature(decoder_class.forward).parameters
-    return type(decoder_class.__name__, (ThinkingDecoder, decoder_class), body)
-
-
 def give_thoughts(decoder: PreTrainedModel) -> PreTrainedModel:
     """Return the decoder itself, whose class now thinks; parameters and their names stay as they are."""
     if not isinstance(decoder, ThinkingDecoder):
-        decoder.__class__ = thinking_class(type(decoder))
+        decoder.__class__ = in_front(ThinkingDecoder, type(decoder))
     return decoder
-
-
-def new_thinking(decoder_class: type[PreTrainedModel]) -> PreTrainedModel:
-    """Return an empty instance for pickle, which cannot find a generated class by name."""
-    return thinking_class(decoder_class).__new__(thinking_class(decoder_class))

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from mmcoconut.caches_mmcoconut import ThoughtState
 from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.curriculum import align_rows
 from mmcoconut.data import history_of, question_text
@@ -51,7 +52,7 @@ def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
 
 def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
     """At which of the latents (B, P) of their prompts rows thought, (B, P), by what a filled cache says."""
-    stopped = getattr(past_key_values, "mask_of_stopped", None)
+    stopped = ThoughtState.of(past_key_values).attention_mask
     if stopped is None:
         return latent_mask
     num_beams = len(stopped) // len(latent_mask)

@@ -290,14 +290,13 @@ def test_a_cache_that_does_not_keep_the_keys_as_they_are_is_refused(kind, messag
             model(row[:, 4:], past_key_values=cache)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_sliding_window_is_refused_with_what_to_change(training):
-    model = model_of(sliding_qwen2_config(), 2).train(training)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_sliding_window_equals_the_definition(tolerance):
+    model = model_of(sliding_qwen2_config(), 2).train()
     batch = batch_for(model)
-    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer: use thought_schedule='sequential', or full"):
-        model(**batch)
-    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.latent_token_id, 5)
-    model(**batch)
+    found = loss_and_gradients(model, batch)
+    with uncached(model):
+        assert_same_loss_and_gradients(loss_and_gradients(model, batch, use_cache=False), found, tolerance)
 
 
 def test_shards_and_interventions_are_refused():

@@ -24,6 +24,7 @@ from tiny import (
 )
 from transformers import DynamicCache, StaticCache
 
+from mmcoconut.caches_mmcoconut import ThoughtState
 from mmcoconut.columns_mmcoconut import carry_states, packed
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -337,7 +338,7 @@ def test_each_turn_stops_for_itself():
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
     given = model.generate(**batch, stop_threshold=thresholds, **options)
     latents = batch["input_ids"] == model.config.latent_token_id
-    stopped = given.past_key_values.mask_of_stopped[:, : latents.shape[1]].bool()
+    stopped = ThoughtState.of(given.past_key_values).attention_mask[:, : latents.shape[1]].bool()
     thought = [row[of_row].tolist() for row, of_row in zip(stopped, latents)]
     assert thought[0] == [True, False, False, False, True, True, False, False]
     assert thought[1] == [False] * 4 + [True] * 4
