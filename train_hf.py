@@ -23,6 +23,7 @@ from mmcoconut.conversations import fit_rows
 from mmcoconut.curriculum import THINKING_MODES, Curriculum, CurriculumCollator
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.images import open_images
+from mmcoconut.deferred import defer_weight_gradients
 from mmcoconut.image_features import DEFAULT_CACHE, precompute_image_features
 from mmcoconut.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
 from mmcoconut.lora import add_lora, describe_adapters
@@ -196,7 +197,7 @@ def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
     model.checkpointed_passes = model_args.checkpointed_passes
-    model.defer_weight_gradients = model_args.defer_weight_gradients
+    defer_weight_gradients(model, model_args.defer_weight_gradients)
     freeze(model, model_args.freeze)
     if curriculum_args.align_weight and any(weight.requires_grad for weight in model.get_encoder().parameters()):
         logger.warning("images are aligned with a text encoder that is trained too: freeze language_model.encoder")
