@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens of a call, N latents, D hidden, P tokens of prompts.
 """
 
+from itertools import accumulate
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -133,6 +135,33 @@ def states_before(states: torch.Tensor, before: torch.Tensor | None) -> torch.Te
     """Return of each column of (B, T, D) the state of the column before; of the first `before` (B, D), or its own."""
     first = states[:, :1] if before is None else before[:, None].to(states.dtype)
     return torch.cat([first, states[:, :-1]], dim=1)
+
+
+# --- pieces of a sequence --------------------------------------------------------------------------------------------
+
+
+def join_columns(pieces: list[torch.Tensor | None]) -> torch.Tensor | None:
+    """Return pieces (B, t, D) as (B, T, D); a single one as it is; None for a layer that was not asked for."""
+    return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces, dim=1)
+
+
+def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) -> tuple[torch.Tensor, ...]:
+    """Return attention maps (B, H, t, keys) of the pieces as (B, H, T, all keys).
+
+    Zeros stand for what a piece does not see: later keys, and earlier ones that a sliding window has let go. An
+    attention implementation that makes no maps, as sdpa, leaves () of them.
+    """
+    if not pieces[0]:
+        return pieces[0]
+    ends = list(accumulate((piece[0].shape[2] for piece in pieces), initial=past_length))[1:]
+    num_keys = max(ends[-1], *(attention.shape[-1] for attention in pieces[-1]))
+    layers = []
+    for layer in zip(*pieces):
+        gone = [max(0, end - attention.shape[-1]) for end, attention in zip(ends, layer)]
+        rest = [num_keys - left - attention.shape[-1] for left, attention in zip(gone, layer)]
+        padded = [nn.functional.pad(attention, sides) for attention, *sides in zip(layer, gone, rest)]
+        layers.append(torch.cat(padded, dim=2))  # (B, H, T, keys)
+    return tuple(layers)
 
 
 # --- masks and positions ---------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 
 from .caches_mmcoconut import ThoughtState, check_cache, with_mask_of_left_out
 from .columns_mmcoconut import (
@@ -44,13 +44,12 @@ from .compat_mmcoconut import (
     CACHE_NAMES,
     CacheByEitherName,
     assert_without_waiting,
-    hidden_states_to_return,
     keep_cache_in_checkpoints,
     slice_columns,
+    takes_arguments_of,
     takes_cache_by_either_name,
 )
 from .configuration_mmcoconut import (
-    PREFIX_PROJECTORS,
     READ_BY_CROSS_ATTENTION,
     TOKEN_ID_FIELDS,
     MMCoconutConfig,
@@ -68,24 +67,14 @@ from .thinking_mmcoconut import (
 )
 from .vision_mmcoconut import (
     IMAGE_FUSIONS,
+    MMCoconutImageOutput,
+    ReadsImages,
+    asked_of_tower,
     build_projector,
-    check_image_features,
     check_num_features,
-    check_num_tiles,
     check_one_source,
     check_whole_images,
-    select_features,
 )
-
-
-@dataclass
-class MMCoconutImageOutput(BaseModelOutputWithPooling):
-    """The vision tower's output, with pooler_output a list of what the decoder reads of each image.
-
-    image_embeds (I, D): one vector an image, where the projector makes one.
-    """
-
-    image_embeds: torch.Tensor | None = None
 
 
 @dataclass
@@ -175,7 +164,7 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
                 module.gradient_checkpointing = False
 
 
-class MMCoconutModel(MMCoconutPreTrainedModel):
+class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
     """Vision tower, projector, fusion and thinking decoder, without a head.
 
     bptt_thoughts: how many thoughts of a row, counted from its last one, send gradients back to the state that they
@@ -227,74 +216,6 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 
     def get_decoder(self):
         return self.language_model
-
-    # --- image features ---
-
-    def run_vision_tower(self, pixel_values: torch.Tensor, layers: int | list[int], **kwargs):
-        """Run the tower and keep the hidden states that the projector reads, and those that kwargs ask for."""
-        kwargs["output_hidden_states"] = hidden_states_to_return(layers, kwargs.get("output_hidden_states"))
-        return self.vision_tower(pixel_values, return_dict=True, **kwargs)
-
-    def selected_features(self, image_outputs, layers: int | list[int], select_strategy: str) -> torch.Tensor:
-        """Return what the projector reads of the tower's output, (I, patches, W)."""
-        return select_features(image_outputs, layers, select_strategy, last_norm=self.config.vision_last_norm)
-
-    @merge_with_config_defaults
-    def get_vision_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """Return what the projector reads of (I, channels, height, width) pixels: (I, patches, W).
-
-        It may be kept while the tower is frozen, and be passed as `image_features` in the place of the pixels.
-        """
-        image_outputs = self.run_vision_tower(pixel_values, vision_feature_layer, **kwargs)
-        return self.selected_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
-
-    @merge_with_config_defaults
-    @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        num_tiles: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | MMCoconutImageOutput:
-        """Return features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
-
-        image_features (I, patches, W) of get_vision_features may stand in the place of the pixels.
-        With num_tiles (images,) these are tiles, and the list holds an image's tiles joined: (num_tiles · P, D).
-        Each row of them belongs to a placeholder; for cross-attention that is one of all features, (1, P · D).
-        """
-        check_one_source(pixel_values=pixel_values, image_features=image_features)
-        check_num_tiles(num_tiles, pixel_values=pixel_values, image_features=image_features)
-        outputs = MMCoconutImageOutput()
-        if image_features is None:
-            outputs = MMCoconutImageOutput(**self.run_vision_tower(pixel_values, vision_feature_layer, **kwargs))
-            image_features = self.selected_features(outputs, vision_feature_layer, vision_feature_select_strategy)
-        else:
-            check_image_features(image_features, self.config)
-            image_features = image_features.to(self.dtype)
-        outputs.pooler_output = self.project(image_features, num_tiles)
-        if self.config.projector_type in PREFIX_PROJECTORS:
-            outputs.image_embeds = self.multi_modal_projector.embedding(image_features)  # (I, D)
-        return outputs
-
-    def project(self, image_features: torch.Tensor, num_tiles: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Return what the decoder reads of each image, (P, D) or (tiles · P, D), of features (I, patches, W)."""
-        projected = self.multi_modal_projector(image_features)  # (I, P, D)
-        if self.cross_attends:
-            projected = projected.flatten(1)[:, None]  # (I, 1, P · D)
-        if torch.compiler.is_exporting():  # a list of images would fix their number
-            return [projected.flatten(0, 1)]
-        if num_tiles is None:
-            return list(projected)
-        return [tiles.flatten(0, 1) for tiles in projected.split(num_tiles.tolist())]
 
     # --- placeholders ---
 
@@ -504,18 +425,6 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             image_outputs=self.returned_of_tower(image_outputs, kwargs),
         )
 
-    def returned_of_tower(self, image_outputs, kwargs: dict):
-        """Return `image_outputs` without the states that only the projector asked for."""
-        wanted = kwargs.get("output_hidden_states") or self.vision_tower.config.output_hidden_states
-        if wanted or image_outputs is None:
-            return image_outputs
-        return type(image_outputs)(**{name: value for name, value in image_outputs.items() if name != "hidden_states"})
-
-
-def asked_of_tower(kwargs: dict) -> dict:
-    """Return the outputs asked of the vision tower; a list of layers is meant for the decoder."""
-    return {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name) is True}
-
 
 def check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel]) -> None:
     """Raise for a configuration that this class cannot build.
@@ -655,28 +564,18 @@ class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTra
             check_thoughts_matter(nn.functional.pad(latents, (0, 1)), labelled)
         return targets
 
-    @takes_cache_by_either_name
+    @takes_arguments_of(MMCoconutModel.forward)
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        *,
         labels: torch.LongTensor | None = None,
-        logits_to_keep: int | torch.Tensor | None = None,
-        num_tiles: torch.LongTensor | None = None,
-        image_features: torch.Tensor | None = None,
-        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        use_cache: bool | None = None,
-        stop_threshold: float | torch.Tensor | None = None,
-        thought_noise: torch.Tensor | None = None,
-        output_thoughts: bool = False,
-        output_stop_logits: bool = False,
         shift_labels: torch.LongTensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        logits_to_keep: int | torch.Tensor | None = None,
+        **kwargs,
     ) -> tuple | MMCoconutCausalLMOutputWithPast:
         """Run the base model, its head and the causal loss.
 
@@ -692,23 +591,8 @@ class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTra
             ValueError: a latent after the last labelled token of its row.
         """
         targets = self.targets_of(labels, shift_labels, input_ids, attention_mask)  # (B, T)
-        outputs = self.model(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            num_tiles=num_tiles,
-            image_features=image_features,
-            mm_encoder_outputs=mm_encoder_outputs,
-            use_cache=use_cache,
-            stop_threshold=stop_threshold,
-            thought_noise=thought_noise,
-            output_thoughts=output_thoughts,
-            output_stop_logits=output_stop_logits,
-            **kwargs,
-        )
+        inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask}
+        outputs = self.model(**inputs, **kwargs)
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, targets, logits_to_keep, **kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return MMCoconutCausalLMOutputWithPast(loss=loss, logits=logits, **fields)

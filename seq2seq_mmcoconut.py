@@ -28,9 +28,9 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .columns_mmcoconut import check_thoughts_matter, position_limit, positions_from_mask, split_latents
-from .compat_mmcoconut import CACHE, CacheByEitherName, rename_cache, takes_cache_by_either_name
+from .compat_mmcoconut import CACHE, rename_cache, takes_arguments_of, takes_cache_by_either_name
 from .configuration_mmcoconut import MMCoconutConfig
-from .modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel
+from .modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel, ThoughtFields
 from .vision_mmcoconut import check_whole_images
 
 
@@ -50,32 +50,21 @@ class MMCoconutEncoderOutput(ModelOutput):
 
 
 @dataclass
-class MMCoconutSeq2SeqModelOutput(CacheByEitherName, Seq2SeqModelOutput):
-    """The base model's output: the decoder's states under transformers' names, and the encoder's.
+class MMCoconutSeq2SeqModelOutput(ThoughtFields, Seq2SeqModelOutput):
+    """The base model's output: the decoder's states under transformers' names, the encoder's, and ThoughtFields.
 
     encoder_last_hidden_state (B, E, D) is what the decoder reads, visual tokens first; encoder_hidden_states (B, S, D)
     and encoder_attentions (B, H, S, S) are of the text encoder alone. image_embeds (I, D).
-    The rest as in MMCoconutModelOutputWithPast.
     """
 
-    image_hidden_states: tuple[torch.Tensor, ...] | None = None
-    thoughts: torch.Tensor | None = None
-    thought_mask: torch.Tensor | None = None
-    stop_logits: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
 
 
 @dataclass
-class MMCoconutSeq2SeqLMOutput(CacheByEitherName, Seq2SeqLMOutput):
+class MMCoconutSeq2SeqLMOutput(ThoughtFields, Seq2SeqLMOutput):
     """The head's output: loss () of the labels alone, alignment_loss () in [0, 2], and the base model's fields."""
 
     alignment_loss: torch.Tensor | None = None
-    image_hidden_states: tuple[torch.Tensor, ...] | None = None
-    thoughts: torch.Tensor | None = None
-    thought_mask: torch.Tensor | None = None
-    stop_logits: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
 
 
@@ -321,7 +310,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         start = labels.new_full((labels.shape[0], 1), text_config.decoder_start_token_id)  # (B, 1)
         return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, text_config.pad_token_id)], dim=1)
 
-    @takes_cache_by_either_name
+    @takes_arguments_of(MMCoconutSeq2SeqModel.forward)
     @can_return_tuple
     def forward(
         self,
@@ -329,24 +318,17 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        decoder_position_ids: torch.LongTensor | None = None,
+        *,
         encoder_outputs: MMCoconutEncoderOutput | None = None,
-        past_key_values: Cache | None = None,
         labels: torch.LongTensor | None = None,
         alignment_input_ids: torch.LongTensor | None = None,
         alignment_attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         image_features: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        stop_threshold: float | torch.Tensor | None = None,
-        thought_noise: torch.Tensor | None = None,
-        output_thoughts: bool = False,
-        output_stop_logits: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> tuple | MMCoconutSeq2SeqLMOutput:
-        """The base model, its head, the loss of the labels, and the alignment loss.
+        """Run the base model, its head, the loss of the labels, and the alignment loss.
 
         Args:
             labels (B, T): what each column of decoder_input_ids is to predict, -100 where nothing; not shifted inside.
@@ -378,27 +360,11 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         if labels is not None:
             latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
-            check_thoughts_matter(split_latents(latents, decoder_attention_mask)[0], labels != -100)
-        outputs = self.model(
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            decoder_position_ids=decoder_position_ids,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            stop_threshold=stop_threshold,
-            thought_noise=thought_noise,
-            output_thoughts=output_thoughts,
-            output_stop_logits=output_stop_logits,
-            **kwargs,
-        )
+            check_thoughts_matter(split_latents(latents, kwargs.get("decoder_attention_mask"))[0], labels != -100)
+        outputs = self.model(decoder_input_ids=decoder_input_ids, encoder_outputs=encoder_outputs, **kwargs)
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
-        return MMCoconutSeq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            alignment_loss=aligned,
-            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
-        )
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return MMCoconutSeq2SeqLMOutput(loss=loss, logits=logits, alignment_loss=aligned, **fields)
 
     def align(self, image_embeds, alignment_input_ids, alignment_attention_mask) -> torch.Tensor:
         """The alignment loss of a batch's images and their texts."""

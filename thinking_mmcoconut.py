@@ -28,8 +28,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from itertools import accumulate, pairwise
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -57,6 +57,8 @@ from .columns_mmcoconut import (
     column_lists,
     is_sharded,
     is_two_dimensional,
+    join_attentions,
+    join_columns,
     linked_thoughts,
     noise_by_column,
     split_latents,
@@ -251,9 +253,8 @@ class Passes:
         # Not `start in columns` over `sorted({0, *columns})`: torch.compile takes it for False in later calls.
         starts = [0, *(column for column in columns if column > 0)]
         sizes = [end - start for start, end in pairwise([*starts, self.length])]
-        for start, embeds in zip(
-            starts, self.inputs["inputs_embeds"].split(sizes, dim=1)
-        ):  # of which slices would each be a copy
+        pieces = self.inputs["inputs_embeds"].split(sizes, dim=1)  # of which slices would each be a copy
+        for start, embeds in zip(starts, pieces):
             yield start, embeds, start > 0 or len(starts) == len(columns)
 
     def columns(self, start: int, end: int) -> dict:
@@ -305,30 +306,6 @@ class Passes:
         return type(first)(**joined)
 
 
-def join_columns(pieces: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return pieces (B, t, D) as (B, T, D); a single one as it is; None for a layer that was not asked for."""
-    return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces, dim=1)
-
-
-def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) -> tuple[torch.Tensor, ...]:
-    """Return attention maps (B, H, t, keys) of the pieces as (B, H, T, all keys).
-
-    Zeros stand for what a piece does not see: later keys, and earlier ones that a sliding window has let go. An
-    attention implementation that makes no maps, as sdpa, leaves () of them.
-    """
-    if not pieces[0]:
-        return pieces[0]
-    ends = list(accumulate((piece[0].shape[2] for piece in pieces), initial=past_length))[1:]
-    num_keys = max(ends[-1], *(attention.shape[-1] for attention in pieces[-1]))
-    layers = []
-    for layer in zip(*pieces):
-        gone = [max(0, end - attention.shape[-1]) for end, attention in zip(ends, layer)]
-        rest = [num_keys - left - attention.shape[-1] for left, attention in zip(gone, layer)]
-        padded = [nn.functional.pad(attention, sides) for attention, *sides in zip(layer, gone, rest)]
-        layers.append(torch.cat(padded, dim=2))  # (B, H, T, keys)
-    return tuple(layers)
-
-
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
@@ -340,45 +317,47 @@ def takes_no_thoughts(num_columns: int) -> bool:
 class ThinkingDecoder(PutInFront):
     """What `give_thoughts` puts in front of a decoder's class: without latents, `forward` is the decoder's own.
 
-
+    own_arguments: the names of the arguments of the decoder's own forward, in their order.
+    counts_columns: whether the decoder numbers positions by column, as it takes no position_ids (Marian, BART).
     checkpointed_passes: which passes gradient checkpointing recomputes: `all`, or the `first`, before the thoughts.
     around_passes: makes the context that each pass of a training step is run in, one a step; mmcoconut's trainer lets
         it form the weights' gradients of all passes together.
 
-    Both belong to a run or a machine and are not saved.
+    The last two belong to a run or a machine and are not saved.
     """
 
+    own_arguments: tuple[str, ...]
+    counts_columns: bool
     checkpointed_passes: str = "all"
     around_passes: Callable[[], AbstractContextManager] = nullcontext
 
     @can_return_tuple
     def forward(self, *args, **kwargs):
         """Run the decoder; at the latents that `thinking` tells it of, its own states are read."""
-        inputs_embeds = kwargs.get("inputs_embeds")
-        if inputs_embeds is None or takes_no_thoughts(inputs_embeds.shape[1]):
-            return self.run_once(*args, **kwargs)
-        thoughts = THOUGHTS.get()
+        inputs = {**dict(zip(self.own_arguments, args)), **kwargs} if args else kwargs
+        read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        thoughts = None if takes_no_thoughts(read.shape[1]) else THOUGHTS.get()
         if thoughts is None:
-            return self.run_once(*args, **kwargs)
-        return self.run_thinking(thoughts, **rename_cache(kwargs, "past_key_values"))
+            return self.run_once(**inputs)
+        if inputs.get("inputs_embeds") is None:
+            inputs["inputs_embeds"] = self.get_input_embeddings()(inputs.pop("input_ids"))  # (B, T, D)
+        return self.run_thinking(thoughts, **rename_cache(inputs, "past_key_values"))
 
-    def run_once(self, *args, position_ids: torch.Tensor | None = None, **kwargs):
+    def run_once(self, *, position_ids: torch.Tensor | None = None, **inputs):
         """Run the decoder's own forward, and give it each row's positions where it counts columns (Marian, BART).
 
         Its position embeddings E are added to what it reads, so it is given inputs_embeds + E[position] - E[column].
         """
-        forward = partial(super().forward, return_dict=True)
-        if position_ids is None:
-            return forward(*args, **kwargs)
-        if not self.counts_columns:
-            return forward(*args, position_ids=position_ids, **kwargs)
-        embeds, cache = kwargs["inputs_embeds"], kwargs.get(CACHE)
+        inputs["return_dict"] = True
+        if position_ids is None or not self.counts_columns:
+            return super().forward(**inputs, **({} if position_ids is None else {"position_ids": position_ids}))
+        embeds, cache = inputs["inputs_embeds"], inputs.get(CACHE)
         past_length = 0 if cache is None else cache.get_seq_length()
         columns = torch.arange(embeds.shape[1], device=embeds.device) + past_length  # (T,)
         of_rows = self.embed_positions(None, position_ids=position_ids.flatten())  # (1, B · T, D) or without 1
         of_columns = self.embed_positions(None, position_ids=columns)  # (1, T, D) or without 1
         shift = of_rows.view(embeds.shape) - of_columns.view(1, *embeds.shape[1:])  # (B, T, D)
-        return forward(*args, **{**kwargs, "inputs_embeds": embeds + shift})
+        return super().forward(**{**inputs, "inputs_embeds": embeds + shift})
 
     def run_thinking(self, thoughts: Thoughts, *, past_key_values: Cache | None = None, use_cache=None, **inputs):
         """Run the decoder as often as the thoughts need, and note in `thoughts` what was read."""
@@ -404,16 +383,6 @@ class ThinkingDecoder(PutInFront):
         if keeps_cache:
             remember(past_key_values, thoughts, outputs.last_hidden_state[:, -1], inputs)
         return outputs
-
-    @cached_property
-    def own_arguments(self) -> frozenset[str]:
-        """The names of the arguments of the decoder's own forward."""
-        return frozenset(inspect.signature(super().forward).parameters)
-
-    @cached_property
-    def counts_columns(self) -> bool:
-        """Whether the decoder numbers positions by column, as it takes no position_ids (Marian, BART)."""
-        return "position_ids" not in self.own_arguments
 
     @cached_property
     def sees_all_columns(self) -> bool:
@@ -520,5 +489,7 @@ def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tenso
 def give_thoughts(decoder: PreTrainedModel) -> PreTrainedModel:
     """Return the decoder itself, whose class now thinks; parameters and their names stay as they are."""
     if not isinstance(decoder, ThinkingDecoder):
+        decoder.own_arguments = tuple(inspect.signature(decoder.forward).parameters)
+        decoder.counts_columns = "position_ids" not in decoder.own_arguments
         decoder.__class__ = in_front(ThinkingDecoder, type(decoder))
     return decoder

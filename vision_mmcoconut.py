@@ -15,13 +15,18 @@ layers that are read, joined), B batch, T tokens, F placeholders, E features and
 the decoder.
 """
 
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.utils import torch_compilable_check
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .compat_mmcoconut import hidden_states_to_return
 from .configuration_mmcoconut import (
     PREFIX_PROJECTORS,
     READ_BY_CROSS_ATTENTION,
@@ -329,3 +334,98 @@ IMAGE_FUSIONS = {
     "cross_attention": cross_attention_fusion,
     "encoder": encoder_fusion,
 }
+
+
+# --- tower and projector ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MMCoconutImageOutput(BaseModelOutputWithPooling):
+    """The vision tower's output, with pooler_output a list of what the decoder reads of each image.
+
+    image_embeds (I, D): one vector an image, where the projector makes one.
+    """
+
+    image_embeds: torch.Tensor | None = None
+
+
+class ReadsImages:
+    """The part of a model that runs its `vision_tower` and `multi_modal_projector`; before PreTrainedModel."""
+
+    def run_vision_tower(self, pixel_values: torch.Tensor, layers: int | list[int], **kwargs):
+        """Run the tower and keep the hidden states that the projector reads, and those that kwargs ask for."""
+        kwargs["output_hidden_states"] = hidden_states_to_return(layers, kwargs.get("output_hidden_states"))
+        return self.vision_tower(pixel_values, return_dict=True, **kwargs)
+
+    def selected_features(self, image_outputs, layers: int | list[int], select_strategy: str) -> torch.Tensor:
+        """Return what the projector reads of the tower's output, (I, patches, W)."""
+        return select_features(image_outputs, layers, select_strategy, last_norm=self.config.vision_last_norm)
+
+    @merge_with_config_defaults
+    def get_vision_features(
+        self,
+        pixel_values: torch.Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Return what the projector reads of (I, channels, height, width) pixels: (I, patches, W).
+
+        It may be kept while the tower is frozen, and be passed as `image_features` in the place of the pixels.
+        """
+        image_outputs = self.run_vision_tower(pixel_values, vision_feature_layer, **kwargs)
+        return self.selected_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        num_tiles: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | MMCoconutImageOutput:
+        """Return features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
+
+        image_features (I, patches, W) of get_vision_features may stand in the place of the pixels.
+        With num_tiles (images,) these are tiles, and the list holds an image's tiles joined: (num_tiles · P, D).
+        Each row of them belongs to a placeholder; for cross-attention that is one of all features, (1, P · D).
+        """
+        check_one_source(pixel_values=pixel_values, image_features=image_features)
+        check_num_tiles(num_tiles, pixel_values=pixel_values, image_features=image_features)
+        outputs = MMCoconutImageOutput()
+        if image_features is None:
+            outputs = MMCoconutImageOutput(**self.run_vision_tower(pixel_values, vision_feature_layer, **kwargs))
+            image_features = self.selected_features(outputs, vision_feature_layer, vision_feature_select_strategy)
+        else:
+            check_image_features(image_features, self.config)
+            image_features = image_features.to(self.dtype)
+        outputs.pooler_output = self.project(image_features, num_tiles)
+        if self.config.projector_type in PREFIX_PROJECTORS:
+            outputs.image_embeds = self.multi_modal_projector.embedding(image_features)  # (I, D)
+        return outputs
+
+    def project(self, image_features: torch.Tensor, num_tiles: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """Return what the decoder reads of each image, (P, D) or (tiles · P, D), of features (I, patches, W)."""
+        projected = self.multi_modal_projector(image_features)  # (I, P, D)
+        if self.cross_attends:
+            projected = projected.flatten(1)[:, None]  # (I, 1, P · D)
+        if torch.compiler.is_exporting():  # a list of images would fix their number
+            return [projected.flatten(0, 1)]
+        if num_tiles is None:
+            return list(projected)
+        return [tiles.flatten(0, 1) for tiles in projected.split(num_tiles.tolist())]
+
+    def returned_of_tower(self, image_outputs, kwargs: dict):
+        """Return `image_outputs` without the states that only the projector asked for."""
+        wanted = kwargs.get("output_hidden_states") or self.vision_tower.config.output_hidden_states
+        if wanted or image_outputs is None:
+            return image_outputs
+        return type(image_outputs)(**{name: value for name, value in image_outputs.items() if name != "hidden_states"})
+
+
+def asked_of_tower(kwargs: dict) -> dict:
+    """Return the outputs asked of the vision tower; a list of layers is meant for the decoder."""
+    return {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name) is True}
