@@ -1,11 +1,15 @@
-"""Caches of a decoder that runs several times in one forward pass: replayable ones, and one for encoder states.
+"""Caches of a decoder that runs several times in one call, and what a cache remembers beside keys and values.
 
-`throwaway` gives a pass of its own keys over those of another cache, which stays as it is.
+`PassCache` is the cache of one pass over another one, which stays as it is. `ThoughtState` is what a thinking decoder
+leaves in a cache for later calls; whatever crops, reorders, repeats, resets or copies the cache does the same to it.
 
 Shapes: B batch, T tokens, E encoder states, H heads, K head dim, D hidden.
 """
 
+import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from transformers.cache_utils import (
@@ -13,129 +17,230 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
+    DynamicSlidingWindowLayer,
     EncoderDecoderCache,
     StaticLayer,
 )
 
+from .columns_mmcoconut import is_two_dimensional
 
-def held_by(layer: CacheLayerMixin) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values (B, H, T, K) of all T tokens that a layer has read.
+
+def text_cache(past_key_values: Cache) -> Cache:
+    """Return the cache of the text alone, where there is another of encoder states beside it."""
+    is_pair = isinstance(past_key_values, EncoderDecoderCache)
+    return past_key_values.self_attention_cache if is_pair else past_key_values
+
+
+def check_cache(past_key_values) -> None:
+    """Raise for what is no cache of keys in the order of the columns.
 
     Raises:
-        ValueError: a layer that does not keep them all as they are (a sliding window, a quantized cache, …).
+        NotImplementedError: the cache of continuous batching.
     """
-    if type(layer) in (DynamicLayer, ReplayLayer):
-        return layer.keys, layer.values
-    if type(layer) is StaticLayer:
-        length = int(layer.get_seq_length())
-        return layer.keys[:, :, :length], layer.values[:, :, :length]  # the rest is still empty
-    raise ValueError(
-        f"The keys of the text before cannot be read again from a {type(layer).__name__}: use "
-        "thought_schedule='sequential', or full attention with a dynamic or static cache."
-    )
+    if not isinstance(past_key_values, Cache | None):
+        raise NotImplementedError(
+            f"The cache is a {type(past_key_values).__name__}, as continuous batching makes to pack requests into one "
+            "pass, and thoughts need a pass each: use generate()."
+        )
 
 
-def remember_state(past_key_values: Cache, state: torch.Tensor) -> Cache:
-    """The cache with the state (B, D) of its last column, which a latent in the first column after it reads."""
-    past_key_values.last_hidden_state = state
-    past_key_values.last_hidden_length = torch.as_tensor(past_key_values.get_seq_length()).clone()
-    return past_key_values
+@cache
+def in_front(mixin: type, own_class: type) -> type:
+    """Return a class with the mixin in front of another class, under whose name transformers goes on to know it."""
+    body = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own_class.__name__, (mixin, own_class), {**body, "mixed_of": (mixin, own_class)})
 
 
-class ReplayLayer(CacheLayerMixin):
-    """Keys and values of one layer for one pass: update(k, v) = [before, k], the same however often it is called.
+class PutInFront:
+    """A mixin that `in_front` makes classes with."""
+
+    def __reduce_ex__(self, protocol):
+        """Pickle by the two classes, as the made one cannot be found by its name."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return new_instance, self.mixed_of, *state
+
+
+def new_instance(mixin: type, own_class: type):
+    """Return an empty instance of a class that `in_front` makes, for pickle."""
+    made = in_front(mixin, own_class)
+    return made.__new__(made)
+
+
+@dataclass
+class ThoughtState:
+    """What a call leaves in its cache for later ones.
+
+    last_state (B, D): of the last column, which a latent in the column behind it reads; None where it is not known.
+    length (): how many columns the cache had then.
+    attention_mask (B, length): 0 also at latents that rows left out; None where they left out none.
+    encoder_inputs: the states (B, E, D) and mask (B, E) whose keys a cache of encoder states holds.
+    thoughts_end: the column behind the last thought that was updated together with others; None where none was.
+    """
+
+    last_state: torch.Tensor | None = None
+    length: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+    encoder_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    thoughts_end: int | None = None
+
+    @classmethod
+    def of(cls, past_key_values: Cache | None) -> "ThoughtState":
+        """Return the state of a cache; an empty one that belongs to none where the cache has none."""
+        own = None if past_key_values is None else text_cache(past_key_values)
+        return own.thought_state if isinstance(own, RemembersThoughts) else cls()
+
+    @classmethod
+    def within(cls, past_key_values: Cache) -> "ThoughtState":
+        """Return the state of a cache, which from now on goes where the cache's rows go."""
+        own = text_cache(past_key_values)
+        if not isinstance(own, RemembersThoughts):
+            own.__class__ = in_front(RemembersThoughts, type(own))
+            own.thought_state = cls()
+        return own.thought_state
+
+    def remember(self, last_state: torch.Tensor | None, past_key_values: Cache) -> None:
+        """Keep the state (B, D) of the last column that is in the cache now."""
+        self.last_state = last_state
+        # A static cache counts in a tensor that it changes in place.
+        self.length = torch.as_tensor(past_key_values.get_seq_length()).clone()
+
+    def state_after(self, past_key_values: Cache | None) -> torch.Tensor | None:
+        """Return the state (B, D) of the cache's last column; None where it was cut since, or filled by others."""
+        if self.last_state is None or int(self.length) != int(past_key_values.get_seq_length()):
+            return None
+        return self.last_state
+
+    def known_mask(self, past_key_values: Cache | None) -> torch.Tensor | None:
+        """Return the mask (B, length) with 0 at latents left out, as far as the cache is still filled."""
+        if self.attention_mask is None:
+            return None
+        return self.attention_mask[:, : int(past_key_values.get_seq_length())]
+
+    def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "ThoughtState":
+        """Return the state of other rows, `pick` of each tensor's."""
+        picked = {name: None if (value := getattr(self, name)) is None else pick(value) for name in OF_ROWS}
+        encoder_inputs = {name: pick(value) for name, value in self.encoder_inputs.items()}
+        return replace(self, **picked, encoder_inputs=encoder_inputs)
+
+
+OF_ROWS = ("last_state", "attention_mask")
+
+
+class RemembersThoughts(PutInFront):
+    """A cache whose `thought_state` goes where its rows go; cropped columns the state notices by the length."""
+
+    thought_state: ThoughtState
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.thought_state = self.thought_state.of_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.thought_state = self.thought_state.of_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.thought_state = self.thought_state.of_rows(lambda rows: rows[indices])
+
+    def reset(self) -> None:
+        super().reset()
+        self.thought_state = ThoughtState()
+
+
+def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> torch.Tensor | None:
+    """Return a mask (B, length) with 0 also at the latents that rows left out when the cache was filled.
+
+    One that was made for a single pass, 4-D, stays what it is: it was made of such a mask.
+
+    Raises:
+        ValueError: no mask, though rows left latents out; a mask of other rows.
+    """
+    known = ThoughtState.of(past_key_values).known_mask(past_key_values)  # (B, filled)
+    if known is None or not (attention_mask is None or is_two_dimensional(attention_mask)):
+        return attention_mask
+    if attention_mask is None:
+        raise ValueError(
+            "Rows of past_key_values stopped thinking early, and there is no attention_mask to leave their latents "
+            "out of: pass the attention_mask (B, past + T) of all columns."
+        )
+    if len(known) != len(attention_mask):
+        raise ValueError(
+            f"past_key_values hold {len(known)} rows that stopped thinking early, and the attention_mask is of "
+            f"{len(attention_mask)}: use a fresh cache for other rows."
+        )
+    rest = attention_mask.new_ones(len(attention_mask), attention_mask.shape[1] - known.shape[1])
+    return attention_mask * torch.cat([known.to(attention_mask), rest], dim=1)
+
+
+def copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
+    """Return a layer with the same keys and values whose updates leave the given one as it is.
+
+    Raises:
+        ValueError: a layer that writes into its tensors (a quantized cache, …).
+    """
+    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+        return copy.copy(layer)  # an update replaces its tensors by longer ones
+    if type(layer) is not StaticLayer:
+        raise ValueError(
+            f"The keys of the text before cannot be read again from a {type(layer).__name__}: use "
+            "thought_schedule='sequential', or full attention with a dynamic or static cache."
+        )
+    copied, length = DynamicLayer(), int(layer.get_seq_length())
+    copied.lazy_initialization(layer.keys, layer.values)
+    copied.keys, copied.values = layer.keys[:, :, :length], layer.values[:, :, :length]  # the rest is still empty
+    return copied
+
+
+class PassCache(Cache):
+    """The cache of one pass over another cache, which stays as it is.
 
     Gradient checkpointing runs a layer again in the backward pass; a cache that appends would then hold its keys
-    twice. `before` never changes, so a replay sees what the first run saw.
+    twice. Here every update starts from what was there before the pass, so that a replay sees what the first run saw.
     """
 
-    is_sliding = False
+    def __init__(self, before: Cache):
+        if before.offloading:
+            raise ValueError(
+                "The keys of the text before cannot be read again from an offloaded cache: use "
+                "thought_schedule='sequential', or a cache that stays on the device."
+            )
+        self.before = [copied_layer(layer) for layer in before.layers]
+        super().__init__(layers=list(self.before))
 
-    def __init__(self, before: CacheLayerMixin | None = None):
-        super().__init__()
-        self.before = held_by(before) if before is not None else None
-        self.length = self.before[0].shape[-2] if before is not None else 0
-        self.is_initialized = True
+    def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
+        layer = copied_layer(self.before[layer_idx])
+        keys_and_values = layer.update(key_states, value_states, *args, **kwargs)
+        if self.layers[layer_idx] is self.before[layer_idx]:
+            self.layers[layer_idx] = layer
+        return keys_and_values
 
-    def lazy_initialization(self, key_states, value_states):
-        return None
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        keys, values = key_states, value_states
-        if self.before is not None:
-            keys = torch.cat([self.before[0], keys], dim=-2)  # (B, H, T, K)
-            values = torch.cat([self.before[1], values], dim=-2)  # (B, H, T, K)
-        if self.keys is None:
-            self.keys, self.values = keys, values
-        return keys, values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-class ReplayCache(Cache):
-    """The cache of one pass under gradient checkpointing; `next_pass` gives the one that holds this pass too."""
-
-    def __init__(self, before: Cache | None = None):
-        if before is None:
-            super().__init__(layer_class_to_replicate=ReplayLayer)
-        else:
-            super().__init__(layers=[ReplayLayer(layer) for layer in before.layers])
-
-    def next_pass(self) -> "ReplayCache":
+    def next_pass(self) -> Cache:
+        """Return the cache of a pass over what this pass has written too."""
         self.check_written()
-        return ReplayCache(self)
+        return PassCache(self)
 
     def check_written(self) -> None:
-        if not self.layers:
+        if any(layer is before for layer, before in zip(self.layers, self.before)):
             raise ValueError(
                 "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
                 "language model alone: call gradient_checkpointing_enable() on the whole model."
             )
 
 
-class FirstPassCache(ReplayCache):
-    """ReplayCache of a first pass that alone is replayed: the passes after it write into one cache, as without.
+class FirstPassCache(PassCache):
+    """PassCache of a first pass that alone is replayed: the passes after it write into one cache, as without.
 
-    follow: makes that cache of the keys and values of all layers, pairs of (B, H, P, K).
+    follow: makes that cache of copies of this pass's layers.
     """
 
-    def __init__(self, follow: Callable[[list[tuple[torch.Tensor, torch.Tensor]]], Cache]):
-        super().__init__()
+    def __init__(self, before: Cache, follow: Callable[[list[CacheLayerMixin]], Cache]):
+        super().__init__(before)
         self.follow = follow
 
     def next_pass(self) -> Cache:
         self.check_written()
-        return self.follow([(layer.keys, layer.values) for layer in self.layers])
-
-
-class CrossAttentionCache(EncoderDecoderCache):
-    """The cache of a decoder that reads encoder states: their keys and values are computed once, in the first pass.
-
-    encoder_inputs: the states (B, E, D) and their mask (B, E), which every later call is to be given again.
-    """
-
-    def __init__(self, past_key_values: Cache, states: torch.Tensor, mask: torch.Tensor):
-        super().__init__(past_key_values, DynamicCache())
-        self.encoder_inputs = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Reorder the text only: the beams of a row read the same states."""
-        self.self_attention_cache.reorder_cache(beam_idx)
-
-
-def growing_after(states: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """The library's growing cache that begins with these keys and values (B, H, P, K) of all layers."""
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(states):
-        cache.update(keys, values, index)
-    return cache
+        return self.follow([copied_layer(layer) for layer in self.layers])
 
 
 class FixedFlags(dict):
@@ -145,41 +250,52 @@ class FixedFlags(dict):
         return None
 
 
-class ReplayCrossCache(EncoderDecoderCache):
-    """CrossAttentionCache of one pass under gradient checkpointing, of which a replay does what the first run did.
+class PassCrossCache(EncoderDecoderCache):
+    """PassCache of a decoder that reads encoder states; a replay does what the first run did.
 
     The first pass computes keys and values of the encoder states, in a replay too; later passes read them.
     """
 
-    def __init__(self, past_key_values: ReplayCache, before: EncoderDecoderCache | None = None):
-        cross = ReplayCache() if before is None else before.cross_attention_cache
-        super().__init__(past_key_values, cross)
-        self.is_updated = FixedFlags(dict.fromkeys(range(len(cross.layers)), before is not None))
+    def __init__(self, text: Cache, cross: Cache, *, is_first: bool):
+        super().__init__(text, cross)
+        self.is_updated = FixedFlags(dict.fromkeys(range(len(cross.layers)), not is_first))
 
-    def next_pass(self) -> "ReplayCrossCache":
-        own = self.self_attention_cache
-        return ReplayCrossCache(own.next_pass() if isinstance(own, ReplayCache) else own, self)
+    def next_pass(self) -> "PassCrossCache":
+        return PassCrossCache(next_pass(self.self_attention_cache), self.cross_attention_cache, is_first=False)
+
+
+def is_replayed(past_key_values: Cache) -> bool:
+    """Return True for the cache of a pass that gradient checkpointing may run again, or that is thrown away."""
+    return isinstance(text_cache(past_key_values), PassCache)
+
+
+def next_pass(past_key_values: Cache) -> Cache:
+    """Return the cache of the next pass: the same one, unless it is of a single pass."""
+    is_of_one = isinstance(past_key_values, (PassCache, PassCrossCache))
+    return past_key_values.next_pass() if is_of_one else past_key_values
 
 
 def throwaway(past_key_values: Cache) -> Cache:
-    """A cache for one pass over what past_key_values hold; they do not change, however often it is done.
+    """Return a cache for one pass over what past_key_values hold; they do not change, however often it is done.
 
     Raises:
         ValueError: keys that are not kept whole, or not on the decoder's device.
     """
-    if isinstance(past_key_values, (ReplayCache, ReplayCrossCache)):
+    if isinstance(past_key_values, (PassCache, PassCrossCache)):
         return past_key_values.next_pass()
     if isinstance(past_key_values, EncoderDecoderCache):
-        return ReplayCrossCache(throwaway(past_key_values.self_attention_cache), past_key_values)
-    if past_key_values.offloading:
-        raise ValueError(
-            "The keys of the text before cannot be read again from an offloaded cache: use "
-            "thought_schedule='sequential', or a cache that stays on the device."
-        )
-    return ReplayCache(past_key_values)
+        text, cross = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
+        return PassCrossCache(throwaway(text), cross, is_first=False)
+    return PassCache(past_key_values)
 
 
-def text_cache(past_key_values: Cache) -> Cache:
-    """The cache of the text alone, where there is another of encoder states beside it."""
-    is_pair = isinstance(past_key_values, EncoderDecoderCache)
-    return past_key_values.self_attention_cache if is_pair else past_key_values
+def with_cross_attention(past_key_values: Cache, config=None) -> EncoderDecoderCache:
+    """Return the cache with a place for keys of encoder states, in which the first pass computes them once.
+
+    config: the decoder's, for the cache of a pass.
+    """
+    if isinstance(past_key_values, EncoderDecoderCache):
+        return past_key_values
+    if isinstance(past_key_values, PassCache):
+        return PassCrossCache(past_key_values, PassCache(DynamicCache(config=config)), is_first=True)
+    return EncoderDecoderCache(past_key_values, DynamicCache())

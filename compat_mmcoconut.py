@@ -80,6 +80,24 @@ def takes_cache_by_either_name(function):
     return call
 
 
+def takes_arguments_of(base_forward):
+    """Let a forward that hands its kwargs on to base_forward show all arguments of both in its signature."""
+
+    def decorate(function):
+        @wraps(function)
+        def call(*args, **kwargs):
+            return function(*args, **rename_cache(kwargs))
+
+        own, base = (dict(inspect.signature(each).parameters) for each in (function, base_forward))
+        kwargs_of_base = base.pop("kwargs")
+        added = [value for name, value in own.items() if name not in {*base, "kwargs"}]
+        keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in added]
+        call.__signature__ = inspect.Signature([*base.values(), *keyword_only, kwargs_of_base])
+        return call
+
+    return decorate
+
+
 class CacheByEitherName:
     """For outputs: reads the cache under both names, of which the dataclass has one as a field."""
 

@@ -94,7 +94,7 @@ class MMCoconutConfig(PreTrainedConfig):
         jacobi_iterations (`int`): how often, at least 1; as many as there are thoughts give the sequential ones. Only
             and always with `jacobi`.
         stop_head (`bool`): whether a head reads, from the state that would be fed back, if a row should stop thinking
-            instead; see stopping_mmcoconut.py. Only with sequential thoughts that are fed back.
+            instead; see StopEarly in schedules_mmcoconut.py. Only with sequential thoughts that are fed back.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
 

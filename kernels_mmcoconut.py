@@ -1,6 +1,6 @@
 """Attention of a latent step: a few queries over a long prefix and a short tail whose keys are never joined.
 
-The loop of latent_mmcoconut.py runs the decoder once for the text before the thoughts, and then once more a thought. A
+The loop of thinking_mmcoconut.py runs the decoder once for the text before the thoughts, then once more a thought. A
 cache that appends copies all keys and values in each of these passes, and autograd keeps every copy. `SplitCache`
 leaves those of the first pass where they are and writes the later ones into a tail; the attention function `latent`
 reads both:

@@ -12,14 +12,9 @@ Shapes: B batch, P tokens of the prefix, T of the whole prompts, H heads, K head
 from dataclasses import dataclass, field
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMode
-from transformers.utils import ModelOutput
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .caches_mmcoconut import CrossAttentionCache, remember_state
-from .compat_mmcoconut import CACHE, RELEASE
-from .fusions_mmcoconut import check_one_source
-from .positions_mmcoconut import check_new_positions, position_limit
+from .caches_mmcoconut import ThoughtState, text_cache, with_cross_attention
 
 
 # Features of the same picture, computed in another batch, differ by rounding; those of another picture by far more.
@@ -152,29 +147,31 @@ class PromptPrefix:
 
     def keep(self, past_key_values: Cache) -> "PromptPrefix":
         """Keep what the model wrote into this cache, which must hold all columns of every layer."""
-        own = past_key_values
+        state = ThoughtState.of(past_key_values)
+        self.layers = [(layer.keys, layer.values) for layer in text_cache(past_key_values).layers]
+        self.last_hidden_state, self.encoder_inputs = state.last_state, state.encoder_inputs
         if isinstance(past_key_values, EncoderDecoderCache):
-            own, of_images = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
+            of_images = past_key_values.cross_attention_cache
             self.cross_layers = [(layer.keys, layer.values) for layer in of_images.layers]
-            self.encoder_inputs = past_key_values.encoder_inputs
-        self.layers = [(layer.keys, layer.values) for layer in own.layers]
-        self.last_hidden_state = past_key_values.last_hidden_state
         return self
 
     def copied_into(self, past_key_values: Cache, num_rows: int) -> Cache:
-        """An empty cache of any kind with these keys and values in each of its rows."""
+        """Return an empty cache of any kind with these keys and values in each of its rows."""
 
         def of_rows(states: torch.Tensor) -> torch.Tensor:
             return states.expand(num_rows, *states.shape[1:])
 
         for index, states in enumerate(self.layers):
-            past_key_values.update(*map(of_rows, states), index)
+            text_cache(past_key_values).update(*map(of_rows, states), index)
         if self.encoder_inputs:
-            past_key_values = CrossAttentionCache(past_key_values, *map(of_rows, self.encoder_inputs.values()))
+            past_key_values = with_cross_attention(past_key_values)
             for index, states in enumerate(self.cross_layers):
                 past_key_values.cross_attention_cache.update(*map(of_rows, states), index)
                 past_key_values.is_updated[index] = True
-        return remember_state(past_key_values, of_rows(self.last_hidden_state))
+        state = ThoughtState.within(past_key_values)
+        state.remember(of_rows(self.last_hidden_state), past_key_values)
+        state.encoder_inputs = {name: of_rows(value) for name, value in self.encoder_inputs.items()}
+        return past_key_values
 
     def check_begins(self, prompts: list[torch.Tensor], latent_token_id: int) -> None:
         """Every prompt must begin with the prefix and go on behind it.
@@ -264,133 +261,3 @@ class PromptPrefix:
             kept = [tiles[len(self.num_tiles) :] for tiles in of_rows]
             behind["num_tiles"] = num_tiles.new_tensor(sum(kept, []))
         return behind
-
-
-def with_prompts(outputs, input_ids: torch.Tensor, *, moved: bool):
-    """What `generate` gave for (B, T) prompts behind a prefix, with the prompts (B, T) as they were passed.
-
-    moved: whether padding stood in the middle, so that a cache, if returned, fits no mask of these prompts; it is left
-    out.
-    """
-    sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs  # (B · returned, T + new)
-    given = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)  # (B · returned, T)
-    sequences = torch.cat([given, sequences[:, input_ids.shape[1] :]], dim=1)
-    if not isinstance(outputs, ModelOutput):
-        return sequences
-    outputs.sequences = sequences
-    if moved:
-        outputs.past_key_values = None
-    return outputs
-
-
-class GenerationBehindPrefix:
-    """The part of a model with a head that makes prefixes and generates behind them; before GenerationMixin."""
-
-    @torch.no_grad()
-    def prefill(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        num_tokens: int | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        num_tiles: torch.LongTensor | None = None,
-    ) -> PromptPrefix:
-        """Run what prompts begin with through the model once, for `generate(…, prefix=…)` to go on from.
-
-        Args:
-            input_ids, attention_mask (B, T): one prompt, all of which is the prefix, or several, of which it is what
-                all of them begin with.
-            num_tokens: make the prefix of so many tokens.
-            pixel_values or image_features, num_tiles: the images of the prompts; only those in the prefix are read.
-
-        Raises:
-            ValueError: prompts without a common beginning; a prefix that ends inside an image; other images at its
-                placeholders in one prompt than in another.
-        """
-        check_one_source(pixel_values=pixel_values, image_features=image_features)
-        prompts = prompts_of(input_ids, attention_mask)
-        # Rows that stop by themselves do so each for itself, behind what they share.
-        ends_before = self.config.latent_token_id if self.config.stop_head else None
-        prompt = prompts[0][None, : shared_length(prompts, num_tokens, ends_before=ends_before)]  # (1, P)
-        tiles = self.count_tiles([prompt[0]])[0]
-        tiles_of_images = None if num_tiles is None else num_tiles[num_tiles.cumsum(0) <= tiles]
-        self.model.check_whole_images(prompt == self.config.image_token_id, tiles_of_images)
-        images = {"pixel_values": pixel_values, "image_features": image_features}
-        first = {name: tensor[:tiles] for name, tensor in images.items() if tensor is not None and tiles}
-        prefix = PromptPrefix(prompt[0], Maker.of(self), first, tiles_of_images if first else None)
-        prefix.without_images(self.count_tiles(prompts), num_tiles, **images)
-        inputs = {**first, "num_tiles": prefix.num_tiles, "past_key_values": DynamicCache(), "use_cache": True}
-        return prefix.keep(self.model(input_ids=prompt, **inputs).past_key_values)
-
-    def count_tiles(self, prompts: list[torch.Tensor]) -> list[int]:
-        """How many images, or tiles, each prompt has placeholders for."""
-        return [int((ids == self.config.image_token_id).sum()) // self.config.image_seq_length for ids in prompts]
-
-    def generate_behind(self, prefix: PromptPrefix, inputs: torch.Tensor | None, *args, **kwargs):
-        """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
-        prefix.maker.check_reads(Maker.of(self))
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
-        other = [name for name in (CACHE, "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
-        if input_ids is None or other:
-            raise ValueError(
-                f"A prefix needs input_ids of the whole prompts and no {' or '.join(other or ['others'])}."
-            )
-        prompts = prompts_of(input_ids, kwargs.pop("attention_mask", None))
-        prefix.check_begins(prompts, self.config.latent_token_id)
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features", "num_tiles")}
-        check_one_source(**{name: images[name] for name in ("pixel_values", "image_features")})
-        images = prefix.without_images(self.count_tiles(prompts), images.pop("num_tiles"), **images)
-        pad_token_id = self.generation_config.pad_token_id or 0
-        ids, mask = prefix.in_front(prompts, input_ids.shape[1], pad_token_id=pad_token_id)  # (B, T) each
-        # Stock `generate()` counts placeholders to share images out to beams; those of the prefix are read already.
-        known = ids[:, : len(prefix)]
-        known[known == self.config.image_token_id] = self.config.start_latent_token_id
-        outputs = self.generate(ids, *args, attention_mask=mask, **{CACHE: prefix}, **images, **kwargs)
-        return with_prompts(outputs, input_ids, moved=not bool(mask.all()))
-
-    def _check_room(self, generation_config, model_kwargs: dict, num_read: int) -> None:
-        """Raise ValueError if num_read columns, prompts included, need more positions than the decoder has."""
-        name = "decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask"
-        mask = model_kwargs.get(name)
-        given = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        num_columns = mask.shape[1] if given else num_read + 1 - (generation_config.max_new_tokens or 1)
-        check_new_positions(
-            position_limit(self.get_decoder()),
-            mask if given and not self.model.counts_columns else None,
-            num_columns=num_columns,
-            num_new=num_read + 1 - num_columns,
-        )
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
-        """Check that positions suffice, let transformers make the cache, and copy a prefix into its rows."""
-        self._check_room(generation_config, model_kwargs, num_read)
-        prefix = model_kwargs.get(CACHE)
-        begun = isinstance(prefix, PromptPrefix) or (prefix is not None and int(prefix.get_seq_length()) > 0)
-        if begun and generation_config.prefill_chunk_size is not None and RELEASE < (5, 21):
-            raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size} behind a cache or prefix reads the wrong "
-                "columns in this release of transformers: install 5.21 or newer, or leave it out."
-            )
-        prepare = super()._prepare_cache_for_generation
-        if not isinstance(prefix, PromptPrefix):
-            return prepare(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        if generation_mode == GenerationMode.ASSISTED_GENERATION:
-            raise ValueError(
-                "Assisted decoding reads the whole prompt again in its first step, also what a cache holds already: "
-                "leave out the prefix, or assistant_model and prompt_lookup_num_tokens."
-            )
-        del model_kwargs[CACHE]
-        prepare(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        if model_kwargs.get(CACHE) is None:
-            raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
-        padded = model_kwargs.get("attention_mask") is not None
-        window = getattr(self.config.get_text_config(decoder=True), "sliding_window", None)
-        if padded and not self.model.sees_all_columns and window < generation_config.max_length:
-            raise ValueError(
-                f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
-                f"sequence has up to {generation_config.max_length}: pass prompts of one length, or one at a time."
-            )
-        num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-        model_kwargs[CACHE] = prefix.copied_into(model_kwargs[CACHE], num_rows)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoModel
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
     ModelOutput,
@@ -26,15 +27,11 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .compat_mmcoconut import CACHE, CacheByEitherName, rename_cache, takes_cache_by_either_name
+from .columns_mmcoconut import check_thoughts_matter, position_limit, positions_from_mask, split_latents
+from .compat_mmcoconut import CACHE, rename_cache, takes_arguments_of, takes_cache_by_either_name
 from .configuration_mmcoconut import MMCoconutConfig
-from .latent_mmcoconut import check_thoughts_matter, positions_from_mask
-from .modeling_mmcoconut import (
-    MMCoconutForConditionalGeneration,
-    MMCoconutModel,
-    thoughts_of,
-)
-from .positions_mmcoconut import position_limit
+from .modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel, ThoughtFields
+from .vision_mmcoconut import check_whole_images
 
 
 @dataclass
@@ -53,32 +50,21 @@ class MMCoconutEncoderOutput(ModelOutput):
 
 
 @dataclass
-class MMCoconutSeq2SeqModelOutput(CacheByEitherName, Seq2SeqModelOutput):
-    """The base model's output: the decoder's states under transformers' names, and the encoder's.
+class MMCoconutSeq2SeqModelOutput(ThoughtFields, Seq2SeqModelOutput):
+    """The base model's output: the decoder's states under transformers' names, the encoder's, and ThoughtFields.
 
     encoder_last_hidden_state (B, E, D) is what the decoder reads, visual tokens first; encoder_hidden_states (B, S, D)
     and encoder_attentions (B, H, S, S) are of the text encoder alone. image_embeds (I, D).
-    The rest as in MMCoconutModelOutputWithPast.
     """
 
-    image_hidden_states: tuple[torch.Tensor, ...] | None = None
-    thoughts: torch.Tensor | None = None
-    thought_mask: torch.Tensor | None = None
-    stop_logits: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
 
 
 @dataclass
-class MMCoconutSeq2SeqLMOutput(CacheByEitherName, Seq2SeqLMOutput):
+class MMCoconutSeq2SeqLMOutput(ThoughtFields, Seq2SeqLMOutput):
     """The head's output: loss () of the labels alone, alignment_loss () in [0, 2], and the base model's fields."""
 
     alignment_loss: torch.Tensor | None = None
-    image_hidden_states: tuple[torch.Tensor, ...] | None = None
-    thoughts: torch.Tensor | None = None
-    thought_mask: torch.Tensor | None = None
-    stop_logits: torch.Tensor | None = None
-    attention_mask: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
 
 
@@ -185,7 +171,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             image_outputs = self.get_image_features(pixel_values, **images, return_dict=True)
             projected = torch.cat(list(image_outputs.pooler_output), dim=0).to(states)  # (I, P · D)
         image_mask = self.get_placeholder_mask(input_ids, states, projected)  # (B, S)
-        self.check_whole_images(image_mask, num_tiles)
+        check_whole_images(image_mask, num_tiles, self.config)
         read = self.fuse(states, projected, image_mask, attention_mask)
         return MMCoconutEncoderOutput(
             last_hidden_state=read["encoder_hidden_states"],
@@ -231,31 +217,27 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             images = {"pixel_values": pixel_values, "num_tiles": num_tiles, "image_features": image_features}
             encoder_outputs = self.encode(input_ids, attention_mask, **images, **asked_outputs(kwargs))
         inputs_embeds = self.get_input_embeddings()(decoder_input_ids)  # (B, T, D)
-        latent_mask = decoder_input_ids == self.config.latent_token_id  # (B, T)
-        outputs = self.run_decoder(
-            latent_mask,
-            inputs_embeds,
-            attention_mask=decoder_attention_mask,
-            position_ids=decoder_position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
-            encoder_attention_mask=encoder_outputs.attention_mask,
+        latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
+        masks = (decoder_attention_mask, decoder_position_ids)
+        inputs = self.decoder_inputs(inputs_embeds, *masks, past_key_values, use_cache)
+        inputs |= {"inputs_embeds": inputs_embeds, "encoder_hidden_states": encoder_outputs.last_hidden_state}
+        inputs["encoder_attention_mask"] = encoder_outputs.attention_mask
+        outputs, thought_fields = self.run_decoder(
+            latents,
+            {**kwargs, **inputs},
             stop_threshold=stop_threshold,
             thought_noise=thought_noise,
+            output_thoughts=output_thoughts,
             output_stop_logits=output_stop_logits,
-            **kwargs,
         )
         return MMCoconutSeq2SeqModelOutput(
             last_hidden_state=outputs.last_hidden_state,
-            **{CACHE: outputs.past_key_values},
-            decoder_hidden_states=outputs.hidden_states,
-            decoder_attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+            **{CACHE: outputs.get(CACHE)},
+            decoder_hidden_states=outputs.get("hidden_states"),
+            decoder_attentions=outputs.get("attentions"),
+            cross_attentions=outputs.get("cross_attentions"),
+            **thought_fields,
             image_hidden_states=encoder_outputs.image_hidden_states,
-            **(thoughts_of(outputs, latent_mask) if output_thoughts else {}),
-            stop_logits=outputs.stop_logits,
-            attention_mask=outputs.attention_mask,
             encoder_last_hidden_state=encoder_outputs.last_hidden_state,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
@@ -270,7 +252,6 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
     """
 
     base_class = MMCoconutSeq2SeqModel
-    text_auto_class = AutoModelForSeq2SeqLM
 
     def get_encoder(self, modality: str | None = None):
         return self.model.get_encoder(modality)
@@ -312,9 +293,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
                 encoder_outputs = self.model.encode(input_ids, kwargs.pop("attention_mask", None), **images, **asked)
         kwargs["attention_mask"] = encoder_outputs.attention_mask
         # Not this class's parent, whose generate() checks images that are read in the text.
-        return super(MMCoconutForConditionalGeneration, self).generate(
-            None, *args, encoder_outputs=encoder_outputs, **kwargs
-        )
+        return GenerationMixin.generate(self, None, *args, encoder_outputs=encoder_outputs, **kwargs)
 
     def prepare_inputs_for_generation(
         self, *args, decoder_attention_mask: torch.Tensor | None = None, **kwargs
@@ -331,7 +310,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         start = labels.new_full((labels.shape[0], 1), text_config.decoder_start_token_id)  # (B, 1)
         return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, text_config.pad_token_id)], dim=1)
 
-    @takes_cache_by_either_name
+    @takes_arguments_of(MMCoconutSeq2SeqModel.forward)
     @can_return_tuple
     def forward(
         self,
@@ -339,24 +318,17 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        decoder_position_ids: torch.LongTensor | None = None,
+        *,
         encoder_outputs: MMCoconutEncoderOutput | None = None,
-        past_key_values: Cache | None = None,
         labels: torch.LongTensor | None = None,
         alignment_input_ids: torch.LongTensor | None = None,
         alignment_attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
         num_tiles: torch.LongTensor | None = None,
         image_features: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        stop_threshold: float | torch.Tensor | None = None,
-        thought_noise: torch.Tensor | None = None,
-        output_thoughts: bool = False,
-        output_stop_logits: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs,
     ) -> tuple | MMCoconutSeq2SeqLMOutput:
-        """The base model, its head, the loss of the labels, and the alignment loss.
+        """Run the base model, its head, the loss of the labels, and the alignment loss.
 
         Args:
             labels (B, T): what each column of decoder_input_ids is to predict, -100 where nothing; not shifted inside.
@@ -388,27 +360,11 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         if labels is not None:
             latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
-            check_thoughts_matter(self.model.split_latents(latents, decoder_attention_mask)[0], labels != -100)
-        outputs = self.model(
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            decoder_position_ids=decoder_position_ids,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            stop_threshold=stop_threshold,
-            thought_noise=thought_noise,
-            output_thoughts=output_thoughts,
-            output_stop_logits=output_stop_logits,
-            **kwargs,
-        )
+            check_thoughts_matter(split_latents(latents, kwargs.get("decoder_attention_mask"))[0], labels != -100)
+        outputs = self.model(decoder_input_ids=decoder_input_ids, encoder_outputs=encoder_outputs, **kwargs)
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
-        return MMCoconutSeq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            alignment_loss=aligned,
-            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
-        )
+        fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return MMCoconutSeq2SeqLMOutput(loss=loss, logits=logits, alignment_loss=aligned, **fields)
 
     def align(self, image_embeds, alignment_input_ids, alignment_attention_mask) -> torch.Tensor:
         """The alignment loss of a batch's images and their texts."""
@@ -419,18 +375,6 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             )
         texts = self.get_text_features(alignment_input_ids, alignment_attention_mask, return_dict=True)
         return alignment_loss(image_embeds, texts.pooler_output)
-
-    @classmethod
-    def from_backbones(cls, *args, **kwargs):
-        """As MMCoconutForConditionalGeneration.from_backbones, with an encoder-decoder such as BART for its text."""
-        model = super().from_backbones(*args, **{"image_fusion": "encoder", **kwargs})
-        model.generation_config.update(decoder_start_token_id=model.config.text_config.decoder_start_token_id)
-        return model
-
-    @staticmethod
-    def language_part(causal_lm: PreTrainedModel) -> PreTrainedModel:
-        """Encoder and decoder, without the head."""
-        return causal_lm.base_model
 
 
 MMCoconutForSeq2SeqLM.register_for_auto_class("AutoModelForSeq2SeqLM")

@@ -17,6 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_s
 from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
+from mmcoconut.build import from_backbones, from_vlm
+from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
@@ -26,10 +28,8 @@ from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.errors import run_command
 from mmcoconut.evaluation.compare import compare
 from mmcoconut.hub.uploads import quiet_requests
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.models import load_model, model_class
+from mmcoconut.models import load_model
 from mmcoconut.objectives.alignment import Alignment
-from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles, set_tiles
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RESULTS_FILE, write_json
@@ -38,6 +38,7 @@ from mmcoconut.statistics import percent
 from mmcoconut.tables import SPEED, stage_rows, stage_table
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
+from mmcoconut.training.deferred import defer_weight_gradients
 from mmcoconut.training.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
 from mmcoconut.training.lora import add_lora, describe_adapters
 from mmcoconut.training.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
@@ -108,7 +109,7 @@ def config_of(values: dict | None):
 
 def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
     tokenizer = build_tokenizer(model_args, train_set, checkpoint)
-    model = model_class(model_args.image_fusion).from_backbones(
+    model = from_backbones(
         model_args.vision_model,
         model_args.text_model,
         tokenizer=tokenizer,
@@ -129,7 +130,7 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
 
 def build_from_vlm(model_args):
     """Model and processor of a pretrained vision-language model, with its own tokenizer and tiles."""
-    model = MMCoconutForConditionalGeneration.from_vlm(
+    model = from_vlm(
         model_args.vlm,
         new_token_init=model_args.new_token_init,
         image_size=model_args.image_size,
@@ -197,7 +198,7 @@ def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
     model.checkpointed_passes = model_args.checkpointed_passes
-    model.defer_weight_gradients = model_args.defer_weight_gradients
+    defer_weight_gradients(model, model_args.defer_weight_gradients)
     freeze(model, model_args.freeze)
     if curriculum_args.align_weight and any(weight.requires_grad for weight in model.get_encoder().parameters()):
         logger.warning("images are aligned with a text encoder that is trained too: freeze language_model.encoder")

@@ -19,7 +19,8 @@ import torch
 from measuring import fastest, thinking_gpt2, write_results
 from transformers import GPT2LMHeadModel
 
-from mmcoconut.latent_mmcoconut import think_uncached
+from mmcoconut.columns_mmcoconut import column_lists
+from mmcoconut.thinking_mmcoconut import Thoughts, think_uncached
 
 
 GPU_SIZES = {"num_layers": 24, "hidden_size": 1024, "prompt": 256, "latents": 16, "new_tokens": 128, "batch": 64}
@@ -46,9 +47,10 @@ def generate_without_cache(model, input_ids: torch.Tensor, new_tokens: int) -> t
     """Greedy tokens (1, T + new) of one prompt; every thought and every token runs all columns before it."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     embeddings = model.get_input_embeddings()
-    latent_mask = input_ids == model.config.latent_token_id  # (1, T)
-    thought = think_uncached(decoder, embeddings(input_ids), latent_mask, feed=model.model.thought_feed)
-    embeds, state = thought.inputs_embeds, thought.last_hidden_state[:, -1]
+    thoughts = Thoughts(input_ids == model.config.latent_token_id, feed=model.model.thought_feed)
+    thoughts.columns = column_lists(thoughts.latents)[0]
+    states, embeds = think_uncached(decoder, embeddings(input_ids), thoughts)  # (1, T, D) each
+    state = states[:, -1]  # (1, D)
     for _ in range(new_tokens):
         logits = head(state).index_fill(-1, torch.tensor(forbidden(model), device=state.device), -torch.inf)
         token = logits.argmax(-1, keepdim=True)  # (1, 1)
@@ -77,9 +79,8 @@ def make_sides(model, arguments) -> dict:
     asked = [arguments.prefix + QUESTION] * NUM_QUESTIONS
     questions = batch_of(model, asked, [arguments.latents] * NUM_QUESTIONS, prefix=arguments.prefix)
 
-    def generate(inputs, *, graphs="auto", attention="sdpa"):
+    def generate(inputs, *, attention="sdpa"):
         def run():
-            model.latent_graphs = graphs
             model.get_decoder().set_attn_implementation(attention)
             return model.generate(**inputs, **options)
 
@@ -106,8 +107,6 @@ def make_sides(model, arguments) -> dict:
         words = inputs["input_ids"].masked_fill(inputs["input_ids"] == model.config.latent_token_id, 1)
         run = partial(plain.generate, **{**inputs, "input_ids": words}, **options)
         sides[f"plain causal LM, {name}"] = (run, sides[name][1])
-    if arguments.gpu:
-        sides["batch 1, thoughts not compiled"] = (generate(one, graphs="off"), new)
     return sides
 
 

@@ -16,6 +16,8 @@ import torch
 from measuring import fastest, thinking_gpt2, write_results
 from transformers import GPT2LMHeadModel
 
+from mmcoconut.training.deferred import defer_weight_gradients
+
 
 NUM_ANSWER = 32
 
@@ -70,7 +72,7 @@ def make_sides(arguments) -> tuple[dict, int]:
     def ours_with(attention: str, deferred: bool, checkpointed: str | None = None):
         def loss(input_ids, labels, columns, **kwargs):
             ours.get_decoder().set_attn_implementation(attention)
-            ours.model.defer_weight_gradients = deferred
+            defer_weight_gradients(ours, deferred)
             if checkpointed is not None:
                 ours.activation_checkpointing_enable()
                 ours.model.checkpointed_passes = checkpointed

@@ -21,9 +21,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, Tr
 from transformers.utils import logging as library_logging
 
 from mmcoconut.arguments.fields import RunArguments
+from mmcoconut.build import from_backbones
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.data.tokenizer import train_tokenizer
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.training.callbacks import CurriculumCallback
 from mmcoconut.training.collator import CurriculumCollator
@@ -105,7 +105,7 @@ def build(shape: dict, texts: list[str]):
     tower |= {"num_hidden_layers": shape["tower_layers"], "num_attention_heads": shape["heads"]}
     text = {"n_embd": shape["width"], "n_layer": shape["layers"], "n_head": shape["heads"], "n_positions": 256}
     tokenizer = train_tokenizer(texts, vocab_size=400)
-    model = MMCoconutForConditionalGeneration.from_backbones(
+    model = from_backbones(
         vision_config=CLIPVisionConfig(**tower, image_size=shape["image"], patch_size=shape["patch"]),
         text_config=GPT2Config(**text, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
         tokenizer=tokenizer,

@@ -13,6 +13,7 @@ import transformers
 from tables import read_rows
 from transformers import CLIPVisionConfig, GPT2Config
 
+from mmcoconut.build import from_backbones
 from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
@@ -26,7 +27,7 @@ def thinking_gpt2(arguments, *, num_positions: int) -> MMCoconutForConditionalGe
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a b"], vocab_size=300)
     tokenizer.add_tokens([f"<filler {number}>" for number in range(arguments.vocab_size - len(tokenizer) - 5)])
-    return MMCoconutForConditionalGeneration.from_backbones(
+    return from_backbones(
         vision_config=CLIPVisionConfig(**VISION, image_size=8, patch_size=8),
         text_config=GPT2Config(
             n_embd=arguments.hidden_size,

@@ -26,6 +26,8 @@ PUBLIC_NAMES = {
     "CurriculumTrainer": "training.trainer",
     "Example": "data",
     "load_examples": "data",
+    "from_backbones": "build",
+    "from_vlm": "build",
 }
 __all__ = ["__version__", *PUBLIC_NAMES]
 

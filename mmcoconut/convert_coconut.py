@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPIm
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.arguments.recipes import read_arguments
+from mmcoconut.build import from_backbones
 from mmcoconut.configuration_mmcoconut import END_LATENT_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN
 from mmcoconut.errors import RecipeError, run_command
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 
 
@@ -123,7 +123,7 @@ def convert(file: str, text_model: str, *, num_latents: int):
     tokenizer = tokenizer_of(text_model, causal_lm.get_input_embeddings().weight.shape[0], file)
     with tempfile.TemporaryDirectory() as folder:
         causal_lm.save_pretrained(folder)
-        model = MMCoconutForConditionalGeneration.from_backbones(
+        model = from_backbones(
             vision_config=CLIPVisionConfig(**NO_VISION, image_size=SIDE, patch_size=SIDE),
             text=folder,
             tokenizer=tokenizer,

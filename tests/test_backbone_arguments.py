@@ -5,12 +5,12 @@ import torch
 from test_from_vlm import tiny_vlm
 from tiny import max_difference, ragged_batch, seq2seq_batch, tiny_model, tiny_seq2seq
 
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut import build
 
 
 def from_vlm(**config):
     vlm, tokenizer = tiny_vlm("internvl tied")
-    return MMCoconutForConditionalGeneration.from_vlm(vlm, tokenizer=tokenizer, **config)
+    return build.from_vlm(vlm, tokenizer=tokenizer, **config)
 
 
 @pytest.mark.parametrize("make", [tiny_model, tiny_seq2seq, from_vlm])

@@ -5,6 +5,8 @@ What holds of every decoder stands in test_latent.py, test_generation.py and tes
 Shapes: B batch, T tokens, E image features that a row reads, D hidden.
 """
 
+import copy
+
 import pytest
 import torch
 from tiny import (
@@ -24,14 +26,15 @@ from tiny import (
     tiny_seq2seq,
     tiny_tokenizer,
     uncached,
+    widths_of_passes,
     words,
 )
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mmcoconut.audit.thoughts import read_thoughts
-from mmcoconut.fusions_mmcoconut import features_by_row
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.build import from_backbones
+from mmcoconut.vision_mmcoconut import features_by_row
 
 
 TEXTS = ("marian", "bart", "gpt2")
@@ -167,21 +170,11 @@ def key_projection(model) -> nn.Module:
     return layer.crossattention.c_attn if hasattr(layer, "crossattention") else layer.encoder_attn.k_proj
 
 
-class Calls:
-    """Counts the calls of a module inside a with-block."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.number = module, 0
-
-    def __enter__(self):
-        self.handle = self.module.register_forward_hook(self.count)
-        return self
-
-    def __exit__(self, *_):
-        self.handle.remove()
-
-    def count(self, *_):
-        self.number += 1
+def count_calls(module: nn.Module) -> list[int]:
+    """A list that gets an entry for every call of a module from now on."""
+    calls = []
+    module.register_forward_hook(lambda *_: calls.append(1))
+    return calls
 
 
 @pytest.mark.parametrize(
@@ -189,11 +182,11 @@ class Calls:
 )
 @pytest.mark.parametrize("text", [*TEXTS, "seq2seq"])
 def test_keys_of_the_pictures_are_computed_once_a_generation(models, text, options):
-    model = models[text]
-    with Calls(key_projection(model)) as keys, Calls(model.get_decoder()) as passes:
-        generate(model, batch_for(model), min_new_tokens=NEW_TOKENS, **options)
-    assert passes.number >= 3 + NEW_TOKENS  # three thoughts
-    assert keys.number == 1
+    model = copy.deepcopy(models[text])
+    keys, passes = count_calls(key_projection(model)), widths_of_passes(model)
+    generate(model, batch_for(model), min_new_tokens=NEW_TOKENS, **options)
+    assert len(passes) >= 3 + NEW_TOKENS  # three thoughts
+    assert len(keys) == 1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -204,11 +197,11 @@ def test_keys_of_the_pictures_are_computed_once_a_training_step(text, checkpoint
         checkpoint_activations(model)
     batch = batch_for(model.train())
     ids = batch["decoder_input_ids" if text == "seq2seq" else "input_ids"]
-    with Calls(key_projection(model)) as keys, Calls(model.get_decoder()) as passes:
-        loss = model(**batch, labels=ids).loss if text == "seq2seq" else model(**batch, labels=last_labels(batch)).loss
-        assert (keys.number, passes.number > 3) == (1, True)
-        loss.backward()
-    assert keys.number == 1 + checkpointing  # recomputed once, not once a thought
+    keys, passes = count_calls(key_projection(model)), widths_of_passes(model)
+    loss = model(**batch, labels=ids).loss if text == "seq2seq" else model(**batch, labels=last_labels(batch)).loss
+    assert (len(keys), len(passes) > 3) == (1, True)
+    loss.backward()
+    assert len(keys) == 1 + checkpointing  # recomputed once, not once a thought
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -270,9 +263,9 @@ def test_a_turn_of_text_thinks_on_over_the_pictures_of_the_first(models, text, t
     ids = torch.cat([answered.sequences, turn], dim=1)
     mask = nn.functional.pad(first["attention_mask"], (0, ids.shape[1] - first["input_ids"].shape[1]), value=1)
     both = {"input_ids": ids, "attention_mask": mask}
-    with Calls(key_projection(model)) as keys:
-        outputs = generate(model, {**both, "past_key_values": answered.past_key_values}, **exactly)
-    assert keys.number == 0
+    keys = count_calls(key_projection(model))
+    outputs = generate(model, {**both, "past_key_values": answered.past_key_values}, **exactly)
+    assert not keys
     with uncached(model):
         expected = generate(model, {**both, "pixel_values": first["pixel_values"]}, use_cache=False, **exactly)
     assert torch.equal(outputs.sequences, expected.sequences)
@@ -319,9 +312,7 @@ def save_backbones(folder, text, *, with_cross_attention=True):
 
 
 def build(folder):
-    return MMCoconutForConditionalGeneration.from_backbones(
-        str(folder / "vision"), str(folder / "text"), image_fusion="cross_attention"
-    )
+    return from_backbones(str(folder / "vision"), str(folder / "text"), image_fusion="cross_attention")
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -1,5 +1,7 @@
 """Weight gradients formed once: equal to those formed in every pass, and truly formed once."""
 
+import copy
+
 import pytest
 import torch
 from tiny import (
@@ -13,8 +15,14 @@ from tiny import (
 )
 from torch import nn
 
-from mmcoconut import deferred_mmcoconut
-from mmcoconut.deferred_mmcoconut import LEAST_WIDTH, DeferredWeightGradients, product
+from mmcoconut.training import deferred
+from mmcoconut.training.deferred import (
+    LEAST_WIDTH,
+    DeferredWeightGradients,
+    defer_weight_gradients,
+    defers_gradients,
+    product,
+)
 
 
 def batch_in(model, dtype) -> dict:
@@ -25,8 +33,8 @@ def batch_in(model, dtype) -> dict:
 def found_both_ways(model, batch, **kwargs) -> list:
     """Loss and gradients with weight gradients formed in every pass, then with those formed once."""
     found = []
-    for deferred in (False, True):
-        model.model.defer_weight_gradients = deferred
+    for choice in (False, True):
+        defer_weight_gradients(model, choice)
         found.append(loss_and_gradients(model, batch, **kwargs))
     return found
 
@@ -44,20 +52,20 @@ def test_gradients_formed_once_are_those_of_every_pass(text, attention, toleranc
 
 def count_takes(monkeypatch) -> list[int]:
     """The number of passes in each weight gradient that is formed."""
-    takes, take = [], deferred_mmcoconut.Ledger.take
+    takes, take = [], deferred.Ledger.take
 
     def counted(ledger, dtype):
         takes.append(len(ledger.gradients))
         return take(ledger, dtype)
 
-    monkeypatch.setattr(deferred_mmcoconut.Ledger, "take", counted)
+    monkeypatch.setattr(deferred.Ledger, "take", counted)
     return takes
 
 
 @pytest.mark.parametrize("text, num_linears", [("gpt2", 2 * 4), ("qwen2", 2 * 7)])
 def test_each_weight_of_the_decoder_forms_one_gradient_from_all_passes(text, num_linears, monkeypatch):
     model = tiny_model(text).train()
-    model.model.defer_weight_gradients = True
+    defer_weight_gradients(model, True)
     batch = ragged_batch(model)
     hooked = []
     for name, weight in model.get_decoder().named_parameters():
@@ -70,7 +78,7 @@ def test_each_weight_of_the_decoder_forms_one_gradient_from_all_passes(text, num
 
 def test_a_frozen_weight_and_a_pass_without_gradients_are_left_alone(monkeypatch):
     model = tiny_model("qwen2").train()
-    model.model.defer_weight_gradients = True
+    defer_weight_gradients(model, True)
     batch = ragged_batch(model)
     takes = count_takes(monkeypatch)
     frozen = [name for name, weight in model.get_decoder().named_parameters() if "mlp" in name]
@@ -87,13 +95,13 @@ def test_a_frozen_weight_and_a_pass_without_gradients_are_left_alone(monkeypatch
 
 def test_by_default_it_is_for_wide_decoders_on_a_cpu():
     model = tiny_model("gpt2").train().model
-    assert not model.defers_weight_gradients()
-    model.config.text_config.n_embd = LEAST_WIDTH  # which is all that is looked at
-    assert model.defers_weight_gradients()
-    assert not model.to("meta").defers_weight_gradients()
-    model.defer_weight_gradients = True
-    assert model.defers_weight_gradients()
-    assert not model.eval().defers_weight_gradients()
+    decoder = model.get_decoder()
+    assert not defers_gradients(decoder, None)
+    decoder.config.n_embd = LEAST_WIDTH  # which is all that is looked at
+    assert defers_gradients(decoder, None)
+    assert not defers_gradients(copy.deepcopy(decoder).to("meta"), None)
+    assert defers_gradients(decoder, True)
+    assert not defers_gradients(decoder.eval(), True)
 
 
 def test_error_under_autocast_is_no_larger_than_that_of_every_pass():
@@ -138,15 +146,15 @@ def test_a_product_in_parts_is_the_product(num_threads, num_rows, width, toleran
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("choice", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "latent"])
 @pytest.mark.parametrize("text", ["gpt2", "qwen2"])
 @pytest.mark.parametrize("tolerance", [1e-12])
-def test_gradients_asked_for_in_part_leave_nothing_behind(text, attention, deferred, tolerance):
+def test_gradients_asked_for_in_part_leave_nothing_behind(text, attention, choice, tolerance):
     """A backward pass for the pixels, or for one weight of an upper layer, goes by what others would have to empty."""
     model = tiny_model(text).double().train()
     model.get_decoder().set_attn_implementation(attention)
-    model.defer_weight_gradients = deferred
+    defer_weight_gradients(model, choice)
     batch = batch_in(model, torch.float64)
     _, expected = loss_and_gradients(model, batch)
     weights = [weight for name, weight in model.get_decoder().named_parameters() if ".1." in name and weight.ndim == 2]

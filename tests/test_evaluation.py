@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from safetensors.torch import load_file, save_file
-from tiny import tiny_image, tiny_model, tiny_processor
+from tiny import tiny_image, tiny_model, tiny_processor, widths_of_passes
 
 from mmcoconut import provenance
 from mmcoconut.audit.command import AuditArguments
@@ -129,13 +129,10 @@ def text_of(loaded, tokens: list[int]) -> str:
 
 def decoder_calls(model, function) -> int:
     """How often the language model runs inside `function()`."""
-    calls = []
-    hook = model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
-    try:
-        function()
-    finally:
-        hook.remove()
-    return len(calls)
+    calls = widths_of_passes(model)
+    before = len(calls)
+    function()
+    return len(calls) - before
 
 
 def json_data(folder: Path, rows: list[dict]) -> list[str]:

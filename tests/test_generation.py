@@ -5,13 +5,10 @@ import threading
 
 import pytest
 import torch
-import transformers
 from tiny import (
     CROSS_DECODERS,
     DECODERS,
-    GPT2_SIZES,
     IN_TEXT_DECODERS,
-    NO_DROPOUT,
     TEXT_CONFIGS,
     batch_of,
     last_labels,
@@ -26,13 +23,13 @@ from tiny import (
     uncached,
     words,
 )
-from transformers import CompileConfig, DynamicCache, GenerationConfig, GPT2Config, TextIteratorStreamer, TextStreamer
+from transformers import CompileConfig, DynamicCache, GenerationConfig, TextIteratorStreamer, TextStreamer
 
-from mmcoconut import kernels_mmcoconut, latent_graphs_mmcoconut
+from mmcoconut import kernels_mmcoconut
 from mmcoconut.caches_mmcoconut import text_cache
+from mmcoconut.columns_mmcoconut import column_lists
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, add_special_tokens
 from mmcoconut.kernels_mmcoconut import MAX_QUERIES, SplitCache
-from mmcoconut.latent_mmcoconut import latent_columns
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
 
@@ -145,7 +142,7 @@ def test_a_prefill_in_chunks_equals_the_definition(text, chunk_size, cache_imple
     model = tiny_model(text)
     batch = ragged_batch(model)
     if isinstance(chunk_size, str):
-        chunk_size = latent_columns(batch["input_ids"] == model.config.latent_token_id)[1]
+        chunk_size = column_lists(batch["input_ids"] == model.config.latent_token_id)[0][1]
     chunks = {"prefill_chunk_size": chunk_size, "cache_implementation": cache_implementation}
     assert_equals_reference(model, batch, tolerance, reference={}, **chunks)
 
@@ -401,80 +398,6 @@ def test_a_compiled_step_leaves_no_state_of_an_earlier_column(fresh_compiler):
         assert cache.get_seq_length() == 8
         with pytest.raises(ValueError, match="no token before it"):
             model(latent, past_key_values=cache)
-
-
-def thinking_batch(model, num_rows: int = 2) -> dict:
-    """Rows of different lengths whose latents end in one column, so that most of their passes have one column."""
-    latent = model.config.latent_token_id
-    return batch_of(model, [[*words(4 + row, row), *[latent] * (5 + row), *words(2, 9)] for row in range(num_rows)])
-
-
-@pytest.fixture
-def graphs_without_kernels(fresh_compiler, monkeypatch):
-    """Latent steps are traced into one graph, which runs without the minutes that compiling its kernels takes."""
-    run = torch.compile(latent_graphs_mmcoconut.run, backend="eager", fullgraph=True)
-    monkeypatch.setattr(latent_graphs_mmcoconut, "compiled_run", lambda device_type: run)
-
-
-def count_graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-@pytest.mark.parametrize(
-    ("text", "num_graphs"),
-    [("gpt2", 1), ("qwen2", 1), ("marian", 1), ("bart", 1), ("sliding", 2)],  # a window gets full once
-)
-@pytest.mark.parametrize("num_beams", [1, 2])
-@pytest.mark.parametrize("tolerance", [1e-5])
-def test_latent_steps_are_traced_once_and_equal_the_definition(
-    graphs_without_kernels, text, num_graphs, num_beams, tolerance
-):
-    model = tiny_model(sliding_qwen2_config() if text == "sliding" else text)
-    model.latent_graphs = "on"
-    options = {"num_beams": num_beams}
-    for _ in range(2):
-        static = {"cache_implementation": "static", **options}
-        assert_equals_reference(model, thinking_batch(model), tolerance, reference=options, **static)
-    assert count_graphs() == num_graphs
-
-
-@pytest.mark.parametrize("tolerance", [1e-5])
-def test_compiled_latent_steps_equal_the_definition(fresh_compiler, tolerance):
-    """With the kernels of a CPU, which is slow to compile: one layer."""
-    model = tiny_model(GPT2Config(**{**GPT2_SIZES, "n_layer": 1}, **NO_DROPOUT))
-    model.latent_graphs = "on"
-    latent_graphs_mmcoconut.compiled_run.cache_clear()
-    assert_equals_reference(model, thinking_batch(model), tolerance, reference={}, cache_implementation="static")
-    assert count_graphs() == 1
-
-
-def test_latent_steps_that_cannot_be_compiled_run_as_they_are_and_say_why_once(graphs_without_kernels, caplog):
-    model = tiny_model("gpt2")
-    batch = thinking_batch(model)
-    reasons = {
-        "the cache is a DynamicCache": {},
-        "output_attentions or output_hidden_states": {
-            "cache_implementation": "static",
-            "output_hidden_states": True,
-            "return_dict_in_generate": True,
-        },
-    }
-    expected = generate(model, batch).sequences
-    transformers.utils.logging.enable_propagation()
-    for latent_graphs, num_warnings in (("auto", 0), ("off", 0), ("on", 1)):
-        model.latent_graphs = latent_graphs
-        for reason, options in reasons.items():
-            caplog.clear()
-            for _ in range(2):
-                assert torch.equal(generate(model, batch, **options).sequences, expected)
-            assert [reason in message for message in caplog.messages] == [True] * num_warnings
-    transformers.utils.logging.disable_propagation()
-    assert count_graphs() == 0
-
-
-def test_an_unknown_switch_of_latent_graphs_is_refused():
-    with pytest.raises(ValueError, match="auto, on, off"):
-        tiny_model().latent_graphs = "yes"
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ from transformers import TrainingArguments
 
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
+from mmcoconut.build import from_backbones
 from mmcoconut.data import Example, image_features, to_dataset
 from mmcoconut.data.image_features import one_run_at_a_time, precompute_image_features
 from mmcoconut.data.images import open_images
 from mmcoconut.errors import RecipeError
-from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 from mmcoconut.training.lora import add_lora
 
 
@@ -64,7 +64,8 @@ def in_text(name: str):
 def beside_an_encoder():
     """An encoder-decoder, whose encoder reads the questions, and a batch with two, one and no pictures."""
     torch.manual_seed(0)
-    model = MMCoconutForSeq2SeqLM.from_backbones(
+    model = from_backbones(
+        image_fusion="encoder",
         vision_config=VISION_CONFIGS["dinov2"](),
         text_config=TEXT_CONFIGS["bart"](),
         tokenizer=tiny_tokenizer(),

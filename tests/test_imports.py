@@ -90,7 +90,7 @@ def test_no_modules_import_in_a_circle():
     [
         ("training.trainer", "def f():\n    from mmcoconut.evaluation import compare", {"evaluation.compare"}),
         ("data.public", "from mmcoconut.data import SPLITS, images", {"data", "data.images"}),
-        ("modeling_mmcoconut", "from .latent_mmcoconut import think", {"latent_mmcoconut"}),
+        ("modeling_mmcoconut", "from .thinking_mmcoconut import think", {"thinking_mmcoconut"}),
         ("records", "import mmcoconut, json, train_hf", {"train_hf"}),
     ],
 )

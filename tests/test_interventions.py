@@ -10,7 +10,7 @@ import torch
 from tiny import DECODERS, batch_of, max_difference, tiny_model, tiny_processor, words
 from torch import nn
 
-from mmcoconut import latent_mmcoconut
+from mmcoconut import thinking_mmcoconut
 from mmcoconut.audit.interventions import (
     Study,
     counts_to_try,
@@ -29,11 +29,11 @@ from mmcoconut.audit.interventions import (
     zero,
 )
 from mmcoconut.audit.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, verdict_of
-from mmcoconut.backbones_mmcoconut import call_with_row_positions
+from mmcoconut.columns_mmcoconut import column_lists
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.evaluation.answering import Answerer
-from mmcoconut.latent_mmcoconut import think_uncached
 from mmcoconut.statistics import Estimate, bootstrap_mean
+from mmcoconut.thinking_mmcoconut import Thoughts, think_uncached
 
 
 NUM_LATENTS = 3
@@ -55,16 +55,11 @@ def replaced_by_definition(model, inputs: dict, put) -> torch.Tensor:
     features = torch.cat(list(base.get_image_features(inputs["pixel_values"]).pooler_output))
     read = base.fuse(embeds, features, ids == model.config.image_token_id)
     embeds = read.pop("inputs_embeds")
-    decoder = partial(call_with_row_positions, base.language_model) if base.counts_columns else base.language_model
     with torch.no_grad():
-        hidden = think_uncached(
-            partial(decoder, **read),
-            embeds,
-            ids == model.config.latent_token_id,
-            feed=lambda state: put(next(positions), state),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        ).last_hidden_state
+        thoughts = Thoughts(ids == model.config.latent_token_id, feed=lambda state: put(next(positions), state))
+        thoughts.columns = column_lists(thoughts.latents)[0]
+        masks = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        hidden, _ = think_uncached(base.language_model, embeds, thoughts, **masks, **read)
         return model.lm_head(hidden)
 
 
@@ -183,7 +178,7 @@ def thinking() -> Study:
 @pytest.fixture
 def deaf(monkeypatch) -> Study:
     """Constructed not to depend: thoughts are computed and handed over, but the latent's own embedding is read."""
-    monkeypatch.setattr(latent_mmcoconut, "put_thought", lambda piece, is_latent, thought: piece)
+    monkeypatch.setattr(thinking_mmcoconut, "put_first", lambda piece, is_latent, thought: piece)
     return study_of(tiny_model(thought_norm="embedding"), num_rows=120)
 
 

@@ -15,6 +15,7 @@ from tiny import (
     last_labels,
     loss_and_gradients,
     max_difference,
+    passes_over,
     ragged_batch,
     rows_alone,
     seq2seq_batch,
@@ -23,6 +24,7 @@ from tiny import (
     tiny_model,
     tiny_seq2seq,
     uncached,
+    widths_of_passes,
     words,
 )
 from transformers import DynamicCache, StaticCache
@@ -30,8 +32,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmcoconut.audit.interventions import intervening, keep
-from mmcoconut.jacobi_mmcoconut import check_not_sharded, think_jacobi, think_jacobi_uncached
-from mmcoconut.latent_mmcoconut import latent_columns, linked_thoughts, think
+from mmcoconut.columns_mmcoconut import column_lists, linked_thoughts
+from mmcoconut.schedules_mmcoconut import ShareColumns, ThinkTogether, check_not_sharded, think_together_uncached
+from mmcoconut.thinking_mmcoconut import Thoughts
 from mmcoconut.training.lora import add_lora
 
 
@@ -131,8 +134,8 @@ def test_latents_updated_together_may_stand_anywhere_after_the_first_token(text,
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("iterations, thoughts", [(1, [4, 6, 8]), (2, [4, 8, 12]), (3, [4, 8, 16]), (9, [4, 8, 16])])
-def test_an_update_reads_what_the_thoughts_were_before_it(iterations, thoughts, cached):
+@pytest.mark.parametrize("iterations, expected", [(1, [4, 6, 8]), (2, [4, 8, 12]), (3, [4, 8, 16]), (9, [4, 8, 16])])
+def test_an_update_reads_what_the_thoughts_were_before_it(iterations, expected, cached):
     """Over a decoder that doubles 1, 2, …, with latents in the places of 3, 4 and 5; worked out by hand."""
 
     def doubling(inputs_embeds, past_key_values=None, **kwargs):
@@ -141,27 +144,27 @@ def test_an_update_reads_what_the_thoughts_were_before_it(iterations, thoughts, 
         return BaseModelOutputWithPast(last_hidden_state=2 * inputs_embeds)
 
     embeds = torch.arange(1.0, 8).reshape(1, 7, 1)
-    latent_mask = torch.zeros(1, 7, dtype=torch.bool)
-    latent_mask[:, [2, 3, 4]] = True
-    loop, options = think_jacobi_uncached, {"feed": lambda states: states, "num_iterations": iterations}
+    latents = torch.zeros(1, 7, dtype=torch.bool)
+    latents[:, [2, 3, 4]] = True
+    thoughts = Thoughts(latents, feed=lambda states: states, columns=[2, 3, 4])
     if cached:
-        loop, options = think_jacobi, {**options, "columns": [2, 3, 4], "past_key_values": DynamicCache()}
-    outputs = loop(doubling, embeds, latent_mask, **options)
-    assert outputs.inputs_embeds.flatten().tolist() == [1, 2, *thoughts, 6, 7]
-    assert outputs.last_hidden_state.flatten().tolist() == [2 * value for value in [1, 2, *thoughts, 6, 7]]
+        passes = passes_over(doubling, embeds)
+        ThinkTogether(iterations)(passes, thoughts)
+        states, read = passes.joined().last_hidden_state, torch.cat(passes.read, dim=1)
+    else:
+        states, read = think_together_uncached(doubling, embeds, thoughts, num_iterations=iterations)
+    assert read.flatten().tolist() == [1, 2, *expected, 6, 7]
+    assert states.flatten().tolist() == [2 * value for value in [1, 2, *expected, 6, 7]]
 
 
 @pytest.mark.parametrize("iterations", [1, 2, MOST_LATENTS, 8])
 @pytest.mark.parametrize("text", DECODERS)
 def test_an_update_is_one_pass_over_the_latents_and_there_is_none_without_effect(text, iterations):
     model = model_of(text, iterations)
-    batch, passes = ragged_batch(model), []
-    model.get_decoder().register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
+    batch, passes = ragged_batch(model), widths_of_passes(model)
     with torch.no_grad():
         model(**batch)
-    columns, length = latent_columns(batch["input_ids"] == model.config.latent_token_id), batch["input_ids"].shape[1]
+    columns, length = column_lists(batch["input_ids"] == model.config.latent_token_id)[0], batch["input_ids"].shape[1]
     updates = [columns[-1] - columns[0]] * min(iterations, MOST_LATENTS)
     assert passes == [columns[0], *updates, length - columns[0]]
 
@@ -287,14 +290,13 @@ def test_a_cache_that_does_not_keep_the_keys_as_they_are_is_refused(kind, messag
             model(row[:, 4:], past_key_values=cache)
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_a_sliding_window_is_refused_with_what_to_change(training):
-    model = model_of(sliding_qwen2_config(), 2).train(training)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_a_sliding_window_equals_the_definition(tolerance):
+    model = model_of(sliding_qwen2_config(), 2).train()
     batch = batch_for(model)
-    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer: use thought_schedule='sequential', or full"):
-        model(**batch)
-    batch["input_ids"] = batch["input_ids"].masked_fill(batch["input_ids"] == model.config.latent_token_id, 5)
-    model(**batch)
+    found = loss_and_gradients(model, batch)
+    with uncached(model):
+        assert_same_loss_and_gradients(loss_and_gradients(model, batch, use_cache=False), found, tolerance)
 
 
 def test_shards_and_interventions_are_refused():
@@ -460,4 +462,4 @@ def test_truncation_goes_with_checkpointing_and_adapters(iterations, adapted, to
 def test_the_sequential_loop_has_no_links_to_cut_by_default():
     model = model_of("gpt2")
     assert model.model.bptt_thoughts is None
-    assert model.model.thinking_loop(None) is think
+    assert model.model.schedule_of_call(None) == ShareColumns()

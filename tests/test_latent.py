@@ -1,5 +1,6 @@
 """The loop: equal to its uncached definition in values and gradients, for every decoder, padding and latent column."""
 
+from functools import partial
 from itertools import accumulate
 
 import pytest
@@ -13,17 +14,21 @@ from tiny import (
     loss_and_gradients,
     max_difference,
     no_picture,
+    passes_over,
     plain_language_model,
     ragged_batch,
     sliding_qwen2_config,
     tiny_model,
     uncached,
+    widths_of_passes,
     words,
 )
-from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mmcoconut.latent_mmcoconut import latent_columns, think
+from mmcoconut.columns_mmcoconut import column_lists
+from mmcoconut.compat_mmcoconut import call_with_cache
+from mmcoconut.schedules_mmcoconut import ShareColumns
+from mmcoconut.thinking_mmcoconut import Thoughts, think
 
 
 def text_row_with_latents(config, *columns, length=12):
@@ -138,10 +143,11 @@ def test_cutting_the_sequence_changes_nothing_where_nothing_is_fed_back(text, co
         whole = decoder(inputs_embeds=embeds)
         cache = decoder(inputs_embeds=embeds[:, :1]).past_key_values
         cache.crop(-1)
-        cut = think(decoder, embeds, no_latents, columns=columns, feed=model.model.thought_feed, past_key_values=cache)
-    assert torch.equal(cut.inputs_embeds, embeds)
-    assert max_difference(cut.last_hidden_state, whole.last_hidden_state) <= tolerance
-    assert cut.past_key_values.get_seq_length() == 12
+        passes = passes_over(partial(call_with_cache, decoder), embeds, cache)
+        think(passes, Thoughts(no_latents, feed=model.model.thought_feed, columns=columns))
+    assert torch.equal(torch.cat(passes.read, dim=1), embeds)
+    assert max_difference(passes.joined().last_hidden_state, whole.last_hidden_state) <= tolerance
+    assert cache.get_seq_length() == 12
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -149,14 +155,11 @@ def test_cutting_the_sequence_changes_nothing_where_nothing_is_fed_back(text, co
 def test_every_column_goes_through_the_decoder_exactly_once(text, padding, monkeypatch):
     model = tiny_model(text)
     batch = ragged_batch(model, padding)
-    monkeypatch.setattr(type(model.model), "common_layout", lambda *_: None)
-    passes = []
-    model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
-    )
+    monkeypatch.setattr(ShareColumns, "layout_for", lambda *_: None)
+    passes = widths_of_passes(model)
     with torch.no_grad():
         model(**batch)
-    columns = latent_columns(batch["input_ids"] == model.config.latent_token_id)
+    columns = column_lists(batch["input_ids"] == model.config.latent_token_id)[0]
     assert list(accumulate(passes)) == [*columns, batch["input_ids"].shape[1]]
 
 
@@ -251,17 +254,14 @@ def test_checkpointing_of_the_decoder_alone_is_refused_where_thoughts_need_its_c
 
 
 @pytest.mark.parametrize("tolerance", [1e-6])
-def test_checkpointing_a_sliding_window_is_refused_with_latents_and_works_without(tolerance):
+def test_checkpointing_a_sliding_window_changes_nothing(tolerance):
     model = tiny_model(sliding_qwen2_config()).train()
-    image = [model.config.image_token_id] * model.config.image_seq_length
-    without_latents = batch_of(model, [[*image, *words(8, seed=1)]])
-    expected_loss, expected = loss_and_gradients(model, without_latents)
+    batch = ragged_batch(model)
+    expected_loss, expected = loss_and_gradients(model, batch)
     checkpoint_activations(model)
-    loss, gradients = loss_and_gradients(model, without_latents)
+    loss, gradients = loss_and_gradients(model, batch)
     assert loss == pytest.approx(expected_loss, abs=tolerance)
     assert_same_gradients(gradients, expected, tolerance)
-    with pytest.raises(ValueError, match="full attention only"):
-        loss_and_gradients(model, ragged_batch(model))
 
 
 def test_compiled_loop_equals_the_loop_when_the_columns_change_from_call_to_call():
@@ -270,11 +270,10 @@ def test_compiled_loop_equals_the_loop_when_the_columns_change_from_call_to_call
     def doubling(inputs_embeds, **kwargs):
         return BaseModelOutputWithPast(last_hidden_state=2 * inputs_embeds)
 
-    def run(embeds, latent_mask):
-        columns = latent_columns(latent_mask)
-        cache = DynamicCache()
-        outputs = think(doubling, embeds, latent_mask, columns=columns, feed=lambda h: h, past_key_values=cache)
-        return outputs.inputs_embeds
+    def run(embeds, latents):
+        passes = passes_over(doubling, embeds)
+        think(passes, Thoughts(latents, feed=lambda state: state, columns=column_lists(latents)[0]))
+        return torch.cat(passes.read, dim=1)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="eager")

@@ -44,6 +44,7 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from mmcoconut.build import from_backbones
 from mmcoconut.configuration_mmcoconut import SPECIAL_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel
 
@@ -382,7 +383,7 @@ def save_text(folder, text, *, spare_rows=0, tied=None, dtype=torch.float32):
 
 
 def build(tmp_path, vision="clip", text="gpt2", **config):
-    return MMCoconutForConditionalGeneration.from_backbones(
+    return from_backbones(
         str(tmp_path / "vision"),
         str(tmp_path / "text"),
         vision_feature_select_strategy="full" if vision == "siglip" else "default",
@@ -553,7 +554,7 @@ def test_a_new_model_is_in_evaluation_mode_as_a_loaded_one_is(tmp_path):
 
 def test_from_backbones_takes_each_part_once_and_knows_its_tokens(tmp_path):
     configs = {"vision_config": VISION_CONFIGS["clip"](), "text_config": TEXT_CONFIGS["gpt2"]()}
-    build = MMCoconutForConditionalGeneration.from_backbones
+    build = from_backbones
     with pytest.raises(ValueError, match="exactly one of vision and vision_config"):
         build(text_config=configs["text_config"], tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="exactly one of text and text_config"):
@@ -755,7 +756,7 @@ def test_a_backbone_that_is_not_there_is_refused_by_its_part_and_name(names, par
     vision, text = names
     configs = {} if vision else {"vision_config": VISION_CONFIGS["clip"]()}
     with pytest.raises(ValueError, match=f"The {part} is neither a folder that holds a config.json nor found"):
-        MMCoconutForConditionalGeneration.from_backbones(vision, text, tokenizer=tiny_tokenizer(), **configs)
+        from_backbones(vision, text, tokenizer=tiny_tokenizer(), **configs)
 
 
 @pytest.mark.parametrize("text", ["gpt2", "qwen2"])

@@ -11,12 +11,12 @@ from PIL import Image
 from tiny import TEXT_CONFIGS, VISION_CONFIGS, tiny_processor, tiny_tokenizer
 
 import train_hf
+from mmcoconut.build import from_backbones
 from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.errors import RecipeError
 from mmcoconut.models import load_model
 from mmcoconut.objectives.alignment import Alignment
-from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.learning_rates import part_of, set_learning_rates
@@ -71,7 +71,8 @@ def row_of(row_id: str, *, num_images: int = 1, question: str = "Which shape?", 
 
 def tiny_collator(**alignment):
     torch.manual_seed(0)
-    model = MMCoconutForSeq2SeqLM.from_backbones(
+    model = from_backbones(
+        image_fusion="encoder",
         vision_config=VISION_CONFIGS["dinov2"](),
         text_config=TEXT_CONFIGS["bart"](),
         tokenizer=tiny_tokenizer(),

@@ -94,7 +94,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones():
 
 def test_settings_are_those_of_the_base_model_through_the_head():
     model = tiny_model("gpt2")
-    for name, value in {"bptt_thoughts": 1, "checkpointed_passes": "first", "defer_weight_gradients": True}.items():
+    for name, value in {"bptt_thoughts": 1, "checkpointed_passes": "first"}.items():
         setattr(model, name, value)
         assert getattr(model.model, name) == getattr(model, name) == value
     with pytest.raises(ValueError, match="checkpointed_passes='none'"):

@@ -19,8 +19,8 @@ from tiny import batch_of, max_difference, ragged_rows
 from two_processes import CASES, labelled_batch, make_model, prompt, rows_of
 
 import train_hf
+from mmcoconut.columns_mmcoconut import column_lists
 from mmcoconut.evaluation.answering import load_checkpoint
-from mmcoconut.latent_mmcoconut import latent_columns
 from mmcoconut.training.trainer import check_sharding
 
 
@@ -63,7 +63,7 @@ def test_the_two_processes_differ_in_their_passes():
     masks = [
         batch_of(model, rows_of(model.config, rank))["input_ids"] == model.config.latent_token_id for rank in (0, 1)
     ]
-    assert [len(latent_columns(mask)) for mask in masks] == [6, 0]
+    assert [len(column_lists(mask)[0]) for mask in masks] == [6, 0]
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -167,7 +167,7 @@ def test_sharded_training_saves_and_resumes_and_equals_one_process(sharded, name
         torch.testing.assert_close(weight, expected[weight_name], atol=1e-3, rtol=0, msg=weight_name)
     config = json.loads((folder / "config.json").read_text())
     assert config["auto_map"]["AutoModelForImageTextToText"].startswith("modeling_mmcoconut.MMCoconut")
-    assert (folder / "modeling_mmcoconut.py").exists() and (folder / "latent_mmcoconut.py").exists()
+    assert (folder / "modeling_mmcoconut.py").exists() and (folder / "thinking_mmcoconut.py").exists()
 
 
 @pytest.mark.parametrize("name", ["kept", "kept, resumed"])

@@ -351,7 +351,7 @@ def test_everything_that_is_missing_is_listed_at_once_with_the_remedy(checkpoint
     assert (field, remedy) == ("shown_row", "the rows are of an audit: give --audit too")
 
 
-@pytest.mark.parametrize("left_out", ["model.safetensors", "latent_mmcoconut.py", "modeling_mmcoconut.py"])
+@pytest.mark.parametrize("left_out", ["model.safetensors", "thinking_mmcoconut.py", "modeling_mmcoconut.py"])
 def test_a_folder_that_would_not_load_is_refused(checkpoint, tmp_path, left_out):
     folder = tmp_path / "part"
     folder.mkdir()

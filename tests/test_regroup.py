@@ -1,5 +1,7 @@
 """Rows whose latents stand in different columns: as few passes as the row with the most latents, and nothing else."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import (
@@ -14,22 +16,23 @@ from tiny import (
     sliding_qwen2_config,
     tiny_model,
     uncached,
+    widths_of_passes,
     words,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, QuantizedCache
 
+from mmcoconut.compat_mmcoconut import call_with_cache
 from mmcoconut.kernels_mmcoconut import SplitCache
-from mmcoconut.latent_mmcoconut import think
-from mmcoconut.modeling_mmcoconut import MMCoconutModel
-from mmcoconut.regroup_mmcoconut import COLUMNS_OF_A_PASS, can_regroup, is_worth, layout_of
+from mmcoconut.schedules_mmcoconut import COLUMNS_OF_A_PASS, ShareColumns, can_move_keys, layout_of
+from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think
 
 
 @pytest.fixture
 def ungrouped(monkeypatch):
     """Switches regrouping off when called."""
-    return lambda: monkeypatch.setattr(MMCoconutModel, "common_layout", lambda *_: None)
+    return lambda: monkeypatch.setattr(ShareColumns, "layout_for", lambda *_: None)
 
 
 def drawn(rows: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,12 +54,6 @@ def test_layout_is_the_drawn_one():
     assert torch.equal(layout.move_back(layout.move(letters))[real], letters[real])
 
 
-def count_passes(model) -> list[int]:
-    passes = []
-    model.get_decoder().register_forward_pre_hook(lambda *_: passes.append(1))
-    return passes
-
-
 @pytest.mark.parametrize("attention", ["sdpa", "latent"])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("text", DECODERS)
@@ -68,7 +65,7 @@ def test_regrouped_rows_have_the_loss_and_gradients_of_rows_left_as_they_are(
     model.get_decoder().set_attn_implementation(attention)
     batch = ragged_batch(model, padding)
     batch["pixel_values"] = batch["pixel_values"].double()
-    passes = count_passes(model)
+    passes = widths_of_passes(model)
     loss, gradients = loss_and_gradients(model, batch)
     assert len(passes) == 3 + 1  # three latents in the longest row
     ungrouped()
@@ -131,13 +128,13 @@ def test_a_further_turn_continues_the_kept_cache(tolerance):
 def test_what_cannot_be_moved_runs_column_by_column():
     model = tiny_model("qwen2")
     batch = ragged_batch(model)
-    passes = count_passes(model)
+    passes = widths_of_passes(model)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         model(**batch, output_attentions=True)
     assert len(passes) > 4
     sliding = tiny_model(sliding_qwen2_config())
-    passes = count_passes(sliding)
+    passes = widths_of_passes(sliding)
     with torch.no_grad():
         sliding(**ragged_batch(sliding), use_cache=True)
     assert len(passes) > 4
@@ -146,9 +143,9 @@ def test_what_cannot_be_moved_runs_column_by_column():
 def test_rows_that_share_their_columns_are_left_as_they_are(monkeypatch):
     model = tiny_model("gpt2")
     latents = [model.config.latent_token_id] * 2
-    monkeypatch.setattr("mmcoconut.modeling_mmcoconut.layout_of", None)
+    monkeypatch.setattr("mmcoconut.schedules_mmcoconut.layout_of", None)
     batch = batch_of(model, [[*words(3, 1), *latents, *words(2, 2)], [*words(5, 3), *latents, *words(2, 4)]])
-    passes = count_passes(model)
+    passes = widths_of_passes(model)
     with torch.no_grad():
         model(**batch)
     assert len(passes) == 3
@@ -165,13 +162,13 @@ def test_the_loop_waits_for_the_device_nowhere(text):
             "inputs_embeds": torch.randn(2, 9, width),
             "attention_mask": torch.ones(2, 9, dtype=torch.long),
             "position_ids": torch.arange(9).expand(2, 9),
-            "columns": [5, 6, 7],
-            "feed": model.thought_feed,
             "use_cache": True,
         }
+        thoughts = Thoughts(latent_mask, feed=model.thought_feed, columns=[5, 6, 7])
         model.get_decoder().set_attn_implementation("latent")
-        output = think(model.get_decoder(), latent_mask=latent_mask, past_key_values=SplitCache(), **inputs)
-    assert output.last_hidden_state.shape == (2, 9, width)
+        passes = Passes(partial(call_with_cache, model.get_decoder()), SplitCache(), inputs, keeps_cache=True)
+        think(passes, thoughts)
+    assert passes.joined().last_hidden_state.shape == (2, 9, width)
 
 
 @pytest.mark.parametrize("attention, num_looks", [("latent", 1), ("sdpa", 3)])
@@ -211,8 +208,9 @@ def test_a_window_of_columns_is_left_as_it_is(config, attention, tolerance):
     model.gradient_checkpointing_enable()
     for passes in ("all", "first"):
         model.checkpointed_passes = passes
-        with pytest.raises(ValueError, match="full attention only"):
-            model(**batch)
+        loss, gradients = loss_and_gradients(model, batch)
+        assert loss == pytest.approx(expected_loss, abs=tolerance)
+        assert_same_gradients(gradients, expected, tolerance)
 
 
 @pytest.mark.parametrize("config", [sliding_qwen2_config, mistral_config])
@@ -240,7 +238,7 @@ def test_rows_that_would_grow_long_are_left_as_they_are(text, tolerance):
     ]
     batch = batch_of(model, rows)
     real = batch["attention_mask"].bool()
-    passes = count_passes(model)
+    passes = widths_of_passes(model)
     with torch.no_grad():
         logits = model(**batch).logits
         assert len(passes) == 4 + 1
@@ -255,17 +253,17 @@ def test_rows_that_would_grow_long_are_left_as_they_are(text, tolerance):
 ])  # fmt: skip
 def test_a_layout_is_worth_a_few_columns_for_each_pass_that_it_saves(num_columns, num_passes, most, expected):
     layout = layout_of(*drawn(["aLbLcde", "..fghLi", "jkl.LmL", "nopqrst"]))  # 13 columns in 3 passes
-    assert is_worth(layout, num_columns, num_passes, most) is expected
+    assert ShareColumns(most).is_worth(layout, num_columns, num_passes) is expected
 
 
 def test_keys_that_are_quantized_or_offloaded_are_not_moved():
     model = tiny_model("qwen2")
     cache = QuantizedCache("fp8", model.config.text_config)
     assert model.generate(**ragged_batch(model), max_new_tokens=3, past_key_values=cache).shape[0] == 4
-    assert can_regroup(DynamicCache()) and not can_regroup(cache)
+    assert can_move_keys(DynamicCache()) and not can_move_keys(cache)
     offloaded = DynamicCache()
     offloaded.offloading = True
-    assert not can_regroup(offloaded)
+    assert not can_move_keys(offloaded)
 
 
 def test_attention_maps_asked_for_in_the_decoders_configuration_have_the_columns_of_the_call():

@@ -166,7 +166,7 @@ def imported_libraries(path):
 
 def test_a_saved_folder_holds_exactly_the_files_that_its_code_reaches(folder, results):
     expected = closure(set(ENTRIES))
-    assert {"latent_mmcoconut.py"} < expected
+    assert {"thinking_mmcoconut.py"} < expected
     for saved in (folder, results["again folder"]):
         assert {path.name for path in saved.glob("*.py")} == expected
         for name in expected:

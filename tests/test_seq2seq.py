@@ -26,6 +26,7 @@ from tiny import (
     tiny_seq2seq,
     tiny_tokenizer,
     uncached,
+    widths_of_passes,
     words,
 )
 from torch.nn import functional
@@ -38,6 +39,7 @@ from transformers import (
     T5Config,
 )
 
+from mmcoconut.build import from_backbones
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM, MMCoconutSeq2SeqModel, alignment_loss
 
@@ -133,8 +135,7 @@ def test_the_answers_loss_reaches_every_thought(model):
 def test_pause_reads_the_latents_embedding_in_one_pass():
     model = tiny_seq2seq(thought_mode="pause")
     batch = seq2seq_batch(model)
-    passes = []
-    model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    passes = widths_of_passes(model)
     with torch.no_grad():
         outputs = model(**batch, output_thoughts=True)
     embedding = model.get_input_embeddings().weight[model.config.latent_token_id]
@@ -354,8 +355,7 @@ def test_the_teachers_vector_is_the_mean_of_its_real_states(model, tolerance):
 def test_alignment_teaches_the_pictures_side_only_and_runs_no_decoder(projector_type):
     model = tiny_seq2seq(projector_type)
     batch = seq2seq_batch(model)
-    passes = []
-    model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    passes = widths_of_passes(model)
     encoder = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     outputs = model(**encoder, **texts_of_images(model))
     outputs.alignment_loss.backward()
@@ -435,7 +435,6 @@ def test_each_fusion_has_one_class(model, tmp_path):
     model.save_pretrained(tmp_path)
     wrong = (
         lambda: MMCoconutForConditionalGeneration.from_pretrained(tmp_path),
-        lambda: tiny_model("bart", image_fusion="encoder"),
         lambda: MMCoconutForSeq2SeqLM(tiny_model("bart").config),
     )
     for build in wrong:
@@ -479,8 +478,11 @@ def test_encoder_decoders_that_could_not_think_are_refused(text, message):
 def test_a_saved_decoder_without_an_encoder_is_refused(tmp_path):
     AutoModelForCausalLM.from_config(TEXT_CONFIGS["gpt2"]()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="gpt2 is a decoder alone: take BART"):
-        MMCoconutForSeq2SeqLM.from_backbones(
-            text=str(tmp_path), vision_config=VISION_CONFIGS["dinov2"](), tokenizer=tiny_tokenizer()
+        from_backbones(
+            image_fusion="encoder",
+            text=str(tmp_path),
+            vision_config=VISION_CONFIGS["dinov2"](),
+            tokenizer=tiny_tokenizer(),
         )
 
 
@@ -501,8 +503,8 @@ def save_backbones(folder, *, bias: float = 0.0) -> tuple:
 @pytest.mark.parametrize("tolerance", [1e-5])
 def test_pretrained_backbones_are_kept(tmp_path, tolerance):
     tower, bart = save_backbones(tmp_path)
-    model = MMCoconutForSeq2SeqLM.from_backbones(
-        str(tmp_path / "vision"), str(tmp_path / "text"), projector_type="pooled_prefix"
+    model = from_backbones(
+        str(tmp_path / "vision"), str(tmp_path / "text"), projector_type="pooled_prefix", image_fusion="encoder"
     )
     for part, own in ((bart.model, model.language_model), (tower, model.vision_tower)):
         weights = own.state_dict()
@@ -520,8 +522,8 @@ def test_pretrained_backbones_are_kept(tmp_path, tolerance):
 def test_a_bart_that_shifts_its_logits_is_refused(tmp_path):
     save_backbones(tmp_path, bias=0.1)
     with pytest.raises(ValueError, match="has a bias, or scales or caps its logits"):
-        MMCoconutForSeq2SeqLM.from_backbones(
-            str(tmp_path / "vision"), str(tmp_path / "text"), projector_type="pooled_prefix"
+        from_backbones(
+            str(tmp_path / "vision"), str(tmp_path / "text"), projector_type="pooled_prefix", image_fusion="encoder"
         )
 
 

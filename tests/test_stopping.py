@@ -19,20 +19,16 @@ from tiny import (
     tiny_processor,
     tiny_seq2seq,
     uncached,
+    widths_of_passes,
     words,
 )
 from transformers import DynamicCache, StaticCache
 
+from mmcoconut.caches_mmcoconut import ThoughtState
+from mmcoconut.columns_mmcoconut import carry_states, packed
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.stopping_mmcoconut import (
-    INITIAL_BIAS,
-    carry_states,
-    first_latents,
-    first_thoughts,
-    packed,
-    stop_log_probs,
-)
+from mmcoconut.schedules_mmcoconut import INITIAL_BIAS, first_latents, first_thoughts, stop_log_probs
 
 
 NEW_TOKENS = 6
@@ -167,8 +163,7 @@ def test_split_keys_and_a_prefix_go_with_rows_that_stop():
 def test_no_pass_is_made_for_thoughts_that_no_row_thinks():
     model = tiny_model("gpt2", stop_head=True)
     torch.nn.init.constant_(model.model.stop_head.bias, 10.0)  # all rows stop at once
-    calls = []
-    model.get_decoder().register_forward_pre_hook(lambda *_: calls.append(1))
+    calls = widths_of_passes(model)
     with torch.no_grad():
         model.model(**prompts(model, ends=True, num_latents=6), stop_threshold=0.5)
     assert len(calls) == 2  # the question and the rest
@@ -343,7 +338,7 @@ def test_each_turn_stops_for_itself():
     options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "return_dict_in_generate": True}
     given = model.generate(**batch, stop_threshold=thresholds, **options)
     latents = batch["input_ids"] == model.config.latent_token_id
-    stopped = given.past_key_values.mask_of_stopped[:, : latents.shape[1]].bool()
+    stopped = ThoughtState.of(given.past_key_values).attention_mask[:, : latents.shape[1]].bool()
     thought = [row[of_row].tolist() for row, of_row in zip(stopped, latents)]
     assert thought[0] == [True, False, False, False, True, True, False, False]
     assert thought[1] == [False] * 4 + [True] * 4

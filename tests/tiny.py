@@ -22,15 +22,22 @@ from transformers import (
     SiglipVisionConfig,
     ViTConfig,
 )
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mmcoconut.backbones_mmcoconut import call_with_row_positions
+from mmcoconut.build import from_backbones
+from mmcoconut.columns_mmcoconut import (
+    carry_states,
+    column_lists,
+    gather_thoughts,
+    linked_thoughts,
+    noise_by_column,
+)
+from mmcoconut.compat_mmcoconut import CACHE
 from mmcoconut.data.tokenizer import train_tokenizer
-from mmcoconut.jacobi_mmcoconut import think_jacobi_uncached
-from mmcoconut.latent_mmcoconut import linked_thoughts, noise_by_column, think_uncached
-from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
-from mmcoconut.stopping_mmcoconut import carry_states
+from mmcoconut.schedules_mmcoconut import think_together_uncached
+from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think_uncached
 
 
 TEXTS = (
@@ -129,7 +136,7 @@ def tiny_model(text="gpt2", vision="clip", seed=0, **config):
         config.setdefault("image_fusion", "cross_attention")
     if vision == "siglip":  # which has no class token to leave out
         config.setdefault("vision_feature_select_strategy", "full")
-    return MMCoconutForConditionalGeneration.from_backbones(
+    return from_backbones(
         vision_config=VISION_CONFIGS[vision]() if isinstance(vision, str) else vision,
         text_config=TEXT_CONFIGS[text]() if isinstance(text, str) else text,
         tokenizer=tiny_tokenizer(),
@@ -141,7 +148,8 @@ def tiny_seq2seq(projector_type="pooled_prefix", seed=0, vision=None, text=None,
     """BART beside DINOv2, or configurations, with random weights in eval mode; two visual tokens an image."""
     torch.manual_seed(seed)
     config = {"num_visual_tokens": 2, "initializer_range": SPREAD, **config}
-    return MMCoconutForSeq2SeqLM.from_backbones(
+    return from_backbones(
+        image_fusion="encoder",
         vision_config=vision or VISION_CONFIGS["dinov2"](),
         text_config=text or TEXT_CONFIGS["bart"](),
         tokenizer=tiny_tokenizer(),
@@ -313,6 +321,22 @@ def no_picture(model, num_rows: int) -> dict:
     return {"encoder_hidden_states": states} if model.model.cross_attends else {}
 
 
+def widths_of_passes(model) -> list[int]:
+    """A list that gets the columns of every pass through the decoder from now on."""
+    widths = []
+    layer = next(module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer))
+    layer.register_forward_pre_hook(lambda module, args: widths.append(args[0].shape[1]))
+    return widths
+
+
+def passes_over(decoder, inputs_embeds: torch.Tensor, cache=None) -> Passes:
+    """The passes of a call of a function that is given inputs_embeds (B, t, D) and past_key_values."""
+    call = lambda past_key_values, **inputs: decoder(past_key_values=past_key_values, **inputs)  # noqa: E731
+    return Passes(
+        call, DynamicCache() if cache is None else cache, {"inputs_embeds": inputs_embeds}, keeps_cache=False
+    )
+
+
 @contextlib.contextmanager
 def uncached(model):
     """Inside, the model is its own definition: every call recomputes everything, once more for each thought.
@@ -322,46 +346,32 @@ def uncached(model):
     base = model.model
 
     def run_definition(
-        latent_mask,
-        inputs_embeds,
-        *,
-        attention_mask,
-        position_ids,
-        past_key_values,
-        use_cache,
-        stop_threshold=None,
-        thought_noise=None,
-        output_stop_logits=False,
-        **kwargs,
+        latents, inputs, *, stop_threshold=None, thought_noise=None, output_thoughts=False, output_stop_logits=False
     ):
         assert stop_threshold is None and not output_stop_logits, "the definition is told how many thoughts there are"
-        assert past_key_values is None and not use_cache, "the definition has no cache: pass use_cache=False"
-        if position_ids is None and attention_mask is not None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        noise = None if thought_noise is None else noise_by_column(thought_noise, latent_mask)
-        skipped = torch.zeros_like(latent_mask) if attention_mask is None else latent_mask & (attention_mask == 0)
-        latent_mask = latent_mask & ~skipped
-        if model.config.thought_mode == "pause":
-            latent_mask = torch.zeros_like(latent_mask)
-        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
+        kwargs = {name: value for name, value in inputs.items() if name not in ("inputs_embeds", "use_cache")}
+        assert kwargs.pop(CACHE) is None and not inputs["use_cache"], "it has no cache: pass use_cache=False"
+        attention_mask, decoder = kwargs["attention_mask"], base.get_decoder()
+        noise = None if thought_noise is None else noise_by_column(thought_noise, latents)
+        skipped = torch.zeros_like(latents) if attention_mask is None else latents & (attention_mask == 0)
         norm = base.get_input_embeddings().weight.detach().norm(dim=-1).mean()
-        feed = partial(base.thought_feed, embedding_norm=norm)
-        encoder_inputs = {name: kwargs.pop(name) for name in list(kwargs) if name.startswith("encoder_")}
-        decoder = base.get_decoder()
-        call = partial(call_with_row_positions, decoder) if base.counts_columns else decoder
-        call = partial(call, **encoder_inputs)
-        linked = linked_thoughts(latent_mask, base.bptt_thoughts)
+        thoughts = Thoughts(latents & ~skipped, partial(base.thought_feed, embedding_norm=norm), noise=noise)
+        thoughts.linked = linked_thoughts(thoughts.latents, base.bptt_thoughts)
+        if model.config.thought_mode == "feedback":
+            thoughts.columns = column_lists(thoughts.latents)[0]
         definition = think_uncached
         if model.config.thought_schedule == "jacobi":
-            definition = partial(think_jacobi_uncached, num_iterations=model.config.jacobi_iterations)
-        outputs = definition(call, inputs_embeds, latent_mask, feed=feed, linked=linked, noise=noise, **masks)
-        last = call(inputs_embeds=outputs.inputs_embeds, use_cache=False, **masks, **kwargs)
-        outputs.hidden_states, outputs.attentions = last.get("hidden_states"), last.get("attentions")
-        outputs.cross_attentions = last.get("cross_attentions")
+            definition = partial(think_together_uncached, num_iterations=model.config.jacobi_iterations)
+        for_states = {name: value for name, value in kwargs.items() if not name.startswith("output_")}
+        states, read = definition(decoder, inputs["inputs_embeds"], thoughts, **for_states)
+        outputs = decoder(inputs_embeds=read, use_cache=False, **kwargs)
+        outputs.last_hidden_state = states
+        fields = {"attention_mask": attention_mask if skipped.any() else None}
         if skipped.any():
-            outputs.skipped, outputs.attention_mask = skipped, attention_mask
-            outputs.last_hidden_state = carry_states(outputs.last_hidden_state, skipped)
-        return outputs
+            outputs.last_hidden_state = carry_states(states, skipped)
+        if output_thoughts:
+            fields |= dict(zip(("thoughts", "thought_mask"), gather_thoughts(read, thoughts.latents)))
+        return outputs, fields
 
     base.run_decoder = run_definition
     try:

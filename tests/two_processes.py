@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config
 from transformers.distributed import DistributedConfig
 
+from mmcoconut.training.deferred import defer_weight_gradients
 from mmcoconut.training.lora import add_lora
 
 
@@ -61,7 +62,7 @@ def make_model(text: str):
         else text.split()[0]
     )
     model = tiny_model(name, thought_norm="projection", **schedule)
-    model.model.defer_weight_gradients = True
+    defer_weight_gradients(model, True)
     if text.endswith(" truncated"):
         model.model.bptt_thoughts = 1
     if text.endswith(" with lora"):

@@ -6,8 +6,8 @@ from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
 from mmcoconut.data import DATASETS
 from mmcoconut.data.conversations import LONG_ROWS
 from mmcoconut.data.scoring import REFERENCES
-from mmcoconut.passes_mmcoconut import CHECKPOINTED_PASSES
 from mmcoconut.processing_mmcoconut import MARKERS
+from mmcoconut.thinking_mmcoconut import CHECKPOINTED_PASSES
 
 
 # Modes without a curriculum stay at stage 0; modes without thoughts have neither latents nor markers.

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.scoring import score
 from mmcoconut.evaluation.answering import Answerer, image_key
-from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.errors import UsageError
 from mmcoconut.models import load_model
-from mmcoconut.positions_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor, parse_answer
 from mmcoconut.training.collator import align_rows
 from mmcoconut.training.generating import count_generated, generate_and_count

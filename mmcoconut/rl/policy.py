@@ -7,7 +7,7 @@ written, not to the actions: given the row and the noise they are deterministic,
 
 is differentiated through the thoughts. Gaussian noise on thoughts, drawn anew for each answer, is kept and read again
 when the log-probability is formed: its distribution does not depend on the weights, so the gradient of the expected
-reward is still that of the log-probability. Where a row stops thinking is an action; `stopping_mmcoconut` has its
+reward is still that of the log-probability. Where a row stops thinking is an action; `schedules_mmcoconut` has its
 log-probability.
 
 Shapes: B rollouts, P tokens of a prompt, C tokens written, N latents, D hidden, V vocabulary.
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmcoconut.latent_mmcoconut import take_columns
-from mmcoconut.stopping_mmcoconut import stop_log_probs
+from mmcoconut.columns_mmcoconut import take_columns
+from mmcoconut.schedules_mmcoconut import stop_log_probs
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.generating import count_generated, thought_latents
 

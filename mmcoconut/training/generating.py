@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from mmcoconut.caches_mmcoconut import ThoughtState
+
 
 def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
     """How many of a row's new tokens it wrote: up to its first eos, that one included; what follows is padding.
@@ -17,7 +19,7 @@ def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
 
 def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
     """At which of the latents (B, P) of their prompts rows thought, (B, P), by what a filled cache says."""
-    stopped = getattr(past_key_values, "mask_of_stopped", None)
+    stopped = ThoughtState.of(past_key_values).attention_mask
     if stopped is None:
         return latent_mask
     num_beams = len(stopped) // len(latent_mask)

@@ -12,12 +12,16 @@ until then the factors of the later passes are kept.
 Shapes: R rows (tokens) of all passes, I and O the width before and after a weight.
 """
 
+from contextlib import nullcontext
+from functools import partial
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from .compat_mmcoconut import current_backward_pass
+from mmcoconut.columns_mmcoconut import is_sharded
+from mmcoconut.compat_mmcoconut import current_backward_pass
 
 
 # Both from benchmarks/LOG.md. With more rows, parts of a product gain nothing.
@@ -140,3 +144,27 @@ class DeferredWeightGradients(TorchFunctionMode):
             bias, inputs, weight = args
             return self.linear(inputs, weight, bias, transposed=True)
         return func(*args, **kwargs)
+
+
+def defers_gradients(decoder: nn.Module, choice: bool | None) -> bool:
+    """Return True if the passes of a training step are to form a thinking decoder's weight gradients once.
+
+    choice: whether they should; None is where it was measured to pay: on a CPU and for wide decoders.
+    """
+    if choice is None:
+        choice = decoder.device.type == "cpu" and decoder.config.hidden_size >= LEAST_WIDTH
+    return choice and decoder.training and not is_sharded(decoder)
+
+
+def context_of_passes(decoder: nn.Module, choice: bool | None):
+    """Return the context that every pass of one training step is run in."""
+    return DeferredWeightGradients() if defers_gradients(decoder, choice) else nullcontext()
+
+
+def defer_weight_gradients(model, choice: bool | None = None) -> None:
+    """Let the passes of each training step form the decoder's weight gradients once, together.
+
+    choice: True always, False never, None where it was measured to pay.
+    """
+    decoder = model.get_decoder()
+    decoder.around_passes = partial(context_of_passes, decoder, choice)

@@ -1,20 +1,25 @@
-"""What `from_backbones` and `from_vlm` do to a vision tower and a language model before they become one model.
+"""Models out of parts: a vision tower and a language model (`from_backbones`), or a whole VLM (`from_vlm`).
 
 Shapes: D hidden of the language model, V vocabulary.
 """
 
 import copy
 import difflib
-from functools import partial
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from .compat_mmcoconut import call_with_cache
-from .configuration_mmcoconut import (
+from mmcoconut.configuration_mmcoconut import (
     SPECIAL_TOKENS,
     THOUGHT_TOKENS,
     TOKEN_ID_FIELDS,
@@ -25,9 +30,11 @@ from .configuration_mmcoconut import (
     num_placeholders,
     settle_decoder,
 )
-from .latent_mmcoconut import ThoughtFeed
-from .projectors_mmcoconut import build_projector
-from .stopping_mmcoconut import StopHead
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.schedules_mmcoconut import StopHead
+from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
+from mmcoconut.thinking_mmcoconut import ThoughtFeed, give_thoughts
+from mmcoconut.vision_mmcoconut import build_projector
 
 
 def internvl_fields(vlm: PreTrainedModel) -> dict:
@@ -58,9 +65,9 @@ def check_convertible(config: PreTrainedConfig) -> None:
         )
 
 
-def check_fields(names, config_class: type, *, method: str, decided: tuple[str, ...] = TOKEN_ID_FIELDS) -> None:
+def check_fields(names, *, method: str, decided: tuple[str, ...] = TOKEN_ID_FIELDS) -> None:
     """Raise for a name that is no field of the configuration, or one that is decided by the parts that are joined."""
-    fields = [name for name in config_class.__dataclass_fields__ if not name.startswith("_")]
+    fields = [name for name in MMCoconutConfig.__dataclass_fields__ if not name.startswith("_")]
     for name in names:
         if name in decided:
             raise ValueError(f"{method} takes no {name!r}, which follows from the parts that it joins: leave it out.")
@@ -220,26 +227,9 @@ def new_language_model(text_config: PreTrainedConfig, tokenizer, auto_class, *, 
     return auto_class.from_config(text_config)
 
 
-def call_with_row_positions(decoder, *, call=None, inputs_embeds, position_ids=None, past_key_values=None, **kwargs):
-    """Call a decoder that numbers positions by column (Marian, BART), so that each row has those of position_ids.
-
-    Its position embeddings E are added to what it reads, so it is given inputs_embeds + E[position] - E[column].
-    call: what to call in the decoder's place, by default itself.
-    """
-    call = partial(call_with_cache, decoder) if call is None else call
-    if position_ids is not None:
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
-        columns = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length  # (T,)
-        of_rows = decoder.embed_positions(None, position_ids=position_ids.flatten())  # (1, B · T, D) or without 1
-        of_columns = decoder.embed_positions(None, position_ids=columns)  # (1, T, D) or without 1
-        shift = of_rows.view(inputs_embeds.shape) - of_columns.view(1, *inputs_embeds.shape[1:])  # (B, T, D)
-        inputs_embeds = inputs_embeds + shift
-    return call(inputs_embeds=inputs_embeds, past_key_values=past_key_values, **kwargs)
-
-
 @torch.no_grad()
 def check_row_positions(decoder: PreTrainedModel) -> None:
-    """A row behind padding must be read as it is without; found by running two tokens both ways.
+    """Raise unless a thinking decoder reads a row behind padding as without; found by running two tokens both ways.
 
     Raises:
         ValueError: a decoder whose positions cannot be set for each row.
@@ -250,7 +240,7 @@ def check_row_positions(decoder: PreTrainedModel) -> None:
     inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
     training = decoder.training
     decoder.eval()
-    padded = call_with_row_positions(decoder, **inputs).last_hidden_state[:, 1:]  # (1, 2, D)
+    padded = decoder(**inputs).last_hidden_state[:, 1:]  # (1, 2, D)
     alone = decoder(inputs_embeds=embeds[:, 1:]).last_hidden_state  # (1, 2, D)
     decoder.train(training)
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3):
@@ -312,152 +302,147 @@ def count_placeholders(vision_tower: PreTrainedModel, config: MMCoconutConfig) -
     return num_placeholders(config, num_tokens - leaves_out_first)
 
 
-class FromBackbones:
-    """The part of a model with a head that makes it out of pretrained models or configurations."""
+def without_backbones(config: MMCoconutConfig) -> MMCoconutForConditionalGeneration:
+    """Return a model to be joined with large backbones: only projector and thoughts take memory, with new weights."""
+    with torch.device("meta"):
+        model = MMCoconutForConditionalGeneration(config)
+    model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
+    thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
+    model.model.thought_feed = thought_feed.apply(model._init_weights)
+    if config.stop_head:
+        model.model.stop_head = StopHead(config.text_config.hidden_size).apply(model._init_weights)
+    return model
 
-    @classmethod
-    def from_backbones(
-        cls,
-        vision: str | None = None,
-        text: str | None = None,
-        *,
-        tokenizer=None,
-        vision_config: PreTrainedConfig | None = None,
-        text_config: PreTrainedConfig | None = None,
-        new_token_init: str | None = None,
-        dtype: torch.dtype | str | None = None,
+
+def join(model, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):
+    """Return the model with these parts, in evaluation mode, as from_pretrained leaves a model."""
+    model.model.vision_tower, model.model.language_model, model.lm_head = vision_tower, language_model, head
+    give_thoughts(model.get_decoder())
+    model.config.image_seq_length = count_placeholders(vision_tower, model.config)
+    model.tie_weights()
+    return model.eval()
+
+
+def from_backbones(
+    vision: str | None = None,
+    text: str | None = None,
+    *,
+    tokenizer=None,
+    vision_config: PreTrainedConfig | None = None,
+    text_config: PreTrainedConfig | None = None,
+    new_token_init: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **config_kwargs,
+):
+    """Return a new model out of a vision tower and a language model, pretrained or from their configurations.
+
+    Args:
+        vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
+            "openai-community/gpt2"; or
+        vision_config, text_config: configurations, for random weights.
+        tokenizer: the language model's tokenizer, loaded from `text` by default; it gets the four special tokens
+            where it lacks them, and the embeddings grow to its length.
+        new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
+            None takes the mean of the old embeddings.
+        dtype: of all weights, e.g. torch.bfloat16; None: torch's default.
+        config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add"; `encoder` makes a MMCoconutForSeq2SeqLM out
+            of an encoder-decoder such as BART, the others a MMCoconutForConditionalGeneration.
+
+    Raises:
+        ValueError: both or neither of a name and a configuration; an unknown field, dtype or
+            `new_token_init`; a language model whose head is more than a matrix.
+    """
+    if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
+        raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
+    check_fields(config_kwargs, method="from_backbones")
+    dtype = as_dtype(dtype)
+    image_fusion = config_kwargs.get("image_fusion", MMCoconutConfig.image_fusion)
+    is_seq2seq = image_fusion == "encoder"
+    auto_class = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
+    num_known = len(tokenizer)
+    add_special_tokens(tokenizer)
+    vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
+    if text:
+        causal_lm = load_language_model(text, auto_class, image_fusion=image_fusion)
+        grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
+    else:
+        causal_lm = new_language_model(text_config, tokenizer, auto_class, image_fusion=image_fusion)
+    check_plain_head(causal_lm)
+    token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    config = MMCoconutConfig(
+        vision_config=vision_tower.config,
+        text_config=causal_lm.config,
+        **dict(zip(TOKEN_ID_FIELDS, token_ids)),
         **config_kwargs,
-    ):
-        """A new model out of a vision tower and a language model, pretrained or from their configurations.
+    )
+    model = (MMCoconutForSeq2SeqLM if is_seq2seq else MMCoconutForConditionalGeneration)(config)
+    language_model = causal_lm.base_model if is_seq2seq else causal_lm.get_decoder()
+    join(model, vision_tower, language_model, head=causal_lm.get_output_embeddings())
+    if model.get_decoder().counts_columns:
+        check_row_positions(model.get_decoder())
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        forced_bos_token_id=None,  # BART's summaries want them, and an answer begins and ends by itself
+        forced_eos_token_id=None,
+    )
+    if is_seq2seq:
+        model.generation_config.decoder_start_token_id = config.text_config.decoder_start_token_id
+    return model if dtype is None else cast_weights(model, dtype)
 
-        Args:
-            vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
-                "openai-community/gpt2"; or
-            vision_config, text_config: configurations, for random weights.
-            tokenizer: the language model's tokenizer, loaded from `text` by default; it gets the four special tokens
-                where it lacks them, and the embeddings grow to its length.
-            new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
-                None takes the mean of the old embeddings.
-            dtype: of all weights, e.g. torch.bfloat16; None: torch's default.
-            config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add".
 
-        Raises:
-            ValueError: both or neither of a name and a configuration; an unknown field, dtype or
-                `new_token_init`; a language model whose head is more than a matrix.
-        """
-        if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
-            raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
-        check_fields(config_kwargs, cls.config_class, method="from_backbones")
-        dtype = as_dtype(dtype)
-        image_fusion = config_kwargs.get("image_fusion", cls.config_class.image_fusion)
-        cls.base_class.check_fusion(image_fusion)
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
-        num_known = len(tokenizer)
-        add_special_tokens(tokenizer)
-        vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
-        if text:
-            causal_lm = load_language_model(text, cls.text_auto_class, image_fusion=image_fusion)
-            grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
-        else:
-            causal_lm = new_language_model(text_config, tokenizer, cls.text_auto_class, image_fusion=image_fusion)
-        check_plain_head(causal_lm)
-        token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
-        config = cls.config_class(
-            vision_config=vision_tower.config,
-            text_config=causal_lm.config,
-            **dict(zip(TOKEN_ID_FIELDS, token_ids)),
-            **config_kwargs,
-        )
-        head = causal_lm.get_output_embeddings()
-        model = cls(config)
-        model.join(vision_tower, model.language_part(causal_lm), head=head)
-        if model.model.counts_columns:
-            check_row_positions(model.get_decoder())
-        model.generation_config.update(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            forced_bos_token_id=None,  # BART's summaries want them, and an answer begins and ends by itself
-            forced_eos_token_id=None,
-        )
-        return model if dtype is None else cast_weights(model, dtype)
+def from_vlm(
+    vlm: str | PreTrainedModel,
+    *,
+    tokenizer=None,
+    processor=None,
+    new_token_init: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **config_kwargs,
+):
+    """Return a pretrained InternVL or LLaVA that can think: tower, projector, decoder and head as they are.
 
-    @staticmethod
-    def language_part(causal_lm: PreTrainedModel) -> PreTrainedModel:
-        """What MMCoconutModel has of a language model: its decoder, without the head."""
-        return causal_lm.get_decoder()
+    Args:
+        vlm: Hub id or folder, e.g. "OpenGVLab/InternVL3-1B-hf", or the model itself, whose parts are taken over:
+            do not use it afterwards.
+        tokenizer, or processor with one: loaded from `vlm` by default; the tokenizer gets the latent and the two
+            markers where it lacks them, and the embeddings grow to its length. The image token is the VLM's own.
+        new_token_init: a token whose embedding the new tokens start from; None takes the mean of the old ones.
+        dtype: of all weights, e.g. torch.bfloat16; None: the model's own, or torch's default for one by name.
+        config_kwargs: fields of MMCoconutConfig that the VLM does not decide, e.g. thought_norm or image_size.
 
-    @classmethod
-    def from_vlm(
-        cls,
-        vlm: str | PreTrainedModel,
-        *,
-        tokenizer=None,
-        processor=None,
-        new_token_init: str | None = None,
-        dtype: torch.dtype | str | None = None,
+    Raises:
+        ValueError: a model of another kind; a model without its tokenizer; an unknown `new_token_init`, dtype or
+            field, or one that the VLM decides.
+    """
+    if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
+        raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
+    check_fields(config_kwargs, method="from_vlm", decided=DECIDED_BY_VLM)
+    dtype = as_dtype(dtype)
+    tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
+    vlm = load_vlm(vlm)
+    fields = fields_of_vlm(vlm)
+    num_known = len(tokenizer)
+    add_special_tokens(tokenizer, image_token_of(tokenizer, fields["image_token_id"]))
+    grow_embeddings(vlm, tokenizer, num_known, new_token_init=new_token_init)
+    thought_ids = dict(zip(TOKEN_ID_FIELDS[1:], tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))))
+    config = MMCoconutConfig(
+        vision_config=vlm.model.vision_tower.config,
+        text_config=vlm.model.language_model.config,
+        **fields,
+        **thought_ids,
         **config_kwargs,
-    ):
-        """A pretrained InternVL or LLaVA that can think: tower, projector, decoder and head as they are.
-
-        Args:
-            vlm: Hub id or folder, e.g. "OpenGVLab/InternVL3-1B-hf", or the model itself, whose parts are taken over:
-                do not use it afterwards.
-            tokenizer, or processor with one: loaded from `vlm` by default; the tokenizer gets the latent and the two
-                markers where it lacks them, and the embeddings grow to its length. The image token is the VLM's own.
-            new_token_init: a token whose embedding the new tokens start from; None takes the mean of the old ones.
-            dtype: of all weights, e.g. torch.bfloat16; None: the model's own, or torch's default for one by name.
-            config_kwargs: fields of MMCoconutConfig that the VLM does not decide, e.g. thought_norm or image_size.
-
-        Raises:
-            ValueError: a model of another kind; a model without its tokenizer; an unknown `new_token_init`, dtype or
-                field, or one that the VLM decides.
-        """
-        if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
-            raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
-        check_fields(config_kwargs, cls.config_class, method="from_vlm", decided=DECIDED_BY_VLM)
-        dtype = as_dtype(dtype)
-        tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
-        vlm = load_vlm(vlm)
-        fields = fields_of_vlm(vlm)
-        num_known = len(tokenizer)
-        add_special_tokens(tokenizer, image_token_of(tokenizer, fields["image_token_id"]))
-        grow_embeddings(vlm, tokenizer, num_known, new_token_init=new_token_init)
-        thought_ids = dict(zip(TOKEN_ID_FIELDS[1:], tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))))
-        config = cls.config_class(
-            vision_config=vlm.model.vision_tower.config,
-            text_config=vlm.model.language_model.config,
-            **fields,
-            **thought_ids,
-            **config_kwargs,
-        )
-        model = cls.without_backbones(config)
-        model.join(vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
-        model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
-        suppress_tokens = model.generation_config.suppress_tokens
-        model.generation_config = copy.deepcopy(vlm.generation_config)
-        model.generation_config.update(
-            eos_token_id=ends_of(vlm.generation_config, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            suppress_tokens=suppress_tokens,
-        )
-        return cast_weights(model.to(vlm.device), vlm.dtype if dtype is None else dtype)
-
-    @classmethod
-    def without_backbones(cls, config: MMCoconutConfig):
-        """A model to be joined with large backbones: only projector and thoughts take memory, with new weights."""
-        with torch.device("meta"):
-            model = cls(config)
-        model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
-        thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
-        model.model.thought_feed = thought_feed.apply(model._init_weights)
-        if config.stop_head:
-            model.model.stop_head = StopHead(config.text_config.hidden_size).apply(model._init_weights)
-        return model
-
-    def join(self, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):
-        """This model with these parts, in evaluation mode, as from_pretrained leaves a model."""
-        self.model.vision_tower, self.model.language_model, self.lm_head = vision_tower, language_model, head
-        self.config.image_seq_length = count_placeholders(vision_tower, self.config)
-        self.tie_weights()
-        return self.eval()
+    )
+    model = without_backbones(config)
+    join(model, vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
+    model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
+    suppress_tokens = model.generation_config.suppress_tokens
+    model.generation_config = copy.deepcopy(vlm.generation_config)
+    model.generation_config.update(
+        eos_token_id=ends_of(vlm.generation_config, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=suppress_tokens,
+    )
+    return cast_weights(model.to(vlm.device), vlm.dtype if dtype is None else dtype)

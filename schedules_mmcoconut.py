@@ -1,0 +1,432 @@
+"""Other ways to think than one column after the other: schedules for `Thoughts.schedule`.
+
+    share_columns   rows whose latents stand in different columns are laid out so that their k-th latents share one
+    ThinkTogether   all latents of a row are updated together, so many times (parallel thoughts)
+    StopEarly       rows stop before their last latent where a head says so
+
+Each is called with the passes of a call and its thoughts, as `think` is, and leaves as much behind. What a schedule
+equals stands beside it: `think` itself, or its definition.
+
+Shapes: B batch, T tokens, T' columns of another layout, L columns from the first to the last latent, S pieces, N
+latents, D hidden.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from .caches_mmcoconut import PassCache, ThoughtState, text_cache
+from .columns_mmcoconut import is_sharded, is_two_dimensional, packed, positions_from_mask, take_columns
+from .kernels_mmcoconut import SplitCache, SplitLayer
+from .thinking_mmcoconut import Passes, Thoughts, join_columns, put_first, think
+
+
+# --- shared columns --------------------------------------------------------------------------------------------------
+
+# A latent step costs what about so many columns of a long pass cost (benchmarks/LOG.md, n = 0 and 8).
+COLUMNS_OF_A_PASS = 6
+
+
+@dataclass
+class Layout:
+    """Where each token goes so that latents share columns.
+
+        t L t L t t t         ·  ·  t L t L t         would take 1 + 4 passes, and as      t · · | L t | L t t t
+        t t t L t t L                                                                     t t t | L t | L · · ·
+
+    they take 1 + 2: a row is cut before each of its latents, and the k-th pieces of all rows are padded to one length.
+    The padding stands inside of rows, where the attention mask hides it; positions go with the tokens. What results
+    hold at columns of padding has no meaning.
+
+    target (B, T): the new column of each token, 0 for padding; source (B, T'): the old column, 0 for padding.
+    real (B, T'): False in padding. starts: the first new column of each piece. ends: of each piece, the column (B,) in
+    it of every row's last token.
+    """
+
+    target: torch.Tensor
+    source: torch.Tensor
+    real: torch.Tensor
+    starts: list[int]
+    ends: list[torch.Tensor]
+
+    def move(self, values: torch.Tensor) -> torch.Tensor:
+        """Return (B, T, …) in the new layout, (B, T', …)."""
+        return take_columns(values, self.source)
+
+    def move_back(self, values: torch.Tensor) -> torch.Tensor:
+        """Return (B, T', …) in the old layout, (B, T, …)."""
+        return take_columns(values, self.target)
+
+
+def layout_of(latents: torch.Tensor, attention_mask: torch.Tensor | None) -> Layout:
+    """Return the layout with as many pieces as the row with the most latents has; both masks (B, T).
+
+    What follows a row's last latent goes into the last piece, so that the answers run together.
+    """
+    num_columns = latents.shape[1]
+    real = torch.ones_like(latents) if attention_mask is None else attention_mask.bool()  # (B, T)
+    piece = latents.long().cumsum(dim=1)  # (B, T)
+    counts = piece[:, -1:]  # (B, 1)
+    most = counts.max()
+    is_answer = (piece == counts) & ~latents & (counts > 0)
+    piece = torch.where(is_answer, most, piece)
+    in_piece = nn.functional.one_hot(piece, int(most) + 1) * real[..., None]  # (B, T, S)
+    place = in_piece.cumsum(dim=1).gather(2, piece[..., None])[..., 0] - 1  # (B, T)
+    lengths = in_piece.sum(dim=1)  # (B, S)
+    *starts, length = accumulate(lengths.amax(dim=0).tolist(), initial=0)
+    target = torch.tensor(starts, device=piece.device)[piece] + place  # (B, T)
+    columns = torch.arange(num_columns, device=piece.device).expand_as(target)
+    source = piece.new_full((target.shape[0], length + 1), -1)
+    source = source.scatter(1, torch.where(real, target, length), columns)[:, :length]  # (B, T')
+    return Layout(
+        target=torch.where(real, target, 0),
+        source=source.clamp(min=0),
+        real=source >= 0,
+        starts=starts,
+        ends=list((lengths - 1).clamp(min=0).unbind(dim=1)),
+    )
+
+
+def can_move_keys(past_key_values: Cache) -> bool:
+    """Return True if the keys of a cache can be put back into the old columns: it is fresh and grows, or not kept."""
+    keys = text_cache(past_key_values)
+    if isinstance(keys, PassCache):
+        return True
+    if isinstance(keys, SplitCache):
+        return keys.get_seq_length() == 0
+    is_growing = isinstance(keys, DynamicCache) and all(type(layer) is DynamicLayer for layer in keys.layers)
+    return is_growing and not keys.offloading and keys.get_seq_length() == 0
+
+
+@dataclass
+class ShareColumns:
+    """`think` with a pass for each of the most latents that a row has, however many columns they stand in.
+
+    most_columns: that a decoder which counts positions by column has; None: any number.
+    """
+
+    most_columns: int | None = None
+
+    def __call__(self, passes: Passes, thoughts: Thoughts) -> None:
+        """Think in the layout in which latents share columns, where that is possible and saves passes."""
+        layout = self.layout_for(passes, thoughts)
+        if layout is None:
+            return think(passes, thoughts)
+        moved = moved_passes(passes, layout)
+        think(moved, moved_thoughts(thoughts, layout))
+        passes.cache = moved.cache
+        if passes.keeps_cache:
+            move_back_keys(passes.cache, layout)
+        passes.outputs = [moved_back(moved.joined(), layout)]
+        passes.read = [layout.move_back(join_columns(moved.read))]  # (B, T, D)
+
+    def layout_for(self, passes: Passes, thoughts: Thoughts) -> Layout | None:
+        """Return the layout of a call; None where it stays as it is."""
+        columns, latents, mask = thoughts.columns, thoughts.latents, passes.inputs.get("attention_mask")
+        is_whole = mask is None or (is_two_dimensional(mask) and mask.shape == latents.shape)
+        if len(columns) < 2 or not is_whole or not passes.may_move or not can_move_keys(passes.cache):
+            return None
+        if len(columns) <= int(latents.sum(dim=1).max()):
+            return None
+        layout = layout_of(latents, mask)
+        return layout if self.is_worth(layout, latents.shape[1], len(columns) + 1) else None
+
+    def is_worth(self, layout: Layout, num_columns: int, num_passes: int) -> bool:
+        """Return True if a layout of T' columns saves more in passes than it costs in columns, and fits the decoder.
+
+        num_columns, num_passes: without it.
+        """
+        length = layout.real.shape[1]
+        fits = self.most_columns is None or length <= self.most_columns
+        return fits and length - num_columns <= COLUMNS_OF_A_PASS * (num_passes - len(layout.starts))
+
+
+def moved_passes(passes: Passes, layout: Layout) -> Passes:
+    """Return the passes of a call in another layout."""
+    inputs, positions = dict(passes.inputs), passes.inputs.get("position_ids")
+    embeds = inputs["inputs_embeds"]  # (B, T, D)
+    if positions is None:
+        positions = torch.arange(passes.length, device=embeds.device)[None]
+    inputs["inputs_embeds"] = layout.move(embeds)  # (B, T', D)
+    inputs["position_ids"] = layout.move(positions.expand(embeds.shape[:2]))  # (B, T')
+    inputs["attention_mask"] = layout.real.long()  # (B, T')
+    moved = Passes(passes.run_decoder, passes.cache, inputs, keeps_cache=passes.keeps_cache)
+    moved.ends = layout.ends
+    return moved
+
+
+def moved_thoughts(thoughts: Thoughts, layout: Layout) -> Thoughts:
+    """Return the thoughts of a call in another layout."""
+    return replace(
+        thoughts,
+        columns=layout.starts[1:],
+        latents=layout.move(thoughts.latents) & layout.real,
+        linked=None if thoughts.linked is None else layout.move(thoughts.linked),
+        noise=None if thoughts.noise is None else layout.move(thoughts.noise),
+    )
+
+
+def moved_back(output, layout: Layout):
+    """Return a decoder's output with its columns in the old layout."""
+    output.last_hidden_state = layout.move_back(output.last_hidden_state)  # (B, T, D)
+    if output.get("hidden_states") is not None:
+        states = output.hidden_states
+        output.hidden_states = tuple(None if layer is None else layout.move_back(layer) for layer in states)
+    return output
+
+
+def move_back_keys(past_key_values: Cache, layout: Layout) -> None:
+    """Put a cache's keys and values (B, H, T', K) into the old columns, (B, H, T, K)."""
+    for layer in text_cache(past_key_values).layers:
+        is_split = isinstance(layer, SplitLayer)
+        held = layer.joined() if is_split else (layer.keys, layer.values)
+        moved = [layout.move_back(states.transpose(1, 2)).transpose(1, 2).contiguous() for states in held]
+        if is_split:
+            layer.open(*moved)
+        else:
+            layer.keys, layer.values = moved
+
+
+# --- parallel thoughts -----------------------------------------------------------------------------------------------
+
+
+def put_thoughts(inputs_embeds: torch.Tensor, latents: torch.Tensor, thoughts: torch.Tensor) -> torch.Tensor:
+    """Return (B, T, D) with the columns of (B, T, D) in the places of (B, T) that are latents."""
+    return torch.where(latents[..., None], thoughts.to(inputs_embeds.dtype), inputs_embeds)
+
+
+@dataclass
+class ThinkTogether:
+    """All latents of a row updated together, num_iterations times, each from what the others were before.
+
+    Every thought starts as the latent token's own embedding. An update runs the decoder once over the latents:
+
+        thought_t[c] = feed(decoder(embeds with thought_{t-1}).last_hidden_state[c - 1])        t = 1 … num_iterations
+
+    The i-th thought of a row is final after i updates, so that as many updates as thoughts give the sequential ones,
+    values and gradients; fewer are another model, with so many passes over the latents in the place of N.
+
+    Source: Wu et al. 2025, Parallel Continuous Chain-of-Thought with Jacobi Iteration,
+    https://arxiv.org/abs/2506.18582.
+    """
+
+    num_iterations: int
+
+    def __call__(self, passes: Passes, thoughts: Thoughts) -> None:
+        """Run the text before the first latent once, the latents once an update, and then all from there to the end.
+
+        After as many updates as a row has latents nothing changes any more, so there are no further ones.
+        """
+        first, last = thoughts.columns[0], thoughts.columns[-1]
+        check_not_sharded(thoughts.sharded)
+        check_one_block(passes.cache)
+        inputs_embeds, state = passes.inputs["inputs_embeds"], thoughts.state_before  # (B, T, D), (B, D)
+        if first > 0:
+            state = passes.run(inputs_embeds[:, :first], 0)
+        columns = slice(first, last + 1)
+        block, latents = inputs_embeds[:, columns], thoughts.latents[:, columns]  # (B, L, D), (B, L)
+        for _ in range(min(self.num_iterations, int(latents.sum(dim=1).max()))):
+            states = state[:, None]  # (B, 1, D)
+            if last > first:
+                states = torch.cat([states, passes.states_of(block[:, :-1], first)], dim=1)  # (B, L, D)
+            block = put_thoughts(block, latents, thoughts.read(states, columns))
+        passes.run(torch.cat([block, inputs_embeds[:, last + 1 :]], dim=1), first)
+        if passes.keeps_cache:
+            end = int(passes.cache.get_seq_length()) - (passes.length - last - 1)
+            ThoughtState.within(passes.cache).thoughts_end = end
+
+
+def think_together_uncached(
+    decoder, inputs_embeds: torch.Tensor, thoughts: Thoughts, *, num_iterations: int, **kwargs
+):
+    """The definition of `ThinkTogether`: num_iterations times, run the whole sequence and replace all thoughts.
+
+    Return the last hidden states and what was read, both (B, T, D). kwargs: for every call of the decoder.
+    """
+    columns = slice(0, inputs_embeds.shape[1])
+    for _ in range(num_iterations):
+        states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
+        before = torch.cat([states[:, :1], states[:, :-1]], dim=1)  # (B, T, D); nobody thinks in the first column
+        inputs_embeds = put_thoughts(inputs_embeds, thoughts.latents, thoughts.read(before, columns))
+    states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
+    return states, inputs_embeds
+
+
+def check_one_block(past_key_values: Cache) -> None:
+    """Raise for a cache that holds thoughts of an earlier call, which could not be updated any more.
+
+    Raises:
+        ValueError: such a cache, as far as it is still filled.
+    """
+    end = ThoughtState.of(past_key_values).thoughts_end
+    if end is not None and int(past_key_values.get_seq_length()) >= end:
+        raise ValueError(
+            f"past_key_values hold thoughts up to column {end - 1}, and thought_schedule='jacobi' updates all of a "
+            "sequence together: pass the whole sequence in one call, without past_key_values and without "
+            "prefill_chunk_size, or use thought_schedule='sequential'."
+        )
+
+
+def check_not_sharded(sharded: bool) -> None:
+    """Raise in every process, or the others would wait for it.
+
+    Raises:
+        ValueError: a decoder under FSDP.
+    """
+    if sharded:
+        raise ValueError(
+            "thought_schedule='jacobi' does not work with FSDP, where all processes must make as many passes: use "
+            "DDP, or thought_schedule='sequential'."
+        )
+
+
+# --- rows that stop --------------------------------------------------------------------------------------------------
+
+# Of a head that has learnt nothing: rows then think on with probability 0.88, whatever the state.
+INITIAL_BIAS = -2.0
+
+
+class StopHead(nn.Linear):
+    """Logits (…) of stopping here instead of thinking once more, from states (…, D): w · h + b."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__(hidden_size, 1)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return super().forward(states)[..., 0]
+
+
+def first_latents(latents: torch.Tensor) -> torch.Tensor:
+    """Return (B, T), True at the latents that follow no latent, where a row begins to think."""
+    before = nn.functional.pad(latents, (1, 0))[:, :-1]
+    return latents & ~before
+
+
+class StopEarly:
+    """`think` with rows that stop: each before the first latent of a run of them at which the head says so.
+
+    A latent that is left out is one whose attention mask is 0: no state is fed back into it, nobody attends to it,
+    positions pass over it, and the state of the column before stands for its own. A row that stops after two of four,
+
+        q q <start> L L L L <end> a        mask   1 1 1 1 1 0 0 1 1        positions   0 1 2 3 4 4 4 5 6
+
+    is so the row with two latents, and the answer may follow the last latent directly. Rows stop where they like, and
+    share their columns all the same. The head looks at the state that would be fed back next: with p = σ(w · h + b) a
+    row stops if p > threshold. A threshold drawn uniformly from [0, 1) stops it with probability p, which is how RL
+    explores.
+
+    threshold: a number, or (B, N) one for each latent of each row.
+    """
+
+    def __init__(self, head: StopHead, threshold: float | torch.Tensor):
+        self.head, self.threshold = head, threshold
+
+    def __call__(self, passes: Passes, thoughts: Thoughts) -> None:
+        """Think until all rows have stopped; behind that column there is no further pass for thoughts."""
+        latents = thoughts.latents  # (B, T)
+        check_thresholds(self.threshold, latents)
+        begins, order = first_latents(latents), (latents.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T) each
+        left_out, stopped = torch.zeros_like(latents), torch.zeros_like(latents[:, 0])
+        whole = whole_mask(passes, latents)  # (B, past + T)
+        start, thinks, state = 0, None, thoughts.state_before
+        for column in thoughts.columns:
+            is_latent, stopped = latents[:, column], stopped & ~begins[:, column]
+            decides = is_latent & ~stopped  # (B,)
+            if decides.any():
+                if column > start:
+                    state = self.run(passes, thoughts, start, column, thinks, state)  # (B, D)
+                stopped = stopped | (decides & self.stops(state, order[:, column]))
+                start, thinks = column, is_latent & ~stopped
+            left_out[:, column] = is_latent & stopped
+            leave_out(passes, left_out, whole)
+        self.run(passes, thoughts, start, passes.length, thinks, state)
+        thoughts.left_out = left_out if thoughts.left_out is None else thoughts.left_out | left_out
+        thoughts.attention_mask = passes.inputs["attention_mask"]
+
+    def run(self, passes: Passes, thoughts: Thoughts, start: int, end: int, thinks, state) -> torch.Tensor:
+        """Run columns start … end - 1, the first a thought in rows of thinks (B,); return the last state (B, D)."""
+        embeds = passes.inputs["inputs_embeds"][:, start:end]  # (B, t, D)
+        if thinks is not None:
+            embeds = put_first(embeds, thinks, thoughts.read(state, start))
+        return passes.run(embeds, start)
+
+    def stops(self, states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+        """Return (B,) for states (B, D) before the latent of each row that has `order` (B,) latents before it."""
+        threshold = self.threshold
+        if isinstance(threshold, torch.Tensor):
+            threshold = threshold.gather(1, order.clamp(max=threshold.shape[1] - 1)[:, None])[:, 0]  # (B,)
+        return self.head(states).sigmoid() > threshold
+
+
+def whole_mask(passes: Passes, latents: torch.Tensor) -> torch.Tensor:
+    """Return the attention mask (B, past + T) of a call, made where there was none."""
+    attention_mask = passes.inputs.get("attention_mask")
+    if attention_mask is not None and not is_two_dimensional(attention_mask):
+        raise ValueError("stop_threshold needs a 2-D attention_mask (B, T), not one made for a single pass.")
+    if attention_mask is not None:
+        return attention_mask
+    past_length = int(passes.cache.get_seq_length())
+    return latents.new_ones(len(latents), past_length + passes.length, dtype=torch.long)
+
+
+def leave_out(passes: Passes, left_out: torch.Tensor, whole: torch.Tensor) -> None:
+    """Let the next passes attend to no latent of left_out (B, T) and pass over its position; whole (B, past + T)."""
+    past_length = whole.shape[1] - left_out.shape[1]
+    mask = whole.masked_fill(nn.functional.pad(left_out, (past_length, 0)), 0)  # (B, past + T)
+    passes.inputs["attention_mask"] = mask
+    passes.inputs["position_ids"] = positions_from_mask(mask, left_out.shape[1])  # (B, T)
+
+
+def check_thresholds(threshold: float | torch.Tensor, latents: torch.Tensor) -> None:
+    """Raise for thresholds (B, N) of another number of rows, or of fewer latents than a row has.
+
+    Raises:
+        ValueError: with both shapes.
+    """
+    rows, most = latents.shape[0], int(latents.sum(dim=1).max())
+    if isinstance(threshold, torch.Tensor) and (threshold.shape[0] != rows or threshold.shape[1] < most):
+        raise ValueError(
+            f"stop_threshold is of {threshold.shape[0]} rows with {threshold.shape[1]} latents, and this call has "
+            f"{rows} rows with up to {most}: give one number for all, or (B, N)."
+        )
+
+
+def check_can_stop(config, decoder: nn.Module) -> None:
+    """Raise unless rows of a call can stop by themselves.
+
+    Raises:
+        ValueError: a model without a stop head; training; weights in shards.
+    """
+    if not config.stop_head:
+        raise ValueError(
+            "stop_threshold needs a model with a stop head, and config.stop_head is False: leave it out, or train one "
+            "(a recipe with `stop_head: true` and `objective: grpo` or `distill_stops`)."
+        )
+    if decoder.training or is_sharded(decoder):
+        raise ValueError(
+            "Rows cannot stop by themselves in training, or while weights are sharded: call model.eval(), or give the "
+            "latents that they leave out an attention_mask of 0 instead."
+        )
+
+
+def first_thoughts(latents: torch.Tensor, num_thoughts: torch.Tensor) -> torch.Tensor:
+    """Return (B, T), True at the first num_thoughts (B,) latents of each run of latents (B, T)."""
+    order = latents.long().cumsum(dim=1)  # (B, T), from 1
+    before_run = torch.where(first_latents(latents), order - 1, 0).cummax(dim=1).values  # (B, T)
+    return latents & (order - before_run <= num_thoughts[:, None])
+
+
+def stop_log_probs(stop_logits: torch.Tensor, kept: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return log P (B,) that rows think at the latents `kept` (B, T) of their latents (B, T) and at no others.
+
+    stop_logits (B, N): the head's, before each latent. At the first of a run, and behind each that was thought, it is
+    decided whether to think: Σ log(1 - p), and log p where a row stops. Behind a stop nothing is decided.
+    """
+    begins, thought, real = (packed(mask.float(), latents).bool() for mask in (first_latents(latents), kept, latents))
+    decides = (begins | nn.functional.pad(thought, (1, 0))[:, :-1]) & real  # (B, N)
+    thinks = nn.functional.logsigmoid(-stop_logits) * (decides & thought)
+    stops = nn.functional.logsigmoid(stop_logits) * (decides & ~thought)
+    return (thinks + stops).sum(dim=1)

@@ -1,0 +1,495 @@
+"""The thinking decoder: a `forward` that feeds the decoder's own last hidden state back at latent columns.
+
+At a latent column c of row b a thinking decoder reads, in the place of a token's embedding, the thought
+
+    thought[b, c] = feed(last_hidden_state[b, c - 1])
+
+that is, the state after the final norm which it computed one column earlier. `think` cuts the sequence at the columns
+where any row has a latent and runs each piece once over the key-value cache; `think_uncached` is the definition that
+it must equal, and runs everything again for each thought. Every way to think, called a schedule, is a function of the
+same two objects:
+
+    passes     the call's arguments, cut by column; `passes.run` sends a piece through the decoder's own forward
+    thoughts   where the latents are and what is read there
+
+`give_thoughts` puts `ThinkingDecoder` in front of the class of any decoder; names and parameters stay. The model
+around the decoder says where the latents are, in a context, because keywords would reach its vision tower too:
+
+    with thinking(Thoughts(latents, feed)):
+        outputs = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids)
+
+Shapes: B batch, T tokens of a call, t of a piece, N latents, D hidden, H heads.
+Source: Hao et al. 2024, Training Large Language Models to Reason in a Continuous Latent Space,
+https://arxiv.org/abs/2412.06769.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .caches_mmcoconut import (
+    FirstPassCache,
+    PassCache,
+    PutInFront,
+    ThoughtState,
+    in_front,
+    is_replayed,
+    next_pass,
+    throwaway,
+    with_cross_attention,
+)
+from .columns_mmcoconut import (
+    agreed_columns,
+    carry_states,
+    check_has_predecessor,
+    check_window,
+    column_lists,
+    is_sharded,
+    is_two_dimensional,
+    join_attentions,
+    join_columns,
+    linked_thoughts,
+    noise_by_column,
+    split_latents,
+)
+from .compat_mmcoconut import CACHE, attention_of, is_checkpointing, rename_cache
+from .kernels_mmcoconut import SplitCache
+
+
+# Arguments that have one entry a token, and the axis along which they have it; others go to every pass as they are.
+COLUMN_AXES = {"inputs_embeds": 1, "position_ids": -1, "token_type_ids": 1}
+CHECKPOINTED_PASSES = ("all", "first")
+THOUGHTS: ContextVar = ContextVar("THOUGHTS", default=None)
+
+
+# --- the loop and its definition -------------------------------------------------------------------------------------
+
+
+def think(passes: "Passes", thoughts: "Thoughts") -> None:
+    """Run every column once: a pass up to each latent column, whose last state is what is read there."""
+    state = thoughts.state_before  # (B, D)
+    for start, embeds, is_cut in passes.pieces(thoughts.columns):  # (B, t, D)
+        if is_cut:
+            thought = thoughts.read(state, start)  # (B, D)
+            embeds = put_first(embeds, thoughts.latents[:, start], thought)  # (B, t, D)
+        state = passes.run(embeds, start)  # (B, D)
+
+
+def think_uncached(
+    decoder: Callable, inputs_embeds: torch.Tensor, thoughts: "Thoughts", **kwargs
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition of `think`: for each latent column from left to right, run the whole sequence again.
+
+    Return the last hidden states and what was read, both (B, T, D). kwargs: for every call of the decoder.
+    """
+    for column in thoughts.columns:
+        states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
+        thought = thoughts.read(states[:, column - 1], column)  # (B, D)
+        read = put_first(inputs_embeds[:, column:], thoughts.latents[:, column], thought)  # (B, T - column, D)
+        inputs_embeds = torch.cat([inputs_embeds[:, :column], read], dim=1)  # (B, T, D)
+    states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
+    return states, inputs_embeds
+
+
+def put_first(embeds: torch.Tensor, is_latent: torch.Tensor, thought: torch.Tensor) -> torch.Tensor:
+    """Return (B, t, D) with thoughts (B, D) in the first column of the rows (B,) that have a latent there."""
+    first = torch.where(is_latent[:, None], thought.to(embeds.dtype), embeds[:, 0])  # (B, D)
+    return torch.cat([first[:, None], embeds[:, 1:]], dim=1)  # (B, t, D)
+
+
+class ThoughtFeed(nn.Module):
+    """What a hidden state goes through before it is read as an embedding; (…, D) → (…, D).
+
+    `none`: h. `embedding`: h · r / ‖h‖ with r the mean norm of the token embeddings (no gradient through r).
+    `projection`: LayerNorm(W₂ gelu(W₁ h)). A forward hook on this module sees, and may replace, every thought.
+    """
+
+    def __init__(self, hidden_size: int, thought_norm: str):
+        super().__init__()
+        self.thought_norm = thought_norm
+        if thought_norm == "projection":
+            self.linear_1 = nn.Linear(hidden_size, hidden_size)
+            self.linear_2 = nn.Linear(hidden_size, hidden_size)
+            self.norm = nn.LayerNorm(hidden_size)
+
+    def forward(self, hidden_state: torch.Tensor, embedding_norm: torch.Tensor | None = None) -> torch.Tensor:
+        if self.thought_norm == "embedding":
+            norms = hidden_state.norm(dim=-1, keepdim=True)  # (…, 1)
+            norms = norms.clamp(min=torch.finfo(norms.dtype).eps)  # 0 at padding, whose gradients would be NaN
+            return hidden_state * (embedding_norm / norms).to(hidden_state.dtype)
+        if self.thought_norm == "projection":
+            return self.norm(self.linear_2(nn.functional.gelu(self.linear_1(hidden_state))))
+        return hidden_state
+
+
+# --- where the latents are -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Thoughts:
+    """The latents of one call, what is read at them, and afterwards what was.
+
+    Args:
+        latents (B, T): True where a row has a latent.
+        feed: states (…, D) → thoughts (…, D).
+        schedule: how the decoder's passes go: `think`, or another function of passes and thoughts.
+        reads_again: whether the schedule reads keys of columns that it has run before.
+        is_paused: latents keep the embedding of their token, and nothing is fed back.
+        num_linked: how many thoughts of a row, from its last one, send gradients to the state before; None: all.
+        noise (B, N, D): added to the thoughts of each row in units of their own root mean square, by column (B, T, D)
+            once these are known; None: nothing.
+
+    Set by the decoder:
+        columns: where any row thinks. state_before (B, D): of the column before the first, from the cache.
+        linked (B, T): where gradients flow back to the state before; None: everywhere.
+        sharded: whether other processes must make as many passes.
+        inputs_embeds (B, T, D): what the decoder read.
+        left_out (B, T): latents at which nothing was thought. attention_mask (B, past + T): 0 at those too. Both None
+        where there are none.
+    """
+
+    latents: torch.Tensor
+    feed: Callable[[torch.Tensor], torch.Tensor]
+    schedule: Callable[["Passes", "Thoughts"], None] = think
+    reads_again: bool = False
+    is_paused: bool = False
+    num_linked: int | None = None
+    noise: torch.Tensor | None = None
+    columns: list[int] = field(default_factory=list)
+    state_before: torch.Tensor | None = None
+    linked: torch.Tensor | None = None
+    sharded: bool = False
+    inputs_embeds: torch.Tensor | None = None
+    left_out: torch.Tensor | None = None
+    attention_mask: torch.Tensor | None = None
+
+    @property
+    def read_at(self) -> torch.Tensor:
+        """Where something was read in the place of a token, (B, T)."""
+        return self.latents if self.left_out is None else self.latents & ~self.left_out
+
+    def read(self, states: torch.Tensor, columns: int | slice) -> torch.Tensor:
+        """Return the thoughts that states (B, D) become at a column, or states (B, t, D) at a slice of columns."""
+        if self.linked is not None:
+            states = torch.where(self.linked[:, columns][..., None], states, states.detach())
+        thoughts = self.feed(states)
+        if self.noise is None:
+            return thoughts
+        size = thoughts.detach().float().square().mean(dim=-1, keepdim=True).sqrt()
+        return thoughts + (size * self.noise[:, columns]).to(thoughts.dtype)
+
+    def settle(self, attention_mask, past_key_values: Cache | None, *, sharded: bool = False) -> None:
+        """Find the columns of the thoughts, under a mask (B, past + T) that leaves out those where it is 0.
+
+        Raises:
+            ValueError: a latent without a token before it; a mask that was made for a single pass.
+        """
+        self.sharded, given = sharded, self.latents
+        self.latents, left_out = split_latents(self.latents, attention_mask)
+        columns, columns_left_out = column_lists(self.latents, left_out)
+        if columns_left_out:
+            self.left_out, self.attention_mask = left_out, attention_mask
+        if self.is_paused:
+            columns = []
+        if sharded and not self.is_paused:
+            columns = agreed_columns(columns, self.latents.shape[1], self.latents.device)
+        self.columns = columns
+        if columns or columns_left_out:
+            self.state_before = ThoughtState.of(past_key_values).state_after(past_key_values)
+        if not columns:
+            return
+        is_flat = is_two_dimensional(attention_mask)
+        if columns[-1] > 0 and not (attention_mask is None or is_flat):
+            raise ValueError(
+                "Thoughts need a 2-D attention_mask (B, T), not one made for a single pass: pass that one."
+            )
+        check_has_predecessor(self.latents, attention_mask if is_flat else None, self.state_before is not None)
+        self.linked = linked_thoughts(self.latents, self.num_linked)
+        if self.noise is not None:
+            self.noise = noise_by_column(self.noise, given)  # (B, T, D)
+
+
+@contextmanager
+def thinking(thoughts: Thoughts) -> Iterator[Thoughts]:
+    """Tell a thinking decoder, called inside, where the latents of the call are."""
+    token = THOUGHTS.set(thoughts)
+    try:
+        yield thoughts
+    finally:
+        THOUGHTS.reset(token)
+
+
+# --- the decoder's passes --------------------------------------------------------------------------------------------
+
+
+class Passes:
+    """The arguments of one call of a decoder, cut by column, and what its passes gave.
+
+    run_decoder: called with a cache and the arguments of one pass. cache: that the passes read and write.
+    inputs: keyword arguments of the call, inputs_embeds (B, T, D) among them.
+    keeps_cache: whether the cache outlives the call. may_move: whether columns may be laid out anew.
+    ends: of each pass, the column (B,) in it of every row's last token; None: the last, as no pass ends in padding.
+    """
+
+    def __init__(self, run_decoder: Callable, cache: Cache | None, inputs: dict, *, keeps_cache: bool):
+        self.run_decoder, self.cache, self.inputs, self.keeps_cache = run_decoder, cache, inputs, keeps_cache
+        self.may_move, self.ends = False, None
+        self.length = inputs["inputs_embeds"].shape[1]
+        self.outputs, self.read = [], []
+
+    def pieces(self, columns: list[int]) -> Iterator[tuple[int, torch.Tensor, bool]]:
+        """Give the first column of each piece, the piece (B, t, D), and whether it begins at one of these columns."""
+        # Not `start in columns` over `sorted({0, *columns})`: torch.compile takes it for False in later calls.
+        starts = [0, *(column for column in columns if column > 0)]
+        sizes = [end - start for start, end in pairwise([*starts, self.length])]
+        pieces = self.inputs["inputs_embeds"].split(sizes, dim=1)  # of which slices would each be a copy
+        for start, embeds in zip(starts, pieces):
+            yield start, embeds, start > 0 or len(starts) == len(columns)
+
+    def columns(self, start: int, end: int) -> dict:
+        """Return the arguments of a pass over columns start … end - 1."""
+        cut = {
+            name: value.narrow(COLUMN_AXES[name], start, end - start)
+            for name, value in self.inputs.items()
+            if name in COLUMN_AXES and name != "inputs_embeds" and value is not None
+        }
+        attention_mask = self.inputs.get("attention_mask")  # (B, past + T), or for the last columns of any form
+        if attention_mask is not None and end < self.length:
+            cut["attention_mask"] = attention_mask[:, : end - self.length]
+        return {**self.inputs, **cut}
+
+    def run(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
+        """Run the decoder over a piece (B, t, D) and keep what it gives; return each row's last state (B, D)."""
+        if self.outputs:
+            self.cache = next_pass(self.cache)
+        inputs = self.columns(start, start + embeds.shape[1])
+        output = self.run_decoder(self.cache, **{**inputs, "inputs_embeds": embeds})
+        states = output.last_hidden_state  # (B, t, D)
+        self.outputs.append(output)
+        self.read.append(embeds)
+        if self.ends is None:
+            return states[:, -1]
+        rows = torch.arange(len(states), device=states.device)  # (B,)
+        return states[rows, self.ends[len(self.outputs) - 1]]
+
+    def states_of(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the states (B, t, D) of a piece that will be run again; the cache stays as it is."""
+        inputs = self.columns(start, start + embeds.shape[1])
+        return self.run_decoder(throwaway(self.cache), **{**inputs, "inputs_embeds": embeds}).last_hidden_state
+
+    def joined(self):
+        """Return the output of the call, of all columns, in the decoder's own class."""
+        first, joined = self.outputs[0], {CACHE: self.cache if self.keeps_cache else None}
+        if len(self.outputs) == 1:
+            return type(first)(**{**first, **joined})
+        joined["last_hidden_state"] = join_columns([output.last_hidden_state for output in self.outputs])
+        if first.get("hidden_states") is not None:
+            layers = zip(*(output.hidden_states for output in self.outputs))
+            joined["hidden_states"] = tuple(join_columns(layer) for layer in layers)
+        if first.get("attentions") is not None:
+            past_length = int(self.cache.get_seq_length()) - self.length
+            joined["attentions"] = join_attentions([output.attentions for output in self.outputs], past_length)
+        if first.get("cross_attentions") is not None:
+            layers = zip(*(output.cross_attentions for output in self.outputs))
+            joined["cross_attentions"] = tuple(torch.cat(layer, dim=2) for layer in layers)
+        return type(first)(**joined)
+
+
+# --- the decoder -----------------------------------------------------------------------------------------------------
+
+
+def takes_no_thoughts(num_columns: int) -> bool:
+    """Return True in a compiled step of one token and in `torch.export`, where passes cannot follow the ids."""
+    return torch.compiler.is_exporting() or (num_columns == 1 and torch.compiler.is_compiling())
+
+
+class ThinkingDecoder(PutInFront):
+    """What `give_thoughts` puts in front of a decoder's class: without latents, `forward` is the decoder's own.
+
+    own_arguments: the names of the arguments of the decoder's own forward, in their order.
+    counts_columns: whether the decoder numbers positions by column, as it takes no position_ids (Marian, BART).
+    checkpointed_passes: which passes gradient checkpointing recomputes: `all`, or the `first`, before the thoughts.
+    around_passes: makes the context that each pass of a training step is run in, one a step; mmcoconut's trainer lets
+        it form the weights' gradients of all passes together.
+
+    The last two belong to a run or a machine and are not saved.
+    """
+
+    own_arguments: tuple[str, ...]
+    counts_columns: bool
+    checkpointed_passes: str = "all"
+    around_passes: Callable[[], AbstractContextManager] = nullcontext
+
+    @can_return_tuple
+    def forward(self, *args, **kwargs):
+        """Run the decoder; at the latents that `thinking` tells it of, its own states are read."""
+        inputs = {**dict(zip(self.own_arguments, args)), **kwargs} if args else kwargs
+        read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+        thoughts = None if takes_no_thoughts(read.shape[1]) else THOUGHTS.get()
+        if thoughts is None:
+            return self.run_once(**inputs)
+        if inputs.get("inputs_embeds") is None:
+            inputs["inputs_embeds"] = self.get_input_embeddings()(inputs.pop("input_ids"))  # (B, T, D)
+        return self.run_thinking(thoughts, **rename_cache(inputs, "past_key_values"))
+
+    def run_once(self, *, position_ids: torch.Tensor | None = None, **inputs):
+        """Run the decoder's own forward, and give it each row's positions where it counts columns (Marian, BART).
+
+        Its position embeddings E are added to what it reads, so it is given inputs_embeds + E[position] - E[column].
+        """
+        inputs["return_dict"] = True
+        if position_ids is None or not self.counts_columns:
+            return super().forward(**inputs, **({} if position_ids is None else {"position_ids": position_ids}))
+        embeds, cache = inputs["inputs_embeds"], inputs.get(CACHE)
+        past_length = 0 if cache is None else cache.get_seq_length()
+        columns = torch.arange(embeds.shape[1], device=embeds.device) + past_length  # (T,)
+        of_rows = self.embed_positions(None, position_ids=position_ids.flatten())  # (1, B · T, D) or without 1
+        of_columns = self.embed_positions(None, position_ids=columns)  # (1, T, D) or without 1
+        shift = of_rows.view(embeds.shape) - of_columns.view(1, *embeds.shape[1:])  # (B, T, D)
+        return super().forward(**{**inputs, "inputs_embeds": embeds + shift})
+
+    def run_thinking(self, thoughts: Thoughts, *, past_key_values: Cache | None = None, use_cache=None, **inputs):
+        """Run the decoder as often as the thoughts need, and note in `thoughts` what was read."""
+        replays = self.training and is_checkpointing(self)
+        check_not_replayed(past_key_values, replays=replays)
+        keeps_cache = past_key_values is not None or bool(use_cache and not replays)
+        sharded = is_sharded(self)
+        thoughts.settle(inputs.get("attention_mask"), past_key_values, sharded=sharded)
+        if past_key_values is None and (keeps_cache or thoughts.columns):
+            past_key_values = self.fresh_cache(thoughts, keeps_cache=keeps_cache, replays=replays)
+        if past_key_values is not None and inputs.get("encoder_hidden_states") is not None:
+            past_key_values = with_cross_attention(past_key_values, self.config)
+        # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
+        inputs["use_cache"] = past_key_values is not None and not replays
+        passes = Passes(self.call_of_passes(thoughts), past_key_values, inputs, keeps_cache=keeps_cache)
+        passes.may_move = not sharded and self.sees_all_columns and not self.makes_maps(inputs)
+        schedule = thoughts.schedule if thoughts.columns else think
+        schedule(passes, thoughts)
+        outputs = passes.joined()
+        thoughts.inputs_embeds = join_columns(passes.read)  # (B, T, D)
+        if thoughts.left_out is not None:
+            self.leave_out(outputs, thoughts)
+        if keeps_cache:
+            remember(past_key_values, thoughts, outputs.last_hidden_state[:, -1], inputs)
+        return outputs
+
+    @cached_property
+    def sees_all_columns(self) -> bool:
+        """Whether all layers attend to all columns, and none to a window; the cache that transformers makes tells."""
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
+
+    def makes_maps(self, inputs: dict) -> bool:
+        """Return True if attention maps are asked for, which have an axis of columns."""
+        return bool(inputs.get("output_attentions") or self.config.output_attentions)
+
+    def reads_split_keys(self) -> bool:
+        """Return True if the decoder's attention reads a SplitCache."""
+        return attention_of(self.config) == "latent" and self.sees_all_columns
+
+    def fresh_cache(self, thoughts: Thoughts, *, keeps_cache: bool, replays: bool) -> Cache:
+        """Return an empty cache: a growing one, one that gradient checkpointing can replay, or, where `latent`
+        attention reads it, one that leaves the first pass's keys in place; through that a later call has no gradients.
+        """
+        splits = self.reads_split_keys() and not thoughts.reads_again
+        if splits and not replays and not (keeps_cache and torch.is_grad_enabled()):
+            return SplitCache()
+        growing = DynamicCache(config=self.config)
+        if not replays:
+            return growing
+        if self.checkpointed_passes == "all":
+            return PassCache(growing)
+        return FirstPassCache(growing, split_after if splits else Cache)
+
+    def call_of_passes(self, thoughts: Thoughts) -> Callable:
+        """Return what `Passes` calls with a cache and the arguments of one pass; a replayed pass goes by itself."""
+
+        def call(past_key_values, **inputs):
+            return self.run_once(**{CACHE: past_key_values}, **inputs)
+
+        if not (self.training and thoughts.columns):
+            return call
+        layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
+        around = self.around_passes()
+
+        def call_in_training(past_key_values, **inputs):
+            if is_replayed(past_key_values):
+                return call(past_key_values, **inputs)
+            with not_checkpointed(layers), around:
+                return call(past_key_values, **inputs)
+
+        return call_in_training
+
+    def leave_out(self, outputs, thoughts: Thoughts) -> None:
+        """Make the states at latents that were left out what the column before them is."""
+        states = carry_states(outputs.last_hidden_state, thoughts.left_out, thoughts.state_before)
+        outputs.last_hidden_state = states  # (B, T, D)
+        window = getattr(self.config, "sliding_window", None)
+        check_window(self.sees_all_columns, window, thoughts.attention_mask.shape[1])
+
+
+def split_after(layers: list) -> SplitCache:
+    """Return the cache that leaves the keys and values of these layers in place."""
+    return SplitCache.after([(layer.keys, layer.values) for layer in layers])
+
+
+def check_checkpointed_passes(value: str) -> str:
+    """Return the value itself.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if value not in CHECKPOINTED_PASSES:
+        raise ValueError(f"checkpointed_passes={value!r} is not known: choose one of {CHECKPOINTED_PASSES}.")
+    return value
+
+
+@contextmanager
+def not_checkpointed(layers: list[GradientCheckpointingLayer]):
+    """Inside, these layers keep their activations."""
+    before = [layer.gradient_checkpointing for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before):
+            layer.gradient_checkpointing = flag
+
+
+def check_not_replayed(past_key_values: Cache | None, *, replays: bool) -> None:
+    """Raise for a cache that gradient checkpointing would write to twice."""
+    if replays and past_key_values is not None:
+        raise ValueError(
+            "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
+            "gradient_checkpointing off, or pass the whole sequence."
+        )
+
+
+def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tensor, inputs: dict) -> None:
+    """Note in a cache what later calls need: the state (B, D) of its last column, and what else there is."""
+    state = ThoughtState.within(past_key_values)
+    state.remember(last_state, past_key_values)
+    if thoughts.left_out is not None:
+        state.attention_mask = thoughts.attention_mask
+    names = ("encoder_hidden_states", "encoder_attention_mask")
+    state.encoder_inputs = {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+
+def give_thoughts(decoder: PreTrainedModel) -> PreTrainedModel:
+    """Return the decoder itself, whose class now thinks; parameters and their names stay as they are."""
+    if not isinstance(decoder, ThinkingDecoder):
+        decoder.own_arguments = tuple(inspect.signature(decoder.forward).parameters)
+        decoder.counts_columns = "position_ids" not in decoder.own_arguments
+        decoder.__class__ = in_front(ThinkingDecoder, type(decoder))
+    return decoder
