@@ -35,19 +35,9 @@ TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id",
 READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
 # They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
 PREFIX_PROJECTORS = ("pooled_prefix", "attention_prefix")
-AUTO_MAP = {
-    "AutoConfig": "configuration_mmcoconut.MMCoconutConfig",
-    "AutoModel": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
-    "AutoModelForCausalLM": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
-}
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
+DECODER_CLASS = "modeling_mmcoconut.MMCoconutForConditionalGeneration"
 SEQ2SEQ_CLASS = "seq2seq_mmcoconut.MMCoconutForSeq2SeqLM"
-SEQ2SEQ_AUTO_MAP = {
-    "AutoConfig": "configuration_mmcoconut.MMCoconutConfig",
-    "AutoModel": SEQ2SEQ_CLASS,
-    "AutoModelForImageTextToText": SEQ2SEQ_CLASS,
-    "AutoModelForSeq2SeqLM": SEQ2SEQ_CLASS,
-}
 
 
 @strict
@@ -76,25 +66,25 @@ class MMCoconutConfig(PreTrainedConfig):
         downsample_ratio (`float`): side of the grid after `pixel_shuffle` over the side before it: 0.5 joins 2 × 2.
         vision_feature_layer (`int | list[int]`): which hidden states of the tower are read; several are joined along
             the width.
-        vision_last_norm (`bool`): whether layer -1 is read as the tower itself returns it, behind a last norm where it
-            has one (ViT, DINOv2, SigLIP), or, as in LLaVA, before that.
+        vision_last_norm (`bool`): whether layer -1 is read behind the tower's last norm (ViT, DINOv2, SigLIP) or, as
+            in LLaVA, before it.
         vision_feature_select_strategy (`str`): `default` leaves out the first (class) token, `full` keeps all.
         image_size (`int`): side of the square pictures, or tiles of them, that the tower reads; None is the tower's
             own, and another needs a tower that interpolates its positions.
         image_seq_length (`int`): image placeholders of such a picture or tile: one a feature, or 1 where the features
             are read by cross-attention.
-        image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): the placeholders' and
-            markers' rows in the vocabulary.
+        image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): ids of the placeholders
+            and markers.
         thought_mode (`str`): `feedback` feeds the last hidden state back as the next latent's embedding (Coconut);
             `pause` leaves the latent token's own embedding, so that nothing is fed back.
         thought_norm (`str`): what happens to a hidden state before it is fed back: `none` (the paper), `embedding`
             (rescaled to the mean norm of the token embeddings), `projection` (a trained MLP and LayerNorm).
         thought_schedule (`str`): `sequential` computes one thought after the other (Coconut); `jacobi` all of them
             together, `jacobi_iterations` times, each from what the others were before.
-        jacobi_iterations (`int`): how often, at least 1; as many as there are thoughts give the sequential ones. Only
-            and always with `jacobi`.
+        jacobi_iterations (`int`): how often, at least 1, only and always with `jacobi`; as many as there are thoughts
+            give the sequential ones.
         stop_head (`bool`): whether a head reads, from the state that would be fed back, if a row should stop thinking
-            instead; see stopping_mmcoconut.py. Only with sequential thoughts that are fed back.
+            instead. Only with sequential thoughts that are fed back.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
 
@@ -141,7 +131,10 @@ class MMCoconutConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         warn_of_newer(self.mmcoconut_version)
         self.is_encoder_decoder = self.image_fusion == "encoder"
-        self.auto_map = dict(SEQ2SEQ_AUTO_MAP if self.is_encoder_decoder else AUTO_MAP)
+        model_class = SEQ2SEQ_CLASS if self.is_encoder_decoder else DECODER_CLASS
+        own_class = "AutoModelForSeq2SeqLM" if self.is_encoder_decoder else "AutoModelForCausalLM"
+        self.auto_map = {"AutoConfig": "configuration_mmcoconut.MMCoconutConfig"}
+        self.auto_map |= dict.fromkeys((*AUTO_CLASSES, own_class), model_class)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
         settle_decoder(self.text_config, self.image_fusion)
         check_choices(self)
@@ -180,10 +173,9 @@ def warn_of_newer(version: str) -> None:
 
 
 def settle_decoder(text_config, image_fusion: str) -> None:
-    """Say in a language model's configuration what this fusion makes of it.
+    """Set in a language model's configuration what a fusion makes of it.
 
-    Of an encoder-decoder only the decoder is used, except by `encoder`, and caches ask for its depth by the name that
-    the encoder's has.
+    All but `encoder` use only the decoder of an encoder-decoder; caches ask for its depth by the encoder's name.
     """
     if image_fusion == "cross_attention":
         text_config.add_cross_attention = True
@@ -246,27 +238,24 @@ def check_choices(config):
 
 
 def check_schedule(config):
-    """Iterations belong to the jacobi schedule, a schedule and a stop head to thoughts that are fed back."""
-    schedule, iterations = config.thought_schedule, config.jacobi_iterations
-    if config.stop_head and (schedule == "jacobi" or config.thought_mode == "pause"):
+    """Refuse iterations without the jacobi schedule; a schedule or a stop head without thoughts that are fed back."""
+    schedule, iterations, mode = config.thought_schedule, config.jacobi_iterations, config.thought_mode
+    if config.stop_head and (schedule == "jacobi" or mode == "pause"):
         raise ValueError(
             f"stop_head=True ends thinking between two thoughts, and with thought_schedule={schedule!r}, thought_mode="
-            f"{config.thought_mode!r} none follows from the one before: set 'sequential' and 'feedback', or "
-            "stop_head=False."
+            f"{mode!r} none follows from the one before: set 'sequential' and 'feedback', or stop_head=False."
         )
-    if schedule != "jacobi":
-        if iterations is not None:
-            raise ValueError(
-                f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: set it to None, or "
-                "thought_schedule to 'jacobi'."
-            )
-        return
-    if iterations is None or iterations < 1:
+    if schedule != "jacobi" and iterations is not None:
+        raise ValueError(
+            f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: set it to None, or "
+            "thought_schedule to 'jacobi'."
+        )
+    if schedule == "jacobi" and (iterations is None or iterations < 1):
         raise ValueError(
             f"jacobi_iterations={iterations} with thought_schedule='jacobi', which updates all thoughts together at "
             "least 1 time: set jacobi_iterations to a whole number from 1 to the number of thoughts."
         )
-    if config.thought_mode == "pause":
+    if schedule == "jacobi" and mode == "pause":
         raise ValueError(
             "thought_schedule='jacobi' says how thoughts are fed back, and thought_mode='pause' feeds none back: set "
             "thought_schedule='sequential' and jacobi_iterations=None, or thought_mode='feedback'."
@@ -274,27 +263,22 @@ def check_schedule(config):
 
 
 def check_token_ids(config):
-    """Given ids must differ from each other and lie inside the decoder's vocabulary."""
-    vocab_size = config.text_config.vocab_size
-    seen = {}
+    """Refuse ids that are equal, or outside the decoder's vocabulary."""
+    vocab_size, fields = config.text_config.vocab_size, {}
     for field in TOKEN_ID_FIELDS:
         token_id = getattr(config, field)
-        if token_id is None:
-            continue
-        if not 0 <= token_id < vocab_size:
+        if token_id is not None and not 0 <= token_id < vocab_size:
             raise ValueError(
                 f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: raise vocab_size to at least "
                 f"{token_id + 1}, or take the id from the tokenizer that the language model was resized to."
             )
-        if token_id in seen:
-            raise ValueError(f"{field} and {seen[token_id]} are both {token_id}: give each token an id of its own.")
-        seen[token_id] = field
+        other = fields.setdefault(token_id, field)
+        if token_id is not None and other != field:
+            raise ValueError(f"{field} and {other} are both {token_id}: give each token an id of its own.")
 
 
-def check_prefix(config):
-    """What a `_prefix` projector needs."""
-    if config.projector_type not in PREFIX_PROJECTORS:
-        return
+def check_prefix(config, num_layers: int):
+    """Refuse what a `_prefix` projector, which reads so many layers, cannot work with."""
     if config.num_visual_tokens < 1:
         raise ValueError(f"num_visual_tokens={config.num_visual_tokens} must be at least 1: set it to 8, for example.")
     if config.image_pooling == "cls" and config.vision_feature_select_strategy == "default":
@@ -302,33 +286,34 @@ def check_prefix(config):
             "image_pooling='cls' needs the class token, and vision_feature_select_strategy='default' leaves it out: "
             "set it to 'full', or image_pooling to 'mean'."
         )
-    layers = config.vision_feature_layer
-    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    if not config.alignment_adapter and width != config.text_config.hidden_size:
+    width, text_width = config.vision_config.hidden_size * num_layers, config.text_config.hidden_size
+    if not config.alignment_adapter and width != text_width:
         raise ValueError(
             f"alignment_adapter=False compares image vectors of width {width} with text vectors of width "
-            f"{config.text_config.hidden_size}: set alignment_adapter=True."
+            f"{text_width}: set alignment_adapter=True."
         )
 
 
 def check_projector(config):
+    """Refuse layers that the tower lacks, and what the type of projector cannot work with."""
     width, heads = config.text_config.hidden_size, config.projector_num_heads
     if config.projector_type in ("transformer", "attention_prefix") and (heads < 1 or width % heads):
         raise ValueError(
             f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: choose a divisor."
         )
     shuffle_factor(config.downsample_ratio)
-    check_prefix(config)
-    layers = config.vision_feature_layer
-    depth = config.vision_config.num_hidden_layers
-    if layers == []:
+    layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    layers = [layers] if isinstance(layers, int) else layers
+    if not layers:
         raise ValueError("vision_feature_layer is empty: name at least one layer, such as -1.")
-    for layer in [layers] if isinstance(layers, int) else layers:
+    for layer in layers:
         if not -depth - 1 <= layer <= depth:
             raise ValueError(
                 f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers: choose a number "
                 f"from {-depth - 1} to {depth}."
             )
+    if config.projector_type in PREFIX_PROJECTORS:
+        check_prefix(config, len(layers))
 
 
 def image_token_of(tokenizer, image_token_id: int) -> str:
@@ -349,17 +334,6 @@ def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-
-
-def check_tokenizer(tokenizer, config, image_token: str) -> None:
-    """Raise unless the tokenizer has the placeholders and markers at the ids of the model's configuration."""
-    for field, token in zip(TOKEN_ID_FIELDS, (image_token, *THOUGHT_TOKENS)):
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        if token_id != getattr(config, field):
-            raise ValueError(
-                f"The tokenizer has {token} at {token_id}, the model's {field} is {getattr(config, field)}: use "
-                "the tokenizer that the model was built with."
-            )
 
 
 MMCoconutConfig.register_for_auto_class()

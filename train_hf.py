@@ -15,6 +15,7 @@ from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 
 from mmcoconut.arguments import REWARDED, parse_recipe
+from mmcoconut.build import processor_from_backbones, processor_from_vlm, set_tiles
 from mmcoconut.card import SPEED, stage_rows, stage_table
 from mmcoconut.compare import compare
 from mmcoconut.conversations import fit_rows
@@ -28,7 +29,7 @@ from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import load_model, model_class
 from mmcoconut.objectives import Alignment
 from mmcoconut.positions_mmcoconut import position_limit
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles, set_tiles
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles
 from mmcoconut.profiling import ProfiledTrainer, save_profile
 from mmcoconut.provenance import provenance
 from mmcoconut.recipe_files import run_command
@@ -116,7 +117,7 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
         new_token_init=model_args.new_token_init,
         **{field: getattr(model_args, field) for field in CONFIG_FIELDS},
     )
-    processor = MMCoconutProcessor.from_backbones(
+    processor = processor_from_backbones(
         model_args.vision_model,
         config=model.config,
         tokenizer=tokenizer,
@@ -134,7 +135,7 @@ def build_from_vlm(model_args):
         image_size=model_args.image_size,
         **{field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK},
     )
-    processor = MMCoconutProcessor.from_vlm(
+    processor = processor_from_vlm(
         model_args.vlm,
         config=model.config,
         min_tiles=model_args.min_tiles,

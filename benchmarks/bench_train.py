@@ -21,10 +21,10 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, Tr
 from transformers.utils import logging as library_logging
 
 from mmcoconut.arguments import RunArguments
+from mmcoconut.build import processor_from_backbones
 from mmcoconut.curriculum import Curriculum, CurriculumCallback, CurriculumCollator
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.tokenizer import train_tokenizer
 from mmcoconut.trainer import CurriculumTrainer
 
@@ -110,7 +110,7 @@ def build(shape: dict, texts: list[str]):
     )
     side = {"height": shape["image"], "width": shape["image"]}
     images = CLIPImageProcessorPil(size=side, do_center_crop=False)
-    return model, MMCoconutProcessor.from_backbones(config=model.config, tokenizer=tokenizer, image_processor=images)
+    return model, processor_from_backbones(config=model.config, tokenizer=tokenizer, image_processor=images)
 
 
 def make_trainer(side: tuple, rows, texts: list[str], *, arguments, folder: str) -> CountingTrainer:

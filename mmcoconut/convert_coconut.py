@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPIm
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.arguments import read_arguments
+from mmcoconut.build import processor_from_backbones
 from mmcoconut.configuration_mmcoconut import END_LATENT_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.recipe_files import RecipeError, run_command
 
 
@@ -129,7 +129,7 @@ def convert(file: str, text_model: str, *, num_latents: int):
             tokenizer=tokenizer,
         )
     image_processor = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
-    processor = MMCoconutProcessor.from_backbones(
+    processor = processor_from_backbones(
         config=model.config, tokenizer=tokenizer, image_processor=image_processor, markers="both"
     )
     processor.num_latents = num_latents

@@ -18,8 +18,9 @@ from transformers import LogitsProcessor
 from mmcoconut import evaluation
 from mmcoconut.answering import Answerer
 from mmcoconut.arguments import RecipeError, parse_recipe
+from mmcoconut.build import processor_from_vlm
 from mmcoconut.conversations import fit_rows, without_last_turn
-from mmcoconut.curriculum import IGNORED, Curriculum, CurriculumCollator, RowPlan
+from mmcoconut.curriculum import IGNORED, Curriculum, CurriculumCollator, RowPlan, encode_turns
 from mmcoconut.data import Example, load_examples, loader_of, open_images, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.grouping import row_lengths
@@ -119,7 +120,7 @@ def test_row_is_the_chat_template_of_a_vision_language_model_too(model_type, tmp
     """InternVL's template ends each answer, which is learnt; LLaVA's goes on behind it."""
     write_tiny_vlm(tmp_path, model_type)
     config = MMCoconutForConditionalGeneration.from_vlm(str(tmp_path)).config
-    processor = MMCoconutProcessor.from_vlm(str(tmp_path), config=config)
+    processor = processor_from_vlm(str(tmp_path), config=config)
     (row,) = rows_of(3)
     made = collator(processor, max_length=None)
     turns = made.encode_row(row, RowPlan(0, PER_TURN), made.pixels([row])[1][0])
@@ -139,7 +140,7 @@ def test_template_that_rewrites_answers_is_refused(processor):
     parts = (processor.image_processor, processor.tokenizer)
     shouting = MMCoconutProcessor(*parts, image_seq_length=NUM_FEATURES, chat_template=template)
     with pytest.raises(ValueError, match="does not write the answer of turn 1, 'red', as the model does: give a chat"):
-        shouting.encode_turns("Why?", [("Which?", "red")])
+        encode_turns(shouting, "Why?", (("Which?", "red"),), "both", num_tiles=(), num_latents=0)
 
 
 @pytest.mark.parametrize(

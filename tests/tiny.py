@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from mmcoconut.backbones_mmcoconut import call_with_row_positions
+from mmcoconut.build import processor_from_backbones
 from mmcoconut.jacobi_mmcoconut import think_jacobi_uncached
 from mmcoconut.latent_mmcoconut import linked_thoughts, noise_by_column, think_uncached
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 from mmcoconut.stopping_mmcoconut import carry_states
 from mmcoconut.tokenizer import train_tokenizer
@@ -153,7 +153,7 @@ def tiny_seq2seq(projector_type="pooled_prefix", seed=0, vision=None, text=None,
 def tiny_processor(model, **kwargs):
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
-    return MMCoconutProcessor.from_backbones(
+    return processor_from_backbones(
         config=model.config, tokenizer=tiny_tokenizer(), image_processor=image_processor, **kwargs
     )
 
