@@ -1,8 +1,7 @@
 """The layout as a chat template, chats as ids in which user text never becomes a control token, and a call's options.
 
 A chat is rendered with marks around each string in it that is a control token of the tokenizer, which is then encoded
-as text. Where a mask of what the assistant writes is asked for and the template has no `{% generation %}`, marks stand
-around that too. The marks are code points that stand for no character, taken out of messages before.
+as text. The marks are code points that stand for no character in Unicode, and are taken out of messages before.
 """
 
 import difflib
@@ -10,7 +9,6 @@ import inspect
 import operator
 import re
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -18,15 +16,11 @@ from .configuration_mmcoconut import THOUGHT_TOKENS
 
 
 ANSWER_MARKER = "###"
-# Code points that are no characters in Unicode, and will be none.
-QUOTES = ("\ufdd0", "\ufdd1")
-WRITTEN = ("\ufdd2", "\ufdd3")
-SAMPLE = "\ufdd4"
+QUOTES, SAMPLE = ("\ufdd0", "\ufdd1"), "\ufdd2"
 MARKS = re.compile("[\ufdd0-\ufdef]")
 GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
-# Under these names a part of a message holds its image.
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # under these a part of a message holds its image
 MARKERS = ("both", "start", "none")
 SET_THOUGHTS = (
     "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
@@ -34,17 +28,12 @@ SET_THOUGHTS = (
     " ~ ('<|end-latent|>' if markers | default('both') == 'both' else '') -%}"
 )
 CHAT_TEMPLATE = (
-    SET_THOUGHTS + "{%- macro said(content) -%}"
-    "{%- if content is string -%}{{- content -}}"
-    "{%- else -%}{%- for part in content -%}"
-    "{{- '<image>' if part['type'] == 'image' else part['text'] -}}"
-    "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-    "{{- BOS -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- thoughts -}}"
-    "{%- generation -%}{{- said(message['content']) ~ eos_token -}}{%- endgeneration -%}"
-    "{%- else -%}{{- said(message['content']) ~ '\n' -}}{%- endif -%}"
-    "{%- endfor -%}"
+    SET_THOUGHTS + "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- for part in content -%}{{- '<image>' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}{%- endmacro -%}{{- BOS -}}"
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+    "{{- thoughts -}}{%- generation -%}{{- said(message['content']) ~ eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- said(message['content']) ~ '\n' -}}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- thoughts -}}{%- endif -%}"
 )
 TEXT_OPTIONS = ("return_tensors", "padding", "max_length", "pad_to_multiple_of", "padding_side", "truncation")
@@ -59,10 +48,7 @@ LARGEST_LENGTH = 10**9  # a tokenizer without a limit says more than this
 
 
 class RenderedPrompt(str):
-    """A chat as `apply_chat_template(tokenize=False)` renders it; its control tokens are meant.
-
-    So are those of its slices, and of text that is added in front of it or behind it.
-    """
+    """A chat as `apply_chat_template(tokenize=False)` renders it, a slice of one, or one with text added to it."""
 
     def __getitem__(self, place) -> "RenderedPrompt":
         return RenderedPrompt(str.__getitem__(self, place))
@@ -72,9 +58,6 @@ class RenderedPrompt(str):
 
     def __radd__(self, other: str) -> "RenderedPrompt":
         return RenderedPrompt(other + str(self))
-
-    def __reduce__(self):
-        return RenderedPrompt, (str(self),)
 
 
 def starts_with_bos(tokenizer) -> bool:
@@ -98,20 +81,14 @@ def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: i
 
 
 def conversations_of(conversation) -> tuple[list[list[dict]], list[list], bool]:
-    """Return chats whose images are only places, the images of each, and True if there were several chats.
-
-    Raises:
-        ValueError: no message, one that is no mapping with a role, or a part that is neither text nor image.
-    """
+    """Return chats whose images are only places, the images of each, and True if there were several chats."""
     is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
     chats, images = list(conversation) if is_batch else [conversation], []
     for number, chat in enumerate(chats):
         if not chat or not all(isinstance(message, dict) and "role" in message for message in chat):
             kinds = ", ".join(sorted({type(message).__name__ for message in chat})) or "none"
-            raise ValueError(
-                f"A chat has messages of type {kinds}: give each chat as a list of "
-                "{'role': …, 'content': …}, with at least one."
-            )
+            form = "a list of {'role': …, 'content': …}, with at least one"
+            raise ValueError(f"A chat has messages of type {kinds}: give each chat as {form}.")
         images.append([])
         chats[number] = [_without_images(message, images[-1]) for message in chat]
     return chats, images, is_batch
@@ -136,20 +113,15 @@ def _without_images(message: dict, images: list) -> dict:
 
 
 def control_tokens_of(tokenizer, chat_template: str) -> re.Pattern:
-    """Match what user text may not write: special tokens, and other added tokens that the template writes.
-
-    The longest come first, for one may begin another. White space is ordinary text, though some tokenizers add it.
-    """
+    """Match what user text may not write: special tokens, and other added tokens that the template writes."""
+    # White space is ordinary text, though some tokenizers add it. The longest come first, for one may begin another.
     added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
     tokens = {token.content for token in added if token.special or token.content in chat_template}
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
 def quoted(value, tokens: re.Pattern | None):
-    """Return a value with marks around control tokens in every string in it: messages, tools, documents, variables.
-
-    tokens: None gives strings without marks of any kind.
-    """
+    """Return a value with marks around control tokens, if any, in every string in it, and no other marks."""
     if isinstance(value, str):
         text = MARKS.sub("", value)
         return text if tokens is None else tokens.sub(f"{QUOTES[0]}\\g<0>{QUOTES[1]}", text)
@@ -160,53 +132,21 @@ def quoted(value, tokens: re.Pattern | None):
     return value
 
 
-def _marked(message: dict) -> dict:
-    """Return a message with marks around every text of it that the assistant writes."""
-    if message["role"] != "assistant":
-        return message
-    mark, content = "{}".join(WRITTEN).format, message["content"]
-    if isinstance(content, str):
-        return {**message, "content": mark(content)}
-    parts = [{**part, "text": mark(part["text"])} if part["type"] == "text" else part for part in content]
-    return {**message, "content": parts}
-
-
 def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
-    """Render one chat of `conversations_of`.
+    """Return a chat of `conversations_of` as text and, if wanted, where `{% generation %}` begins and ends in it.
 
-    Args:
-        variables: of the template, `add_generation_prompt`, `continue_final_message`, `tools`, `documents`.
-        with_spans: whether the places of what the assistant writes are wanted.
-
-    Returns:
-        the text, and where in it the assistant's texts begin and end: what the template puts into `{% generation %}`,
-        or, in a template without that, the messages' texts and an end token behind them.
-
-    Raises:
-        ValueError: a template without `{% generation %}` that changes the assistant's text.
+    variables: of the template, `add_generation_prompt`, `tools`, … A template must have `{% generation %}`, if wanted.
     """
+    if with_spans and not GENERATION.search(chat_template):
+        remedy = "put {% generation %} … {% endgeneration %} around it in the template"
+        raise ValueError(f"The chat template does not say what the assistant writes: {remedy}.")
     options = {**tokenizer.special_tokens_map, **variables, "chat_template": chat_template}
-    by_template = with_spans and GENERATION.search(chat_template) is not None
-    [text], spans = render_jinja_template([list(messages)], return_assistant_tokens_mask=by_template, **options)
-    if by_template or not with_spans:
-        return text, spans[0] if spans else []
-    [marked], _ = render_jinja_template([[*map(_marked, messages)]], **options)
-    pieces = re.split(f"[{''.join(WRITTEN)}]", marked)
-    if "".join(pieces) != text:
-        raise ValueError(
-            "The chat template changes what the assistant wrote, such as the space around it, so there is no telling "
-            "which tokens it writes: put {% generation %} … {% endgeneration %} around them in the template."
-        )
-    ends, eos = [*accumulate(map(len, pieces))], tokenizer.eos_token
-    return text, [(start, end + len(eos) * text.startswith(eos, end)) for start, end in zip(ends[:-1:2], ends[1::2])]
+    [text], spans = render_jinja_template([list(messages)], return_assistant_tokens_mask=with_spans, **options)
+    return text, spans[0] if spans else []
 
 
 def rendered_prompt(tokenizer, chat_template: str, chat: Sequence[dict], variables: dict, *, sanitized: bool):
-    """Return a chat of `conversations_of` as a RenderedPrompt.
-
-    Raises:
-        ValueError: a control token in it, if it is to be sanitized.
-    """
+    """Return a chat of `conversations_of` as a RenderedPrompt; raise ValueError for a control token, if sanitized."""
     said = quoted([chat, variables], None)
     if sanitized and quoted(said, control_tokens_of(tokenizer, chat_template)) != said:
         raise ValueError(
@@ -216,26 +156,25 @@ def rendered_prompt(tokenizer, chat_template: str, chat: Sequence[dict], variabl
     return RenderedPrompt(render(tokenizer, chat_template, *said)[0])
 
 
-def is_rendered(text: str, tokenizer, chat_template: str, *, markers: str, image_token: str) -> bool:
-    """Return True if a plain string ends as the template begins an answer, with complete thoughts and control tokens.
+def is_rendered(
+    text: str, tokenizer, chat_template: str, *, markers: str, image_token: str, is_question: bool = False
+) -> bool:
+    """Return True for a RenderedPrompt, and a plain string that ends as the template begins an answer.
 
-    Image tokens alone are rendered too: serving engines measure images so.
-
-    Raises:
-        ValueError: another string that holds control tokens.
+    Such an end has complete thoughts, and there are control tokens in it. Image tokens alone are rendered too: serving
+    engines measure images so. Another plain string with control tokens must be known to be a question.
     """
     found = set(control_tokens_of(tokenizer, chat_template).findall(text))
-    if not found:
-        return False
+    if isinstance(text, RenderedPrompt) or is_question or not found:
+        return isinstance(text, RenderedPrompt)
     layout = {"markers": "none", "num_latents": 0, "add_generation_prompt": True}
     prompt, _ = render(tokenizer, chat_template, [user_message(SAMPLE)], layout)
     latent, start, end = map(re.escape, THOUGHT_TOKENS)
     thoughts = f"{start * (markers != 'none')}(?:{latent})*{end * (markers == 'both')}"
     ending = re.search(rf"{re.escape(prompt.rpartition(SAMPLE)[2])}{thoughts}\Z", text)
-    is_images = found == {image_token}
-    if (is_images and not text.replace(image_token, "")) or (
-        ending and (is_images or any(map(ending[0].count, found)))
-    ):
+    if found == {image_token} and (ending or not text.replace(image_token, "")):
+        return True
+    if ending and any(token in ending[0] for token in found):
         return True
     raise ValueError(
         f"A plain string holds {', '.join(sorted(found))}: pass rendered=True if apply_chat_template wrote it, or "
@@ -253,24 +192,20 @@ def _encode_piece(
     """
     front = "\n" if follows else ""
     options = {"add_special_tokens": False, "split_special_tokens": as_text, "return_offsets_mapping": with_spans}
-    encoded = tokenizer(front + text, **options)
-    ids, breaks = encoded["input_ids"], tokenizer(front, add_special_tokens=False)["input_ids"] if front else []
-    if ids[: len(breaks)] != breaks:
-        return _encode_piece(tokenizer, text, as_text=as_text, follows=False, with_spans=with_spans)
-    spans = encoded["offset_mapping"][len(breaks) :] if with_spans else [(0, 0)] * (len(ids) - len(breaks))
-    return ids[len(breaks) :], [(start - len(front), end - len(front)) for start, end in spans]
+    encoded, breaks = tokenizer(front + text, **options), tokenizer(front, add_special_tokens=False)["input_ids"]
+    ids, skipped = encoded["input_ids"], len(breaks)
+    if ids[:skipped] != breaks:
+        return _encode_piece(tokenizer, text, follows=False, with_spans=with_spans, as_text=as_text)
+    spans = encoded["offset_mapping"] if with_spans else [(0, 0)] * len(ids)
+    return ids[skipped:], [(start - len(front), end - len(front)) for start, end in spans[skipped:]]
 
 
 def _encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> tuple[list, list]:
-    """Encode the string of a control token as text, as `_encode_piece` does.
+    """Encode the string of a control token as text, or raise ValueError if the tokenizer cannot.
 
     An added token that is not special is found in text too, but not in its halves.
-
-    Raises:
-        ValueError: the tokenizer makes the token out of any text.
     """
-    options = {"as_text": True, "with_spans": with_spans}
-    token_id = tokenizer.convert_tokens_to_ids(token)
+    options, token_id = {"with_spans": with_spans, "as_text": True}, tokenizer.convert_tokens_to_ids(token)
     ids, spans = _encode_piece(tokenizer, token, follows=follows, **options)
     if token_id in ids:
         ids, spans = _encode_piece(tokenizer, token[:1], follows=follows, **options)
@@ -286,16 +221,16 @@ def encode_marked(
 ) -> tuple[list[int], list[int]]:
     """Return the ids of a chat rendered from `quoted` messages, and 1 at those that lie in the given spans of it.
 
-    A mark whose partner a template cut off, as by taking only what follows a token, quotes nothing. Thoughts are no
-    text of anybody: 0, wherever a template puts them. follows: the chat is the end of a longer one.
+    Thoughts are no text of anybody: 0. follows: the chat is the end of a longer one.
     """
     ids, mask = [], []
     thought_ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
     for piece in re.finditer(f"[^{''.join(QUOTES)}]+", chat):
         begins, ends = piece.span()
+        # A mark whose partner a template cut off, as by taking only what follows a token, quotes nothing.
         is_quote = (chat[max(begins - 1, 0) : begins], chat[ends : ends + 1]) == QUOTES
         encode = _encode_quote if is_quote and piece[0] in tokenizer.get_added_vocab() else _encode_piece
-        piece_ids, places = encode(tokenizer, piece[0], follows=follows or begins > 0, with_spans=bool(spans))
+        piece_ids, places = encode(tokenizer, piece[0], follows=follows or bool(ids), with_spans=bool(spans))
         ids += piece_ids
         for token_id, (start, end) in zip(piece_ids, places):
             is_inside = any(begins + start < last and begins + end > first for first, last in spans)
@@ -306,8 +241,7 @@ def encode_marked(
 def parse_answer(text: str) -> str:
     """Return the text after the first line that begins with `###`, else after the last `###`, else ''.
 
-    Steps stand on lines of their own before that line, and an answer may hold `###` itself, except at its beginning:
-    a marker that is written twice counts once. Surrounding space is removed.
+    An answer may hold `###` itself, except at its beginning, where a marker that is written twice counts once.
 
     >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("red")
     ('red', 'red', '')
@@ -318,6 +252,14 @@ def parse_answer(text: str) -> str:
     if line is not None:
         return text[line.end() :].strip()
     return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
+
+
+def check_texts(texts: list) -> None:
+    """Raise ValueError unless there are texts, all of them strings."""
+    if not texts or not all(isinstance(text, str) for text in texts):
+        kinds = ", ".join(sorted({type(text).__name__ for text in texts}))
+        what = f"a list of {kinds}" if texts else "an empty list"
+        raise ValueError(f"text is {what}: give at least one question, every one as a string.")
 
 
 def whole_number(value) -> int:
@@ -363,78 +305,57 @@ def _known_options(image_processor) -> dict[str, set[str]]:
 
 
 def split_options(kwargs: dict, image_processor) -> tuple[dict, dict]:
-    """Return options of the text and of the image processor: flat ones, those in their groups, last `common_kwargs`.
-
-    Raises:
-        ValueError: an unknown name, or one that is given twice.
-    """
-    known = _known_options(image_processor)
-    groups = {"": {name: value for name, value in kwargs.items() if name not in known}}
-    groups |= {group: kwargs.get(group) or {} for group in known if group}
+    """Return options of the text and of the image processor: flat ones, then those in groups, last `common_kwargs`."""
+    known, options = _known_options(image_processor), {}
+    groups = {group: kwargs.get(group) or {} for group in known}
+    groups[""] = {name: value for name, value in kwargs.items() if name not in known}
     for group, names in known.items():
-        groups[group] = _join({}, groups[group], group)
-        check_names(groups[group], "option of the processor", names, () if group else CALL_OPTIONS)
-    options = groups[""]
-    for group in ("text_kwargs", "images_kwargs"):
-        options = _join(options, groups[group], group)
-    options = {**groups["common_kwargs"], **options}
-    text, images = (
+        given = _join({}, groups[group], group)
+        check_names(given, "option of the processor", names, () if group else CALL_OPTIONS)
+        options = {**given, **options} if group == "common_kwargs" else _join(options, given, group)
+    return tuple(
         {name: value for name, value in options.items() if name in known[group]}
         for group in ("text_kwargs", "images_kwargs")
     )
-    return text, images
 
 
 def split_chat_options(kwargs: dict, options: dict, template: str, image_processor) -> tuple[dict, dict]:
-    """Return variables of a template, and options of a call, out of what `apply_chat_template` is given.
-
-    Raises:
-        ValueError: a name that is neither, or is given twice; tools or documents that the template does not write.
-    """
+    """Return variables of a template, and options of a call, out of what `apply_chat_template` is given."""
     known, given = _known_options(image_processor), _join(kwargs, options, "processor_kwargs")
     called = {*known, *known[""], *options, "num_latents"}
     written = {name for name in given if re.search(rf"\b{re.escape(name)}\b", template)}
     for name in ("tools", "documents"):
         if given.get(name) and name not in written:
             raise ValueError(f"The chat template writes no {name}: leave them out, or give a chat_template that does.")
-    known = called | written | set(RENDER_OPTIONS)
-    check_names(given, "option of apply_chat_template", known, CHAT_ARGUMENTS)
+    check_names(given, "option of apply_chat_template", called | written | set(RENDER_OPTIONS), CHAT_ARGUMENTS)
     variables = {name: value for name, value in given.items() if name not in called}
     return variables, {name: value for name, value in given.items() if name in called}
 
 
 def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> dict:
-    """Return options for padding rows of which the longest has so many tokens; those of the tokenizer come last.
+    """Return options for padding rows of so many tokens at most, those of the tokenizer last; refuse some.
 
-    Raises:
-        ValueError: options without effect, or a row over max_length: a cut could fall into an image or the thoughts.
+    A row over max_length is refused, because a cut could fall into an image or the thoughts.
     """
     made_with = {name: tokenizer.init_kwargs.get(name) for name in ("padding", "max_length", "pad_to_multiple_of")}
     options = {name: value for name, value in made_with.items() if value is not None} | given
     multiple, side = options.get("pad_to_multiple_of"), options.get("padding_side")
-    options.setdefault("padding", num_rows > 1 or multiple is not None)
-    pads, truncation = options["padding"] == "max_length", options.pop("truncation", None)
-    refuses = truncation not in (None, False, "do_not_truncate")
-    limit = options.get("max_length") or tokenizer.model_max_length
+    padding = options.setdefault("padding", num_rows > 1 or multiple is not None)
+    truncation, limit = options.pop("truncation", None), options.get("max_length") or tokenizer.model_max_length
+    is_limited = padding == "max_length" or truncation not in (None, False, "do_not_truncate")
     problem = None
-    if given.get("max_length") is not None and not pads and not refuses:
-        problem = (
-            f"max_length={limit} has no effect alone: add padding='max_length', or truncation=True, which refuses"
-        )
-        problem += " longer prompts"
-    elif multiple is not None and options["padding"] in (False, "do_not_pad"):
-        problem = f"pad_to_multiple_of={multiple} has no effect with padding={options['padding']!r}: leave one out"
+    if given.get("max_length") is not None and not is_limited:
+        problem = f"max_length={limit} has no effect alone: add padding='max_length', or truncation=True"
+    elif given.get("pad_to_multiple_of") is not None and padding in (False, "do_not_pad"):
+        problem = f"pad_to_multiple_of={multiple} has no effect with padding={padding!r}: leave one out"
     elif side not in (None, "left", "right"):
         problem = f"padding_side={side!r} is not one of left, right: set padding_side to one of them"
-    elif (pads or refuses) and limit >= LARGEST_LENGTH:
-        asked = "padding='max_length'" if pads else f"truncation={truncation!r}"
-        problem = f"{asked} needs max_length, and the tokenizer has none: set it (a longer prompt is refused, for"
-        problem += " truncation could cut images or thoughts)"
-    elif (pads or refuses) and longest > limit:
-        problem = (
-            f"Truncation could cut images or thoughts of a prompt of {longest} tokens, and max_length is {limit}:"
-        )
-        problem += " shorten the text before, use fewer images or latents, or raise max_length"
+    elif padding == "max_length" and limit >= LARGEST_LENGTH:
+        problem = "padding='max_length' needs max_length, and the tokenizer has none: set it"
+    elif is_limited and limit >= LARGEST_LENGTH:
+        problem = f"truncation={truncation!r} could cut images or thoughts: leave it out, or set max_length"
+    elif is_limited and longest > limit:
+        problem = f"Nothing is cut out of a prompt of {longest} tokens, and max_length is {limit}: shorten the text"
     if problem is not None:
         raise ValueError(f"{problem}.")
-    return {name: value for name, value in options.items() if name != "max_length" or pads}
+    return {name: value for name, value in options.items() if name != "max_length" or padding == "max_length"}

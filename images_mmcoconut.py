@@ -21,8 +21,7 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from transformers.image_utils import is_valid_image
 
 
-# Where Pillow starts to warn of a decompression bomb (256 MiB of 24-bit pixels). Fixed here, so that a program that
-# lifts Pillow's limit does not lift this one.
+# Where Pillow starts to warn of a decompression bomb; a program that lifts Pillow's limit does not lift this one.
 MAX_IMAGE_PIXELS = 89_478_485
 # Only these are tried: other formats of Pillow run programs (EPS) or are never photographs.
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -74,10 +73,9 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as RGB, upright as the camera meant it, transparency over white; do not change the given one.
+    """Return an image as RGB, upright as the camera meant it, transparency over white; the given one is not changed.
 
-    Raises:
-        ValueError: mode F, or integers beyond 16 bits: nothing says which value is white.
+    Mode F and integers beyond 16 bits raise ValueError: nothing says which value is white.
     """
     image.load()  # a PNG's orientation may stand behind its pixels
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # transposing copies, also what stands upright
@@ -103,20 +101,11 @@ def open_file(path: str | os.PathLike, where: str, remedy: str = REMEDY) -> Bina
 def decode_image(source: BinaryIO, where: str, remedy: str = REMEDY) -> Image.Image:
     """Decode the bytes of an image file as upright RGB; of an animation, the first frame.
 
-    Args:
-        where: name of the image in an error, such as its path.
-        remedy: what an error tells its reader to do.
-
-    Raises:
-        UnreadableImageError: empty, cut short, no picture, over MAX_IMAGE_PIXELS by its header (before any pixel is
-            decoded), or of a kind that has no white.
-        ValueError: Pillow is set to fill up cut pictures.
+    UnreadableImageError names the image by `where`, such as its path, with the remedy: it is empty, cut short, no
+    picture, has more than MAX_IMAGE_PIXELS by its header (before any pixel is decoded), or no white.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
-        raise ValueError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, so Pillow fills the missing part of a cut picture with "
-            "grey; set it to False"
-        )
+        raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, so cut pictures are filled up; set it to False")
     if source.seek(0, os.SEEK_END) == 0:
         raise UnreadableImageError(f"{where}: is empty (0 bytes); {remedy}")
     source.seek(0)
@@ -161,12 +150,6 @@ def _read_text(text: str) -> Image.Image:
     return decode_image(io.BytesIO(decoded), where, f"give {KINDS}")
 
 
-def _read_pil(image: Image.Image) -> Image.Image:
-    name = image.filename if isinstance(image, ImageFile.ImageFile) else ""
-    with _named(f"image file {name}" if name else f"PIL image of mode {image.mode}", REMEDY):
-        return to_rgb(image)
-
-
 def _channels_of(image) -> int | None:
     """Return how many channels an array has, in front or behind as transformers takes them; None if unclear."""
     if image.ndim == 2:
@@ -178,11 +161,7 @@ def _channels_of(image) -> int | None:
 
 
 def _read_array(image):
-    """Return an array of one image, or a list of images for one of four dimensions.
-
-    Raises:
-        UnreadableImageError: a shape that is no image's; alpha that is not of 8 or 16 bits.
-    """
+    """Return an array of one image, or a list of images for one of four dimensions."""
     if image.ndim == 4:
         return [_read_array(one) for one in image]
     channels, kind = _channels_of(image), str(image.dtype).removeprefix("torch.")
@@ -206,21 +185,16 @@ def _read_array(image):
 
 
 def read_images(image):
-    """Read an image, or all images in an array of four dimensions.
+    """Read a path, an http(s) or data: URL, base64 text of a file, a PIL image, an array or a tensor.
 
-    Args:
-        image: a path, an http(s) or data: URL, base64 text of a file, a PIL image, an array or a tensor.
-
-    Returns:
-        an RGB PIL image, upright, 16-bit greys by their high byte, transparency over white. Arrays and tensors of
-        three channels stay as they are; those of uint8, uint16 or bool with one channel, alpha or 16 bits are read
-        as a file of them is. Four dimensions give a list.
-
-    Raises:
-        UnreadableImageError: an image that is missing, damaged or of another type, by its name and with the remedy.
+    Returns an RGB PIL image, upright, 16-bit greys by their high byte, transparency over white. Arrays and tensors of
+    three channels stay as they are; those of uint8, uint16 or bool with one channel, alpha or 16 bits are read as a
+    file of them is. Four dimensions give a list. UnreadableImageError names an image that cannot be read.
     """
     if isinstance(image, Image.Image):
-        return _read_pil(image)
+        name = image.filename if isinstance(image, ImageFile.ImageFile) else ""
+        with _named(f"image file {name}" if name else f"PIL image of mode {image.mode}", REMEDY):
+            return to_rgb(image)
     if isinstance(image, str):
         return _read_text(image)
     if isinstance(image, os.PathLike):
@@ -241,10 +215,7 @@ def flat_images(images) -> list:
 def images_of_each(images, num_texts: int, shares: Sequence[int] = ()) -> list[list]:
     """Return images as one list per text: nested lists as they are, a flat list one each, or all for a single text.
 
-    shares: how many of a flat list each text takes, for texts that say so.
-
-    Raises:
-        ValueError: a flat list whose length differs from the number of texts, or nested lists of another number.
+    shares: how many of a flat list each text takes, for texts that say so. Other numbers raise ValueError.
     """
     if images is None:
         return [[] for _ in range(num_texts)]
@@ -258,10 +229,8 @@ def images_of_each(images, num_texts: int, shares: Sequence[int] = ()) -> list[l
     else:
         groups = [images] if num_texts == 1 else [[image] for image in images]
     if len(groups) != num_texts:
-        raise ValueError(
-            f"{len(groups)} images for {num_texts} texts: give one image a text, or a list of images for each text "
-            "([[a, b], [], [c]])."
-        )
+        remedy = "give one image a text, or a list of images for each text ([[a, b], [], [c]])"
+        raise ValueError(f"{len(groups)} images for {num_texts} texts: {remedy}.")
     return groups
 
 

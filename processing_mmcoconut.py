@@ -5,9 +5,8 @@ One sequence layout, written once, in the chat template:
     [<image>…] question \\n <|start-latent|> <|latent|>×num_latents <|end-latent|> step \\n … ### answer <eos>
 
 Of an encoder-decoder the encoder reads the question, and the decoder begins with its start token and the thoughts.
-`markers` says which of the two markers stand around the latents. A processor from `from_vlm` keeps the layout of the
-vision-language model, its turns and the frames around images, and adds the latents where the assistant begins to
-write. Training, evaluation, `pipeline` and chat all render that template, so that they cannot differ.
+Training, evaluation, `pipeline` and chat all render that template, so that they cannot differ. A vision-language
+model's processor keeps its own layout, and adds the latents where the assistant begins to write.
 """
 
 from collections.abc import Sequence
@@ -22,9 +21,8 @@ from .chat_template_mmcoconut import (
     ANSWER_MARKER,
     CHAT_TEMPLATE,
     MARKERS,
-    SAMPLE,
-    RenderedPrompt,
     check_arguments,
+    check_texts,
     control_tokens_of,
     conversations_of,
     encode_marked,
@@ -60,8 +58,7 @@ class MMCoconutProcessor(ProcessorMixin):
         decoder_start_token_id (`int`): of an encoder-decoder, what its decoder begins with; None for a decoder alone.
 
     Raises:
-        ValueError: a tokenizer without the special tokens; unknown `markers` or arguments; `num_latents` that is no
-            integer from 0 on.
+        ValueError: a tokenizer without the special tokens; unknown `markers`, `num_latents` or arguments.
     """
 
     def __init__(
@@ -106,9 +103,8 @@ class MMCoconutProcessor(ProcessorMixin):
     def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[int]]]:
         """Return what the model reads for groups of images, and the number of tiles of each image of each group.
 
-        Returns:
-            pixel_values (images, channels, height, width) of all groups in order. Of an image processor that makes
-            tiles: (tiles, channels, height, width), and num_tiles (images,).
+        That is pixel_values (images, channels, height, width) of all groups in order; of an image processor that makes
+        tiles (tiles, channels, height, width), and num_tiles (images,).
         """
         groups = [flat_images(group) for group in groups]
         images = [image for group in groups for image in group]
@@ -125,10 +121,8 @@ class MMCoconutProcessor(ProcessorMixin):
         inputs = BatchFeature({**inputs, "pixel_values": tiles, "num_tiles": counts}, tensor_type=return_tensors)
         return dict(inputs), [[next(each) for _ in group] for group in groups]
 
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] | None = None, **kwargs):
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] = (), **kwargs):
         """Tokens and tiles of images (height, width) under a call's options, by the name that serving engines know."""
-        if image_sizes is None:
-            return MultiModalData()
         _, options = split_options(kwargs, self.image_processor)
         if options.get("size") is not None:
             options["patch_size"] = options["size"]  # as the image processor calls the side of a tile there
@@ -174,44 +168,30 @@ class MMCoconutProcessor(ProcessorMixin):
     ) -> list[int]:
         """Return the ids of all that comes before the predicted text; strings of special tokens in it are text.
 
-        num_tiles: the tiles of each image, as `encode_images` gives them; without, num_images images of one.
+        num_tiles: the tiles of each image, as `encode_images` gives them; default: num_images images of one.
         history: question and answer of each earlier turn; thoughts stand before every answer.
         """
         tiles = [1] * num_images if num_tiles is None else list(num_tiles)
         variables = {**self.layout(num_latents), "add_generation_prompt": True}
         return self.encode_chat(messages_of(question, history, len(tiles)), tiles, variables)[0]
 
-    def encode_chat(
-        self,
-        chat: list[dict],
-        num_tiles: Sequence[int],
-        variables: dict,
-        *,
-        template=None,
-        sanitized=True,
-        masked=False,
-    ) -> tuple[list[int], list[int]]:
-        """Return the ids of a chat, and, if masked, 1 at what the assistant writes; images have so many tiles each."""
+    def encode_chat(self, chat, num_tiles, variables: dict, *, template=None, sanitized=True, masked=False):
+        """Return the ids of a chat of `conversations_of`, and, if masked, 1 at what the assistant writes.
+
+        num_tiles: the tiles of each of its images. variables: of the template, as for `render`.
+        """
         template = template or self.chat_template
         tokens = control_tokens_of(self.tokenizer, template) if sanitized else None
         text, spans = render(self.tokenizer, template, *quoted([chat, variables], tokens), with_spans=masked)
         return self.encode_rendered(text, num_tiles, spans)
 
-    def encode_rendered(
-        self, chat: str, num_tiles: Sequence[int], spans: Sequence[tuple[int, int]] = ()
-    ) -> tuple[list[int], list[int]]:
-        """Return the ids of a rendered chat with images of so many tiles, and 1 at those in its spans, 0 elsewhere.
-
-        Raises:
-            ValueError: image tokens and images differ in number.
-        """
+    def encode_rendered(self, chat: str, num_tiles: Sequence[int], spans: Sequence = ()) -> tuple[list, list]:
+        """Return the ids of a rendered chat with images of so many tiles, and 1 at those in its spans, 0 elsewhere."""
         ids, mask = encode_marked(self.tokenizer, chat, spans)
-        wanted = ids.count(self.image_token_id)
-        if wanted != len(num_tiles):
-            raise ValueError(
-                f"The text has {wanted} {self.image_token} and {len(num_tiles)} images are given: give one image for "
-                "each."
-            )
+        wanted, given = ids.count(self.image_token_id), len(num_tiles)
+        if wanted != given:
+            name = self.image_token
+            raise ValueError(f"The text has {wanted} {name} and {given} images are given: give one image for each.")
         images = (self.image_ids(number) for number in num_tiles)
         pieces = [next(images) if token_id == self.image_token_id else [token_id] for token_id in ids]
         masks = [[value] * len(piece) for value, piece in zip(mask, pieces)]
@@ -220,8 +200,7 @@ class MMCoconutProcessor(ProcessorMixin):
     def split_prompt(self, prompt: list[int]) -> tuple[list[int], list[int]]:
         """Return a prompt as what the encoder reads and what the decoder begins with; a decoder alone begins with all.
 
-        Raises:
-            ValueError: thoughts before other text, as in a chat with answers, which an encoder would read as text.
+        Thoughts before other text, as in a chat with answers, raise ValueError: an encoder would read them as text.
         """
         if self.decoder_start_token_id is None:
             return [], prompt
@@ -239,28 +218,20 @@ class MMCoconutProcessor(ProcessorMixin):
     def pad_prompts(self, prompts: Sequence[list[int]], *, padding_side: str | None = None, **kwargs) -> dict:
         """Return prompts as one batch: padded on the left where the answer follows, on the right for an encoder.
 
-        padding_side: of a decoder alone; default: the tokenizer's, which is made to be on the left.
-
-        Returns:
-            input_ids, attention_mask (B, T), and of an encoder-decoder decoder_input_ids, decoder_attention_mask.
-
-        Raises:
-            ValueError: a padding_side for an encoder-decoder.
+        It has input_ids, attention_mask (B, T), of an encoder-decoder also decoder_input_ids, decoder_attention_mask.
         """
-        pad = self.tokenizer.pad
         if self.decoder_start_token_id is None:
             side = padding_side or self.tokenizer.padding_side
-            return dict(pad({"input_ids": list(prompts)}, padding_side=side, **kwargs))
+            return dict(self.tokenizer.pad({"input_ids": list(prompts)}, padding_side=side, **kwargs))
         if padding_side is not None:
             raise ValueError(
                 f"padding_side={padding_side!r} has no effect: an encoder-decoder's questions are padded on the right "
                 "and what its decoder begins with on the left. Leave it out."
             )
         encoder, decoder = zip(*map(self.split_prompt, prompts))
-        begun = pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
-        return dict(zip(self.prompt_names, begun.values())) | pad(
-            {"input_ids": list(encoder)}, padding_side="right", **kwargs
-        )
+        begun = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
+        batch = dict(zip(self.prompt_names, begun.values()))
+        return {**batch, **self.tokenizer.pad({"input_ids": list(encoder)}, padding_side="right", **kwargs)}
 
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of ordinary text: no special tokens are added, and none are read out of it."""
@@ -282,10 +253,8 @@ class MMCoconutProcessor(ProcessorMixin):
 
         Args:
             images: one per text, or a list for each text, or all for a single text; see `read_images`.
-            text (`str | list[str]`): questions, in which the string of a special token stays text. None gives the
-                images alone.
-            num_latents (`int | list[int]`): latents before every answer, of all texts or of each; default
-                `self.num_latents`.
+            text (`str | list[str]`): questions, in which the string of a special token stays text.
+            num_latents (`int | list[int]`): latents before every answer, of all texts or of each; default the saved.
             history: for each text question and answer of the turns before it, of which the first has the images.
             rendered: True: the text comes out of `apply_chat_template(..., tokenize=False)`, its special tokens are
                 meant; False: it is a question, whatever is written in it. None: as `is_rendered` tells, unless
@@ -293,25 +262,20 @@ class MMCoconutProcessor(ProcessorMixin):
             kwargs: options of the text and of the image processor, flat or in groups; see `split_options`.
 
         Returns:
-            what pad_prompts and encode_images give.
-
-        Raises:
-            ValueError: images, histories and texts differ in number; an image cannot be read; an unknown option.
+            what pad_prompts and encode_images give. ValueError says what of a call does not fit together.
         """
         text_options, image_options = split_options(kwargs, self.image_processor)
         if text is None:
-            return self._images_alone(images, text_options, image_options, num_latents=num_latents, history=history)
+            raise ValueError("text is None: give a question for each image ('' for none), or use encode_images.")
         texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(text, str) for text in texts):
-            kinds = ", ".join(sorted({type(text).__name__ for text in texts}))
-            what = f"a list of {kinds}" if texts else "an empty list"
-            raise ValueError(f"text is {what}: give at least one question, every one as a string.")
+        check_texts(texts)
         is_question = num_latents is not None or history is not None
-        flags = [self._is_rendered(text, is_question, rendered) for text in texts]
+        how = {"markers": self.markers, "image_token": self.image_token, "is_question": is_question}
+        flags = [rendered] * len(texts)
+        if rendered is None:
+            flags = [is_rendered(prompt, self.tokenizer, self.chat_template, **how) for prompt in texts]
         if any(flags) and is_question:
-            raise ValueError(
-                "num_latents and history have no effect on rendered text: give them to apply_chat_template instead."
-            )
+            raise ValueError("num_latents and history have no effect on rendered text: give apply_chat_template both.")
         counts = num_latents if isinstance(num_latents, (list, tuple)) else [num_latents] * len(texts)
         histories = [()] * len(texts) if history is None else history
         for name, values in (("num_latents", counts), ("history", histories)):
@@ -327,33 +291,12 @@ class MMCoconutProcessor(ProcessorMixin):
         ]
         return self._batch_of(input_ids, pixels, text_options)
 
-    def _is_rendered(self, text: str, is_question: bool, rendered: bool | None) -> bool:
-        if rendered is not None or isinstance(text, RenderedPrompt):
-            return rendered is not False
-        layout = {"markers": self.markers, "image_token": self.image_token}
-        return not is_question and is_rendered(text, self.tokenizer, self.chat_template, **layout)
-
-    def _images_alone(self, images, text_options: dict, image_options: dict, **of_text) -> BatchFeature:
-        """Make a batch of images without text; refuse options of a text."""
-        given = {**text_options, **of_text}
-        idle = ", ".join(name for name, value in given.items() if value is not None and name != "return_tensors")
-        if images is None or idle:
-            effect = f", so that {idle} would have no effect" if idle else ""
-            raise ValueError(f"text is None{effect}: give a question for each image ('' for none), or images alone.")
-        pixels, _ = self.encode_images([images if isinstance(images, (list, tuple)) else [images]], **image_options)
-        return BatchFeature(pixels, tensor_type=text_options.get("return_tensors"))
-
     def _batch_of(self, input_ids: list[list[int]], pixels: dict, options: dict, masks=None) -> BatchFeature:
-        """Make a batch of prompts and pixels under options of the text; masks: of what the assistant writes, or None.
-
-        Raises:
-            ValueError: a prompt that is too long for max_length.
-        """
+        """Make a batch of prompts and pixels under options of the text; masks: 1 at what the assistant writes."""
         longest = max(len(part) for prompt in input_ids for part in self.split_prompt(prompt))
         options = padding_options(options, self.tokenizer, num_rows=len(input_ids), longest=longest)
-        return_tensors, with_types = (
-            options.pop(name, None) for name in ("return_tensors", "return_mm_token_type_ids")
-        )
+        names = ("return_tensors", "return_mm_token_type_ids")
+        return_tensors, with_types = (options.pop(name, None) for name in names)
         batch = self.pad_prompts(input_ids, **options)
         if masks is not None:
             is_left = (options.get("padding_side") or self.tokenizer.padding_side) == "left"
@@ -374,7 +317,6 @@ class MMCoconutProcessor(ProcessorMixin):
         return_dict: bool = False,
         return_assistant_tokens_mask: bool = False,
         sanitize_control_tokens: bool = True,
-        return_tensors: str | None = "auto",
         processor_kwargs: dict | None = None,
         **kwargs,
     ):
@@ -383,7 +325,7 @@ class MMCoconutProcessor(ProcessorMixin):
         Args:
             conversation: messages of one chat, or of several; images under `image`, `url`, `path` or `base64`.
             tokenize: False gives a `RenderedPrompt`, which a call of this processor reads as such.
-            return_assistant_tokens_mask: also `assistant_masks`, 1 at what the assistant writes; see `render`.
+            return_assistant_tokens_mask: also `assistant_masks`, 1 at what the template puts into `{% generation %}`.
             sanitize_control_tokens: False reads control tokens in messages as such.
             processor_kwargs: options of a call of this processor, and `images` (a list for each chat) where messages
                 have only places for them.
@@ -392,10 +334,7 @@ class MMCoconutProcessor(ProcessorMixin):
 
         Returns:
             text of each chat; tokenized, ids of each (also of a single one), or with return_dict what a call gives.
-
-        Raises:
-            ValueError: a control token in a message with tokenize=False; an unknown name; a mask of a template that
-                changes the assistant's text.
+            ValueError refuses control tokens in messages with tokenize=False, and a mask without `{% generation %}`.
         """
         chats, groups, is_batch = conversations_of(conversation)
         template, given = chat_template or self.chat_template, processor_kwargs or {}
@@ -403,77 +342,20 @@ class MMCoconutProcessor(ProcessorMixin):
             kwargs["num_latents"] = num_latents
         variables, options = split_chat_options(kwargs, given, template, self.image_processor)
         variables |= self.layout(options.pop("num_latents", None))
-        images = options.pop("images", None)
-        if return_tensors != "auto":
-            options["return_tensors"] = return_tensors
+        groups = images_of_each(options.pop("images"), len(chats)) if "images" in options else groups
         text_options, image_options = split_options(options, self.image_processor)
         if not tokenize:
-            prompts = [
-                rendered_prompt(self.tokenizer, template, chat, variables, sanitized=sanitize_control_tokens)
-                for chat in chats
-            ]
+            how = {"sanitized": sanitize_control_tokens}
+            prompts = [rendered_prompt(self.tokenizer, template, chat, variables, **how) for chat in chats]
             return prompts if is_batch else prompts[0]
         if return_assistant_tokens_mask and self.decoder_start_token_id is not None:
             raise ValueError("An encoder-decoder reads no assistant messages: leave return_assistant_tokens_mask out.")
-        groups = groups if images is None else images_of_each(images, len(chats))
         pixels, tiles = self.encode_images(groups, **image_options)
         how = {"template": template, "sanitized": sanitize_control_tokens, "masked": return_assistant_tokens_mask}
         rows = [self.encode_chat(chat, num_tiles, variables, **how) for chat, num_tiles in zip(chats, tiles)]
         input_ids, masks = zip(*rows)
         batch = self._batch_of(input_ids, pixels, text_options, masks if return_assistant_tokens_mask else None)
         return batch if return_dict else batch["input_ids"]
-
-    def further_turn(
-        self, sequences, attention_mask, text: Sequence[str], *, num_latents: int | None = None
-    ) -> BatchFeature:
-        """Make prompts of a further turn for `generate` over the `past_key_values` that it returned with the last one.
-
-            q q <lat> a a eos · · · · q q q <lat>        the mask hides what a row generated after its end, and the
-            q q <lat> a a a a a eos q q q q <lat>        padding in front of its new question
-
-        Args:
-            sequences (B, T): ids as `generate` returned them, their prompts included.
-            attention_mask (B, prompt): of those prompts.
-            text: the next question of each row; special tokens' strings in it stay text.
-            num_latents: latents before the next answers; default `self.num_latents`.
-
-        Returns:
-            input_ids, attention_mask (B, T + new).
-
-        Raises:
-            ValueError: sequences, masks and texts differ in number; an encoder-decoder.
-        """
-        if self.decoder_start_token_id is not None:
-            raise ValueError("An encoder-decoder reads one question, and no further turn: ask anew.")
-        if not len(sequences) == len(attention_mask) == len(text):
-            raise ValueError(
-                f"{len(sequences)} sequences, {len(attention_mask)} masks and {len(text)} texts: give one text a row, "
-                "and one generated sequence (num_beams and num_return_sequences of 1)."
-            )
-        eos, masks, turns = self.tokenizer.eos_token_id, [], []
-        for written, question in zip(sequences[:, attention_mask.shape[1] :].tolist(), text):
-            turn = self._turn_behind_answer(question, num_latents)
-            is_ended, writes_end = eos in written, turn[0] == eos
-            seen = written.index(eos) + writes_end if is_ended else len(written)
-            masks.append([1] * seen + [0] * (len(written) - seen))
-            turns.append(turn[1:] if is_ended and writes_end else turn)
-        asked = self.tokenizer.pad({"input_ids": turns}, padding_side="left", return_tensors="pt").to(sequences.device)
-        seen = torch.tensor(masks, dtype=attention_mask.dtype, device=sequences.device)  # (B, T - prompt)
-        input_ids = torch.cat([sequences, asked["input_ids"]], dim=1)  # (B, T + new)
-        return BatchFeature(
-            {
-                "input_ids": input_ids,
-                "attention_mask": torch.cat([attention_mask, seen, asked["attention_mask"]], dim=1),
-            }
-        )
-
-    def _turn_behind_answer(self, question: str, num_latents: int | None) -> list[int]:
-        """Return the ids of what the template writes behind an answer when another question follows."""
-        tokens = control_tokens_of(self.tokenizer, self.chat_template)
-        variables = {**self.layout(num_latents), "add_generation_prompt": True}
-        messages = messages_of(quoted(question, tokens), [("", SAMPLE)], 0)
-        chat, _ = render(self.tokenizer, self.chat_template, messages, variables)
-        return encode_marked(self.tokenizer, chat.rpartition(SAMPLE)[2], follows=True)[0]
 
     def decode_answers(self, generated, inputs=None) -> list[str]:
         """Return the answers in what `generate` returned, as `parse_answer` finds them; '' where there is none.
@@ -488,23 +370,14 @@ class MMCoconutProcessor(ProcessorMixin):
         """
         ids = generated["sequences"] if isinstance(generated, ModelOutput) else generated
         if inputs is not None:
-            ids = ids[:, self._num_prompt_columns(ids, inputs) :]
+            prompts = torch.as_tensor(inputs[self.prompt_names[0]], device=ids.device)  # (B, P)
+            begun, ids = ids[:, : prompts.shape[1]], ids[:, prompts.shape[1] :]
+            if not torch.equal(begun, prompts.repeat_interleave(len(ids) // len(prompts), dim=0)):
+                raise ValueError(
+                    f"{len(ids)} generated rows do not begin with the {len(prompts)} prompts of {prompts.shape[1]} "
+                    "tokens in the inputs: give what generate returned and the inputs of that call."
+                )
         return [parse_answer(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    def _num_prompt_columns(self, ids, inputs) -> int:
-        """Return the length P of the prompts (B, P) that generated ids (n × B, T) begin with."""
-        name, remedy = self.prompt_names[0], "give what generate returned and the inputs of that call."
-        if name not in inputs:
-            raise ValueError(f"The inputs hold {', '.join(inputs)} and no {name}: {remedy}")
-        prompts = torch.as_tensor(inputs[name], device=ids.device)  # (B, P)
-        count, length = prompts.shape
-        if len(ids) % count or ids.shape[1] < length:
-            shapes = f"{tuple(ids.shape)} for prompts of shape {tuple(prompts.shape)}"
-            raise ValueError(f"Generated ids of shape {shapes}: {remedy}")
-        differ = (ids[:, :length] != prompts.repeat_interleave(len(ids) // count, dim=0)).any(dim=1)  # (n × B,)
-        if differ.any():
-            raise ValueError(f"{int(differ.sum())} of {len(ids)} rows do not begin with their prompts: {remedy}")
-        return length
 
 
 MMCoconutProcessor.register_for_auto_class()

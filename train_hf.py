@@ -362,7 +362,9 @@ def check_reload(folder: str, rows) -> None:
     model = load_model(folder)
     processor = MMCoconutProcessor.from_pretrained(folder, trust_remote_code=False)
     images = open_images(rows[0])
-    inputs = processor(images=[images] if images else None, text=[question_text(rows[0])], return_tensors="pt")
+    inputs = processor(
+        images=[images] if images else None, text=[question_text(rows[0])], rendered=False, return_tensors="pt"
+    )
     tokens = model.generate(**inputs, max_new_tokens=2)
     prompt_length = inputs[processor.prompt_names[0]].shape[1]
     logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, prompt_length:]))
