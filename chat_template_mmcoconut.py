@@ -1,12 +1,14 @@
-"""The layout as a chat template, and rendered chats as ids in which user text never becomes a control token.
+"""The layout as a chat template, chats as ids in which user text never becomes a control token, and a call's options.
 
 A chat is rendered with marks around each string in it that is a control token of the tokenizer, which is then encoded
-as text. Where a mask of what the assistant writes is asked for and the template has no `{% generation %}`, marks stand
-around that too. The marks are code points that stand for no character, taken out of messages before.
+as text. The marks are code points that stand for no character in Unicode, and are taken out of messages before.
 """
 
+import difflib
+import inspect
+import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -14,14 +16,11 @@ from .configuration_mmcoconut import THOUGHT_TOKENS
 
 
 ANSWER_MARKER = "###"
-# Code points that are no characters in Unicode, and will be none.
-QUOTES = ("\ufdd0", "\ufdd1")
-WRITTEN = ("\ufdd2", "\ufdd3")
+QUOTES, SAMPLE = ("\ufdd0", "\ufdd1"), "\ufdd2"
 MARKS = re.compile("[\ufdd0-\ufdef]")
 GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
-# Under these names a part of a message holds its image.
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # under these a part of a message holds its image
 MARKERS = ("both", "start", "none")
 SET_THOUGHTS = (
     "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
@@ -29,39 +28,36 @@ SET_THOUGHTS = (
     " ~ ('<|end-latent|>' if markers | default('both') == 'both' else '') -%}"
 )
 CHAT_TEMPLATE = (
-    SET_THOUGHTS + "{%- macro said(content) -%}"
-    "{%- if content is string -%}{{- content -}}"
-    "{%- else -%}{%- for part in content -%}"
-    "{{- '<image>' if part['type'] == 'image' else part['text'] -}}"
-    "{%- endfor -%}{%- endif -%}{%- endmacro -%}"
-    "{{- BOS -}}"
-    "{%- for message in messages -%}"
-    "{%- if message['role'] == 'assistant' -%}{{- thoughts -}}"
-    "{%- generation -%}{{- said(message['content']) ~ eos_token -}}{%- endgeneration -%}"
-    "{%- else -%}{{- said(message['content']) ~ '\n' -}}{%- endif -%}"
-    "{%- endfor -%}"
+    SET_THOUGHTS + "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- for part in content -%}{{- '<image>' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}{%- endmacro -%}{{- BOS -}}"
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+    "{{- thoughts -}}{%- generation -%}{{- said(message['content']) ~ eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- said(message['content']) ~ '\n' -}}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- thoughts -}}{%- endif -%}"
 )
-# Before another model's template: assistant messages get the thoughts in front of their text.
-THINKING_MESSAGES = (
-    "{%- set thinking = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- set content = message['content'] -%}"
-    "{%- if message['role'] == 'assistant' and content is string -%}{%- set content = thoughts ~ content -%}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{%- if content[0]['type'] != 'text' -%}"
-    "{{- raise_exception('An assistant message must begin with text, for thoughts stand before it.') -}}"
-    "{%- endif -%}"
-    "{%- set content = [dict(content[0], text=thoughts ~ content[0]['text'])] + content[1:] -%}"
-    "{%- endif -%}"
-    "{%- set thinking.messages = thinking.messages + [dict(message, content=content)] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = thinking.messages -%}"
-)
-# A turn before another one, which shows what a template writes between them.
-SAMPLE_HISTORY = (("a", "a"),)
-# A chat that is rendered to see how a template begins and writes an image.
-SAMPLE_CHAT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a"}]}]
+TEXT_OPTIONS = ("return_tensors", "padding", "max_length", "pad_to_multiple_of", "padding_side", "truncation")
+TEXT_OPTIONS += ("return_mm_token_type_ids", "return_attention_mask")
+CALL_OPTIONS = ("images", "text", "num_latents", "history", "rendered")
+# Of `apply_chat_template`, beside the variables of the template.
+RENDER_OPTIONS = ("add_generation_prompt", "continue_final_message", "tools", "documents")
+CHAT_ARGUMENTS = ("num_latents", "tokenize", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens")
+# What callers of any processor pass as None or False, which is what this one does anyway.
+NEUTRAL = ("videos", "audio", "add_special_tokens", "load_audio_from_video")
+LARGEST_LENGTH = 10**9  # a tokenizer without a limit says more than this
+
+
+class RenderedPrompt(str):
+    """A chat as `apply_chat_template(tokenize=False)` renders it, a slice of one, or one with text added to it."""
+
+    def __getitem__(self, place) -> "RenderedPrompt":
+        return RenderedPrompt(str.__getitem__(self, place))
+
+    def __add__(self, other: str) -> "RenderedPrompt":
+        return RenderedPrompt(str(self) + other)
+
+    def __radd__(self, other: str) -> "RenderedPrompt":
+        return RenderedPrompt(other + str(self))
 
 
 def starts_with_bos(tokenizer) -> bool:
@@ -69,133 +65,65 @@ def starts_with_bos(tokenizer) -> bool:
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
 
-def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str:
-    """A chat template of another model with the latents and markers where the assistant begins to write.
-
-    The bos token is written in front where the tokenizer would put it and the template does not.
-
-    Raises:
-        ValueError: no template, or one that does not write the image token once an image.
-    """
-    if not isinstance(chat_template, str):
-        raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
-    sample = tokenizer.apply_chat_template(SAMPLE_CHAT, chat_template=chat_template, tokenize=False)
-    if sample.count(image_token) != 1:
-        raise ValueError(
-            f"The chat template writes {image_token} {sample.count(image_token)} times for an image, and once is "
-            "wanted: give a chat_template=… that does."
-        )
-    lacks_bos = starts_with_bos(tokenizer) and not sample.startswith(tokenizer.bos_token)
-    bos = "{{ bos_token }}" if lacks_bos else "{{ '' }}"  # an expression, after which no white space is cut
-    end = "{{ thoughts if add_generation_prompt else '' }}"
-    return SET_THOUGHTS + THINKING_MESSAGES + bos + chat_template.removesuffix("\n") + end
-
-
 def user_message(text: str, num_images: int = 0) -> dict:
     return {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
 
 
 def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: int) -> list[dict]:
-    """A chat up to its last question: the images first, each earlier answer as the model writes it."""
+    """Return a chat up to its last question: the images first, each earlier answer as the model writes it."""
     messages = []
-    for asked, answer in history:
-        written = [{"type": "text", "text": f"{ANSWER_MARKER} {answer}"}]
-        messages += [user_message(asked), {"role": "assistant", "content": written}]
-    messages.append(user_message(question))
-    messages[0] = user_message(history[0][0] if history else question, num_images)
+    for asked, answer in [*history, (question, None)]:
+        messages.append(user_message(asked, num_images if not messages else 0))
+        if answer is not None:
+            written = [{"type": "text", "text": f"{ANSWER_MARKER} {answer}"}]
+            messages.append({"role": "assistant", "content": written})
     return messages
 
 
-def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
-    """Where ids stand in others for the last time; -1 if nowhere.
-
-    >>> last_place([1, 2], [1, 2, 0, 1, 2]), last_place([2, 1], [1, 2])
-    (3, -1)
-    """
-    starts = range(len(whole) - len(part), -1, -1)
-    return next((start for start in starts if whole[start : start + len(part)] == part), -1)
-
-
-def conversations_of(conversation) -> tuple[list[list[dict]], bool]:
-    """Return a list of chats with images under type `image` and text under every content, and if there were several.
-
-    Raises:
-        ValueError: no message, one that is no mapping with a role, or a part that is neither text nor image.
-    """
+def conversations_of(conversation) -> tuple[list[list[dict]], list[list], bool]:
+    """Return chats whose images are only places, the images of each, and True if there were several chats."""
     is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
-    chats = list(conversation) if is_batch else [conversation]
-    for chat in chats:
+    chats, images = list(conversation) if is_batch else [conversation], []
+    for number, chat in enumerate(chats):
         if not chat or not all(isinstance(message, dict) and "role" in message for message in chat):
             kinds = ", ".join(sorted({type(message).__name__ for message in chat})) or "none"
-            raise ValueError(
-                f"A chat has messages of type {kinds}: give each chat as a list of "
-                "{'role': …, 'content': …}, with at least one."
-            )
-    return [[_normal(message) for message in chat] for chat in chats], is_batch
+            form = "a list of {'role': …, 'content': …}, with at least one"
+            raise ValueError(f"A chat has messages of type {kinds}: give each chat as {form}.")
+        images.append([])
+        chats[number] = [_without_images(message, images[-1]) for message in chat]
+    return chats, images, is_batch
 
 
-def _normal(message: dict) -> dict:
+def _without_images(message: dict, images: list) -> dict:
+    """Return a message whose images are only places; append them to `images`."""
     content = message.get("content") or ""
     if isinstance(content, str):
         return {**message, "content": content}
+    parts = []
     for part in content:
-        if part.get("type") not in ("text", "image", "image_url"):
-            raise ValueError(
-                f"A part of a message has type={part.get('type')!r}: this model reads 'text' and 'image'."
-            )
-    parts = [{**part, "type": "image"} if part["type"] == "image_url" else part for part in content]
+        kind = part.get("type")
+        if kind not in ("text", "image", "image_url"):
+            raise ValueError(f"A part of a message has type={kind!r}: this model reads 'text' and 'image'.")
+        if kind != "text":
+            given = [part[key] for key in IMAGE_KEYS if part.get(key) is not None]
+            images += [image["url"] if isinstance(image, dict) else image for image in given[:1]]
+            part = {key: value for key, value in part.items() if key not in IMAGE_KEYS} | {"type": "image"}
+        parts.append(part)
     return {**message, "content": parts}
 
 
-def images_of(messages: Sequence[dict]) -> list:
-    """Return the images in a chat, in order: under `image`, `url`, `path`, `base64` or `image_url`."""
-    found = []
-    for message in messages:
-        parts = message["content"] if not isinstance(message["content"], str) else []
-        for part in parts:
-            if part["type"] == "image":
-                values = [part.get(key) for key in IMAGE_KEYS]
-                value = next((value for value in values if value is not None), None)
-                found.append(value["url"] if isinstance(value, dict) else value)
-    return [image for image in found if image is not None]
-
-
-def without_images(messages: Sequence[dict]) -> list[dict]:
-    """Return messages whose images are left out but for their places: a template sees that there is one."""
-    result = []
-    for message in messages:
-        content = message["content"]
-        if not isinstance(content, str):
-            content = [
-                {key: value for key, value in part.items() if key not in IMAGE_KEYS or part["type"] != "image"}
-                for part in content
-            ]
-        result.append({**message, "content": content})
-    return result
-
-
 def control_tokens_of(tokenizer, chat_template: str) -> re.Pattern:
-    """Match what user text may not write: special tokens, and other added tokens that the template writes.
-
-    The longest come first, for one may begin another. White space is ordinary text, though some tokenizers add it.
-    """
+    """Match what user text may not write: special tokens, and other added tokens that the template writes."""
+    # White space is ordinary text, though some tokenizers add it. The longest come first, for one may begin another.
     added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
     tokens = {token.content for token in added if token.special or token.content in chat_template}
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
 
 
-def unquoted(text: str) -> str:
-    """Return a text without characters that are marks here."""
-    return MARKS.sub("", text)
-
-
 def quoted(value, tokens: re.Pattern | None):
-    """Return a value with marks around control tokens in every string in it: messages, tools, documents, variables.
-
-    tokens: None gives strings without marks of any kind.
-    """
+    """Return a value with marks around control tokens, if any, in every string in it, and no other marks."""
     if isinstance(value, str):
-        text = unquoted(value)
+        text = MARKS.sub("", value)
         return text if tokens is None else tokens.sub(f"{QUOTES[0]}\\g<0>{QUOTES[1]}", text)
     if isinstance(value, dict):
         return {key: quoted(item, tokens) for key, item in value.items()}
@@ -204,61 +132,59 @@ def quoted(value, tokens: re.Pattern | None):
     return value
 
 
-def written(messages: Sequence[dict]) -> list[dict]:
-    """Return messages with marks around every text of the assistant."""
-
-    def mark(text: str) -> str:
-        return f"{WRITTEN[0]}{text}{WRITTEN[1]}"
-
-    result = []
-    for message in messages:
-        content = message["content"]
-        if message.get("role") != "assistant":
-            result.append(message)
-        elif isinstance(content, str):
-            result.append({**message, "content": mark(content)})
-        else:
-            parts = [{**part, "text": mark(part["text"])} if part["type"] == "text" else part for part in content]
-            result.append({**message, "content": parts})
-    return result
-
-
 def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
-    """Render one chat.
+    """Return a chat of `conversations_of` as text and, if wanted, where `{% generation %}` begins and ends in it.
 
-    Args:
-        messages: of `conversations_of`, with or without marks of `quoted`.
-        variables: of the template, `add_generation_prompt`, `continue_final_message`, `tools`, `documents`.
-        with_spans: whether the places of what the assistant writes are wanted.
-
-    Returns:
-        the text, and where in it the assistant's texts begin and end: what the template puts into `{% generation %}`,
-        or, in a template without that, the messages' texts.
-
-    Raises:
-        ValueError: a template without `{% generation %}` that changes the assistant's text.
+    variables: of the template, `add_generation_prompt`, `tools`, … A template must have `{% generation %}`, if wanted.
     """
-    options = {**tokenizer.special_tokens_map, **variables}
-    by_template = with_spans and GENERATION.search(chat_template) is not None
-    [text], spans = render_jinja_template(
-        [list(messages)], chat_template=chat_template, return_assistant_tokens_mask=by_template, **options
-    )
-    if by_template or not with_spans:
-        return text, spans[0] if spans else []
-    [marked], _ = render_jinja_template([written(messages)], chat_template=chat_template, **options)
-    pieces = re.split(f"[{''.join(WRITTEN)}]", marked)
-    if "".join(pieces) != text:
+    if with_spans and not GENERATION.search(chat_template):
+        remedy = "put {% generation %} … {% endgeneration %} around it in the template"
+        raise ValueError(f"The chat template does not say what the assistant writes: {remedy}.")
+    options = {**tokenizer.special_tokens_map, **variables, "chat_template": chat_template}
+    [text], spans = render_jinja_template([list(messages)], return_assistant_tokens_mask=with_spans, **options)
+    return text, spans[0] if spans else []
+
+
+def rendered_prompt(tokenizer, chat_template: str, chat: Sequence[dict], variables: dict, *, sanitized: bool):
+    """Return a chat of `conversations_of` as a RenderedPrompt; raise ValueError for a control token, if sanitized."""
+    said = quoted([chat, variables], None)
+    if sanitized and quoted(said, control_tokens_of(tokenizer, chat_template)) != said:
         raise ValueError(
-            "The chat template changes what the assistant wrote, such as the space around it, so there is no telling "
-            "which tokens it writes: put {% generation %} … {% endgeneration %} around them in the template."
+            "A message contains the string of a special token, which rendered text cannot tell from a real one: "
+            "call apply_chat_template with tokenize=True, return_dict=True."
         )
-    ends = [sum(map(len, pieces[: number + 1])) for number in range(len(pieces))]
-    spans = list(zip(ends[:-1:2], ends[1::2]))
-    eos = tokenizer.eos_token
-    return text, [(start, end + len(eos) * text.startswith(eos, end)) for start, end in spans]
+    return RenderedPrompt(render(tokenizer, chat_template, *said)[0])
 
 
-def encode_piece(tokenizer, text: str, *, follows: bool, with_spans: bool, as_text: bool = False) -> tuple[list, list]:
+def is_rendered(
+    text: str, tokenizer, chat_template: str, *, markers: str, image_token: str, is_question: bool = False
+) -> bool:
+    """Return True for a RenderedPrompt, and a plain string that ends as the template begins an answer.
+
+    Such an end has complete thoughts, and there are control tokens in it. Image tokens alone are rendered too: serving
+    engines measure images so. Another plain string with control tokens must be known to be a question.
+    """
+    found = set(control_tokens_of(tokenizer, chat_template).findall(text))
+    if isinstance(text, RenderedPrompt) or is_question or not found:
+        return isinstance(text, RenderedPrompt)
+    layout = {"markers": "none", "num_latents": 0, "add_generation_prompt": True}
+    prompt, _ = render(tokenizer, chat_template, [user_message(SAMPLE)], layout)
+    latent, start, end = map(re.escape, THOUGHT_TOKENS)
+    thoughts = f"{start * (markers != 'none')}(?:{latent})*{end * (markers == 'both')}"
+    ending = re.search(rf"{re.escape(prompt.rpartition(SAMPLE)[2])}{thoughts}\Z", text)
+    if found == {image_token} and (ending or not text.replace(image_token, "")):
+        return True
+    if ending and any(token in ending[0] for token in found):
+        return True
+    raise ValueError(
+        f"A plain string holds {', '.join(sorted(found))}: pass rendered=True if apply_chat_template wrote it, or "
+        "rendered=False if it is a question, in which they stay text."
+    )
+
+
+def _encode_piece(
+    tokenizer, text: str, *, follows: bool, with_spans: bool, as_text: bool = False
+) -> tuple[list, list]:
     """Return the ids of a piece of a chat and, if wanted, where each begins and ends in it.
 
     as_text: control tokens in it are text. follows: it stands behind another piece, so it is encoded behind a line
@@ -266,59 +192,45 @@ def encode_piece(tokenizer, text: str, *, follows: bool, with_spans: bool, as_te
     """
     front = "\n" if follows else ""
     options = {"add_special_tokens": False, "split_special_tokens": as_text, "return_offsets_mapping": with_spans}
-    encoded = tokenizer(front + text, **options)
-    ids, breaks = encoded["input_ids"], tokenizer(front, add_special_tokens=False)["input_ids"] if front else []
-    if ids[: len(breaks)] != breaks:
-        return encode_piece(tokenizer, text, as_text=as_text, follows=False, with_spans=with_spans)
-    spans = encoded["offset_mapping"][len(breaks) :] if with_spans else [(0, 0)] * (len(ids) - len(breaks))
-    return ids[len(breaks) :], [(start - len(front), end - len(front)) for start, end in spans]
+    encoded, breaks = tokenizer(front + text, **options), tokenizer(front, add_special_tokens=False)["input_ids"]
+    ids, skipped = encoded["input_ids"], len(breaks)
+    if ids[:skipped] != breaks:
+        return _encode_piece(tokenizer, text, follows=False, with_spans=with_spans, as_text=as_text)
+    spans = encoded["offset_mapping"] if with_spans else [(0, 0)] * len(ids)
+    return ids[skipped:], [(start - len(front), end - len(front)) for start, end in spans[skipped:]]
 
 
-def encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> tuple[list, list]:
-    """Encode the string of a control token as text, as `encode_piece` does.
+def _encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> tuple[list, list]:
+    """Encode the string of a control token as text, or raise ValueError if the tokenizer cannot.
 
     An added token that is not special is found in text too, but not in its halves.
-
-    Raises:
-        ValueError: the tokenizer makes the token out of any text.
     """
-    options = {"as_text": True, "with_spans": with_spans}
-    token_id = tokenizer.convert_tokens_to_ids(token)
-    ids, spans = encode_piece(tokenizer, token, follows=follows, **options)
+    options, token_id = {"with_spans": with_spans, "as_text": True}, tokenizer.convert_tokens_to_ids(token)
+    ids, spans = _encode_piece(tokenizer, token, follows=follows, **options)
     if token_id in ids:
-        (first, first_spans), (rest, rest_spans) = (
-            encode_piece(tokenizer, token[:1], follows=follows, **options),
-            encode_piece(tokenizer, token[1:], follows=True, **options),
-        )
-        ids, spans = first + rest, first_spans + [(start + 1, end + 1) for start, end in rest_spans]
+        ids, spans = _encode_piece(tokenizer, token[:1], follows=follows, **options)
+        rest, rest_spans = _encode_piece(tokenizer, token[1:], follows=True, **options)
+        ids, spans = ids + rest, spans + [(start + 1, end + 1) for start, end in rest_spans]
     if token_id in ids:
         raise ValueError(f"A message holds {token!r}, which this tokenizer cannot read as text: leave it out.")
     return ids, spans
 
 
-def pieces_of(chat: str, tokenizer) -> list[tuple[str, bool, int]]:
-    """Return the pieces between the marks of `quoted`, whether each is a quote, and where it begins.
-
-    A mark whose partner a template cut off, as by taking only what follows a token, quotes nothing.
-    """
-    pieces = []
-    for match in re.finditer(f"[^{''.join(QUOTES)}]+", chat):
-        around = chat[max(match.start() - 1, 0) : match.start()], chat[match.end() : match.end() + 1]
-        is_quote = around == QUOTES and match[0] in tokenizer.get_added_vocab()
-        pieces.append((match[0], is_quote, match.start()))
-    return pieces
-
-
-def encode_marked(tokenizer, chat: str, spans: Sequence[tuple[int, int]] = ()) -> tuple[list[int], list[int]]:
+def encode_marked(
+    tokenizer, chat: str, spans: Sequence[tuple[int, int]] = (), *, follows: bool = False
+) -> tuple[list[int], list[int]]:
     """Return the ids of a chat rendered from `quoted` messages, and 1 at those that lie in the given spans of it.
 
-    Thoughts are no text of anybody: 0, wherever a template puts them.
+    Thoughts are no text of anybody: 0. follows: the chat is the end of a longer one.
     """
     ids, mask = [], []
     thought_ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
-    for piece, is_quote, begins in pieces_of(chat, tokenizer):
-        encode = encode_quote if is_quote else encode_piece
-        piece_ids, places = encode(tokenizer, piece, follows=bool(ids), with_spans=bool(spans))
+    for piece in re.finditer(f"[^{''.join(QUOTES)}]+", chat):
+        begins, ends = piece.span()
+        # A mark whose partner a template cut off, as by taking only what follows a token, quotes nothing.
+        is_quote = (chat[max(begins - 1, 0) : begins], chat[ends : ends + 1]) == QUOTES
+        encode = _encode_quote if is_quote and piece[0] in tokenizer.get_added_vocab() else _encode_piece
+        piece_ids, places = encode(tokenizer, piece[0], follows=follows or bool(ids), with_spans=bool(spans))
         ids += piece_ids
         for token_id, (start, end) in zip(piece_ids, places):
             is_inside = any(begins + start < last and begins + end > first for first, last in spans)
@@ -329,8 +241,7 @@ def encode_marked(tokenizer, chat: str, spans: Sequence[tuple[int, int]] = ()) -
 def parse_answer(text: str) -> str:
     """Return the text after the first line that begins with `###`, else after the last `###`, else ''.
 
-    Steps stand on lines of their own before that line, and an answer may hold `###` itself, except at its beginning:
-    a marker that is written twice counts once. Surrounding space is removed.
+    An answer may hold `###` itself, except at its beginning, where a marker that is written twice counts once.
 
     >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("red")
     ('red', 'red', '')
@@ -341,3 +252,110 @@ def parse_answer(text: str) -> str:
     if line is not None:
         return text[line.end() :].strip()
     return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
+
+
+def check_texts(texts: list) -> None:
+    """Raise ValueError unless there are texts, all of them strings."""
+    if not texts or not all(isinstance(text, str) for text in texts):
+        kinds = ", ".join(sorted({type(text).__name__ for text in texts}))
+        what = f"a list of {kinds}" if texts else "an empty list"
+        raise ValueError(f"text is {what}: give at least one question, every one as a string.")
+
+
+def whole_number(value) -> int:
+    """Return a number of latents, an integer of any type but bool, as an int; raise ValueError for another value."""
+    try:
+        number = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ValueError(f"num_latents={value!r} is no number of latents: give a whole one from 0 on.")
+    return number
+
+
+def check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Raise ValueError for a name that is not known, with the nearest one that is; others may be what was meant."""
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, [*known, *others], n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}."
+            raise ValueError(f"{name} is no {what}: {hint}")
+
+
+def check_arguments(cls, kwargs: Iterable[str], *others: str) -> None:
+    """Refuse names that `__init__` of a class does not have, as `check_names` does."""
+    known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
+    check_names(kwargs, f"argument of {cls.__name__}", known, others)
+
+
+def _join(options: dict, others: dict, group: str) -> dict:
+    """Return options, and others out of a group, without those that ask for nothing; refuse a name in both."""
+    for name in options.keys() & others.keys():
+        raise ValueError(f"{name} is given twice, by itself and in {group}: give it once.")
+    joined = {**options, **others}
+    idle = [name for name in NEUTRAL if joined.get(name) is None or joined[name] is False]
+    return {name: value for name, value in joined.items() if name not in idle}
+
+
+def _known_options(image_processor) -> dict[str, set[str]]:
+    """Return the names of options that a call may have flat ("") and in each group."""
+    of_images = {*image_processor.valid_kwargs.__annotations__, "return_tensors"}
+    both = of_images | set(TEXT_OPTIONS)
+    return {"": both, "text_kwargs": set(TEXT_OPTIONS), "images_kwargs": of_images, "common_kwargs": both}
+
+
+def split_options(kwargs: dict, image_processor) -> tuple[dict, dict]:
+    """Return options of the text and of the image processor: flat ones, then those in groups, last `common_kwargs`."""
+    known, options = _known_options(image_processor), {}
+    groups = {group: kwargs.get(group) or {} for group in known}
+    groups[""] = {name: value for name, value in kwargs.items() if name not in known}
+    for group, names in known.items():
+        given = _join({}, groups[group], group)
+        check_names(given, "option of the processor", names, () if group else CALL_OPTIONS)
+        options = {**given, **options} if group == "common_kwargs" else _join(options, given, group)
+    return tuple(
+        {name: value for name, value in options.items() if name in known[group]}
+        for group in ("text_kwargs", "images_kwargs")
+    )
+
+
+def split_chat_options(kwargs: dict, options: dict, template: str, image_processor) -> tuple[dict, dict]:
+    """Return variables of a template, and options of a call, out of what `apply_chat_template` is given."""
+    known, given = _known_options(image_processor), _join(kwargs, options, "processor_kwargs")
+    called = {*known, *known[""], *options, "num_latents"}
+    written = {name for name in given if re.search(rf"\b{re.escape(name)}\b", template)}
+    for name in ("tools", "documents"):
+        if given.get(name) and name not in written:
+            raise ValueError(f"The chat template writes no {name}: leave them out, or give a chat_template that does.")
+    check_names(given, "option of apply_chat_template", called | written | set(RENDER_OPTIONS), CHAT_ARGUMENTS)
+    variables = {name: value for name, value in given.items() if name not in called}
+    return variables, {name: value for name, value in given.items() if name in called}
+
+
+def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> dict:
+    """Return options for padding rows of so many tokens at most, those of the tokenizer last; refuse some.
+
+    A row over max_length is refused, because a cut could fall into an image or the thoughts.
+    """
+    made_with = {name: tokenizer.init_kwargs.get(name) for name in ("padding", "max_length", "pad_to_multiple_of")}
+    options = {name: value for name, value in made_with.items() if value is not None} | given
+    multiple, side = options.get("pad_to_multiple_of"), options.get("padding_side")
+    padding = options.setdefault("padding", num_rows > 1 or multiple is not None)
+    truncation, limit = options.pop("truncation", None), options.get("max_length") or tokenizer.model_max_length
+    is_limited = padding == "max_length" or truncation not in (None, False, "do_not_truncate")
+    problem = None
+    if given.get("max_length") is not None and not is_limited:
+        problem = f"max_length={limit} has no effect alone: add padding='max_length', or truncation=True"
+    elif given.get("pad_to_multiple_of") is not None and padding in (False, "do_not_pad"):
+        problem = f"pad_to_multiple_of={multiple} has no effect with padding={padding!r}: leave one out"
+    elif side not in (None, "left", "right"):
+        problem = f"padding_side={side!r} is not one of left, right: set padding_side to one of them"
+    elif padding == "max_length" and limit >= LARGEST_LENGTH:
+        problem = "padding='max_length' needs max_length, and the tokenizer has none: set it"
+    elif is_limited and limit >= LARGEST_LENGTH:
+        problem = f"truncation={truncation!r} could cut images or thoughts: leave it out, or set max_length"
+    elif is_limited and longest > limit:
+        problem = f"Nothing is cut out of a prompt of {longest} tokens, and max_length is {limit}: shorten the text"
+    if problem is not None:
+        raise ValueError(f"{problem}.")
+    return {name: value for name, value in options.items() if name != "max_length" or padding == "max_length"}

@@ -1,7 +1,6 @@
 """Configuration of MMCoconut: which vision tower, which language model, how they meet, and how thoughts are fed back.
 
-The configuration describes the weights. What describes a run (stages, learning rates) stands in a recipe, and what
-describes the text around the placeholders (markers, number of latents) in the processor.
+It describes the weights; a recipe describes a run, and the processor the text around the placeholders.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -35,19 +34,9 @@ TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id",
 READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
 # They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
 PREFIX_PROJECTORS = ("pooled_prefix", "attention_prefix")
-AUTO_MAP = {
-    "AutoConfig": "configuration_mmcoconut.MMCoconutConfig",
-    "AutoModel": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
-    "AutoModelForCausalLM": "modeling_mmcoconut.MMCoconutForConditionalGeneration",
-}
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
+DECODER_CLASS = "modeling_mmcoconut.MMCoconutForConditionalGeneration"
 SEQ2SEQ_CLASS = "seq2seq_mmcoconut.MMCoconutForSeq2SeqLM"
-SEQ2SEQ_AUTO_MAP = {
-    "AutoConfig": "configuration_mmcoconut.MMCoconutConfig",
-    "AutoModel": SEQ2SEQ_CLASS,
-    "AutoModelForImageTextToText": SEQ2SEQ_CLASS,
-    "AutoModelForSeq2SeqLM": SEQ2SEQ_CLASS,
-}
 
 
 @strict
@@ -67,34 +56,28 @@ class MMCoconutConfig(PreTrainedConfig):
             `transformer` = linear, LayerNorm, one transformer encoder layer over an image's tokens; `pixel_shuffle` =
             squares of neighbouring tokens joined into one, LayerNorm, then as `mlp`; `pooled_prefix` = visual tokens
             out of the image's one pooled vector; `attention_prefix` = learnt queries that attend to all patches.
-        projector_hidden_act (`str`): activation of the `mlp` and `pixel_shuffle` projectors.
-        projector_bias (`bool`): whether their linear layers have a bias.
+        projector_hidden_act (`str`), projector_bias (`bool`): of the `mlp` and `pixel_shuffle` projectors.
         projector_num_heads (`int`): attention heads of the `transformer` and `attention_prefix` projectors.
         num_visual_tokens (`int`): visual tokens that a `_prefix` projector makes of an image.
         image_pooling (`str`): the pooled vector of a `_prefix` projector: `mean` of the patches or the `cls` token.
         alignment_adapter (`bool`): whether that vector goes through a linear layer before it is compared with text.
         downsample_ratio (`float`): side of the grid after `pixel_shuffle` over the side before it: 0.5 joins 2 × 2.
-        vision_feature_layer (`int | list[int]`): which hidden states of the tower are read; several are joined along
-            the width.
-        vision_last_norm (`bool`): whether layer -1 is read as the tower itself returns it, behind a last norm where it
-            has one (ViT, DINOv2, SigLIP), or, as in LLaVA, before that.
+        vision_feature_layer (`int | list[int]`): hidden states of the tower to read; several are joined in width.
+        vision_last_norm (`bool`): whether layer -1 is read behind the tower's last norm or, as in LLaVA, before it.
         vision_feature_select_strategy (`str`): `default` leaves out the first (class) token, `full` keeps all.
-        image_size (`int`): side of the square pictures, or tiles of them, that the tower reads; None is the tower's
-            own, and another needs a tower that interpolates its positions.
-        image_seq_length (`int`): image placeholders of such a picture or tile: one a feature, or 1 where the features
-            are read by cross-attention.
-        image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): the placeholders' and
-            markers' rows in the vocabulary.
+        image_size (`int`): side of the square pictures or tiles that the tower reads; None is the tower's own, and
+            another needs a tower that interpolates its positions.
+        image_seq_length (`int`): placeholders of one: one per feature, or 1 for what is read by cross-attention.
+        image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): of the tokenizer.
         thought_mode (`str`): `feedback` feeds the last hidden state back as the next latent's embedding (Coconut);
             `pause` leaves the latent token's own embedding, so that nothing is fed back.
         thought_norm (`str`): what happens to a hidden state before it is fed back: `none` (the paper), `embedding`
             (rescaled to the mean norm of the token embeddings), `projection` (a trained MLP and LayerNorm).
         thought_schedule (`str`): `sequential` computes one thought after the other (Coconut); `jacobi` all of them
             together, `jacobi_iterations` times, each from what the others were before.
-        jacobi_iterations (`int`): how often, at least 1; as many as there are thoughts give the sequential ones. Only
-            and always with `jacobi`.
+        jacobi_iterations (`int`): at least 1, only with `jacobi`; as many as there are thoughts equal `sequential`.
         stop_head (`bool`): whether a head reads, from the state that would be fed back, if a row should stop thinking
-            instead; see StopEarly in schedules_mmcoconut.py. Only with sequential thoughts that are fed back.
+            instead. Only with sequential thoughts that are fed back.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
 
@@ -139,9 +122,17 @@ class MMCoconutConfig(PreTrainedConfig):
         self.vision_config = as_config(self.vision_config, "clip_vision_model")
         self.text_config = as_config(self.text_config, "gpt2")
         super().__post_init__(**kwargs)
-        warn_of_newer(self.mmcoconut_version)
+        written, known = (tuple(map(int, version.split("."))) for version in (self.mmcoconut_version, VERSION))
+        if written > known:  # by code that may have meant something else by a field
+            remedy = (
+                "update this code, or load the checkpoint with trust_remote_code=True where mmcoconut is not imported"
+            )
+            logger.warning_once(f"Written by mmcoconut {self.mmcoconut_version}, and this is {VERSION}: {remedy}.")
         self.is_encoder_decoder = self.image_fusion == "encoder"
-        self.auto_map = dict(SEQ2SEQ_AUTO_MAP if self.is_encoder_decoder else AUTO_MAP)
+        model_class = SEQ2SEQ_CLASS if self.is_encoder_decoder else DECODER_CLASS
+        own_class = "AutoModelForSeq2SeqLM" if self.is_encoder_decoder else "AutoModelForCausalLM"
+        self.auto_map = {"AutoConfig": "configuration_mmcoconut.MMCoconutConfig"}
+        self.auto_map |= dict.fromkeys((*AUTO_CLASSES, own_class), model_class)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
         settle_decoder(self.text_config, self.image_fusion)
         check_choices(self)
@@ -153,12 +144,12 @@ class MMCoconutConfig(PreTrainedConfig):
             self.image_seq_length = None if num_patches is None else num_placeholders(self, num_patches)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """As the library's, with the version of the code that saves."""
+        """Save with the version of this code."""
         self.mmcoconut_version = VERSION
         super().save_pretrained(save_directory, **kwargs)
 
     def get_text_config(self, decoder=None, encoder=None):
-        """The language model's configuration; of an encoder-decoder the side that is asked for."""
+        """Return the language model's configuration; of an encoder-decoder the side that is asked for."""
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
@@ -169,31 +160,17 @@ def as_config(values: dict | PreTrainedConfig | None, model_type: str) -> PreTra
     return AutoConfig.for_model(**{"model_type": model_type, **(values or {})})
 
 
-def warn_of_newer(version: str) -> None:
-    """Say that a checkpoint was written by later code, which may have meant something else by a field."""
-    written, known = (tuple(map(int, text.split("."))) for text in (version, VERSION))
-    if written > known:
-        logger.warning_once(
-            f"The checkpoint was written by mmcoconut {version}, and this code is {VERSION}: install {version} or "
-            "newer, or load it with trust_remote_code=True where mmcoconut is not imported."
-        )
-
-
 def settle_decoder(text_config, image_fusion: str) -> None:
-    """Say in a language model's configuration what this fusion makes of it.
-
-    Of an encoder-decoder only the decoder is used, except by `encoder`, and caches ask for its depth by the name that
-    the encoder's has.
-    """
+    """Set in a language model's configuration what a fusion makes of it: all but `encoder` use only its decoder."""
     if image_fusion == "cross_attention":
         text_config.add_cross_attention = True
     if image_fusion != "encoder" and getattr(text_config, "decoder_layers", None) is not None:
-        text_config.num_hidden_layers = text_config.decoder_layers
+        text_config.num_hidden_layers = text_config.decoder_layers  # by the encoder's name, as caches ask for it
         text_config.num_attention_heads = text_config.decoder_attention_heads
 
 
-def num_patches_of(vision_config, select_strategy):
-    """Patches of a square image, and the class token where all features are kept; None where it cannot be told."""
+def num_patches_of(vision_config, select_strategy: str) -> int | None:
+    """Return the patches of a square image, and the class token where it is kept; None where they cannot be told."""
     image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     if not (isinstance(image_size, int) and isinstance(patch_size, int)):
         return None
@@ -201,7 +178,7 @@ def num_patches_of(vision_config, select_strategy):
 
 
 def shuffle_factor(downsample_ratio: float) -> int:
-    """Side of the squares of tokens that `pixel_shuffle` joins into one.
+    """Return the side of the squares of tokens that `pixel_shuffle` joins into one.
 
     >>> shuffle_factor(0.5)
     2
@@ -212,30 +189,21 @@ def shuffle_factor(downsample_ratio: float) -> int:
     return factor
 
 
-def num_features(config, num_patches: int) -> int:
-    """Features that the projector makes of a picture's patches.
-
-    Raises:
-        ValueError: patches that `pixel_shuffle` cannot join, for they are no square or do not divide.
-    """
-    if config.projector_type in PREFIX_PROJECTORS:
-        return config.num_visual_tokens
-    if config.projector_type != "pixel_shuffle":
-        return num_patches
-    side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
-    if side**2 != num_patches or side % factor:
-        raise ValueError(
-            f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no square "
-            f"with a side that {factor} divides: choose another image_size or downsample_ratio, and "
-            "vision_feature_select_strategy='default' for a tower with a class token."
-        )
-    return (side // factor) ** 2
-
-
 def num_placeholders(config, num_patches: int) -> int:
-    """Placeholders of a picture: one a feature, or one for all of them where they are not read in the text."""
-    features = num_features(config, num_patches)
-    return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else features
+    """Return the placeholders of a picture: one a feature, or one for all that are not read in the text."""
+    num_features = num_patches
+    if config.projector_type in PREFIX_PROJECTORS:
+        num_features = config.num_visual_tokens
+    if config.projector_type == "pixel_shuffle":
+        side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
+        if side**2 != num_patches or side % factor:
+            raise ValueError(
+                f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no "
+                f"square with a side that {factor} divides: choose another image_size or downsample_ratio, and "
+                "vision_feature_select_strategy='default' for a tower with a class token."
+            )
+        num_features = (side // factor) ** 2
+    return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_features
 
 
 def check_choices(config):
@@ -246,27 +214,22 @@ def check_choices(config):
 
 
 def check_schedule(config):
-    """Iterations belong to the jacobi schedule, a schedule and a stop head to thoughts that are fed back."""
-    schedule, iterations = config.thought_schedule, config.jacobi_iterations
-    if config.stop_head and (schedule == "jacobi" or config.thought_mode == "pause"):
+    """Refuse iterations without the jacobi schedule; a schedule or a stop head without thoughts that are fed back."""
+    schedule, iterations, mode = config.thought_schedule, config.jacobi_iterations, config.thought_mode
+    if config.stop_head and (schedule == "jacobi" or mode == "pause"):
         raise ValueError(
             f"stop_head=True ends thinking between two thoughts, and with thought_schedule={schedule!r}, thought_mode="
-            f"{config.thought_mode!r} none follows from the one before: set 'sequential' and 'feedback', or "
-            "stop_head=False."
+            f"{mode!r} none follows from the one before: set 'sequential' and 'feedback', or stop_head=False."
         )
-    if schedule != "jacobi":
-        if iterations is not None:
-            raise ValueError(
-                f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: set it to None, or "
-                "thought_schedule to 'jacobi'."
-            )
-        return
-    if iterations is None or iterations < 1:
+    if schedule != "jacobi" and iterations is not None:
+        remedy = "set it to None, or thought_schedule to 'jacobi'"
+        raise ValueError(f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: {remedy}.")
+    if schedule == "jacobi" and (iterations is None or iterations < 1):
         raise ValueError(
             f"jacobi_iterations={iterations} with thought_schedule='jacobi', which updates all thoughts together at "
             "least 1 time: set jacobi_iterations to a whole number from 1 to the number of thoughts."
         )
-    if config.thought_mode == "pause":
+    if schedule == "jacobi" and mode == "pause":
         raise ValueError(
             "thought_schedule='jacobi' says how thoughts are fed back, and thought_mode='pause' feeds none back: set "
             "thought_schedule='sequential' and jacobi_iterations=None, or thought_mode='feedback'."
@@ -274,27 +237,20 @@ def check_schedule(config):
 
 
 def check_token_ids(config):
-    """Given ids must differ from each other and lie inside the decoder's vocabulary."""
-    vocab_size = config.text_config.vocab_size
-    seen = {}
-    for field in TOKEN_ID_FIELDS:
-        token_id = getattr(config, field)
-        if token_id is None:
-            continue
+    """Refuse ids that are equal, or outside the decoder's vocabulary."""
+    vocab_size, fields = config.text_config.vocab_size, {}
+    ids = {field: getattr(config, field) for field in TOKEN_ID_FIELDS if getattr(config, field) is not None}
+    for field, token_id in ids.items():
         if not 0 <= token_id < vocab_size:
-            raise ValueError(
-                f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: raise vocab_size to at least "
-                f"{token_id + 1}, or take the id from the tokenizer that the language model was resized to."
-            )
-        if token_id in seen:
-            raise ValueError(f"{field} and {seen[token_id]} are both {token_id}: give each token an id of its own.")
-        seen[token_id] = field
+            remedy = "take the id from the tokenizer that the language model was resized to"
+            raise ValueError(f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: {remedy}.")
+        other = fields.setdefault(token_id, field)
+        if other != field:
+            raise ValueError(f"{field} and {other} are both {token_id}: give each token an id of its own.")
 
 
-def check_prefix(config):
-    """What a `_prefix` projector needs."""
-    if config.projector_type not in PREFIX_PROJECTORS:
-        return
+def check_prefix(config, num_layers: int):
+    """Refuse what a `_prefix` projector, which reads so many layers, cannot work with."""
     if config.num_visual_tokens < 1:
         raise ValueError(f"num_visual_tokens={config.num_visual_tokens} must be at least 1: set it to 8, for example.")
     if config.image_pooling == "cls" and config.vision_feature_select_strategy == "default":
@@ -302,43 +258,40 @@ def check_prefix(config):
             "image_pooling='cls' needs the class token, and vision_feature_select_strategy='default' leaves it out: "
             "set it to 'full', or image_pooling to 'mean'."
         )
-    layers = config.vision_feature_layer
-    width = config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-    if not config.alignment_adapter and width != config.text_config.hidden_size:
-        raise ValueError(
-            f"alignment_adapter=False compares image vectors of width {width} with text vectors of width "
-            f"{config.text_config.hidden_size}: set alignment_adapter=True."
-        )
+    width, text_width = config.vision_config.hidden_size * num_layers, config.text_config.hidden_size
+    if not config.alignment_adapter and width != text_width:
+        compared = f"image vectors of width {width} with text vectors of width {text_width}"
+        raise ValueError(f"alignment_adapter=False compares {compared}: set alignment_adapter=True.")
 
 
 def check_projector(config):
+    """Refuse layers that the tower lacks, and what the type of projector cannot work with."""
     width, heads = config.text_config.hidden_size, config.projector_num_heads
     if config.projector_type in ("transformer", "attention_prefix") and (heads < 1 or width % heads):
         raise ValueError(
-            f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: choose a divisor."
+            f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: set a divisor."
         )
     shuffle_factor(config.downsample_ratio)
-    check_prefix(config)
-    layers = config.vision_feature_layer
-    depth = config.vision_config.num_hidden_layers
-    if layers == []:
+    layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    layers = [layers] if isinstance(layers, int) else layers
+    if not layers:
         raise ValueError("vision_feature_layer is empty: name at least one layer, such as -1.")
-    for layer in [layers] if isinstance(layers, int) else layers:
+    for layer in layers:
         if not -depth - 1 <= layer <= depth:
+            remedy = f"choose a number from {-depth - 1} to {depth}"
             raise ValueError(
-                f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers: choose a number "
-                f"from {-depth - 1} to {depth}."
+                f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers: {remedy}."
             )
+    if config.projector_type in PREFIX_PROJECTORS:
+        check_prefix(config, len(layers))
 
 
 def image_token_of(tokenizer, image_token_id: int) -> str:
-    """The string of a vision-language model's image token."""
+    """Return the string of a vision-language model's image token."""
     image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     if image_token is None:
-        raise ValueError(
-            f"The tokenizer of {len(tokenizer)} tokens has none at the model's image_token_id={image_token_id}: use "
-            "the tokenizer that the model was built with."
-        )
+        has_none = f"of {len(tokenizer)} tokens has none at the model's image_token_id={image_token_id}"
+        raise ValueError(f"The tokenizer {has_none}: use the tokenizer that the model was built with.")
     return image_token
 
 
@@ -349,17 +302,6 @@ def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
-
-
-def check_tokenizer(tokenizer, config, image_token: str) -> None:
-    """Raise unless the tokenizer has the placeholders and markers at the ids of the model's configuration."""
-    for field, token in zip(TOKEN_ID_FIELDS, (image_token, *THOUGHT_TOKENS)):
-        token_id = tokenizer.convert_tokens_to_ids(token)
-        if token_id != getattr(config, field):
-            raise ValueError(
-                f"The tokenizer has {token} at {token_id}, the model's {field} is {getattr(config, field)}: use "
-                "the tokenizer that the model was built with."
-            )
 
 
 MMCoconutConfig.register_for_auto_class()

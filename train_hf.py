@@ -17,7 +17,8 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_s
 from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
-from mmcoconut.build import from_backbones, from_vlm
+from mmcoconut.build import from_backbones, from_vlm, processor_from_backbones, processor_from_vlm, set_tiles
+from mmcoconut.build.processors import set_tiles
 from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows
@@ -28,9 +29,10 @@ from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.errors import run_command
 from mmcoconut.evaluation.compare import compare
 from mmcoconut.hub.uploads import quiet_requests
+from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.models import load_model
 from mmcoconut.objectives.alignment import Alignment
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor, makes_tiles, set_tiles
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RESULTS_FILE, write_json
 from mmcoconut.rl.stop_distillation import StopDistiller
@@ -118,7 +120,7 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
         new_token_init=model_args.new_token_init,
         **{field: getattr(model_args, field) for field in CONFIG_FIELDS},
     )
-    processor = MMCoconutProcessor.from_backbones(
+    processor = processor_from_backbones(
         model_args.vision_model,
         config=model.config,
         tokenizer=tokenizer,
@@ -136,7 +138,7 @@ def build_from_vlm(model_args):
         image_size=model_args.image_size,
         **{field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK},
     )
-    processor = MMCoconutProcessor.from_vlm(
+    processor = processor_from_vlm(
         model_args.vlm,
         config=model.config,
         min_tiles=model_args.min_tiles,
@@ -363,7 +365,9 @@ def check_reload(folder: str, rows) -> None:
     model = load_model(folder)
     processor = MMCoconutProcessor.from_pretrained(folder, trust_remote_code=False)
     images = open_images(rows[0])
-    inputs = processor(images=[images] if images else None, text=[question_text(rows[0])], return_tensors="pt")
+    inputs = processor(
+        images=[images] if images else None, text=[question_text(rows[0])], rendered=False, return_tensors="pt"
+    )
     tokens = model.generate(**inputs, max_new_tokens=2)
     prompt_length = inputs[processor.prompt_names[0]].shape[1]
     logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, prompt_length:]))

@@ -21,10 +21,9 @@ from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, Tr
 from transformers.utils import logging as library_logging
 
 from mmcoconut.arguments.fields import RunArguments
-from mmcoconut.build import from_backbones
+from mmcoconut.build import from_backbones, processor_from_backbones
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.data.tokenizer import train_tokenizer
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.training.callbacks import CurriculumCallback
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
@@ -112,7 +111,7 @@ def build(shape: dict, texts: list[str]):
     )
     side = {"height": shape["image"], "width": shape["image"]}
     images = CLIPImageProcessorPil(size=side, do_center_crop=False)
-    return model, MMCoconutProcessor.from_backbones(config=model.config, tokenizer=tokenizer, image_processor=images)
+    return model, processor_from_backbones(config=model.config, tokenizer=tokenizer, image_processor=images)
 
 
 def make_trainer(side: tuple, rows, texts: list[str], *, arguments, folder: str) -> CountingTrainer:

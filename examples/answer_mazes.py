@@ -54,7 +54,7 @@ def main() -> None:
         return_tensors="pt",
     )
     tokens = model.generate(**inputs, max_new_tokens=8)
-    answers = processor.decode_answers(tokens[:, inputs["input_ids"].shape[1] :])
+    answers = processor.decode_answers(tokens, inputs)
     for (maze, hops), answer in zip(mazes, answers):
         file = arguments.checkpoint / f"answer_{hops}_hops.png"
         picture_of(maze, hops, answer).save(file)

@@ -20,6 +20,8 @@ PUBLIC_NAMES = {
     "MMCoconutForSeq2SeqLM": "seq2seq_mmcoconut",
     "MMCoconutModel": "modeling_mmcoconut",
     "MMCoconutProcessor": "processing_mmcoconut",
+    "processor_from_backbones": "build",
+    "processor_from_vlm": "build",
     "Curriculum": "training.curriculum",
     "CurriculumCallback": "training.callbacks",
     "CurriculumCollator": "training.collator",

@@ -19,10 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPIm
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.arguments.recipes import read_arguments
-from mmcoconut.build import from_backbones
+from mmcoconut.build import from_backbones, processor_from_backbones
 from mmcoconut.configuration_mmcoconut import END_LATENT_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN
 from mmcoconut.errors import RecipeError, run_command
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 
 
 logger = logging.getLogger("mmcoconut")
@@ -129,7 +128,7 @@ def convert(file: str, text_model: str, *, num_latents: int):
             tokenizer=tokenizer,
         )
     image_processor = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
-    processor = MMCoconutProcessor.from_backbones(
+    processor = processor_from_backbones(
         config=model.config, tokenizer=tokenizer, image_processor=image_processor, markers="both"
     )
     processor.num_latents = num_latents

@@ -15,17 +15,18 @@ from tiny import (
 )
 from transformers import LogitsProcessor
 
-from mmcoconut.arguments.recipes import RecipeError, parse_recipe
+from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import TINY_VLMS, write_tiny_vlm
 from mmcoconut.audit.interventions import Study
-from mmcoconut.build import from_vlm
+from mmcoconut.build import from_vlm, processor_from_vlm
 from mmcoconut.data import Example, load_examples, loader_of, open_images, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
-from mmcoconut.data.conversations import fit_rows, without_last_turn
+from mmcoconut.data.conversations import fit_rows, further_turn, without_last_turn
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation import evaluate as evaluation
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.training.collator import IGNORED, CurriculumCollator
+from mmcoconut.training.collator import IGNORED, CurriculumCollator, encode_turns
 from mmcoconut.training.curriculum import Curriculum, RowPlan
 from mmcoconut.training.grouping import row_lengths
 
@@ -120,7 +121,7 @@ def test_row_is_the_chat_template_of_a_vision_language_model_too(model_type, tmp
     """InternVL's template ends each answer, which is learnt; LLaVA's goes on behind it."""
     write_tiny_vlm(tmp_path, model_type)
     config = from_vlm(str(tmp_path)).config
-    processor = MMCoconutProcessor.from_vlm(str(tmp_path), config=config)
+    processor = processor_from_vlm(str(tmp_path), config=config)
     (row,) = rows_of(3)
     made = collator(processor, max_length=None)
     turns = made.encode_row(row, RowPlan(0, PER_TURN), made.pixels([row])[1][0])
@@ -140,7 +141,7 @@ def test_template_that_rewrites_answers_is_refused(processor):
     parts = (processor.image_processor, processor.tokenizer)
     shouting = MMCoconutProcessor(*parts, image_seq_length=NUM_FEATURES, chat_template=template)
     with pytest.raises(ValueError, match="does not write the answer of turn 1, 'red', as the model does: give a chat"):
-        shouting.encode_turns("Why?", [("Which?", "red")])
+        encode_turns(shouting, "Why?", (("Which?", "red"),), "both", num_tiles=(), num_latents=0)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +261,7 @@ def test_chat_over_the_kept_cache_equals_the_whole_conversation_anew(text, image
     ends, chats, eos = [2, 5, 9], [real_ids(inputs, row) for row in range(3)], processor.tokenizer.eos_token_id
     answered = chat_step(model, inputs, ends)
     for texts, next_ends in ((["And then?", "Is it a cube?", "Left?"], [5, 9, 2]), (["Red?"] * 3, [1, 2, 3])):
-        further = processor.further_turn(answered.sequences, inputs["attention_mask"], texts)
+        further = further_turn(processor, answered.sequences, inputs["attention_mask"], texts)
         for row, (text, end) in enumerate(zip(texts, ends)):
             written = answered.sequences[row, inputs["input_ids"].shape[1] :][:end].tolist()
             chats[row] += [*written, *[eos] * (end > 5), *processor.encode_prompt(text, num_images=0)]
@@ -289,7 +290,7 @@ def test_further_turn_is_the_chat_template_of_all_turns(processor):
         return_tensors="pt",
     )
     sequences = torch.cat([prompts["input_ids"], written["input_ids"]], dim=1)
-    further = processor.further_turn(sequences, prompts["attention_mask"], ["Why?", ATTACK])
+    further = further_turn(processor, sequences, prompts["attention_mask"], ["Why?", ATTACK])
     asked = [("Which?", "Why?", 1), ("What shape?", ATTACK, 0)]
     for row, ((first, second, num_images), answer) in enumerate(zip(asked, answers)):
         expected = processor.encode_prompt(second, num_images=num_images, history=[(first, answer)])
@@ -301,7 +302,7 @@ def test_further_turn_is_the_chat_template_of_all_turns(processor):
 def test_further_turn_wants_a_sequence_a_mask_and_a_text_a_row(processor, sizes):
     sequences, mask = torch.ones(sizes[0], 5, dtype=torch.long), torch.ones(sizes[1], 3, dtype=torch.long)
     with pytest.raises(ValueError, match=f"{sizes[0]} sequences, {sizes[1]} masks and {sizes[2]} texts"):
-        processor.further_turn(sequences, mask, ["Why?"] * sizes[2])
+        further_turn(processor, sequences, mask, ["Why?"] * sizes[2])
 
 
 def test_history_goes_with_texts_and_not_with_rendered_ones(processor):
@@ -389,7 +390,7 @@ def test_encoder_decoder_reads_no_conversation():
     with pytest.raises(ValueError, match=r"an encoder-decoder reads one question: set dataset_options.max_turns to 1"):
         collator(processor)(rows_of(2))
     with pytest.raises(ValueError, match="An encoder-decoder reads one question"):
-        processor.further_turn(torch.ones(1, 4), torch.ones(1, 2), ["Why?"])
+        further_turn(processor, torch.ones(1, 4), torch.ones(1, 2), ["Why?"])
 
 
 def test_audit_of_conversations_is_refused():

@@ -23,14 +23,16 @@ from tiny import tiny_image, tiny_model, tiny_processor, widths_of_passes
 from mmcoconut import provenance
 from mmcoconut.audit.command import AuditArguments
 from mmcoconut.data import Example, load_examples, loader_of, question_text, to_dataset
-from mmcoconut.data.images import UnreadableImageError, open_images
+from mmcoconut.data.images import open_images
 from mmcoconut.data.scoring import score
 from mmcoconut.errors import RecipeError, run_command
 from mmcoconut.evaluation import answering
 from mmcoconut.evaluation import evaluate as evaluation
 from mmcoconut.evaluation.answering import Answerer, load_checkpoint
 from mmcoconut.evaluation.asking import EvaluationArguments
-from mmcoconut.evaluation.evaluate import main, parse_arguments, read_lines
+from mmcoconut.evaluation.evaluate import main, parse_arguments
+from mmcoconut.images_mmcoconut import UnreadableImageError
+from mmcoconut.records import read_lines
 from mmcoconut.statistics import bootstrap_mean
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum

@@ -8,8 +8,8 @@ from test_train import losses, recipe  # noqa: F401  (a fixture)
 from tiny import tiny_model, tiny_processor, tiny_seq2seq
 
 import train_hf
-from mmcoconut.arguments.recipes import RecipeError
 from mmcoconut.data import image_counts, load_examples
+from mmcoconut.errors import RecipeError
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.grouping import StageGroupedSampler

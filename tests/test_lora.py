@@ -13,8 +13,9 @@ from tiny import TEXT_CONFIGS, checkpoint_activations, last_labels, max_differen
 
 import train_hf
 from mmcoconut.arguments import conflicts
-from mmcoconut.arguments.recipes import RecipeError, parse_recipe
+from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.training.lora import (

@@ -21,7 +21,8 @@ from tiny import HIDDEN_SIZE, max_difference, tiny_model, tiny_processor, tiny_s
 
 import train_hf
 from mmcoconut.arguments import conflicts
-from mmcoconut.arguments.recipes import RecipeError, parse_recipe
+from mmcoconut.arguments.recipes import parse_recipe
+from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.models import load_model
 from mmcoconut.objectives.rewards import REWARDS

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from mmcoconut import data, prepare_flickr30k
-from mmcoconut.arguments.recipes import RecipeError
 from mmcoconut.data.images import open_images
+from mmcoconut.errors import RecipeError
 from mmcoconut.prepare_flickr30k import main
 
 

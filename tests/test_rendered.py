@@ -1,4 +1,4 @@
-"""Rendered chats given as text: their ids are those of the tokenized chat, and a question is never taken for one."""
+"""Rendered chats given as text: their ids are those of the tokenized chat, and what could be either is refused."""
 
 import copy
 import json
@@ -73,11 +73,6 @@ def processors():
     return {name: make() for name, make in MAKERS.items()}
 
 
-# No control token tells them from questions, or LLaVA's template leaves out the space that it writes behind texts.
-UNTOLD = {(kind, "no image", False) for kind in ("own", "latents alone", "llava")}
-UNTOLD |= {("llava", "no text", begins) for begins in (True, False)}
-
-
 def images_in(messages) -> list:
     return [part["image"] for message in messages for part in message["content"] if part["type"] == "image"]
 
@@ -95,12 +90,21 @@ def test_a_rendered_chat_gives_the_ids_of_the_tokenized_chat(processors, kind, n
     for begins in {False, writes(messages)}:
         prompt = processor.apply_chat_template(messages, add_generation_prompt=begins, num_latents=2)
         expected = encoded(processor, messages, add_generation_prompt=begins)
-        given = COPIES[copied](prompt)
-        if copied == "plain" and (kind, name, begins) in UNTOLD:
-            continue
-        found = processor(text=given, images=images_in(messages) or None, return_tensors="pt")
+        given, rendered = COPIES[copied](prompt), None
+        if copied == "plain" and (not begins or (kind, name) == ("llava", "no text")):
+            # Only a prompt to answer is recognized, and LLaVA's template begins it otherwise behind an image.
+            rendered = True
+        found = processor(text=given, images=images_in(messages) or None, rendered=rendered, return_tensors="pt")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["answered", "two answers"])
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_copy_of_a_chat_without_a_prompt_to_answer_must_be_said_to_be_rendered(processors, kind, name):
+    prompt = str(processors[kind].apply_chat_template(CHATS[name], num_latents=2))
+    with pytest.raises(ValueError, match="pass rendered=True if apply_chat_template wrote it"):
+        processors[kind](text=prompt, images=images_in(CHATS[name]))
 
 
 @pytest.mark.parametrize("copied", COPIES)
@@ -110,7 +114,8 @@ def test_an_answer_may_follow_a_rendered_chat(processors, kind, answer, copied):
     processor = processors[kind]
     answer = answer.replace("<|endoftext|>", processor.tokenizer.eos_token) if kind != "llava" else "### red"
     prompt = processor.apply_chat_template(CHATS["question"], add_generation_prompt=True, num_latents=2)
-    ids = processor(text=COPIES[copied](prompt + answer), images=IMAGES[0])["input_ids"][0]
+    rendered = True if copied == "plain" else None
+    ids = processor(text=COPIES[copied](prompt + answer), images=IMAGES[0], rendered=rendered)["input_ids"][0]
     alone = encoded(processor, CHATS["question"], add_generation_prompt=True)["input_ids"][0].tolist()
     assert ids[: len(alone)] == alone
     assert processor.tokenizer.decode(ids[len(alone) :]) == answer
@@ -181,16 +186,17 @@ def test_an_encoder_decoder_reads_rendered_chats_too():
 
 
 @pytest.mark.parametrize("change", ["''", "part['text'] ~ part['text']"])
-def test_over_a_template_that_does_not_keep_texts_only_the_type_tells(processors, change):
+def test_a_template_may_leave_texts_out_or_write_them_twice(processors, change):
     processor = processors["own"]
     template = processor.chat_template.replace("else part['text']", f"else {change}")
     parts = (processor.image_processor, processor.tokenizer, processor.image_seq_length)
     other = MMCoconutProcessor(*parts, chat_template=template)
     prompt = other.apply_chat_template(CHATS["question"], add_generation_prompt=True, num_latents=1)
-    copied = other(text=str(prompt), images=IMAGES[0])["input_ids"][0]
-    assert copied.count(other.latent_token_id) == 0  # a question, of a processor without latents
-    ids = [other(text=prompt, images=IMAGES[0], rendered=flag)["input_ids"][0] for flag in (None, True)]
-    assert ids[0] == ids[1] and ids[0].count(other.latent_token_id) == 1
+    first, *others = (
+        other(text=text, images=IMAGES[0], rendered=flag)["input_ids"][0]
+        for text, flag in ((prompt, None), (str(prompt), None), (prompt, True))
+    )
+    assert others == [first] * 2 and first.count(other.latent_token_id) == 1
 
 
 @pytest.mark.parametrize("text", [[], [1], ["a", None]])

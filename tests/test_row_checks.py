@@ -6,11 +6,11 @@ import pytest
 from test_from_vlm import thinking_pair
 from tiny import tiny_image, tiny_model, tiny_processor
 
+from mmcoconut.chat_template_mmcoconut import parse_answer
 from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.data.scoring import REFERENCES
 from mmcoconut.objectives.alignment import Alignment
-from mmcoconut.processing_mmcoconut import parse_answer
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths

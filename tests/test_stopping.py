@@ -27,6 +27,7 @@ from transformers import DynamicCache, StaticCache
 from mmcoconut.caches_mmcoconut import ThoughtState
 from mmcoconut.columns_mmcoconut import carry_states, packed
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut.data.conversations import further_turn
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.schedules_mmcoconut import INITIAL_BIAS, first_latents, first_thoughts, stop_log_probs
 
@@ -176,7 +177,7 @@ def test_a_further_turn_knows_what_was_left_out_before():
     options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     first = model.generate(**inputs, **options)
     assert len(set(taken(model, inputs).tolist())) > 1
-    further = processor.further_turn(first.sequences, inputs["attention_mask"], ["And below?", "And left of it?"])
+    further = further_turn(processor, first.sequences, inputs["attention_mask"], ["And below?", "And left of it?"])
     kept = model.generate(**further, past_key_values=first.past_key_values, **options)
     told = with_stops(model, inputs, taken(model, inputs).tolist())["attention_mask"]
     further["attention_mask"] = torch.cat([told, further["attention_mask"][:, told.shape[1] :]], dim=1)

@@ -110,7 +110,7 @@ def test_the_string_of_a_special_token_in_a_text_stays_text(token, processor_of_
     special = {*processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_STRINGS))}
     assert len(special) == len(SPECIAL_STRINGS)
     for text in (token, f"{token} Start{token}{token}", f"<{token}>"):
-        step, answer = processor.encode_step(text), processor.encode_answer(text)[:-1]
+        step, answer = processor.encode_text(f"{text}\n"), processor.encode_answer(text)[:-1]
         assert not special & {*step, *answer}
         assert (processor.tokenizer.decode(step), processor.tokenizer.decode(answer)) == (f"{text}\n", f"### {text}")
         prompt = processor.encode_prompt(text, num_images=1, num_latents=2, history=[(text, text)])

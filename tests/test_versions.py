@@ -65,7 +65,7 @@ def test_a_checkpoint_of_a_newer_version_is_warned_of(version, warns, tmp_path, 
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     monkeypatch.setattr(logging.getLogger("mmcoconut"), "propagate", True)
     AutoConfig.from_pretrained(copy)
-    assert (f"written by mmcoconut {version}" in caplog.text) == warns
+    assert (f"Written by mmcoconut {version}" in caplog.text) == warns
 
 
 def test_saving_writes_the_version_that_saves(tmp_path):

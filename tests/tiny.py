@@ -25,7 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from mmcoconut.build import from_backbones
+from mmcoconut.build import from_backbones, processor_from_backbones
 from mmcoconut.columns_mmcoconut import (
     carry_states,
     column_lists,
@@ -35,7 +35,6 @@ from mmcoconut.columns_mmcoconut import (
 )
 from mmcoconut.compat_mmcoconut import CACHE
 from mmcoconut.data.tokenizer import train_tokenizer
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.schedules_mmcoconut import think_together_uncached
 from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think_uncached
 
@@ -161,7 +160,7 @@ def tiny_seq2seq(projector_type="pooled_prefix", seed=0, vision=None, text=None,
 def tiny_processor(model, **kwargs):
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
-    return MMCoconutProcessor.from_backbones(
+    return processor_from_backbones(
         config=model.config, tokenizer=tiny_tokenizer(), image_processor=image_processor, **kwargs
     )
 

@@ -2,11 +2,11 @@
 
 import math
 
+from mmcoconut.chat_template_mmcoconut import MARKERS
 from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
 from mmcoconut.data import DATASETS
 from mmcoconut.data.conversations import LONG_ROWS
 from mmcoconut.data.scoring import REFERENCES
-from mmcoconut.processing_mmcoconut import MARKERS
 from mmcoconut.thinking_mmcoconut import CHECKPOINTED_PASSES
 
 

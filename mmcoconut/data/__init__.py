@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
 
-from mmcoconut.data.images import UnreadableImageError, open_images
+from mmcoconut.data.images import open_images
+from mmcoconut.images_mmcoconut import UnreadableImageError
 
 
 # Modules by name, imported on first use: a data set costs nothing to those who use another one.

@@ -16,8 +16,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 
-from mmcoconut.data import SPLITS, Example, split_of, to_dataset
-from mmcoconut.data.__init__ import rows_of_split
+from mmcoconut.data import SPLITS, Example, rows_of_split, split_of, to_dataset
 
 
 # The first six, the default, are near the corners of the RGB cube; none is near the arrows' black or the mark's white.

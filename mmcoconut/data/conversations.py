@@ -1,14 +1,18 @@
-"""Rows that are longer than a model may read: whole turns go, from the end, and what went is counted.
+"""Conversations: rows that are longer than a model may read, and further turns over the cache of the last one.
 
-A row whose first turn, or only one, is too long is left out.
+Of a row that is too long whole turns go, from the end, and what went is counted. A row whose first turn, or only one,
+is too long is left out.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from datasets import Dataset, Features, concatenate_datasets
+from transformers import BatchFeature
 
+from mmcoconut.chat_template_mmcoconut import SAMPLE, control_tokens_of, encode_marked, messages_of, quoted, render
 from mmcoconut.data import FEATURES
 
 
@@ -64,3 +68,64 @@ def fit_rows(rows: Dataset, length_of: Callable[[Mapping[str, Any]], int], limit
     features = Features({column: FEATURES[column] for column in TEXTS})
     shortened = Dataset.from_dict({column: [text[column] for text in texts] for column in TEXTS}, features=features)
     return concatenate_datasets([rows.select(kept).select_columns(PICTURES), shortened], axis=1), cut
+
+
+def turn_behind_answer(processor, question: str, num_latents: int | None) -> list[int]:
+    """Return the ids of what a processor's template writes behind an answer when another question follows.
+
+    Raises:
+        ValueError: a template that leaves earlier answers out.
+    """
+    tokens = control_tokens_of(processor.tokenizer, processor.chat_template)
+    variables = {**processor.layout(num_latents), "add_generation_prompt": True}
+    messages = messages_of(quoted(question, tokens), [("", SAMPLE)], 0)
+    chat, _ = render(processor.tokenizer, processor.chat_template, messages, variables)
+    _, found, behind = chat.rpartition(SAMPLE)
+    if not found:
+        raise ValueError("The chat template leaves earlier answers out: give one that keeps them, or ask anew.")
+    return encode_marked(processor.tokenizer, behind, follows=True)[0]
+
+
+def further_turn(
+    processor, sequences, attention_mask, text: Sequence[str], *, num_latents: int | None = None
+) -> BatchFeature:
+    """Make prompts of a further turn for `generate` over the `past_key_values` that it returned with the last one.
+
+        q q <lat> a a eos · · · · q q q <lat>        the mask hides what a row generated after its end, and the
+        q q <lat> a a a a a eos q q q q <lat>        padding in front of its new question
+
+    Args:
+        sequences (B, T): ids as `generate` returned them, their prompts included.
+        attention_mask (B, prompt): of those prompts.
+        text: the next question of each row; special tokens' strings in it stay text.
+        num_latents: latents before the next answers; default: the processor's.
+
+    Returns:
+        input_ids, attention_mask (B, T + new).
+
+    Raises:
+        ValueError: sequences, masks and texts differ in number; an encoder-decoder.
+    """
+    if processor.decoder_start_token_id is not None:
+        raise ValueError("An encoder-decoder reads one question, and no further turn: ask anew.")
+    if not len(sequences) == len(attention_mask) == len(text):
+        raise ValueError(
+            f"{len(sequences)} sequences, {len(attention_mask)} masks and {len(text)} texts: give one text a row, "
+            "and one generated sequence (num_beams and num_return_sequences of 1)."
+        )
+    eos, masks, turns = processor.tokenizer.eos_token_id, [], []
+    for written, question in zip(sequences[:, attention_mask.shape[1] :].tolist(), text):
+        turn = turn_behind_answer(processor, question, num_latents)
+        is_ended, writes_end = eos in written, turn[0] == eos
+        seen = written.index(eos) + writes_end if is_ended else len(written)
+        masks.append([1] * seen + [0] * (len(written) - seen))
+        turns.append(turn[1:] if is_ended and writes_end else turn)
+    asked = processor.tokenizer.pad({"input_ids": turns}, padding_side="left", return_tensors="pt")
+    asked = asked.to(sequences.device)
+    seen = torch.tensor(masks, dtype=attention_mask.dtype, device=sequences.device)  # (B, T - prompt)
+    return BatchFeature(
+        {
+            "input_ids": torch.cat([sequences, asked["input_ids"]], dim=1),  # (B, T + new)
+            "attention_mask": torch.cat([attention_mask, seen, asked["attention_mask"]], dim=1),
+        }
+    )

@@ -20,8 +20,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, nearest, split_of, to_dataset
-from mmcoconut.data.__init__ import rows_of_split
+from mmcoconut.data import SPLITS, Example, nearest, rows_of_split, split_of, to_dataset
 from mmcoconut.data.prosqa import FILES
 from mmcoconut.data.public import save_json
 

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from mmcoconut.columns_mmcoconut import whole_tensor
 from mmcoconut.data.images import content_keys, open_images
-from mmcoconut.processing_mmcoconut import makes_tiles
+from mmcoconut.images_mmcoconut import makes_tiles
 
 
 logger = logging.getLogger("mmcoconut")

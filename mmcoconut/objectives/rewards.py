@@ -20,10 +20,10 @@ import torch
 from accelerate import PartialState
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, parse_answer
 from mmcoconut.data import nearest, question_text
 from mmcoconut.data.scoring import REFERENCES, score
 from mmcoconut.errors import RecipeError, is_missing_folder
-from mmcoconut.processing_mmcoconut import ANSWER_MARKER, parse_answer
 
 
 ROW_COLUMNS = ("question", "choices", "answers", "row_id")  # of the rows, what a metric or a judge reads

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, takewhile
 
 import torch
 
 from mmcoconut.arguments.choices import STAGED_MODES, THINKING_MODES
+from mmcoconut.chat_template_mmcoconut import messages_of
 from mmcoconut.data import history_of, open_images, question_text
 from mmcoconut.data.image_features import ImageFeatures
+from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.objectives.alignment import Alignment
-from mmcoconut.processing_mmcoconut import makes_tiles
 from mmcoconut.training.curriculum import Curriculum, RowPlan
 
 
@@ -48,17 +49,51 @@ def align_rows(rows: Sequence[Sequence[Turn]], *, pad_id: int, latent_id: int):
     }
 
 
+def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
+    """Return where ids stand in others for the last time; -1 if nowhere.
+
+    >>> last_place([1, 2], [1, 2, 0, 1, 2]), last_place([2, 1], [1, 2])
+    (3, -1)
+    """
+    starts = range(len(whole) - len(part), -1, -1)
+    return next((start for start in starts if whole[start : start + len(part)] == part), -1)
+
+
 @lru_cache(maxsize=RECURRING_TEXTS)
-def encode_turns(processor, question: str, history: tuple, markers: str, **layout) -> tuple:
-    """`processor.encode_turns`, which renders a chat, once for questions that recur; markers are the processor's."""
-    turns, prompt = processor.encode_turns(question, history, **layout)
-    return tuple((tuple(asked), tuple(written)) for asked, written in turns), tuple(prompt)
+def encode_turns(
+    processor, question: str, history: tuple, markers: str, *, num_tiles: tuple, num_latents: int
+) -> tuple:
+    """Return of each earlier turn its prompt and what is to be written, and the last prompt, as tuples of ids.
+
+    What is to be written is the answer and, where the chat template has it, the end token. markers: the processor's.
+
+    Raises:
+        ValueError: a chat template that writes an answer otherwise than `processor.encode_answer`.
+    """
+    messages, layout = messages_of(question, history, len(num_tiles)), processor.layout(num_latents)
+    whole, _ = processor.encode_chat(messages, num_tiles, {**layout, "add_generation_prompt": True})
+    turns, start = [], 0
+    for number, (_, answer) in enumerate(history, start=1):
+        so_far, _ = processor.encode_chat(messages[: 2 * number], num_tiles, layout)
+        *written, eos = processor.encode_answer(answer)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, so_far))
+        first = last_place(written, [token_id for token_id, _ in same])
+        if first < start:
+            raise ValueError(
+                f"The chat template does not write the answer of turn {number}, {answer!r}, as the model does: "
+                "give a chat_template that keeps earlier answers, with no space added in front of them."
+            )
+        end = first + len(written)
+        end += whole[end] == eos
+        turns.append((tuple(whole[start:first]), tuple(whole[first:end])))
+        start = end
+    return tuple(turns), tuple(whole[start:])
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)
 def encode_step(processor, step: str) -> tuple:
-    """`processor.encode_step`, once for steps that recur."""
-    return tuple(processor.encode_step(step))
+    """Return the ids of a written step, on its line, once for steps that recur."""
+    return tuple(processor.encode_text(f"{step}\n"))
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)

@@ -16,8 +16,8 @@ import torch
 from datasets import Dataset
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER
 from mmcoconut.data import history_of, image_counts, question_text
-from mmcoconut.processing_mmcoconut import ANSWER_MARKER
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import RowPlan
 

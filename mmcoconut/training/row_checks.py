@@ -11,9 +11,9 @@ from contextlib import contextmanager
 
 from datasets import Dataset
 
+from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, parse_answer
 from mmcoconut.data import image_counts
 from mmcoconut.data.scoring import REFERENCES, score
-from mmcoconut.processing_mmcoconut import ANSWER_MARKER, parse_answer
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.grouping import token_counts
 

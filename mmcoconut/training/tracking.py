@@ -133,7 +133,7 @@ class TrackingCallback(TrainerCallback):
         with trainer.compute_loss_context_manager():
             thoughts = model(**inputs, output_thoughts=True, logits_to_keep=1).thoughts  # (B, N, D)
             tokens = model.generate(**inputs, max_new_tokens=collator.max_new_tokens, do_sample=False)
-        answers = processor.decode_answers(tokens[:, inputs[processor.prompt_names[0]].shape[1] :])
+        answers = processor.decode_answers(tokens, inputs)
         samples = [
             Sample(small_picture(row), question_text(row), row["answers"][0], answer)
             for row, answer in zip(rows, answers)

@@ -13,10 +13,10 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from mmcoconut.arguments.recipes import read_recipe
+from mmcoconut.chat_template_mmcoconut import parse_answer
 from mmcoconut.data.scoring import figures_of, score
 from mmcoconut.hub.card import Evidence, model_card, write_card
 from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
-from mmcoconut.processing_mmcoconut import parse_answer
 from mmcoconut.records import ADAPTER_FOLDER, RECIPE_FILE, read_json, write_json
 from mmcoconut.tables import stage_row, stage_rows
 from mmcoconut.training.callbacks import CurriculumCallback, ShardingCallback
