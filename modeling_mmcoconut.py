@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
@@ -23,6 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
+from .attention_mmcoconut import SplitCache, choose_attention, reads_split_keys, split_cache_of
 from .backbones_mmcoconut import FromBackbones, call_with_row_positions
 from .caches_mmcoconut import (
     CrossAttentionCache,
@@ -57,7 +58,6 @@ from .deferred_mmcoconut import LEAST_WIDTH
 from .fusions_mmcoconut import IMAGE_FUSIONS, check_num_tiles, check_one_source
 from .generation_mmcoconut import GenerationWithImages, images_of_call
 from .jacobi_mmcoconut import check_not_sharded, check_one_block, think_jacobi
-from .kernels_mmcoconut import GenerationOverSplitKeys, SplitCache
 from .latent_graphs_mmcoconut import check_latent_graphs, latent_step_caller
 from .latent_mmcoconut import (
     ThinkOutput,
@@ -277,6 +277,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             )
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
+        asked = attention_of(config.text_config)  # None where neither the user nor a recipe asked for one
         self.language_model = self.build_language_model(config)
         self.thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
         if config.stop_head:
@@ -288,6 +289,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         # The library's own cache tells which layers see a window of columns only, however the configuration names it.
         layers = DynamicCache(config=config.get_text_config(decoder=True)).layers
         self.sees_all_columns = all(type(layer) is DynamicLayer for layer in layers)
+        if self.sees_all_columns and config.thought_schedule == "sequential":
+            choose_attention(self.get_decoder(), asked)
         self.latent_graphs = "auto"
         self.checkpointed_passes = "all"
         if self.cross_attends and "encoder_hidden_states" not in decoder_inputs:
@@ -523,16 +526,19 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "model with more positions."
             )
 
-    def reads_split_keys(self) -> bool:
-        """Whether the decoder's attention reads a SplitCache, and no update of parallel thoughts reads it again."""
-        is_latent = attention_of(self.get_decoder().config) == "latent"
-        return is_latent and self.sees_all_columns and self.config.thought_schedule == "sequential"
+    def reads_split_keys(self, prefix_length: int = 0) -> bool:
+        """Return True if a call with so many columns before its first latent is to use a SplitCache.
 
-    def start_cache(self, replayed: bool, kept: bool) -> Cache:
-        """A fresh cache: a growing one, one that gradient checkpointing can replay, or, where `latent` attention can
+        Never where an update of parallel thoughts would read it again, or where layers see a window of columns.
+        """
+        can_read = self.sees_all_columns and self.config.thought_schedule == "sequential"
+        return can_read and reads_split_keys(self.get_decoder(), prefix_length)
+
+    def start_cache(self, replayed: bool, kept: bool, prefix_length: int = 0) -> Cache:
+        """A fresh cache: a growing one, one that gradient checkpointing can replay, or, where latent attention is to
         read it, one that leaves the first pass's keys in place; through that one a later call has no gradients."""
         text_config = self.config.get_text_config(decoder=True)
-        if not replayed and self.reads_split_keys() and not (kept and torch.is_grad_enabled()):
+        if not replayed and not (kept and torch.is_grad_enabled()) and self.reads_split_keys(prefix_length):
             return SplitCache()
         if not replayed:
             return DynamicCache(config=text_config)
@@ -543,7 +549,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
                 "gradient_checkpointing off."
             )
         if self.checkpointed_passes == "first" and not kept:
-            return FirstPassCache(SplitCache.after if self.reads_split_keys() else growing_after)
+            return FirstPassCache(SplitCache.after if self.reads_split_keys(prefix_length) else growing_after)
         return ReplayCache()
 
     def split_latents(self, latent_mask: torch.Tensor, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
@@ -671,7 +677,8 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
             state = {"past_key_values": past_key_values, "attention_mask": attention_mask}
             loop = self.thinking_loop(latent_mask, stop_threshold=stop_threshold, **state)
         if past_key_values is None and (keeps_cache or columns):
-            past_key_values = self.start_cache(replayed, keeps_cache or loop is not think)
+            kept, prefix_length = keeps_cache or loop is not think, columns[0] if columns else 0
+            past_key_values = self.start_cache(replayed, kept, prefix_length)
         if "encoder_hidden_states" in kwargs and past_key_values is not None:
             past_key_values = with_cross_attention(past_key_values, kwargs)
         if loop is think and columns:
@@ -803,6 +810,18 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
 def setting_of_base(name: str) -> property:
     """A setting of MMCoconutModel, read and written through the model with a head."""
     return property(lambda self: getattr(self.model, name), lambda self, value: setattr(self.model, name, value))
+
+
+class GenerationOverSplitKeys:
+    """The part of a model with a head that gives `generate` a SplitCache where that can be read."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args):
+        """Put a SplitCache in the place of a growing cache that transformers makes."""
+        is_given = model_kwargs.get(CACHE) is not None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if CACHE in model_kwargs and not (is_given or is_assisted) and self.model.reads_split_keys():
+            model_kwargs[CACHE] = split_cache_of(model_kwargs[CACHE])
 
 
 class MMCoconutForConditionalGeneration(

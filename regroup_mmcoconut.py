@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .attention_mmcoconut import SplitCache, SplitLayer
 from .caches_mmcoconut import ReplayCache, text_cache
-from .kernels_mmcoconut import SplitCache, SplitLayer
 from .latent_mmcoconut import ThinkOutput, take_columns, think
 
 

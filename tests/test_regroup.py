@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, QuantizedCache
 
-from mmcoconut.kernels_mmcoconut import SplitCache
+from mmcoconut.attention_mmcoconut import SplitCache
 from mmcoconut.latent_mmcoconut import think
 from mmcoconut.modeling_mmcoconut import MMCoconutModel
 from mmcoconut.regroup_mmcoconut import COLUMNS_OF_A_PASS, can_regroup, is_worth, layout_of
