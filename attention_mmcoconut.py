@@ -12,14 +12,14 @@ forms the gradients of the keys that one pass wrote at once, from the queries of
     p = exp(s - logsumexp)    δ = do · output    ds = p (do · values - δ)    dq = ds · keys
     dkeys = Σ_steps ds · q    dvalues = Σ_steps p · do
 
-This file holds, in this order: the definition; the arithmetic of the fast path, for any device; its autograd
-functions; the cache; what transformers calls; and where latent attention is chosen by default. On a GPU the kernels
-of attention_triton_mmcoconut.py do the arithmetic.
+In this file: the definition, the arithmetic of the fast path (on a GPU that of attention_triton_mmcoconut.py), its
+autograd functions, the cache, what transformers calls, and where latent attention is used by default.
 
-Shapes: B batch, H query heads, H' key and value heads (H = G · H'), Q queries of one step, N of all steps, P prefix,
+Shapes: B batch, H query heads, H' key and value heads (H = G · H'), Q queries of one step, N of several, P prefix,
 T tail, K head dim. Source: FlashAttention (recomputation), Dao et al. 2022, https://arxiv.org/abs/2205.14135.
 """
 
+from collections import namedtuple
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
@@ -41,11 +41,11 @@ from .compat_mmcoconut import attention_of, current_backward_pass
 
 logger = logging.get_logger(__name__)
 
-# Decoders for which no implementation was asked use latent attention under this name, see `chooses_latent_attention`.
-LATENT_WHERE_FASTER = "latent_where_faster"
-# Least columns of the first pass, for decoders of this width or more, and narrower ones; benchmarks/LOG.md, 2026-11-30.
-LEAST_PREFIX, LEAST_WIDTH, LEAST_PREFIX_OF_NARROW = 64, 512, 256
-# A pass of more queries, such as the answer's, reads one joined copy: its scores would take more memory than the copy.
+# What decoders get for which no implementation was asked: latent attention in the calls for which it is chosen.
+LATENT_WHERE_LEANER = "latent_where_leaner"
+# Columns of the first pass from which on it is, in decoders of this width or more, and in narrower ones.
+LEAST_PREFIX, WIDE, LEAST_PREFIX_IF_NARROW = 64, 512, 256  # benchmarks/LOG.md, 2026-11-30
+# More queries, as in a long answer's pass, read one joined copy: without it a step with 256 takes 1.2 times as long.
 MAX_QUERIES = 16
 
 
@@ -96,11 +96,8 @@ def latent_attention(step: Step, key: Split, value: Split) -> torch.Tensor:
     return Attend.apply(token, step.query, states, step)
 
 
-# The arithmetic of the fast path. Rows are the queries of all heads that share a key and value head: R = G · Q.
-
-
 def by_kv_head(states: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """Return (B, H, Q, …) as (B, H', R, …): the rows that read the same keys stand together."""
+    """Return (B, H, Q, …) as (B, H', R, …), R = G · Q: the rows that read the same keys stand together."""
     return states.reshape(states.shape[0], num_kv_heads, -1, *states.shape[3:])
 
 
@@ -167,16 +164,9 @@ def key_backward(step: Step, key, value, grad_output, logsumexp, delta) -> tuple
     return grad_scores @ query, weights @ grad_output
 
 
-class Kernels(NamedTuple):
-    """The three functions that do the arithmetic."""
-
-    attention_forward: Callable
-    query_backward: Callable
-    key_backward: Callable
-
-
+Kernels = namedtuple("Kernels", ("attention_forward", "query_backward", "key_backward"))
 PYTORCH = Kernels(attention_forward, query_backward, key_backward)
-TRITON = Kernels(*(getattr(triton_kernels, name) for name in Kernels._fields))
+TRITON = Kernels(triton_kernels.attention_forward, triton_kernels.query_backward, triton_kernels.key_backward)
 
 
 def kernels_for(*tensors: torch.Tensor, has_dropout: bool = False) -> Kernels:
@@ -204,9 +194,9 @@ def mask_over(step: Step, columns: slice) -> torch.Tensor:
 
 def joined_steps(steps: list[Step], columns: slice) -> Step:
     """Return the steps as one, with queries (B, H, N, K), over these columns of the keys."""
-    query, mask, kept = torch.cat([step.query for step in steps], dim=2), None, None
-    if any(step.mask is not None for step in steps):
-        mask = torch.cat([mask_over(step, columns) for step in steps], dim=2)  # (B, 1, N, L)
+    query = torch.cat([step.query for step in steps], dim=2)
+    mask = torch.cat([mask_over(step, columns) for step in steps], dim=2)  # (B, 1, N, L)
+    kept = None
     if steps[0].kept is not None:
         kept = torch.cat([step.kept[..., columns] for step in steps], dim=2)  # (B, H, N, L)
     return Step(query, steps[0].scaling, mask, kept)
@@ -221,9 +211,8 @@ class SplitStates:
     """
 
     def __init__(self, key: torch.Tensor, value: torch.Tensor):
-        self.prefix = (key, value)
+        self.prefix, self.length = (key, value), 0
         self.buffers = (key[:, :, :0].detach(), value[:, :, :0].detach())
-        self.length = 0
         self.backward_pass, self.steps, self.of_tail = None, [], []
 
     @property
@@ -268,7 +257,8 @@ class SplitStates:
         states, found = [part.detach() for part in self.prefix], []
         if columns.start >= prefix_length:
             states = [buffer[:, :, in_tail] for buffer in self.buffers]
-            found = [[part[:, :, in_tail] for part in read] for read in self.of_tail if read[0].shape[2] >= in_tail.stop]
+            read = (parts for parts in self.of_tail if parts[0].shape[2] >= in_tail.stop)
+            found = [[part[:, :, in_tail] for part in parts] for parts in read]
         reading = [rest for num_keys, *rest in self.steps if num_keys >= columns.stop]
         if reading:
             steps, *rows = zip(*reading)
@@ -337,9 +327,6 @@ class Attend(torch.autograd.Function):
         return grad_output.new_empty(0), grad_query, None, None
 
 
-# The cache, and what transformers calls.
-
-
 class SplitKeys(NamedTuple):
     """What attention gets in place of keys and of values: all of both, and the token that allows to read them."""
 
@@ -347,20 +334,17 @@ class SplitKeys(NamedTuple):
     token: torch.Tensor
 
 
-class SplitLayer(CacheLayerMixin):
+class SplitLayer(DynamicLayer):
     """Keys and values of one layer: those of the first pass as they are, all later ones in a tail of their own."""
-
-    is_sliding = False
-    is_croppable = True
 
     def __init__(self):
         super().__init__()
         self.is_initialized = True
+        self.reset()
+
+    def reset(self) -> None:
         self.states: SplitStates | None = None
         self.token: torch.Tensor | None = None
-
-    def lazy_initialization(self, key_states, value_states):
-        return None
 
     def update(self, key_states, value_states, *args, **kwargs):
         """Return the first pass's own keys and values (B, H', P, K); in later passes `SplitKeys` in place of both."""
@@ -385,8 +369,7 @@ class SplitLayer(CacheLayerMixin):
     def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Hold other rows, `pick` of keys or values (B, H', ·, K), in place of these; between decoding steps."""
         states = SplitStates(*map(pick, self.states.prefix))
-        states.buffers = tuple(map(pick, self.states.buffers))
-        states.length = self.states.length
+        states.buffers, states.length = tuple(map(pick, self.states.buffers)), self.states.length
         self.states = states
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -405,12 +388,6 @@ class SplitLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return 0 if self.states is None else self.states.num_keys
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        return -1
-
 
 class SplitCache(Cache):
     """A cache whose later keys are not joined to those of the first pass, in training and in generation."""
@@ -428,18 +405,6 @@ class SplitCache(Cache):
         return cache
 
 
-def split_attention(
-    query, keys: SplitKeys, scaling: float, mask: torch.Tensor | None = None, dropout: float = 0.0
-) -> torch.Tensor:
-    """Return the attention (B, H, Q, K) of few queries over split keys and values, with dropout's rate."""
-    kept = None
-    if dropout > 0:
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        kept = query.new_empty(*query.shape[:3], keys.states.num_keys, dtype=dtype)
-        kept.bernoulli_(1 - dropout).div_(1 - dropout)  # (B, H, Q, P + T)
-    return Attend.apply(keys.token, query, keys.states, Step(query, scaling, mask, kept))
-
-
 def joined_attention(attend, query, prefix_key, prefix_value, tail_key, tail_value, mask) -> torch.Tensor:
     """Return `attend` with the keys and the values joined."""
     key, value = Split(prefix_key, tail_key).joined(), Split(prefix_value, tail_value).joined()
@@ -453,14 +418,15 @@ def latent_attention_forward(
     attend = partial(sdpa_attention_forward, module, dropout=dropout, scaling=scaling, **kwargs)
     if not isinstance(key, SplitKeys):
         return attend(query, key, value, attention_mask)
-    if query.shape[2] <= MAX_QUERIES:
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        output = split_attention(query, key, scaling, attention_mask, dropout)
-        return output.transpose(1, 2).contiguous(), None
-    # The joined copy is made again in the backward pass rather than kept.
-    tail = ReadTail.apply(key.token, key.states)
-    states = (query, *key.states.prefix, *tail, attention_mask)
-    return checkpoint(joined_attention, attend, *states, use_reentrant=False, preserve_rng_state=dropout > 0), None
+    states, token = key
+    if query.shape[2] > MAX_QUERIES:  # the joined copy is made again in the backward pass rather than kept
+        inputs = (query, *states.prefix, *ReadTail.apply(token, states), attention_mask)
+        return checkpoint(joined_attention, attend, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0), None
+    step = Step(query, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask)
+    if dropout > 0:
+        kept = torch.rand(*query.shape[:3], states.num_keys, device=query.device) >= dropout
+        step = step._replace(kept=kept / (1 - dropout))  # (B, H, Q, P + T)
+    return Attend.apply(token, query, states, step).transpose(1, 2).contiguous(), None
 
 
 def latent_mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_causal_skip=True, **kwargs):
@@ -470,55 +436,43 @@ def latent_mask(batch_size, q_length, kv_length, *args, attention_mask=None, all
     return sdpa_mask(batch_size, q_length, kv_length, *args, **options)
 
 
-AttentionInterface.register("latent", latent_attention_forward)
-AttentionMaskInterface.register("latent", latent_mask)
-AttentionInterface.register(LATENT_WHERE_FASTER, latent_attention_forward)
-AttentionMaskInterface.register(LATENT_WHERE_FASTER, sdpa_mask)
+for name, mask_function in (("latent", latent_mask), (LATENT_WHERE_LEANER, sdpa_mask)):
+    AttentionInterface.register(name, latent_attention_forward)
+    AttentionMaskInterface.register(name, mask_function)
 
 
 def choose_attention(decoder: PreTrainedModel, asked: str | None) -> None:
-    """Let a decoder with full attention use latent attention where it pays, if no implementation was asked for.
+    """Let a decoder with full attention use latent attention where it is leaner, if nobody asked for another.
 
-    asked: `attention_of(config)` before the decoder was built from it. None there means that nobody asked:
-    transformers then resolves it to sdpa, or to eager for a decoder without sdpa.
+    asked: `attention_of(config)` before the decoder was built; None: transformers chose sdpa, or eager.
     """
     if asked is None and attention_of(decoder.config) == "sdpa":
-        decoder.set_attn_implementation(LATENT_WHERE_FASTER)
+        decoder.set_attn_implementation(LATENT_WHERE_LEANER)
 
 
-def chooses_latent_attention(decoder: PreTrainedModel, prefix_length: int) -> bool:
-    """Return True if a training step behind a first pass of this many columns is leaner and not slower than with sdpa.
+def chooses_latent_attention(decoder: PreTrainedModel, prefix_length: int = 0) -> bool:
+    """Return True if a call is to use a SplitCache: "latent" was asked for, or it is leaner and not slower than sdpa.
 
-    On a GPU it was never measured. In generation it is as fast at 64 columns and slower at 272.
+    prefix_length: columns of the first pass of a training step; 0 in generation, where it was no faster. Only asked
+    for, never chosen, on a GPU, where it was not measured.
     """
-    least = LEAST_PREFIX if decoder.config.hidden_size >= LEAST_WIDTH else LEAST_PREFIX_OF_NARROW
+    least = LEAST_PREFIX if decoder.config.hidden_size >= WIDE else LEAST_PREFIX_IF_NARROW
     trains = decoder.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    if not trains or decoder.device.type != "cpu" or prefix_length < least:
-        return False
+    is_leaner = trains and decoder.device.type == "cpu" and prefix_length >= least
+    if attention_of(decoder.config) != LATENT_WHERE_LEANER or not is_leaner:
+        return attention_of(decoder.config) == "latent"
     logger.info_once(
-        f"Latent attention is used in training steps with {least} or more columns before the first thought: it keeps "
-        "less memory there. Set attn_implementation='sdpa' to do without, or 'latent' to use it everywhere."
+        f"Training steps with {least} or more columns before the first thought use latent attention, which keeps less "
+        "memory. Set attn_implementation='sdpa' to do without it, or 'latent' to use it everywhere."
     )
     return True
 
 
-def reads_split_keys(decoder: PreTrainedModel, prefix_length: int = 0) -> bool:
-    """Return True if a call of a decoder with full attention is to use a SplitCache, as asked for or as chosen."""
-    attention = attention_of(decoder.config)
-    return attention == "latent" or (
-        attention == LATENT_WHERE_FASTER and chooses_latent_attention(decoder, prefix_length)
-    )
-
-
 def split_cache_of(past_key_values: Cache) -> Cache:
-    """Return the cache that `generate` made with a SplitCache in place of its growing cache of the text, if it has one.
-
-    Static, offloaded and quantized caches stay as they are.
-    """
+    """Return a cache that `generate` made with a SplitCache in place of a growing cache of the text, if it has one."""
     own = text_cache(past_key_values)
-    if type(own) is not DynamicCache or own.offloading:
-        return past_key_values
-    if own is past_key_values:
-        return SplitCache()
-    past_key_values.self_attention_cache = SplitCache()
+    if type(own) is DynamicCache and not own.offloading:
+        if own is past_key_values:
+            return SplitCache()
+        past_key_values.self_attention_cache = SplitCache()
     return past_key_values

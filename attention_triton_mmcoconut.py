@@ -284,7 +284,7 @@ class Plan(NamedTuple):
 
 
 def blocks_of(query: torch.Tensor, num_rows: int, *, bytes_of_keys: int) -> dict:
-    """Return the kernels' constants for `num_rows` rows a kv head; blocks are powers of two, and 16 is tl.dot's least."""
+    """Return the kernels' constants for `num_rows` rows a kv head; blocks are powers of two, at least tl.dot's 16."""
     head_dim = query.shape[-1]
     dims = max(16, triton.next_power_of_2(head_dim))
     row_bytes = dims * query.element_size()

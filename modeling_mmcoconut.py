@@ -23,7 +23,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
-from .attention_mmcoconut import SplitCache, choose_attention, reads_split_keys, split_cache_of
+from .attention_mmcoconut import SplitCache, choose_attention, chooses_latent_attention, split_cache_of
 from .backbones_mmcoconut import FromBackbones, call_with_row_positions
 from .caches_mmcoconut import (
     CrossAttentionCache,
@@ -532,7 +532,7 @@ class MMCoconutModel(MMCoconutPreTrainedModel):
         Never where an update of parallel thoughts would read it again, or where layers see a window of columns.
         """
         can_read = self.sees_all_columns and self.config.thought_schedule == "sequential"
-        return can_read and reads_split_keys(self.get_decoder(), prefix_length)
+        return can_read and chooses_latent_attention(self.get_decoder(), prefix_length)
 
     def start_cache(self, replayed: bool, kept: bool, prefix_length: int = 0) -> Cache:
         """A fresh cache: a growing one, one that gradient checkpointing can replay, or, where latent attention is to

@@ -30,8 +30,8 @@ from mmcoconut.attention_mmcoconut import (
     SplitLayer,
     Step,
     latent_attention,
+    latent_attention_forward,
     latent_attention_reference,
-    split_attention,
 )
 
 
@@ -131,7 +131,8 @@ def test_dropout_drops_whole_keys_and_scales_the_rest():
     layer.update(ones[:, :, :3], ones[:, :, :3])
     keys, _ = layer.update(ones[:, :, 3:], ones[:, :, 3:])
     torch.manual_seed(0)
-    outputs = [split_attention(ones[:, :, :1], keys, scaling=0.0, dropout=0.5) for _ in range(50)]
+    inputs, how = (None, ones[:, :, :1], keys, None, None), {"scaling": 0.0, "dropout": 0.5}
+    outputs = [latent_attention_forward(*inputs, **how)[0] for _ in range(50)]  # (B, Q, H, K)
     # Equal weights of 1/4 on values of 1: dropping j of four and doubling the rest gives (4 - j) / 2.
     seen = {round(value, 6) for value in torch.stack(outputs)[..., 0].flatten().tolist()}
     assert seen == {0.0, 0.5, 1.0, 1.5, 2.0}

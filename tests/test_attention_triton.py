@@ -178,9 +178,7 @@ def test_output_and_five_gradients_equal_the_definition(kernels, device, shape, 
 
 @pytest.mark.parametrize("tolerance", [2e-6])
 def test_logsumexp_and_delta_are_what_they_are_named(kernels, device, tolerance):
-    query, *states, grad_output = random_tensors(
-        device, heads=2, kv_heads=2, queries=3, prefix=5, tail=3, head_dim=32
-    )
+    query, *states, grad_output = random_tensors(device, heads=2, kv_heads=2, queries=3, prefix=5, tail=3, head_dim=32)
     mask = left_padded_mask(device, 3, 5, 3)
     key, value = split_states(states)
     step = Step(query, 0.3, mask)
