@@ -184,19 +184,13 @@ def kernels_for(*tensors: torch.Tensor, has_dropout: bool = False) -> Kernels:
 # done.
 
 
-def mask_over(step: Step, columns: slice) -> torch.Tensor:
-    """Return the mask of these columns, (B, 1, Q, L); a step without a mask sees all of them."""
-    if step.mask is not None:
-        return step.mask[..., columns]
-    shape = (step.query.shape[0], 1, step.query.shape[2], columns.stop - columns.start)
-    return step.query.new_ones(shape, dtype=torch.bool)
-
-
 def joined_steps(steps: list[Step], columns: slice) -> Step:
     """Return the steps as one, with queries (B, H, N, K), over these columns of the keys."""
-    query = torch.cat([step.query for step in steps], dim=2)
-    mask = torch.cat([mask_over(step, columns) for step in steps], dim=2)  # (B, 1, N, L)
-    kept = None
+    query, kept = torch.cat([step.query for step in steps], dim=2), None
+    mask = query.new_ones(query.shape[0], 1, query.shape[2], columns.stop - columns.start, dtype=torch.bool)
+    for step, rows in zip(steps, mask.split([step.query.shape[2] for step in steps], dim=2)):
+        if step.mask is not None:
+            rows.copy_(step.mask[..., columns])
     if steps[0].kept is not None:
         kept = torch.cat([step.kept[..., columns] for step in steps], dim=2)  # (B, H, N, L)
     return Step(query, steps[0].scaling, mask, kept)
@@ -225,9 +219,9 @@ class SplitStates:
             self.backward_pass, self.steps, self.of_tail = current_backward_pass(), [], []
         return self
 
-    def split(self, num_keys: int | None = None) -> tuple[Split, Split]:
-        """Return keys and values, all or the first so many, unseen by autograd."""
-        end = (self.num_keys if num_keys is None else num_keys) - self.prefix[0].shape[2]
+    def split(self, num_keys: int) -> tuple[Split, Split]:
+        """Return the first keys and values, unseen by autograd."""
+        end = num_keys - self.prefix[0].shape[2]
         key, value = (Split(one.detach(), buffer[:, :, :end]) for one, buffer in zip(self.prefix, self.buffers))
         return key, value
 
@@ -294,7 +288,7 @@ class ReadTail(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token, states):
         ctx.states = states
-        key, value = states.split()
+        key, value = states.split(states.num_keys)
         return key.tail, value.tail
 
     @staticmethod
@@ -310,7 +304,7 @@ class Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, token, query, states, step):
         ctx.states, ctx.num_keys, ctx.how = states, states.num_keys, step[1:]
-        key, value = states.split()
+        key, value = states.split(states.num_keys)
         ctx.kernels = kernels_for(query, *key, *value, has_dropout=step.kept is not None)
         output, logsumexp = ctx.kernels.attention_forward(step, key, value)
         ctx.save_for_backward(query, output, logsumexp)
@@ -364,7 +358,7 @@ class SplitLayer(DynamicLayer):
 
     def joined(self) -> tuple[torch.Tensor, ...]:
         """Return keys and values (B, H', P + T, K) of all that the layer has read."""
-        return tuple(split.joined() for split in self.states.split())
+        return tuple(split.joined() for split in self.states.split(self.states.num_keys))
 
     def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Hold other rows, `pick` of keys or values (B, H', ·, K), in place of these; between decoding steps."""
