@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 # What decoders get for which no implementation was asked: latent attention in the calls for which it is chosen.
 LATENT_WHERE_LEANER = "latent_where_leaner"
 # Columns of the first pass from which on it is, in decoders of this width or more, and in narrower ones.
-LEAST_PREFIX, WIDE, LEAST_PREFIX_IF_NARROW = 64, 512, 256  # benchmarks/LOG.md, 2026-11-30
+LEAST_PREFIX, WIDE, LEAST_PREFIX_IF_NARROW = 128, 512, 256  # benchmarks/LOG.md, 2026-11-30
 # More queries, as in a long answer's pass, read one joined copy: without it a step with 256 takes 1.2 times as long.
 MAX_QUERIES = 16
 
