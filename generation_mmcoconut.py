@@ -17,11 +17,11 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .caches_mmcoconut import ThoughtState, text_cache, with_mask_of_left_out
+from .attention_mmcoconut import split_cache_of
+from .caches_mmcoconut import ThoughtState, with_mask_of_left_out
 from .columns_mmcoconut import check_new_positions, position_limit, positions_from_mask
 from .compat_mmcoconut import CACHE, RELEASE, rename_cache
 from .configuration_mmcoconut import TOKEN_ID_FIELDS
-from .kernels_mmcoconut import SplitCache
 from .prefixes_mmcoconut import Maker, PromptPrefix, prompts_of, shared_length
 from .vision_mmcoconut import check_num_features, check_one_source, check_whole_images
 
@@ -314,23 +314,13 @@ class ThinkingGenerationMixin(GenerationMixin):
             del model_kwargs[CACHE]
         is_given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        if not is_given and not is_assisted:
-            self._split_keys(model_kwargs)
+        splits = not (is_given or is_assisted) and self.config.thought_schedule == "sequential"
+        if splits and CACHE in model_kwargs and self.get_decoder().reads_split_keys():
+            model_kwargs[CACHE] = split_cache_of(model_kwargs[CACHE])
         if isinstance(prefix, PromptPrefix):
             self._check_window(generation_config, model_kwargs)
             num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             model_kwargs[CACHE] = prefix.copied_into(model_kwargs[CACHE], num_rows)
-
-    def _split_keys(self, model_kwargs: dict) -> None:
-        """Put a SplitCache in the place of a growing cache, where attention reads it and no thought is updated."""
-        own = text_cache(model_kwargs.get(CACHE))
-        reads = self.get_decoder().reads_split_keys() and self.config.thought_schedule == "sequential"
-        if type(own) is not DynamicCache or own.offloading or not reads:
-            return
-        if own is model_kwargs[CACHE]:
-            model_kwargs[CACHE] = SplitCache()
-        else:
-            model_kwargs[CACHE].self_attention_cache = SplitCache()
 
     def _check_window(self, generation_config, model_kwargs: dict) -> None:
         """Raise where padding between a prefix and the rest of a prompt would push columns out of a window."""

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from .attention_mmcoconut import SplitCache, SplitLayer
 from .caches_mmcoconut import PassCache, ThoughtState, text_cache
 from .columns_mmcoconut import is_sharded, is_two_dimensional, packed, positions_from_mask, take_columns
-from .kernels_mmcoconut import SplitCache, SplitLayer
 from .thinking_mmcoconut import Passes, Thoughts, join_columns, put_first, think
 
 

@@ -38,6 +38,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
+from .attention_mmcoconut import SplitCache, chooses_latent_attention
 from .caches_mmcoconut import (
     FirstPassCache,
     PassCache,
@@ -63,8 +64,7 @@ from .columns_mmcoconut import (
     noise_by_column,
     split_latents,
 )
-from .compat_mmcoconut import CACHE, attention_of, is_checkpointing, rename_cache
-from .kernels_mmcoconut import SplitCache
+from .compat_mmcoconut import CACHE, is_checkpointing, rename_cache
 
 
 # Arguments that have one entry a token, and the axis along which they have it; others go to every pass as they are.
@@ -393,16 +393,18 @@ class ThinkingDecoder(PutInFront):
         """Return True if attention maps are asked for, which have an axis of columns."""
         return bool(inputs.get("output_attentions") or self.config.output_attentions)
 
-    def reads_split_keys(self) -> bool:
-        """Return True if the decoder's attention reads a SplitCache."""
-        return attention_of(self.config) == "latent" and self.sees_all_columns
+    def reads_split_keys(self, prefix_length: int = 0) -> bool:
+        """Return True if a call with so many columns before its first latent is to use a SplitCache."""
+        return self.sees_all_columns and chooses_latent_attention(self, prefix_length)
 
     def fresh_cache(self, thoughts: Thoughts, *, keeps_cache: bool, replays: bool) -> Cache:
-        """Return an empty cache: a growing one, one that gradient checkpointing can replay, or, where `latent`
-        attention reads it, one that leaves the first pass's keys in place; through that a later call has no gradients.
+        """Return an empty cache: a growing one, one that gradient checkpointing can replay, or, where latent attention
+        is to read it, one that leaves the first pass's keys in place; through that a later call has no gradients.
         """
-        splits = self.reads_split_keys() and not thoughts.reads_again
-        if splits and not replays and not (keeps_cache and torch.is_grad_enabled()):
+        prefix_length = thoughts.columns[0] if thoughts.columns else 0
+        may_split = not thoughts.reads_again and (replays or not (keeps_cache and torch.is_grad_enabled()))
+        splits = may_split and self.reads_split_keys(prefix_length)
+        if splits and not replays:
             return SplitCache()
         growing = DynamicCache(config=self.config)
         if not replays:

@@ -18,7 +18,6 @@ from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.build import from_backbones, from_vlm, processor_from_backbones, processor_from_vlm, set_tiles
-from mmcoconut.build.processors import set_tiles
 from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows

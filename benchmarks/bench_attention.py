@@ -4,8 +4,8 @@
 
 Random numbers; a line is one layer of one step, forward or forward and backward. Sides: `joined sdpa` copies prefix
 and tail together, as a cache that appends does in each step, and calls torch's attention; `split` is
-`latent_attention`; `definition` repeats keys and values for every head; `triton` are the kernels, on a GPU alone, and
-each step has a pass of its own for the prefix's gradient, though training takes one for all steps.
+`latent_attention`, on a GPU with the Triton kernels, and with a pass of its own for the prefix's gradient, though
+training takes one for all steps; `definition` repeats keys and values for every head.
 
 All sides of a line take turns in one run, and the ratio of the fastest of their repeats is what to read. GB/s: prefix
 and tail, counted once a forward pass; that of a copy on the same device, reads and writes counted, is beside it.
@@ -16,8 +16,8 @@ import argparse
 import torch
 from measuring import fastest, write_results
 
-from mmcoconut import triton_mmcoconut
-from mmcoconut.kernels_mmcoconut import Split, latent_attention, latent_attention_reference
+from mmcoconut.attention_mmcoconut import Split, Step, latent_attention, latent_attention_reference
+from mmcoconut.attention_triton_mmcoconut import triton
 
 
 # batch, heads, kv_heads, head_dim
@@ -25,36 +25,22 @@ CPU_SHAPES = [(4, 12, 12, 64), (1, 14, 2, 64)]
 GPU_SHAPES = [(8, 12, 12, 64), (8, 28, 4, 128), (32, 28, 4, 128), (1, 28, 4, 128)]
 
 
-def joined_sdpa(query, key: Split, value: Split, *, mask, scaling):
+def joined_sdpa(query, key: Split, value: Split, *, scaling):
     return torch.nn.functional.scaled_dot_product_attention(
         query, key.joined(), value.joined(), scale=scaling, enable_gqa=query.shape[1] != key.prefix.shape[1]
     )
 
 
-class TritonAttention(torch.autograd.Function):
-    """The three kernels as one step: forward, gradients of the step, gradients of the prefix."""
-
-    @staticmethod
-    def forward(ctx, scaling, *inputs):
-        output, logsumexp = triton_mmcoconut.attention_forward(*inputs, mask=None, scaling=scaling)
-        ctx.save_for_backward(*inputs, output, logsumexp)
-        ctx.scaling = scaling
-        return output
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        *inputs, output, logsumexp = ctx.saved_tensors
-        step = {"mask": None, "scaling": ctx.scaling, "logsumexp": logsumexp}
-        grad_query, *of_tail, delta = triton_mmcoconut.attention_backward(grad_output, *inputs, output=output, **step)
-        of_prefix = triton_mmcoconut.prefix_backward(grad_output, *inputs[:3], delta=delta, **step)
-        return None, grad_query, *of_prefix, *(gradient.to(grad_output.dtype) for gradient in of_tail)
+def of_step(attention):
+    """Return the attention as a function of query, keys and values."""
+    return lambda query, key, value, *, scaling: attention(Step(query, scaling), key, value)
 
 
-def triton_kernels(query, key: Split, value: Split, *, mask, scaling):
-    return TritonAttention.apply(scaling, query, key.prefix, value.prefix, key.tail, value.tail)
-
-
-SIDES = {"joined sdpa": joined_sdpa, "split": latent_attention, "definition": latent_attention_reference}
+SIDES = {
+    "joined sdpa": joined_sdpa,
+    "split": of_step(latent_attention),
+    "definition": of_step(latent_attention_reference),
+}
 
 
 def random_inputs(*, batch, heads, kv_heads, prefix, tail, head_dim, device, dtype) -> tuple:
@@ -74,7 +60,7 @@ def copy_bandwidth(device: str, repeats: int) -> float:
     return 2 * source.numel() / taken / 1e9
 
 
-def measure(sides: dict, *, repeats: int, **shape) -> list[dict]:
+def measure(*, repeats: int, **shape) -> list[dict]:
     """A row of every side, forward and forward with backward, of one shape."""
     query, key, value = inputs = random_inputs(**shape)
     leaves, grad_output = [query, *key, *value], torch.randn_like(query)
@@ -84,20 +70,20 @@ def measure(sides: dict, *, repeats: int, **shape) -> list[dict]:
     def forward_of(attention):
         def forward():
             with torch.no_grad():
-                attention(*inputs, mask=None, scaling=scaling)
+                attention(*inputs, scaling=scaling)
 
         return forward
 
     def both_of(attention):
         def both():
-            torch.autograd.grad(attention(*inputs, mask=None, scaling=scaling), leaves, grad_output)
+            torch.autograd.grad(attention(*inputs, scaling=scaling), leaves, grad_output)
 
         return both
 
     read = sum(part.numel() * part.element_size() for part in (*key, *value))
     rows = []
     for name, make in {"forward": forward_of, "forward+backward": both_of}.items():
-        calls = {side: make(attention) for side, attention in sides.items()}
+        calls = {side: make(attention) for side, attention in SIDES.items()}
         taken = fastest(calls, repeats=repeats, device=shape["device"])
         for side, seconds in taken.items():
             row = {"side": side, "pass": name, **sizes}
@@ -106,12 +92,12 @@ def measure(sides: dict, *, repeats: int, **shape) -> list[dict]:
     return rows
 
 
-def print_table(rows: list[dict], sides: dict, bandwidth: float) -> None:
+def print_table(rows: list[dict], bandwidth: float) -> None:
     """A line a shape and pass: what each side takes of the time of joined sdpa, and its GB/s."""
-    print("\n| B, H, H', K | P | T | pass | µs of joined sdpa | " + " | ".join(sides) + " | GB/s |")
-    print("|---" * (len(sides) + 6) + "|")
-    for index in range(0, len(rows), len(sides)):
-        line = rows[index : index + len(sides)]
+    print("\n| B, H, H', K | P | T | pass | µs of joined sdpa | " + " | ".join(SIDES) + " | GB/s |")
+    print("|---" * (len(SIDES) + 6) + "|")
+    for index in range(0, len(rows), len(SIDES)):
+        line = rows[index : index + len(SIDES)]
         first = line[0]
         shape = ", ".join(str(first[name]) for name in ("batch", "heads", "kv_heads", "head_dim"))
         cells = [shape, first["prefix"], first["tail"], first["pass"], first["microseconds"]]
@@ -123,7 +109,7 @@ def print_table(rows: list[dict], sides: dict, bandwidth: float) -> None:
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gpu", action="store_true", help="large shapes in bfloat16, with the Triton kernels")
+    parser.add_argument("--gpu", action="store_true", help="large shapes in bfloat16")
     parser.add_argument("--prefixes", type=int, nargs="+", default=[64, 300, 3300])
     parser.add_argument("--tails", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=10)
@@ -137,7 +123,6 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     device, dtype = ("cuda", torch.bfloat16) if arguments.gpu else ("cpu", torch.float32)
-    sides = SIDES | ({"triton": triton_kernels} if arguments.gpu else {})
     bandwidth = copy_bandwidth(device, arguments.repeats)
     rows = []
     for batch, heads, kv_heads, head_dim in GPU_SHAPES if arguments.gpu else CPU_SHAPES:
@@ -145,17 +130,17 @@ def main() -> None:
             for tail in arguments.tails:
                 shape = {"batch": batch, "heads": heads, "kv_heads": kv_heads, "prefix": prefix, "tail": tail}
                 shape |= {"head_dim": head_dim, "device": device, "dtype": dtype}
-                rows += measure(sides, repeats=arguments.repeats, **shape)
+                rows += measure(repeats=arguments.repeats, **shape)
                 print(rows[-1], flush=True)
     file = write_results(
         rows,
         arguments,
         dtype=str(dtype).removeprefix("torch."),
         copy_gb_per_s=round(bandwidth, 1),
-        triton=triton_mmcoconut.triton.__version__ if triton_mmcoconut.triton else "",
+        triton=triton.__version__ if triton else "",
     )
     print(f"written to {file.name}")
-    print_table(rows, sides, bandwidth)
+    print_table(rows, bandwidth)
 
 
 if __name__ == "__main__":

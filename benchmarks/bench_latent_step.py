@@ -88,6 +88,7 @@ def make_sides(arguments) -> tuple[dict, int]:
         "plain": lambda input_ids, labels, columns: plain(input_ids=input_ids, labels=labels).loss,
         "textbook": lambda *batch: textbook_loss(plain, *batch),
         "sdpa": ours_with("sdpa", deferred=False),
+        "sdpa, weight gradients once": ours_with("sdpa", deferred=True),
         "latent": ours_with("latent", deferred=False),
         "latent, weight gradients once": ours_with("latent", deferred=True),
         "the same, first pass checkpointed": ours_with("latent", deferred=True, checkpointed="first"),

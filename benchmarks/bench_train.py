@@ -3,8 +3,8 @@
     python benchmarks/bench_train.py [--gpu] [--rows 768 --batch 32 --stage 4]
 
 Arrow mazes of up to six arrows, an epoch at one stage, in which a row has as many thoughts as steps that they replace.
-`no_cot` writes the answer alone, `cot` all steps, `coconut` thinks the first and writes the rest, with the library's
-attention and with ours, its rows in random order or grouped by cost. A token is one that is no padding: of the
+`no_cot` writes the answer alone, `cot` all steps, `coconut` thinks the first and writes the rest, with the default
+attention and with another, its rows in random order or grouped by cost. A token is one that is no padding: of the
 picture, the question, the thoughts and the text. All sides take turns in one run, and each side's fastest epoch
 counts. Small models on a CPU in float32; with --gpu the shapes of GPT-2 small and CLIP ViT-B/32 in bfloat16.
 """
@@ -30,15 +30,15 @@ from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.trainer import CurriculumTrainer
 
 
-# Of each side: mode, attention, whether rows are grouped.
+# Of each side: mode, attention or None for the default, whether rows are grouped.
 SIDES = {
-    "no_cot": ("no_cot", "sdpa", False),
-    "cot": ("cot", "sdpa", False),
-    "cot, grouped": ("cot", "sdpa", True),
+    "no_cot": ("no_cot", None, False),
+    "cot": ("cot", None, False),
+    "cot, grouped": ("cot", None, True),
+    "coconut": ("coconut", None, False),
+    "coconut, grouped": ("coconut", None, True),
     "coconut, sdpa": ("coconut", "sdpa", False),
-    "coconut, sdpa, grouped": ("coconut", "sdpa", True),
     "coconut, latent": ("coconut", "latent", False),
-    "coconut, latent, grouped": ("coconut", "latent", True),
 }
 SHAPES = {
     "small": {"layers": 3, "width": 96, "heads": 4, "tower_layers": 1, "image": 48, "patch": 16},
@@ -117,7 +117,8 @@ def build(shape: dict, texts: list[str]):
 def make_trainer(side: tuple, rows, texts: list[str], *, arguments, folder: str) -> CountingTrainer:
     mode, attention, grouped = side
     model, processor = build(SHAPES[arguments.shape], texts)
-    model.set_attn_implementation(attention)
+    if attention is not None:
+        model.set_attn_implementation(attention)
     processor.markers = "both" if mode == "coconut" else "none"
     curriculum = Curriculum(mode=mode, max_latent_stage=7, pad_latent_to_max=False)
     collator = CurriculumCollator(curriculum, processor)

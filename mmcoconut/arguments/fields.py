@@ -55,7 +55,7 @@ class ModelArguments:
     freeze: list[str] = HfArg(default_factory=list, help="Sub-modules that are not trained, such as vision_tower.")
     lora: dict | None = HfArg(default=None, help="Train adapters: fields of peft.LoraConfig; {} for the defaults.")
     new_token_init: str | None = HfArg(default=None, help="Token that new embeddings copy; default: their mean.")
-    attn_implementation: str | None = HfArg(default=None, help="Attention function, as in from_pretrained.")
+    attn_implementation: str | None = HfArg(default=None, help="Attention function; default: sdpa or latent.")
     checkpointed_passes: str = HfArg(default="all", help="What gradient_checkpointing recomputes: `all` or `first`.")
     defer_weight_gradients: bool | None = HfArg(
         default=None, help="Form them once for all passes; default: if wide, on a CPU."

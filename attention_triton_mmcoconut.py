@@ -1,10 +1,10 @@
 """Triton kernels of latent attention: a few queries read a long prefix and a short tail, which are never joined.
 
-`kernels_mmcoconut.py` holds the definition in PyTorch and the autograd function around these three:
+attention_mmcoconut.py holds the definition in PyTorch and the autograd functions around these three:
 
     attention_forward    s = scaling · q kᵀ,   lse = log Σ exp(s),   p = exp(s - lse),   output = p v
-    attention_backward   delta = Σ output · d_output,   ds = p · (d_output vᵀ - delta),   d_q = scaling · ds k
-    prefix_backward      d_k = scaling · dsᵀ q,   d_v = pᵀ d_output,   over the queries of all latent steps at once
+    query_backward       delta = Σ output · d_output,   ds = p · (d_output vᵀ - delta),   d_q = scaling · ds k
+    key_backward         d_k = scaling · dsᵀ q,   d_v = pᵀ d_output,   over the queries of several steps at once
 
 so each step reads the prefix once on the way forth and once on the way back, and its gradient is written once. Queries
 are too few to fill a GPU: the prefix is cut into splits, each of which leaves its own output and lse, and a second
@@ -274,16 +274,17 @@ if triton is not None:
 
 
 class Plan(NamedTuple):
-    """How one call is cut up: `blocks` are the kernels' constants, the rest sizes of the grid."""
+    """How one call is cut up: `blocks` are the kernels' constants, `sizes` what else they are told."""
 
     blocks: dict
-    row_blocks: int
+    grid: tuple[int, int, int]
+    sizes: tuple[int, ...]
     num_splits: int
     split_length: int
 
 
 def blocks_of(query: torch.Tensor, num_rows: int, *, bytes_of_keys: int) -> dict:
-    """Constants of the kernels for `num_rows` rows a kv head; blocks are powers of two, and 16 is tl.dot's least."""
+    """Return the kernels' constants for `num_rows` rows a kv head; blocks are powers of two, at least tl.dot's 16."""
     head_dim = query.shape[-1]
     dims = max(16, triton.next_power_of_2(head_dim))
     row_bytes = dims * query.element_size()
@@ -298,52 +299,39 @@ def blocks_of(query: torch.Tensor, num_rows: int, *, bytes_of_keys: int) -> dict
     }
 
 
-def plan_of(query: torch.Tensor, prefix_key: torch.Tensor) -> Plan:
-    """Splits of whole blocks of keys, as many as fill the grid, none of them empty."""
+def plan_of(query: torch.Tensor, prefix_key: torch.Tensor, tail_length: int = 0) -> Plan:
+    """Return splits of whole blocks of keys, as many as fill the grid, none of them empty."""
     batch, num_heads, num_queries, _ = query.shape
     num_kv_heads, prefix_length = prefix_key.shape[1:3]
-    num_rows = num_heads // num_kv_heads * num_queries
-    blocks = blocks_of(query, num_rows, bytes_of_keys=16384)
-    row_blocks, key_blocks = triton.cdiv(num_rows, blocks["ROWS"]), triton.cdiv(prefix_length, blocks["KEYS"])
+    groups = num_heads // num_kv_heads
+    blocks = blocks_of(query, groups * num_queries, bytes_of_keys=16384)
+    row_blocks = triton.cdiv(groups * num_queries, blocks["ROWS"])
+    key_blocks = triton.cdiv(prefix_length, blocks["KEYS"])
     wanted = min(triton.cdiv(FULL_GRID, batch * num_kv_heads * row_blocks), key_blocks, MAX_SPLITS)
     split_length = triton.cdiv(key_blocks, max(wanted, 1)) * blocks["KEYS"]
     num_splits = triton.cdiv(prefix_length, split_length) if prefix_length else 0
-    return Plan(blocks, row_blocks, num_splits, split_length)
+    grid = (batch * num_kv_heads, num_splits + 1, row_blocks)
+    sizes = (num_kv_heads, groups, num_queries, prefix_length, tail_length, split_length)
+    return Plan(blocks, grid, sizes, num_splits, split_length)
 
 
-def mask_arguments(mask: torch.Tensor | None, shape: tuple) -> tuple:
-    """Pointer and strides, as the kernels take them, of a mask that broadcasts to `shape` (B, 1, queries, keys)."""
+def mask_arguments(mask: torch.Tensor | None, query: torch.Tensor, keys: tuple[torch.Tensor, ...]) -> tuple:
+    """Return pointer and strides of a mask that broadcasts to (B, 1, queries, all keys), as the kernels take them."""
     if mask is None:
         return None, (0, 0, 0, 0)
+    shape = (query.shape[0], 1, query.shape[2], sum(key.shape[2] for key in keys))
     mask = mask.expand(shape).view(torch.uint8)
     return mask, mask.stride()
 
 
 def with_strides(*tensors: torch.Tensor) -> list:
-    """Each tensor and its strides in turn."""
+    """Return each tensor and its strides in turn."""
     return [argument for tensor in tensors for argument in (tensor, tensor.stride())]
 
 
-def key_gradients(grad_output, query, key, value, *, mask, scaling, logsumexp, delta, dtype) -> tuple:
-    """Gradients, in `dtype`, of keys and values (B, H', L, K) that the queries (B, H, N, K) looked at."""
-    batch, num_heads, num_queries, _ = query.shape
-    num_kv_heads, length = key.shape[1:3]
-    groups = num_heads // num_kv_heads
-    blocks = blocks_of(query, groups * num_queries, bytes_of_keys=8192)
-    gradients = [torch.empty_like(states, dtype=dtype) for states in (key, value)]
-    _key_gradient_kernel[(batch * num_kv_heads, triton.cdiv(length, blocks["KEYS"]))](
-        *with_strides(grad_output, query, key, value),
-        *mask_arguments(mask, (batch, 1, num_queries, length)),
-        *with_strides(logsumexp, delta, *gradients),
-        *(num_kv_heads, groups, num_queries, length, scaling),
-        **blocks,
-    )
-    return tuple(gradients)
-
-
-def reason_against(query, prefix_key, prefix_value, tail_key, tail_value) -> str | None:
-    """Why these kernels cannot serve these tensors, or None if they can; shapes as of `attention_forward`."""
-    tensors = (query, prefix_key, prefix_value, tail_key, tail_value)
+def reason_against(*tensors: torch.Tensor) -> str | None:
+    """Return why these kernels cannot serve queries, keys and values (B, heads, length, K), or None if they can."""
+    query, head_dims = tensors[0], [tensor.shape[-1] for tensor in tensors]
     if triton is None:
         return "triton is not installed"
     if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST_TRITON:
@@ -359,118 +347,89 @@ def reason_against(query, prefix_key, prefix_value, tail_key, tail_value) -> str
         return "Triton's interpreter multiplies the bits of bfloat16 as whole numbers"
     if len({tensor.device for tensor in tensors}) > 1:
         return f"the tensors are on {[str(tensor.device) for tensor in tensors]}"
-    if len({tensor.shape[-1] for tensor in tensors}) > 1 or query.shape[-1] > MAX_HEAD_DIM:
-        return f"heads are of sizes {[tensor.shape[-1] for tensor in tensors]}, not all of one up to {MAX_HEAD_DIM}"
+    if len({*head_dims}) > 1 or head_dims[0] > MAX_HEAD_DIM:
+        return f"heads are of sizes {head_dims}, not all of one up to {MAX_HEAD_DIM}"
     return None
 
 
-def attention_forward(
-    query, prefix_key, prefix_value, tail_key, tail_value, *, mask, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """softmax(scaling · query · [prefix_key, tail_key]ᵀ) · [prefix_value, tail_value], of any strides.
+def attention_forward(step, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attention of few queries over prefix and tail, of any strides, and the log-sum-exp of their scores.
 
     Args:
-        query (B, H, Q, K).
-        prefix_key, prefix_value (B, H', P, K).
-        tail_key, tail_value (B, H', T, K).
-        mask (B, 1, Q, P + T) of bool, or None: True where a query may look.
+        step: query (B, H, Q, K), scaling, mask (B, 1, Q, P + T) of bool or None, and None for dropout.
+        key, value: prefix (B, H', P, K) and tail (B, H', T, K) of each.
 
     Returns:
         output (B, H, Q, K) in query's dtype, logsumexp (B, H, Q) in float32. They are 0 and -inf of a query that may
         look nowhere.
     """
-    batch, num_heads, num_queries, head_dim = query.shape
-    (num_kv_heads, prefix_length), tail_length = prefix_key.shape[1:3], tail_key.shape[2]
-    plan = plan_of(query, prefix_key)
+    query, scaling, mask, _ = step
+    plan = plan_of(query, key[0], key[1].shape[2])
     num_parts = plan.num_splits + 1
-    parts = query.new_empty(batch, num_heads, num_queries, num_parts, head_dim, dtype=torch.float32)
-    part_lse = query.new_empty(batch, num_heads, num_queries, num_parts, dtype=torch.float32)
+    parts = query.new_empty(*query.shape[:3], num_parts, query.shape[3], dtype=torch.float32)
+    part_lse = query.new_empty(*query.shape[:3], num_parts, dtype=torch.float32)
     output, logsumexp = query.new_empty(query.shape), part_lse.new_empty(query.shape[:-1])
     with torch.cuda.device_of(query):
-        _forward_kernel[(batch * num_kv_heads, num_parts, plan.row_blocks)](
-            *with_strides(query, prefix_key, prefix_value, tail_key, tail_value),
-            *mask_arguments(mask, (batch, 1, num_queries, prefix_length + tail_length)),
+        _forward_kernel[plan.grid](
+            *with_strides(query, key[0], value[0], key[1], value[1]),
+            *mask_arguments(mask, query, key),
             *(parts, parts[..., 0, :].stride(), part_lse, part_lse[..., 0].stride()),
-            *(num_kv_heads, num_heads // num_kv_heads, num_queries, prefix_length, tail_length),
-            *(plan.split_length, scaling),
+            *plan.sizes,
+            scaling,
             **plan.blocks,
         )
-        merged = {"HEAD_DIM": head_dim, "PARTS": triton.next_power_of_2(num_parts), "DIMS": plan.blocks["DIMS"]}
+        merged = {"HEAD_DIM": query.shape[3], "PARTS": triton.next_power_of_2(num_parts), "DIMS": plan.blocks["DIMS"]}
         _merge_kernel[(logsumexp.numel(),)](parts, part_lse, output, logsumexp, num_parts, **merged)
     return output, logsumexp
 
 
-def attention_backward(
-    grad_output,
-    query,
-    prefix_key,
-    prefix_value,
-    tail_key,
-    tail_value,
-    *,
-    mask,
-    scaling: float,
-    output,
-    logsumexp,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of one step but for the prefix, of which `prefix_backward` takes all steps together.
+def query_backward(step, key, value, grad_output, output, logsumexp) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient of the queries (B, H, Q, K), and delta (B, H, Q) = Σ grad_output · output, in float32.
 
-    Args:
-        grad_output (B, H, Q, K), and the rest as `attention_forward` took and gave it.
-
-    Returns:
-        grad_query (B, H, Q, K) in query's dtype; grad_tail_key and grad_tail_value (B, H', T, K) in float32;
-        delta (B, H, Q) = Σ grad_output · output over K, in float32.
+    grad_output (B, H, Q, K), and the rest as `attention_forward` took and gave it.
     """
-    batch, num_heads, num_queries, head_dim = query.shape
-    (num_kv_heads, prefix_length), tail_length = prefix_key.shape[1:3], tail_key.shape[2]
-    plan = plan_of(query, prefix_key)
+    query, scaling, mask, _ = step
+    plan = plan_of(query, key[0], key[1].shape[2])
     num_parts = plan.num_splits + 1
-    parts = query.new_empty(batch, num_heads, num_queries, num_parts, head_dim, dtype=torch.float32)
+    parts = query.new_empty(*query.shape[:3], num_parts, query.shape[3], dtype=torch.float32)
     grad_query, delta = query.new_empty(query.shape), torch.empty_like(logsumexp)
     with torch.cuda.device_of(query):
-        _query_gradient_kernel[(batch * num_kv_heads, num_parts, plan.row_blocks)](
-            *with_strides(grad_output, query, prefix_key, prefix_value, tail_key, tail_value),
-            *mask_arguments(mask, (batch, 1, num_queries, prefix_length + tail_length)),
+        _query_gradient_kernel[plan.grid](
+            *with_strides(grad_output, query, key[0], value[0], key[1], value[1]),
+            *mask_arguments(mask, query, key),
             *with_strides(output, logsumexp, delta),
             *(parts, parts[..., 0, :].stride()),
-            *(num_kv_heads, num_heads // num_kv_heads, num_queries, prefix_length, tail_length),
-            *(plan.split_length, scaling),
+            *plan.sizes,
+            scaling,
             **plan.blocks,
         )
-        merged = {"HEAD_DIM": head_dim, "PARTS": triton.next_power_of_2(num_parts), "DIMS": plan.blocks["DIMS"]}
+        merged = {"HEAD_DIM": query.shape[3], "PARTS": triton.next_power_of_2(num_parts), "DIMS": plan.blocks["DIMS"]}
         _sum_kernel[(delta.numel(),)](parts, grad_query, num_parts, **merged)
-        grad_tail = key_gradients(
-            *(grad_output, query, tail_key, tail_value),
-            mask=None if mask is None else mask[..., prefix_length:],
-            scaling=scaling,
-            logsumexp=logsumexp,
-            delta=delta,
-            dtype=torch.float32,
-        )
-    return grad_query, *grad_tail, delta
+    return grad_query, delta
 
 
-def prefix_backward(
-    grad_output, query, prefix_key, prefix_value, *, mask, scaling: float, logsumexp, delta
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of the prefix through the queries of all steps, summed in float32 and written once.
+def key_backward(step, key, value, grad_output, logsumexp, delta) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of keys and values (B, H', L, K) that the queries (B, H, N, K) of several steps read.
+
+    Sums are in float32 and written once, in key's dtype.
 
     Args:
-        grad_output, query (B, H, N, K): of all latent steps, joined.
-        prefix_key, prefix_value (B, H', P, K).
-        mask (B, 1, N, P) of bool, or None.
-        logsumexp, delta (B, H, N): as `attention_forward` and `attention_backward` gave them.
-
-    Returns:
-        grad_prefix_key and grad_prefix_value (B, H', P, K) in prefix_key's dtype.
+        step: query (B, H, N, K), scaling, mask (B, 1, N, L) of bool or None, and None for dropout.
+        key, value (B, H', L, K).
+        grad_output (B, H, N, K), logsumexp, delta (B, H, N): as the functions above took and gave them, joined.
     """
+    query, scaling, mask, _ = step
+    batch, num_heads, num_queries, _ = query.shape
+    num_kv_heads, length = key.shape[1:3]
+    groups = num_heads // num_kv_heads
+    blocks = blocks_of(query, groups * num_queries, bytes_of_keys=8192)
+    gradients = torch.empty_like(key), torch.empty_like(value)
     with torch.cuda.device_of(query):
-        return key_gradients(
-            *(grad_output, query, prefix_key, prefix_value),
-            mask=mask,
-            scaling=scaling,
-            logsumexp=logsumexp,
-            delta=delta,
-            dtype=prefix_key.dtype,
+        _key_gradient_kernel[(batch * num_kv_heads, triton.cdiv(length, blocks["KEYS"]))](
+            *with_strides(grad_output, query, key, value),
+            *mask_arguments(mask, query, (key,)),
+            *with_strides(logsumexp, delta, *gradients),
+            *(num_kv_heads, groups, num_queries, length, scaling),
+            **blocks,
         )
+    return gradients

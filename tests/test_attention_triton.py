@@ -14,15 +14,15 @@ import pytest
 import torch
 from tiny import TEXT_CONFIGS, assert_same_gradients, loss_and_gradients, max_difference, ragged_batch, tiny_model
 
-from mmcoconut import kernels_mmcoconut, triton_mmcoconut
-from mmcoconut.kernels_mmcoconut import PYTORCH, Kernels, Split, kernels_for, latent_attention_reference
+from mmcoconut import attention_mmcoconut, attention_triton_mmcoconut
+from mmcoconut.attention_mmcoconut import PYTORCH, Kernels, Split, Step, kernels_for, latent_attention_reference
 
 
 triton = pytest.importorskip("triton", reason="Triton's kernels need triton, which is made for Linux")
 tl = triton.language
 interpreter = importlib.import_module("triton.runtime.interpreter")
 
-FILE = Path(__file__).resolve().parent.parent / "triton_mmcoconut.py"
+FILE = Path(__file__).resolve().parent.parent / "attention_triton_mmcoconut.py"
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: compiled kernels cannot run")
 
 
@@ -58,7 +58,7 @@ def mend_bfloat16(monkeypatch):
 
 
 def copy_of_the_module():
-    spec = importlib.util.spec_from_file_location("copy_of_triton_mmcoconut", FILE)
+    spec = importlib.util.spec_from_file_location("copy_of_attention_triton_mmcoconut", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -79,7 +79,7 @@ def device(request):
 @pytest.fixture
 def kernels(device, interpreted_module, monkeypatch):
     if device == "cuda":
-        return triton_mmcoconut
+        return attention_triton_mmcoconut
     interpret_library(monkeypatch)
     mend_bfloat16(monkeypatch)
     return interpreted_module
@@ -114,27 +114,36 @@ def left_padded_mask(device, queries, prefix, tail) -> torch.Tensor:
     return mask
 
 
+def split_states(tensors) -> tuple[Split, Split]:
+    """Keys and values, from prefix keys and values, and tail keys and values."""
+    prefix_key, prefix_value, tail_key, tail_value = tensors
+    return Split(prefix_key, tail_key), Split(prefix_value, tail_value)
+
+
+def key_gradients(kernels, steps: list, key, value, columns: slice) -> tuple:
+    """By the kernel, from steps with their grad_output, logsumexp and delta, of the keys in these columns."""
+    of_steps, *rows = zip(*steps)
+    joined = attention_mmcoconut.joined_steps(of_steps, columns)
+    return kernels.key_backward(joined, key, value, *(torch.cat(parts, dim=2) for parts in rows))
+
+
 def by_kernels(kernels, tensors, mask) -> Results:
-    *inputs, grad_output = tensors
-    prefix, scaling = inputs[1].shape[2], inputs[1].shape[3] ** -0.5
-    output, logsumexp = kernels.attention_forward(*inputs, mask=mask, scaling=scaling)
-    saved = {"output": output, "logsumexp": logsumexp}
-    grad_query, *of_tail, delta = kernels.attention_backward(grad_output, *inputs, mask=mask, scaling=scaling, **saved)
-    of_prefix = kernels.prefix_backward(
-        *(grad_output, *inputs[:3]),
-        mask=None if mask is None else mask[..., :prefix],
-        scaling=scaling,
-        logsumexp=logsumexp,
-        delta=delta,
-    )
+    query, *states, grad_output = tensors
+    key, value = split_states(states)
+    prefix, total = key.prefix.shape[2], key.prefix.shape[2] + key.tail.shape[2]
+    step = Step(query, query.shape[3] ** -0.5, mask)
+    output, logsumexp = kernels.attention_forward(step, key, value)
+    grad_query, delta = kernels.query_backward(step, key, value, grad_output, output, logsumexp)
+    steps = [(step, grad_output, logsumexp, delta)]
+    of_prefix = key_gradients(kernels, steps, key.prefix, value.prefix, slice(0, prefix))
+    of_tail = key_gradients(kernels, steps, key.tail, value.tail, slice(prefix, total))
     return Results(output, grad_query, *of_prefix, *of_tail)
 
 
 def by_definition(tensors, mask, dtype=torch.float64) -> Results:
     *inputs, grad_output = (tensor.detach().to(dtype).requires_grad_() for tensor in tensors)
-    query, prefix_key, prefix_value, tail_key, tail_value = inputs
-    key, value = Split(prefix_key, tail_key), Split(prefix_value, tail_value)
-    output = latent_attention_reference(query, key, value, mask=mask, scaling=query.shape[-1] ** -0.5)
+    query, *states = inputs
+    output = latent_attention_reference(Step(query, query.shape[-1] ** -0.5, mask), *split_states(states))
     return Results(output, *torch.autograd.grad(output, inputs, grad_output))
 
 
@@ -169,14 +178,13 @@ def test_output_and_five_gradients_equal_the_definition(kernels, device, shape, 
 
 @pytest.mark.parametrize("tolerance", [2e-6])
 def test_logsumexp_and_delta_are_what_they_are_named(kernels, device, tolerance):
-    *inputs, grad_output = random_tensors(device, heads=2, kv_heads=2, queries=3, prefix=5, tail=3, head_dim=32)
+    query, *states, grad_output = random_tensors(device, heads=2, kv_heads=2, queries=3, prefix=5, tail=3, head_dim=32)
     mask = left_padded_mask(device, 3, 5, 3)
-    query, prefix_key, _, tail_key, _ = inputs
-    output, logsumexp = kernels.attention_forward(*inputs, mask=mask, scaling=0.3)
-    *_, delta = kernels.attention_backward(
-        grad_output, *inputs, mask=mask, scaling=0.3, output=output, logsumexp=logsumexp
-    )
-    scores = query @ torch.cat([prefix_key, tail_key], dim=2).transpose(-1, -2) * 0.3
+    key, value = split_states(states)
+    step = Step(query, 0.3, mask)
+    output, logsumexp = kernels.attention_forward(step, key, value)
+    _, delta = kernels.query_backward(step, key, value, grad_output, output, logsumexp)
+    scores = query @ key.joined().transpose(-1, -2) * 0.3
     expected = scores.masked_fill(~mask, float("-inf")).logsumexp(dim=-1)
     assert max_difference(logsumexp, expected) <= tolerance
     assert max_difference(delta, (grad_output * output).sum(dim=-1)) <= tolerance * 10
@@ -186,33 +194,33 @@ def test_logsumexp_and_delta_are_what_they_are_named(kernels, device, tolerance)
 def test_gradients_of_steps_with_a_growing_tail_add_up_to_those_of_the_definition(kernels, device, tolerance):
     shape = {"heads": 4, "kv_heads": 2, "prefix": 37, "head_dim": 32}
     tensors = random_tensors(device, **shape, queries=6, tail=6)
-    query, prefix_key, prefix_value, tail_key, tail_value, grad_output = tensors
+    query, *states, grad_output = tensors
+    key, value = split_states(states)
     mask = left_padded_mask(device, 6, 37, 6)
     *leaves, grad_outputs = (tensor.double().requires_grad_() for tensor in tensors)
-    exact, outputs = [], []
-    joined = {"grad_output": [], "query": [], "mask": [], "logsumexp": [], "delta": []}
-    grad_query, grad_tail = [], torch.zeros(2, *tail_key.shape, device=device)
-    for first, last in [(0, 1), (1, 2), (2, 4), (4, 6)]:  # two queries: a stride of pause tokens
-        seen, length = mask[:, :, first:last, : 37 + last], last
-        step = {"mask": seen, "scaling": 0.3}
-        queries, grads = query[:, :, first:last], grad_output[:, :, first:last]
-        inputs = (queries, prefix_key, prefix_value, tail_key[:, :, :length], tail_value[:, :, :length])
-        output, logsumexp = kernels.attention_forward(*inputs, **step)
-        of_query, of_key, of_value, delta = kernels.attention_backward(
-            grads, *inputs, **step, output=output, logsumexp=logsumexp
-        )
+    exact_key, exact_value = split_states(leaves[1:])
+    exact, outputs, grad_query, steps = [], [], [], []
+    cuts = [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 6)]  # two queries: a stride of pause tokens
+    for now in cuts:
+
+        def seen(split, end=now.stop):
+            return Split(split.prefix, split.tail[:, :, :end])
+
+        step = Step(query[:, :, now], 0.3, mask[:, :, now, : 37 + now.stop])
+        grads, parts = grad_output[:, :, now], (seen(key), seen(value))
+        output, logsumexp = kernels.attention_forward(step, *parts)
+        of_query, delta = kernels.query_backward(step, *parts, grads, output, logsumexp)
         grad_query.append(of_query)
-        grad_tail[:, :, :, :length] += torch.stack([of_key, of_value])
-        kept = (grads, queries, seen[..., :37], logsumexp, delta)
-        for name, tensor in zip(joined, kept, strict=True):
-            joined[name].append(tensor)
-        key, value = (Split(leaves[1 + i], leaves[3 + i][:, :, :length]) for i in range(2))
-        exact.append(latent_attention_reference(leaves[0][:, :, first:last], key, value, **step))
         outputs.append(output)
-    joined = {name: torch.cat(pieces, dim=2) for name, pieces in joined.items()}
-    grad_prefix = kernels.prefix_backward(
-        *(joined.pop("grad_output"), joined.pop("query"), prefix_key, prefix_value), **joined, scaling=0.3
-    )
+        steps.append((step, grads, logsumexp, delta))
+        exact_step = step._replace(query=leaves[0][:, :, now])
+        exact.append(latent_attention_reference(exact_step, seen(exact_key), seen(exact_value)))
+    grad_prefix = key_gradients(kernels, steps, key.prefix, value.prefix, slice(0, 37))
+    grad_tail = []
+    for number, now in enumerate(cuts):  # each pass's keys, from the steps that read them
+        parts, columns = (key.tail[:, :, now], value.tail[:, :, now]), slice(37 + now.start, 37 + now.stop)
+        grad_tail.append(key_gradients(kernels, steps[number:], *parts, columns))
+    grad_tail = [torch.cat(parts, dim=2) for parts in zip(*grad_tail)]
     found = Results(torch.cat(outputs, dim=2), torch.cat(grad_query, dim=2), *grad_prefix, *grad_tail)
     exact = torch.cat(exact, dim=2)
     expected = Results(exact, *torch.autograd.grad(exact, leaves, grad_outputs))
@@ -229,7 +237,7 @@ def test_error_at_low_precision_is_within_twice_that_of_the_definition(kernels, 
     for name, tensor in found._asdict().items():
         exact = getattr(expected, name)
         assert max_difference(tensor.double(), exact) <= factor * max_difference(getattr(own, name).double(), exact)
-        assert tensor.dtype == (torch.float32 if "tail" in name else dtype)
+        assert tensor.dtype == dtype
 
 
 def in_a_sea_of_nan(tensor: torch.Tensor) -> torch.Tensor:
@@ -342,7 +350,7 @@ def test_interpreted_kernels_leave_bfloat16_to_the_definition(interpreted_module
 
 
 def test_compiled_kernels_leave_tensors_on_the_cpu_to_the_definition():
-    assert "on cpu" in triton_mmcoconut.reason_against(*inputs_of())
+    assert "on cpu" in attention_triton_mmcoconut.reason_against(*inputs_of())
 
 
 def test_without_triton_the_module_is_imported_and_says_so(monkeypatch):
@@ -360,10 +368,10 @@ def test_training_loop_over_these_kernels_equals_the_one_over_pytorch(
     model.get_decoder().set_attn_implementation("latent")
     batch = {name: value.to(device) for name, value in ragged_batch(model).items()}
     found, served = [], []
-    of_triton = Kernels(kernels.attention_forward, kernels.attention_backward, kernels.prefix_backward)
+    of_triton = Kernels(kernels.attention_forward, kernels.query_backward, kernels.key_backward)
     for chosen in (PYTORCH, of_triton):
         monkeypatch.setattr(
-            kernels_mmcoconut, "kernels_for", lambda *_, chosen=chosen, **__: served.append(1) or chosen
+            attention_mmcoconut, "kernels_for", lambda *_, chosen=chosen, **__: served.append(1) or chosen
         )
         found.append(loss_and_gradients(model, batch))
     assert len(served) > 5 * num_layers
@@ -373,10 +381,10 @@ def test_training_loop_over_these_kernels_equals_the_one_over_pytorch(
 
 def test_what_these_kernels_cannot_serve_goes_to_pytorch_with_the_reason(monkeypatch):
     said = []
-    monkeypatch.setattr(kernels_mmcoconut.logger, "warning_once", said.append)
+    monkeypatch.setattr(attention_mmcoconut.logger, "warning_once", said.append)
     tensors = [torch.empty(1, 2, 3, 8, device="meta")] * 5
     assert kernels_for(*tensors) is PYTORCH
-    assert kernels_for(*tensors, dropped="any") is PYTORCH
+    assert kernels_for(*tensors, has_dropout=True) is PYTORCH
     assert "on meta, not on a GPU" in said[0] and "dropout" in said[1]
     assert kernels_for(*[torch.empty(1, 2, 3, 8)] * 5) is PYTORCH
     assert len(said) == 2  # on a CPU nothing is amiss

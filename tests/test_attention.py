@@ -1,5 +1,7 @@
 """Split attention: equal to its definition, alone and inside every decoder, and nothing of the prefix is copied."""
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from tiny import (
@@ -19,13 +21,16 @@ from tiny import (
 )
 from transformers.cache_utils import DynamicCache
 
-from mmcoconut import kernels_mmcoconut
-from mmcoconut.kernels_mmcoconut import (
+from mmcoconut import attention_mmcoconut
+from mmcoconut.attention_mmcoconut import (
     MAX_QUERIES,
     PYTORCH,
     Split,
     SplitCache,
+    SplitLayer,
+    Step,
     latent_attention,
+    latent_attention_forward,
     latent_attention_reference,
 )
 
@@ -36,21 +41,33 @@ def latent_model(text, **config):
     return model
 
 
-def random_inputs(*, num_heads, num_kv_heads, num_queries, prefix, tail, dtype=torch.float64) -> dict:
+class Inputs(NamedTuple):
+    """Of two rows, with heads of 8."""
+
+    query: torch.Tensor
+    key: Split
+    value: Split
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [self.query, *self.key, *self.value]
+
+    def to(self, dtype) -> "Inputs":
+        key, value = (Split(*(part.to(dtype) for part in split)) for split in (self.key, self.value))
+        return Inputs(self.query.to(dtype), key, value)
+
+
+def random_inputs(*, num_heads, num_kv_heads, num_queries, prefix, tail) -> Inputs:
     generator = torch.Generator().manual_seed(0)
 
     def states(heads, length):
-        return torch.randn(2, heads, length, 8, generator=generator, dtype=dtype).requires_grad_()
+        return torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64).requires_grad_()
 
-    return {
-        "query": states(num_heads, num_queries),
-        "key": Split(states(num_kv_heads, prefix), states(num_kv_heads, tail)),
-        "value": Split(states(num_kv_heads, prefix), states(num_kv_heads, tail)),
-    }
+    key, value = (Split(states(num_kv_heads, prefix), states(num_kv_heads, tail)) for _ in range(2))
+    return Inputs(states(num_heads, num_queries), key, value)
 
 
-def leaves(inputs: dict) -> list[torch.Tensor]:
-    return [inputs["query"], *inputs["key"], *inputs["value"]]
+def call(function, inputs: Inputs, **how) -> torch.Tensor:
+    return function(Step(inputs.query, **{"scaling": 0.3, **how}), inputs.key, inputs.value)
 
 
 def left_padded_mask(num_queries, prefix, tail) -> torch.Tensor:
@@ -69,42 +86,53 @@ def test_split_attention_equals_its_definition(masked, num_heads, num_kv_heads, 
     shape = {"num_queries": num_queries, "prefix": prefix, "tail": tail}
     inputs = random_inputs(num_heads=num_heads, num_kv_heads=num_kv_heads, **shape)
     mask = left_padded_mask(**shape) if masked else None
+    assert_equals_the_definition(inputs, tolerance, mask=mask)
+
+
+def assert_equals_the_definition(inputs: Inputs, tolerance: float, **how) -> None:
+    """Value and five gradients."""
     found = []
     for function in (latent_attention, latent_attention_reference):
-        output = function(**inputs, mask=mask, scaling=0.3)
-        found.append([output, *torch.autograd.grad(output.square().sum(), leaves(inputs))])
+        output = call(function, inputs, **how)
+        found.append([output, *torch.autograd.grad(output.square().sum(), inputs.leaves())])
     for tensor, expected in zip(*found, strict=True):
         assert max_difference(tensor, expected) <= tolerance
     assert found[0][0].abs().max() > 0.1
 
 
+@pytest.mark.parametrize("num_heads, num_kv_heads, num_queries", [(4, 4, 1), (4, 2, 3)])
+@pytest.mark.parametrize("tolerance", [1e-12])
+def test_split_attention_with_dropout_equals_its_definition(num_heads, num_kv_heads, num_queries, tolerance):
+    shape = {"num_queries": num_queries, "prefix": 9, "tail": 4}
+    inputs = random_inputs(num_heads=num_heads, num_kv_heads=num_kv_heads, **shape)
+    torch.manual_seed(0)
+    kept = torch.empty(2, num_heads, num_queries, 13, dtype=torch.float64).bernoulli_(0.7).div_(0.7)
+    assert_equals_the_definition(inputs, tolerance, mask=left_padded_mask(**shape), kept=kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_error_at_low_precision_is_within_twice_that_of_the_definition(dtype):
-    shape = {"num_heads": 4, "num_kv_heads": 2, "num_queries": 1, "prefix": 65, "tail": 4}
-    exact = latent_attention_reference(**random_inputs(**shape), mask=None, scaling=0.35)
-    low = {
-        name: Split(*(part.to(dtype) for part in value)) if isinstance(value, Split) else value.to(dtype)
-        for name, value in random_inputs(**shape).items()
-    }
-    errors = [
-        max_difference(function(**low, mask=None, scaling=0.35), exact)
-        for function in (latent_attention, latent_attention_reference)
-    ]
+    inputs = random_inputs(num_heads=4, num_kv_heads=2, num_queries=1, prefix=65, tail=4)
+    exact = call(latent_attention_reference, inputs)
+    functions = (latent_attention, latent_attention_reference)
+    errors = [max_difference(call(function, inputs.to(dtype)), exact) for function in functions]
     assert 0 < errors[0] <= 2 * errors[1]
 
 
 def test_a_query_that_may_look_nowhere_has_finite_values_and_gradients():
     inputs = random_inputs(num_heads=2, num_kv_heads=1, num_queries=1, prefix=4, tail=1)
-    output = latent_attention(**inputs, mask=torch.zeros(2, 1, 1, 5, dtype=torch.bool), scaling=0.3)
-    gradients = torch.autograd.grad(output.sum(), leaves(inputs))
+    output = call(latent_attention, inputs, mask=torch.zeros(2, 1, 1, 5, dtype=torch.bool))
+    gradients = torch.autograd.grad(output.sum(), inputs.leaves())
     assert all(tensor.isfinite().all() for tensor in (output, *gradients))
 
 
 def test_dropout_drops_whole_keys_and_scales_the_rest():
-    inputs = random_inputs(num_heads=1, num_kv_heads=1, num_queries=1, prefix=3, tail=1)
-    ones = Split(torch.ones(2, 1, 3, 8, dtype=torch.float64), torch.ones(2, 1, 1, 8, dtype=torch.float64))
+    layer, ones = SplitLayer(), torch.ones(2, 1, 4, 8, dtype=torch.float64)
+    layer.update(ones[:, :, :3], ones[:, :, :3])
+    keys, _ = layer.update(ones[:, :, 3:], ones[:, :, 3:])
     torch.manual_seed(0)
-    outputs = [latent_attention(**{**inputs, "value": ones}, scaling=0.0, dropout=0.5) for _ in range(50)]
+    inputs, how = (None, ones[:, :, :1], keys, None, None), {"scaling": 0.0, "dropout": 0.5}
+    outputs = [latent_attention_forward(*inputs, **how)[0] for _ in range(50)]  # (B, Q, H, K)
     # Equal weights of 1/4 on values of 1: dropping j of four and doubling the rest gives (4 - j) / 2.
     seen = {round(value, 6) for value in torch.stack(outputs)[..., 0].flatten().tolist()}
     assert seen == {0.0, 0.5, 1.0, 1.5, 2.0}
@@ -147,11 +175,12 @@ def test_every_latent_step_reads_one_and_the_same_prefix(text, monkeypatch):
     model = latent_model(text)
     seen = []
 
-    def spy(query, prefix_key, prefix_value, tail_key, tail_value, **options):
-        seen.append((prefix_key.data_ptr(), prefix_value.data_ptr(), prefix_key.shape[2], tail_key.shape[2]))
-        return PYTORCH.attention_forward(query, prefix_key, prefix_value, tail_key, tail_value, **options)
+    def spy(step, key, value):
+        lengths = (key.prefix.shape[2], key.tail.shape[2])
+        seen.append((key.prefix.data_ptr(), value.prefix.data_ptr(), *lengths))
+        return PYTORCH.attention_forward(step, key, value)
 
-    monkeypatch.setattr(kernels_mmcoconut, "PYTORCH", PYTORCH._replace(attention_forward=spy))
+    monkeypatch.setattr(attention_mmcoconut, "PYTORCH", PYTORCH._replace(attention_forward=spy))
     batch = row_of(model, num_latents=4, prefix=10)
     model(**batch, labels=last_labels(batch)).loss.backward()
     assert len(seen) == 4 * 2  # steps · layers; the last one holds the answer as well
@@ -161,18 +190,19 @@ def test_every_latent_step_reads_one_and_the_same_prefix(text, monkeypatch):
 
 
 @pytest.mark.parametrize("text", DECODERS)
-def test_gradients_of_the_prefix_are_formed_once_from_all_steps(text, monkeypatch):
+def test_gradients_of_a_pass_are_formed_once_from_all_steps_that_read_its_keys(text, monkeypatch):
     model = latent_model(text)
     seen = []
 
-    def spy(grad_output, *args, **options):
-        seen.append(grad_output.shape[2])
-        return PYTORCH.prefix_backward(grad_output, *args, **options)
+    def spy(step, key, *args):
+        seen.append((key.shape[2], step.query.shape[2]))
+        return PYTORCH.key_backward(step, key, *args)
 
-    monkeypatch.setattr(kernels_mmcoconut, "PYTORCH", PYTORCH._replace(prefix_backward=spy))
+    monkeypatch.setattr(attention_mmcoconut, "PYTORCH", PYTORCH._replace(key_backward=spy))
     batch = row_of(model, num_latents=4, prefix=10)
     model(**batch, labels=last_labels(batch)).loss.backward()
-    assert seen == [3 + 3] * 2  # queries of four steps, the last of which holds two tokens more; layers
+    # Columns, and queries of the steps that read them; the last step holds two tokens more. Two layers.
+    assert sorted(seen) == sorted(2 * [(10, 3 + 3), (1, 3 + 3), (1, 2 + 3), (1, 1 + 3), (3, 3)])
 
 
 def test_what_a_latent_keeps_for_the_backward_pass_does_not_grow_with_the_prefix():
@@ -206,8 +236,8 @@ def test_a_long_text_between_and_after_latents_reads_joined_keys(tolerance):
 
 def test_a_graph_can_be_gone_through_twice():
     inputs = random_inputs(num_heads=4, num_kv_heads=2, num_queries=2, prefix=5, tail=3)
-    loss = latent_attention(**inputs, mask=None, scaling=0.3).square().sum()
-    first, second = (torch.autograd.grad(loss, leaves(inputs), retain_graph=True) for _ in range(2))
+    loss = call(latent_attention, inputs).square().sum()
+    first, second = (torch.autograd.grad(loss, inputs.leaves(), retain_graph=True) for _ in range(2))
     assert all(torch.equal(*pair) for pair in zip(first, second))
 
 

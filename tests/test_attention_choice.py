@@ -1,0 +1,178 @@
+"""Latent attention by default: where it is leaner, never in place of what was asked for, and in no checkpoint."""
+
+import json
+
+import pytest
+import torch
+from tiny import (
+    DECODERS,
+    assert_same_gradients,
+    batch_of,
+    checkpoint_activations,
+    loss_and_gradients,
+    ragged_batch,
+    sliding_qwen2_config,
+    tiny_model,
+    uncached,
+    words,
+)
+from transformers.cache_utils import DynamicCache
+
+from mmcoconut import attention_mmcoconut
+from mmcoconut.attention_mmcoconut import (
+    LATENT_WHERE_LEANER,
+    LEAST_PREFIX,
+    LEAST_PREFIX_IF_NARROW,
+    WIDE,
+    SplitCache,
+    chooses_latent_attention,
+)
+from mmcoconut.caches_mmcoconut import FirstPassCache
+from mmcoconut.compat_mmcoconut import attention_of
+
+
+def decoder_attention(model) -> str:
+    return attention_of(model.get_decoder().config)
+
+
+@pytest.fixture
+def any_prefix(monkeypatch):
+    """Let first passes of any length count as long."""
+    monkeypatch.setattr(attention_mmcoconut, "LEAST_PREFIX_IF_NARROW", 1)
+
+
+@pytest.fixture
+def caches(monkeypatch) -> list:
+    """The kinds of caches that forward passes start."""
+    from mmcoconut.modeling_mmcoconut import MMCoconutModel
+
+    started, start = [], MMCoconutModel.start_cache
+
+    def noted(self, *args, **kwargs):
+        started.append(start(self, *args, **kwargs))
+        return started[-1]
+
+    monkeypatch.setattr(MMCoconutModel, "start_cache", noted)
+    return started
+
+
+@pytest.mark.parametrize("text", DECODERS)
+def test_a_decoder_with_full_attention_gets_it_if_nobody_asked_for_another(text):
+    assert decoder_attention(tiny_model(text)) == LATENT_WHERE_LEANER
+
+
+@pytest.mark.parametrize("config", [{}, {"thought_schedule": "jacobi", "jacobi_iterations": 2}])
+def test_what_cannot_read_split_keys_keeps_sdpa(config):
+    text = "qwen2" if config else sliding_qwen2_config()
+    assert decoder_attention(tiny_model(text, **config)) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "asked, expected",
+    [
+        ("sdpa", "sdpa"),
+        ("eager", "eager"),
+        ("latent", "latent"),
+        ({"text_config": "sdpa"}, "sdpa"),
+        ({"vision_config": "eager"}, LATENT_WHERE_LEANER),
+        (None, LATENT_WHERE_LEANER),
+    ],
+    ids=str,
+)
+def test_what_was_asked_for_when_loading_is_used(asked, expected, tmp_path):
+    model = tiny_model("qwen2")
+    model.save_pretrained(tmp_path)
+    asked = {} if asked is None else {"attn_implementation": asked}
+    loaded = type(model).from_pretrained(tmp_path, **asked)
+    assert decoder_attention(loaded) == expected
+    config = type(model.config).from_pretrained(tmp_path, **asked)
+    assert decoder_attention(type(model)(config)) == expected
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "eager", "latent"])
+def test_what_is_set_later_is_used(asked):
+    model = tiny_model("gpt2")
+    model.set_attn_implementation(asked)
+    assert decoder_attention(model) == asked
+
+
+def test_a_checkpoint_does_not_name_it(tmp_path):
+    model = tiny_model("qwen2")
+    model.save_pretrained(tmp_path)
+    assert "latent_where" not in (tmp_path / "config.json").read_text()
+    assert not [name for name in json.loads((tmp_path / "config.json").read_text()) if "attn" in name]
+
+
+@pytest.mark.parametrize("attention", [None, "latent"])
+@pytest.mark.parametrize("text", DECODERS)
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_training_steps_with_it_equal_the_definition(text, attention, tolerance, any_prefix, caches):
+    model = tiny_model(text).train()
+    if attention is not None:
+        model.get_decoder().set_attn_implementation(attention)
+    batch = ragged_batch(model)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert [type(cache) for cache in caches] == [SplitCache]
+    with uncached(model):
+        expected_loss, expected = loss_and_gradients(model, batch, use_cache=False)
+    assert loss == pytest.approx(expected_loss, abs=tolerance)
+    assert_same_gradients(gradients, expected, tolerance)
+
+
+def test_calls_that_do_not_train_keep_the_growing_cache(any_prefix, caches):
+    model = tiny_model("qwen2").eval()
+    batch = ragged_batch(model)
+    outputs = model.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    assert type(outputs.past_key_values) is DynamicCache
+    model(**batch)
+    model.train()
+    with torch.no_grad():
+        model(**batch)
+    model(**batch, use_cache=True)  # gradients may come back through a cache that is kept
+    assert len(caches) == 3 and {type(cache) for cache in caches} == {DynamicCache}
+
+
+def test_without_latents_no_cache_is_made(any_prefix, caches):
+    model = tiny_model("gpt2").train()
+    batch = batch_of(model, [words(6, 1), words(6, 2)])
+    loss = model(**batch, labels=batch["input_ids"]).loss
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(loss, model(**batch, labels=batch["input_ids"]).loss) and not caches
+
+
+@pytest.mark.parametrize("text", ["gpt2", "qwen2"])
+@pytest.mark.parametrize("tolerance", [1e-6])
+def test_checkpointed_first_passes_are_followed_by_split_keys(text, tolerance, any_prefix, caches):
+    model = tiny_model(text).train()
+    batch = ragged_batch(model)
+    expected_loss, expected = loss_and_gradients(model, batch)
+    checkpoint_activations(model)
+    model.checkpointed_passes = "first"
+    loss, gradients = loss_and_gradients(model, batch)
+    assert type(caches[-1]) is FirstPassCache and caches[-1].follow == SplitCache.after
+    assert loss == pytest.approx(expected_loss, abs=tolerance)
+    assert_same_gradients(gradients, expected, tolerance)
+
+
+def test_maps_are_made_by_eager_and_by_no_other_as_before():
+    model = tiny_model("qwen2")
+    batch = ragged_batch(model)
+    with torch.no_grad():
+        assert model(**batch, output_attentions=True).attentions == ()
+        model.set_attn_implementation("eager")
+        assert len(model(**batch, output_attentions=True).attentions) == 2
+
+
+@pytest.mark.parametrize("width, least", [(WIDE, LEAST_PREFIX), (WIDE - 64, LEAST_PREFIX_IF_NARROW)])
+def test_it_is_chosen_behind_long_first_passes_and_said_once(width, least, monkeypatch):
+    decoder = tiny_model("gpt2").get_decoder().train()
+    decoder.config.hidden_size = width
+    said = []
+    monkeypatch.setattr(attention_mmcoconut.logger, "info_once", said.append)
+    assert not chooses_latent_attention(decoder, least - 1) and not said
+    assert chooses_latent_attention(decoder, least)
+    assert f"{least} or more columns" in said[0] and "attn_implementation='sdpa'" in said[0]
+    with torch.no_grad():
+        assert not chooses_latent_attention(decoder, least)
+    assert not chooses_latent_attention(decoder.eval(), least)
+    assert not chooses_latent_attention(decoder.train().to("meta"), least)  # not measured on other devices
