@@ -393,12 +393,12 @@ class SplitCache(Cache):
         super().__init__(layer_class_to_replicate=SplitLayer)
 
     @classmethod
-    def after(cls, states: list[tuple[torch.Tensor, torch.Tensor]]) -> "SplitCache":
-        """Return the cache that begins with these keys and values (B, H', P, K) of all layers."""
+    def after(cls, layers: list[DynamicLayer]) -> "SplitCache":
+        """Return the cache that leaves the keys and values (B, H', P, K) of these layers in place."""
         cache = cls()
-        cache.layers = [SplitLayer() for _ in states]
-        for layer, (key_states, value_states) in zip(cache.layers, states):
-            layer.open(key_states, value_states)
+        cache.layers = [SplitLayer() for _ in layers]
+        for layer, first in zip(cache.layers, layers):
+            layer.open(first.keys, first.values)
         return cache
 
 

@@ -411,7 +411,7 @@ class ThinkingDecoder(PutInFront):
             return growing
         if self.checkpointed_passes == "all":
             return PassCache(growing)
-        return FirstPassCache(growing, split_after if splits else Cache)
+        return FirstPassCache(growing, SplitCache.after if splits else Cache)
 
     def call_of_passes(self, thoughts: Thoughts) -> Callable:
         """Return what `Passes` calls with a cache and the arguments of one pass; a replayed pass goes by itself."""
@@ -438,11 +438,6 @@ class ThinkingDecoder(PutInFront):
         outputs.last_hidden_state = states  # (B, T, D)
         window = getattr(self.config, "sliding_window", None)
         check_window(self.sees_all_columns, window, thoughts.attention_mask.shape[1])
-
-
-def split_after(layers: list) -> SplitCache:
-    """Return the cache that leaves the keys and values of these layers in place."""
-    return SplitCache.after([(layer.keys, layer.values) for layer in layers])
 
 
 def check_checkpointed_passes(value: str) -> str:

@@ -33,6 +33,7 @@ from mmcoconut.attention_mmcoconut import (
     latent_attention_forward,
     latent_attention_reference,
 )
+from mmcoconut.thinking_mmcoconut import Thoughts
 
 
 def latent_model(text, **config):
@@ -76,6 +77,12 @@ def left_padded_mask(num_queries, prefix, tail) -> torch.Tensor:
     mask = causal.expand(2, 1, -1, -1).clone()
     mask[1, :, :, :3] = False
     return mask
+
+
+def cache_of(model) -> type:
+    """The kind of cache that a call of the model starts with."""
+    thoughts = Thoughts(torch.zeros(1, 1, dtype=torch.bool), feed=model.model.thought_feed)
+    return type(model.get_decoder().fresh_cache(thoughts, keeps_cache=False, replays=False))
 
 
 @pytest.mark.parametrize("masked", [True, False])
@@ -159,7 +166,7 @@ def test_whole_model_may_be_set_to_latent_attention_with_any_tower(vision, toler
     batch["pixel_values"] = batch["pixel_values"].double()
     expected_loss, expected = loss_and_gradients(model, batch)
     model.set_attn_implementation("latent")
-    assert type(model.model.start_cache(replayed=False, kept=False)) is SplitCache
+    assert cache_of(model) is SplitCache
     loss, gradients = loss_and_gradients(model, batch)
     assert loss == pytest.approx(expected_loss, abs=tolerance)
     assert_same_gradients(gradients, expected, tolerance)
@@ -244,8 +251,8 @@ def test_a_graph_can_be_gone_through_twice():
 def test_a_sliding_window_keeps_the_librarys_cache():
     model = latent_model("qwen2")
     sliding = latent_model(sliding_qwen2_config())
-    assert type(sliding.model.start_cache(replayed=False, kept=False)) is DynamicCache
-    assert type(model.model.start_cache(replayed=False, kept=False)) is SplitCache
+    assert cache_of(sliding) is DynamicCache
+    assert cache_of(model) is SplitCache
 
 
 @pytest.mark.parametrize("text", ["gpt2", "qwen2", "bart"])

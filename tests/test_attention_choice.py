@@ -29,6 +29,7 @@ from mmcoconut.attention_mmcoconut import (
 )
 from mmcoconut.caches_mmcoconut import FirstPassCache
 from mmcoconut.compat_mmcoconut import attention_of
+from mmcoconut.thinking_mmcoconut import ThinkingDecoder
 
 
 def decoder_attention(model) -> str:
@@ -44,15 +45,13 @@ def any_prefix(monkeypatch):
 @pytest.fixture
 def caches(monkeypatch) -> list:
     """The kinds of caches that forward passes start."""
-    from mmcoconut.modeling_mmcoconut import MMCoconutModel
-
-    started, start = [], MMCoconutModel.start_cache
+    started, start = [], ThinkingDecoder.fresh_cache
 
     def noted(self, *args, **kwargs):
         started.append(start(self, *args, **kwargs))
         return started[-1]
 
-    monkeypatch.setattr(MMCoconutModel, "start_cache", noted)
+    monkeypatch.setattr(ThinkingDecoder, "fresh_cache", noted)
     return started
 
 
@@ -123,13 +122,13 @@ def test_calls_that_do_not_train_keep_the_growing_cache(any_prefix, caches):
     model = tiny_model("qwen2").eval()
     batch = ragged_batch(model)
     outputs = model.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
-    assert type(outputs.past_key_values) is DynamicCache
+    assert isinstance(outputs.past_key_values, DynamicCache)
     model(**batch)
     model.train()
     with torch.no_grad():
         model(**batch)
     model(**batch, use_cache=True)  # gradients may come back through a cache that is kept
-    assert len(caches) == 3 and {type(cache) for cache in caches} == {DynamicCache}
+    assert len(caches) == 3 and all(isinstance(cache, DynamicCache) for cache in caches)
 
 
 def test_without_latents_no_cache_is_made(any_prefix, caches):
