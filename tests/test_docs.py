@@ -207,6 +207,13 @@ def run_launched(words: list[str]) -> None:
     parse_recipe([*launch.training_script_args, *TINY])
 
 
+def main_of(module: str):
+    """Return `main` of what `python -m module` runs."""
+    loaded = importlib.import_module(module)
+    is_package = hasattr(loaded, "__path__")
+    return (importlib.import_module(f"{module}.__main__") if is_package else loaded).main
+
+
 def run(words: list[str]) -> None:
     """A command of a bash block, or what can be known of it here."""
     match words:
@@ -218,10 +225,10 @@ def run(words: list[str]) -> None:
             run_launched(rest)
         case ["python", "-m", module, "--help"]:
             with pytest.raises(SystemExit) as ended:
-                importlib.import_module(module).main(["--help"])
+                main_of(module)(["--help"])
             assert ended.value.code == 0
         case ["python", "-m", module, *rest]:
-            importlib.import_module(module).main(rest)
+            main_of(module)(rest)
         case ["python", script, *rest]:
             run_script(script, rest)
         case _:
