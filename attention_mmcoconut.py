@@ -34,7 +34,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
-from . import attention_triton_mmcoconut as triton_kernels
+from .attention_triton_mmcoconut import attention_forward as triton_attention_forward
+from .attention_triton_mmcoconut import key_backward as triton_key_backward
+from .attention_triton_mmcoconut import query_backward as triton_query_backward
+from .attention_triton_mmcoconut import reason_against
 from .caches_mmcoconut import text_cache
 from .compat_mmcoconut import attention_of, current_backward_pass
 
@@ -166,14 +169,14 @@ def key_backward(step: Step, key, value, grad_output, logsumexp, delta) -> tuple
 
 Kernels = namedtuple("Kernels", ("attention_forward", "query_backward", "key_backward"))
 PYTORCH = Kernels(attention_forward, query_backward, key_backward)
-TRITON = Kernels(triton_kernels.attention_forward, triton_kernels.query_backward, triton_kernels.key_backward)
+TRITON = Kernels(triton_attention_forward, triton_query_backward, triton_key_backward)
 
 
 def kernels_for(*tensors: torch.Tensor, has_dropout: bool = False) -> Kernels:
     """Return Triton's kernels on a GPU where they can serve these tensors; else PyTorch's, with a warning there."""
     if tensors[0].device.type == "cpu":
         return PYTORCH
-    reason = "they have no dropout" if has_dropout else triton_kernels.reason_against(*tensors)
+    reason = "they have no dropout" if has_dropout else reason_against(*tensors)
     if reason is not None:
         logger.warning_once(f"Latent attention runs in PyTorch and not in Triton's kernels, for {reason}.")
     return TRITON if reason is None else PYTORCH
@@ -234,15 +237,6 @@ class SplitStates:
         for buffer, states in zip(self.buffers, (key, value)):
             buffer[:, :, self.length : end] = states
         self.length = end
-
-    def columns_of(self, columns: slice) -> list[torch.Tensor]:
-        """Return these columns of keys and values, which are the prefix or lie in the tail, unseen by autograd."""
-        if columns.start < self.prefix[0].shape[2]:
-            return [states.detach() for states in self.prefix]
-        return [buffer[:, :, self.in_tail(columns)] for buffer in self.buffers]
-
-    def in_tail(self, columns: slice) -> slice:
-        return slice(columns.start - self.prefix[0].shape[2], columns.stop - self.prefix[0].shape[2])
 
     def gradients(self, columns: slice) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of the keys and values that one pass wrote into these columns."""
