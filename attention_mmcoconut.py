@@ -238,15 +238,6 @@ class SplitStates:
             buffer[:, :, self.length : end] = states
         self.length = end
 
-    def columns_of(self, columns: slice) -> list[torch.Tensor]:
-        """Return these columns of keys and values, which are the prefix or lie in the tail, unseen by autograd."""
-        if columns.start < self.prefix[0].shape[2]:
-            return [states.detach() for states in self.prefix]
-        return [buffer[:, :, self.in_tail(columns)] for buffer in self.buffers]
-
-    def in_tail(self, columns: slice) -> slice:
-        return slice(columns.start - self.prefix[0].shape[2], columns.stop - self.prefix[0].shape[2])
-
     def gradients(self, columns: slice) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of the keys and values that one pass wrote into these columns."""
         prefix_length = self.prefix[0].shape[2]
