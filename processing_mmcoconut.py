@@ -100,7 +100,7 @@ class MMCoconutProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[int]]]:
-        """Return pixel_values (images, channels, height, width) of groups in order, and the tiles of each image of each.
+        """Return pixel_values (images, channels, height, width) of groups of images in order, and each one's tiles.
 
         Of an image processor that makes tiles: (tiles, channels, height, width), and num_tiles (images,) with them.
         """
