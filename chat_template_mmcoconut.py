@@ -9,6 +9,7 @@ import inspect
 import operator
 import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -16,7 +17,7 @@ from .configuration_mmcoconut import THOUGHT_TOKENS
 
 
 ANSWER_MARKER = "###"
-QUOTES, SAMPLE = ("\ufdd0", "\ufdd1"), "\ufdd2"
+QUOTES, WRITTEN, SAMPLE = ("\ufdd0", "\ufdd1"), ("\ufdd2", "\ufdd3"), "\ufdd4"
 MARKS = re.compile("[\ufdd0-\ufdef]")
 GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
@@ -39,11 +40,10 @@ CHAT_TEMPLATE = (
 TEXT_OPTIONS = ("return_tensors", "padding", "max_length", "pad_to_multiple_of", "padding_side", "truncation")
 TEXT_OPTIONS += ("return_mm_token_type_ids", "return_attention_mask")
 CALL_OPTIONS = ("images", "text", "num_latents", "history", "rendered")
-# Of `apply_chat_template`, beside the variables of the template.
-RENDER_OPTIONS = ("add_generation_prompt", "continue_final_message", "tools", "documents")
+RENDER_OPTIONS = ("add_generation_prompt", "continue_final_message")  # beside the variables of the template
 CHAT_ARGUMENTS = ("num_latents", "tokenize", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens")
 # What callers of any processor pass as None or False, which is what this one does anyway.
-NEUTRAL = ("videos", "audio", "add_special_tokens", "load_audio_from_video")
+NEUTRAL = ("videos", "audio", "add_special_tokens", "load_audio_from_video", "tools", "documents")
 LARGEST_LENGTH = 10**9  # a tokenizer without a limit says more than this
 
 
@@ -132,17 +132,36 @@ def quoted(value, tokens: re.Pattern | None):
     return value
 
 
-def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
-    """Return a chat of `conversations_of` as text and, if wanted, where `{% generation %}` begins and ends in it.
+def _marked(message: dict) -> dict:
+    """Return a message with marks around every text of it that the assistant writes."""
+    mark, content = "{}".join(WRITTEN).format, message["content"]
+    if message["role"] != "assistant":
+        return message
+    if isinstance(content, str):
+        return {**message, "content": mark(content)}
+    return {
+        **message,
+        "content": [{**part, "text": mark(part["text"])} if "text" in part else part for part in content],
+    }
 
-    variables: of the template, `add_generation_prompt`, `tools`, … A template must have `{% generation %}`, if wanted.
+
+def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
+    """Return a chat of `conversations_of` as text and, if wanted, where in it what the assistant writes stands.
+
+    That is `{% generation %}`, or in a template without it the messages' texts and an end token behind them.
     """
-    if with_spans and not GENERATION.search(chat_template):
-        remedy = "put {% generation %} … {% endgeneration %} around it in the template"
-        raise ValueError(f"The chat template does not say what the assistant writes: {remedy}.")
     options = {**tokenizer.special_tokens_map, **variables, "chat_template": chat_template}
-    [text], spans = render_jinja_template([list(messages)], return_assistant_tokens_mask=with_spans, **options)
-    return text, spans[0] if spans else []
+    by_template = with_spans and GENERATION.search(chat_template) is not None
+    [text], spans = render_jinja_template([list(messages)], return_assistant_tokens_mask=by_template, **options)
+    if by_template or not with_spans:
+        return text, spans[0] if spans else []
+    [marked], _ = render_jinja_template([[*map(_marked, messages)]], **options)
+    pieces = re.split(f"[{''.join(WRITTEN)}]", marked)
+    if "".join(pieces) != text:
+        remedy = "put {% generation %} … {% endgeneration %} around it in the template"
+        raise ValueError(f"The chat template changes what the assistant wrote, such as the space around it: {remedy}.")
+    ends, eos = [*accumulate(map(len, pieces))], tokenizer.eos_token
+    return text, [(start, end + len(eos) * text.startswith(eos, end)) for start, end in zip(ends[:-1:2], ends[1::2])]
 
 
 def rendered_prompt(tokenizer, chat_template: str, chat: Sequence[dict], variables: dict, *, sanitized: bool):
@@ -201,10 +220,7 @@ def _encode_piece(
 
 
 def _encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> tuple[list, list]:
-    """Encode the string of a control token as text, or raise ValueError if the tokenizer cannot.
-
-    An added token that is not special is found in text too, but not in its halves.
-    """
+    """Encode the string of a control token as text; one that is not special is found in text, not in its halves."""
     options, token_id = {"with_spans": with_spans, "as_text": True}, tokenizer.convert_tokens_to_ids(token)
     ids, spans = _encode_piece(tokenizer, token, follows=follows, **options)
     if token_id in ids:
@@ -216,9 +232,7 @@ def _encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> 
     return ids, spans
 
 
-def encode_marked(
-    tokenizer, chat: str, spans: Sequence[tuple[int, int]] = (), *, follows: bool = False
-) -> tuple[list[int], list[int]]:
+def encode_marked(tokenizer, chat: str, spans: Sequence = (), *, follows: bool = False) -> tuple[list, list]:
     """Return the ids of a chat rendered from `quoted` messages, and 1 at those that lie in the given spans of it.
 
     Thoughts are no text of anybody: 0. follows: the chat is the end of a longer one.
@@ -252,14 +266,6 @@ def parse_answer(text: str) -> str:
     if line is not None:
         return text[line.end() :].strip()
     return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
-
-
-def check_texts(texts: list) -> None:
-    """Raise ValueError unless there are texts, all of them strings."""
-    if not texts or not all(isinstance(text, str) for text in texts):
-        kinds = ", ".join(sorted({type(text).__name__ for text in texts}))
-        what = f"a list of {kinds}" if texts else "an empty list"
-        raise ValueError(f"text is {what}: give at least one question, every one as a string.")
 
 
 def whole_number(value) -> int:
@@ -324,9 +330,6 @@ def split_chat_options(kwargs: dict, options: dict, template: str, image_process
     known, given = _known_options(image_processor), _join(kwargs, options, "processor_kwargs")
     called = {*known, *known[""], *options, "num_latents"}
     written = {name for name in given if re.search(rf"\b{re.escape(name)}\b", template)}
-    for name in ("tools", "documents"):
-        if given.get(name) and name not in written:
-            raise ValueError(f"The chat template writes no {name}: leave them out, or give a chat_template that does.")
     check_names(given, "option of apply_chat_template", called | written | set(RENDER_OPTIONS), CHAT_ARGUMENTS)
     variables = {name: value for name, value in given.items() if name not in called}
     return variables, {name: value for name, value in given.items() if name in called}

@@ -27,7 +27,6 @@ MAX_IMAGE_PIXELS = 89_478_485
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 REMEDY = "replace the image"
 KINDS = "a path, a URL (http://, https://, data:), base64 text of a file, a PIL image, an array or a tensor"
-URL_PREFIXES = ("http://", "https://", "data:")
 URL_TIMEOUT = 60  # seconds without an answer
 LONGEST_TEXT_SHOWN = 500  # characters; longer text is base64 and not a path
 # What Pillow raises on images that are too large, and its decoders on damaged bytes.
@@ -137,7 +136,7 @@ def _download(url: str, where: str) -> BinaryIO:
 def _read_text(text: str) -> Image.Image:
     """Read the image at a URL, in a file that exists, or in base64 text."""
     where = f"image {text if len(text) <= LONGEST_TEXT_SHOWN else f'{text[:60]}… ({len(text)} characters)'}"
-    if text.startswith(URL_PREFIXES):
+    if text.startswith(("http://", "https://", "data:")):
         return decode_image(_download(text, where), where)
     if os.path.exists(text):
         return _read_file(text)

@@ -22,7 +22,6 @@ from .chat_template_mmcoconut import (
     CHAT_TEMPLATE,
     MARKERS,
     check_arguments,
-    check_texts,
     control_tokens_of,
     conversations_of,
     encode_marked,
@@ -101,10 +100,9 @@ class MMCoconutProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[int]]]:
-        """Return what the model reads for groups of images, and the number of tiles of each image of each group.
+        """Return pixel_values (images, channels, height, width) of groups of images in order, and each one's tiles.
 
-        That is pixel_values (images, channels, height, width) of all groups in order; of an image processor that makes
-        tiles (tiles, channels, height, width), and num_tiles (images,).
+        Of an image processor that makes tiles: (tiles, channels, height, width), and num_tiles (images,) with them.
         """
         groups = [flat_images(group) for group in groups]
         images = [image for group in groups for image in group]
@@ -176,10 +174,7 @@ class MMCoconutProcessor(ProcessorMixin):
         return self.encode_chat(messages_of(question, history, len(tiles)), tiles, variables)[0]
 
     def encode_chat(self, chat, num_tiles, variables: dict, *, template=None, sanitized=True, masked=False):
-        """Return the ids of a chat of `conversations_of`, and, if masked, 1 at what the assistant writes.
-
-        num_tiles: the tiles of each of its images. variables: of the template, as for `render`.
-        """
+        """Return the ids of a chat with images of so many tiles, and 1 at what the assistant writes, if masked."""
         template = template or self.chat_template
         tokens = control_tokens_of(self.tokenizer, template) if sanitized else None
         text, spans = render(self.tokenizer, template, *quoted([chat, variables], tokens), with_spans=masked)
@@ -253,12 +248,12 @@ class MMCoconutProcessor(ProcessorMixin):
 
         Args:
             images: one per text, or a list for each text, or all for a single text; see `read_images`.
-            text (`str | list[str]`): questions, in which the string of a special token stays text.
+            text (`str | list[str]`): questions, or prompts of `apply_chat_template(..., tokenize=False)`.
             num_latents (`int | list[int]`): latents before every answer, of all texts or of each; default the saved.
             history: for each text question and answer of the turns before it, of which the first has the images.
-            rendered: True: the text comes out of `apply_chat_template(..., tokenize=False)`, its special tokens are
-                meant; False: it is a question, whatever is written in it. None: as `is_rendered` tells, unless
-                num_latents or history says that it is a question. Pass False for text of users.
+            rendered: True: text is such prompts, whose special tokens are meant. False: questions, in which these stay
+                text: pass it for text of users. None: a `RenderedPrompt` and a copy that ends as the template begins
+                an answer are prompts; num_latents or history makes questions; else special tokens are refused.
             kwargs: options of the text and of the image processor, flat or in groups; see `split_options`.
 
         Returns:
@@ -268,7 +263,8 @@ class MMCoconutProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("text is None: give a question for each image ('' for none), or use encode_images.")
         texts = [text] if isinstance(text, str) else list(text)
-        check_texts(texts)
+        if not texts or not all(isinstance(text, str) for text in texts):
+            raise ValueError(f"text={texts!r:.80} is no list of texts: give at least one question, each as a string.")
         is_question = num_latents is not None or history is not None
         how = {"markers": self.markers, "image_token": self.image_token, "is_question": is_question}
         flags = [rendered] * len(texts)
@@ -325,7 +321,7 @@ class MMCoconutProcessor(ProcessorMixin):
         Args:
             conversation: messages of one chat, or of several; images under `image`, `url`, `path` or `base64`.
             tokenize: False gives a `RenderedPrompt`, which a call of this processor reads as such.
-            return_assistant_tokens_mask: also `assistant_masks`, 1 at what the template puts into `{% generation %}`.
+            return_assistant_tokens_mask: also `assistant_masks`, 1 at what the assistant writes; see `render`.
             sanitize_control_tokens: False reads control tokens in messages as such.
             processor_kwargs: options of a call of this processor, and `images` (a list for each chat) where messages
                 have only places for them.
@@ -334,7 +330,7 @@ class MMCoconutProcessor(ProcessorMixin):
 
         Returns:
             text of each chat; tokenized, ids of each (also of a single one), or with return_dict what a call gives.
-            ValueError refuses control tokens in messages with tokenize=False, and a mask without `{% generation %}`.
+            ValueError refuses control tokens in messages with tokenize=False.
         """
         chats, groups, is_batch = conversations_of(conversation)
         template, given = chat_template or self.chat_template, processor_kwargs or {}

@@ -223,7 +223,7 @@ def test_tokenizer_of_another_model_is_refused():
         ({"text": ["1", "2"], "num_latents": [1]}, "1 entries in num_latents for 2 texts"),
         ({}, "text is None: give a question for each image"),
         ({"images": "a"}, "text is None: give a question .* or use encode_images"),
-        ({"text": []}, "text is an empty list"),
+        ({"text": []}, r"text=\[\] is no list of texts: give at least one question"),
         ({"text": "1", "truncation": True}, "could cut images or thoughts"),
         ({"text": "1", "rendered": True, "num_latents": 1}, "no effect on rendered text"),
     ],
@@ -451,6 +451,18 @@ def test_the_template_says_what_the_assistant_writes(processor, image):
     assert marked == [*processor.encode_text("### red"), processor.tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize("texts", CHAT[1:])
+def test_a_template_without_generation_gives_the_same_mask(processor, image, texts):
+    """As checkpoints of version 0.1 have it."""
+    old = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", processor.chat_template)
+    options = {"add_generation_prompt": False, "num_latents": 2, "return_assistant_tokens_mask": True}
+    expected, found = (
+        encode_chat(processor, chat_of(texts, image), chat_template=template, **options) for template in (None, old)
+    )
+    assert expected["assistant_masks"].any()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_a_mask_follows_generation_where_a_template_has_it(processor):
     template = (
         "{% for message in messages %}{% if loop.last %}{% generation %}{{ message.content }}{% endgeneration %}"
@@ -463,10 +475,10 @@ def test_a_mask_follows_generation_where_a_template_has_it(processor):
     assert processor.decode(batch["input_ids"][batch["assistant_masks"].bool()]) == "yes"
 
 
-def test_a_mask_of_a_template_without_generation_is_refused(processor):
+def test_a_mask_of_a_template_that_changes_the_answer_is_refused(processor):
     template = "{% for message in messages %}{{ message.content | trim }}\n{% endfor %}"
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": " b "}]
-    with pytest.raises(ValueError, match="does not say what the assistant writes.*endgeneration"):
+    with pytest.raises(ValueError, match="changes what the assistant wrote.*endgeneration"):
         encode_chat(processor, messages, chat_template=template, return_assistant_tokens_mask=True)
     ids = encode_chat(processor, messages, chat_template=template)["input_ids"][0]
     assert processor.decode(ids) == "a\nb\n"
@@ -555,7 +567,7 @@ def test_options_of_a_chat_may_be_flat(processor, image):
 
 
 def test_tools_that_the_template_does_not_write_are_refused(processor):
-    with pytest.raises(ValueError, match="writes no tools"):
+    with pytest.raises(ValueError, match="tools is no option of apply_chat_template"):
         processor.apply_chat_template([user(QUESTION)], tools=TOOLS)
     assert processor.apply_chat_template([user(QUESTION)], tools=None, load_audio_from_video=False) == f"{QUESTION}\n"
 

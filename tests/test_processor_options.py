@@ -84,7 +84,7 @@ def test_unknown_arguments_of_a_new_processor_are_refused_with_the_nearest(proce
 
 @pytest.mark.parametrize("texts", [[1], ["a", None]])
 def test_texts_must_be_strings(processor, texts):
-    with pytest.raises(ValueError, match="text is a list of .*every one as a string"):
+    with pytest.raises(ValueError, match="is no list of texts: .*each as a string"):
         processor(text=texts)
 
 
