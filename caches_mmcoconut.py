@@ -243,6 +243,33 @@ class FirstPassCache(PassCache):
         return self.follow([copied_layer(layer) for layer in self.layers])
 
 
+class ChosenCache(Cache):
+    """The base of another kind of cache than the growing one, chosen for a call by a function of `CHOOSE_CACHE`.
+
+    It is made empty without arguments, or by `after`, and keeps the keys of all columns.
+    """
+
+    @classmethod
+    def after(cls, layers: list[CacheLayerMixin]) -> "ChosenCache":
+        """Return the cache that begins with the keys and values of these layers."""
+        raise NotImplementedError
+
+    def move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put `move` of the keys and values (B, H, T, K) of each layer in their place."""
+        raise NotImplementedError
+
+
+# Functions of a thinking decoder and the columns before a call's first latent (0 in generation) that return a kind of
+# ChosenCache, or None; the first that returns one is followed. mmcoconut.kernels adds latent attention's.
+CHOOSE_CACHE: list[Callable[[object, int], type[ChosenCache] | None]] = []
+
+
+def chosen_cache(decoder, prefix_length: int = 0) -> type[ChosenCache] | None:
+    """Return the kind of cache for a call with so many columns before its first latent; None: a growing one."""
+    kinds = (choose(decoder, prefix_length) for choose in CHOOSE_CACHE)
+    return next((kind for kind in kinds if kind is not None), None) if decoder.sees_all_columns else None
+
+
 class FixedFlags(dict):
     """A dictionary whose values stay as they are."""
 

@@ -17,8 +17,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .attention_mmcoconut import split_cache_of
-from .caches_mmcoconut import ThoughtState, with_mask_of_left_out
+from .caches_mmcoconut import ThoughtState, chosen_cache, text_cache, with_mask_of_left_out
 from .columns_mmcoconut import check_new_positions, position_limit, positions_from_mask
 from .compat_mmcoconut import CACHE, RELEASE, rename_cache
 from .configuration_mmcoconut import TOKEN_ID_FIELDS
@@ -298,7 +297,7 @@ class ThinkingGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
         """Check that positions suffice, let transformers make the cache, and copy a prefix into its rows.
 
-        A growing cache that transformers makes gives way to a SplitCache where the decoder's attention reads one.
+        A growing cache that transformers makes gives way to the kind that is chosen for the decoder.
         """
         self._check_room(generation_config, model_kwargs, num_read)
         prefix = model_kwargs.get(CACHE)
@@ -314,9 +313,10 @@ class ThinkingGenerationMixin(GenerationMixin):
             del model_kwargs[CACHE]
         is_given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        splits = not (is_given or is_assisted) and self.config.thought_schedule == "sequential"
-        if splits and CACHE in model_kwargs and self.get_decoder().reads_split_keys():
-            model_kwargs[CACHE] = split_cache_of(model_kwargs[CACHE])
+        may_choose = not (is_given or is_assisted) and self.config.thought_schedule == "sequential"
+        kind = chosen_cache(self.get_decoder()) if may_choose else None
+        if kind is not None and CACHE in model_kwargs:
+            model_kwargs[CACHE] = with_chosen(model_kwargs[CACHE], kind)
         if isinstance(prefix, PromptPrefix):
             self._check_window(generation_config, model_kwargs)
             num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
@@ -331,6 +331,17 @@ class ThinkingGenerationMixin(GenerationMixin):
                 f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
                 f"sequence has up to {generation_config.max_length}: pass prompts of one length, or one at a time."
             )
+
+
+def with_chosen(past_key_values: Cache, kind: type[Cache]) -> Cache:
+    """Return a cache that `generate` made with another kind in place of its growing cache of the text, if any."""
+    own = text_cache(past_key_values)
+    if type(own) is not DynamicCache or own.offloading:
+        return past_key_values
+    if own is past_key_values:
+        return kind()
+    past_key_values.self_attention_cache = kind()
+    return past_key_values
 
 
 def check_prefix_is_readable(prefix: PromptPrefix, generation_config, *, is_assisted: bool) -> None:

@@ -27,7 +27,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .attention_mmcoconut import choose_attention
 from .caches_mmcoconut import ThoughtState, check_cache, with_mask_of_left_out
 from .columns_mmcoconut import (
     check_length,
@@ -45,7 +44,6 @@ from .compat_mmcoconut import (
     CACHE_NAMES,
     CacheByEitherName,
     assert_without_waiting,
-    attention_of,
     keep_cache_in_checkpoints,
     slice_columns,
     takes_arguments_of,
@@ -183,13 +181,10 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
         check_buildable(config, type(self))
-        asked = attention_of(config.text_config)  # None where neither the user nor a recipe asked for one
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
-        asked = attention_of(config.text_config)  # None where neither the user nor a recipe asked for one
         self.language_model = self.build_language_model(config)
         give_thoughts(self.get_decoder())
-        self.choose_attention(asked)
         self.thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
         if config.stop_head:
             self.stop_head = StopHead(config.text_config.hidden_size)
@@ -204,11 +199,6 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         if getattr(config.text_config, "decoder_layers", None) is None:
             return AutoModel.from_config(config.text_config)
         return AutoModelForCausalLM.from_config(config.text_config).get_decoder()
-
-    def choose_attention(self, asked: str | None) -> None:
-        """Let the decoder use latent attention where it is leaner, unless another one was asked for."""
-        if self.config.thought_schedule == "sequential":
-            choose_attention(self.get_decoder(), asked)
 
     @property
     def checkpointed_passes(self) -> str:

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .attention_mmcoconut import SplitCache, SplitLayer
-from .caches_mmcoconut import PassCache, ThoughtState, text_cache
+from .caches_mmcoconut import ChosenCache, PassCache, ThoughtState, text_cache
 from .columns_mmcoconut import is_sharded, is_two_dimensional, packed, positions_from_mask, take_columns
 from .thinking_mmcoconut import Passes, Thoughts, join_columns, put_first, think
 
@@ -95,7 +94,7 @@ def can_move_keys(past_key_values: Cache) -> bool:
     keys = text_cache(past_key_values)
     if isinstance(keys, PassCache):
         return True
-    if isinstance(keys, SplitCache):
+    if isinstance(keys, ChosenCache):
         return keys.get_seq_length() == 0
     is_growing = isinstance(keys, DynamicCache) and all(type(layer) is DynamicLayer for layer in keys.layers)
     return is_growing and not keys.offloading and keys.get_seq_length() == 0
@@ -180,14 +179,15 @@ def moved_back(output, layout: Layout):
 
 def move_back_keys(past_key_values: Cache, layout: Layout) -> None:
     """Put a cache's keys and values (B, H, T', K) into the old columns, (B, H, T, K)."""
-    for layer in text_cache(past_key_values).layers:
-        is_split = isinstance(layer, SplitLayer)
-        held = layer.joined() if is_split else (layer.keys, layer.values)
-        moved = [layout.move_back(states.transpose(1, 2)).transpose(1, 2).contiguous() for states in held]
-        if is_split:
-            layer.open(*moved)
-        else:
-            layer.keys, layer.values = moved
+
+    def move(states: torch.Tensor) -> torch.Tensor:
+        return layout.move_back(states.transpose(1, 2)).transpose(1, 2).contiguous()
+
+    keys = text_cache(past_key_values)
+    if isinstance(keys, ChosenCache):
+        return keys.move(move)
+    for layer in keys.layers:
+        layer.keys, layer.values = move(layer.keys), move(layer.values)
 
 
 # --- parallel thoughts -----------------------------------------------------------------------------------------------

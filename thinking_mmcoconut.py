@@ -38,12 +38,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .attention_mmcoconut import SplitCache, chooses_latent_attention
 from .caches_mmcoconut import (
     FirstPassCache,
     PassCache,
     PutInFront,
     ThoughtState,
+    chosen_cache,
     in_front,
     is_replayed,
     next_pass,
@@ -393,25 +393,20 @@ class ThinkingDecoder(PutInFront):
         """Return True if attention maps are asked for, which have an axis of columns."""
         return bool(inputs.get("output_attentions") or self.config.output_attentions)
 
-    def reads_split_keys(self, prefix_length: int = 0) -> bool:
-        """Return True if a call with so many columns before its first latent is to use a SplitCache."""
-        return self.sees_all_columns and chooses_latent_attention(self, prefix_length)
-
     def fresh_cache(self, thoughts: Thoughts, *, keeps_cache: bool, replays: bool) -> Cache:
-        """Return an empty cache: a growing one, one that gradient checkpointing can replay, or, where latent attention
-        is to read it, one that leaves the first pass's keys in place; through that a later call has no gradients.
+        """Return an empty cache: a growing one, the kind that is chosen for such a call, or one that can be replayed.
+
+        Through a chosen kind a later call has no gradients.
         """
         prefix_length = thoughts.columns[0] if thoughts.columns else 0
-        may_split = not thoughts.reads_again and (replays or not (keeps_cache and torch.is_grad_enabled()))
-        splits = may_split and self.reads_split_keys(prefix_length)
-        if splits and not replays:
-            return SplitCache()
-        growing = DynamicCache(config=self.config)
+        may_choose = not thoughts.reads_again and (replays or not (keeps_cache and torch.is_grad_enabled()))
+        kind = chosen_cache(self, prefix_length) if may_choose else None
         if not replays:
-            return growing
+            return DynamicCache(config=self.config) if kind is None else kind()
+        growing = DynamicCache(config=self.config)
         if self.checkpointed_passes == "all":
             return PassCache(growing)
-        return FirstPassCache(growing, SplitCache.after if splits else Cache)
+        return FirstPassCache(growing, Cache if kind is None else kind.after)
 
     def call_of_passes(self, thoughts: Thoughts) -> Callable:
         """Return what `Passes` calls with a cache and the arguments of one pass; a replayed pass goes by itself."""

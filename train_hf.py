@@ -29,6 +29,7 @@ from mmcoconut.errors import run_command
 from mmcoconut.evaluation.compare import compare
 from mmcoconut.hub.uploads import quiet_requests
 from mmcoconut.images_mmcoconut import makes_tiles
+from mmcoconut.kernels import choose_attention
 from mmcoconut.models import load_model
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
@@ -196,7 +197,9 @@ def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
     model.bptt_thoughts = model_args.bptt_thoughts
     processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"
-    if model_args.attn_implementation is not None:
+    if model_args.attn_implementation is None:
+        choose_attention(model)
+    else:
         model.set_attn_implementation(model_args.attn_implementation)
     model.checkpointed_passes = model_args.checkpointed_passes
     defer_weight_gradients(model, model_args.defer_weight_gradients)

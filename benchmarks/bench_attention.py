@@ -16,8 +16,8 @@ import argparse
 import torch
 from measuring import fastest, write_results
 
-from mmcoconut.attention_mmcoconut import Split, Step, latent_attention, latent_attention_reference
-from mmcoconut.attention_triton_mmcoconut import triton
+from mmcoconut.kernels.latent import Split, Step, latent_attention, latent_attention_reference
+from mmcoconut.kernels.triton_kernels import triton
 
 
 # batch, heads, kv_heads, head_dim

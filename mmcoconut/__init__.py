@@ -34,6 +34,7 @@ PUBLIC_NAMES = {
 __all__ = ["__version__", *PUBLIC_NAMES]
 
 importlib.import_module("mmcoconut.auto_classes").register()  # behind __path__, on which the model files are found
+importlib.import_module("mmcoconut.kernels")  # registers its attention functions
 
 
 def __getattr__(name: str):

@@ -21,8 +21,8 @@ from tiny import (
 )
 from transformers.cache_utils import DynamicCache
 
-from mmcoconut import attention_mmcoconut
-from mmcoconut.attention_mmcoconut import (
+from mmcoconut.kernels import latent
+from mmcoconut.kernels.latent import (
     MAX_QUERIES,
     PYTORCH,
     Split,
@@ -187,7 +187,7 @@ def test_every_latent_step_reads_one_and_the_same_prefix(text, monkeypatch):
         seen.append((key.prefix.data_ptr(), value.prefix.data_ptr(), *lengths))
         return PYTORCH.attention_forward(step, key, value)
 
-    monkeypatch.setattr(attention_mmcoconut, "PYTORCH", PYTORCH._replace(attention_forward=spy))
+    monkeypatch.setattr(latent, "PYTORCH", PYTORCH._replace(attention_forward=spy))
     batch = row_of(model, num_latents=4, prefix=10)
     model(**batch, labels=last_labels(batch)).loss.backward()
     assert len(seen) == 4 * 2  # steps · layers; the last one holds the answer as well
@@ -205,7 +205,7 @@ def test_gradients_of_a_pass_are_formed_once_from_all_steps_that_read_its_keys(t
         seen.append((key.shape[2], step.query.shape[2]))
         return PYTORCH.key_backward(step, key, *args)
 
-    monkeypatch.setattr(attention_mmcoconut, "PYTORCH", PYTORCH._replace(key_backward=spy))
+    monkeypatch.setattr(latent, "PYTORCH", PYTORCH._replace(key_backward=spy))
     batch = row_of(model, num_latents=4, prefix=10)
     model(**batch, labels=last_labels(batch)).loss.backward()
     # Columns, and queries of the steps that read them; the last step holds two tokens more. Two layers.

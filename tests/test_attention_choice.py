@@ -18,17 +18,18 @@ from tiny import (
 )
 from transformers.cache_utils import DynamicCache
 
-from mmcoconut import attention_mmcoconut
-from mmcoconut.attention_mmcoconut import (
+from mmcoconut.caches_mmcoconut import FirstPassCache
+from mmcoconut.compat_mmcoconut import attention_of
+from mmcoconut.kernels import latent
+from mmcoconut.kernels.latent import (
     LATENT_WHERE_LEANER,
     LEAST_PREFIX,
     LEAST_PREFIX_IF_NARROW,
     WIDE,
     SplitCache,
+    choose_attention,
     chooses_latent_attention,
 )
-from mmcoconut.caches_mmcoconut import FirstPassCache
-from mmcoconut.compat_mmcoconut import attention_of
 from mmcoconut.thinking_mmcoconut import ThinkingDecoder
 
 
@@ -39,7 +40,7 @@ def decoder_attention(model) -> str:
 @pytest.fixture
 def any_prefix(monkeypatch):
     """Let first passes of any length count as long."""
-    monkeypatch.setattr(attention_mmcoconut, "LEAST_PREFIX_IF_NARROW", 1)
+    monkeypatch.setattr(latent, "LEAST_PREFIX_IF_NARROW", 1)
 
 
 @pytest.fixture
@@ -55,49 +56,42 @@ def caches(monkeypatch) -> list:
     return started
 
 
+def chosen(text, **config):
+    """A model whose attention was left to choose_attention."""
+    model = tiny_model(text, **config)
+    choose_attention(model)
+    return model
+
+
 @pytest.mark.parametrize("text", DECODERS)
-def test_a_decoder_with_full_attention_gets_it_if_nobody_asked_for_another(text):
-    assert decoder_attention(tiny_model(text)) == LATENT_WHERE_LEANER
+def test_a_decoder_with_full_attention_gets_it(text):
+    assert decoder_attention(chosen(text)) == LATENT_WHERE_LEANER
 
 
 @pytest.mark.parametrize("config", [{}, {"thought_schedule": "jacobi", "jacobi_iterations": 2}])
 def test_what_cannot_read_split_keys_keeps_sdpa(config):
     text = "qwen2" if config else sliding_qwen2_config()
-    assert decoder_attention(tiny_model(text, **config)) == "sdpa"
+    assert decoder_attention(chosen(text, **config)) == "sdpa"
 
 
-@pytest.mark.parametrize(
-    "asked, expected",
-    [
-        ("sdpa", "sdpa"),
-        ("eager", "eager"),
-        ("latent", "latent"),
-        ({"text_config": "sdpa"}, "sdpa"),
-        ({"vision_config": "eager"}, LATENT_WHERE_LEANER),
-        (None, LATENT_WHERE_LEANER),
-    ],
-    ids=str,
-)
-def test_what_was_asked_for_when_loading_is_used(asked, expected, tmp_path):
+@pytest.mark.parametrize("asked", ["eager", "latent"])
+def test_another_attention_than_sdpa_stays(asked, tmp_path):
     model = tiny_model("qwen2")
     model.save_pretrained(tmp_path)
-    asked = {} if asked is None else {"attn_implementation": asked}
-    loaded = type(model).from_pretrained(tmp_path, **asked)
-    assert decoder_attention(loaded) == expected
-    config = type(model.config).from_pretrained(tmp_path, **asked)
-    assert decoder_attention(type(model)(config)) == expected
+    loaded = type(model).from_pretrained(tmp_path, attn_implementation=asked)
+    choose_attention(loaded)
+    assert decoder_attention(loaded) == asked
 
 
 @pytest.mark.parametrize("asked", ["sdpa", "eager", "latent"])
 def test_what_is_set_later_is_used(asked):
-    model = tiny_model("gpt2")
+    model = chosen("gpt2")
     model.set_attn_implementation(asked)
     assert decoder_attention(model) == asked
 
 
 def test_a_checkpoint_does_not_name_it(tmp_path):
-    model = tiny_model("qwen2")
-    model.save_pretrained(tmp_path)
+    chosen("qwen2").save_pretrained(tmp_path)
     assert "latent_where" not in (tmp_path / "config.json").read_text()
     assert not [name for name in json.loads((tmp_path / "config.json").read_text()) if "attn" in name]
 
@@ -106,7 +100,7 @@ def test_a_checkpoint_does_not_name_it(tmp_path):
 @pytest.mark.parametrize("text", DECODERS)
 @pytest.mark.parametrize("tolerance", [1e-5])
 def test_training_steps_with_it_equal_the_definition(text, attention, tolerance, any_prefix, caches):
-    model = tiny_model(text).train()
+    model = chosen(text).train()
     if attention is not None:
         model.get_decoder().set_attn_implementation(attention)
     batch = ragged_batch(model)
@@ -119,7 +113,7 @@ def test_training_steps_with_it_equal_the_definition(text, attention, tolerance,
 
 
 def test_calls_that_do_not_train_keep_the_growing_cache(any_prefix, caches):
-    model = tiny_model("qwen2").eval()
+    model = chosen("qwen2").eval()
     batch = ragged_batch(model)
     outputs = model.generate(**batch, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     assert isinstance(outputs.past_key_values, DynamicCache)
@@ -132,7 +126,7 @@ def test_calls_that_do_not_train_keep_the_growing_cache(any_prefix, caches):
 
 
 def test_without_latents_no_cache_is_made(any_prefix, caches):
-    model = tiny_model("gpt2").train()
+    model = chosen("gpt2").train()
     batch = batch_of(model, [words(6, 1), words(6, 2)])
     loss = model(**batch, labels=batch["input_ids"]).loss
     model.set_attn_implementation("sdpa")
@@ -142,7 +136,7 @@ def test_without_latents_no_cache_is_made(any_prefix, caches):
 @pytest.mark.parametrize("text", ["gpt2", "qwen2"])
 @pytest.mark.parametrize("tolerance", [1e-6])
 def test_checkpointed_first_passes_are_followed_by_split_keys(text, tolerance, any_prefix, caches):
-    model = tiny_model(text).train()
+    model = chosen(text).train()
     batch = ragged_batch(model)
     expected_loss, expected = loss_and_gradients(model, batch)
     checkpoint_activations(model)
@@ -154,7 +148,7 @@ def test_checkpointed_first_passes_are_followed_by_split_keys(text, tolerance, a
 
 
 def test_maps_are_made_by_eager_and_by_no_other_as_before():
-    model = tiny_model("qwen2")
+    model = chosen("qwen2")
     batch = ragged_batch(model)
     with torch.no_grad():
         assert model(**batch, output_attentions=True).attentions == ()
@@ -164,10 +158,10 @@ def test_maps_are_made_by_eager_and_by_no_other_as_before():
 
 @pytest.mark.parametrize("width, least", [(WIDE, LEAST_PREFIX), (WIDE - 64, LEAST_PREFIX_IF_NARROW)])
 def test_it_is_chosen_behind_long_first_passes_and_said_once(width, least, monkeypatch):
-    decoder = tiny_model("gpt2").get_decoder().train()
+    decoder = chosen("gpt2").get_decoder().train()
     decoder.config.hidden_size = width
     said = []
-    monkeypatch.setattr(attention_mmcoconut.logger, "info_once", said.append)
+    monkeypatch.setattr(latent.logger, "info_once", said.append)
     assert not chooses_latent_attention(decoder, least - 1) and not said
     assert chooses_latent_attention(decoder, least)
     assert f"{least} or more columns" in said[0] and "attn_implementation='sdpa'" in said[0]

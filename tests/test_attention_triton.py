@@ -14,15 +14,15 @@ import pytest
 import torch
 from tiny import TEXT_CONFIGS, assert_same_gradients, loss_and_gradients, max_difference, ragged_batch, tiny_model
 
-from mmcoconut import attention_mmcoconut, attention_triton_mmcoconut
-from mmcoconut.attention_mmcoconut import PYTORCH, Kernels, Split, Step, kernels_for, latent_attention_reference
+from mmcoconut.kernels import latent, triton_kernels
+from mmcoconut.kernels.latent import PYTORCH, Kernels, Split, Step, kernels_for, latent_attention_reference
 
 
 triton = pytest.importorskip("triton", reason="Triton's kernels need triton, which is made for Linux")
 tl = triton.language
 interpreter = importlib.import_module("triton.runtime.interpreter")
 
-FILE = Path(__file__).resolve().parent.parent / "attention_triton_mmcoconut.py"
+FILE = Path(__file__).resolve().parent.parent / "mmcoconut" / "kernels" / "triton_kernels.py"
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: compiled kernels cannot run")
 
 
@@ -58,7 +58,7 @@ def mend_bfloat16(monkeypatch):
 
 
 def copy_of_the_module():
-    spec = importlib.util.spec_from_file_location("copy_of_attention_triton_mmcoconut", FILE)
+    spec = importlib.util.spec_from_file_location("copy_of_triton_kernels", FILE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -79,7 +79,7 @@ def device(request):
 @pytest.fixture
 def kernels(device, interpreted_module, monkeypatch):
     if device == "cuda":
-        return attention_triton_mmcoconut
+        return triton_kernels
     interpret_library(monkeypatch)
     mend_bfloat16(monkeypatch)
     return interpreted_module
@@ -123,7 +123,7 @@ def split_states(tensors) -> tuple[Split, Split]:
 def key_gradients(kernels, steps: list, key, value, columns: slice) -> tuple:
     """By the kernel, from steps with their grad_output, logsumexp and delta, of the keys in these columns."""
     of_steps, *rows = zip(*steps)
-    joined = attention_mmcoconut.joined_steps(of_steps, columns)
+    joined = latent.joined_steps(of_steps, columns)
     return kernels.key_backward(joined, key, value, *(torch.cat(parts, dim=2) for parts in rows))
 
 
@@ -350,7 +350,7 @@ def test_interpreted_kernels_leave_bfloat16_to_the_definition(interpreted_module
 
 
 def test_compiled_kernels_leave_tensors_on_the_cpu_to_the_definition():
-    assert "on cpu" in attention_triton_mmcoconut.reason_against(*inputs_of())
+    assert "on cpu" in triton_kernels.reason_against(*inputs_of())
 
 
 def test_without_triton_the_module_is_imported_and_says_so(monkeypatch):
@@ -370,9 +370,7 @@ def test_training_loop_over_these_kernels_equals_the_one_over_pytorch(
     found, served = [], []
     of_triton = Kernels(kernels.attention_forward, kernels.query_backward, kernels.key_backward)
     for chosen in (PYTORCH, of_triton):
-        monkeypatch.setattr(
-            attention_mmcoconut, "kernels_for", lambda *_, chosen=chosen, **__: served.append(1) or chosen
-        )
+        monkeypatch.setattr(latent, "kernels_for", lambda *_, chosen=chosen, **__: served.append(1) or chosen)
         found.append(loss_and_gradients(model, batch))
     assert len(served) > 5 * num_layers
     assert found[1][0] == pytest.approx(found[0][0], abs=tolerance)
@@ -381,7 +379,7 @@ def test_training_loop_over_these_kernels_equals_the_one_over_pytorch(
 
 def test_what_these_kernels_cannot_serve_goes_to_pytorch_with_the_reason(monkeypatch):
     said = []
-    monkeypatch.setattr(attention_mmcoconut.logger, "warning_once", said.append)
+    monkeypatch.setattr(latent.logger, "warning_once", said.append)
     tensors = [torch.empty(1, 2, 3, 8, device="meta")] * 5
     assert kernels_for(*tensors) is PYTORCH
     assert kernels_for(*tensors, has_dropout=True) is PYTORCH

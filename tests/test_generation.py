@@ -25,11 +25,11 @@ from tiny import (
 )
 from transformers import CompileConfig, DynamicCache, GenerationConfig, TextIteratorStreamer, TextStreamer
 
-from mmcoconut import attention_mmcoconut
-from mmcoconut.attention_mmcoconut import MAX_QUERIES, SplitCache
 from mmcoconut.caches_mmcoconut import text_cache
 from mmcoconut.columns_mmcoconut import column_lists
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, add_special_tokens
+from mmcoconut.kernels import latent
+from mmcoconut.kernels.latent import MAX_QUERIES, SplitCache
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 
 
@@ -249,11 +249,11 @@ def test_decoding_reads_the_prefix_where_the_first_pass_left_it(text):
 
     def spy(step, key, value):
         seen.append((key.prefix.data_ptr(), key.prefix.shape[2]))
-        return attention_mmcoconut.attention_forward(step, key, value)
+        return latent.attention_forward(step, key, value)
 
-    pytorch = attention_mmcoconut.PYTORCH._replace(attention_forward=spy)
+    pytorch = latent.PYTORCH._replace(attention_forward=spy)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_mmcoconut, "PYTORCH", pytorch)
+        patch.setattr(latent, "PYTORCH", pytorch)
         generate(model, text_batch(model, [9, 10]), min_new_tokens=NEW_TOKENS)
     assert len(seen) == (2 + NEW_TOKENS - 1) * 2  # thoughts and tokens · layers
     assert len(set(seen)) == 2 and {length for _, length in seen} == {9}

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mmcoconut"
 BASE = ("errors", "records", "statistics", "provenance", "tables", "auto_classes", "models", "build")
 COMMANDS = ("publish", "serve", "convert_coconut", "prepare_flickr30k")
 ABOVE = ("data", "objectives", "arguments", "hub", "training", "evaluation", "rl", "audit", "demo")
-LAYERS = (BASE, *((name,) for name in ABOVE), COMMANDS)
+LAYERS = (("kernels",), BASE, *((name,) for name in ABOVE), COMMANDS)
 SCRIPT = "train_hf"
 
 

@@ -23,8 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, QuantizedCache
 
-from mmcoconut.attention_mmcoconut import SplitCache
 from mmcoconut.compat_mmcoconut import call_with_cache
+from mmcoconut.kernels.latent import SplitCache
 from mmcoconut.schedules_mmcoconut import COLUMNS_OF_A_PASS, ShareColumns, can_move_keys, layout_of
 from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think
 

@@ -19,11 +19,14 @@ import train_hf
 from mmcoconut.arguments.fields import CurriculumArguments, DataArguments
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import write_tiny_vlm
+from mmcoconut.compat_mmcoconut import attention_of
 from mmcoconut.data import json_steps
 from mmcoconut.images_mmcoconut import UnreadableImageError
+from mmcoconut.kernels.latent import LATENT_WHERE_LEANER
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import model_class
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.schedules_mmcoconut import ThinkTogether
 from mmcoconut.training import trainer
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
@@ -270,10 +273,14 @@ def test_schedule_is_saved_with_the_weights_and_truncation_with_the_recipe(recip
     start = {"model": str(tmp_path / "run"), "vision_config": None, "text_config": None, "tokenizer": None}
     model, _ = built(replace(model_args, **start), curriculum_args)
     assert (model.model.bptt_thoughts, model.config.jacobi_iterations) == (1, 2)
-    assert model.model.thinking_loop(None).func.__name__ == "think_jacobi"
+    assert model.model.schedule_of_call(None) == ThinkTogether(2)
+    assert attention_of(model.get_decoder().config) == "sdpa"  # whose keys are read again
     sequential = {"thought_schedule": "sequential", "jacobi_iterations": None, "bptt_thoughts": None}
     model, _ = built(replace(model_args, **start, **sequential), curriculum_args)
     assert (model.model.bptt_thoughts, model.config.thought_schedule) == (None, "sequential")
+    assert attention_of(model.get_decoder().config) == LATENT_WHERE_LEANER
+    model, _ = built(replace(model_args, **start, **sequential, attn_implementation="sdpa"), curriculum_args)
+    assert attention_of(model.get_decoder().config) == "sdpa"
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ forms the gradients of the keys that one pass wrote at once, from the queries of
     p = exp(s - logsumexp)    δ = do · output    ds = p (do · values - δ)    dq = ds · keys
     dkeys = Σ_steps ds · q    dvalues = Σ_steps p · do
 
-In this file: the definition, the arithmetic of the fast path (on a GPU that of attention_triton_mmcoconut.py), its
+In this file: the definition, the arithmetic of the fast path (on a GPU that of triton_kernels.py), its
 autograd functions, the cache, what transformers calls, and where latent attention is used by default.
 
 Shapes: B batch, H query heads, H' key and value heads (H = G · H'), Q queries of one step, N of several, P prefix,
@@ -29,17 +29,17 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
-from .attention_triton_mmcoconut import attention_forward as triton_attention_forward
-from .attention_triton_mmcoconut import key_backward as triton_key_backward
-from .attention_triton_mmcoconut import query_backward as triton_query_backward
-from .attention_triton_mmcoconut import reason_against
-from .caches_mmcoconut import text_cache
-from .compat_mmcoconut import attention_of, current_backward_pass
+from mmcoconut.caches_mmcoconut import CHOOSE_CACHE, ChosenCache
+from mmcoconut.compat_mmcoconut import attention_of, current_backward_pass
+from mmcoconut.kernels.triton_kernels import attention_forward as triton_attention_forward
+from mmcoconut.kernels.triton_kernels import key_backward as triton_key_backward
+from mmcoconut.kernels.triton_kernels import query_backward as triton_query_backward
+from mmcoconut.kernels.triton_kernels import reason_against
 
 
 logger = logging.get_logger(__name__)
@@ -377,7 +377,7 @@ class SplitLayer(DynamicLayer):
         return 0 if self.states is None else self.states.num_keys
 
 
-class SplitCache(Cache):
+class SplitCache(ChosenCache):
     """A cache whose later keys are not joined to those of the first pass, in training and in generation."""
 
     def __init__(self):
@@ -391,6 +391,10 @@ class SplitCache(Cache):
         for layer, first in zip(cache.layers, layers):
             layer.open(first.keys, first.values)
         return cache
+
+    def move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        for layer in self.layers:
+            layer.open(*map(move, layer.joined()))
 
 
 def joined_attention(attend, query, prefix_key, prefix_value, tail_key, tail_value, mask) -> torch.Tensor:
@@ -429,12 +433,13 @@ for name, mask_function in (("latent", latent_mask), (LATENT_WHERE_LEANER, sdpa_
     AttentionMaskInterface.register(name, mask_function)
 
 
-def choose_attention(decoder: PreTrainedModel, asked: str | None) -> None:
-    """Let a thinking decoder with full attention use latent attention where it is leaner, if nobody asked for another.
+def choose_attention(model) -> None:
+    """Let a model's decoder use latent attention in the calls where it is leaner; for models for which nobody asked.
 
-    asked: `attention_of(config)` before the decoder was built; None: transformers chose sdpa, or eager.
+    A decoder with another attention than sdpa, with windows or with thoughts that are updated together stays as it is.
     """
-    if asked is None and attention_of(decoder.config) == "sdpa" and decoder.sees_all_columns:
+    decoder, is_sequential = model.get_decoder(), model.config.thought_schedule == "sequential"
+    if is_sequential and attention_of(decoder.config) == "sdpa" and decoder.sees_all_columns:
         decoder.set_attn_implementation(LATENT_WHERE_LEANER)
 
 
@@ -456,11 +461,9 @@ def chooses_latent_attention(decoder: PreTrainedModel, prefix_length: int = 0) -
     return True
 
 
-def split_cache_of(past_key_values: Cache) -> Cache:
-    """Return a cache that `generate` made with a SplitCache in place of a growing cache of the text, if it has one."""
-    own = text_cache(past_key_values)
-    if type(own) is DynamicCache and not own.offloading:
-        if own is past_key_values:
-            return SplitCache()
-        past_key_values.self_attention_cache = SplitCache()
-    return past_key_values
+def split_cache(decoder: PreTrainedModel, prefix_length: int) -> type[SplitCache] | None:
+    """Return SplitCache where a call is to use it; see `chooses_latent_attention`."""
+    return SplitCache if chooses_latent_attention(decoder, prefix_length) else None
+
+
+CHOOSE_CACHE.append(split_cache)

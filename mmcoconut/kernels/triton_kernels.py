@@ -1,6 +1,6 @@
 """Triton kernels of latent attention: a few queries read a long prefix and a short tail, which are never joined.
 
-attention_mmcoconut.py holds the definition in PyTorch and the autograd functions around these three:
+latent.py holds the definition in PyTorch and the autograd functions around these three:
 
     attention_forward    s = scaling · q kᵀ,   lse = log Σ exp(s),   p = exp(s - lse),   output = p v
     query_backward       delta = Σ output · d_output,   ds = p · (d_output vᵀ - delta),   d_q = scaling · ds k

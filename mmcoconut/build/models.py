@@ -1,0 +1,448 @@
+"""Models out of parts: a vision tower and a language model (`from_backbones`), or a whole VLM (`from_vlm`).
+
+Shapes: D hidden of the language model, V vocabulary.
+"""
+
+import copy
+import difflib
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from mmcoconut.configuration_mmcoconut import (
+    SPECIAL_TOKENS,
+    THOUGHT_TOKENS,
+    TOKEN_ID_FIELDS,
+    MMCoconutConfig,
+    add_special_tokens,
+    image_token_of,
+    num_patches_of,
+    num_placeholders,
+    settle_decoder,
+)
+from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.schedules_mmcoconut import StopHead
+from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
+from mmcoconut.thinking_mmcoconut import ThoughtFeed, give_thoughts
+from mmcoconut.vision_mmcoconut import build_projector
+
+
+def internvl_fields(vlm: PreTrainedModel) -> dict:
+    """InternVL's projector; of the tower's last layer it reads the output, which some towers normalise first."""
+    if vlm.config.vision_feature_layer == -1:
+        vlm.model.vision_tower.config.tie_last_hidden_states = True
+    return {"projector_type": "pixel_shuffle", "downsample_ratio": vlm.config.downsample_ratio}
+
+
+def llava_fields(vlm: PreTrainedModel) -> dict:
+    """LLaVA's projector."""
+    return {"projector_type": "mlp", "projector_bias": vlm.config.multimodal_projector_bias}
+
+
+# A vision-language model that `from_vlm` takes over is one function here, by the model type of its configuration.
+VLM_FIELDS = {"internvl": internvl_fields, "llava": llava_fields}
+SHARED_FIELDS = ("image_token_id", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
+
+OF_VLM_PROJECTOR = ("projector_type", "projector_bias", "downsample_ratio", "tie_word_embeddings")
+DECIDED_BY_VLM = (*TOKEN_ID_FIELDS, *SHARED_FIELDS, *OF_VLM_PROJECTOR, "vision_config", "text_config")
+
+
+def check_convertible(config: PreTrainedConfig) -> None:
+    if config.model_type not in VLM_FIELDS:
+        raise ValueError(
+            f"from_vlm cannot take over a {config.model_type}, only {', '.join(VLM_FIELDS)}: take one of these, or "
+            "join a vision tower and a language model with from_backbones."
+        )
+
+
+def check_fields(names, *, method: str, decided: tuple[str, ...] = TOKEN_ID_FIELDS) -> None:
+    """Raise for a name that is no field of the configuration, or one that is decided by the parts that are joined."""
+    fields = [name for name in MMCoconutConfig.__dataclass_fields__ if not name.startswith("_")]
+    for name in names:
+        if name in decided:
+            raise ValueError(f"{method} takes no {name!r}, which follows from the parts that it joins: leave it out.")
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "what it takes are the fields of MMCoconutConfig."
+            raise ValueError(f"{method} takes no {name!r}: {hint}")
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return a torch dtype, given one or its name such as `bfloat16`."""
+    named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise ValueError(
+            f"dtype={dtype!r} is not a type of weights: pass torch.bfloat16, torch.float16 or torch.float32."
+        )
+    return named
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Cast the weights of a model; computed buffers, such as rotary frequencies, keep their precision."""
+    saved = model.state_dict().keys()
+    weights = [*model.parameters(), *(buffer for name, buffer in model.named_buffers() if name in saved)]
+    for weight in weights:
+        if weight.is_floating_point():
+            weight.data = weight.data.to(dtype)
+    for config in (model.config, model.config.vision_config, model.config.text_config):
+        config.dtype = dtype
+    return model
+
+
+def load_config(name_or_path: str, part: str) -> PreTrainedConfig:
+    """The configuration of a pretrained part.
+
+    Raises:
+        ValueError: a name that is neither a folder with a configuration nor found on the Hub.
+    """
+    try:
+        return AutoConfig.from_pretrained(name_or_path)
+    except OSError as error:
+        raise ValueError(
+            f"The {part} {name_or_path!r} is neither a folder that holds a config.json nor found on the Hub: give an "
+            "existing folder, or a Hub id while there is a connection or a downloaded copy."
+        ) from error
+
+
+def load_vlm(vlm: str | PreTrainedModel) -> PreTrainedModel:
+    """A pretrained vision-language model by name, or as it is; which kind is looked at before weights are loaded."""
+    if isinstance(vlm, PreTrainedModel):
+        check_convertible(vlm.config)
+        return vlm
+    check_convertible(load_config(vlm, "vision-language model"))
+    return AutoModelForImageTextToText.from_pretrained(vlm, dtype=torch.get_default_dtype())
+
+
+def settle_tying(vlm: PreTrainedModel) -> bool:
+    """Whether head and embeddings are one matrix; the configurations may say otherwise, and are made to agree.
+
+    A checkpoint that brings two matrices is loaded untied whatever its configuration says, but would be tied, and its
+    head lost, at the next resizing.
+    """
+    tied = vlm.get_output_embeddings().weight is vlm.get_input_embeddings().weight
+    for config in (vlm.config, vlm.config.text_config, vlm.model.language_model.config):
+        config.tie_word_embeddings = tied
+    return tied
+
+
+def fields_of_vlm(vlm: PreTrainedModel) -> dict:
+    """The fields of MMCoconutConfig that a vision-language model decides."""
+    shared = {field: getattr(vlm.config, field) for field in SHARED_FIELDS}
+    return {**shared, **VLM_FIELDS[vlm.config.model_type](vlm), "tie_word_embeddings": settle_tying(vlm)}
+
+
+def ends_of(generation_config, tokenizer) -> int | list[int]:
+    """The tokens that end an answer: those of a generation configuration, and the one that ends a training text."""
+    ends = generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    ends = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
+    return ends if len(ends) > 1 else ends[0]
+
+
+def load_vision_tower(name_or_path: str) -> PreTrainedModel:
+    """The vision part of a pretrained checkpoint: of CLIP and SigLIP only the image tower is built and loaded."""
+    config = load_config(name_or_path, "vision tower")
+    vision_config = getattr(config, "vision_config", config)
+    return AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=torch.get_default_dtype())
+
+
+def settle_vocabulary(text_config: PreTrainedConfig, vocab_size: int) -> None:
+    """Say the size of the vocabulary under each name that a language model goes by."""
+    text_config.vocab_size = vocab_size
+    if getattr(text_config, "decoder_vocab_size", None) is not None:  # Marian's decoder and head
+        text_config.decoder_vocab_size = vocab_size
+
+
+def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, num_known: int, *, new_token_init: str | None) -> None:
+    """Resize a language model to its tokenizer, of which it knows the first tokens; many have spare rows behind them.
+
+    The rows of the other tokens start at the mean of the known ones or at a named token's.
+    """
+    old_size, new_size = causal_lm.get_input_embeddings().weight.shape[0], len(tokenizer)
+    num_known = min(num_known, old_size)
+    if new_token_init is not None and new_token_init not in tokenizer.get_vocab():
+        raise ValueError(
+            f"new_token_init={new_token_init!r} is not a token of this tokenizer: name one of its tokens, or leave it "
+            "out to start at the mean."
+        )
+    if new_size > old_size:
+        causal_lm.resize_token_embeddings(new_size, mean_resizing=False)
+        settle_vocabulary(causal_lm.config.get_text_config(), new_size)
+    for layer in {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()}:
+        weight = layer.weight.data  # (V, D)
+        known = weight[:num_known] if new_token_init is None else weight[[tokenizer.get_vocab()[new_token_init]]]
+        weight[num_known:new_size] = known.mean(dim=0)
+
+
+def check_has_encoder(text_config: PreTrainedConfig, image_fusion: str) -> None:
+    """The fusion with a text encoder's states needs one; the library would list all encoder-decoders that it has."""
+    if image_fusion == "encoder" and not text_config.is_encoder_decoder:
+        raise ValueError(
+            f"image_fusion='encoder' needs a language model with an encoder, and {text_config.model_type} is a "
+            "decoder alone: take BART, or another image_fusion."
+        )
+
+
+def load_language_model(name_or_path: str, auto_class, *, image_fusion: str) -> PreTrainedModel:
+    """A pretrained language model, whole; cross-attention that it has not learnt yet starts from random weights.
+
+    Raises:
+        ValueError: a checkpoint without some of the other weights; one without the encoder that the fusion needs.
+    """
+    config = load_config(name_or_path, "language model")
+    check_has_encoder(config, image_fusion)
+    settle_decoder(config, image_fusion)
+    causal_lm, info = auto_class.from_pretrained(
+        name_or_path, config=config, dtype=torch.get_default_dtype(), output_loading_info=True
+    )
+    missing = sorted(name for name in info["missing_keys"] if "cross" not in name and "encoder_attn" not in name)
+    if missing:
+        raise ValueError(
+            f"{name_or_path} lacks {len(missing)} weights of {type(causal_lm).__name__}, {missing[0]} the first: name "
+            "a checkpoint of a language model."
+        )
+    return causal_lm
+
+
+def new_language_model(text_config: PreTrainedConfig, tokenizer, auto_class, *, image_fusion: str) -> PreTrainedModel:
+    """A language model with random weights whose vocabulary and special ids are the tokenizer's."""
+    check_has_encoder(text_config, image_fusion)
+    text_config = copy.deepcopy(text_config)
+    settle_vocabulary(text_config, len(tokenizer))
+    settle_decoder(text_config, image_fusion)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(text_config, token, getattr(tokenizer, token))
+    if text_config.is_encoder_decoder:  # as BART: the end of a text is what the decoder starts from
+        text_config.decoder_start_token_id = tokenizer.eos_token_id
+    return auto_class.from_config(text_config)
+
+
+@torch.no_grad()
+def check_row_positions(decoder: PreTrainedModel) -> None:
+    """Raise unless a thinking decoder reads a row behind padding as without; found by running two tokens both ways.
+
+    Raises:
+        ValueError: a decoder whose positions cannot be set for each row.
+    """
+    embeds = decoder.get_input_embeddings()(torch.zeros(1, 3, dtype=torch.long, device=decoder.device))  # (1, 3, D)
+    mask = torch.tensor([[0, 1, 1]], device=decoder.device)
+    positions = torch.tensor([[0, 0, 1]], device=decoder.device)
+    inputs = {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions}
+    training = decoder.training
+    decoder.eval()
+    padded = decoder(**inputs).last_hidden_state[:, 1:]  # (1, 2, D)
+    alone = decoder(inputs_embeds=embeds[:, 1:]).last_hidden_state  # (1, 2, D)
+    decoder.train(training)
+    if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{type(decoder).__name__} scales what it reads before it adds positions, so rows behind padding would be "
+            "read wrongly: set scale_embedding=False in its configuration."
+        )
+
+
+@torch.no_grad()
+def check_plain_head(causal_lm: PreTrainedModel) -> None:
+    """Logits must be states times one matrix (V, D), as ours are; found by running a token.
+
+    Raises:
+        ValueError: a language model that shifts, scales or caps its logits, or has no part without its head.
+    """
+    if causal_lm.base_model is causal_lm:
+        raise ValueError(
+            f"{type(causal_lm).__name__} has no part without its head, which thoughts are states of: take an "
+            "encoder-decoder that has one (BART, mBART, Marian)."
+        )
+    head, training = causal_lm.get_output_embeddings(), causal_lm.training
+    token = torch.zeros(1, 1, dtype=torch.long, device=causal_lm.device)
+    inputs = {"input_ids": token, **({"decoder_input_ids": token} if causal_lm.config.is_encoder_decoder else {})}
+    causal_lm.eval()
+    logits = causal_lm.base_model(**inputs).last_hidden_state @ head.weight.T  # (1, 1, V)
+    plain = head.bias is None and torch.allclose(causal_lm(**inputs).logits, logits, rtol=1e-3, atol=1e-3)
+    causal_lm.train(training)
+    if not plain:
+        raise ValueError(
+            f"The head of {type(causal_lm).__name__} has a bias, or scales or caps its logits, which would be lost: "
+            "take a language model whose logits are its states times one matrix (GPT-2, Qwen2, Llama, …)."
+        )
+
+
+@torch.no_grad()
+def count_placeholders(vision_tower: PreTrainedModel, config: MMCoconutConfig) -> int:
+    """Placeholders of an image of config.image_size, or the tower's own; found by running two blank ones.
+
+    Raises:
+        ValueError: a tower that joins images, or that has no class token to leave out.
+    """
+    vision_config = vision_tower.config
+    size = config.image_size or vision_config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.zeros(2, vision_config.num_channels, height, width, dtype=vision_tower.dtype)
+    num_images, num_tokens = vision_tower(pixels.to(vision_tower.device)).last_hidden_state.shape[:2]
+    if num_images != 2:
+        raise ValueError(
+            f"The vision tower {vision_config.model_type} gives {num_images} row of features for 2 images: take one "
+            "that gives a row an image (CLIP, SigLIP, InternVL, …)."
+        )
+    leaves_out_first = config.vision_feature_select_strategy == "default"
+    if leaves_out_first and num_tokens == num_patches_of(vision_config, "default"):
+        raise ValueError(
+            f"vision_feature_select_strategy='default' leaves out the class token, and {vision_config.model_type} has "
+            f"none among its {num_tokens} tokens: set vision_feature_select_strategy='full'."
+        )
+    return num_placeholders(config, num_tokens - leaves_out_first)
+
+
+def without_backbones(config: MMCoconutConfig) -> MMCoconutForConditionalGeneration:
+    """Return a model to be joined with large backbones: only projector and thoughts take memory, with new weights."""
+    with torch.device("meta"):
+        model = MMCoconutForConditionalGeneration(config)
+    model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
+    thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
+    model.model.thought_feed = thought_feed.apply(model._init_weights)
+    if config.stop_head:
+        model.model.stop_head = StopHead(config.text_config.hidden_size).apply(model._init_weights)
+    return model
+
+
+def join(model, vision_tower: PreTrainedModel, language_model: PreTrainedModel, *, head: nn.Linear):
+    """Return the model with these parts, in evaluation mode, as from_pretrained leaves a model."""
+    model.model.vision_tower, model.model.language_model, model.lm_head = vision_tower, language_model, head
+    give_thoughts(model.get_decoder())
+    model.config.image_seq_length = count_placeholders(vision_tower, model.config)
+    model.tie_weights()
+    return model.eval()
+
+
+def from_backbones(
+    vision: str | None = None,
+    text: str | None = None,
+    *,
+    tokenizer=None,
+    vision_config: PreTrainedConfig | None = None,
+    text_config: PreTrainedConfig | None = None,
+    new_token_init: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **config_kwargs,
+):
+    """Return a new model out of a vision tower and a language model, pretrained or from their configurations.
+
+    Args:
+        vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
+            "openai-community/gpt2"; or
+        vision_config, text_config: configurations, for random weights.
+        tokenizer: the language model's tokenizer, loaded from `text` by default; it gets the four special tokens
+            where it lacks them, and the embeddings grow to its length.
+        new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
+            None takes the mean of the old embeddings.
+        dtype: of all weights, e.g. torch.bfloat16; None: torch's default.
+        config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add"; `encoder` makes a MMCoconutForSeq2SeqLM out
+            of an encoder-decoder such as BART, the others a MMCoconutForConditionalGeneration.
+
+    Raises:
+        ValueError: both or neither of a name and a configuration; an unknown field, dtype or
+            `new_token_init`; a language model whose head is more than a matrix.
+    """
+    if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
+        raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
+    check_fields(config_kwargs, method="from_backbones")
+    dtype = as_dtype(dtype)
+    image_fusion = config_kwargs.get("image_fusion", MMCoconutConfig.image_fusion)
+    is_seq2seq = image_fusion == "encoder"
+    auto_class = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
+    num_known = len(tokenizer)
+    add_special_tokens(tokenizer)
+    vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
+    if text:
+        causal_lm = load_language_model(text, auto_class, image_fusion=image_fusion)
+        grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
+    else:
+        causal_lm = new_language_model(text_config, tokenizer, auto_class, image_fusion=image_fusion)
+    check_plain_head(causal_lm)
+    token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
+    config = MMCoconutConfig(
+        vision_config=vision_tower.config,
+        text_config=causal_lm.config,
+        **dict(zip(TOKEN_ID_FIELDS, token_ids)),
+        **config_kwargs,
+    )
+    model = (MMCoconutForSeq2SeqLM if is_seq2seq else MMCoconutForConditionalGeneration)(config)
+    language_model = causal_lm.base_model if is_seq2seq else causal_lm.get_decoder()
+    join(model, vision_tower, language_model, head=causal_lm.get_output_embeddings())
+    if model.get_decoder().counts_columns:
+        check_row_positions(model.get_decoder())
+    model.generation_config.update(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        forced_bos_token_id=None,  # BART's summaries want them, and an answer begins and ends by itself
+        forced_eos_token_id=None,
+    )
+    if is_seq2seq:
+        model.generation_config.decoder_start_token_id = config.text_config.decoder_start_token_id
+    return model if dtype is None else cast_weights(model, dtype)
+
+
+def from_vlm(
+    vlm: str | PreTrainedModel,
+    *,
+    tokenizer=None,
+    processor=None,
+    new_token_init: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **config_kwargs,
+):
+    """Return a pretrained InternVL or LLaVA that can think: tower, projector, decoder and head as they are.
+
+    Args:
+        vlm: Hub id or folder, e.g. "OpenGVLab/InternVL3-1B-hf", or the model itself, whose parts are taken over:
+            do not use it afterwards.
+        tokenizer, or processor with one: loaded from `vlm` by default; the tokenizer gets the latent and the two
+            markers where it lacks them, and the embeddings grow to its length. The image token is the VLM's own.
+        new_token_init: a token whose embedding the new tokens start from; None takes the mean of the old ones.
+        dtype: of all weights, e.g. torch.bfloat16; None: the model's own, or torch's default for one by name.
+        config_kwargs: fields of MMCoconutConfig that the VLM does not decide, e.g. thought_norm or image_size.
+
+    Raises:
+        ValueError: a model of another kind; a model without its tokenizer; an unknown `new_token_init`, dtype or
+            field, or one that the VLM decides.
+    """
+    if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
+        raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
+    check_fields(config_kwargs, method="from_vlm", decided=DECIDED_BY_VLM)
+    dtype = as_dtype(dtype)
+    tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
+    vlm = load_vlm(vlm)
+    fields = fields_of_vlm(vlm)
+    num_known = len(tokenizer)
+    add_special_tokens(tokenizer, image_token_of(tokenizer, fields["image_token_id"]))
+    grow_embeddings(vlm, tokenizer, num_known, new_token_init=new_token_init)
+    thought_ids = dict(zip(TOKEN_ID_FIELDS[1:], tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))))
+    config = MMCoconutConfig(
+        vision_config=vlm.model.vision_tower.config,
+        text_config=vlm.model.language_model.config,
+        **fields,
+        **thought_ids,
+        **config_kwargs,
+    )
+    model = without_backbones(config)
+    join(model, vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
+    model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
+    suppress_tokens = model.generation_config.suppress_tokens
+    model.generation_config = copy.deepcopy(vlm.generation_config)
+    model.generation_config.update(
+        eos_token_id=ends_of(vlm.generation_config, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        suppress_tokens=suppress_tokens,
+    )
+    return cast_weights(model.to(vlm.device), vlm.dtype if dtype is None else dtype)

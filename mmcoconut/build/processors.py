@@ -1,0 +1,162 @@
+"""Build processors for new models: from backbones, or from a whole vision-language model.
+
+A checkpoint's own processor is loaded with `from_pretrained`, which needs none of this.
+"""
+
+import copy
+
+from transformers import AutoImageProcessor, AutoTokenizer
+from transformers.processing_utils import ProcessorMixin
+
+from mmcoconut.chat_template_mmcoconut import SET_THOUGHTS, check_arguments, starts_with_bos, user_message
+from mmcoconut.configuration_mmcoconut import (
+    IMAGE_TOKEN,
+    THOUGHT_TOKENS,
+    TOKEN_ID_FIELDS,
+    add_special_tokens,
+    image_token_of,
+)
+from mmcoconut.images_mmcoconut import makes_tiles
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+
+
+# Before another model's template: assistant messages get the thoughts in front of their text.
+THINKING_MESSAGES = (
+    "{%- set thinking = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set content = message['content'] -%}"
+    "{%- if message['role'] == 'assistant' and content is string -%}{%- set content = thoughts ~ content -%}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{%- if content[0]['type'] != 'text' -%}"
+    "{{- raise_exception('An assistant message must begin with text, for thoughts stand before it.') -}}"
+    "{%- endif -%}"
+    "{%- set content = [dict(content[0], text=thoughts ~ content[0]['text'])] + content[1:] -%}"
+    "{%- endif -%}"
+    "{%- set thinking.messages = thinking.messages + [dict(message, content=content)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = thinking.messages -%}"
+)
+
+
+def check_tokenizer(tokenizer, config, image_token: str) -> None:
+    """Raise unless the tokenizer has the placeholders and markers at the ids of the model's configuration."""
+    for field, token in zip(TOKEN_ID_FIELDS, (image_token, *THOUGHT_TOKENS)):
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        if token_id != getattr(config, field):
+            raise ValueError(
+                f"The tokenizer has {token} at {token_id}, the model's {field} is {getattr(config, field)}: use "
+                "the tokenizer that the model was built with."
+            )
+
+
+def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str:
+    """Return another model's chat template with the latents and markers where the assistant begins to write.
+
+    The bos token is written in front where the tokenizer would put it and the template does not.
+
+    Raises:
+        ValueError: no template, or one that does not write the image token once per image.
+    """
+    if not isinstance(chat_template, str):
+        raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
+    sample = tokenizer.apply_chat_template([user_message("a", 1)], chat_template=chat_template, tokenize=False)
+    if sample.count(image_token) != 1:
+        raise ValueError(
+            f"The chat template writes {image_token} {sample.count(image_token)} times for an image, and once is "
+            "wanted: give a chat_template=… that does."
+        )
+    lacks_bos = starts_with_bos(tokenizer) and not sample.startswith(tokenizer.bos_token)
+    bos = "{{ bos_token }}" if lacks_bos else "{{ '' }}"  # an expression, after which no white space is cut
+    end = "{{ thoughts if add_generation_prompt else '' }}"
+    return SET_THOUGHTS + THINKING_MESSAGES + bos + chat_template.removesuffix("\n") + end
+
+
+def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None, max_tiles: int | None) -> None:
+    """Switch tiles on where the image processor can make them, with the given side and numbers or its own.
+
+    Raises:
+        ValueError: a setting for an image processor without tiles; more tiles at least than at most.
+    """
+    settings = {"min_patches": min_tiles, "max_patches": max_tiles}
+    settings["size"] = None if image_size is None else {"height": image_size, "width": image_size}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if not makes_tiles(image_processor):
+        if given:
+            raise ValueError(
+                f"{type(image_processor).__name__} cuts no tiles, so image_size={image_size}, min_tiles={min_tiles} "
+                f"and max_tiles={max_tiles} have no effect: leave them out, or set up its own sizes and give it."
+            )
+        return
+    image_processor.crop_to_patches = True
+    for name, value in given.items():
+        setattr(image_processor, name, value)
+    if not 1 <= image_processor.min_patches <= image_processor.max_patches:
+        raise ValueError(
+            f"At least {image_processor.min_patches} and at most {image_processor.max_patches} tiles: set min_tiles "
+            "and max_tiles so that 1 <= min_tiles <= max_tiles."
+        )
+
+
+def parts_of_vlm(vlm) -> tuple:
+    """Return tokenizer, image processor and chat template of a processor, or of the files of a checkpoint.
+
+    The checkpoint's processor itself is not built, because it may want libraries for videos.
+    """
+    if isinstance(vlm, ProcessorMixin):
+        return copy.deepcopy(vlm.tokenizer), copy.deepcopy(vlm.image_processor), vlm.chat_template
+    tokenizer = AutoTokenizer.from_pretrained(vlm)
+    chat_template = ProcessorMixin.get_processor_dict(vlm)[0].get("chat_template") or tokenizer.chat_template
+    return tokenizer, AutoImageProcessor.from_pretrained(vlm), chat_template
+
+
+def processor_from_backbones(vision: str | None = None, text: str | None = None, *, config, **kwargs):
+    """Build the processor of a model from `from_backbones`: both parts by name, or given as objects.
+
+    Args:
+        vision, text: Hub ids or folders, as for the model; not needed for a part that is given.
+        config: the model's configuration; its image_seq_length is taken, its token ids are checked.
+        kwargs: `image_processor`, `tokenizer`, and the arguments of `MMCoconutProcessor`.
+
+    Raises:
+        ValueError: the tokenizer's ids differ from the configuration's.
+    """
+    check_arguments(MMCoconutProcessor, kwargs, "vision", "text", "config")
+    tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
+    image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
+    add_special_tokens(tokenizer)
+    check_tokenizer(tokenizer, config, IMAGE_TOKEN)
+    if config.is_encoder_decoder:
+        kwargs.setdefault("decoder_start_token_id", config.text_config.decoder_start_token_id)
+    return MMCoconutProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)
+
+
+def processor_from_vlm(vlm, *, config, min_tiles: int | None = None, max_tiles: int | None = None, **kwargs):
+    """Build the processor of a model from `from_vlm`: the VLM's tokenizer, image processor and chat template.
+
+    Args:
+        vlm: Hub id or folder, or the VLM's processor, which stays as it is.
+        config: the model's configuration; its image token, image_seq_length and image_size are taken.
+        min_tiles, max_tiles: tiles that an image is cut into, its thumbnail not counted; default: the VLM's. An image
+            processor that can make tiles does so.
+        kwargs: the arguments of `MMCoconutProcessor`, among them `tokenizer`, `image_processor` and `chat_template` in
+            the place of the VLM's, and `start_image_token`, `end_image_token`, by default those that the tokenizer
+            names, as InternVL's does.
+
+    Raises:
+        ValueError: the tokenizer's ids differ from the configuration's; no chat template; settings of tiles for an
+            image processor that makes none.
+    """
+    check_arguments(MMCoconutProcessor, kwargs, "vlm", "config", "min_tiles", "max_tiles")
+    names = ("tokenizer", "image_processor", "chat_template")
+    tokenizer, image_processor, chat_template = (
+        kwargs.pop(name, None) or part for name, part in zip(names, parts_of_vlm(vlm))
+    )
+    set_tiles(image_processor, image_size=config.image_size, min_tiles=min_tiles, max_tiles=max_tiles)
+    image_token = image_token_of(tokenizer, config.image_token_id)
+    chat_template = with_thoughts(chat_template, tokenizer, image_token)
+    add_special_tokens(tokenizer, image_token)
+    check_tokenizer(tokenizer, config, image_token)
+    kwargs |= {"image_token": image_token, "chat_template": chat_template}
+    for name in ("start_image_token", "end_image_token"):
+        kwargs.setdefault(name, getattr(tokenizer, name, None))
+    return MMCoconutProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)
