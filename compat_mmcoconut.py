@@ -10,7 +10,9 @@ from dataclasses import fields
 from functools import wraps
 
 import torch
+import torch.distributed as dist
 import transformers
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -159,3 +161,44 @@ def slice_columns(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tenso
     if logits_to_keep.dtype == torch.bool:
         return hidden_states[logits_to_keep]
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
+def is_sharded(decoder: nn.Module) -> bool:
+    """Return True if FSDP2 gathers the decoder's weights at every pass: all processes must make as many passes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # not in a build of torch without torch.distributed
+
+    return any(isinstance(module, FSDPModule) for module in decoder.modules())
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor itself, or the whole of one that FSDP2 has cut into shards; every process must call this."""
+    if not dist.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor  # not in a build of torch without torch.distributed
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def agreed_columns(columns: list[int], num_columns: int, device: torch.device) -> list[int]:
+    """Return the columns, and as many more as the process with the most passes needs; every process must call this.
+
+    At an additional column no row has a latent, so the sequence is only cut there: the same keys and values in two
+    passes. They come first, where a pass has the fewest keys to attend to.
+
+    Raises:
+        ValueError: in every process, if one of them has fewer columns than another has passes.
+    """
+    num_passes = len({0, *columns})
+    most = torch.tensor([num_passes, -num_columns], device=device)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    most_passes, least_columns = most[0].item(), -most[1].item()
+    if most_passes > least_columns:
+        raise ValueError(
+            f"With FSDP every process runs the decoder {most_passes} times in this step, as one of them has so many "
+            f"latents, but the sequence of another has {least_columns} columns to be cut into: batch rows of similar "
+            "lengths, or use fewer latents."
+        )
+    free = [column for column in range(1, num_columns) if column not in columns]
+    return sorted([*columns, *free[: most_passes - num_passes]])

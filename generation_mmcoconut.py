@@ -17,10 +17,17 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
-from .caches_mmcoconut import ThoughtState, chosen_cache, text_cache, with_mask_of_left_out
-from .columns_mmcoconut import check_new_positions, position_limit, positions_from_mask
 from .compat_mmcoconut import CACHE, RELEASE, rename_cache
 from .configuration_mmcoconut import TOKEN_ID_FIELDS
+from .passes_mmcoconut import (
+    ThoughtState,
+    check_new_positions,
+    chosen_cache,
+    position_limit,
+    positions_from_mask,
+    text_cache,
+    with_mask_of_left_out,
+)
 from .prefixes_mmcoconut import Maker, PromptPrefix, prompts_of, shared_length
 from .vision_mmcoconut import check_num_features, check_one_source, check_whole_images
 

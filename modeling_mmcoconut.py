@@ -27,18 +27,6 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .caches_mmcoconut import ThoughtState, check_cache, with_mask_of_left_out
-from .columns_mmcoconut import (
-    check_length,
-    check_thoughts_matter,
-    gather_thoughts,
-    is_two_dimensional,
-    packed,
-    positions_from_mask,
-    split_latents,
-    states_before,
-    whole_tensor,
-)
 from .compat_mmcoconut import (
     CACHE,
     CACHE_NAMES,
@@ -48,6 +36,7 @@ from .compat_mmcoconut import (
     slice_columns,
     takes_arguments_of,
     takes_cache_by_either_name,
+    whole_tensor,
 )
 from .configuration_mmcoconut import (
     READ_BY_CROSS_ATTENTION,
@@ -56,11 +45,23 @@ from .configuration_mmcoconut import (
     check_schedule,
 )
 from .generation_mmcoconut import ThinkingGenerationMixin
+from .passes_mmcoconut import (
+    ThoughtState,
+    check_cache,
+    check_length,
+    check_thoughts_matter,
+    gather_thoughts,
+    is_two_dimensional,
+    packed,
+    positions_from_mask,
+    split_latents,
+    states_before,
+    with_mask_of_left_out,
+)
 from .schedules_mmcoconut import INITIAL_BIAS, ShareColumns, StopEarly, StopHead, ThinkTogether, check_can_stop
 from .thinking_mmcoconut import (
     ThoughtFeed,
     Thoughts,
-    check_checkpointed_passes,
     give_thoughts,
     takes_no_thoughts,
     thinking,
@@ -113,6 +114,13 @@ class MMCoconutCausalLMOutputWithPast(ThoughtFields, CausalLMOutputWithPast):
     """
 
 
+def setting_of_decoder(name: str) -> property:
+    """Return a setting of the thinking decoder, read and written through the models around it."""
+    return property(
+        lambda self: getattr(self.get_decoder(), name), lambda self, value: setattr(self.get_decoder(), name, value)
+    )
+
+
 class MMCoconutPreTrainedModel(PreTrainedModel):
     """What all model classes share: names, supported backends, saving and checkpointing rules."""
 
@@ -126,6 +134,8 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+    bptt_thoughts = setting_of_decoder("bptt_thoughts")
+    checkpointed_passes = setting_of_decoder("checkpointed_passes")
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save every sub-model's weights under their present names.
@@ -167,16 +177,10 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
 class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
     """Vision tower, projector, fusion and thinking decoder, without a head.
 
-    bptt_thoughts: how many thoughts of a row, counted from its last one, send gradients back to the state that they
-        were; of the others only keys, values and what `thought_feed` does to them are learnt. None, the default, is
-        all, 0 is none.
-    checkpointed_passes: see ThinkingDecoder.
-
-    Both belong to a run or a machine and are not saved.
+    bptt_thoughts, checkpointed_passes: of a run and not saved, see ThinkingDecoder.
     """
 
     is_seq2seq = False
-    bptt_thoughts: int | None = None
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
@@ -190,7 +194,12 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
             self.stop_head = StopHead(config.text_config.hidden_size)
         self.fuse = IMAGE_FUSIONS[config.image_fusion]
         self.cross_attends = config.image_fusion in READ_BY_CROSS_ATTENTION
-        check_cross_attends(self.get_decoder(), config)
+        if self.cross_attends and "encoder_hidden_states" not in self.get_decoder().own_arguments:
+            raise ValueError(
+                f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, and "
+                f"{config.text_config.model_type} has none: take one that has (GPT-2, Marian, BART), or "
+                "image_fusion='replace'."
+            )
         self.post_init()
 
     @staticmethod
@@ -199,14 +208,6 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         if getattr(config.text_config, "decoder_layers", None) is None:
             return AutoModel.from_config(config.text_config)
         return AutoModelForCausalLM.from_config(config.text_config).get_decoder()
-
-    @property
-    def checkpointed_passes(self) -> str:
-        return self.get_decoder().checkpointed_passes
-
-    @checkpointed_passes.setter
-    def checkpointed_passes(self, value: str):
-        self.get_decoder().checkpointed_passes = check_checkpointed_passes(value)
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()
@@ -336,7 +337,6 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
             schedule=self.schedule_of_call(stop_threshold),
             reads_again=self.config.thought_schedule == "jacobi",
             is_paused=self.config.thought_mode == "pause",
-            num_linked=self.bptt_thoughts,
             noise=thought_noise,
         )
         with thinking(thoughts):
@@ -432,7 +432,11 @@ def check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel]) 
     Raises:
         ValueError: a fusion of the other class; missing token ids; a decoder that leaves out layers.
     """
-    check_fusion(config.image_fusion, model_class)
+    if (config.image_fusion == "encoder") != model_class.is_seq2seq:
+        raise ValueError(
+            f"image_fusion={config.image_fusion!r} does not belong to {model_class.__name__}: `encoder` is "
+            "MMCoconutForSeq2SeqLM's, the others are MMCoconutForConditionalGeneration's."
+        )
     check_schedule(config)  # again: from_pretrained sets fields after they were checked
     missing = [field for field in TOKEN_ID_FIELDS if getattr(config, field) is None]
     if missing:
@@ -443,30 +447,6 @@ def check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel]) 
             f"text_config.decoder_layerdrop={layerdrop} leaves out other layers in each pass, and passes with "
             "thoughts share a cache: set it to 0."
         )
-
-
-def check_fusion(image_fusion: str, model_class: type[MMCoconutModel]) -> None:
-    """Raise unless a fusion belongs to this class."""
-    if (image_fusion == "encoder") != model_class.is_seq2seq:
-        raise ValueError(
-            f"image_fusion={image_fusion!r} does not belong to {model_class.__name__}: `encoder` is "
-            "MMCoconutForSeq2SeqLM's, the others are MMCoconutForConditionalGeneration's."
-        )
-
-
-def check_cross_attends(decoder: PreTrainedModel, config: MMCoconutConfig) -> None:
-    """Raise for a fusion by cross-attention with a decoder that has none."""
-    if config.image_fusion in READ_BY_CROSS_ATTENTION and "encoder_hidden_states" not in decoder.own_arguments:
-        raise ValueError(
-            f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, and "
-            f"{config.text_config.model_type} has none: take one that has (GPT-2, Marian, BART), or "
-            "image_fusion='replace'."
-        )
-
-
-def setting_of_base(name: str) -> property:
-    """Return a setting of MMCoconutModel, read and written through the model with a head."""
-    return property(lambda self: getattr(self.model, name), lambda self, value: setattr(self.model, name, value))
 
 
 class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTrainedModel):
@@ -517,9 +497,6 @@ class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTra
     @property
     def language_model(self) -> PreTrainedModel:
         return self.model.language_model
-
-    bptt_thoughts = setting_of_base("bptt_thoughts")
-    checkpointed_passes = setting_of_base("checkpointed_passes")
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         return self.model.get_vision_features(pixel_values, **kwargs)

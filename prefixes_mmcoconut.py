@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from .caches_mmcoconut import ThoughtState, text_cache, with_cross_attention
+from .passes_mmcoconut import ThoughtState, text_cache, with_cross_attention
 
 
 # Features of the same picture, computed in another batch, differ by rounding; those of another picture by far more.

@@ -18,8 +18,16 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .caches_mmcoconut import ChosenCache, PassCache, ThoughtState, text_cache
-from .columns_mmcoconut import is_sharded, is_two_dimensional, packed, positions_from_mask, take_columns
+from .compat_mmcoconut import is_sharded
+from .passes_mmcoconut import (
+    ChosenCache,
+    PassCache,
+    ThoughtState,
+    is_two_dimensional,
+    positions_from_mask,
+    take_columns,
+    text_cache,
+)
 from .thinking_mmcoconut import Passes, Thoughts, join_columns, put_first, think
 
 
@@ -410,23 +418,3 @@ def check_can_stop(config, decoder: nn.Module) -> None:
             "Rows cannot stop by themselves in training, or while weights are sharded: call model.eval(), or give the "
             "latents that they leave out an attention_mask of 0 instead."
         )
-
-
-def first_thoughts(latents: torch.Tensor, num_thoughts: torch.Tensor) -> torch.Tensor:
-    """Return (B, T), True at the first num_thoughts (B,) latents of each run of latents (B, T)."""
-    order = latents.long().cumsum(dim=1)  # (B, T), from 1
-    before_run = torch.where(first_latents(latents), order - 1, 0).cummax(dim=1).values  # (B, T)
-    return latents & (order - before_run <= num_thoughts[:, None])
-
-
-def stop_log_probs(stop_logits: torch.Tensor, kept: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return log P (B,) that rows think at the latents `kept` (B, T) of their latents (B, T) and at no others.
-
-    stop_logits (B, N): the head's, before each latent. At the first of a run, and behind each that was thought, it is
-    decided whether to think: Σ log(1 - p), and log p where a row stops. Behind a stop nothing is decided.
-    """
-    begins, thought, real = (packed(mask.float(), latents).bool() for mask in (first_latents(latents), kept, latents))
-    decides = (begins | nn.functional.pad(thought, (1, 0))[:, :-1]) & real  # (B, N)
-    thinks = nn.functional.logsigmoid(-stop_logits) * (decides & thought)
-    stops = nn.functional.logsigmoid(stop_logits) * (decides & ~thought)
-    return (thinks + stops).sum(dim=1)

@@ -27,10 +27,10 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .columns_mmcoconut import check_thoughts_matter, position_limit, positions_from_mask, split_latents
 from .compat_mmcoconut import CACHE, rename_cache, takes_arguments_of, takes_cache_by_either_name
 from .configuration_mmcoconut import MMCoconutConfig
 from .modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel, ThoughtFields
+from .passes_mmcoconut import check_thoughts_matter, position_limit, positions_from_mask, split_latents
 from .vision_mmcoconut import check_whole_images
 
 

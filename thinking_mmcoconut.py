@@ -38,33 +38,28 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .caches_mmcoconut import (
-    FirstPassCache,
+from .compat_mmcoconut import CACHE, agreed_columns, is_checkpointing, is_sharded, rename_cache
+from .passes_mmcoconut import (
     PassCache,
     PutInFront,
     ThoughtState,
-    chosen_cache,
-    in_front,
-    is_replayed,
-    next_pass,
-    throwaway,
-    with_cross_attention,
-)
-from .columns_mmcoconut import (
-    agreed_columns,
     carry_states,
     check_has_predecessor,
     check_window,
+    chosen_cache,
     column_lists,
-    is_sharded,
+    in_front,
+    is_replayed,
     is_two_dimensional,
     join_attentions,
     join_columns,
     linked_thoughts,
+    next_pass,
     noise_by_column,
     split_latents,
+    throwaway,
+    with_cross_attention,
 )
-from .compat_mmcoconut import CACHE, is_checkpointing, rename_cache
 
 
 # Arguments that have one entry a token, and the axis along which they have it; others go to every pass as they are.
@@ -146,7 +141,6 @@ class Thoughts:
         schedule: how the decoder's passes go: `think`, or another function of passes and thoughts.
         reads_again: whether the schedule reads keys of columns that it has run before.
         is_paused: latents keep the embedding of their token, and nothing is fed back.
-        num_linked: how many thoughts of a row, from its last one, send gradients to the state before; None: all.
         noise (B, N, D): added to the thoughts of each row in units of their own root mean square, by column (B, T, D)
             once these are known; None: nothing.
 
@@ -164,7 +158,6 @@ class Thoughts:
     schedule: Callable[["Passes", "Thoughts"], None] = think
     reads_again: bool = False
     is_paused: bool = False
-    num_linked: int | None = None
     noise: torch.Tensor | None = None
     columns: list[int] = field(default_factory=list)
     state_before: torch.Tensor | None = None
@@ -189,20 +182,20 @@ class Thoughts:
         size = thoughts.detach().float().square().mean(dim=-1, keepdim=True).sqrt()
         return thoughts + (size * self.noise[:, columns]).to(thoughts.dtype)
 
-    def settle(self, attention_mask, past_key_values: Cache | None, *, sharded: bool = False) -> None:
+    def settle(self, attention_mask, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
         """Find the columns of the thoughts, under a mask (B, past + T) that leaves out those where it is 0.
 
         Raises:
             ValueError: a latent without a token before it; a mask that was made for a single pass.
         """
-        self.sharded, given = sharded, self.latents
+        self.sharded, given = is_sharded(decoder), self.latents
         self.latents, left_out = split_latents(self.latents, attention_mask)
         columns, columns_left_out = column_lists(self.latents, left_out)
         if columns_left_out:
             self.left_out, self.attention_mask = left_out, attention_mask
         if self.is_paused:
             columns = []
-        if sharded and not self.is_paused:
+        if self.sharded and not self.is_paused:
             columns = agreed_columns(columns, self.latents.shape[1], self.latents.device)
         self.columns = columns
         if columns or columns_left_out:
@@ -215,7 +208,7 @@ class Thoughts:
                 "Thoughts need a 2-D attention_mask (B, T), not one made for a single pass: pass that one."
             )
         check_has_predecessor(self.latents, attention_mask if is_flat else None, self.state_before is not None)
-        self.linked = linked_thoughts(self.latents, self.num_linked)
+        self.linked = linked_thoughts(self.latents, decoder.bptt_thoughts)
         if self.noise is not None:
             self.noise = noise_by_column(self.noise, given)  # (B, T, D)
 
@@ -319,17 +312,29 @@ class ThinkingDecoder(PutInFront):
 
     own_arguments: the names of the arguments of the decoder's own forward, in their order.
     counts_columns: whether the decoder numbers positions by column, as it takes no position_ids (Marian, BART).
+    bptt_thoughts: how many thoughts of a row, counted from its last one, send gradients back to the state that they
+        were; of the others only keys, values and what the feed does to them are learnt. None is all, 0 is none.
     checkpointed_passes: which passes gradient checkpointing recomputes: `all`, or the `first`, before the thoughts.
     around_passes: makes the context that each pass of a training step is run in, one a step; mmcoconut's trainer lets
         it form the weights' gradients of all passes together.
 
-    The last two belong to a run or a machine and are not saved.
+    The last three belong to a run or a machine and are not saved.
     """
 
     own_arguments: tuple[str, ...]
     counts_columns: bool
-    checkpointed_passes: str = "all"
+    bptt_thoughts: int | None = None
     around_passes: Callable[[], AbstractContextManager] = nullcontext
+
+    @property
+    def checkpointed_passes(self) -> str:
+        return vars(self).get("passes_to_checkpoint", "all")
+
+    @checkpointed_passes.setter
+    def checkpointed_passes(self, value: str):
+        if value not in CHECKPOINTED_PASSES:
+            raise ValueError(f"checkpointed_passes={value!r} is not known: choose one of {CHECKPOINTED_PASSES}.")
+        self.passes_to_checkpoint = value
 
     @can_return_tuple
     def forward(self, *args, **kwargs):
@@ -364,8 +369,7 @@ class ThinkingDecoder(PutInFront):
         replays = self.training and is_checkpointing(self)
         check_not_replayed(past_key_values, replays=replays)
         keeps_cache = past_key_values is not None or bool(use_cache and not replays)
-        sharded = is_sharded(self)
-        thoughts.settle(inputs.get("attention_mask"), past_key_values, sharded=sharded)
+        thoughts.settle(inputs.get("attention_mask"), past_key_values, self)
         if past_key_values is None and (keeps_cache or thoughts.columns):
             past_key_values = self.fresh_cache(thoughts, keeps_cache=keeps_cache, replays=replays)
         if past_key_values is not None and inputs.get("encoder_hidden_states") is not None:
@@ -373,7 +377,7 @@ class ThinkingDecoder(PutInFront):
         # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
         inputs["use_cache"] = past_key_values is not None and not replays
         passes = Passes(self.call_of_passes(thoughts), past_key_values, inputs, keeps_cache=keeps_cache)
-        passes.may_move = not sharded and self.sees_all_columns and not self.makes_maps(inputs)
+        passes.may_move = not thoughts.sharded and self.sees_all_columns and not self.makes_maps(inputs)
         schedule = thoughts.schedule if thoughts.columns else think
         schedule(passes, thoughts)
         outputs = passes.joined()
@@ -406,7 +410,7 @@ class ThinkingDecoder(PutInFront):
         growing = DynamicCache(config=self.config)
         if self.checkpointed_passes == "all":
             return PassCache(growing)
-        return FirstPassCache(growing, Cache if kind is None else kind.after)
+        return PassCache(growing, follow=Cache if kind is None else kind.after)
 
     def call_of_passes(self, thoughts: Thoughts) -> Callable:
         """Return what `Passes` calls with a cache and the arguments of one pass; a replayed pass goes by itself."""
@@ -433,17 +437,6 @@ class ThinkingDecoder(PutInFront):
         outputs.last_hidden_state = states  # (B, T, D)
         window = getattr(self.config, "sliding_window", None)
         check_window(self.sees_all_columns, window, thoughts.attention_mask.shape[1])
-
-
-def check_checkpointed_passes(value: str) -> str:
-    """Return the value itself.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if value not in CHECKPOINTED_PASSES:
-        raise ValueError(f"checkpointed_passes={value!r} is not known: choose one of {CHECKPOINTED_PASSES}.")
-    return value
 
 
 @contextmanager

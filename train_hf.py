@@ -18,7 +18,6 @@ from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.build import from_backbones, from_vlm, processor_from_backbones, processor_from_vlm, set_tiles
-from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
@@ -32,6 +31,7 @@ from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.kernels import choose_attention
 from mmcoconut.models import load_model
 from mmcoconut.objectives.alignment import Alignment
+from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RESULTS_FILE, write_json

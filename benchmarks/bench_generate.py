@@ -19,7 +19,7 @@ import torch
 from measuring import fastest, thinking_gpt2, write_results
 from transformers import GPT2LMHeadModel
 
-from mmcoconut.columns_mmcoconut import column_lists
+from mmcoconut.passes_mmcoconut import column_lists
 from mmcoconut.thinking_mmcoconut import Thoughts, think_uncached
 
 

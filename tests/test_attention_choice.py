@@ -18,7 +18,6 @@ from tiny import (
 )
 from transformers.cache_utils import DynamicCache
 
-from mmcoconut.caches_mmcoconut import FirstPassCache
 from mmcoconut.compat_mmcoconut import attention_of
 from mmcoconut.kernels import latent
 from mmcoconut.kernels.latent import (
@@ -30,6 +29,7 @@ from mmcoconut.kernels.latent import (
     choose_attention,
     chooses_latent_attention,
 )
+from mmcoconut.passes_mmcoconut import PassCache
 from mmcoconut.thinking_mmcoconut import ThinkingDecoder
 
 
@@ -142,7 +142,7 @@ def test_checkpointed_first_passes_are_followed_by_split_keys(text, tolerance, a
     checkpoint_activations(model)
     model.checkpointed_passes = "first"
     loss, gradients = loss_and_gradients(model, batch)
-    assert type(caches[-1]) is FirstPassCache and caches[-1].follow == SplitCache.after
+    assert type(caches[-1]) is PassCache and caches[-1].follow == SplitCache.after
     assert loss == pytest.approx(expected_loss, abs=tolerance)
     assert_same_gradients(gradients, expected, tolerance)
 

@@ -29,9 +29,9 @@ from mmcoconut.audit.interventions import (
     zero,
 )
 from mmcoconut.audit.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, verdict_of
-from mmcoconut.columns_mmcoconut import column_lists
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.evaluation.answering import Answerer
+from mmcoconut.passes_mmcoconut import column_lists
 from mmcoconut.statistics import Estimate, bootstrap_mean
 from mmcoconut.thinking_mmcoconut import Thoughts, think_uncached
 

@@ -19,8 +19,8 @@ from tiny import batch_of, max_difference, ragged_rows
 from two_processes import CASES, labelled_batch, make_model, prompt, rows_of
 
 import train_hf
-from mmcoconut.columns_mmcoconut import column_lists
 from mmcoconut.evaluation.answering import load_checkpoint
+from mmcoconut.passes_mmcoconut import column_lists
 from mmcoconut.training.trainer import check_sharding
 
 

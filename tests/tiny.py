@@ -26,15 +26,15 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from mmcoconut.build import from_backbones, processor_from_backbones
-from mmcoconut.columns_mmcoconut import (
+from mmcoconut.compat_mmcoconut import CACHE
+from mmcoconut.data.tokenizer import train_tokenizer
+from mmcoconut.passes_mmcoconut import (
     carry_states,
     column_lists,
     gather_thoughts,
     linked_thoughts,
     noise_by_column,
 )
-from mmcoconut.compat_mmcoconut import CACHE
-from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.schedules_mmcoconut import think_together_uncached
 from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think_uncached
 

@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER
-from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.scoring import score
 from mmcoconut.evaluation.answering import Answerer, image_key
+from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
 
 

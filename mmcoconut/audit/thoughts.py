@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mmcoconut.columns_mmcoconut import take_columns
+from mmcoconut.passes_mmcoconut import take_columns
 
 
 # Above this mean cosine between the thoughts of different rows, a position says nearly the same whatever the row.

@@ -27,7 +27,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from mmcoconut.columns_mmcoconut import whole_tensor
+from mmcoconut.compat_mmcoconut import whole_tensor
 from mmcoconut.data.images import content_keys, open_images
 from mmcoconut.images_mmcoconut import makes_tiles
 

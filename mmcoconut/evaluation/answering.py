@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from mmcoconut.chat_template_mmcoconut import parse_answer
-from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.errors import UsageError
 from mmcoconut.models import load_model
+from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.training.collator import align_rows
 from mmcoconut.training.generating import count_generated, generate_and_count

@@ -10,11 +10,11 @@ from accelerate.utils import parse_flag_from_env
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.arguments.recipes import read_arguments, read_recipe
-from mmcoconut.columns_mmcoconut import position_limit
 from mmcoconut.data import drop_unreadable, load_examples
 from mmcoconut.data.conversations import LONG_ROWS, fit_rows
 from mmcoconut.errors import RecipeError, is_missing_folder
 from mmcoconut.evaluation.answering import Answerer
+from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 from mmcoconut.training.layout import read_layout, refused
 

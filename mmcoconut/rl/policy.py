@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mmcoconut.columns_mmcoconut import take_columns
-from mmcoconut.schedules_mmcoconut import stop_log_probs
+from mmcoconut.passes_mmcoconut import take_columns
+from mmcoconut.rl.stops import stop_log_probs
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.generating import count_generated, thought_latents
 

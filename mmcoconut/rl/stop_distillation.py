@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER
 from mmcoconut.data.scoring import score
 from mmcoconut.evaluation.answering import Answerer
-from mmcoconut.schedules_mmcoconut import first_thoughts, stop_log_probs
+from mmcoconut.rl.stops import first_thoughts, stop_log_probs
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.trainer import CurriculumTrainer
 

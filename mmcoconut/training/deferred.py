@@ -20,8 +20,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from mmcoconut.columns_mmcoconut import is_sharded
-from mmcoconut.compat_mmcoconut import current_backward_pass
+from mmcoconut.compat_mmcoconut import current_backward_pass, is_sharded
 
 
 # Both from benchmarks/LOG.md. With more rows, parts of a product gain nothing.
