@@ -29,13 +29,14 @@ documented in that library.
 
 """
 # What users call of the public classes.
-METHODS = ("from_backbones", "from_vlm", "forward", "generate", "prefill", "save_pretrained", "apply_chat_template")
-METHODS += ("decode_answers", "further_turn", "encode_images", "encode_prompt", "checkpointed_passes")
+METHODS = ("forward", "generate", "prefill", "save_pretrained", "apply_chat_template")
+METHODS += ("decode_answers", "encode_images", "encode_prompt")
 METHODS += ("get_image_features", "stage_at", "last_stage", "plan", "num_latents", "stage", "prompts", "evaluate")
 METHODS += ("save_model", "create_model_card", "push_to_hub", "with_count", "answer", "choose")
 # What users import from modules, beside the names of the package itself; a test compares it with the pages.
 MODULES = {
     "data": ("question_text",),
+    "data.conversations": ("further_turn",),
     "data.arrow_mazes": ("generate", "draw", "draw_path", "question_of", "cell_name"),
     "data.tokenizer": ("train_tokenizer",),
     "arguments.fields": ("RunArguments",),

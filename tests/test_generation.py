@@ -304,7 +304,7 @@ def test_a_split_cache_can_be_cropped_selected_and_repeated(change, tolerance):
 def test_a_cache_through_which_gradients_may_flow_is_the_librarys():
     model = latent_model("qwen2")
     batch = text_batch(model, [4, 5])
-    assert type(model(**batch, use_cache=True).past_key_values) is DynamicCache
+    assert isinstance(model(**batch, use_cache=True).past_key_values, DynamicCache)
 
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static", "split"])
