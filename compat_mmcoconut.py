@@ -7,7 +7,7 @@ fails by name when one of them moves.
 
 import inspect
 from dataclasses import fields
-from functools import wraps
+from functools import cache, wraps
 
 import torch
 import torch.distributed as dist
@@ -161,6 +161,28 @@ def slice_columns(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tenso
     if logits_to_keep.dtype == torch.bool:
         return hidden_states[logits_to_keep]
     return torch.take_along_dim(hidden_states, logits_to_keep[..., None], dim=1)
+
+
+@cache
+def in_front(mixin: type, own_class: type) -> type:
+    """Return a class with the mixin in front of another class, under whose name transformers goes on to know it."""
+    body = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own_class.__name__, (mixin, own_class), {**body, "mixed_of": (mixin, own_class)})
+
+
+class PutInFront:
+    """A mixin that `in_front` makes classes with."""
+
+    def __reduce_ex__(self, protocol):
+        """Pickle by the two classes, as the made one cannot be found by its name."""
+        _, _, *state = super().__reduce_ex__(protocol)
+        return new_instance, self.mixed_of, *state
+
+
+def new_instance(mixin: type, own_class: type):
+    """Return an empty instance of a class that `in_front` makes, for pickle."""
+    made = in_front(mixin, own_class)
+    return made.__new__(made)
 
 
 def is_sharded(decoder: nn.Module) -> bool:

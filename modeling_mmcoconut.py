@@ -45,19 +45,7 @@ from .configuration_mmcoconut import (
     check_schedule,
 )
 from .generation_mmcoconut import ThinkingGenerationMixin
-from .passes_mmcoconut import (
-    ThoughtState,
-    check_cache,
-    check_length,
-    check_thoughts_matter,
-    gather_thoughts,
-    is_two_dimensional,
-    packed,
-    positions_from_mask,
-    split_latents,
-    states_before,
-    with_mask_of_left_out,
-)
+from .passes_mmcoconut import ThoughtState, check_thoughts_matter, masks_of_call, packed, states_before
 from .schedules_mmcoconut import INITIAL_BIAS, ShareColumns, StopEarly, StopHead, ThinkTogether, check_can_stop
 from .thinking_mmcoconut import (
     ThoughtFeed,
@@ -302,18 +290,6 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         counts_columns = self.get_decoder().counts_columns
         return ShareColumns(self.config.text_config.max_position_embeddings if counts_columns else None)
 
-    def decoder_inputs(self, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache) -> dict:
-        """Return the decoder's masks, positions and cache for (B, T, D): positions count each row's real tokens."""
-        check_cache(past_key_values)
-        attention_mask = with_mask_of_left_out(attention_mask, past_key_values)
-        if position_ids is None and is_two_dimensional(attention_mask):
-            position_ids = positions_from_mask(attention_mask, inputs_embeds.shape[1])  # (B, T)
-        check_length(self.get_decoder(), inputs_embeds.shape[1], position_ids, past_key_values)
-        if use_cache is None:  # a cache that nobody reads would copy all keys and values of a training step
-            use_cache = self.config.text_config.use_cache and not self.training
-        masks = {"attention_mask": attention_mask, "position_ids": position_ids}
-        return {**masks, CACHE: past_key_values, "use_cache": use_cache}
-
     def run_decoder(
         self,
         latents: torch.Tensor,
@@ -324,9 +300,14 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         output_thoughts: bool = False,
         output_stop_logits: bool = False,
     ) -> tuple[BaseModelOutputWithPast, dict]:
-        """Run the decoder with thoughts at the latents (B, T); return its output, and what was thought by field."""
-        decoder, num_columns = self.get_decoder(), latents.shape[1]
-        if takes_no_thoughts(num_columns):
+        """Run the decoder with thoughts at the latents (B, T); return its output, and what was thought by field.
+
+        inputs: of the decoder; without use_cache a cache is made where nobody trains.
+        """
+        decoder = self.get_decoder()
+        if inputs["use_cache"] is None:  # one that nobody reads would copy all keys and values of a training step
+            inputs["use_cache"] = self.config.text_config.use_cache and not self.training
+        if takes_no_thoughts(latents.shape[1]):
             message = "A compiled step of one token, or an exported program, cannot read a thought."
             assert_without_waiting(~latents.any(), message)
             ThoughtState.of(inputs[CACHE]).last_state = None  # of which the next replay would overwrite the memory
@@ -343,11 +324,10 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
             outputs = decoder(**inputs, return_dict=True)
         fields = {"attention_mask": thoughts.attention_mask}
         if output_thoughts:
-            read, mask = gather_thoughts(thoughts.inputs_embeds, thoughts.read_at)  # (B, N, D), (B, N)
-            fields |= {"thoughts": read, "thought_mask": mask}
+            fields |= thoughts.gathered()
         if output_stop_logits:
-            before = states_before(outputs.last_hidden_state, thoughts.state_before)  # (B, T, D)
-            fields["stop_logits"] = packed(self.stop_head(before), latents)  # (B, N)
+            states = states_before(outputs.last_hidden_state, thoughts.state_before)  # (B, T, D)
+            fields["stop_logits"] = packed(self.stop_head(states), latents)  # (B, N)
         return outputs, fields
 
     @takes_cache_by_either_name
@@ -407,10 +387,11 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         if encodes:
             image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)  # (B, T)
             check_whole_images(image_mask, num_tiles, self.config)
-        inputs = self.decoder_inputs(inputs_embeds, attention_mask, position_ids, past_key_values, use_cache)
+        num_columns, decoder = latents.shape[1], self.get_decoder()
+        masks = masks_of_call(decoder, num_columns, attention_mask, position_ids, past_key_values)
         outputs, thought_fields = self.run_decoder(
             latents,
-            {**kwargs, **inputs, **fused},
+            {**kwargs, **masks, CACHE: past_key_values, "use_cache": use_cache, **fused},
             stop_threshold=stop_threshold,
             thought_noise=thought_noise,
             output_thoughts=output_thoughts,
@@ -535,10 +516,9 @@ class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTra
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
         if targets is not None and input_ids is not None:
-            latents, _ = split_latents(input_ids == self.config.latent_token_id, attention_mask)  # (B, T)
             first = targets.new_full((len(targets), 1), -100) if labels is None else labels[:, :1]  # (B, 1)
             labelled = torch.cat([first, targets], dim=1) != -100  # (B, T + 1), of the column behind the last too
-            check_thoughts_matter(nn.functional.pad(latents, (0, 1)), labelled)
+            check_thoughts_matter(input_ids == self.config.latent_token_id, attention_mask, labelled)
         return targets
 
     @takes_arguments_of(MMCoconutModel.forward)

@@ -9,7 +9,6 @@ Shapes: B batch, T tokens of a call, t of a piece, N latents, E encoder states, 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import accumulate
 
 import torch
@@ -23,6 +22,8 @@ from transformers.cache_utils import (
     EncoderDecoderCache,
     StaticLayer,
 )
+
+from .compat_mmcoconut import PutInFront, in_front
 
 
 # --- latents ---------------------------------------------------------------------------------------------------------
@@ -129,14 +130,17 @@ def check_has_predecessor(latents: torch.Tensor, attention_mask: torch.Tensor | 
         )
 
 
-def check_thoughts_matter(latent_mask: torch.Tensor, labelled: torch.Tensor) -> None:
-    """Raise for a thought after the last labelled token (both masks (B, T)), which could not change the loss.
+def check_thoughts_matter(latents: torch.Tensor, attention_mask, labelled: torch.Tensor) -> None:
+    """Raise for a thought after the last labelled token, which could not change the loss.
+
+    latents (B, T); attention_mask (B, past + T), where it is 0 nothing is thought; labelled (B, T), or longer.
 
     Raises:
         ValueError: such a latent in a row that has labels.
     """
-    labels_ahead = labelled.flip(1).cumsum(1).flip(1)  # (B, T), labels from here on
-    useless = (latent_mask & (labels_ahead == 0)).any(dim=1) & labelled.any(dim=1)  # (B,)
+    thinks, _ = split_latents(latents, attention_mask)  # (B, T)
+    labels_ahead = labelled.flip(1).cumsum(1).flip(1)[:, : thinks.shape[1]]  # (B, T), labels from here on
+    useless = (thinks & (labels_ahead == 0)).any(dim=1) & labelled.any(dim=1)  # (B,)
     if useless.any():
         row = useless.nonzero()[0].item()
         raise ValueError(
@@ -204,6 +208,23 @@ def position_limit(decoder: nn.Module) -> int | None:
     tokens = decoder.get_input_embeddings()
     tables = (module for module in decoder.modules() if isinstance(module, nn.Embedding) and module is not tokens)
     return limit if any(limit <= table.num_embeddings <= limit + 2 for table in tables) else None
+
+
+def masks_of_call(decoder: nn.Module, num_columns: int, attention_mask, position_ids, past_key_values) -> dict:
+    """Return the attention_mask and position_ids of a call of so many columns of a thinking decoder.
+
+    The mask is 0 also at latents that rows left out earlier; positions that are not given count its real tokens.
+
+    Raises:
+        ValueError: no mask where rows left latents out; more tokens than the decoder has positions.
+        NotImplementedError: a cache that does not keep keys in the order of columns.
+    """
+    check_cache(past_key_values)
+    attention_mask = with_mask_of_left_out(attention_mask, past_key_values)
+    if position_ids is None and is_two_dimensional(attention_mask):
+        position_ids = positions_from_mask(attention_mask, num_columns)  # (B, T)
+    check_length(decoder, num_columns, position_ids, past_key_values)
+    return {"attention_mask": attention_mask, "position_ids": position_ids}
 
 
 def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tensor | None, past_key_values) -> None:
@@ -283,28 +304,6 @@ def check_cache(past_key_values) -> None:
             f"The cache is a {type(past_key_values).__name__}, as continuous batching makes to pack requests into one "
             "pass, and thoughts need a pass each: use generate()."
         )
-
-
-@cache
-def in_front(mixin: type, own_class: type) -> type:
-    """Return a class with the mixin in front of another class, under whose name transformers goes on to know it."""
-    body = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(own_class.__name__, (mixin, own_class), {**body, "mixed_of": (mixin, own_class)})
-
-
-class PutInFront:
-    """A mixin that `in_front` makes classes with."""
-
-    def __reduce_ex__(self, protocol):
-        """Pickle by the two classes, as the made one cannot be found by its name."""
-        _, _, *state = super().__reduce_ex__(protocol)
-        return new_instance, self.mixed_of, *state
-
-
-def new_instance(mixin: type, own_class: type):
-    """Return an empty instance of a class that `in_front` makes, for pickle."""
-    made = in_front(mixin, own_class)
-    return made.__new__(made)
 
 
 @dataclass
@@ -473,10 +472,66 @@ class PassCache(Cache):
 
 
 class ChosenCache(Cache):
-    """The base of another kind of cache than the growing one, chosen for a call by a function of `CHOOSE_CACHE`.
+    """Another kind of cache than the growing one, chosen for a call; made empty, or by `after`, it keeps all keys."""
 
-    It is made empty without arguments, or by `after`, and keeps the keys of all columns.
+    @classmethod
+    def after(cls, layers: list[CacheLayerMixin]) -> "ChosenCache":
+        """Return the cache that begins with the keys and values of these layers."""
+        raise NotImplementedError
+
+    def move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Put `move` of the keys and values (B, H, T, K) of each layer in their place."""
+        raise NotImplementedError
+
+
+# Functions of a thinking decoder and the columns before a call's first latent (0 in generation) that return a kind of
+# ChosenCache, or None; the first that returns one is followed. mmcoconut.kernels adds latent attention's.
+CHOOSE_CACHE: list[Callable[[object, int], type[ChosenCache] | None]] = []
+
+
+def chosen_cache(decoder, prefix_length: int = 0) -> type[ChosenCache] | None:
+    """Return the kind of cache for a call with so many columns before its first latent; None: a growing one."""
+    kinds = (choose(decoder, prefix_length) for choose in CHOOSE_CACHE)
+    return next((kind for kind in kinds if kind is not None), None) if decoder.sees_all_columns else None
+
+
+class FixedFlags(dict):
+    """A dictionary whose values stay as they are."""
+
+    def __setitem__(self, key, value):
+        return None
+
+
+class PassCrossCache(EncoderDecoderCache):
+    """PassCache of a decoder that reads encoder states; a replay does what the first run did.
+
+    The first pass computes keys and values of the encoder states, in a replay too; later passes read them.
     """
+
+    def __init__(self, text: Cache, cross: Cache, *, is_first: bool):
+        super().__init__(text, cross)
+        self.is_updated = FixedFlags(dict.fromkeys(range(len(cross.layers)), not is_first))
+
+    def next_pass(self) -> "PassCrossCache":
+        return PassCrossCache(next_pass(self.self_attention_cache), self.cross_attention_cache, is_first=False)
+
+
+def next_pass(self) -> Cache:
+    """Return the cache of a pass over what this pass has written too.
+
+    Raises:
+        ValueError: it has written nothing.
+    """
+    if any(layer is before for layer, before in zip(self.layers, self.before)):
+        raise ValueError(
+            "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
+            "language model alone: call gradient_checkpointing_enable() on the whole model."
+        )
+    return PassCache(self) if self.follow is None else self.follow([copied_layer(layer) for layer in self.layers])
+
+
+class ChosenCache(Cache):
+    """Another kind of cache than the growing one, chosen for a call; made empty, or by `after`, it keeps all keys."""
 
     @classmethod
     def after(cls, layers: list[CacheLayerMixin]) -> "ChosenCache":

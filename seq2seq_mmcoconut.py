@@ -30,7 +30,7 @@ from transformers.utils.generic import can_return_tuple
 from .compat_mmcoconut import CACHE, rename_cache, takes_arguments_of, takes_cache_by_either_name
 from .configuration_mmcoconut import MMCoconutConfig
 from .modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel, ThoughtFields
-from .passes_mmcoconut import check_thoughts_matter, position_limit, positions_from_mask, split_latents
+from .passes_mmcoconut import check_thoughts_matter, masks_of_call, position_limit, positions_from_mask
 from .vision_mmcoconut import check_whole_images
 
 
@@ -219,8 +219,9 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         inputs_embeds = self.get_input_embeddings()(decoder_input_ids)  # (B, T, D)
         latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
         masks = (decoder_attention_mask, decoder_position_ids)
-        inputs = self.decoder_inputs(inputs_embeds, *masks, past_key_values, use_cache)
-        inputs |= {"inputs_embeds": inputs_embeds, "encoder_hidden_states": encoder_outputs.last_hidden_state}
+        inputs = masks_of_call(self.get_decoder(), latents.shape[1], *masks, past_key_values)
+        inputs |= {"inputs_embeds": inputs_embeds, CACHE: past_key_values, "use_cache": use_cache}
+        inputs["encoder_hidden_states"] = encoder_outputs.last_hidden_state
         inputs["encoder_attention_mask"] = encoder_outputs.attention_mask
         outputs, thought_fields = self.run_decoder(
             latents,
@@ -360,7 +361,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         if labels is not None:
             latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
-            check_thoughts_matter(split_latents(latents, kwargs.get("decoder_attention_mask"))[0], labels != -100)
+            check_thoughts_matter(latents, kwargs.get("decoder_attention_mask"), labels != -100)
         outputs = self.model(decoder_input_ids=decoder_input_ids, encoder_outputs=encoder_outputs, **kwargs)
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}

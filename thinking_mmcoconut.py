@@ -38,18 +38,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .compat_mmcoconut import CACHE, agreed_columns, is_checkpointing, is_sharded, rename_cache
+from .compat_mmcoconut import CACHE, PutInFront, agreed_columns, in_front, is_checkpointing, is_sharded, rename_cache
 from .passes_mmcoconut import (
     PassCache,
-    PutInFront,
     ThoughtState,
     carry_states,
     check_has_predecessor,
     check_window,
     chosen_cache,
     column_lists,
-    in_front,
-    is_replayed,
+    gather_thoughts,
     is_two_dimensional,
     join_attentions,
     join_columns,
@@ -57,6 +55,7 @@ from .passes_mmcoconut import (
     next_pass,
     noise_by_column,
     split_latents,
+    text_cache,
     throwaway,
     with_cross_attention,
 )
@@ -181,6 +180,10 @@ class Thoughts:
             return thoughts
         size = thoughts.detach().float().square().mean(dim=-1, keepdim=True).sqrt()
         return thoughts + (size * self.noise[:, columns]).to(thoughts.dtype)
+
+    def gathered(self) -> dict[str, torch.Tensor]:
+        """Return the thoughts (B, N, D) of each row, packed to the left, and the thought_mask (B, N) of real ones."""
+        return dict(zip(("thoughts", "thought_mask"), gather_thoughts(self.inputs_embeds, self.read_at)))
 
     def settle(self, attention_mask, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
         """Find the columns of the thoughts, under a mask (B, past + T) that leaves out those where it is 0.
@@ -424,7 +427,7 @@ class ThinkingDecoder(PutInFront):
         around = self.around_passes()
 
         def call_in_training(past_key_values, **inputs):
-            if is_replayed(past_key_values):
+            if isinstance(text_cache(past_key_values), PassCache):
                 return call(past_key_values, **inputs)
             with not_checkpointed(layers), around:
                 return call(past_key_values, **inputs)
