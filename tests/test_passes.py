@@ -13,6 +13,8 @@ from tiny import (
     words,
 )
 
+from mmcoconut.compat_mmcoconut import is_checkpointing
+
 
 def model_with(text, attention, **config):
     model = tiny_model(text, **config).train()
@@ -83,7 +85,7 @@ def test_layers_are_checkpointed_again_after_a_step():
     checkpoint_activations(model)
     model.model.checkpointed_passes = "first"
     loss_and_gradients(model, ragged_batch(model))
-    assert model.is_activation_checkpointing
+    assert is_checkpointing(model)
     assert all(layer.gradient_checkpointing for layer in model.get_decoder().h)
 
 
