@@ -51,7 +51,7 @@ releases: $(addprefix .releases/,$(RELEASES))
 
 test-releases: releases
 	for release in $(RELEASES); do \
-		echo "transformers $$release" && PYTHONPATH=.releases/$$release $(BIN)/python -m pytest $(PYTEST_OPTIONS) $(CORE_TESTS) || exit 1; \
+		echo "transformers $$release" && PYTHONPATH=.releases/$$release $(BIN)/python -m pytest $(PYTEST_OPTIONS) -m "" $(CORE_TESTS) || exit 1; \
 	done
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS) tests/test_releases.py
 

@@ -13,6 +13,17 @@ import torch
 torch.set_num_threads(1)
 
 
+# Fixtures whose tests are slow, as they start processes, servers, browsers or compilers.
+SLOW_FIXTURES = {"fresh_compiler", "trained", "server", "results", "workplace", "interpreted_module"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -703,6 +703,7 @@ torch.save(results, "results.pt")
 """
 
 
+@pytest.mark.slow
 def test_remote_code_loads_everything_and_answers_the_same(pair, tmp_path):
     model, processor = pair
     processor.num_latents = 2

@@ -264,6 +264,7 @@ def test_checkpointing_a_sliding_window_changes_nothing(tolerance):
     assert_same_gradients(gradients, expected, tolerance)
 
 
+@pytest.mark.slow
 def test_compiled_loop_equals_the_loop_when_the_columns_change_from_call_to_call():
     """Over a decoder that doubles: torch.compile has to read the columns of each call, not those of the first."""
 

@@ -36,6 +36,7 @@ def test_unknown_name_is_an_attribute_error():
         mmcoconut.MMCocos  # noqa: B018
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_library_for_training():
     code = "import sys, mmcoconut; print(any(name in sys.modules for name in ('datasets', 'evaluate')))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

@@ -50,6 +50,7 @@ def test_any_text_is_encoded_without_loss(tokenizer):
     assert [tokenizer.decode(ids) for ids in ids_of(tokenizer)] == TEXTS
 
 
+@pytest.mark.slow
 def test_a_fresh_process_without_this_package_gives_the_same_ids(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}

@@ -119,6 +119,7 @@ def test_tracking_changes_neither_losses_nor_answers(tracked, recipe, tmp_path):
     assert not [record for record in history(tmp_path / "run") if {*FIGURES} & {*record}]
 
 
+@pytest.mark.slow
 def test_trackio_gets_a_table_with_the_pictures(recipe, tmp_path):
     folder = tmp_path / "tracked"
     options = ["--output_dir", str(tmp_path / "run"), "--report_to", "trackio"]
@@ -141,6 +142,7 @@ def expected_answers() -> list[str]:
     return [row["answers"][0] for row in rows]
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_pictures_and_a_table_of_the_texts(recipe, tmp_path):
     pytest.importorskip("wandb")
     variables = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
