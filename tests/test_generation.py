@@ -229,7 +229,7 @@ def latent_model(text, seed=1, **config):
 def test_keys_that_are_never_joined_generate_what_the_definition_does(text, options, tolerance):
     model = latent_model(text, seed=UNTIED)
     outputs = assert_equals_reference(model, ragged_batch(model), tolerance, **options)
-    assert type(text_cache(outputs.past_key_values)) is SplitCache
+    assert isinstance(text_cache(outputs.past_key_values), SplitCache)
 
 
 @pytest.mark.parametrize("chunk_size", [2, 5, MAX_QUERIES + 3])
@@ -239,7 +239,7 @@ def test_split_keys_take_a_prefill_in_chunks(chunk_size, tolerance):
     outputs = assert_equals_reference(
         model, ragged_batch(model), tolerance, reference={}, prefill_chunk_size=chunk_size
     )
-    assert type(outputs.past_key_values) is SplitCache
+    assert isinstance(outputs.past_key_values, SplitCache)
 
 
 @pytest.mark.parametrize("text", IN_TEXT_DECODERS)
@@ -274,7 +274,7 @@ def test_what_must_read_joined_keys_keeps_the_librarys_cache(text, config, optio
     model = latent_model(text, **config)
     row = rows_alone(model, ragged_batch(model))[0]
     outputs = assert_equals_reference(model, row, tolerance, reference={}, **options)
-    assert type(text_cache(outputs.past_key_values)) is not SplitCache
+    assert not isinstance(text_cache(outputs.past_key_values), SplitCache)
 
 
 @pytest.mark.parametrize("change", ["crop", "select", "repeat"])
@@ -298,14 +298,14 @@ def test_a_split_cache_can_be_cropped_selected_and_repeated(change, tolerance):
         found = model(more, past_key_values=cache).logits
         with uncached(model):
             expected = model(torch.cat([kept, more], dim=1), use_cache=False).logits[:, -3:]
-    assert type(cache) is SplitCache
+    assert isinstance(cache, SplitCache)
     assert max_difference(found, expected) <= tolerance
 
 
 def test_a_cache_through_which_gradients_may_flow_is_the_librarys():
     model = latent_model("qwen2")
     batch = text_batch(model, [4, 5])
-    assert type(model(**batch, use_cache=True).past_key_values) is DynamicCache
+    assert isinstance(model(**batch, use_cache=True).past_key_values, DynamicCache)
 
 
 @pytest.mark.parametrize("cache_implementation", ["dynamic", "static", "split"])

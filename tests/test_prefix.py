@@ -21,6 +21,7 @@ from tiny import (
 )
 from transformers import CompileConfig, GPT2Config
 
+from mmcoconut.caches_mmcoconut import ThoughtState, text_cache
 from mmcoconut.compat_mmcoconut import RELEASE
 
 
@@ -62,7 +63,9 @@ def assert_same(outputs, expected, tolerance):
 
 
 def contents(prefix) -> list[torch.Tensor]:
-    return [prefix.last_hidden_state, *(states for layer in prefix.layers + prefix.cross_layers for states in layer)]
+    caches = [text_cache(prefix.cache), getattr(prefix.cache, "cross_attention_cache", None)]
+    layers = [layer for cache in caches if cache is not None for layer in cache.layers]
+    return [ThoughtState.of(prefix.cache).last_state, *(s for layer in layers for s in (layer.keys, layer.values))]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_tiles_and_features_of_the_tower_are_read_as_pixels_are(tolerance):
     batch["pixel_values"] = pixels[[0, 1, 2, 0, 1, 3]]
     expected = generate(model, batch, num_tiles=num_tiles)
     prefix = model.prefill(**batch, num_tiles=num_tiles)
-    assert prefix.num_tiles.tolist() == [2]
+    assert prefix.images["num_tiles"].tolist() == [2]
     assert_same(generate(model, batch, num_tiles=num_tiles, prefix=prefix), expected, tolerance)
     features = model.get_vision_features(batch.pop("pixel_values")).detach()
     given = {**batch, "image_features": features, "num_tiles": num_tiles}
