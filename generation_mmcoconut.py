@@ -2,10 +2,7 @@
 
 Releases of transformers share images out to beams and chunks in different ways, some wrongly for rows with several
 images. Here they are encoded once, before the prompt is repeated or cut, and every step gets the features that belong
-to the columns it reads. A prefix, an image or a long text, goes through the model once, and is copied into caches:
-
-    [prefix | padding | rest of the prompt]     in every row: a cache holds the prefix in the same columns of all rows,
-                                                so padding stands in the middle, not in front; positions skip it
+to the columns it reads. A prefix, an image or a long text, goes through the model once, and is copied into caches.
 
 Shapes: B rows of the prompt, E rows that a prompt was repeated to, T columns of the prompt, P tokens of a prefix,
 F features, D hidden, I images or tiles.
@@ -28,6 +25,7 @@ from .configuration_mmcoconut import TOKEN_ID_FIELDS
 from .vision_mmcoconut import check_num_features, check_num_tiles, check_one_source, check_whole_images
 
 
+OPTIONS_OF_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 IMAGE_SOURCES = ("pixel_values", "image_features")
 # Features of the same picture, computed in another batch, differ by rounding; those of another picture by far more.
 SAME_FEATURES = 1e-2
@@ -87,11 +85,7 @@ def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
 def shared_length(prompts: list[torch.Tensor], num_tokens: int | None, ends_before: int | None) -> int:
     """Return how many tokens the prompts' prefix has: those that all begin with, or num_tokens of them.
 
-    Of several prompts each keeps a token behind the prefix, for the next pass of the model to read.
-    ends_before: a token that stands in no prefix.
-
-    Raises:
-        ValueError: no such token; fewer than num_tokens.
+    Of several prompts each keeps a token behind it, for the next pass to read; ends_before stands in no prefix.
     """
     lengths = [common_length(prompts[0], prompt) for prompt in prompts]
     if len(prompts) > 1:
@@ -103,7 +97,7 @@ def shared_length(prompts: list[torch.Tensor], num_tokens: int | None, ends_befo
         wanted = "at least one" if num_tokens is None else num_tokens
         raise ValueError(
             f"The prompts begin with {shared} common tokens that a token follows in each, and the prefix is to have "
-            f"{wanted}: give prompts with the same beginning and their attention_mask, or 1 <= num_tokens <= {shared}."
+            f"{wanted}: give prompts with one beginning and their attention_mask, or 1 <= num_tokens <= {shared}."
         )
     return shared if num_tokens is None else num_tokens
 
@@ -164,17 +158,14 @@ class PromptPrefix:
     def check_reader(self, model) -> None:
         """Raise ValueError if the model that is to read this is not the one that made it."""
         made, reads = self.maker, fingerprint(model)
-        differing = [name for name in made | reads if name != "name" and made.get(name) != reads.get(name)]
-        if not differing:
-            return
-        name = differing[0]
-        is_other = "weights are others"
-        if name != "weights":
-            is_other = f"{name} is {reads.get(name)!r}, not {made.get(name)!r}"
-        raise ValueError(
-            f"The prefix was made by {made['name']}, and is read by {reads['name']}, whose {is_other}: make the "
-            "prefix with the model that reads it, and again after training."
-        )
+        for name in made | reads:
+            if name == "name" or made.get(name) == reads.get(name):
+                continue
+            values = "are others" if name == "weights" else f"is {reads.get(name)!r}, not {made.get(name)!r}"
+            raise ValueError(
+                f"The prefix was made by {made['name']}, and is read by {reads['name']}, whose {name} {values}: make "
+                "the prefix with the model that reads it, and again after training."
+            )
 
     def check_begins(self, prompts: list[torch.Tensor], latent_token_id: int) -> None:
         """Raise unless every prompt begins with the prefix and goes on behind it.
@@ -202,7 +193,10 @@ class PromptPrefix:
                 )
 
     def in_front(self, prompts: list[torch.Tensor], num_columns: int, pad_token_id: int) -> tuple:
-        """Return input_ids and attention_mask (B, num_columns) of [prefix | padding | rest of the prompt]."""
+        """Return input_ids and attention_mask (B, num_columns) of [prefix | padding | rest of the prompt].
+
+        A cache holds the prefix in the same columns of every row, so padding stands in the middle; positions skip it.
+        """
         ids = self.input_ids.new_full((len(prompts), num_columns), pad_token_id)  # (B, T)
         columns = torch.arange(num_columns, device=ids.device)  # (T,)
         starts = ids.new_tensor([num_columns - len(prompt) + len(self) for prompt in prompts])  # (B,), of the rests
@@ -217,26 +211,22 @@ class PromptPrefix:
         behind the prefix are taken for these.
 
         Raises:
-            ValueError: neither number; other images than the prefix has; pixels where it has features, or these there.
+            ValueError: neither number; other images than the prefix has; pixels for its features, or the reverse.
         """
         name, known_name = next(iter(images), "num_tiles"), next(iter(self.images), "num_tiles")
         if "num_tiles" in (name, known_name):
             return images
-        tensor, known, num_tiles = images[name], self.images[known_name], images.get("num_tiles")
-        num_behind = sum(tiles_of_rows) - len(tiles_of_rows) * len(known)
+        tensor, known = images[name], self.images[known_name]
+        num_all = sum(tiles_of_rows)
+        num_behind = num_all - len(tiles_of_rows) * len(known)
         if len(tensor) == num_behind:
             return images
-        if len(tensor) != sum(tiles_of_rows):
+        if len(tensor) != num_all or name != known_name:
             raise ValueError(
-                f"{name} holds {len(tensor)} images or tiles, but the prompts have {sum(tiles_of_rows)}, or "
-                f"{num_behind} behind the prefix: pass one of these numbers."
+                f"{name} holds {len(tensor)} images or tiles, and cannot be compared with the {len(known)} "
+                f"{known_name} of the prefix: pass {known_name} of all {num_all} in the prompts, or those of the "
+                f"{num_behind} behind the prefix."
             )
-        if name != known_name:
-            raise ValueError(
-                f"The prefix was made of {known_name}, and {name} cannot be compared with them: pass {known_name} of "
-                f"the whole prompts, or the {name} behind the prefix alone, or make the prefix of {name}."
-            )
-        check_num_tiles(num_tiles, **{name: tensor})
         is_known = torch.cat([torch.arange(tiles) < len(known) for tiles in tiles_of_rows])  # (I,)
         tolerance = 0 if name == "pixel_values" else SAME_FEATURES * known.abs().max()
         for row, first in enumerate(tensor[is_known].split(len(known))):
@@ -245,12 +235,10 @@ class PromptPrefix:
                     f"Row {row} has other {name} than the prefix where the prefix has its {len(known)}: make a "
                     "prefix for each picture, or pass only the images behind it."
                 )
-        if num_behind == 0:
-            return {}
-        if num_tiles is None:
-            return {name: tensor[~is_known]}
-        first_tiles = (num_tiles.cumsum(0) - num_tiles).cpu()  # (images,), of each image
-        return {name: tensor[~is_known], "num_tiles": num_tiles[~is_known[first_tiles]]}
+        num_tiles = images.get("num_tiles", torch.ones(num_all, dtype=torch.long)).cpu()  # (images,)
+        check_num_tiles(num_tiles, **{name: tensor})
+        is_behind = ~is_known[num_tiles.cumsum(0) - num_tiles]  # (images,), by the first tile of each
+        return {name: tensor[~is_known], "num_tiles": num_tiles[is_behind]} if num_behind else {}
 
 
 def with_chosen(past_key_values: Cache, kind: type[Cache]) -> Cache:
@@ -264,16 +252,10 @@ def with_chosen(past_key_values: Cache, kind: type[Cache]) -> Cache:
     return past_key_values
 
 
-# --- generation ------------------------------------------------------------------------------------------------------
-
-
 class ThinkingGenerationMixin(GenerationMixin):
     """GenerationMixin of a model with a head that thinks in its prefill; `self.model` is the model without it."""
 
-    @property
-    def mask_name(self) -> str:
-        """Which argument is the mask of the decoder's columns."""
-        return "decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask"
+    mask_name = "attention_mask"  # which argument is the mask of the decoder's columns
 
     def suppress_placeholders(self) -> None:
         """Let generation leave out the placeholders and markers, unless something else was chosen.
@@ -295,8 +277,8 @@ class ThinkingGenerationMixin(GenerationMixin):
             result is what it would be without. Images in it need not be passed again; if they are, they are compared.
             While prompts of different lengths are generated, padding stands between the prefix and the rest, which
             `no_repeat_ngram_size` sees; no cache is returned for them.
-        kwargs: also image_features and num_tiles, as `forward` takes them, thought_noise likewise, and stop_threshold,
-            see `settle_stopping`.
+        kwargs: also what `forward` takes (image_features, num_tiles, thought_noise, …), and stop_threshold, above
+            which rows stop thinking: 0.5 by default where there is a stop head; 1.0 thinks all thoughts.
         """
         rename_cache(kwargs)
         if prefix is not None:
@@ -342,9 +324,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         return EncodedImages(image_mask, past_length, features, images)
 
     def settle_stopping(self, kwargs: dict) -> None:
-        """Set in the arguments of `generate` the threshold above which rows stop, and the mask of those that did.
-
-        stop_threshold: 0.5 by default where there is a stop head; 1.0 thinks all thoughts.
+        """Set in the arguments of `generate` the threshold of stopping, and the mask of rows that stopped before.
 
         Raises:
             ValueError: ways of generation that run the prompt in other pieces than the loop does.
@@ -356,13 +336,17 @@ class ThinkingGenerationMixin(GenerationMixin):
             kwargs.setdefault("stop_threshold", 0.5)
         if kwargs.get("stop_threshold") is None:
             return
-        given = kwargs.get("generation_config") or self.generation_config
-        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
-            if kwargs.get(name, getattr(given, name, None)) is not None:
-                raise ValueError(
-                    f"{name} runs the prompt in pieces of its own, and rows of this model stop thinking by "
-                    "themselves: leave it out, or pass stop_threshold=None to think at all latents."
-                )
+        refused = self.options_set(kwargs, "prefill_chunk_size", *OPTIONS_OF_ASSISTED)
+        if refused:
+            raise ValueError(
+                f"{refused[0]} runs the prompt in pieces of its own, and rows of this model stop thinking by "
+                "themselves: leave it out, or pass stop_threshold=None to think at all latents."
+            )
+
+    def options_set(self, kwargs: dict, *names: str) -> list[str]:
+        """Return those names that the arguments of `generate`, or else its configuration, give a value."""
+        config = kwargs.get("generation_config") or self.generation_config
+        return [name for name in names if kwargs.get(name, getattr(config, name, None)) is not None]
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
@@ -416,14 +400,12 @@ class ThinkingGenerationMixin(GenerationMixin):
         """Run what prompts begin with through the model once, for `generate(…, prefix=…)` to go on from.
 
         Args:
-            input_ids, attention_mask (B, T): one prompt, all of which is the prefix, or several, of which it is what
-                all of them begin with.
+            input_ids, attention_mask (B, T): one prompt, which is the prefix, or several, which begin with it.
             num_tokens: make the prefix of so many tokens.
             pixel_values or image_features, num_tiles: the images of the prompts; only those in the prefix are read.
 
         Raises:
-            ValueError: prompts without a common beginning; a prefix that ends inside an image; other images at its
-                placeholders in one prompt than in another.
+            ValueError: prompts without a common beginning, or with other images there; an end inside an image.
         """
         given = {"pixel_values": pixel_values, "image_features": image_features, "num_tiles": num_tiles}
         images, prompts = take_images(given), rows_of(input_ids, attention_mask)
@@ -449,11 +431,10 @@ class ThinkingGenerationMixin(GenerationMixin):
         """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
         prefix.check_reader(self)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
-        other = [name for name in (CACHE, "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
+        # Assisted decoding would read the whole prompt again in its first step.
+        other = self.options_set(kwargs, CACHE, "position_ids", "inputs_embeds", *OPTIONS_OF_ASSISTED)
         if input_ids is None or other:
-            raise ValueError(
-                f"A prefix needs input_ids of the whole prompts and no {' or '.join(other or ['others'])}."
-            )
+            raise ValueError(f"A prefix needs input_ids of whole prompts and no {' or '.join(other or ['others'])}.")
         prompts = rows_of(input_ids, kwargs.pop("attention_mask", None))
         prefix.check_begins(prompts, self.config.latent_token_id)
         images = prefix.without_images(take_images(kwargs), self.count_tiles(prompts))
@@ -479,17 +460,15 @@ class ThinkingGenerationMixin(GenerationMixin):
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} behind a cache or prefix reads the wrong "
                 "columns in this release of transformers: install 5.21 or newer, or leave it out."
             )
-        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         has_prefix = isinstance(given, PromptPrefix)
         if has_prefix:
-            self.check_goes_behind(generation_config, model_kwargs, is_assisted)
+            self.check_follows(generation_config, model_kwargs.get("attention_mask"))
             del model_kwargs[CACHE]
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        may_choose = (given is None or has_prefix) and not is_assisted
-        if may_choose and self.config.thought_schedule == "sequential" and CACHE in model_kwargs:
-            kind = chosen_cache(self.get_decoder())
-            if kind is not None:
-                model_kwargs[CACHE] = with_chosen(model_kwargs[CACHE], kind)
+        may_choose = (given is None or has_prefix) and generation_mode != GenerationMode.ASSISTED_GENERATION
+        kind = chosen_cache(self.get_decoder()) if self.config.thought_schedule == "sequential" else None
+        if may_choose and kind is not None and CACHE in model_kwargs:
+            model_kwargs[CACHE] = with_chosen(model_kwargs[CACHE], kind)
         if has_prefix:
             num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
             model_kwargs[CACHE] = given.copied_into(model_kwargs[CACHE], num_rows)
@@ -505,20 +484,13 @@ class ThinkingGenerationMixin(GenerationMixin):
             num_new=num_read + 1 - num_columns,
         )
 
-    def check_goes_behind(self, generation_config, model_kwargs: dict, is_assisted: bool) -> None:
-        """Raise ValueError for ways of generation, and padding (a mask in model_kwargs), that no prefix precedes."""
-        window, length = self.config.text_config.to_dict().get("sliding_window"), generation_config.max_length
-        is_cut = model_kwargs.get("attention_mask") is not None and not self.get_decoder().sees_all_columns
-        refused = {
-            "Assisted decoding reads the whole prompt again in its first step, also what a cache holds already: leave "
-            "out the prefix, or assistant_model and prompt_lookup_num_tokens.": is_assisted,
-            "A prefix is kept in a cache, and use_cache is False: leave one of them out.": (
-                not generation_config.use_cache
-            ),
-            f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
-            f"sequence has up to {length}: pass prompts of one length, or one at a time.": (
-                is_cut and (window or 0) < length
-            ),
-        }
-        for message in (message for message, applies in refused.items() if applies):
-            raise ValueError(message)
+    def check_follows(self, generation_config, attention_mask: torch.Tensor | None) -> None:
+        """Raise ValueError where no prefix can be kept, or padding behind it would push columns out of a window."""
+        if not generation_config.use_cache:
+            raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
+        window, length = getattr(self.get_decoder().config, "sliding_window", None), generation_config.max_length
+        if attention_mask is not None and not self.get_decoder().sees_all_columns and (window or 0) < length:
+            raise ValueError(
+                f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
+                f"sequence has up to {length}: pass prompts of one length, or one at a time."
+            )

@@ -249,7 +249,12 @@ def broken(name):
         ),
         "another number": (model, batch, {**batch, "pixel_values": random_pixels(2)}, "holds 2 images or tiles"),
         "embeddings": (model, batch, {"inputs_embeds": model.get_input_embeddings()(ids)}, "no inputs_embeds"),
-        "prompt lookup": (model, last_turn, {**last_turn, "prompt_lookup_num_tokens": 2}, "Assisted decoding"),
+        "prompt lookup": (
+            model,
+            last_turn,
+            {**last_turn, "prompt_lookup_num_tokens": 2},
+            "no prompt_lookup_num_tokens",
+        ),
         "no cache": (model, batch, {**batch, "use_cache": False}, "use_cache is False"),
         "padding before a latent": (
             model,
