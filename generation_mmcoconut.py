@@ -168,22 +168,16 @@ class PromptPrefix:
             )
 
     def check_begins(self, prompts: list[torch.Tensor], latent_token_id: int) -> None:
-        """Raise unless every prompt begins with the prefix and goes on behind it.
-
-        Raises:
-            ValueError: with the token at which a prompt leaves it; a latent that would stand behind padding.
-        """
+        """Raise ValueError unless all prompts begin with the prefix and go on, no latent directly behind padding."""
         for row, prompt in enumerate(prompts):
             common = common_length(prompt, self.input_ids)
             shared = min(common, len(prompt) - 1)
             if shared < len(self):
                 pair = [f"id {ids[common]}" if common < len(ids) else "its end" for ids in (prompt, self.input_ids)]
-                remedy = "pass whole prompts, prefix included, and their attention_mask where they are padded"
-                if shared:
-                    remedy = f"prefill(…, num_tokens={shared}) makes a prefix of what they share"
                 raise ValueError(
                     f"Row {row} leaves the prefix of {len(self)} tokens at its token {common}: {pair[0]} where the "
-                    f"prefix has {pair[1]}. It must begin with all of it and go on: {remedy}."
+                    f"prefix has {pair[1]}. All of it must stand before the end: pass whole prompts, and their "
+                    f"attention_mask where they are padded, or make a prefix of at most num_tokens={shared}."
                 )
             if prompt[len(self)] == latent_token_id and len(prompt) < max(map(len, prompts)):
                 raise ValueError(
@@ -208,10 +202,7 @@ class PromptPrefix:
         """Return the given images less those of the prefix, which stand first in every row.
 
         tiles_of_rows: the tiles (without num_tiles: images) of each whole prompt. Images that are as many as those
-        behind the prefix are taken for these.
-
-        Raises:
-            ValueError: neither number; other images than the prefix has; pixels for its features, or the reverse.
+        behind the prefix are taken for these; other ones than the prefix has, or another number, raise ValueError.
         """
         name, known_name = next(iter(images), "num_tiles"), next(iter(self.images), "num_tiles")
         if "num_tiles" in (name, known_name):
@@ -241,27 +232,13 @@ class PromptPrefix:
         return {name: tensor[~is_known], "num_tiles": num_tiles[is_behind]} if num_behind else {}
 
 
-def with_chosen(past_key_values: Cache, kind: type[Cache]) -> Cache:
-    """Return a cache that `generate` made with another kind in place of its growing cache of the text, if any."""
-    own = text_cache(past_key_values)
-    if type(own) is not DynamicCache or own.offloading:
-        return past_key_values
-    if own is past_key_values:
-        return kind()
-    past_key_values.self_attention_cache = kind()
-    return past_key_values
-
-
 class ThinkingGenerationMixin(GenerationMixin):
     """GenerationMixin of a model with a head that thinks in its prefill; `self.model` is the model without it."""
 
     mask_name = "attention_mask"  # which argument is the mask of the decoder's columns
 
     def suppress_placeholders(self) -> None:
-        """Let generation leave out the placeholders and markers, unless something else was chosen.
-
-        One that is sampled would be read as an ordinary token by the cache and as a thought without.
-        """
+        """Let generation leave out placeholders, which would be thoughts without a cache, unless others are chosen."""
         if self.generation_config.suppress_tokens is None:
             self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
 
@@ -292,12 +269,9 @@ class ThinkingGenerationMixin(GenerationMixin):
             IMAGES_OF_CALL.reset(token)
 
     def encode_prompts(self, inputs: torch.Tensor | None, kwargs: dict) -> EncodedImages | None:
-        """Take the images out of the arguments of `generate` and encode them; return None where there are none.
+        """Encode the images among the arguments of `generate`, and take them out; return None where there are none.
 
         A model that assists another is given no images, and encodes those of the other.
-
-        Raises:
-            ValueError: images given twice; placeholders and features differ in number; rows with parts of images.
         """
         images, encoded = take_images(kwargs), kwargs.pop("mm_encoder_outputs", None) or None
         past_key_values, assisted = kwargs.get(CACHE), IMAGES_OF_CALL.get()
@@ -324,11 +298,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         return EncodedImages(image_mask, past_length, features, images)
 
     def settle_stopping(self, kwargs: dict) -> None:
-        """Set in the arguments of `generate` the threshold of stopping, and the mask of rows that stopped before.
-
-        Raises:
-            ValueError: ways of generation that run the prompt in other pieces than the loop does.
-        """
+        """Set in the arguments of `generate` the threshold of stopping, and the mask of rows that stopped before."""
         mask = with_mask_of_left_out(kwargs.get(self.mask_name), kwargs.get(CACHE))
         if mask is not None:
             kwargs[self.mask_name] = mask
@@ -449,10 +419,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         return outputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
-        """Check that positions suffice, let transformers make the cache, and copy a prefix into its rows.
-
-        A growing cache that transformers makes gives way to the kind that is chosen for the decoder.
-        """
+        """Let transformers make the cache, put the chosen kind in place of a growing one, and copy a prefix in."""
         self.check_room(generation_config, model_kwargs.get(self.mask_name), num_read)
         given = model_kwargs.get(CACHE)
         if generation_config.prefill_chunk_size is not None and RELEASE < (5, 21) and given and given.get_seq_length():
@@ -467,22 +434,23 @@ class ThinkingGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
         may_choose = (given is None or has_prefix) and generation_mode != GenerationMode.ASSISTED_GENERATION
         kind = chosen_cache(self.get_decoder()) if self.config.thought_schedule == "sequential" else None
-        if may_choose and kind is not None and CACHE in model_kwargs:
-            model_kwargs[CACHE] = with_chosen(model_kwargs[CACHE], kind)
+        made = model_kwargs.get(CACHE)
+        own = None if made is None else text_cache(made)
+        if may_choose and kind is not None and type(own) is DynamicCache and not own.offloading:
+            made = kind() if own is made else EncoderDecoderCache(kind(), made.cross_attention_cache)
         if has_prefix:
             num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            model_kwargs[CACHE] = given.copied_into(model_kwargs[CACHE], num_rows)
+            made = given.copied_into(made, num_rows)
+        if made is not None:
+            model_kwargs[CACHE] = made
 
     def check_room(self, generation_config, mask: torch.Tensor | None, num_read: int) -> None:
         """Raise ValueError if num_read columns, prompts included, need more positions than the decoder has."""
         given = is_two_dimensional(mask)
         num_columns = mask.shape[1] if given else num_read + 1 - (generation_config.max_new_tokens or 1)
-        check_new_positions(
-            position_limit(self.get_decoder()),
-            mask if given and not self.get_decoder().counts_columns else None,
-            num_columns=num_columns,
-            num_new=num_read + 1 - num_columns,
-        )
+        counted = mask if given and not self.get_decoder().counts_columns else None
+        limit, num_new = position_limit(self.get_decoder()), num_read + 1 - num_columns
+        check_new_positions(limit, counted, num_columns=num_columns, num_new=num_new)
 
     def check_follows(self, generation_config, attention_mask: torch.Tensor | None) -> None:
         """Raise ValueError where no prefix can be kept, or padding behind it would push columns out of a window."""
