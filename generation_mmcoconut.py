@@ -25,7 +25,6 @@ from .configuration_mmcoconut import TOKEN_ID_FIELDS
 from .vision_mmcoconut import check_num_features, check_num_tiles, check_one_source, check_whole_images
 
 
-OPTIONS_OF_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 IMAGE_SOURCES = ("pixel_values", "image_features")
 # Features of the same picture, computed in another batch, differ by rounding; those of another picture by far more.
 SAME_FEATURES = 1e-2
@@ -207,7 +206,7 @@ class PromptPrefix:
         name, known_name = next(iter(images), "num_tiles"), next(iter(self.images), "num_tiles")
         if "num_tiles" in (name, known_name):
             return images
-        tensor, known = images[name], self.images[known_name]
+        tensor, known = images[name], self.images[known_name].to(images[name])
         num_all = sum(tiles_of_rows)
         num_behind = num_all - len(tiles_of_rows) * len(known)
         if len(tensor) == num_behind:
@@ -221,7 +220,7 @@ class PromptPrefix:
         is_known = torch.cat([torch.arange(tiles) < len(known) for tiles in tiles_of_rows])  # (I,)
         tolerance = 0 if name == "pixel_values" else SAME_FEATURES * known.abs().max()
         for row, first in enumerate(tensor[is_known].split(len(known))):
-            if first.shape != known.shape or not (first - known.to(first)).abs().max() <= tolerance:
+            if first.shape != known.shape or not (first - known).abs().max() <= tolerance:
                 raise ValueError(
                     f"Row {row} has other {name} than the prefix where the prefix has its {len(known)}: make a "
                     "prefix for each picture, or pass only the images behind it."
@@ -240,7 +239,7 @@ class ThinkingGenerationMixin(GenerationMixin):
     def suppress_placeholders(self) -> None:
         """Let generation leave out placeholders, which would be thoughts without a cache, unless others are chosen."""
         if self.generation_config.suppress_tokens is None:
-            self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
+            self.generation_config.suppress_tokens = [getattr(self.config, name) for name in TOKEN_ID_FIELDS]
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:
         """Read generation_config.json, and suppress the placeholders where it is missing."""
@@ -261,7 +260,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         if prefix is not None:
             return self.generate_behind(prefix, inputs, *args, **kwargs)
         self.settle_stopping(kwargs)
-        # Every step reads them here, and in no keyword, as transformers repeats and drops those.
+        # Every step reads the images here, and in no keyword, as transformers repeats and drops those.
         token = IMAGES_OF_CALL.set(self.encode_prompts(inputs, kwargs))
         try:
             return super().generate(inputs, *args, **kwargs)
@@ -306,17 +305,13 @@ class ThinkingGenerationMixin(GenerationMixin):
             kwargs.setdefault("stop_threshold", 0.5)
         if kwargs.get("stop_threshold") is None:
             return
-        refused = self.options_set(kwargs, "prefill_chunk_size", *OPTIONS_OF_ASSISTED)
-        if refused:
-            raise ValueError(
-                f"{refused[0]} runs the prompt in pieces of its own, and rows of this model stop thinking by "
-                "themselves: leave it out, or pass stop_threshold=None to think at all latents."
-            )
-
-    def options_set(self, kwargs: dict, *names: str) -> list[str]:
-        """Return those names that the arguments of `generate`, or else its configuration, give a value."""
         config = kwargs.get("generation_config") or self.generation_config
-        return [name for name in names if kwargs.get(name, getattr(config, name, None)) is not None]
+        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
+            if kwargs.get(name, getattr(config, name, None)) is not None:
+                raise ValueError(
+                    f"{name} runs the prompt in pieces of its own, and rows of this model stop thinking by "
+                    "themselves: leave it out, or pass stop_threshold=None to think at all latents."
+                )
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
@@ -389,8 +384,8 @@ class ThinkingGenerationMixin(GenerationMixin):
         check_whole_images(prompt == self.config.image_token_id, first.get("num_tiles"), self.config)
         prefix = PromptPrefix(prompt[0], fingerprint(self), first if tiles else {})
         prefix.without_images(images, self.count_tiles(prompts))
-        inputs = {**prefix.images, "past_key_values": prefix.cache, "use_cache": True}
-        prefix.cache = self.model(input_ids=prompt, **inputs).past_key_values
+        outputs = self.model(input_ids=prompt, past_key_values=prefix.cache, use_cache=True, **prefix.images)
+        prefix.cache = outputs.past_key_values
         return prefix
 
     def count_tiles(self, prompts) -> list[int]:
@@ -401,8 +396,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
         prefix.check_reader(self)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
-        # Assisted decoding would read the whole prompt again in its first step.
-        other = self.options_set(kwargs, CACHE, "position_ids", "inputs_embeds", *OPTIONS_OF_ASSISTED)
+        other = [name for name in (CACHE, "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if input_ids is None or other:
             raise ValueError(f"A prefix needs input_ids of whole prompts and no {' or '.join(other or ['others'])}.")
         prompts = rows_of(input_ids, kwargs.pop("attention_mask", None))
@@ -427,12 +421,13 @@ class ThinkingGenerationMixin(GenerationMixin):
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} behind a cache or prefix reads the wrong "
                 "columns in this release of transformers: install 5.21 or newer, or leave it out."
             )
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         has_prefix = isinstance(given, PromptPrefix)
         if has_prefix:
-            self.check_follows(generation_config, model_kwargs.get("attention_mask"))
+            self.check_follows(generation_config, model_kwargs.get("attention_mask"), is_assisted)
             del model_kwargs[CACHE]
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        may_choose = (given is None or has_prefix) and generation_mode != GenerationMode.ASSISTED_GENERATION
+        may_choose = (given is None or has_prefix) and not is_assisted
         kind = chosen_cache(self.get_decoder()) if self.config.thought_schedule == "sequential" else None
         made = model_kwargs.get(CACHE)
         own = None if made is None else text_cache(made)
@@ -452,8 +447,13 @@ class ThinkingGenerationMixin(GenerationMixin):
         limit, num_new = position_limit(self.get_decoder()), num_read + 1 - num_columns
         check_new_positions(limit, counted, num_columns=num_columns, num_new=num_new)
 
-    def check_follows(self, generation_config, attention_mask: torch.Tensor | None) -> None:
-        """Raise ValueError where no prefix can be kept, or padding behind it would push columns out of a window."""
+    def check_follows(self, generation_config, attention_mask: torch.Tensor | None, is_assisted: bool) -> None:
+        """Raise ValueError for generation that cannot go on behind a prefix, or padding that a window would count."""
+        if is_assisted:
+            raise ValueError(
+                "Assisted decoding reads whole prompts again, also what a cache holds already: leave out the prefix, "
+                "or assistant_model and prompt_lookup_num_tokens."
+            )
         if not generation_config.use_cache:
             raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
         window, length = getattr(self.get_decoder().config, "sliding_window", None), generation_config.max_length
