@@ -1,21 +1,22 @@
-"""`generate` for models that think: images, prefixes, rows that stop, and caches that leave a prompt's keys in place.
+"""`generate` for models that think: images, rows that stop, and prefixes, the beginnings that prompts share.
 
 Releases of transformers share images out to beams and chunks in different ways, some wrongly for rows with several
-images. Here they are encoded once, before the prompt is repeated or cut; the features of each row are kept beside its
-placeholders, and every step gets those that belong to the columns it reads.
+images. Here they are encoded once, before the prompt is repeated or cut, and every step gets the features that belong
+to the columns it reads. A prefix, an image or a long text, goes through the model once, and is copied into caches.
 
-Shapes: B rows of the prompt, E rows that a prompt was repeated to, T columns of the prompt, P features, D hidden.
+Shapes: B rows of the prompt, E rows that a prompt was repeated to, T columns of the prompt, P tokens of a prefix,
+F features, D hidden, I images or tiles.
 """
 
-from contextlib import contextmanager
+import json
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 
 import torch
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
 
 from .compat_mmcoconut import CACHE, RELEASE, rename_cache
 from .configuration_mmcoconut import TOKEN_ID_FIELDS
@@ -23,151 +24,289 @@ from .passes_mmcoconut import (
     ThoughtState,
     check_new_positions,
     chosen_cache,
+    is_two_dimensional,
     position_limit,
     positions_from_mask,
     text_cache,
+    with_cross_attention,
     with_mask_of_left_out,
 )
-from .prefixes_mmcoconut import Maker, PromptPrefix, prompts_of, shared_length
-from .vision_mmcoconut import check_num_features, check_one_source, check_whole_images
+from .vision_mmcoconut import check_num_features, check_num_tiles, check_one_source, check_whole_images
 
 
-IMAGE_INPUTS = ("pixel_values", "image_features", "num_tiles")
-IMAGES_OF_CALL: ContextVar = ContextVar("IMAGES_OF_CALL", default=None)
+IMAGE_SOURCES = ("pixel_values", "image_features")
+# Features of the same picture, computed in another batch, differ by rounding; those of another picture by far more.
+SAME_FEATURES = 1e-2
+SAMPLED = 16  # first values of each parameter, by which weights are known again
+# Of a configuration, what says how it was saved or what calls return, and changes no keys and values.
+NOT_COMPARED = ("architectures", "auto_map", "dtype", "transformers_version", "mmcoconut_version", "use_cache")
+NOT_COMPARED += ("output_attentions", "output_hidden_states", "return_dict")
 
 
+@dataclass(frozen=True)
 class EncodedImages:
     """The features that the placeholders of prompts stand for.
 
     placeholders (B, T): True at the `<image>` columns that are not in a cache yet; first: the column of the first.
-    features: (P, D), as many as there are placeholders, row by row.
+    features (F, D): as many as there are placeholders, row by row.
     inputs: the images that they were made of, which an assistant model encodes again.
     """
 
-    def __init__(self, placeholders: torch.Tensor, first: int, features: torch.Tensor, inputs: dict):
-        self.placeholders, self.first, self.inputs = placeholders, first, inputs
-        self.features = features.split(placeholders.sum(dim=1).tolist())
+    placeholders: torch.Tensor
+    first: int
+    features: torch.Tensor
+    inputs: dict
 
     def of_columns(self, start: int, num_columns: int, num_rows: int) -> torch.Tensor | None:
-        """Return the features (P, D) of columns start, start + 1, … in E rows; None where they have no placeholder."""
-        start = max(start - self.first, 0)
-        before = self.placeholders[:, :start].sum(dim=1).tolist()  # (B,)
-        here = self.placeholders[:, start : start + num_columns].sum(dim=1).tolist()  # (B,)
-        if not any(here):
-            return None
-        repeats = num_rows // len(self.features)
-        rows = [part[skip : skip + count] for part, skip, count in zip(self.features, before, here)]
-        return torch.cat([row for row in rows for _ in range(repeats)])
+        """Return the features (F, D) of columns start, start + 1, … in E rows; None where they have no placeholder."""
+        start, repeats = max(start - self.first, 0), num_rows // len(self.placeholders)
+        columns = slice(start, start + num_columns)
+        numbers = self.placeholders.flatten().cumsum(0).view_as(self.placeholders) - 1  # (B, T)
+        read = self.placeholders[:, columns].repeat_interleave(repeats, dim=0)  # (E, num_columns)
+        numbers = numbers[:, columns].repeat_interleave(repeats, dim=0)[read]  # (F,)
+        return self.features[numbers] if len(numbers) else None
 
 
-@contextmanager
-def images_of_call(encoded: EncodedImages | None):
-    """Inside, every step of `generate` reads these images; no keyword, as transformers repeats and drops those."""
-    token = IMAGES_OF_CALL.set(encoded)
-    try:
-        yield
-    finally:
-        IMAGES_OF_CALL.reset(token)
+IMAGES_OF_CALL: ContextVar[EncodedImages | None] = ContextVar("IMAGES_OF_CALL", default=None)
 
 
-def with_prompts(outputs, input_ids: torch.Tensor, *, moved: bool):
-    """What `generate` gave for (B, T) prompts behind a prefix, with the prompts (B, T) as they were passed.
+def take_images(kwargs: dict) -> dict:
+    """Take the images that are given out of keyword arguments; return them by their names, num_tiles last."""
+    images = {name: kwargs.pop(name, None) for name in (*IMAGE_SOURCES, "num_tiles")}
+    check_one_source(**{name: images[name] for name in IMAGE_SOURCES})
+    return {name: value for name, value in images.items() if value is not None}
 
-    moved: whether padding stood in the middle, so that a cache, if returned, fits no mask of these prompts; it is left
-    out.
+
+def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """Return the rows of (B, T) without their padding."""
+    if attention_mask is None:
+        return list(input_ids)
+    return [row[mask.bool()] for row, mask in zip(input_ids, attention_mask)]
+
+
+def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
+    """Return with how many equal tokens two prompts begin."""
+    length = min(len(one), len(other))
+    return int((one[:length] == other[:length]).long().cumprod(0).sum())
+
+
+def shared_length(prompts: list[torch.Tensor], num_tokens: int | None, ends_before: int | None) -> int:
+    """Return how many tokens the prompts' prefix has: those that all begin with, or num_tokens of them.
+
+    Of several prompts each keeps a token behind it, for the next pass to read; ends_before stands in no prefix.
     """
-    sequences = outputs.sequences if isinstance(outputs, ModelOutput) else outputs  # (B · returned, T + new)
-    given = input_ids.repeat_interleave(len(sequences) // len(input_ids), dim=0)  # (B · returned, T)
-    sequences = torch.cat([given, sequences[:, input_ids.shape[1] :]], dim=1)
-    if not isinstance(outputs, ModelOutput):
-        return sequences
-    outputs.sequences = sequences
-    if moved:
-        outputs.past_key_values = None
-    return outputs
+    lengths = [common_length(prompts[0], prompt) for prompt in prompts]
+    if len(prompts) > 1:
+        lengths += [len(prompt) - 1 for prompt in prompts]
+    if ends_before is not None:
+        lengths += (prompts[0] == ends_before).nonzero().flatten().tolist()
+    shared = min(lengths)
+    if shared < 1 or (num_tokens is not None and not 1 <= num_tokens <= shared):
+        wanted = "at least one" if num_tokens is None else num_tokens
+        raise ValueError(
+            f"The prompts begin with {shared} common tokens that a token follows in each, and the prefix is to have "
+            f"{wanted}: give prompts with one beginning and their attention_mask, or 1 <= num_tokens <= {shared}."
+        )
+    return shared if num_tokens is None else num_tokens
+
+
+def compared(fields: dict) -> dict:
+    """Return the fields of a configuration, or of one inside it, that keys and values depend on."""
+    return {name: value for name, value in fields.items() if name not in NOT_COMPARED and not name.startswith("_")}
+
+
+def fingerprint(model) -> dict:
+    """Return what tells one model from another: its name, its configuration, and first values of its parameters."""
+    fields = json.loads(model.config.to_json_string(use_diff=False), object_hook=compared)
+    loaded = [weight.detach() for weight in model.parameters() if not weight.is_meta]
+    weights = torch.cat([weight.flatten()[:SAMPLED].float().cpu() for weight in loaded])
+    name = model.name_or_path or f"a {type(model).__name__} that was not loaded"
+    return {**fields, "weights": weights.tolist(), "name": name}
+
+
+@dataclass
+class PromptPrefix:
+    """What the model keeps of a prompt's first P tokens; `model.prefill` makes it, and it is only ever copied from.
+
+    input_ids (P,).
+    maker: `fingerprint` of the model that computed it, and that alone may read it.
+    images: the pixel_values or image_features (I, …) in it, and their num_tiles, by these names.
+    cache: keys and values of each layer, and what thoughts behind it read; one row.
+    """
+
+    input_ids: torch.Tensor
+    maker: dict
+    images: dict[str, torch.Tensor]
+    cache: Cache = field(default_factory=DynamicCache)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def get_seq_length(self) -> int:
+        """Return P, as the cache does that this will be copied into."""
+        return len(self)
+
+    def copied_into(self, past_key_values: Cache, num_rows: int) -> Cache:
+        """Return an empty cache of any kind with these keys and values in each of its rows."""
+
+        def of_rows(states: torch.Tensor) -> torch.Tensor:
+            return states.expand(num_rows, *states.shape[1:])
+
+        for index, layer in enumerate(text_cache(self.cache).layers):
+            text_cache(past_key_values).update(of_rows(layer.keys), of_rows(layer.values), index)
+        if isinstance(self.cache, EncoderDecoderCache):
+            past_key_values = with_cross_attention(past_key_values)
+            for index, layer in enumerate(self.cache.cross_attention_cache.layers):
+                past_key_values.cross_attention_cache.update(of_rows(layer.keys), of_rows(layer.values), index)
+                past_key_values.is_updated[index] = True
+        ThoughtState.within(past_key_values)
+        text_cache(past_key_values).thought_state = ThoughtState.of(self.cache).of_rows(of_rows)
+        return past_key_values
+
+    def check_reader(self, model) -> None:
+        """Raise ValueError if the model that is to read this is not the one that made it."""
+        made, reads = self.maker, fingerprint(model)
+        for name in made | reads:
+            if name == "name" or made.get(name) == reads.get(name):
+                continue
+            values = "are others" if name == "weights" else f"is {reads.get(name)!r}, not {made.get(name)!r}"
+            raise ValueError(
+                f"The prefix was made by {made['name']}, and is read by {reads['name']}, whose {name} {values}: make "
+                "the prefix with the model that reads it, and again after training."
+            )
+
+    def check_begins(self, prompts: list[torch.Tensor], latent_token_id: int) -> None:
+        """Raise ValueError unless all prompts begin with the prefix and go on, no latent directly behind padding."""
+        for row, prompt in enumerate(prompts):
+            common = common_length(prompt, self.input_ids)
+            shared = min(common, len(prompt) - 1)
+            if shared < len(self):
+                pair = [f"id {ids[common]}" if common < len(ids) else "its end" for ids in (prompt, self.input_ids)]
+                raise ValueError(
+                    f"Row {row} leaves the prefix of {len(self)} tokens at its token {common}: {pair[0]} where the "
+                    f"prefix has {pair[1]}. All of it must stand before the end: pass whole prompts, and their "
+                    f"attention_mask where they are padded, or make a prefix of at most num_tokens={shared}."
+                )
+            if prompt[len(self)] == latent_token_id and len(prompt) < max(map(len, prompts)):
+                raise ValueError(
+                    f"Row {row} is shorter than others and has a latent directly behind the {len(self)} tokens of the "
+                    f"prefix, where its padding would stand: prefill(…, num_tokens={len(self) - 1}) makes a shorter "
+                    "one, or pass the row alone."
+                )
+
+    def in_front(self, prompts: list[torch.Tensor], num_columns: int, pad_token_id: int) -> tuple:
+        """Return input_ids and attention_mask (B, num_columns) of [prefix | padding | rest of the prompt].
+
+        A cache holds the prefix in the same columns of every row, so padding stands in the middle; positions skip it.
+        """
+        ids = self.input_ids.new_full((len(prompts), num_columns), pad_token_id)  # (B, T)
+        columns = torch.arange(num_columns, device=ids.device)  # (T,)
+        starts = ids.new_tensor([num_columns - len(prompt) + len(self) for prompt in prompts])  # (B,), of the rests
+        mask = (columns < len(self)) | (columns >= starts[:, None])  # (B, T)
+        ids[mask] = torch.cat(prompts)
+        return ids, mask.long()
+
+    def without_images(self, images: dict, tiles_of_rows: list[int]) -> dict:
+        """Return the given images less those of the prefix, which stand first in every row.
+
+        tiles_of_rows: the tiles (without num_tiles: images) of each whole prompt. Images that are as many as those
+        behind the prefix are taken for these; other ones than the prefix has, or another number, raise ValueError.
+        """
+        name, known_name = next(iter(images), "num_tiles"), next(iter(self.images), "num_tiles")
+        if "num_tiles" in (name, known_name):
+            return images
+        tensor, known = images[name], self.images[known_name].to(images[name])
+        num_all = sum(tiles_of_rows)
+        num_behind = num_all - len(tiles_of_rows) * len(known)
+        if len(tensor) == num_behind:
+            return images
+        if len(tensor) != num_all or name != known_name:
+            raise ValueError(
+                f"{name} holds {len(tensor)} images or tiles, and cannot be compared with the {len(known)} "
+                f"{known_name} of the prefix: pass {known_name} of all {num_all} in the prompts, or those of the "
+                f"{num_behind} behind the prefix."
+            )
+        is_known = torch.cat([torch.arange(tiles) < len(known) for tiles in tiles_of_rows])  # (I,)
+        tolerance = 0 if name == "pixel_values" else SAME_FEATURES * known.abs().max()
+        for row, first in enumerate(tensor[is_known].split(len(known))):
+            if first.shape != known.shape or not (first - known).abs().max() <= tolerance:
+                raise ValueError(
+                    f"Row {row} has other {name} than the prefix where the prefix has its {len(known)}: make a "
+                    "prefix for each picture, or pass only the images behind it."
+                )
+        num_tiles = images.get("num_tiles", torch.ones(num_all, dtype=torch.long)).cpu()  # (images,)
+        check_num_tiles(num_tiles, **{name: tensor})
+        is_behind = ~is_known[num_tiles.cumsum(0) - num_tiles]  # (images,), by the first tile of each
+        return {name: tensor[~is_known], "num_tiles": num_tiles[is_behind]} if num_behind else {}
 
 
 class ThinkingGenerationMixin(GenerationMixin):
     """GenerationMixin of a model with a head that thinks in its prefill; `self.model` is the model without it."""
 
-    def suppress_placeholders(self) -> None:
-        """Let generation leave out the placeholders and markers, unless something else was chosen.
+    mask_name = "attention_mask"  # which argument is the mask of the decoder's columns
 
-        One that is sampled would be read as an ordinary token by the cache and as a thought without.
-        """
+    def suppress_placeholders(self) -> None:
+        """Let generation leave out placeholders, which would be thoughts without a cache, unless others are chosen."""
         if self.generation_config.suppress_tokens is None:
-            self.generation_config.suppress_tokens = [getattr(self.config, field) for field in TOKEN_ID_FIELDS]
+            self.generation_config.suppress_tokens = [getattr(self.config, name) for name in TOKEN_ID_FIELDS]
 
     def adjust_generation_fn(self, *args, **kwargs) -> None:
         """Read generation_config.json, and suppress the placeholders where it is missing."""
         super().adjust_generation_fn(*args, **kwargs)
         self.suppress_placeholders()
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, image_features=None, prefix=None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, prefix=None, **kwargs):
         """Generate as transformers does, with images encoded before any forward pass could see whose they are.
 
         prefix: what `prefill` gave of the beginning of all prompts; input_ids are whole prompts all the same, and the
             result is what it would be without. Images in it need not be passed again; if they are, they are compared.
             While prompts of different lengths are generated, padding stands between the prefix and the rest, which
             `no_repeat_ngram_size` sees; no cache is returned for them.
-        kwargs: also stop_threshold, see `settle_stopping`, and thought_noise, as `forward` takes it.
+        kwargs: also what `forward` takes (image_features, num_tiles, thought_noise, …), and stop_threshold, above
+            which rows stop thinking: 0.5 by default where there is a stop head; 1.0 thinks all thoughts.
         """
         rename_cache(kwargs)
         if prefix is not None:
-            return self.generate_behind(prefix, inputs, *args, image_features=image_features, **kwargs)
+            return self.generate_behind(prefix, inputs, *args, **kwargs)
         self.settle_stopping(kwargs)
-        kwargs["image_features"] = image_features
-        with images_of_call(self.encode_prompts(inputs, kwargs)):
+        # Every step reads the images here, and in no keyword, as transformers repeats and drops those.
+        token = IMAGES_OF_CALL.set(self.encode_prompts(inputs, kwargs))
+        try:
             return super().generate(inputs, *args, **kwargs)
+        finally:
+            IMAGES_OF_CALL.reset(token)
 
     def encode_prompts(self, inputs: torch.Tensor | None, kwargs: dict) -> EncodedImages | None:
-        """Take the images out of the arguments of `generate` and encode them; return None where there are none.
+        """Encode the images among the arguments of `generate`, and take them out; return None where there are none.
 
         A model that assists another is given no images, and encodes those of the other.
-
-        Raises:
-            ValueError: images given twice; placeholders and features differ in number; rows with parts of images.
         """
-        past_key_values, encoded = kwargs.get(CACHE), kwargs.pop("mm_encoder_outputs", None) or None
-        # A prefix, which is no Cache yet, has its placeholders taken out of the prompts.
-        past_length = int(past_key_values.get_seq_length()) if isinstance(past_key_values, Cache) else 0
-        images = {name: value for name in IMAGE_INPUTS if (value := kwargs.pop(name, None)) is not None}
-        assisted = IMAGES_OF_CALL.get()
+        images, encoded = take_images(kwargs), kwargs.pop("mm_encoder_outputs", None) or None
+        past_key_values, assisted = kwargs.get(CACHE), IMAGES_OF_CALL.get()
+        past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if not images and encoded is None and assisted is not None and past_length == 0:
             images = assisted.inputs
-        pixels = {name: images.get(name) for name in ("pixel_values", "image_features")}
-        check_one_source(**pixels, mm_encoder_outputs=encoded)
-        if encoded is None and all(value is None for value in pixels.values()):
+        if encoded is None and not any(name in images for name in IMAGE_SOURCES):
             return None
+        check_one_source(**{name: images.get(name) for name in IMAGE_SOURCES}, mm_encoder_outputs=encoded)
         ids = kwargs.get("input_ids") if inputs is None else inputs
         embeds = None if ids is not None else kwargs["inputs_embeds"]
         image_mask = self.model.get_token_mask(self.config.image_token_id, ids, embeds)  # (B, T)
         if assisted is not None and not image_mask.any():  # a call inside another one, about something else
             return None
+        mask = kwargs.get("attention_mask")
+        if mask is None or mask.shape[1] == image_mask.shape[1]:  # the ids are all, not those behind the cache alone
+            image_mask = image_mask[:, past_length:]
         check_whole_images(image_mask, images.get("num_tiles"), self.config)
         if encoded is None:
             with torch.no_grad():
                 encoded = {"image": self.get_image_features(**images, return_dict=True)}
-        features = torch.cat(list(encoded["image"].pooler_output))  # (P, D)
-        mask = kwargs.get("attention_mask")
-        has_past = mask is None or mask.shape[1] == image_mask.shape[1]  # the ids are all, or those behind the cache
-        placeholders = image_mask[:, past_length:] if has_past else image_mask
-        check_num_features(placeholders, features, self.config)
-        return EncodedImages(placeholders, past_length, features, images)
-
-    @property
-    def mask_name(self) -> str:
-        """Which argument is the mask of the decoder's columns."""
-        return "decoder_attention_mask" if self.config.is_encoder_decoder else "attention_mask"
+        features = torch.cat(list(encoded["image"].pooler_output))  # (F, D)
+        check_num_features(image_mask, features, self.config)
+        return EncodedImages(image_mask, past_length, features, images)
 
     def settle_stopping(self, kwargs: dict) -> None:
-        """Set in the arguments of `generate` the threshold above which rows stop, and the mask of those that did.
-
-        stop_threshold: 0.5 by default where there is a stop head; 1.0 thinks all thoughts.
-
-        Raises:
-            ValueError: ways of generation that run the prompt in other pieces than the loop does.
-        """
+        """Set in the arguments of `generate` the threshold of stopping, and the mask of rows that stopped before."""
         mask = with_mask_of_left_out(kwargs.get(self.mask_name), kwargs.get(CACHE))
         if mask is not None:
             kwargs[self.mask_name] = mask
@@ -175,9 +314,9 @@ class ThinkingGenerationMixin(GenerationMixin):
             kwargs.setdefault("stop_threshold", 0.5)
         if kwargs.get("stop_threshold") is None:
             return
-        given = kwargs.get("generation_config") or self.generation_config
+        config = kwargs.get("generation_config") or self.generation_config
         for name in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
-            if kwargs.get(name, getattr(given, name, None)) is not None:
+            if kwargs.get(name, getattr(config, name, None)) is not None:
                 raise ValueError(
                     f"{name} runs the prompt in pieces of its own, and rows of this model stop thinking by "
                     "themselves: leave it out, or pass stop_threshold=None to think at all latents."
@@ -188,18 +327,14 @@ class ThinkingGenerationMixin(GenerationMixin):
         """Leave a prefill's mask 2-D: each of its passes makes its own, and a ready 4-D one would fit only one."""
         if inputs_embeds.shape[1] > 1:
             return attention_mask
-        return create_masks_for_generate(
-            config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
-        )
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, *args, inputs_embeds: torch.Tensor | None = None, **kwargs
     ) -> dict:
         """Prepare a step: without latents that rows left out, and with the features of the placeholders it reads."""
         self.leave_out_of_step(kwargs)
-        if inputs_embeds is not None:
-            kwargs["inputs_embeds"] = inputs_embeds
-        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         encoded, past_key_values = IMAGES_OF_CALL.get(), kwargs.get(CACHE)
         if encoded is None:
             return model_inputs
@@ -239,124 +374,100 @@ class ThinkingGenerationMixin(GenerationMixin):
         """Run what prompts begin with through the model once, for `generate(…, prefix=…)` to go on from.
 
         Args:
-            input_ids, attention_mask (B, T): one prompt, all of which is the prefix, or several, of which it is what
-                all of them begin with.
+            input_ids, attention_mask (B, T): one prompt, which is the prefix, or several, which begin with it.
             num_tokens: make the prefix of so many tokens.
             pixel_values or image_features, num_tiles: the images of the prompts; only those in the prefix are read.
 
         Raises:
-            ValueError: prompts without a common beginning; a prefix that ends inside an image; other images at its
-                placeholders in one prompt than in another.
+            ValueError: prompts without a common beginning, or with other images there; an end inside an image.
         """
-        check_one_source(pixel_values=pixel_values, image_features=image_features)
-        prompts = prompts_of(input_ids, attention_mask)
+        given = {"pixel_values": pixel_values, "image_features": image_features, "num_tiles": num_tiles}
+        images, prompts = take_images(given), rows_of(input_ids, attention_mask)
         # Rows that stop by themselves do so each for itself, behind what they share.
         ends_before = self.config.latent_token_id if self.config.stop_head else None
-        prompt = prompts[0][None, : shared_length(prompts, num_tokens, ends_before=ends_before)]  # (1, P)
-        tiles = self.count_tiles([prompt[0]])[0]
-        tiles_of_images = None if num_tiles is None else num_tiles[num_tiles.cumsum(0) <= tiles]
-        check_whole_images(prompt == self.config.image_token_id, tiles_of_images, self.config)
-        images = {"pixel_values": pixel_values, "image_features": image_features}
-        first = {name: tensor[:tiles] for name, tensor in images.items() if tensor is not None and tiles}
-        prefix = PromptPrefix(prompt[0], Maker.of(self), first, tiles_of_images if first else None)
-        prefix.without_images(self.count_tiles(prompts), num_tiles, **images)
-        inputs = {**first, "num_tiles": prefix.num_tiles, "past_key_values": DynamicCache(), "use_cache": True}
-        return prefix.keep(self.model(input_ids=prompt, **inputs).past_key_values)
+        prompt = prompts[0][None, : shared_length(prompts, num_tokens, ends_before)]  # (1, P)
+        tiles = self.count_tiles(prompt)[0]
+        first = {name: value[:tiles] for name, value in images.items()}
+        if num_tiles is not None:
+            first["num_tiles"] = num_tiles[num_tiles.cumsum(0) <= tiles]
+        check_whole_images(prompt == self.config.image_token_id, first.get("num_tiles"), self.config)
+        prefix = PromptPrefix(prompt[0], fingerprint(self), first if tiles else {})
+        prefix.without_images(images, self.count_tiles(prompts))
+        outputs = self.model(input_ids=prompt, past_key_values=prefix.cache, use_cache=True, **prefix.images)
+        prefix.cache = outputs.past_key_values
+        return prefix
 
-    def count_tiles(self, prompts: list[torch.Tensor]) -> list[int]:
-        """How many images, or tiles, each prompt has placeholders for."""
+    def count_tiles(self, prompts) -> list[int]:
+        """Return how many images, or tiles, each prompt has placeholders for."""
         return [int((ids == self.config.image_token_id).sum()) // self.config.image_seq_length for ids in prompts]
 
     def generate_behind(self, prefix: PromptPrefix, inputs: torch.Tensor | None, *args, **kwargs):
         """`generate` for whole prompts that begin with a prefix, of which only the rest goes through the model."""
-        prefix.maker.check_reads(Maker.of(self))
+        prefix.check_reader(self)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs  # (B, T)
         other = [name for name in (CACHE, "position_ids", "inputs_embeds") if kwargs.get(name) is not None]
         if input_ids is None or other:
-            raise ValueError(
-                f"A prefix needs input_ids of the whole prompts and no {' or '.join(other or ['others'])}."
-            )
-        prompts = prompts_of(input_ids, kwargs.pop("attention_mask", None))
+            raise ValueError(f"A prefix needs input_ids of whole prompts and no {' or '.join(other or ['others'])}.")
+        prompts = rows_of(input_ids, kwargs.pop("attention_mask", None))
         prefix.check_begins(prompts, self.config.latent_token_id)
-        images = {name: kwargs.pop(name, None) for name in ("pixel_values", "image_features", "num_tiles")}
-        check_one_source(**{name: images[name] for name in ("pixel_values", "image_features")})
-        images = prefix.without_images(self.count_tiles(prompts), images.pop("num_tiles"), **images)
-        pad_token_id = self.generation_config.pad_token_id or 0
-        ids, mask = prefix.in_front(prompts, input_ids.shape[1], pad_token_id=pad_token_id)  # (B, T) each
-        # Stock `generate()` counts placeholders to share images out to beams; those of the prefix are read already.
-        known = ids[:, : len(prefix)]
-        known[known == self.config.image_token_id] = self.config.start_latent_token_id
+        images = prefix.without_images(take_images(kwargs), self.count_tiles(prompts))
+        ids, mask = prefix.in_front(prompts, input_ids.shape[1], self.generation_config.pad_token_id or 0)  # (B, T)
         outputs = self.generate(ids, *args, attention_mask=mask, **{CACHE: prefix}, **images, **kwargs)
-        return with_prompts(outputs, input_ids, moved=not bool(mask.all()))
-
-    def _check_room(self, generation_config, model_kwargs: dict, num_read: int) -> None:
-        """Raise ValueError if num_read columns, prompts included, need more positions than the decoder has."""
-        mask = model_kwargs.get(self.mask_name)
-        given = isinstance(mask, torch.Tensor) and mask.ndim == 2
-        num_columns = mask.shape[1] if given else num_read + 1 - (generation_config.max_new_tokens or 1)
-        check_new_positions(
-            position_limit(self.get_decoder()),
-            mask if given and not self.get_decoder().counts_columns else None,
-            num_columns=num_columns,
-            num_new=num_read + 1 - num_columns,
-        )
+        if mask.all():
+            return outputs
+        sequences = outputs if isinstance(outputs, torch.Tensor) else outputs.sequences  # (E, T + new)
+        sequences[:, : ids.shape[1]] = input_ids.repeat_interleave(len(sequences) // len(ids), dim=0)
+        if outputs is not sequences:
+            outputs.past_key_values = None  # padding stands elsewhere in it than in the prompts and their mask
+        return outputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
-        """Check that positions suffice, let transformers make the cache, and copy a prefix into its rows.
-
-        A growing cache that transformers makes gives way to the kind that is chosen for the decoder.
-        """
-        self._check_room(generation_config, model_kwargs, num_read)
-        prefix = model_kwargs.get(CACHE)
-        begun = isinstance(prefix, PromptPrefix) or (prefix is not None and int(prefix.get_seq_length()) > 0)
-        if begun and generation_config.prefill_chunk_size is not None and RELEASE < (5, 21):
+        """Let transformers make the cache, put the chosen kind in place of a growing one, and copy a prefix in."""
+        self.check_room(generation_config, model_kwargs.get(self.mask_name), num_read)
+        given = model_kwargs.get(CACHE)
+        if generation_config.prefill_chunk_size is not None and RELEASE < (5, 21) and given and given.get_seq_length():
             raise ValueError(
                 f"prefill_chunk_size={generation_config.prefill_chunk_size} behind a cache or prefix reads the wrong "
                 "columns in this release of transformers: install 5.21 or newer, or leave it out."
             )
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-        if isinstance(prefix, PromptPrefix):
-            check_prefix_is_readable(prefix, generation_config, is_assisted=is_assisted)
+        has_prefix = isinstance(given, PromptPrefix)
+        if has_prefix:
+            self.check_follows(generation_config, model_kwargs.get("attention_mask"), is_assisted)
             del model_kwargs[CACHE]
-        is_given = model_kwargs.get(CACHE) is not None
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        may_choose = not (is_given or is_assisted) and self.config.thought_schedule == "sequential"
-        kind = chosen_cache(self.get_decoder()) if may_choose else None
-        if kind is not None and CACHE in model_kwargs:
-            model_kwargs[CACHE] = with_chosen(model_kwargs[CACHE], kind)
-        if isinstance(prefix, PromptPrefix):
-            self._check_window(generation_config, model_kwargs)
+        may_choose = (given is None or has_prefix) and not is_assisted
+        kind = chosen_cache(self.get_decoder()) if self.config.thought_schedule == "sequential" else None
+        made = model_kwargs.get(CACHE)
+        own = None if made is None else text_cache(made)
+        if may_choose and kind is not None and type(own) is DynamicCache and not own.offloading:
+            made = kind() if own is made else EncoderDecoderCache(kind(), made.cross_attention_cache)
+        if has_prefix:
             num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            model_kwargs[CACHE] = prefix.copied_into(model_kwargs[CACHE], num_rows)
+            made = given.copied_into(made, num_rows)
+        if made is not None:
+            model_kwargs[CACHE] = made
 
-    def _check_window(self, generation_config, model_kwargs: dict) -> None:
-        """Raise where padding between a prefix and the rest of a prompt would push columns out of a window."""
-        padded = model_kwargs.get("attention_mask") is not None
-        window = getattr(self.config.get_text_config(decoder=True), "sliding_window", None)
-        if padded and not self.get_decoder().sees_all_columns and window < generation_config.max_length:
+    def check_room(self, generation_config, mask: torch.Tensor | None, num_read: int) -> None:
+        """Raise ValueError if num_read columns, prompts included, need more positions than the decoder has."""
+        given = is_two_dimensional(mask)
+        num_columns = mask.shape[1] if given else num_read + 1 - (generation_config.max_new_tokens or 1)
+        counted = mask if given and not self.get_decoder().counts_columns else None
+        limit, num_new = position_limit(self.get_decoder()), num_read + 1 - num_columns
+        check_new_positions(limit, counted, num_columns=num_columns, num_new=num_new)
+
+    def check_follows(self, generation_config, attention_mask: torch.Tensor | None, is_assisted: bool) -> None:
+        """Raise ValueError for generation that cannot go on behind a prefix, or padding that a window would count."""
+        if is_assisted:
+            raise ValueError(
+                "Assisted decoding reads whole prompts again, also what a cache holds already: leave out the prefix, "
+                "or assistant_model and prompt_lookup_num_tokens."
+            )
+        if not generation_config.use_cache:
+            raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
+        window, length = getattr(self.get_decoder().config, "sliding_window", None), generation_config.max_length
+        if attention_mask is not None and not self.get_decoder().sees_all_columns and (window or 0) < length:
             raise ValueError(
                 f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
-                f"sequence has up to {generation_config.max_length}: pass prompts of one length, or one at a time."
+                f"sequence has up to {length}: pass prompts of one length, or one at a time."
             )
-
-
-def with_chosen(past_key_values: Cache, kind: type[Cache]) -> Cache:
-    """Return a cache that `generate` made with another kind in place of its growing cache of the text, if any."""
-    own = text_cache(past_key_values)
-    if type(own) is not DynamicCache or own.offloading:
-        return past_key_values
-    if own is past_key_values:
-        return kind()
-    past_key_values.self_attention_cache = kind()
-    return past_key_values
-
-
-def check_prefix_is_readable(prefix: PromptPrefix, generation_config, *, is_assisted: bool) -> None:
-    """Raise for ways of generation that cannot begin behind a prefix."""
-    if is_assisted:
-        raise ValueError(
-            "Assisted decoding reads the whole prompt again in its first step, also what a cache holds already: "
-            "leave out the prefix, or assistant_model and prompt_lookup_num_tokens."
-        )
-    if not generation_config.use_cache:
-        raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")

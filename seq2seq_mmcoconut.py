@@ -253,6 +253,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
     """
 
     base_class = MMCoconutSeq2SeqModel
+    mask_name = "decoder_attention_mask"
 
     def get_encoder(self, modality: str | None = None):
         return self.model.get_encoder(modality)

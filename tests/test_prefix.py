@@ -22,6 +22,7 @@ from tiny import (
 from transformers import CompileConfig, GPT2Config
 
 from mmcoconut.compat_mmcoconut import RELEASE
+from mmcoconut.passes_mmcoconut import ThoughtState, text_cache
 
 
 EXACTLY = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
@@ -62,7 +63,9 @@ def assert_same(outputs, expected, tolerance):
 
 
 def contents(prefix) -> list[torch.Tensor]:
-    return [prefix.last_hidden_state, *(states for layer in prefix.layers + prefix.cross_layers for states in layer)]
+    caches = [text_cache(prefix.cache), getattr(prefix.cache, "cross_attention_cache", None)]
+    layers = [layer for cache in caches if cache is not None for layer in cache.layers]
+    return [ThoughtState.of(prefix.cache).last_state, *(s for layer in layers for s in (layer.keys, layer.values))]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +143,7 @@ def test_tiles_and_features_of_the_tower_are_read_as_pixels_are(tolerance):
     batch["pixel_values"] = pixels[[0, 1, 2, 0, 1, 3]]
     expected = generate(model, batch, num_tiles=num_tiles)
     prefix = model.prefill(**batch, num_tiles=num_tiles)
-    assert prefix.num_tiles.tolist() == [2]
+    assert prefix.images["num_tiles"].tolist() == [2]
     assert_same(generate(model, batch, num_tiles=num_tiles, prefix=prefix), expected, tolerance)
     features = model.get_vision_features(batch.pop("pixel_values")).detach()
     given = {**batch, "image_features": features, "num_tiles": num_tiles}
@@ -246,7 +249,12 @@ def broken(name):
         ),
         "another number": (model, batch, {**batch, "pixel_values": random_pixels(2)}, "holds 2 images or tiles"),
         "embeddings": (model, batch, {"inputs_embeds": model.get_input_embeddings()(ids)}, "no inputs_embeds"),
-        "prompt lookup": (model, last_turn, {**last_turn, "prompt_lookup_num_tokens": 2}, "Assisted decoding"),
+        "prompt lookup": (
+            model,
+            last_turn,
+            {**last_turn, "prompt_lookup_num_tokens": 2},
+            "no prompt_lookup_num_tokens",
+        ),
         "no cache": (model, batch, {**batch, "use_cache": False}, "use_cache is False"),
         "padding before a latent": (
             model,
