@@ -25,9 +25,10 @@ from tiny import (
 )
 from transformers import CompileConfig, DynamicCache, GenerationConfig, TextIteratorStreamer, TextStreamer
 
+from mmcoconut.build.tokens import add_special_tokens
 from mmcoconut.caches_mmcoconut import text_cache
 from mmcoconut.columns_mmcoconut import column_lists
-from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, add_special_tokens
+from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
 from mmcoconut.kernels import latent
 from mmcoconut.kernels.latent import MAX_QUERIES, SplitCache
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
