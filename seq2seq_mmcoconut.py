@@ -214,6 +214,14 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         )
 
 
+# Arguments that `generate` refuses, and what to do instead.
+REFUSED = {
+    "prefix": ", which reads a question whole: give its image_features, which get_vision_features() makes once",
+    "prefill_chunk_size": ": leave it out",
+    "assistant_model": ", which hands on no images: leave it out, or pass prompt_lookup_num_tokens",
+}
+
+
 class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
     """MMCoconutSeq2SeqModel with a language-model head; `image_fusion: encoder`.
 
@@ -230,26 +238,17 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
 
     def prefill(self, *args, **kwargs):
         """Refuse to: there is no prefix that questions share, because the encoder reads each of them whole."""
-        raise ValueError(
-            "The encoder reads a question whole, and the decoder begins with its thoughts, so there is no prefix to "
-            "keep: get_vision_features() gives what questions about one image share, to pass as image_features."
-        )
+        raise ValueError(f"prefill() does not work with an encoder-decoder{REFUSED['prefix']}.")
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, prefix=None, **kwargs):
+    def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, **kwargs):
         """Generate from what `encode` gives, which is computed once, before any decoding step.
 
         Raises:
             ValueError: `prefill_chunk_size`, which is for a decoder's text alone; an assistant_model; a prefix.
         """
-        if prefix is not None:
-            self.prefill()
-        if kwargs.get("prefill_chunk_size") is not None:
-            raise ValueError("prefill_chunk_size does not work with an encoder-decoder: leave it out.")
-        if kwargs.get("assistant_model") is not None:
-            raise ValueError(
-                "An assistant_model would read the question without its images: leave it out, or pass "
-                "prompt_lookup_num_tokens."
-            )
+        for name, remedy in REFUSED.items():
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} does not work with an encoder-decoder{remedy}.")
         rename_cache(kwargs)
         self.settle_stopping(kwargs)
         if encoder_outputs is None:

@@ -9,6 +9,7 @@ layers that are read, joined), B batch, T tokens, F `<image>` placeholders, E fe
 hidden of the decoder.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -109,59 +110,18 @@ def check_whole_images(image_mask: torch.Tensor, num_tiles: torch.Tensor | None,
 # --- projectors ------------------------------------------------------------------------------------------------------
 
 
-def linear_projector(config: MMCoconutConfig) -> nn.Linear:
-    """Return one linear layer; (I, P, W) → (I, P, D)."""
-    return nn.Linear(vision_width_of(config), config.text_config.hidden_size)
-
-
-class TransformerProjector(nn.Module):
-    """Linear → LayerNorm → one transformer encoder layer over the tokens of an image; (I, P, W) → (I, P, D)."""
-
-    def __init__(self, config: MMCoconutConfig):
-        super().__init__()
-        hidden_size, num_heads = config.text_config.hidden_size, config.projector_num_heads
-        self.linear = linear_projector(config)
-        self.norm = nn.LayerNorm(hidden_size)
-        self.layer = nn.TransformerEncoderLayer(hidden_size, num_heads, 4 * hidden_size, batch_first=True)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.layer(self.norm(self.linear(image_features)))  # (I, P, D)
-
-
-class MlpProjector(nn.Module):
-    """Linear → activation → linear; (I, P, joined · W) → (I, P, D)."""
-
-    def __init__(self, config: MMCoconutConfig, num_joined: int = 1):
-        super().__init__()
-        hidden_size, bias = config.text_config.hidden_size, config.projector_bias
-        self.linear_1 = nn.Linear(num_joined * vision_width_of(config), hidden_size, bias=bias)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(image_features)))  # (I, P, D)
-
-
-def pixel_shuffle(image_features: torch.Tensor, factor: int) -> torch.Tensor:
+class PixelShuffle(nn.Module):
     """Join each square of factor² neighbouring tokens into one: (I, P, W) → (I, P / factor², factor² · W)."""
-    num_images, num_patches, width = image_features.shape
-    side = round(num_patches**0.5)
-    grid = image_features.reshape(num_images, side // factor, factor, side // factor, factor, width)
-    return grid.transpose(2, 3).reshape(num_images, (side // factor) ** 2, factor**2 * width)
 
-
-class PixelShuffleProjector(MlpProjector):
-    """Pixel shuffle → LayerNorm → linear → activation → linear; (I, patches, W) → (I, P, D), as in InternVL."""
-
-    def __init__(self, config: MMCoconutConfig):
-        factor = shuffle_factor(config.downsample_ratio)
-        super().__init__(config, num_joined=factor**2)
+    def __init__(self, factor: int):
+        super().__init__()
         self.factor = factor
-        self.layer_norm = nn.LayerNorm(self.linear_1.in_features)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        image_features = pixel_shuffle(image_features, self.factor)  # (I, P, factor² · W)
-        return super().forward(self.layer_norm(image_features))  # (I, P, D)
+        num_images, num_patches, width = image_features.shape
+        factor, side = self.factor, round(num_patches**0.5) // self.factor
+        grid = image_features.reshape(num_images, side, factor, side, factor, width)
+        return grid.transpose(2, 3).reshape(num_images, side**2, factor**2 * width)
 
 
 class ImageEmbedding(nn.Module):
@@ -175,21 +135,6 @@ class ImageEmbedding(nn.Module):
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         pooled = image_features[:, 0] if self.pooling == "cls" else image_features.mean(dim=1)  # (I, W)
         return self.adapter(nn.functional.normalize(pooled, dim=-1))  # (I, D)
-
-
-class PooledPrefixProjector(nn.Module):
-    """Visual tokens out of the image's embedding: linear → LayerNorm; (I, patches, W) → (I, P, D)."""
-
-    def __init__(self, config: MMCoconutConfig):
-        super().__init__()
-        hidden_size = config.text_config.hidden_size
-        self.embedding = ImageEmbedding(config)
-        self.linear = nn.Linear(hidden_size, config.num_visual_tokens * hidden_size)
-        self.norm = nn.LayerNorm(hidden_size)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        tokens = self.linear(self.embedding(image_features))  # (I, P · D)
-        return self.norm(tokens.unflatten(-1, (-1, *self.norm.normalized_shape)))  # (I, P, D)
 
 
 class AttentionPrefixProjector(nn.Module):
@@ -214,12 +159,52 @@ class AttentionPrefixProjector(nn.Module):
         return self.norm(tokens)  # (I, P, D)
 
 
+def linear_projector(config: MMCoconutConfig) -> nn.Linear:
+    """Return one linear layer; (I, P, W) → (I, P, D)."""
+    return nn.Linear(vision_width_of(config), config.text_config.hidden_size)
+
+
+def transformer_projector(config: MMCoconutConfig) -> nn.Sequential:
+    """Return linear → LayerNorm → a transformer encoder layer over an image's tokens; (I, P, W) → (I, P, D)."""
+    size = config.text_config.hidden_size
+    layer = nn.TransformerEncoderLayer(size, config.projector_num_heads, 4 * size, batch_first=True)
+    return named_layers(linear=linear_projector(config), norm=nn.LayerNorm(size), layer=layer)
+
+
+def mlp_projector(config: MMCoconutConfig, num_joined: int = 1) -> nn.Sequential:
+    """Return linear → activation → linear; (I, P, joined · W) → (I, P, D)."""
+    size, bias = config.text_config.hidden_size, config.projector_bias
+    first = nn.Linear(num_joined * vision_width_of(config), size, bias=bias)
+    second = nn.Linear(size, size, bias=bias)
+    return named_layers(linear_1=first, act=ACT2FN[config.projector_hidden_act], linear_2=second)
+
+
+def pixel_shuffle_projector(config: MMCoconutConfig) -> nn.Sequential:
+    """Return pixel shuffle → LayerNorm → linear → activation → linear; (I, patches, W) → (I, P, D), as in InternVL."""
+    factor = shuffle_factor(config.downsample_ratio)
+    norm = nn.LayerNorm(factor**2 * vision_width_of(config))
+    mlp = dict(mlp_projector(config, num_joined=factor**2).named_children())
+    return named_layers(shuffle=PixelShuffle(factor), layer_norm=norm, **mlp)
+
+
+def pooled_prefix_projector(config: MMCoconutConfig) -> nn.Sequential:
+    """Return visual tokens out of the image's embedding: linear → LayerNorm; (I, patches, W) → (I, P, D)."""
+    size, num_tokens = config.text_config.hidden_size, config.num_visual_tokens
+    layers = {"embedding": ImageEmbedding(config), "linear": nn.Linear(size, num_tokens * size)}
+    return named_layers(**layers, tokens=nn.Unflatten(-1, (num_tokens, size)), norm=nn.LayerNorm(size))
+
+
+def named_layers(**layers: nn.Module) -> nn.Sequential:
+    """Return layers one after the other, each under its name in a checkpoint."""
+    return nn.Sequential(OrderedDict(layers))
+
+
 PROJECTORS = {
     "linear": linear_projector,
-    "mlp": MlpProjector,
-    "transformer": TransformerProjector,
-    "pixel_shuffle": PixelShuffleProjector,
-    "pooled_prefix": PooledPrefixProjector,
+    "mlp": mlp_projector,
+    "transformer": transformer_projector,
+    "pixel_shuffle": pixel_shuffle_projector,
+    "pooled_prefix": pooled_prefix_projector,
     "attention_prefix": AttentionPrefixProjector,
 }
 
