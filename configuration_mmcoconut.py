@@ -42,8 +42,7 @@ SEQ2SEQ_CLASSES = ("AutoModelForSeq2SeqLM", "seq2seq_mmcoconut.MMCoconutForSeq2S
 
 @strict
 class MMCoconutConfig(PreTrainedConfig):
-    r"""
-    Everything that decides the shape and the meaning of an MMCoconut checkpoint's weights.
+    """Everything that decides the shape and the meaning of an MMCoconut checkpoint's weights.
 
     Args:
         vision_config (`dict | PreTrainedConfig`): a vision tower of `AutoModel` with hidden states (I, patches, W).
@@ -160,12 +159,6 @@ def settle_decoder(text_config, image_fusion: str) -> None:
         text_config.num_attention_heads = text_config.decoder_attention_heads
 
 
-def vision_width_of(config) -> int:
-    """Return the width of what the projector reads, the tower's layers joined."""
-    layers = config.vision_feature_layer
-    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-
-
 def num_patches_of(vision_config, select_strategy: str) -> int | None:
     """Return the patches of a square image, and the class token where it is kept; None where they cannot be told."""
     image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
@@ -190,9 +183,9 @@ def num_placeholders(config, num_patches: int) -> int:
         side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
         if side**2 != num_patches or side % factor:
             raise ValueError(
-                f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no "
-                f"square with a side that {factor} divides: choose another image_size or downsample_ratio, and "
-                "vision_feature_select_strategy='default' for a tower with a class token."
+                f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no square "
+                f"with a side that {factor} divides: choose another image_size, downsample_ratio or "
+                "vision_feature_select_strategy."
             )
         num_patches = (side // factor) ** 2
     return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_patches
@@ -210,24 +203,18 @@ def check_schedule(config):
     schedule, iterations, mode = config.thought_schedule, config.jacobi_iterations, config.thought_mode
     if config.stop_head and (schedule == "jacobi" or mode == "pause"):
         raise ValueError(
-            f"stop_head=True ends thinking between two thoughts, and with thought_schedule={schedule!r}, thought_mode="
-            f"{mode!r} none follows from the one before: set 'sequential' and 'feedback', or stop_head=False."
+            f"stop_head=True needs thoughts that follow from the one before, not thought_schedule={schedule!r} with "
+            f"thought_mode={mode!r}: set 'sequential' and 'feedback', or stop_head=False."
         )
-    if schedule != "jacobi":
-        if iterations is None:
-            return
+    if schedule != "jacobi" and iterations is not None:
         remedy = "set it to None, or thought_schedule to 'jacobi'"
         raise ValueError(f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: {remedy}.")
-    if iterations is None or iterations < 1:
-        remedy = "set it to a whole number from 1 on"
-        raise ValueError(
-            f"jacobi_iterations={iterations} with thought_schedule='jacobi', which updates at least 1 time: {remedy}."
-        )
-    if mode == "pause":
-        raise ValueError(
-            "thought_schedule='jacobi' says how thoughts are fed back, and thought_mode='pause' feeds none back: set "
-            "thought_schedule='sequential' and jacobi_iterations=None, or thought_mode='feedback'."
-        )
+    if schedule == "jacobi" and (iterations is None or iterations < 1):
+        needed = "which updates at least 1 time: set a number from 1 on"
+        raise ValueError(f"jacobi_iterations={iterations} with thought_schedule='jacobi', {needed}.")
+    if schedule == "jacobi" and mode == "pause":
+        remedy = "set 'sequential' and jacobi_iterations=None, or 'feedback'"
+        raise ValueError(f"thought_mode='pause' feeds none back, and thought_schedule='jacobi' says how: {remedy}.")
 
 
 def check_token_ids(config):
@@ -238,7 +225,7 @@ def check_token_ids(config):
         if token_id is None:
             continue
         if not 0 <= token_id < vocab_size:
-            remedy = "take the id from the tokenizer that the language model was resized to"
+            remedy = "take the tokenizer's, to which the language model was resized"
             raise ValueError(f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: {remedy}.")
         if token_id in fields:
             raise ValueError(f"{field} and {fields[token_id]} are both {token_id}: give each an id of its own.")
@@ -254,28 +241,28 @@ def check_projector(config):
         )
     shuffle_factor(config.downsample_ratio)
     layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
-    if layers == []:
+    layers = [layers] if isinstance(layers, int) else layers
+    if not layers:
         raise ValueError("vision_feature_layer is empty: name at least one layer, such as -1.")
-    for layer in [layers] if isinstance(layers, int) else layers:
+    for layer in layers:
         if not -depth - 1 <= layer <= depth:
-            has_not = f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers"
-            raise ValueError(f"{has_not}: choose a number from {-depth - 1} to {depth}.")
+            lacks = f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers"
+            raise ValueError(f"{lacks}: choose a number from {-depth - 1} to {depth}.")
     if config.projector_type in PREFIX_PROJECTORS:
-        check_prefix(config)
+        check_prefix(config, config.vision_config.hidden_size * len(layers))
 
 
-def check_prefix(config):
-    """Refuse what a `_prefix` projector cannot work with."""
+def check_prefix(config, width: int):
+    """Refuse what a `_prefix` projector, which reads vectors of this width, cannot work with."""
     if config.num_visual_tokens < 1:
         raise ValueError(f"num_visual_tokens={config.num_visual_tokens} must be at least 1: set it to 8, for example.")
     if config.image_pooling == "cls" and config.vision_feature_select_strategy == "default":
+        remedy = "set it to 'full', or image_pooling to 'mean'"
         raise ValueError(
-            "image_pooling='cls' needs the class token, and vision_feature_select_strategy='default' leaves it out: "
-            "set it to 'full', or image_pooling to 'mean'."
+            f"image_pooling='cls' with vision_feature_select_strategy='default', which has none: {remedy}."
         )
-    width, text_width = vision_width_of(config), config.text_config.hidden_size
-    if not config.alignment_adapter and width != text_width:
-        compared = f"image vectors of width {width} with text vectors of width {text_width}"
+    if not config.alignment_adapter and width != config.text_config.hidden_size:
+        compared = f"image vectors of width {width} with text vectors of width {config.text_config.hidden_size}"
         raise ValueError(f"alignment_adapter=False compares {compared}: set alignment_adapter=True.")
 
 

@@ -34,7 +34,7 @@ from .vision_mmcoconut import asked_outputs, check_whole_images
 class MMCoconutEncoderOutput(ModelOutput):
     """What the decoder reads: states (B, E, D), visual tokens first, and their mask (B, E); image_embeds (I, D).
 
-    hidden_states (B, S, D), attentions (B, H, S, S): of the text encoder's layers, where they are asked for.
+    hidden_states (B, S, D) and attentions (B, H, S, S) are of the text encoder's layers.
     """
 
     last_hidden_state: torch.Tensor | None = None

@@ -23,32 +23,29 @@ from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .compat_mmcoconut import hidden_states_to_return
-from .configuration_mmcoconut import (
-    PREFIX_PROJECTORS,
-    READ_BY_CROSS_ATTENTION,
-    MMCoconutConfig,
-    shuffle_factor,
-    vision_width_of,
-)
+from .configuration_mmcoconut import PREFIX_PROJECTORS, READ_BY_CROSS_ATTENTION, MMCoconutConfig, shuffle_factor
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check_image_features(image_features: torch.Tensor, config: MMCoconutConfig) -> None:
-    """Raise unless precomputed features are (I, patches, W), as the tower would give them.
+def vision_width_of(config: MMCoconutConfig) -> int:
+    """Return the joined width of the layers that are read."""
+    layers = config.vision_feature_layer
+    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
-    How many patches there must be is known only where they are read in the text and all become placeholders.
-    """
-    num_patches, width = None, vision_width_of(config)
+
+def check_image_features(image_features: torch.Tensor, config: MMCoconutConfig) -> None:
+    """Raise unless precomputed features are (I, patches, W), with the patches that the placeholders are made of."""
+    expected = ["patches", vision_width_of(config)]
     if config.image_fusion not in READ_BY_CROSS_ATTENTION and config.projector_type not in PREFIX_PROJECTORS:
         shuffles = config.projector_type == "pixel_shuffle"
-        num_patches = config.image_seq_length * (shuffle_factor(config.downsample_ratio) ** 2 if shuffles else 1)
-    wrong = image_features.ndim != 3 or image_features.shape[2] != width
-    if wrong or num_patches not in (None, image_features.shape[1]):
+        expected[0] = config.image_seq_length * (shuffle_factor(config.downsample_ratio) ** 2 if shuffles else 1)
+    shape = tuple(image_features.shape)
+    if len(shape) != 3 or any(size not in ("patches", found) for size, found in zip(expected, shape[1:])):
         raise ValueError(
-            f"image_features is {tuple(image_features.shape)}, and the projector reads (images or tiles, "
-            f"{num_patches or 'patches'}, {width}): pass what get_vision_features of this model gives."
+            f"image_features is {shape}, and the projector reads (images or tiles, {expected[0]}, {expected[1]}): "
+            "pass what get_vision_features of this model gives."
         )
 
 
@@ -289,23 +286,23 @@ def asked_outputs(settings: dict) -> dict:
 
 
 class ReadsImages:
-    """The part of a model that runs its `vision_tower` and `multi_modal_projector`; before PreTrainedModel."""
+    """The part of a model that runs its `vision_tower` and `multi_modal_projector`."""
 
     def read_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[dict, torch.Tensor]:
         """Run the tower; return the outputs that are asked for, and what the projector reads, (I, patches, W).
 
         With vision_last_norm layer -1 is what the tower itself returns.
         """
-        config, layers = self.config, self.config.vision_feature_layer
+        layers, last_norm = self.config.vision_feature_layer, self.config.vision_last_norm
         asked = kwargs.pop("output_hidden_states", self.vision_tower.config.output_hidden_states)
         returned = hidden_states_to_return(layers, asked)
         outputs = self.vision_tower(pixel_values, output_hidden_states=returned, return_dict=True, **kwargs)
-        states = {-1: outputs.last_hidden_state} if config.vision_last_norm else {}
+        states = {-1: outputs.last_hidden_state} if last_norm else {}
         layers = [layers] if isinstance(layers, int) else layers
         read = torch.cat([states.get(layer, outputs.hidden_states[layer]) for layer in layers], dim=-1)
         unasked = ("hidden_states",) if asked is None or asked is False else ()  # 0 is a layer
-        outputs = {name: value for name, value in outputs.items() if name not in unasked}
-        return outputs, read[:, 1:] if config.vision_feature_select_strategy == "default" else read
+        outputs = {name: value for name, value in outputs.items() if name not in ("pooler_output", *unasked)}
+        return outputs, read[:, 1:] if self.config.vision_feature_select_strategy == "default" else read
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """Return what the projector reads of (I, channels, height, width) pixels: (I, patches, W).
@@ -338,16 +335,11 @@ class ReadsImages:
             image_features = image_features.to(self.dtype)
         if self.config.projector_type in PREFIX_PROJECTORS:
             outputs["image_embeds"] = self.multi_modal_projector.embedding(image_features)  # (I, D)
-        outputs["pooler_output"] = self.project(image_features, num_tiles)
-        return MMCoconutImageOutput(**outputs)
-
-    def project(self, image_features: torch.Tensor, num_tiles: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Return what the decoder reads of each image, (P, D) or (tiles · P, D), of features (I, patches, W)."""
         projected = self.multi_modal_projector(image_features)  # (I, P, D)
         if self.cross_attends:
             projected = projected.flatten(1)[:, None]  # (I, 1, P · D)
         if torch.compiler.is_exporting():  # a list of images would fix their number
-            return [projected.flatten(0, 1)]
-        if num_tiles is None:
-            return list(projected)
-        return [tiles.flatten(0, 1) for tiles in projected.split(num_tiles.tolist())]
+            projected = [projected.flatten(0, 1)]
+        elif num_tiles is not None:
+            projected = [tiles.flatten(0, 1) for tiles in projected.split(num_tiles.tolist())]
+        return MMCoconutImageOutput(pooler_output=list(projected), **outputs)
