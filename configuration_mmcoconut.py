@@ -4,6 +4,7 @@ It describes the weights; a recipe describes a run, and the processor the text a
 """
 
 from huggingface_hub.dataclasses import strict
+from packaging import version
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
@@ -35,27 +36,22 @@ READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
 # They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
 PREFIX_PROJECTORS = ("pooled_prefix", "attention_prefix")
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
-DECODER_CLASS = "modeling_mmcoconut.MMCoconutForConditionalGeneration"
-SEQ2SEQ_CLASS = "seq2seq_mmcoconut.MMCoconutForSeq2SeqLM"
+DECODER_CLASSES = ("AutoModelForCausalLM", "modeling_mmcoconut.MMCoconutForConditionalGeneration")
+SEQ2SEQ_CLASSES = ("AutoModelForSeq2SeqLM", "seq2seq_mmcoconut.MMCoconutForSeq2SeqLM")
 
 
 @strict
 class MMCoconutConfig(PreTrainedConfig):
-    r"""
-    Everything that decides the shape and the meaning of an MMCoconut checkpoint's weights.
+    """Everything that decides the shape and the meaning of an MMCoconut checkpoint's weights.
 
     Args:
-        vision_config (`dict | PreTrainedConfig`): any vision tower that `AutoModel` builds and that returns
-            `hidden_states` of shape (images, patches, width): CLIP, SigLIP, ViT, DINOv2, …
-        text_config (`dict | PreTrainedConfig`): any decoder that `AutoModel` builds and that takes `inputs_embeds`,
-            `position_ids` and `past_key_values`: GPT-2, Qwen2, Llama, …
-        image_fusion (`str`): `replace` puts image features in the place of the `<image>` embeddings, `add` adds them,
-            `cross_attention` lets the decoder read them by cross-attention, `encoder` joins them to a text encoder's
-            states, which the decoder reads by cross-attention (for MMCoconutForSeq2SeqLM).
-        projector_type (`str`): from the tower's width to the decoder's: `linear`; `mlp` = linear, activation, linear;
-            `transformer` = linear, LayerNorm, one transformer encoder layer over an image's tokens; `pixel_shuffle` =
-            squares of neighbouring tokens joined into one, LayerNorm, then as `mlp`; `pooled_prefix` = visual tokens
-            out of the image's one pooled vector; `attention_prefix` = learnt queries that attend to all patches.
+        vision_config (`dict | PreTrainedConfig`): a vision tower of `AutoModel` with hidden states (I, patches, W).
+        text_config (`dict | PreTrainedConfig`): a language model of `AutoModel` that takes `inputs_embeds`.
+        image_fusion (`str`): features `replace` the embeddings of `<image>`, `add` to them, are read by
+            `cross_attention`, or join the states of an `encoder` that are read so (MMCoconutForSeq2SeqLM).
+        projector_type (`str`): from tower to decoder: `linear`; `mlp`; `transformer`, a linear and an encoder layer;
+            `pixel_shuffle`, an `mlp` of joined neighbours; `pooled_prefix`, tokens out of the image's one pooled
+            vector; `attention_prefix`, learnt queries that attend to all patches.
         projector_hidden_act (`str`), projector_bias (`bool`): of the `mlp` and `pixel_shuffle` projectors.
         projector_num_heads (`int`): attention heads of the `transformer` and `attention_prefix` projectors.
         num_visual_tokens (`int`): visual tokens that a `_prefix` projector makes of an image.
@@ -65,19 +61,15 @@ class MMCoconutConfig(PreTrainedConfig):
         vision_feature_layer (`int | list[int]`): hidden states of the tower to read; several are joined in width.
         vision_last_norm (`bool`): whether layer -1 is read behind the tower's last norm or, as in LLaVA, before it.
         vision_feature_select_strategy (`str`): `default` leaves out the first (class) token, `full` keeps all.
-        image_size (`int`): side of the square pictures or tiles that the tower reads; None is the tower's own, and
-            another needs a tower that interpolates its positions.
+        image_size (`int`): side of pictures or tiles; not the tower's own only where it interpolates its positions.
         image_seq_length (`int`): placeholders of one: one per feature, or 1 for what is read by cross-attention.
         image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): of the tokenizer.
-        thought_mode (`str`): `feedback` feeds the last hidden state back as the next latent's embedding (Coconut);
-            `pause` leaves the latent token's own embedding, so that nothing is fed back.
-        thought_norm (`str`): what happens to a hidden state before it is fed back: `none` (the paper), `embedding`
-            (rescaled to the mean norm of the token embeddings), `projection` (a trained MLP and LayerNorm).
-        thought_schedule (`str`): `sequential` computes one thought after the other (Coconut); `jacobi` all of them
-            together, `jacobi_iterations` times, each from what the others were before.
-        jacobi_iterations (`int`): at least 1, only with `jacobi`; as many as there are thoughts equal `sequential`.
-        stop_head (`bool`): whether a head reads, from the state that would be fed back, if a row should stop thinking
-            instead. Only with sequential thoughts that are fed back.
+        thought_mode (`str`): `feedback` feeds the last state back as the next latent's embedding, `pause` nothing.
+        thought_norm (`str`): on a state that is fed back: `none` (the paper); `embedding`, scaled to the mean norm of
+            the token embeddings; `projection`, a trained MLP and LayerNorm.
+        thought_schedule (`str`): thoughts one after the other, `sequential`, or all together some times, `jacobi`.
+        jacobi_iterations (`int`): how often, only with `jacobi`; as many as there are thoughts equal `sequential`.
+        stop_head (`bool`): whether a head reads from the state before a latent if a row should stop thinking.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
 
@@ -122,15 +114,13 @@ class MMCoconutConfig(PreTrainedConfig):
         self.vision_config = as_config(self.vision_config, "clip_vision_model")
         self.text_config = as_config(self.text_config, "gpt2")
         super().__post_init__(**kwargs)
-        written, known = (tuple(map(int, version.split("."))) for version in (self.mmcoconut_version, VERSION))
-        if written > known:  # by code that may have meant something else by a field
-            remedy = (
-                "update this code, or load the checkpoint with trust_remote_code=True where mmcoconut is not imported"
+        if version.parse(self.mmcoconut_version) > version.parse(VERSION):  # fields may have meant something else
+            logger.warning_once(
+                f"Written by mmcoconut {self.mmcoconut_version}, and this is {VERSION}: update this code, or load the "
+                "checkpoint with trust_remote_code=True where mmcoconut is not imported."
             )
-            logger.warning_once(f"Written by mmcoconut {self.mmcoconut_version}, and this is {VERSION}: {remedy}.")
         self.is_encoder_decoder = self.image_fusion == "encoder"
-        model_class = SEQ2SEQ_CLASS if self.is_encoder_decoder else DECODER_CLASS
-        own_class = "AutoModelForSeq2SeqLM" if self.is_encoder_decoder else "AutoModelForCausalLM"
+        own_class, model_class = SEQ2SEQ_CLASSES if self.is_encoder_decoder else DECODER_CLASSES
         self.auto_map = {"AutoConfig": "configuration_mmcoconut.MMCoconutConfig"}
         self.auto_map |= dict.fromkeys((*AUTO_CLASSES, own_class), model_class)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
@@ -139,9 +129,9 @@ class MMCoconutConfig(PreTrainedConfig):
         check_schedule(self)
         check_token_ids(self)
         check_projector(self)
-        if self.image_seq_length is None:
-            num_patches = num_patches_of(self.vision_config, self.vision_feature_select_strategy)
-            self.image_seq_length = None if num_patches is None else num_placeholders(self, num_patches)
+        num_patches = num_patches_of(self.vision_config, self.vision_feature_select_strategy)
+        if self.image_seq_length is None and num_patches is not None:
+            self.image_seq_length = num_placeholders(self, num_patches)
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save with the version of this code."""
@@ -178,11 +168,7 @@ def num_patches_of(vision_config, select_strategy: str) -> int | None:
 
 
 def shuffle_factor(downsample_ratio: float) -> int:
-    """Return the side of the squares of tokens that `pixel_shuffle` joins into one.
-
-    >>> shuffle_factor(0.5)
-    2
-    """
+    """Return the side of the squares of tokens that `pixel_shuffle` joins into one: 2 for 0.5."""
     factor = round(1 / downsample_ratio) if downsample_ratio > 0 else 0
     if factor < 1 or abs(factor * downsample_ratio - 1) > 1e-6:
         raise ValueError(f"downsample_ratio={downsample_ratio} is not 1 over a whole number: set it to 0.5 or 1.0.")
@@ -191,19 +177,18 @@ def shuffle_factor(downsample_ratio: float) -> int:
 
 def num_placeholders(config, num_patches: int) -> int:
     """Return the placeholders of a picture: one a feature, or one for all that are not read in the text."""
-    num_features = num_patches
     if config.projector_type in PREFIX_PROJECTORS:
-        num_features = config.num_visual_tokens
+        num_patches = config.num_visual_tokens
     if config.projector_type == "pixel_shuffle":
         side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
         if side**2 != num_patches or side % factor:
             raise ValueError(
-                f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no "
-                f"square with a side that {factor} divides: choose another image_size or downsample_ratio, and "
-                "vision_feature_select_strategy='default' for a tower with a class token."
+                f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no square "
+                f"with a side that {factor} divides: choose another image_size, downsample_ratio or "
+                "vision_feature_select_strategy."
             )
-        num_features = (side // factor) ** 2
-    return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_features
+        num_patches = (side // factor) ** 2
+    return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_patches
 
 
 def check_choices(config):
@@ -218,50 +203,33 @@ def check_schedule(config):
     schedule, iterations, mode = config.thought_schedule, config.jacobi_iterations, config.thought_mode
     if config.stop_head and (schedule == "jacobi" or mode == "pause"):
         raise ValueError(
-            f"stop_head=True ends thinking between two thoughts, and with thought_schedule={schedule!r}, thought_mode="
-            f"{mode!r} none follows from the one before: set 'sequential' and 'feedback', or stop_head=False."
+            f"stop_head=True needs thoughts that follow from the one before, not thought_schedule={schedule!r} with "
+            f"thought_mode={mode!r}: set 'sequential' and 'feedback', or stop_head=False."
         )
     if schedule != "jacobi" and iterations is not None:
         remedy = "set it to None, or thought_schedule to 'jacobi'"
         raise ValueError(f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: {remedy}.")
     if schedule == "jacobi" and (iterations is None or iterations < 1):
-        raise ValueError(
-            f"jacobi_iterations={iterations} with thought_schedule='jacobi', which updates all thoughts together at "
-            "least 1 time: set jacobi_iterations to a whole number from 1 to the number of thoughts."
-        )
+        needed = "which updates at least 1 time: set a number from 1 on"
+        raise ValueError(f"jacobi_iterations={iterations} with thought_schedule='jacobi', {needed}.")
     if schedule == "jacobi" and mode == "pause":
-        raise ValueError(
-            "thought_schedule='jacobi' says how thoughts are fed back, and thought_mode='pause' feeds none back: set "
-            "thought_schedule='sequential' and jacobi_iterations=None, or thought_mode='feedback'."
-        )
+        remedy = "set 'sequential' and jacobi_iterations=None, or 'feedback'"
+        raise ValueError(f"thought_mode='pause' feeds none back, and thought_schedule='jacobi' says how: {remedy}.")
 
 
 def check_token_ids(config):
     """Refuse ids that are equal, or outside the decoder's vocabulary."""
     vocab_size, fields = config.text_config.vocab_size, {}
-    ids = {field: getattr(config, field) for field in TOKEN_ID_FIELDS if getattr(config, field) is not None}
-    for field, token_id in ids.items():
+    for field in TOKEN_ID_FIELDS:
+        token_id = getattr(config, field)
+        if token_id is None:
+            continue
         if not 0 <= token_id < vocab_size:
-            remedy = "take the id from the tokenizer that the language model was resized to"
+            remedy = "take the tokenizer's, to which the language model was resized"
             raise ValueError(f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: {remedy}.")
-        other = fields.setdefault(token_id, field)
-        if other != field:
-            raise ValueError(f"{field} and {other} are both {token_id}: give each token an id of its own.")
-
-
-def check_prefix(config, num_layers: int):
-    """Refuse what a `_prefix` projector, which reads so many layers, cannot work with."""
-    if config.num_visual_tokens < 1:
-        raise ValueError(f"num_visual_tokens={config.num_visual_tokens} must be at least 1: set it to 8, for example.")
-    if config.image_pooling == "cls" and config.vision_feature_select_strategy == "default":
-        raise ValueError(
-            "image_pooling='cls' needs the class token, and vision_feature_select_strategy='default' leaves it out: "
-            "set it to 'full', or image_pooling to 'mean'."
-        )
-    width, text_width = config.vision_config.hidden_size * num_layers, config.text_config.hidden_size
-    if not config.alignment_adapter and width != text_width:
-        compared = f"image vectors of width {width} with text vectors of width {text_width}"
-        raise ValueError(f"alignment_adapter=False compares {compared}: set alignment_adapter=True.")
+        if token_id in fields:
+            raise ValueError(f"{field} and {fields[token_id]} are both {token_id}: give each an id of its own.")
+        fields[token_id] = field
 
 
 def check_projector(config):
@@ -278,30 +246,24 @@ def check_projector(config):
         raise ValueError("vision_feature_layer is empty: name at least one layer, such as -1.")
     for layer in layers:
         if not -depth - 1 <= layer <= depth:
-            remedy = f"choose a number from {-depth - 1} to {depth}"
-            raise ValueError(
-                f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers: {remedy}."
-            )
+            lacks = f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers"
+            raise ValueError(f"{lacks}: choose a number from {-depth - 1} to {depth}.")
     if config.projector_type in PREFIX_PROJECTORS:
-        check_prefix(config, len(layers))
+        check_prefix(config, config.vision_config.hidden_size * len(layers))
 
 
-def image_token_of(tokenizer, image_token_id: int) -> str:
-    """Return the string of a vision-language model's image token."""
-    image_token = tokenizer.convert_ids_to_tokens(image_token_id)
-    if image_token is None:
-        has_none = f"of {len(tokenizer)} tokens has none at the model's image_token_id={image_token_id}"
-        raise ValueError(f"The tokenizer {has_none}: use the tokenizer that the model was built with.")
-    return image_token
-
-
-def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
-    """Give a tokenizer the placeholders and markers it lacks, as special tokens, and a pad token if it has none."""
-    missing = [token for token in (image_token, *THOUGHT_TOKENS) if token not in tokenizer.get_vocab()]
-    if missing:
-        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
-    if tokenizer.pad_token is None:
-        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+def check_prefix(config, width: int):
+    """Refuse what a `_prefix` projector, which reads vectors of this width, cannot work with."""
+    if config.num_visual_tokens < 1:
+        raise ValueError(f"num_visual_tokens={config.num_visual_tokens} must be at least 1: set it to 8, for example.")
+    if config.image_pooling == "cls" and config.vision_feature_select_strategy == "default":
+        remedy = "set it to 'full', or image_pooling to 'mean'"
+        raise ValueError(
+            f"image_pooling='cls' with vision_feature_select_strategy='default', which has none: {remedy}."
+        )
+    if not config.alignment_adapter and width != config.text_config.hidden_size:
+        compared = f"image vectors of width {width} with text vectors of width {config.text_config.hidden_size}"
+        raise ValueError(f"alignment_adapter=False compares {compared}: set alignment_adapter=True.")
 
 
 MMCoconutConfig.register_for_auto_class()

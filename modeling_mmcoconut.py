@@ -58,7 +58,7 @@ from .vision_mmcoconut import (
     IMAGE_FUSIONS,
     MMCoconutImageOutput,
     ReadsImages,
-    asked_of_tower,
+    asked_outputs,
     build_projector,
     check_num_features,
     check_one_source,
@@ -379,7 +379,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         encodes = pixel_values is not None or image_features is not None
         if encodes:
-            asked = asked_of_tower(kwargs)
+            asked = asked_outputs(kwargs)
             image_outputs = self.get_image_features(**images, num_tiles=num_tiles, **asked, return_dict=True)
 
         latents = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
@@ -403,7 +403,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
             **{name: outputs.get(name) for name in fields},
             **thought_fields,
             image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
-            image_outputs=self.returned_of_tower(image_outputs, kwargs),
+            image_outputs=image_outputs,
         )
 
 

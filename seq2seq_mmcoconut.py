@@ -16,13 +16,9 @@ from torch import nn
 from transformers import AutoModel
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPooling,
-    ModelOutput,
-    Seq2SeqLMOutput,
-    Seq2SeqModelOutput,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.bart.modeling_bart import shift_tokens_right
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
@@ -31,14 +27,14 @@ from .compat_mmcoconut import CACHE, rename_cache, takes_arguments_of, takes_cac
 from .configuration_mmcoconut import MMCoconutConfig
 from .modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel, ThoughtFields
 from .passes_mmcoconut import check_thoughts_matter, masks_of_call, position_limit, positions_from_mask
-from .vision_mmcoconut import check_whole_images
+from .vision_mmcoconut import asked_outputs, check_whole_images
 
 
 @dataclass
 class MMCoconutEncoderOutput(ModelOutput):
     """What the decoder reads: states (B, E, D), visual tokens first, and their mask (B, E); image_embeds (I, D).
 
-    hidden_states (B, S, D), attentions (B, H, S, S): of the text encoder's layers, where they are asked for.
+    hidden_states (B, S, D) and attentions (B, H, S, S) are of the text encoder's layers.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -69,22 +65,12 @@ class MMCoconutSeq2SeqLMOutput(ThoughtFields, Seq2SeqLMOutput):
 
 
 def alignment_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """1 - cosine of each image's vector and its text's, both (I, D), meaned over images.
-
-    Raises:
-        ValueError: another number of texts than of images.
-    """
-    if image_embeds.shape[0] != text_embeds.shape[0]:
+    """Return 1 - cosine of each image's vector and its text's, both (I, D), meaned; refuse unequal numbers of them."""
+    if len(image_embeds) != len(text_embeds):
         raise ValueError(
-            f"{image_embeds.shape[0]} images to be aligned with {text_embeds.shape[0]} texts: give a text an image."
+            f"{len(image_embeds)} images to be aligned with {len(text_embeds)} texts: give a text an image."
         )
     return (1 - nn.functional.cosine_similarity(image_embeds, text_embeds, dim=-1)).mean()
-
-
-def asked_outputs(settings: dict) -> dict:
-    """Return the values of `output_hidden_states` and `output_attentions` that are set, for the encoder."""
-    names = ("output_hidden_states", "output_attentions")
-    return {name: settings[name] for name in names if settings.get(name) is not None}
 
 
 class MMCoconutSeq2SeqModel(MMCoconutModel):
@@ -94,15 +80,11 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
 
     @staticmethod
     def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
-        """Encoder and decoder with random weights.
-
-        Raises:
-            ValueError: embeddings of their own for each, of which get_input_embeddings() knows the encoder's only.
-        """
+        """Return encoder and decoder with random weights; refuse embeddings of their own for each."""
         if not getattr(config.text_config, "share_encoder_decoder_embeddings", True):
             raise ValueError(
-                "text_config.share_encoder_decoder_embeddings is False, and the decoder's text would be read with the "
-                "encoder's embeddings: take a language model that shares them."
+                "text_config.share_encoder_decoder_embeddings=False would read the decoder's text with the encoder's "
+                "embeddings: take a language model that shares them."
             )
         return AutoModel.from_config(config.text_config)
 
@@ -117,12 +99,8 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
     def get_text_features(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | BaseModelOutputWithPooling:
-        """The teacher's view of texts (n, S): its encoder's states, and of each text one vector, `pooler_output`.
-
-        The vector is the states meaned over the tokens and L2-normalised, (n, D).
-        """
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)  # (n, S)
+        """Return the encoder's states of texts (n, S), and their means, L2-normalised, as `pooler_output` (n, D)."""
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (n, S)
         encoder = self.get_encoder()
         training = encoder.training
         encoder.eval()  # a teacher says the same thing twice
@@ -131,14 +109,6 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         states, mask = outputs.last_hidden_state, attention_mask[..., None]  # (n, S, D), (n, S, 1)
         mean = (states * mask.to(states.dtype)).sum(dim=1) / mask.sum(dim=1)  # (n, D)
         return BaseModelOutputWithPooling(pooler_output=nn.functional.normalize(mean, dim=-1), **outputs)
-
-    def check_encoder_length(self, num_tokens: int) -> None:
-        limit = position_limit(self.get_encoder())
-        if limit is not None and num_tokens > limit:
-            raise ValueError(
-                f"The question takes {num_tokens} tokens, but the text encoder has {limit} positions: shorten it, or "
-                "take a language model with more positions."
-            )
 
     def encode(
         self,
@@ -149,37 +119,41 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> MMCoconutEncoderOutput:
-        """What the decoder is to read of questions (B, S) and their images; placeholders are not read as text.
+        """Return what the decoder is to read of questions (B, S) and their images.
 
-        kwargs: output_hidden_states and output_attentions, of the text encoder.
+        kwargs: output_hidden_states and output_attentions, of the text encoder; others are not read.
 
         Raises:
-            ValueError: no question; placeholders and images differ in number; more tokens than the encoder has
-                positions.
+            ValueError: no question, or one with more tokens than the encoder has positions; placeholders and images
+                that differ in number.
         """
         if input_ids is None:
             raise ValueError("There is no question to encode: pass input_ids, or encoder_outputs that encode() gave.")
-        self.check_encoder_length(input_ids.shape[1])
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)  # (B, S)
+        encoder, num_tokens = self.get_encoder(), input_ids.shape[1]
+        limit = position_limit(encoder) or num_tokens
+        if num_tokens > limit:
+            raise ValueError(
+                f"The question takes {num_tokens} tokens, but the text encoder has {limit} positions: shorten it, or "
+                "take a language model with more positions."
+            )
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, S)
         text_mask = attention_mask * (input_ids != self.config.image_token_id)  # (B, S)
-        outputs = self.get_encoder()(input_ids, attention_mask=text_mask, return_dict=True, **kwargs)
+        outputs = encoder(input_ids, attention_mask=text_mask, return_dict=True, **asked_outputs(kwargs))
         states = outputs.last_hidden_state  # (B, S, D)
-        projected, image_outputs = states[0, :0], None  # (0, D)
+        projected, images = states[0, :0], {}  # (0, D)
         if pixel_values is not None or image_features is not None:
-            images = {"num_tiles": num_tiles, "image_features": image_features}
-            image_outputs = self.get_image_features(pixel_values, **images, return_dict=True)
-            projected = torch.cat(list(image_outputs.pooler_output), dim=0).to(states)  # (I, P · D)
+            sources = {"num_tiles": num_tiles, "image_features": image_features}
+            images = self.get_image_features(pixel_values, **sources, return_dict=True)
+            projected = torch.cat(images.pooler_output).to(states)  # (I, P · D)
         image_mask = self.get_placeholder_mask(input_ids, states, projected)  # (B, S)
         check_whole_images(image_mask, num_tiles, self.config)
         read = self.fuse(states, projected, image_mask, attention_mask)
         return MMCoconutEncoderOutput(
             last_hidden_state=read["encoder_hidden_states"],
             attention_mask=read["encoder_attention_mask"],
-            image_embeds=getattr(image_outputs, "image_embeds", None),
-            image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
-            hidden_states=outputs.get("hidden_states"),
-            attentions=outputs.get("attentions"),
+            image_embeds=images.get("image_embeds"),
+            image_hidden_states=tuple(images["pooler_output"]) if images else None,
+            **{name: outputs.get(name) for name in ("hidden_states", "attentions")},
         )
 
     @takes_cache_by_either_name
@@ -210,21 +184,23 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             encoder_outputs: what it gave.
             decoder_input_ids (B, T), decoder_attention_mask (B, past + T), decoder_position_ids (B, T): the decoder's
             text, latents included; positions are counted from the mask by default.
-            past_key_values, use_cache, stop_threshold, thought_noise, output_thoughts, output_stop_logits: as in
-            MMCoconutModel.forward, of the decoder.
+            The rest as in MMCoconutModel.forward, of the decoder; without decoder_input_ids it does not run.
         """
         if encoder_outputs is None:
-            images = {"pixel_values": pixel_values, "num_tiles": num_tiles, "image_features": image_features}
-            encoder_outputs = self.encode(input_ids, attention_mask, **images, **asked_outputs(kwargs))
+            encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features, **kwargs)
+        names = ("last_hidden_state", "hidden_states", "attentions")
+        encoded = {f"encoder_{name}": encoder_outputs.get(name) for name in names}
+        encoded |= {name: encoder_outputs.get(name) for name in ("image_hidden_states", "image_embeds")}
+        if decoder_input_ids is None:
+            return MMCoconutSeq2SeqModelOutput(**encoded)
         inputs_embeds = self.get_input_embeddings()(decoder_input_ids)  # (B, T, D)
-        latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
         masks = (decoder_attention_mask, decoder_position_ids)
         inputs = masks_of_call(self.get_decoder(), latents.shape[1], *masks, past_key_values)
         inputs |= {"inputs_embeds": inputs_embeds, CACHE: past_key_values, "use_cache": use_cache}
         inputs["encoder_hidden_states"] = encoder_outputs.last_hidden_state
         inputs["encoder_attention_mask"] = encoder_outputs.attention_mask
         outputs, thought_fields = self.run_decoder(
-            latents,
+            decoder_input_ids == self.config.latent_token_id,  # (B, T)
             {**kwargs, **inputs},
             stop_threshold=stop_threshold,
             thought_noise=thought_noise,
@@ -232,18 +208,19 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             output_stop_logits=output_stop_logits,
         )
         return MMCoconutSeq2SeqModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            **{CACHE: outputs.get(CACHE)},
-            decoder_hidden_states=outputs.get("hidden_states"),
-            decoder_attentions=outputs.get("attentions"),
-            cross_attentions=outputs.get("cross_attentions"),
+            **{name: outputs.get(name) for name in ("last_hidden_state", CACHE, "cross_attentions")},
+            **{f"decoder_{name}": outputs.get(name) for name in names[1:]},
             **thought_fields,
-            image_hidden_states=encoder_outputs.image_hidden_states,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-            image_embeds=encoder_outputs.image_embeds,
+            **encoded,
         )
+
+
+# Arguments that `generate` refuses, and what to do instead.
+REFUSED = {
+    "prefix": ", which reads a question whole: give its image_features, which get_vision_features() makes once",
+    "prefill_chunk_size": ": leave it out",
+    "assistant_model": ", which hands on no images: leave it out, or pass prompt_lookup_num_tokens",
+}
 
 
 class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
@@ -262,55 +239,42 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         return self.model.get_text_features(*args, **kwargs)
 
     def prefill(self, *args, **kwargs):
-        """Refused: there is no prefix that questions share, because the encoder reads each of them whole."""
-        raise ValueError(
-            "The encoder reads a question whole, and the decoder begins with its thoughts, so there is no prefix to "
-            "keep: get_vision_features() gives what questions about one image share, to pass as image_features."
-        )
+        """Refuse to: there is no prefix that questions share, because the encoder reads each of them whole."""
+        raise ValueError(f"prefill() does not work with an encoder-decoder{REFUSED['prefix']}.")
 
-    def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, prefix=None, **kwargs):
-        """Stock `generate()` over what `encode` gives, which is computed once, before any decoding step.
+    def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, **kwargs):
+        """Generate from what `encode` gives, which is computed once, before any decoding step.
 
         Raises:
-            ValueError: `prefill_chunk_size`, which the library can cut a decoder's text into only where that is all;
-                an assistant_model; a prefix, see `prefill`.
+            ValueError: `prefill_chunk_size`, which is for a decoder's text alone; an assistant_model; a prefix.
         """
-        if prefix is not None:
-            self.prefill()
-        if kwargs.get("prefill_chunk_size") is not None:
-            raise ValueError("prefill_chunk_size does not work with an encoder-decoder: leave it out.")
-        if kwargs.get("assistant_model") is not None:
-            raise ValueError(
-                "An assistant_model would read the question without its images, as an encoder-decoder hands on none: "
-                "leave it out, or pass prompt_lookup_num_tokens."
-            )
+        for name, remedy in REFUSED.items():
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name} does not work with an encoder-decoder{remedy}.")
         rename_cache(kwargs)
         self.settle_stopping(kwargs)
         if encoder_outputs is None:
             input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-            images = {name: kwargs.pop(name, None) for name in ("pixel_values", "num_tiles", "image_features")}
+            names = ("attention_mask", "pixel_values", "num_tiles", "image_features")
+            sources = {name: kwargs.pop(name, None) for name in names}
             chosen = kwargs.get("generation_config") or self.generation_config
-            asked = asked_outputs(chosen.to_dict()) | asked_outputs(kwargs)
             with torch.no_grad():
-                encoder_outputs = self.model.encode(input_ids, kwargs.pop("attention_mask", None), **images, **asked)
+                encoder_outputs = self.model.encode(input_ids, **sources, **asked_outputs(chosen.to_dict() | kwargs))
         kwargs["attention_mask"] = encoder_outputs.attention_mask
         # Not this class's parent, whose generate() checks images that are read in the text.
         return GenerationMixin.generate(self, None, *args, encoder_outputs=encoder_outputs, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self, *args, decoder_attention_mask: torch.Tensor | None = None, **kwargs
-    ) -> dict:
-        """As the library's, with each row's positions: a static cache's mask, which is 4-D, does not tell them."""
+    def prepare_inputs_for_generation(self, *args, decoder_attention_mask: torch.Tensor | None = None, **kwargs):
+        """Add the rows' positions to the library's inputs: a static cache's mask, which is 4-D, does not tell them."""
         if decoder_attention_mask is not None:
             columns = decoder_attention_mask.shape[1]
             kwargs["decoder_position_ids"] = positions_from_mask(decoder_attention_mask, columns)  # (B, past + T)
         return super().prepare_inputs_for_generation(*args, decoder_attention_mask=decoder_attention_mask, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels (B, T) moved right by one behind the decoder's start token; -100 becomes the pad token."""
+        """Return labels (B, T) moved right by one behind the decoder's start token, with pad tokens for -100."""
         text_config = self.config.text_config
-        start = labels.new_full((labels.shape[0], 1), text_config.decoder_start_token_id)  # (B, 1)
-        return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, text_config.pad_token_id)], dim=1)
+        return shift_tokens_right(labels, text_config.pad_token_id, text_config.decoder_start_token_id)
 
     @takes_arguments_of(MMCoconutSeq2SeqModel.forward)
     @can_return_tuple
@@ -321,13 +285,10 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         attention_mask: torch.Tensor | None = None,
         decoder_input_ids: torch.LongTensor | None = None,
         *,
-        encoder_outputs: MMCoconutEncoderOutput | None = None,
         labels: torch.LongTensor | None = None,
         alignment_input_ids: torch.LongTensor | None = None,
         alignment_attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor | None = None,
-        num_tiles: torch.LongTensor | None = None,
-        image_features: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple | MMCoconutSeq2SeqLMOutput:
         """Run the base model, its head, the loss of the labels, and the alignment loss.
@@ -350,26 +311,23 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             )
         if kwargs.get("shift_labels") is not None:
             raise ValueError("Labels of an encoder-decoder are not shifted, so it takes no shift_labels: pass labels.")
-        aligned = None
-        if encoder_outputs is None:
-            images = {"pixel_values": pixel_values, "num_tiles": num_tiles, "image_features": image_features}
-            encoder_outputs = self.model.encode(input_ids, attention_mask, **images, **asked_outputs(kwargs))
-        if alignment_input_ids is not None:
-            aligned = self.align(encoder_outputs.image_embeds, alignment_input_ids, alignment_attention_mask)
-        if decoder_input_ids is None and labels is None:
-            return MMCoconutSeq2SeqLMOutput(alignment_loss=aligned, image_embeds=encoder_outputs.image_embeds)
-        if decoder_input_ids is None:
+        if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # (B, T)
         if labels is not None:
             latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
             check_thoughts_matter(latents, kwargs.get("decoder_attention_mask"), labels != -100)
-        outputs = self.model(decoder_input_ids=decoder_input_ids, encoder_outputs=encoder_outputs, **kwargs)
-        loss, logits = self.loss_and_logits(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
+        outputs = self.model(input_ids, pixel_values, attention_mask, decoder_input_ids, **kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return MMCoconutSeq2SeqLMOutput(loss=loss, logits=logits, alignment_loss=aligned, **fields)
+        if alignment_input_ids is not None:
+            texts = (alignment_input_ids, alignment_attention_mask)
+            fields["alignment_loss"] = self.align(outputs.image_embeds, *texts)
+        if decoder_input_ids is not None:
+            states = outputs.last_hidden_state  # (B, T, D)
+            fields["loss"], fields["logits"] = self.loss_and_logits(states, labels, logits_to_keep, **kwargs)
+        return MMCoconutSeq2SeqLMOutput(**fields)
 
     def align(self, image_embeds, alignment_input_ids, alignment_attention_mask) -> torch.Tensor:
-        """The alignment loss of a batch's images and their texts."""
+        """Return the alignment loss of a batch's images and their texts."""
         if image_embeds is None:
             raise ValueError(
                 "There are texts to align images with, but no image vectors: pass the images, and take a projector "

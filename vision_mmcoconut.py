@@ -1,231 +1,137 @@
 """From a vision tower's output to what the decoder reads: selected features, projectors, fusions, and their checks.
 
-    hidden states of the tower → select_features → projector → fusion with the text's embeddings
+    hidden states of the tower → read_tower → projector → fusion with the text's embeddings
 
-A projector is chosen by `config.projector_type`, a fusion by `config.image_fusion`; all fusions have one signature:
-
-    fuse(inputs_embeds (B, T, D), image_features (F, D), image_mask (B, T), attention_mask (B, T)) → dict
-
-`image_mask` is True at the F `<image>` placeholders, `image_features` has a row for each of them in reading order, and
-the dict is what the decoder is called with. For cross-attention an image is one placeholder, whose row holds all its
-features, (F, P · D); where a fusion returns `encoder_hidden_states` (B, E, D), the decoder reads them so.
+A projector is chosen by `config.projector_type`, a fusion by `config.image_fusion`.
 
 Shapes: I images or tiles, patches and P tokens of one before and after the projector, W width of the tower (of all
-layers that are read, joined), B batch, T tokens, F placeholders, E features and states that a row reads, D hidden of
-the decoder.
+layers that are read, joined), B batch, T tokens, F `<image>` placeholders, E features and states that a row reads, D
+hidden of the decoder.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, torch_compilable_check
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple
 
 from .compat_mmcoconut import hidden_states_to_return
-from .configuration_mmcoconut import (
-    PREFIX_PROJECTORS,
-    READ_BY_CROSS_ATTENTION,
-    MMCoconutConfig,
-    shuffle_factor,
-)
+from .configuration_mmcoconut import PREFIX_PROJECTORS, READ_BY_CROSS_ATTENTION, MMCoconutConfig, shuffle_factor
 
 
-# --- features of the tower -------------------------------------------------------------------------------------------
-
-
-def select_features(image_outputs, layers: int | list[int], select_strategy: str, *, last_norm: bool) -> torch.Tensor:
-    """The hidden states of a tower's output that the projector reads, layers joined: (I, patches, W).
-
-    With last_norm layer -1 is what the tower itself returns.
-    """
-    layers = [layers] if isinstance(layers, int) else layers
-    states = [
-        image_outputs.last_hidden_state if last_norm and layer == -1 else image_outputs.hidden_states[layer]
-        for layer in layers
-    ]
-    first = 1 if select_strategy == "default" else 0
-    return torch.cat([state[:, first:] for state in states], dim=-1)  # (I, patches, W)
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def vision_width_of(config: MMCoconutConfig) -> int:
-    """The joined width of the layers that are read."""
+    """Return the joined width of the layers that are read."""
     layers = config.vision_feature_layer
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
-def num_patches_read(config: MMCoconutConfig) -> int | None:
-    """Patches of an image that make its placeholders; None where the decoder reads as many as there are."""
-    if config.image_fusion in READ_BY_CROSS_ATTENTION or config.projector_type in PREFIX_PROJECTORS:
-        return None
-    shuffles = config.projector_type == "pixel_shuffle"
-    return config.image_seq_length * (shuffle_factor(config.downsample_ratio) ** 2 if shuffles else 1)
-
-
 def check_image_features(image_features: torch.Tensor, config: MMCoconutConfig) -> None:
-    """Precomputed features must be (I, patches, W), as the tower would give them.
-
-    Raises:
-        ValueError: another shape; the message has both.
-    """
-    num_patches, width = num_patches_read(config), vision_width_of(config)
-    wrong = image_features.ndim != 3 or image_features.shape[2] != width
-    if wrong or num_patches not in (None, image_features.shape[1]):
+    """Raise unless precomputed features are (I, patches, W), with the patches that the placeholders are made of."""
+    expected = ["patches", vision_width_of(config)]
+    if config.image_fusion not in READ_BY_CROSS_ATTENTION and config.projector_type not in PREFIX_PROJECTORS:
+        shuffles = config.projector_type == "pixel_shuffle"
+        expected[0] = config.image_seq_length * (shuffle_factor(config.downsample_ratio) ** 2 if shuffles else 1)
+    shape = tuple(image_features.shape)
+    if len(shape) != 3 or any(size not in ("patches", found) for size, found in zip(expected, shape[1:])):
         raise ValueError(
-            f"image_features is {tuple(image_features.shape)}, and the projector reads (images or tiles, "
-            f"{num_patches or 'patches'}, {width}): pass what get_vision_features of this model gives."
+            f"image_features is {shape}, and the projector reads (images or tiles, {expected[0]}, {expected[1]}): "
+            "pass what get_vision_features of this model gives."
         )
 
 
 def check_one_source(**sources) -> None:
-    """The batch's images must not be given twice."""
+    """Raise where the batch's images are given twice."""
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} both hold the images of the batch: pass one of them.")
 
 
 def check_num_tiles(num_tiles: torch.Tensor | None, **images: torch.Tensor | None) -> None:
-    """The tiles of all images (images,) must be as many as the pixels or the features (I, …), given by their name."""
+    """Raise unless all images (images,) have as many tiles as the pixels or the features (I, …), given by name."""
     for name, tensor in images.items():
-        if num_tiles is not None and tensor is not None and int(num_tiles.sum()) != tensor.shape[0]:
+        if num_tiles is not None and tensor is not None and int(num_tiles.sum()) != len(tensor):
             raise ValueError(
                 f"num_tiles counts {int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image), but {name} holds "
-                f"{tensor.shape[0]}: pass both as MMCoconutProcessor returns them."
+                f"{len(tensor)}: pass both as MMCoconutProcessor returns them."
             )
 
 
 def check_num_features(image_mask: torch.Tensor, image_features: torch.Tensor, config: MMCoconutConfig) -> None:
-    """Raise where placeholders (B, T) and image features (F, D) differ in number.
-
-    Raises:
-        ValueError: with both numbers.
-    """
-    if torch.compiler.is_exporting():  # a program checks it when it runs, and cannot say the numbers
-        torch_compilable_check(image_mask.sum() == image_features.shape[0], "placeholders and features differ")
-        return
-    num_placeholders, num_features = int(image_mask.sum()), image_features.shape[0]
-    if num_placeholders != num_features:
-        raise ValueError(
-            f"The batch holds {num_placeholders} <image> placeholders ({image_mask.sum(-1).tolist()} a row) but "
-            f"{num_features} image features ({config.image_seq_length} an image or tile): give each row "
-            f"{config.image_seq_length} placeholders an image or tile, as MMCoconutProcessor does, and do not "
-            "truncate them."
-        )
+    """Raise a ValueError where placeholders (B, T) and image features (F, D) differ in number."""
+    length, num_features = config.image_seq_length, image_features.shape[0]
+    torch_compilable_check(
+        image_mask.sum() == num_features,
+        lambda: (
+            f"The batch holds {int(image_mask.sum())} <image> placeholders ({image_mask.sum(-1).tolist()} a row) but "
+            f"{num_features} image features ({length} an image or tile): give each row {length} placeholders an image "
+            "or tile, as MMCoconutProcessor does, and do not truncate them."
+        ),
+    )
 
 
 def check_whole_images(image_mask: torch.Tensor, num_tiles: torch.Tensor | None, config: MMCoconutConfig) -> None:
-    """Raise unless every row of (B, T) holds all placeholders of its images: it would read parts of another row's.
+    """Raise a ValueError unless each row of (B, T) holds all placeholders of its images, not parts of another row's.
 
     num_tiles (images,): the tiles of each image; None: every image is one.
-
-    Raises:
-        ValueError: the first row that ends inside an image, with the numbers.
     """
     counts, length = image_mask.sum(-1), config.image_seq_length  # (B,)
-    broken = counts % length != 0
-    if torch.compiler.is_exporting():
-        torch_compilable_check(~broken.any(), "a row has a part of an image")
+    broken = counts % length != 0  # (B,)
+    torch_compilable_check(
+        ~broken.any(),
+        lambda: (
+            f"Row {int(broken.nonzero()[0])} of the batch holds {int(counts[broken][0])} <image> placeholders, which "
+            f"is no multiple of the {length} of an image: do not truncate rows with images."
+        ),
+    )
+    if num_tiles is None or torch.compiler.is_exporting():
         return
-    if broken.any():
-        row = broken.nonzero()[0].item()
-        raise ValueError(
-            f"Row {row} of the batch holds {counts[row].item()} <image> placeholders, which is no multiple of the "
-            f"{length} of an image: do not truncate rows with images."
-        )
-    if num_tiles is None:
-        return
-    tiles = (counts // length).tolist()  # (B,)
-    ends = {0, *accumulate(num_tiles.tolist())}
+    tiles, ends = (counts // length).tolist(), {0, *accumulate(num_tiles.tolist())}
     for row, end in enumerate(accumulate(tiles)):
         if end not in ends:
             raise ValueError(
-                f"Row {row} of the batch holds placeholders of {tiles[row]} tiles and ends inside an image: the "
-                f"rows have {tiles} tiles and the images {num_tiles.tolist()}. Give each row all the tiles of its "
-                "images, as MMCoconutProcessor does."
+                f"Row {row} of the batch holds placeholders of {tiles[row]} tiles and ends inside an image: the rows "
+                f"have {tiles} tiles and the images {num_tiles.tolist()}. Give each row all tiles of its images."
             )
 
 
 # --- projectors ------------------------------------------------------------------------------------------------------
 
 
-class TransformerProjector(nn.Module):
-    """Linear → LayerNorm → one transformer encoder layer over the tokens of an image; (I, P, W) → (I, P, D)."""
-
-    def __init__(self, vision_width: int, hidden_size: int, num_heads: int):
-        super().__init__()
-        self.linear = nn.Linear(vision_width, hidden_size)
-        self.norm = nn.LayerNorm(hidden_size)
-        self.layer = nn.TransformerEncoderLayer(hidden_size, num_heads, 4 * hidden_size, batch_first=True)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        image_features = self.norm(self.linear(image_features))  # (I, P, D)
-        return self.layer(image_features)  # (I, P, D)
-
-
-class MlpProjector(nn.Module):
-    """Linear → activation → linear; (I, P, W) → (I, P, D)."""
-
-    def __init__(self, vision_width: int, hidden_size: int, *, hidden_act: str, bias: bool):
-        super().__init__()
-        self.linear_1 = nn.Linear(vision_width, hidden_size, bias=bias)
-        self.act = ACT2FN[hidden_act]
-        self.linear_2 = nn.Linear(hidden_size, hidden_size, bias=bias)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(image_features)))  # (I, P, D)
-
-
-def pixel_shuffle(image_features: torch.Tensor, factor: int) -> torch.Tensor:
+class PixelShuffle(nn.Module):
     """Join each square of factor² neighbouring tokens into one: (I, P, W) → (I, P / factor², factor² · W)."""
-    num_images, num_patches, width = image_features.shape
-    side = round(num_patches**0.5)
-    grid = image_features.reshape(num_images, side // factor, factor, side // factor, factor, width)
-    return grid.transpose(2, 3).reshape(num_images, (side // factor) ** 2, factor**2 * width)
 
-
-class PixelShuffleProjector(MlpProjector):
-    """Pixel shuffle → LayerNorm → linear → activation → linear; (I, patches, W) → (I, P, D), as in InternVL."""
-
-    def __init__(self, vision_width: int, hidden_size: int, *, factor: int, **mlp):
-        super().__init__(factor**2 * vision_width, hidden_size, **mlp)
+    def __init__(self, factor: int):
+        super().__init__()
         self.factor = factor
-        self.layer_norm = nn.LayerNorm(factor**2 * vision_width)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        image_features = pixel_shuffle(image_features, self.factor)  # (I, P, factor² · W)
-        return super().forward(self.layer_norm(image_features))  # (I, P, D)
+        num_images, num_patches, width = image_features.shape
+        factor, side = self.factor, round(num_patches**0.5) // self.factor
+        grid = image_features.reshape(num_images, side, factor, side, factor, width)
+        return grid.transpose(2, 3).reshape(num_images, side**2, factor**2 * width)
 
 
 class ImageEmbedding(nn.Module):
     """One vector an image: pooled, L2-normalised, through the adapter; (I, patches, W) → (I, D)."""
 
-    def __init__(self, vision_width: int, hidden_size: int, *, pooling: str, adapter: bool):
+    def __init__(self, config: MMCoconutConfig):
         super().__init__()
-        self.pooling = pooling
-        self.adapter = nn.Linear(vision_width, hidden_size) if adapter else nn.Identity()
+        self.pooling = config.image_pooling
+        self.adapter = linear_projector(config) if config.alignment_adapter else nn.Identity()
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         pooled = image_features[:, 0] if self.pooling == "cls" else image_features.mean(dim=1)  # (I, W)
         return self.adapter(nn.functional.normalize(pooled, dim=-1))  # (I, D)
-
-
-class PooledPrefixProjector(nn.Module):
-    """Visual tokens out of the image's embedding: linear → LayerNorm; (I, patches, W) → (I, P, D)."""
-
-    def __init__(self, vision_width: int, hidden_size: int, *, num_tokens: int, **embedding):
-        super().__init__()
-        self.num_tokens = num_tokens
-        self.embedding = ImageEmbedding(vision_width, hidden_size, **embedding)
-        self.linear = nn.Linear(hidden_size, num_tokens * hidden_size)
-        self.norm = nn.LayerNorm(hidden_size)
-
-    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        tokens = self.linear(self.embedding(image_features))  # (I, P · D)
-        return self.norm(tokens.unflatten(-1, (self.num_tokens, -1)))  # (I, P, D)
 
 
 class AttentionPrefixProjector(nn.Module):
@@ -234,12 +140,13 @@ class AttentionPrefixProjector(nn.Module):
     Unlike a pooled vector it keeps where things are.
     """
 
-    def __init__(self, vision_width: int, hidden_size: int, *, num_tokens: int, num_heads: int, **embedding):
+    def __init__(self, config: MMCoconutConfig):
         super().__init__()
-        self.embedding = ImageEmbedding(vision_width, hidden_size, **embedding)
-        self.queries = nn.Embedding(num_tokens, hidden_size)
-        self.linear = nn.Linear(vision_width, hidden_size)
-        self.attention = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
+        hidden_size = config.text_config.hidden_size
+        self.embedding = ImageEmbedding(config)
+        self.queries = nn.Embedding(config.num_visual_tokens, hidden_size)
+        self.linear = linear_projector(config)
+        self.attention = nn.MultiheadAttention(hidden_size, config.projector_num_heads, batch_first=True)
         self.norm = nn.LayerNorm(hidden_size)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
@@ -249,77 +156,105 @@ class AttentionPrefixProjector(nn.Module):
         return self.norm(tokens)  # (I, P, D)
 
 
-def build_prefix_projector(config: MMCoconutConfig, vision_width: int) -> nn.Module:
-    hidden_size, num_tokens = config.text_config.hidden_size, config.num_visual_tokens
-    embedding = {"pooling": config.image_pooling, "adapter": config.alignment_adapter}
-    if config.projector_type == "pooled_prefix":
-        return PooledPrefixProjector(vision_width, hidden_size, num_tokens=num_tokens, **embedding)
-    num_heads = config.projector_num_heads
-    return AttentionPrefixProjector(vision_width, hidden_size, num_tokens=num_tokens, num_heads=num_heads, **embedding)
+def linear_projector(config: MMCoconutConfig) -> nn.Linear:
+    """Return one linear layer; (I, P, W) → (I, P, D)."""
+    return nn.Linear(vision_width_of(config), config.text_config.hidden_size)
+
+
+def transformer_projector(config: MMCoconutConfig) -> nn.Sequential:
+    """Return linear → LayerNorm → a transformer encoder layer over an image's tokens; (I, P, W) → (I, P, D)."""
+    size = config.text_config.hidden_size
+    layer = nn.TransformerEncoderLayer(size, config.projector_num_heads, 4 * size, batch_first=True)
+    return named_layers(linear=linear_projector(config), norm=nn.LayerNorm(size), layer=layer)
+
+
+def mlp_projector(config: MMCoconutConfig, num_joined: int = 1) -> nn.Sequential:
+    """Return linear → activation → linear; (I, P, joined · W) → (I, P, D)."""
+    size, bias = config.text_config.hidden_size, config.projector_bias
+    first = nn.Linear(num_joined * vision_width_of(config), size, bias=bias)
+    second = nn.Linear(size, size, bias=bias)
+    return named_layers(linear_1=first, act=ACT2FN[config.projector_hidden_act], linear_2=second)
+
+
+def pixel_shuffle_projector(config: MMCoconutConfig) -> nn.Sequential:
+    """Return pixel shuffle → LayerNorm → linear → activation → linear; (I, patches, W) → (I, P, D), as in InternVL."""
+    factor = shuffle_factor(config.downsample_ratio)
+    norm = nn.LayerNorm(factor**2 * vision_width_of(config))
+    mlp = dict(mlp_projector(config, num_joined=factor**2).named_children())
+    return named_layers(shuffle=PixelShuffle(factor), layer_norm=norm, **mlp)
+
+
+def pooled_prefix_projector(config: MMCoconutConfig) -> nn.Sequential:
+    """Return visual tokens out of the image's embedding: linear → LayerNorm; (I, patches, W) → (I, P, D)."""
+    size, num_tokens = config.text_config.hidden_size, config.num_visual_tokens
+    layers = {"embedding": ImageEmbedding(config), "linear": nn.Linear(size, num_tokens * size)}
+    return named_layers(**layers, tokens=nn.Unflatten(-1, (num_tokens, size)), norm=nn.LayerNorm(size))
+
+
+def named_layers(**layers: nn.Module) -> nn.Sequential:
+    """Return layers one after the other, each under its name in a checkpoint."""
+    return nn.Sequential(OrderedDict(layers))
+
+
+PROJECTORS = {
+    "linear": linear_projector,
+    "mlp": mlp_projector,
+    "transformer": transformer_projector,
+    "pixel_shuffle": pixel_shuffle_projector,
+    "pooled_prefix": pooled_prefix_projector,
+    "attention_prefix": AttentionPrefixProjector,
+}
 
 
 def build_projector(config: MMCoconutConfig) -> nn.Module:
-    """The projector that the configuration names."""
-    vision_width = vision_width_of(config)
-    hidden_size = config.text_config.hidden_size
-    if config.projector_type in PREFIX_PROJECTORS:
-        return build_prefix_projector(config, vision_width)
-    if config.projector_type == "transformer":
-        return TransformerProjector(vision_width, hidden_size, config.projector_num_heads)
-    mlp = {"hidden_act": config.projector_hidden_act, "bias": config.projector_bias}
-    if config.projector_type == "mlp":
-        return MlpProjector(vision_width, hidden_size, **mlp)
-    if config.projector_type == "pixel_shuffle":
-        return PixelShuffleProjector(vision_width, hidden_size, factor=shuffle_factor(config.downsample_ratio), **mlp)
-    return nn.Linear(vision_width, hidden_size)
+    """Return the projector that the configuration names."""
+    return PROJECTORS[config.projector_type](config)
 
 
 # --- fusions ---------------------------------------------------------------------------------------------------------
+# Each takes (inputs_embeds (B, T, D), image_features (F, D), image_mask (B, T), attention_mask (B, T) or None) and
+# returns what the decoder is called with. image_mask is True at the placeholders, and image_features has a row for
+# each of them in reading order; for cross-attention an image is one, with all its features, (F, P · D).
 
 
 def replace_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
-    """Image features take the place of the placeholders' embeddings, as in LLaVA."""
+    """Put image features in the place of the placeholders' embeddings, as in LLaVA."""
     mask = image_mask[..., None].expand_as(inputs_embeds)  # (B, T, D)
     return {"inputs_embeds": inputs_embeds.masked_scatter(mask, image_features)}
 
 
 def add_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
-    """Image features are added to the placeholders' embeddings."""
-    mask = image_mask[..., None].expand_as(inputs_embeds)  # (B, T, D)
-    added = torch.zeros_like(inputs_embeds).masked_scatter(mask, image_features)  # (B, T, D)
+    """Add image features to the placeholders' embeddings."""
+    added = replace_fusion(torch.zeros_like(inputs_embeds), image_features, image_mask)["inputs_embeds"]  # (B, T, D)
     return {"inputs_embeds": inputs_embeds + added}
 
 
 def features_by_row(image_features, image_mask, hidden_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features (F, P · D) of each row's images as (B, E, D), zeros behind them, and the mask (B, E) of real ones."""
+    """Return features (F, P · D) of each row's images as (B, E, D), zeros behind them, and the mask (B, E) of them."""
     counts = image_mask.sum(dim=1)  # (B,)
-    visible = torch.arange(int(counts.max()), device=counts.device) < counts[:, None]  # (B, images)
-    features = image_features.new_zeros(*visible.shape, image_features.shape[-1])  # (B, images, P · D)
-    features = features.masked_scatter(visible[..., None], image_features)  # (B, images, P · D)
+    features = pad_sequence(image_features.split(counts.tolist()), batch_first=True)  # (B, images, P · D)
+    visible = torch.arange(features.shape[1], device=counts.device) < counts[:, None]  # (B, images)
     num_features = image_features.shape[-1] // hidden_size
-    features = features.reshape(counts.shape[0], visible.shape[1] * num_features, hidden_size)  # (B, E, D)
+    features = features.unflatten(-1, (num_features, hidden_size)).flatten(1, 2)  # (B, E, D)
     return features, visible.repeat_interleave(num_features, dim=1)
 
 
 def cross_attention_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
-    """Image features are what the decoder's cross-attention reads; it does not see in which order the images stand.
+    """Let the decoder's cross-attention read image features; it does not see in which order the images stand.
 
     A row without images reads one feature of zeros, whatever the other rows of its batch have.
     """
     features, visible = features_by_row(image_features, image_mask, inputs_embeds.shape[-1])  # (B, E, D), (B, E)
     if features.shape[1] == 0:
-        features = features.new_zeros(features.shape[0], 1, features.shape[-1])  # (B, 1, D)
-        visible = visible.new_zeros(features.shape[:2])  # (B, 1)
-    visible = torch.cat([visible[:, :1] | ~visible.any(dim=1, keepdim=True), visible[:, 1:]], dim=1)  # (B, E)
-    return {
-        "inputs_embeds": inputs_embeds,
-        "encoder_hidden_states": features,
-        "encoder_attention_mask": visible.long(),
-    }
+        features = nn.functional.pad(features, (0, 0, 0, 1))  # (B, 1, D)
+        visible = nn.functional.pad(visible, (0, 1))  # (B, 1)
+    visible[:, 0] = True
+    masks = {"encoder_attention_mask": visible.long()}
+    return {"inputs_embeds": inputs_embeds, "encoder_hidden_states": features, **masks}
 
 
 def encoder_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
-    """Image features in front of the text encoder's states (`inputs_embeds`) are what cross-attention reads."""
+    """Put image features in front of the text encoder's states, `inputs_embeds`, for cross-attention to read."""
     features, visible = features_by_row(image_features, image_mask, inputs_embeds.shape[-1])  # (B, E - T, D)
     attention_mask = torch.ones_like(image_mask) if attention_mask is None else attention_mask.bool()  # (B, T)
     return {
@@ -328,12 +263,8 @@ def encoder_fusion(inputs_embeds, image_features, image_mask, attention_mask=Non
     }
 
 
-IMAGE_FUSIONS = {
-    "replace": replace_fusion,
-    "add": add_fusion,
-    "cross_attention": cross_attention_fusion,
-    "encoder": encoder_fusion,
-}
+IMAGE_FUSIONS = {"replace": replace_fusion, "add": add_fusion}
+IMAGE_FUSIONS |= {"cross_attention": cross_attention_fusion, "encoder": encoder_fusion}
 
 
 # --- tower and projector ---------------------------------------------------------------------------------------------
@@ -349,40 +280,41 @@ class MMCoconutImageOutput(BaseModelOutputWithPooling):
     image_embeds: torch.Tensor | None = None
 
 
+def asked_outputs(settings: dict) -> dict:
+    """Return the outputs asked of a tower or an encoder; a list of layers is meant for the decoder."""
+    return {name: True for name in ("output_hidden_states", "output_attentions") if settings.get(name) is True}
+
+
 class ReadsImages:
-    """The part of a model that runs its `vision_tower` and `multi_modal_projector`; before PreTrainedModel."""
+    """The part of a model that runs its `vision_tower` and `multi_modal_projector`."""
 
-    def run_vision_tower(self, pixel_values: torch.Tensor, layers: int | list[int], **kwargs):
-        """Run the tower and keep the hidden states that the projector reads, and those that kwargs ask for."""
-        kwargs["output_hidden_states"] = hidden_states_to_return(layers, kwargs.get("output_hidden_states"))
-        return self.vision_tower(pixel_values, return_dict=True, **kwargs)
+    def read_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[dict, torch.Tensor]:
+        """Run the tower; return the outputs that are asked for, and what the projector reads, (I, patches, W).
 
-    def selected_features(self, image_outputs, layers: int | list[int], select_strategy: str) -> torch.Tensor:
-        """Return what the projector reads of the tower's output, (I, patches, W)."""
-        return select_features(image_outputs, layers, select_strategy, last_norm=self.config.vision_last_norm)
+        With vision_last_norm layer -1 is what the tower itself returns.
+        """
+        layers, last_norm = self.config.vision_feature_layer, self.config.vision_last_norm
+        asked = kwargs.pop("output_hidden_states", self.vision_tower.config.output_hidden_states)
+        returned = hidden_states_to_return(layers, asked)
+        outputs = self.vision_tower(pixel_values, output_hidden_states=returned, return_dict=True, **kwargs)
+        states = {-1: outputs.last_hidden_state} if last_norm else {}
+        layers = [layers] if isinstance(layers, int) else layers
+        read = torch.cat([states.get(layer, outputs.hidden_states[layer]) for layer in layers], dim=-1)
+        unasked = ("hidden_states",) if asked is None or asked is False else ()  # 0 is a layer
+        outputs = {name: value for name, value in outputs.items() if name not in ("pooler_output", *unasked)}
+        return outputs, read[:, 1:] if self.config.vision_feature_select_strategy == "default" else read
 
-    @merge_with_config_defaults
-    def get_vision_features(
-        self,
-        pixel_values: torch.Tensor,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
+    def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """Return what the projector reads of (I, channels, height, width) pixels: (I, patches, W).
 
         It may be kept while the tower is frozen, and be passed as `image_features` in the place of the pixels.
         """
-        image_outputs = self.run_vision_tower(pixel_values, vision_feature_layer, **kwargs)
-        return self.selected_features(image_outputs, vision_feature_layer, vision_feature_select_strategy)
+        return self.read_tower(pixel_values, **kwargs)[1]
 
-    @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(
         self,
         pixel_values: torch.Tensor | None = None,
-        vision_feature_layer: int | list[int] | None = None,
-        vision_feature_select_strategy: str | None = None,
         num_tiles: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -395,37 +327,19 @@ class ReadsImages:
         """
         check_one_source(pixel_values=pixel_values, image_features=image_features)
         check_num_tiles(num_tiles, pixel_values=pixel_values, image_features=image_features)
-        outputs = MMCoconutImageOutput()
+        outputs = {}
         if image_features is None:
-            outputs = MMCoconutImageOutput(**self.run_vision_tower(pixel_values, vision_feature_layer, **kwargs))
-            image_features = self.selected_features(outputs, vision_feature_layer, vision_feature_select_strategy)
+            outputs, image_features = self.read_tower(pixel_values, **kwargs)
         else:
             check_image_features(image_features, self.config)
             image_features = image_features.to(self.dtype)
-        outputs.pooler_output = self.project(image_features, num_tiles)
         if self.config.projector_type in PREFIX_PROJECTORS:
-            outputs.image_embeds = self.multi_modal_projector.embedding(image_features)  # (I, D)
-        return outputs
-
-    def project(self, image_features: torch.Tensor, num_tiles: torch.Tensor | None = None) -> list[torch.Tensor]:
-        """Return what the decoder reads of each image, (P, D) or (tiles · P, D), of features (I, patches, W)."""
+            outputs["image_embeds"] = self.multi_modal_projector.embedding(image_features)  # (I, D)
         projected = self.multi_modal_projector(image_features)  # (I, P, D)
         if self.cross_attends:
             projected = projected.flatten(1)[:, None]  # (I, 1, P · D)
         if torch.compiler.is_exporting():  # a list of images would fix their number
-            return [projected.flatten(0, 1)]
-        if num_tiles is None:
-            return list(projected)
-        return [tiles.flatten(0, 1) for tiles in projected.split(num_tiles.tolist())]
-
-    def returned_of_tower(self, image_outputs, kwargs: dict):
-        """Return `image_outputs` without the states that only the projector asked for."""
-        wanted = kwargs.get("output_hidden_states") or self.vision_tower.config.output_hidden_states
-        if wanted or image_outputs is None:
-            return image_outputs
-        return type(image_outputs)(**{name: value for name, value in image_outputs.items() if name != "hidden_states"})
-
-
-def asked_of_tower(kwargs: dict) -> dict:
-    """Return the outputs asked of the vision tower; a list of layers is meant for the decoder."""
-    return {name: True for name in ("output_hidden_states", "output_attentions") if kwargs.get(name) is True}
+            projected = [projected.flatten(0, 1)]
+        elif num_tiles is not None:
+            projected = [tiles.flatten(0, 1) for tiles in projected.split(num_tiles.tolist())]
+        return MMCoconutImageOutput(pooler_output=list(projected), **outputs)

@@ -6,13 +6,8 @@ import pytest
 from tiny import TEXT_CONFIGS, TOWER_STRATEGIES, VISION_CONFIGS, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, CLIPVisionConfig, GPT2Config
 
-from mmcoconut.configuration_mmcoconut import (
-    CHOICES,
-    SPECIAL_TOKENS,
-    TOKEN_ID_FIELDS,
-    MMCoconutConfig,
-    add_special_tokens,
-)
+from mmcoconut.build.tokens import add_special_tokens
+from mmcoconut.configuration_mmcoconut import CHOICES, SPECIAL_TOKENS, TOKEN_ID_FIELDS, MMCoconutConfig
 
 
 IDS = dict(zip(TOKEN_ID_FIELDS, (10, 11, 12, 13)))

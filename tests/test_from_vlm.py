@@ -41,7 +41,7 @@ from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
-from mmcoconut.vision_mmcoconut import pixel_shuffle
+from mmcoconut.vision_mmcoconut import PixelShuffle
 
 
 SIDE = 32  # of a tile: 16 patches of 8 × 8, which InternVL's pixel shuffle makes 4 features
@@ -259,7 +259,7 @@ def test_thoughts_equal_their_definition(kind, config, tolerance):
 
 def test_pixel_shuffle_joins_squares_of_neighbours():
     grid = torch.arange(16.0).reshape(1, 16, 1)  # a 4 × 4 grid, numbered in reading order
-    assert pixel_shuffle(grid, 2)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert PixelShuffle(2)(grid)[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
 
 
 @pytest.mark.parametrize("kind", ["internvl tied", "internvl normed", "llava layers"])

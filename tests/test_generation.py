@@ -25,7 +25,8 @@ from tiny import (
 )
 from transformers import CompileConfig, DynamicCache, GenerationConfig, TextIteratorStreamer, TextStreamer
 
-from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, add_special_tokens
+from mmcoconut.build.tokens import add_special_tokens
+from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
 from mmcoconut.kernels import latent
 from mmcoconut.kernels.latent import MAX_QUERIES, SplitCache
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration

@@ -11,7 +11,8 @@ from tiny import tiny_model, tiny_processor
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
-from mmcoconut.configuration_mmcoconut import PAD_TOKEN, SPECIAL_TOKENS, add_special_tokens
+from mmcoconut.build.tokens import add_special_tokens
+from mmcoconut.configuration_mmcoconut import PAD_TOKEN, SPECIAL_TOKENS
 from mmcoconut.data.tokenizer import EOS_TOKEN, WORD, train_tokenizer
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 

@@ -19,13 +19,12 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from mmcoconut.build.tokens import add_special_tokens, image_token_of
 from mmcoconut.configuration_mmcoconut import (
     SPECIAL_TOKENS,
     THOUGHT_TOKENS,
     TOKEN_ID_FIELDS,
     MMCoconutConfig,
-    add_special_tokens,
-    image_token_of,
     num_patches_of,
     num_placeholders,
     settle_decoder,

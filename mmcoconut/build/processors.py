@@ -8,14 +8,9 @@ import copy
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
+from mmcoconut.build.tokens import add_special_tokens, image_token_of
 from mmcoconut.chat_template_mmcoconut import SET_THOUGHTS, check_arguments, starts_with_bos, user_message
-from mmcoconut.configuration_mmcoconut import (
-    IMAGE_TOKEN,
-    THOUGHT_TOKENS,
-    TOKEN_ID_FIELDS,
-    add_special_tokens,
-    image_token_of,
-)
+from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 

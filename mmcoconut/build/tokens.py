@@ -1,0 +1,25 @@
+"""The placeholders and markers in a tokenizer that a new model is built with."""
+
+from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, PAD_TOKEN, THOUGHT_TOKENS
+
+
+def image_token_of(tokenizer, image_token_id: int) -> str:
+    """Return the string of a vision-language model's image token.
+
+    Raises:
+        ValueError: an id that the tokenizer does not have.
+    """
+    image_token = tokenizer.convert_ids_to_tokens(image_token_id)
+    if image_token is None:
+        has_none = f"of {len(tokenizer)} tokens has none at the model's image_token_id={image_token_id}"
+        raise ValueError(f"The tokenizer {has_none}: use the tokenizer that the model was built with.")
+    return image_token
+
+
+def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
+    """Give a tokenizer the placeholders and markers it lacks, as special tokens, and a pad token if it has none."""
+    missing = [token for token in (image_token, *THOUGHT_TOKENS) if token not in tokenizer.get_vocab()]
+    if missing:
+        tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
