@@ -107,7 +107,7 @@ def test_no_cot_is_the_question_and_the_answer(batch, model, rows, epoch):
     expected = []
     for row in rows:
         prompt = processor.encode_prompt(row["question"], num_latents=0)
-        answer = processor.encode_target([], row["answers"][0])
+        answer = processor.encode_answer(row["answers"][0])
         expected.append((prompt + answer, [IGNORED] * len(prompt) + answer))
     assert sequences(batch("no_cot", epoch)) == expected
 

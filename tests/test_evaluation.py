@@ -486,7 +486,7 @@ def log_probs_alone(loaded, row: dict) -> list[tuple[float, int]]:
     found = []
     for choice in row["choices"]:
         prompt = processor.encode_prompt(question_text(row), num_images=1, num_latents=NUM_LATENTS)
-        target = processor.encode_target([], choice)
+        target = processor.encode_answer(choice)
         with torch.no_grad():
             ids = torch.tensor([prompt + target], device=model.device)
             logits = model(input_ids=ids, pixel_values=pixels).logits[0]  # (T, V)

@@ -136,7 +136,7 @@ def test_log_probabilities_of_choices_equal_a_forward_by_hand(parts, rows, toler
     prompt = inputs["decoder_input_ids"]
     found = answerer.choice_log_probs(row)
     for choice, (log_prob, num_tokens) in zip(row["choices"], found, strict=True):
-        target = torch.tensor([processor.encode_target([], choice)])
+        target = torch.tensor([processor.encode_answer(choice)])
         ids = torch.cat([prompt, target[:, :-1]], dim=1)
         encoder = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
         with torch.no_grad():

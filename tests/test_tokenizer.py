@@ -11,6 +11,7 @@ from tiny import tiny_model, tiny_processor
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
+from mmcoconut.build.processors import chat_template_for
 from mmcoconut.configuration_mmcoconut import PAD_TOKEN, SPECIAL_TOKENS, add_special_tokens
 from mmcoconut.data.tokenizer import EOS_TOKEN, WORD, train_tokenizer
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
@@ -101,7 +102,7 @@ def processor_of_marked_texts():
     ]
     tokenizer = train_tokenizer(texts * 3, vocab_size=1000)
     add_special_tokens(tokenizer)
-    return MMCoconutProcessor(CLIPImageProcessorPil(), tokenizer, image_seq_length=3)
+    return MMCoconutProcessor(CLIPImageProcessorPil(), tokenizer, 3, chat_template=chat_template_for(tokenizer))
 
 
 @pytest.mark.parametrize("token", SPECIAL_STRINGS)

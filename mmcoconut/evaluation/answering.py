@@ -168,7 +168,7 @@ class Answerer:
         """
         if not row["choices"]:
             raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
-        targets = [self.processor.encode_target([], choice) for choice in row["choices"]]
+        targets = [self.processor.encode_answer(choice) for choice in row["choices"]]
         inputs = self.inputs([row], room=max(map(len, targets)))
         ids, mask = self.processor.prompt_names
         prompt = inputs.pop(ids)[0].tolist()

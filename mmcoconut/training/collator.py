@@ -102,6 +102,11 @@ def encode_answer(processor, answer: str) -> tuple:
     return tuple(processor.encode_answer(answer))
 
 
+def encode_target(processor, steps: Sequence[str], answer: str) -> list[int]:
+    """Return the ids of steps on their lines, `### answer`, eos; tokenized apart, as in the paper."""
+    return [*chain(*(encode_step(processor, step) for step in steps)), *encode_answer(processor, answer)]
+
+
 class CurriculumCollator:
     """Rows of `mmcoconut.data` → batches of the present stage.
 
@@ -193,8 +198,8 @@ class CurriculumCollator:
     def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> list[Turn]:
         """The turns of a row under a plan, the last of which has what is left of its steps."""
         turns, prompt = self.encode_turns(row, num_tiles, plan.num_latents)
-        steps = [encode_step(self.processor, step) for step in row["steps"][plan.skipped_steps :]]
-        return [*turns, (prompt, [*chain(*steps), *encode_answer(self.processor, row["answers"][0])])]
+        target = encode_target(self.processor, row["steps"][plan.skipped_steps :], row["answers"][0])
+        return [*turns, (prompt, target)]
 
     def length_of(self, turns: Sequence[Turn]) -> int:
         """Tokens of a row; of an encoder-decoder those of the longer side."""
