@@ -68,8 +68,7 @@ def conversations_of(conversation) -> tuple[list[list[dict]], list[list], bool]:
     for chat in conversation if is_batch else [conversation]:
         if not chat or not all(isinstance(message, dict) and "role" in message for message in chat):
             kinds = ", ".join(sorted({type(message).__name__ for message in chat})) or "none"
-            form = "a list of {'role': …, 'content': …}, with at least one"
-            raise ValueError(f"A chat has messages of type {kinds}: give each chat as {form}.")
+            raise ValueError(f"A chat has messages of type {kinds}: give each chat as a list of dicts with a role.")
         images.append([])
         chats.append([_without_images(message, images[-1]) for message in chat])
     return chats, images, is_batch
@@ -115,13 +114,12 @@ def quoted(value, tokens: re.Pattern | None):
 
 def _marked(message: dict) -> dict:
     """Return a message with marks around every text of it that the assistant writes."""
-    mark, content = "{}".join(WRITTEN).format, message["content"]
     if message["role"] != "assistant":
         return message
-    if isinstance(content, str):
-        return {**message, "content": mark(content)}
-    parts = [{**part, "text": mark(part["text"])} if "text" in part else part for part in content]
-    return {**message, "content": parts}
+    mark, content = "{}".join(WRITTEN).format, message["content"]
+    if not isinstance(content, str):
+        marked = [{**part, "text": mark(part["text"])} if "text" in part else part for part in content]
+    return {**message, "content": mark(content) if isinstance(content, str) else marked}
 
 
 def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
@@ -180,12 +178,8 @@ def is_rendered(text: str, processor, is_question: bool) -> bool:
 
 
 def _encode_piece(tokenizer, text: str, *, follows: bool, **options) -> tuple[list, list]:
-    """Return the ids of a piece of a chat, and where each begins and ends in it if the options ask for offsets.
-
-    follows: it stands behind another piece, so it is encoded behind a line break, before which SentencePiece adds its
-    space.
-    """
-    front = "\n" if follows else ""
+    """Return the ids of a piece of a chat, and where each begins and ends in it if the options ask for offsets."""
+    front = "\n" if follows else ""  # SentencePiece adds its space before this, and not before a piece that follows
     encoded = tokenizer(front + text, add_special_tokens=False, **options)
     ids, breaks = encoded["input_ids"], tokenizer(front, add_special_tokens=False)["input_ids"]
     if ids[: len(breaks)] != breaks:
@@ -232,12 +226,8 @@ def encode_marked(tokenizer, chat: str, spans: Sequence = (), *, follows: bool =
 def parse_answer(text: str) -> str:
     """Return the text after the first line that begins with `###`, else after the last `###`, else ''.
 
-    An answer may hold `###` itself, except at its beginning, where a marker that is written twice counts once.
-
-    >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("red")
-    ('red', 'red', '')
-    >>> parse_answer("### 48+24=72 #### 72")
-    '48+24=72 #### 72'
+    >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("### 24+24=48 ### 48")
+    ('red', 'red', '24+24=48 ### 48')
     """
     line = ANSWER_LINE.search(text)
     if line is not None:
@@ -271,21 +261,14 @@ def check_arguments(cls, kwargs: Iterable[str], *others: str) -> None:
     check_names(kwargs, f"argument of {cls.__name__}", known, others)
 
 
-def _asked(options: dict | None) -> dict:
-    """Return options without those of NEUTRAL that ask for nothing."""
-    given = (options or {}).items()
-    return {name: value for name, value in given if name not in NEUTRAL or (value is not None and value is not False)}
-
-
-def _join(options: dict, others: dict, group: str) -> dict:
-    """Return options, and others out of a group; refuse a name in both."""
-    for name in options.keys() & others.keys():
+def _join(options: dict, others: dict | None, group: str = "") -> dict:
+    """Return options, and others out of a group, without those that ask for nothing; refuse a name in both."""
+    joined = {**options, **(others or {})}
+    if len(joined) < len(options) + len(others or {}):
+        name = min(options.keys() & others.keys())
         raise ValueError(f"{name} is given twice, by itself and in {group}: give it once.")
-    return {**options, **others}
-
-
-def _among(options: dict, names: Iterable[str]) -> dict:
-    return {name: value for name, value in options.items() if name in names}
+    idle = [name for name in NEUTRAL if joined.get(name) is None or joined[name] is False]
+    return {name: value for name, value in joined.items() if name not in idle}
 
 
 def _groups_of(image_processor) -> dict[str, set[str]]:
@@ -297,23 +280,24 @@ def _groups_of(image_processor) -> dict[str, set[str]]:
 def split_options(kwargs: dict, image_processor) -> tuple[dict, dict]:
     """Return options of the text and of the image processor: flat ones, then those in groups, last `common_kwargs`."""
     groups, what = _groups_of(image_processor), "option of the processor"
-    options = _asked({name: value for name, value in kwargs.items() if name not in groups})
+    options = _join({}, {name: value for name, value in kwargs.items() if name not in groups})
     check_names(options, what, groups["common_kwargs"], CALL_OPTIONS)
     for group, names in groups.items():
-        given = _asked(kwargs.get(group))
+        given = _join({}, kwargs.get(group))
         check_names(given, what, names)
         options = {**given, **options} if group == "common_kwargs" else _join(options, given, group)
-    text, images = groups["text_kwargs"], groups["images_kwargs"]
-    return _among(options, text), _among(options, images)
+    wanted = (groups["text_kwargs"], groups["images_kwargs"])
+    return tuple({name: options[name] for name in options if name in names} for names in wanted)
 
 
 def split_chat_options(kwargs: dict, options: dict, template: str, image_processor) -> tuple[dict, dict]:
     """Return variables of a template, and options of a call, out of what `apply_chat_template` is given."""
-    groups, given = _groups_of(image_processor), _join(_asked(kwargs), _asked(options), "processor_kwargs")
+    groups, given = _groups_of(image_processor), _join(kwargs, options, "processor_kwargs")
     called = {*groups, *groups["common_kwargs"], *options, "num_latents"}
     written = {name for name in given if re.search(rf"\b{re.escape(name)}\b", template)}
     check_names(given, "option of apply_chat_template", called | written | set(RENDER_OPTIONS), CHAT_ARGUMENTS)
-    return _among(given, given.keys() - called), _among(given, called)
+    variables = {name: value for name, value in given.items() if name not in called}
+    return variables, {name: value for name, value in given.items() if name in called}
 
 
 def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> dict:

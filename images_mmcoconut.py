@@ -1,4 +1,4 @@
-"""Read images as upright RGB, assign them to texts, and count their tiles.
+"""Read images as upright RGB, and assign them to texts.
 
 Paths, URLs and base64 are decoded here, because transformers' `load_image` clips 16 bits to white and drops
 transparency. Training, evaluation, `processor(images=…)`, pipelines and the demo all read images here.
@@ -109,47 +109,35 @@ def decode_image(source: BinaryIO, where: str, remedy: str = REMEDY) -> Image.Im
         return to_rgb(image)
 
 
-def _read_file(path: str | os.PathLike) -> Image.Image:
-    where = f"image file {os.fspath(path)}"
-    with open_file(path, where) as source:
-        return decode_image(source, where)
-
-
-def _read_url(url: str, where: str) -> Image.Image:
-    try:
-        request = urllib.request.Request(url, headers={"User-Agent": "mmcoconut"})  # some hosts refuse Python's own
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
-            content = response.read()
-    except (OSError, HTTPException, ValueError) as error:
-        remedy = f"check the address, or give {KINDS}"
-        raise UnreadableImageError(f"{where}: cannot be fetched ({error}); {remedy}") from error
-    return decode_image(io.BytesIO(content), where)
+def _content_of(url: str) -> bytes:
+    request = urllib.request.Request(url, headers={"User-Agent": "mmcoconut"})  # some hosts refuse Python's own
+    with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
+        return response.read()
 
 
 def _read_text(text: str) -> Image.Image:
-    """Read the image at a URL, in a file that exists, or in base64 text."""
+    """Read the image at a URL or in base64 text."""
     where = f"image {text if len(text) <= LONGEST_TEXT_SHOWN else f'{text[:60]}… ({len(text)} characters)'}"
-    if text.startswith(("http://", "https://", "data:")):
-        return _read_url(text, where)
-    if os.path.exists(text):
-        return _read_file(text)
+    is_url = text.startswith(("http://", "https://", "data:"))
     try:
-        content = base64.b64decode("".join(text.split()), validate=True)
-    except ValueError as error:
-        missing = "there is no such file, and it is no base64 text"
-        raise UnreadableImageError(f"{where}: {missing}; give {KINDS}") from error
-    where = f"{where} (no such file, so it was read as base64 text)"
-    return decode_image(io.BytesIO(content), where, f"give {KINDS}")
+        content = _content_of(text) if is_url else base64.b64decode("".join(text.split()), validate=True)
+    except (OSError, HTTPException, ValueError) as error:
+        fetched, decoded = (
+            f"cannot be fetched ({error}); check the address, or",
+            "there is no such file, and no base64 text;",
+        )
+        raise UnreadableImageError(f"{where}: {fetched if is_url else decoded} give {KINDS}") from error
+    if is_url:
+        return decode_image(io.BytesIO(content), where)
+    return decode_image(io.BytesIO(content), f"{where} (no such file, so it was read as base64 text)", f"give {KINDS}")
 
 
 def _read_array(image):
-    """Return an array or tensor of one image, or a list of images for one of four dimensions."""
-    if image.ndim == 4:
-        return [_read_array(one) for one in image]
+    """Return an array or tensor of one image as the image processor takes it, or as RGB."""
     kind, shape = str(image.dtype).removeprefix("torch."), tuple(image.shape)
+    is_whole = kind in ("uint8", "uint16", "bool")
     ends = {2: (1,), 3: (shape[-1], shape[0])}.get(image.ndim, ())  # channels stand behind or in front
     channels = 3 if 3 in ends else next((end for end in ends if end in (1, 2, 4)), None)
-    is_whole = kind in ("uint8", "uint16", "bool")
     if channels is None or (channels in (2, 4) and not is_whole):
         raise UnreadableImageError(
             f"array of shape {shape} and type {kind}: is no image; give (height, width), (height, width, channels) or "
@@ -170,29 +158,35 @@ def _read_array(image):
 def read_images(image):
     """Read a path, an http(s) or data: URL, base64 text of a file, a PIL image, an array or a tensor.
 
-    Returns an RGB PIL image, upright, 16-bit greys by their high byte, transparency over white. Arrays and tensors of
+    Return an RGB PIL image, upright, 16-bit greys by their high byte, transparency over white. Arrays and tensors of
     three channels stay as they are; those of uint8, uint16 or bool with one channel, alpha or 16 bits are read like
-    files. Four dimensions give a list. UnreadableImageError names an image that cannot be read.
+    files. Raise UnreadableImageError, which names the image, for what cannot be read.
     """
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "")
         with _named(f"image file {name}" if name else f"PIL image of mode {image.mode}", REMEDY):
             return to_rgb(image)
+    if isinstance(image, os.PathLike) or (isinstance(image, str) and os.path.exists(image)):
+        where = f"image file {os.fspath(image)}"
+        with open_file(image, where) as source:
+            return decode_image(source, where)
     if isinstance(image, str):
         return _read_text(image)
-    if isinstance(image, os.PathLike):
-        return _read_file(image)
     if not is_valid_image(image):
         raise UnreadableImageError(f"image of type {type(image).__name__}: is none that can be read; give {KINDS}")
     return _read_array(image)
 
 
+def _is_stack(images) -> bool:
+    """Return True for an array or tensor of several images."""
+    return is_valid_image(images) and not isinstance(images, Image.Image) and images.ndim == 4
+
+
 def flat_images(images) -> list:
-    """Read an image, or all in nested lists and tuples, into one flat list; see `read_images`."""
-    if isinstance(images, (list, tuple)):
+    """Read an image, or all in nested lists, tuples and arrays, into one flat list; see `read_images`."""
+    if isinstance(images, (list, tuple)) or _is_stack(images):
         return [image for group in images for image in flat_images(group)]
-    found = read_images(images)
-    return found if isinstance(found, list) else [found]
+    return [read_images(images)]
 
 
 def images_of_each(images, num_texts: int, shares: Sequence[int] = ()) -> list[list]:
@@ -202,8 +196,7 @@ def images_of_each(images, num_texts: int, shares: Sequence[int] = ()) -> list[l
     """
     if images is None:
         return [[] for _ in range(num_texts)]
-    is_stack = is_valid_image(images) and getattr(images, "ndim", 0) == 4
-    images = list(images) if is_stack or isinstance(images, (list, tuple)) else [images]
+    images = list(images) if isinstance(images, (list, tuple)) or _is_stack(images) else [images]
     if images and all(isinstance(image, (list, tuple)) for image in images):
         groups = [list(group) for group in images]
     elif sum(shares) == len(images):
@@ -219,11 +212,3 @@ def images_of_each(images, num_texts: int, shares: Sequence[int] = ()) -> list[l
 def makes_tiles(image_processor) -> bool:
     """Return True if this image processor can cut a picture into tiles."""
     return "crop_to_patches" in image_processor.valid_kwargs.__annotations__
-
-
-def without_thumbnails(tiles: Sequence, num_tiles: Sequence[int]) -> tuple[list, list[int]]:
-    """Return tiles, and their number per image, without the last tile of every image that has several."""
-    kept, counts = [], [max(1, number - 1) for number in num_tiles]
-    for end, number, count in zip(accumulate(num_tiles), num_tiles, counts):
-        kept += tiles[end - number : end - number + count]
-    return kept, counts

@@ -1,16 +1,14 @@
 """Processor of MMCoconut: questions and images → input_ids with image and latent placeholders, and answers back.
 
-One sequence layout, written once, in the chat template:
+One sequence layout, written once, in the chat template; a vision-language model's has the latents added to it:
 
-    [<image>…] question \\n <|start-latent|> <|latent|>×num_latents <|end-latent|> step \\n … ### answer <eos>
+    [<image>…] question \n <|start-latent|> <|latent|>×num_latents <|end-latent|> step \n … ### answer <eos>
 
 Of an encoder-decoder the encoder reads the question, and the decoder begins with its start token and the thoughts.
-Training, evaluation, `pipeline` and chat render that template. A vision-language model's processor keeps its own
-layout and adds the latents where the assistant begins to write.
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, compress, takewhile
 
 import torch
 from transformers import BatchFeature
@@ -18,7 +16,6 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import ModelOutput
 
 from .chat_template_mmcoconut import (
-    ANSWER_MARKER,
     MARKERS,
     check_arguments,
     control_tokens_of,
@@ -36,7 +33,7 @@ from .chat_template_mmcoconut import (
     whole_number,
 )
 from .configuration_mmcoconut import IMAGE_TOKEN, LATENT_TOKEN, THOUGHT_TOKENS
-from .images_mmcoconut import flat_images, images_of_each, makes_tiles, without_thumbnails
+from .images_mmcoconut import flat_images, images_of_each, makes_tiles
 
 
 class MMCoconutProcessor(ProcessorMixin):
@@ -46,9 +43,9 @@ class MMCoconutProcessor(ProcessorMixin):
     Args:
         image_processor, tokenizer: of the backbones; the tokenizer must hold the special tokens.
         image_seq_length (`int`): placeholders of one image or tile, `config.image_seq_length` of the model.
-        num_latents (`int`): default number of latents of a prompt, in a trained checkpoint that of its last stage.
+        num_latents (`int`): default latents of a prompt, in a trained checkpoint those of its last stage.
         markers (`str`): `both` (the paper) | `start` | `none`, the markers around the latents.
-        chat_template (`str`): the layout, which `processor_from_backbones` and `processor_from_vlm` write.
+        chat_template (`str`): the layout, as `processor_from_backbones` and `processor_from_vlm` write it.
         image_token (`str`): the placeholder, in the chat template once per image.
         start_image_token, end_image_token (`str`): what frames the placeholders of an image; None is nothing.
         use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
@@ -109,8 +106,9 @@ class MMCoconutProcessor(ProcessorMixin):
         return_tensors = kwargs.pop("return_tensors", None)
         inputs = dict(self.image_processor(images, **kwargs))
         tiles, counts = inputs["pixel_values"], inputs.pop("num_patches")
-        if not self.use_thumbnail:
-            tiles, counts = without_thumbnails(tiles, counts)
+        if not self.use_thumbnail:  # the last tile of an image that has several
+            kept = [place < max(1, count - 1) for count in counts for place in range(count)]
+            tiles, counts = [*compress(tiles, kept)], [max(1, count - 1) for count in counts]
         each = iter(counts)
         inputs = BatchFeature({**inputs, "pixel_values": tiles, "num_tiles": counts}, tensor_type=return_tensors)
         return dict(inputs), [[next(each) for _ in group] for group in groups]
@@ -196,9 +194,7 @@ class MMCoconutProcessor(ProcessorMixin):
         if self.decoder_start_token_id is None:
             return [], prompt
         thought_ids = self.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
-        end = len(prompt)
-        while end > 0 and prompt[end - 1] in thought_ids:
-            end -= 1
+        end = len(prompt) - len([*takewhile(thought_ids.__contains__, reversed(prompt))])
         if any(token in thought_ids for token in prompt[:end]):
             raise ValueError(
                 "The prompt goes on after its thoughts, and an encoder-decoder has them at its end: leave assistant "
@@ -228,10 +224,6 @@ class MMCoconutProcessor(ProcessorMixin):
         """Return the ids of ordinary text: no special tokens are added, and none are read out of it."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    def encode_answer(self, answer: str) -> list[int]:
-        """Return the ids of `### answer`, eos."""
-        return [*self.encode_text(f"{ANSWER_MARKER} {answer}"), self.tokenizer.eos_token_id]
-
     def __call__(
         self, images=None, text=None, *, num_latents=None, history=None, rendered: bool | None = None, **kwargs
     ) -> BatchFeature:
@@ -241,13 +233,12 @@ class MMCoconutProcessor(ProcessorMixin):
             images: one per text, or a list for each text, or all for a single text; see `read_images`.
             text (`str | list[str]`): questions, or prompts of `apply_chat_template(..., tokenize=False)`.
             num_latents (`int | list[int]`): latents before every answer, of all texts or of each; default the saved.
-            history: for each text question and answer of the turns before it, of which the first has the images.
-            rendered: True: the texts are such prompts. False: questions, whose special tokens stay text; pass it for
-                users' texts. None: decide by `is_rendered`; with num_latents or history they are questions.
+            history: question and answer of each text's earlier turns, of which the first has the images.
+            rendered: True: texts are such prompts. False, for texts of users: questions, whose special tokens stay
+                text. None: `is_rendered` decides; with num_latents or history they are questions.
             kwargs: options of the text and of the image processor, flat or in groups; see `split_options`.
 
-        Returns:
-            what pad_prompts and encode_images give. ValueError says what of a call does not fit together.
+        Returns what pad_prompts and encode_images give; ValueError says what of a call does not fit together.
         """
         text_options, image_options = split_options(kwargs, self.image_processor)
         if text is None:

@@ -585,7 +585,7 @@ def test_choices_are_scored_with_the_tiles_of_the_row(pair, tmp_path):
     scores = answerer.choice_log_probs(row)
     inputs = answerer.inputs([row])
     for choice, (score, count) in zip(row["choices"], scores):
-        target = processor.encode_answer(choice)
+        target = encode_target(processor, [], choice)
         ids = torch.cat([inputs["input_ids"], torch.tensor([target])], dim=1)
         pixels = {name: inputs[name] for name in ("pixel_values", "num_tiles")}
         with torch.no_grad():

@@ -157,7 +157,7 @@ def test_answer_follows_the_first_line_that_begins_with_the_marker_or_else_the_l
 
 
 def test_answers_are_decoded_from_targets(processor):
-    targets = [encode_target(processor, ["red", "blue"], "a cube"), processor.encode_answer("red")]
+    targets = [encode_target(processor, ["red", "blue"], "a cube"), encode_target(processor, [], "red")]
     length = max(map(len, targets))
     padded = [ids + [processor.tokenizer.pad_token_id] * (length - len(ids)) for ids in targets]
     assert processor.decode_answers(torch.tensor(padded)) == ["a cube", "red"]
@@ -171,7 +171,7 @@ def test_answers_of_generate_are_decoded_without_their_prompts(make, options, im
     inputs = processor(images=[image] * 2, text=["Which?", QUESTION], return_tensors="pt")
     options = {**options, "max_new_tokens": 4, "return_dict_in_generate": True, "do_sample": False}
     generated = model.generate(**inputs, **options)
-    written = torch.tensor(processor.encode_answer("red")).expand(len(generated.sequences), -1)
+    written = torch.tensor(encode_target(processor, [], "red")).expand(len(generated.sequences), -1)
     prompts = inputs[processor.prompt_names[0]].repeat_interleave(options.get("num_return_sequences", 1), dim=0)
     assert torch.equal(generated.sequences[:, : prompts.shape[1]], prompts)
     generated.sequences = torch.cat([prompts, written], dim=1)
@@ -293,7 +293,7 @@ def test_parts_of_what_a_template_rendered_are_rendered(processor, image):
     prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True, num_latents=2)
     completion = processor.apply_chat_template(messages, num_latents=2)[len(prompt) :]
     ids = processor(text=completion)["input_ids"][0]
-    assert ids == processor.encode_answer("red")
+    assert ids == encode_target(processor, [], "red")
 
 
 COPIES = {
