@@ -125,7 +125,7 @@ def _marked(message: dict) -> dict:
 def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
     """Return a chat of `conversations_of` as text and, if wanted, the spans in it that the assistant writes.
 
-    These are `{% generation %}`, or in a template without it the messages' texts, each with the end token after it.
+    Those are `{% generation %}`, or in a template without it the messages' texts, each with the end token after it.
     """
     options = {**tokenizer.special_tokens_map, **variables, "chat_template": chat_template}
     by_template = with_spans and GENERATION.search(chat_template) is not None
@@ -145,10 +145,8 @@ def rendered_prompts(tokenizer, chat_template: str, chats: list, variables: dict
     """Return chats of `conversations_of` as RenderedPrompts; raise ValueError for control tokens if sanitized."""
     chats, variables = said = quoted([chats, variables], None)
     if sanitized and quoted(said, control_tokens_of(tokenizer, chat_template)) != said:
-        raise ValueError(
-            "A message contains the string of a special token, which rendered text cannot tell from a real one: "
-            "call apply_chat_template with tokenize=True, return_dict=True."
-        )
+        problem = "A message contains the string of a special token, which rendered text cannot tell from a real one"
+        raise ValueError(f"{problem}: call apply_chat_template with tokenize=True, return_dict=True.")
     return [RenderedPrompt(render(tokenizer, chat_template, chat, variables)[0]) for chat in chats]
 
 
@@ -171,10 +169,8 @@ def is_rendered(text: str, processor, is_question: bool) -> bool:
         return True
     if ending and any(token in ending[0] for token in found):
         return True
-    raise ValueError(
-        f"A plain string holds {', '.join(sorted(found))}: pass rendered=True if apply_chat_template wrote it, or "
-        "rendered=False if it is a question, in which they stay text."
-    )
+    problem = f"A plain string holds {', '.join(sorted(found))}: pass rendered=True if apply_chat_template wrote it"
+    raise ValueError(f"{problem}, or rendered=False if it is a question, in which they stay text.")
 
 
 def _encode_piece(tokenizer, text: str, *, follows: bool, **options) -> tuple[list, list]:
@@ -203,9 +199,9 @@ def _encode_quote(tokenizer, token: str, **options) -> tuple[list, list]:
 
 
 def encode_marked(tokenizer, chat: str, spans: Sequence = (), *, follows: bool = False) -> tuple[list, list]:
-    """Return the ids of a chat rendered from `quoted` messages, and 1 at those in the given spans of it, 0 elsewhere.
+    """Return the ids of a chat, or of the end of one that it follows, and 1 at those in the given spans, 0 elsewhere.
 
-    Thoughts are always 0. follows: the chat is the end of a longer one.
+    The chat is rendered from `quoted` messages. Thoughts are always 0.
     """
     ids, mask = [], []
     thought_ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
@@ -290,8 +286,9 @@ def split_options(kwargs: dict, image_processor) -> tuple[dict, dict]:
     return tuple({name: options[name] for name in options if name in names} for names in wanted)
 
 
-def split_chat_options(kwargs: dict, options: dict, template: str, image_processor) -> tuple[dict, dict]:
+def split_chat_options(kwargs: dict, template: str, image_processor) -> tuple[dict, dict]:
     """Return variables of a template, and options of a call, out of what `apply_chat_template` is given."""
+    options = kwargs.pop("processor_kwargs", None) or {}
     groups, given = _groups_of(image_processor), _join(kwargs, options, "processor_kwargs")
     called = {*groups, *groups["common_kwargs"], *options, "num_latents"}
     written = {name for name in given if re.search(rf"\b{re.escape(name)}\b", template)}

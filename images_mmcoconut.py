@@ -177,14 +177,13 @@ def read_images(image):
     return _read_array(image)
 
 
-def _is_stack(images) -> bool:
-    """Return True for an array or tensor of several images."""
-    return is_valid_image(images) and not isinstance(images, Image.Image) and images.ndim == 4
+def _are_several(images) -> bool:
+    return isinstance(images, (list, tuple)) or (is_valid_image(images) and getattr(images, "ndim", 0) == 4)
 
 
 def flat_images(images) -> list:
     """Read an image, or all in nested lists, tuples and arrays, into one flat list; see `read_images`."""
-    if isinstance(images, (list, tuple)) or _is_stack(images):
+    if _are_several(images):
         return [image for group in images for image in flat_images(group)]
     return [read_images(images)]
 
@@ -196,7 +195,7 @@ def images_of_each(images, num_texts: int, shares: Sequence[int] = ()) -> list[l
     """
     if images is None:
         return [[] for _ in range(num_texts)]
-    images = list(images) if isinstance(images, (list, tuple)) or _is_stack(images) else [images]
+    images = list(images) if _are_several(images) else [images]
     if images and all(isinstance(image, (list, tuple)) for image in images):
         groups = [list(group) for group in images]
     elif sum(shares) == len(images):

@@ -149,15 +149,7 @@ class MMCoconutProcessor(ProcessorMixin):
         count = whole_number(self.num_latents if num_latents is None else num_latents)
         return {"num_latents": count, "markers": self.markers}
 
-    def encode_prompt(
-        self,
-        question: str,
-        *,
-        num_images: int = 1,
-        num_latents: int | None = None,
-        num_tiles: Sequence[int] | None = None,
-        history: Sequence[tuple[str, str]] = (),
-    ) -> list[int]:
+    def encode_prompt(self, question: str, *, num_images=1, num_latents=None, num_tiles=None, history=()) -> list[int]:
         """Return the ids of all that comes before the predicted text; strings of special tokens in it are text.
 
         num_tiles: the tiles of each image, as `encode_images` gives them; default: num_images images of one.
@@ -196,10 +188,8 @@ class MMCoconutProcessor(ProcessorMixin):
         thought_ids = self.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
         end = len(prompt) - len([*takewhile(thought_ids.__contains__, reversed(prompt))])
         if any(token in thought_ids for token in prompt[:end]):
-            raise ValueError(
-                "The prompt goes on after its thoughts, and an encoder-decoder has them at its end: leave assistant "
-                "messages out, and pass add_generation_prompt=True."
-            )
+            where = "The prompt goes on after its thoughts, which stand at its end for an encoder-decoder"
+            raise ValueError(f"{where}: leave assistant messages out, and pass add_generation_prompt=True.")
         return [*prompt[:end], self.tokenizer.eos_token_id], [self.decoder_start_token_id, *prompt[end:]]
 
     def pad_prompts(self, prompts: Sequence[list[int]], *, padding_side: str | None = None, **kwargs) -> dict:
@@ -211,10 +201,10 @@ class MMCoconutProcessor(ProcessorMixin):
             side = padding_side or self.tokenizer.padding_side
             return dict(self.tokenizer.pad({"input_ids": list(prompts)}, padding_side=side, **kwargs))
         if padding_side is not None:
-            raise ValueError(
-                f"padding_side={padding_side!r} has no effect: an encoder-decoder's questions are padded on the right "
-                "and what its decoder begins with on the left. Leave it out."
+            sides = (
+                "an encoder-decoder's questions are padded on the right and what its decoder begins with on the left"
             )
+            raise ValueError(f"padding_side={padding_side!r} has no effect: {sides}. Leave it out.")
         encoder, decoder = zip(*map(self.split_prompt, prompts))
         begun = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
         batch = dict(zip(self.prompt_names, begun.values()))
@@ -286,12 +276,10 @@ class MMCoconutProcessor(ProcessorMixin):
         conversation,
         chat_template=None,
         *,
-        num_latents: int | None = None,
         tokenize: bool = False,
         return_dict: bool = False,
         return_assistant_tokens_mask: bool = False,
         sanitize_control_tokens: bool = True,
-        processor_kwargs: dict | None = None,
         **kwargs,
     ):
         """Render chats with this processor's latents and markers; tokenized, control tokens in messages are text.
@@ -302,13 +290,12 @@ class MMCoconutProcessor(ProcessorMixin):
             return_dict: True gives what a call gives, False the ids of each chat, also of a single one.
             return_assistant_tokens_mask: also `assistant_masks`, 1 at what the assistant writes; see `render`.
             sanitize_control_tokens: False reads control tokens in messages as such.
-            processor_kwargs: options of a call; also `images` (a list for each chat), if messages only place them.
-            kwargs: variables of the template, `add_generation_prompt`, `tools`, …; also options of a call.
+            kwargs: `num_latents`; variables of the template, `add_generation_prompt`, `tools`, …; options of a call,
+                also in `processor_kwargs`, there with `images` (a list for each chat) if messages only place them.
         """
         chats, groups, is_batch = conversations_of(conversation)
-        template, given = chat_template or self.chat_template, processor_kwargs or {}
-        kwargs |= {} if num_latents is None else {"num_latents": num_latents}
-        variables, options = split_chat_options(kwargs, given, template, self.image_processor)
+        template = chat_template or self.chat_template
+        variables, options = split_chat_options(kwargs, template, self.image_processor)
         variables |= self.layout(options.pop("num_latents", None))
         groups = images_of_each(options.pop("images"), len(chats)) if "images" in options else groups
         text_options, image_options = split_options(options, self.image_processor)
@@ -337,10 +324,8 @@ class MMCoconutProcessor(ProcessorMixin):
             prompts = torch.as_tensor(inputs[self.prompt_names[0]], device=ids.device)  # (B, P)
             begun, ids = ids[:, : prompts.shape[1]], ids[:, prompts.shape[1] :]
             if not torch.equal(begun, prompts.repeat_interleave(len(ids) // len(prompts), dim=0)):
-                raise ValueError(
-                    f"{len(ids)} generated rows do not begin with the {len(prompts)} prompts of {prompts.shape[1]} "
-                    "tokens in the inputs: give what generate returned and the inputs of that call."
-                )
+                found = f"{len(ids)} generated rows do not begin with the {len(prompts)} prompts of {prompts.shape[1]}"
+                raise ValueError(f"{found} tokens in the inputs: give what generate returned and its own inputs.")
         return [parse_answer(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
