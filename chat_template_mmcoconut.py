@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_mmcoconut import THOUGHT_TOKENS
+from .configuration_mmcoconut import LATENT_TOKEN, THOUGHT_TOKENS
 
 
 ANSWER_MARKER = "###"
@@ -156,15 +156,14 @@ def is_rendered(text: str, processor, is_question: bool) -> bool:
     Such an end has complete thoughts and control tokens. Image tokens alone are rendered too: serving engines measure
     images so. Another plain string with control tokens, unless it is known to be a question, raises ValueError.
     """
-    tokenizer, chat_template, markers = processor.tokenizer, processor.chat_template, processor.markers
+    tokenizer, chat_template = processor.tokenizer, processor.chat_template
     found = set(control_tokens_of(tokenizer, chat_template).findall(text))
     if isinstance(text, RenderedPrompt) or is_question or not found:
         return isinstance(text, RenderedPrompt)
-    layout = {"markers": "none", "num_latents": 0, "add_generation_prompt": True}
+    layout = {**processor.layout(1), "add_generation_prompt": True}
     prompt, _ = render(tokenizer, chat_template, [user_message(SAMPLE)], layout)
-    latent, start, end = map(re.escape, THOUGHT_TOKENS)
-    thoughts = f"{start * (markers != 'none')}(?:{latent})*{end * (markers == 'both')}"
-    ending = re.search(rf"{re.escape(prompt.rpartition(SAMPLE)[2])}{thoughts}\Z", text)
+    latent, ending = re.escape(LATENT_TOKEN), re.escape(prompt.rpartition(SAMPLE)[2])
+    ending = re.search(rf"{ending.replace(latent, f'(?:{latent})*')}\Z", text)
     if found == {processor.image_token} and (ending or not text.replace(processor.image_token, "")):
         return True
     if ending and any(token in ending[0] for token in found):

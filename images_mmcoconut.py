@@ -29,8 +29,8 @@ REMEDY = "replace the image"
 KINDS = "a path, a URL (http://, https://, data:), base64 text of a file, a PIL image, an array or a tensor"
 URL_TIMEOUT = 60  # seconds without an answer
 LONGEST_TEXT_SHOWN = 500  # characters; longer text is base64 and not a path
-# What Pillow raises on images that are too large, and its decoders on damaged bytes.
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# What Pillow's decoders raise on damaged bytes.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 REASONS = (  # the first whose errors match
     (TOO_LARGE, "{error} Over the limit of {limit} pixels: make the picture smaller, or "),
@@ -69,10 +69,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a copy of an image as RGB, upright as the camera meant it, transparency over white.
-
-    Mode F and integers beyond 16 bits raise ValueError: their white is unknown.
-    """
+    """Return a copy as RGB, upright, transparency over white; raise ValueError if white is unknown (32 bits)."""
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("mode F (floats) does not say which value is white: save it with 8 or 16 bits")
@@ -93,8 +90,8 @@ def open_file(path: str | os.PathLike, where: str, remedy: str = REMEDY) -> Bina
 def decode_image(source: BinaryIO, where: str, remedy: str = REMEDY) -> Image.Image:
     """Decode the bytes of an image file as upright RGB; of an animation, the first frame.
 
-    UnreadableImageError names the image by `where`, such as its path, and the remedy. The size is checked against
-    MAX_IMAGE_PIXELS before any pixel is decoded.
+    Raise UnreadableImageError, which names the image by `where`, such as its path, and the remedy. The limit of
+    MAX_IMAGE_PIXELS is checked before any pixel is decoded.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, so cut pictures are filled up; set it to False")
@@ -122,11 +119,9 @@ def _read_text(text: str) -> Image.Image:
     try:
         content = _content_of(text) if is_url else base64.b64decode("".join(text.split()), validate=True)
     except (OSError, HTTPException, ValueError) as error:
-        fetched, decoded = (
-            f"cannot be fetched ({error}); check the address, or",
-            "there is no such file, and no base64 text;",
-        )
-        raise UnreadableImageError(f"{where}: {fetched if is_url else decoded} give {KINDS}") from error
+        missing = "there is no such file, and it is no base64 text;"
+        problem = f"cannot be fetched ({error}); check the address, or" if is_url else missing
+        raise UnreadableImageError(f"{where}: {problem} give {KINDS}") from error
     if is_url:
         return decode_image(io.BytesIO(content), where)
     return decode_image(io.BytesIO(content), f"{where} (no such file, so it was read as base64 text)", f"give {KINDS}")
@@ -136,13 +131,12 @@ def _read_array(image):
     """Return an array or tensor of one image as the image processor takes it, or as RGB."""
     kind, shape = str(image.dtype).removeprefix("torch."), tuple(image.shape)
     is_whole = kind in ("uint8", "uint16", "bool")
-    ends = {2: (1,), 3: (shape[-1], shape[0])}.get(image.ndim, ())  # channels stand behind or in front
+    ends = {2: (1,), 3: shape[::-2]}.get(image.ndim, ())  # channels stand behind or in front
     channels = 3 if 3 in ends else next((end for end in ends if end in (1, 2, 4)), None)
     if channels is None or (channels in (2, 4) and not is_whole):
-        raise UnreadableImageError(
-            f"array of shape {shape} and type {kind}: is no image; give (height, width), (height, width, channels) or "
-            "(channels, height, width) with 1 or 3 channels, or of uint8, uint16 or bool with alpha too"
-        )
+        forms = "(height, width), (height, width, channels) or (channels, height, width)"
+        problem = f"array of shape {shape} and type {kind}: is no image; give {forms} with 1 or 3 channels"
+        raise UnreadableImageError(f"{problem}, or of uint8, uint16 or bool with alpha too")
     if not is_whole:
         return image[:, :, None] if image.ndim == 2 else image
     if channels == 3 and kind == "uint8":

@@ -37,8 +37,7 @@ from .images_mmcoconut import flat_images, images_of_each, makes_tiles
 
 
 class MMCoconutProcessor(ProcessorMixin):
-    r"""
-    A tokenizer and an image processor under the layout of this file.
+    """A tokenizer and an image processor under the layout of this file.
 
     Args:
         image_processor, tokenizer: of the backbones; the tokenizer must hold the special tokens.
@@ -51,8 +50,7 @@ class MMCoconutProcessor(ProcessorMixin):
         use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
         decoder_start_token_id (`int`): what an encoder-decoder's decoder begins with; None for a decoder alone.
 
-    Raises:
-        ValueError: a tokenizer without the special tokens; unknown `markers`, `num_latents` or arguments.
+    Raise ValueError for a tokenizer without the special tokens and unknown `markers`, `num_latents` or arguments.
     """
 
     def __init__(
@@ -259,8 +257,7 @@ class MMCoconutProcessor(ProcessorMixin):
         """Make a batch of prompts and pixels under options of the text; masks: 1 at what the assistant writes."""
         longest = max(len(part) for prompt in input_ids for part in self.split_prompt(prompt))
         options = padding_options(options, self.tokenizer, num_rows=len(input_ids), longest=longest)
-        names = ("return_tensors", "return_mm_token_type_ids")
-        return_tensors, with_types = (options.pop(name, None) for name in names)
+        return_tensors, with_types = options.pop("return_tensors", None), options.pop("return_mm_token_type_ids", None)
         batch = self.pad_prompts(input_ids, **options)
         if masks:
             is_left = (options.get("padding_side") or self.tokenizer.padding_side) == "left"
