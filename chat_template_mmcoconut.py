@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import SupportsIndex
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -232,13 +233,10 @@ def parse_answer(text: str) -> str:
 
 def whole_number(num_latents) -> int:
     """Return a number of latents, an integer of any type but bool, as an int; raise ValueError for another value."""
-    try:
-        number = -1 if isinstance(num_latents, bool) else operator.index(num_latents)
-    except TypeError:
-        number = -1
-    if number < 0:
+    is_whole = isinstance(num_latents, SupportsIndex) and not isinstance(num_latents, bool)
+    if not is_whole or operator.index(num_latents) < 0:
         raise ValueError(f"num_latents={num_latents!r} is no number of latents: give a whole one from 0 on.")
-    return number
+    return operator.index(num_latents)
 
 
 def check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
@@ -290,10 +288,10 @@ def split_chat_options(kwargs: dict, template: str, image_processor) -> tuple[di
     options = kwargs.pop("processor_kwargs", None) or {}
     groups, given = _groups_of(image_processor), _join(kwargs, options, "processor_kwargs")
     called = {*groups, *groups["common_kwargs"], *options, "num_latents"}
-    written = {name for name in given if re.search(rf"\b{re.escape(name)}\b", template)}
-    check_names(given, "option of apply_chat_template", called | written | set(RENDER_OPTIONS), CHAT_ARGUMENTS)
-    variables = {name: value for name, value in given.items() if name not in called}
-    return variables, {name: value for name, value in given.items() if name in called}
+    variables = {name: given[name] for name in given if name not in called}
+    written = {name for name in variables if re.search(rf"\b{re.escape(name)}\b", template)}
+    check_names(variables, "option of apply_chat_template", {*RENDER_OPTIONS, *written}, {*called, *CHAT_ARGUMENTS})
+    return variables, {name: given[name] for name in given if name in called}
 
 
 def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> dict:
