@@ -1,4 +1,4 @@
-"""The layout as a chat template, chats as ids in which user text never becomes a control token, and a call's options.
+"""Chats as ids in which user text never becomes a control token, and the options of a processor's call.
 
 A chat is rendered with marks around each string in it that is a control token of the tokenizer, which is then encoded
 as text. The marks are code points that stand for no character in Unicode, and are taken out of messages before.
@@ -10,10 +10,11 @@ import operator
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
+from typing import SupportsIndex
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .configuration_mmcoconut import THOUGHT_TOKENS
+from .configuration_mmcoconut import LATENT_TOKEN, THOUGHT_TOKENS
 
 
 ANSWER_MARKER = "###"
@@ -23,20 +24,6 @@ GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
 IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # under these a part of a message holds its image
 MARKERS = ("both", "start", "none")
-SET_THOUGHTS = (
-    "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
-    " ~ '<|latent|>' * (num_latents | default(0))"
-    " ~ ('<|end-latent|>' if markers | default('both') == 'both' else '') -%}"
-)
-CHAT_TEMPLATE = (
-    SET_THOUGHTS + "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
-    "{%- for part in content -%}{{- '<image>' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}"
-    "{%- endif -%}{%- endmacro -%}{{- BOS -}}"
-    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
-    "{{- thoughts -}}{%- generation -%}{{- said(message['content']) ~ eos_token -}}{%- endgeneration -%}"
-    "{%- else -%}{{- said(message['content']) ~ '\n' -}}{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- thoughts -}}{%- endif -%}"
-)
 TEXT_OPTIONS = ("return_tensors", "padding", "max_length", "pad_to_multiple_of", "padding_side", "truncation")
 TEXT_OPTIONS += ("return_mm_token_type_ids", "return_attention_mask")
 CALL_OPTIONS = ("images", "text", "num_latents", "history", "rendered")
@@ -60,11 +47,6 @@ class RenderedPrompt(str):
         return RenderedPrompt(other + str(self))
 
 
-def starts_with_bos(tokenizer) -> bool:
-    """Return True if this tokenizer puts its bos token in front of a text (Llama does, GPT-2 and Qwen2 do not)."""
-    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-
-
 def user_message(text: str, num_images: int = 0) -> dict:
     return {"role": "user", "content": [{"type": "image"}] * num_images + [{"type": "text", "text": text}]}
 
@@ -83,14 +65,13 @@ def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: i
 def conversations_of(conversation) -> tuple[list[list[dict]], list[list], bool]:
     """Return chats whose images are only places, the images of each, and True if there were several chats."""
     is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
-    chats, images = list(conversation) if is_batch else [conversation], []
-    for number, chat in enumerate(chats):
+    chats, images = [], []
+    for chat in conversation if is_batch else [conversation]:
         if not chat or not all(isinstance(message, dict) and "role" in message for message in chat):
             kinds = ", ".join(sorted({type(message).__name__ for message in chat})) or "none"
-            form = "a list of {'role': …, 'content': …}, with at least one"
-            raise ValueError(f"A chat has messages of type {kinds}: give each chat as {form}.")
+            raise ValueError(f"A chat has messages of type {kinds}: give each chat as a list of dicts with a role.")
         images.append([])
-        chats[number] = [_without_images(message, images[-1]) for message in chat]
+        chats.append([_without_images(message, images[-1]) for message in chat])
     return chats, images, is_batch
 
 
@@ -134,21 +115,18 @@ def quoted(value, tokens: re.Pattern | None):
 
 def _marked(message: dict) -> dict:
     """Return a message with marks around every text of it that the assistant writes."""
-    mark, content = "{}".join(WRITTEN).format, message["content"]
     if message["role"] != "assistant":
         return message
-    if isinstance(content, str):
-        return {**message, "content": mark(content)}
-    return {
-        **message,
-        "content": [{**part, "text": mark(part["text"])} if "text" in part else part for part in content],
-    }
+    mark, content = "{}".join(WRITTEN).format, message["content"]
+    if not isinstance(content, str):
+        marked = [{**part, "text": mark(part["text"])} if "text" in part else part for part in content]
+    return {**message, "content": mark(content) if isinstance(content, str) else marked}
 
 
 def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
-    """Return a chat of `conversations_of` as text and, if wanted, where in it what the assistant writes stands.
+    """Return a chat of `conversations_of` as text and, if wanted, the spans in it that the assistant writes.
 
-    That is `{% generation %}`, or in a template without it the messages' texts and an end token behind them.
+    Those are `{% generation %}`, or in a template without it the messages' texts, each with the end token after it.
     """
     options = {**tokenizer.special_tokens_map, **variables, "chat_template": chat_template}
     by_template = with_spans and GENERATION.search(chat_template) is not None
@@ -164,68 +142,56 @@ def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: d
     return text, [(start, end + len(eos) * text.startswith(eos, end)) for start, end in zip(ends[:-1:2], ends[1::2])]
 
 
-def rendered_prompt(tokenizer, chat_template: str, chat: Sequence[dict], variables: dict, *, sanitized: bool):
-    """Return a chat of `conversations_of` as a RenderedPrompt; raise ValueError for a control token, if sanitized."""
-    said = quoted([chat, variables], None)
+def rendered_prompts(tokenizer, chat_template: str, chats: list, variables: dict, *, sanitized: bool) -> list:
+    """Return chats of `conversations_of` as RenderedPrompts; raise ValueError for control tokens if sanitized."""
+    chats, variables = said = quoted([chats, variables], None)
     if sanitized and quoted(said, control_tokens_of(tokenizer, chat_template)) != said:
-        raise ValueError(
-            "A message contains the string of a special token, which rendered text cannot tell from a real one: "
-            "call apply_chat_template with tokenize=True, return_dict=True."
-        )
-    return RenderedPrompt(render(tokenizer, chat_template, *said)[0])
+        problem = "A message contains the string of a special token, which rendered text cannot tell from a real one"
+        raise ValueError(f"{problem}: call apply_chat_template with tokenize=True, return_dict=True.")
+    return [RenderedPrompt(render(tokenizer, chat_template, chat, variables)[0]) for chat in chats]
 
 
-def is_rendered(
-    text: str, tokenizer, chat_template: str, *, markers: str, image_token: str, is_question: bool = False
-) -> bool:
-    """Return True for a RenderedPrompt, and a plain string that ends as the template begins an answer.
+def is_rendered(text: str, processor, is_question: bool) -> bool:
+    """Return True for a RenderedPrompt, and a plain string that ends as the processor's template begins an answer.
 
-    Such an end has complete thoughts, and there are control tokens in it. Image tokens alone are rendered too: serving
-    engines measure images so. Another plain string with control tokens must be known to be a question.
+    Such an end has complete thoughts and control tokens. Image tokens alone are rendered too: serving engines measure
+    images so. Another plain string with control tokens, unless it is known to be a question, raises ValueError.
     """
+    tokenizer, chat_template = processor.tokenizer, processor.chat_template
     found = set(control_tokens_of(tokenizer, chat_template).findall(text))
     if isinstance(text, RenderedPrompt) or is_question or not found:
         return isinstance(text, RenderedPrompt)
-    layout = {"markers": "none", "num_latents": 0, "add_generation_prompt": True}
+    layout = {**processor.layout(1), "add_generation_prompt": True}
     prompt, _ = render(tokenizer, chat_template, [user_message(SAMPLE)], layout)
-    latent, start, end = map(re.escape, THOUGHT_TOKENS)
-    thoughts = f"{start * (markers != 'none')}(?:{latent})*{end * (markers == 'both')}"
-    ending = re.search(rf"{re.escape(prompt.rpartition(SAMPLE)[2])}{thoughts}\Z", text)
-    if found == {image_token} and (ending or not text.replace(image_token, "")):
+    latent, ending = re.escape(LATENT_TOKEN), re.escape(prompt.rpartition(SAMPLE)[2])
+    ending = re.search(rf"{ending.replace(latent, f'(?:{latent})*')}\Z", text)
+    if found == {processor.image_token} and (ending or not text.replace(processor.image_token, "")):
         return True
     if ending and any(token in ending[0] for token in found):
         return True
-    raise ValueError(
-        f"A plain string holds {', '.join(sorted(found))}: pass rendered=True if apply_chat_template wrote it, or "
-        "rendered=False if it is a question, in which they stay text."
-    )
+    problem = f"A plain string holds {', '.join(sorted(found))}: pass rendered=True if apply_chat_template wrote it"
+    raise ValueError(f"{problem}, or rendered=False if it is a question, in which they stay text.")
 
 
-def _encode_piece(
-    tokenizer, text: str, *, follows: bool, with_spans: bool, as_text: bool = False
-) -> tuple[list, list]:
-    """Return the ids of a piece of a chat and, if wanted, where each begins and ends in it.
-
-    as_text: control tokens in it are text. follows: it stands behind another piece, so it is encoded behind a line
-    break, before which SentencePiece adds its space.
-    """
-    front = "\n" if follows else ""
-    options = {"add_special_tokens": False, "split_special_tokens": as_text, "return_offsets_mapping": with_spans}
-    encoded, breaks = tokenizer(front + text, **options), tokenizer(front, add_special_tokens=False)["input_ids"]
-    ids, skipped = encoded["input_ids"], len(breaks)
-    if ids[:skipped] != breaks:
-        return _encode_piece(tokenizer, text, follows=False, with_spans=with_spans, as_text=as_text)
-    spans = encoded["offset_mapping"] if with_spans else [(0, 0)] * len(ids)
-    return ids[skipped:], [(start - len(front), end - len(front)) for start, end in spans[skipped:]]
+def _encode_piece(tokenizer, text: str, *, follows: bool, **options) -> tuple[list, list]:
+    """Return the ids of a piece of a chat, and where each begins and ends in it if the options ask for offsets."""
+    front = "\n" if follows else ""  # SentencePiece adds its space before this, and not before a piece that follows
+    encoded = tokenizer(front + text, add_special_tokens=False, **options)
+    ids, breaks = encoded["input_ids"], tokenizer(front, add_special_tokens=False)["input_ids"]
+    if ids[: len(breaks)] != breaks:
+        return _encode_piece(tokenizer, text, follows=False, **options)
+    spans = encoded.get("offset_mapping", [(0, 0)] * len(ids))[len(breaks) :]
+    return ids[len(breaks) :], [(start - len(front), end - len(front)) for start, end in spans]
 
 
-def _encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> tuple[list, list]:
+def _encode_quote(tokenizer, token: str, **options) -> tuple[list, list]:
     """Encode the string of a control token as text; one that is not special is found in text, not in its halves."""
-    options, token_id = {"with_spans": with_spans, "as_text": True}, tokenizer.convert_tokens_to_ids(token)
-    ids, spans = _encode_piece(tokenizer, token, follows=follows, **options)
+    options |= {"split_special_tokens": True}
+    token_id = tokenizer.convert_tokens_to_ids(token)
+    ids, spans = _encode_piece(tokenizer, token, **options)
     if token_id in ids:
-        ids, spans = _encode_piece(tokenizer, token[:1], follows=follows, **options)
-        rest, rest_spans = _encode_piece(tokenizer, token[1:], follows=True, **options)
+        ids, spans = _encode_piece(tokenizer, token[:1], **options)
+        rest, rest_spans = _encode_piece(tokenizer, token[1:], **{**options, "follows": True})
         ids, spans = ids + rest, spans + [(start + 1, end + 1) for start, end in rest_spans]
     if token_id in ids:
         raise ValueError(f"A message holds {token!r}, which this tokenizer cannot read as text: leave it out.")
@@ -233,18 +199,19 @@ def _encode_quote(tokenizer, token: str, *, follows: bool, with_spans: bool) -> 
 
 
 def encode_marked(tokenizer, chat: str, spans: Sequence = (), *, follows: bool = False) -> tuple[list, list]:
-    """Return the ids of a chat rendered from `quoted` messages, and 1 at those that lie in the given spans of it.
+    """Return the ids of a chat, or of the end of one that it follows, and 1 at those in the given spans, 0 elsewhere.
 
-    Thoughts are no text of anybody: 0. follows: the chat is the end of a longer one.
+    The chat is rendered from `quoted` messages. Thoughts are always 0.
     """
     ids, mask = [], []
     thought_ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
+    options = {"split_special_tokens": False, "return_offsets_mapping": bool(spans)}
     for piece in re.finditer(f"[^{''.join(QUOTES)}]+", chat):
         begins, ends = piece.span()
         # A mark whose partner a template cut off, as by taking only what follows a token, quotes nothing.
         is_quote = (chat[max(begins - 1, 0) : begins], chat[ends : ends + 1]) == QUOTES
         encode = _encode_quote if is_quote and piece[0] in tokenizer.get_added_vocab() else _encode_piece
-        piece_ids, places = encode(tokenizer, piece[0], follows=follows or bool(ids), with_spans=bool(spans))
+        piece_ids, places = encode(tokenizer, piece[0], follows=follows or bool(ids), **options)
         ids += piece_ids
         for token_id, (start, end) in zip(piece_ids, places):
             is_inside = any(begins + start < last and begins + end > first for first, last in spans)
@@ -255,12 +222,8 @@ def encode_marked(tokenizer, chat: str, spans: Sequence = (), *, follows: bool =
 def parse_answer(text: str) -> str:
     """Return the text after the first line that begins with `###`, else after the last `###`, else ''.
 
-    An answer may hold `###` itself, except at its beginning, where a marker that is written twice counts once.
-
-    >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("red")
-    ('red', 'red', '')
-    >>> parse_answer("### 48+24=72 #### 72")
-    '48+24=72 #### 72'
+    >>> parse_answer("B2\\n### red"), parse_answer("B2 ### red"), parse_answer("### 24+24=48 ### 48")
+    ('red', 'red', '24+24=48 ### 48')
     """
     line = ANSWER_LINE.search(text)
     if line is not None:
@@ -268,15 +231,12 @@ def parse_answer(text: str) -> str:
     return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
 
 
-def whole_number(value) -> int:
+def whole_number(num_latents) -> int:
     """Return a number of latents, an integer of any type but bool, as an int; raise ValueError for another value."""
-    try:
-        number = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = -1
-    if number < 0:
-        raise ValueError(f"num_latents={value!r} is no number of latents: give a whole one from 0 on.")
-    return number
+    is_whole = isinstance(num_latents, SupportsIndex) and not isinstance(num_latents, bool)
+    if not is_whole or operator.index(num_latents) < 0:
+        raise ValueError(f"num_latents={num_latents!r} is no number of latents: give a whole one from 0 on.")
+    return operator.index(num_latents)
 
 
 def check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
@@ -294,45 +254,44 @@ def check_arguments(cls, kwargs: Iterable[str], *others: str) -> None:
     check_names(kwargs, f"argument of {cls.__name__}", known, others)
 
 
-def _join(options: dict, others: dict, group: str) -> dict:
+def _join(options: dict, others: dict | None, group: str = "") -> dict:
     """Return options, and others out of a group, without those that ask for nothing; refuse a name in both."""
-    for name in options.keys() & others.keys():
+    joined = {**options, **(others or {})}
+    if len(joined) < len(options) + len(others or {}):
+        name = min(options.keys() & others.keys())
         raise ValueError(f"{name} is given twice, by itself and in {group}: give it once.")
-    joined = {**options, **others}
     idle = [name for name in NEUTRAL if joined.get(name) is None or joined[name] is False]
     return {name: value for name, value in joined.items() if name not in idle}
 
 
-def _known_options(image_processor) -> dict[str, set[str]]:
-    """Return the names of options that a call may have flat ("") and in each group."""
-    of_images = {*image_processor.valid_kwargs.__annotations__, "return_tensors"}
-    both = of_images | set(TEXT_OPTIONS)
-    return {"": both, "text_kwargs": set(TEXT_OPTIONS), "images_kwargs": of_images, "common_kwargs": both}
+def _groups_of(image_processor) -> dict[str, set[str]]:
+    """Return the names of options in each group; flat ones may be any of `common_kwargs`."""
+    text, images = set(TEXT_OPTIONS), {*image_processor.valid_kwargs.__annotations__, "return_tensors"}
+    return {"text_kwargs": text, "images_kwargs": images, "common_kwargs": text | images}
 
 
 def split_options(kwargs: dict, image_processor) -> tuple[dict, dict]:
     """Return options of the text and of the image processor: flat ones, then those in groups, last `common_kwargs`."""
-    known, options = _known_options(image_processor), {}
-    groups = {group: kwargs.get(group) or {} for group in known}
-    groups[""] = {name: value for name, value in kwargs.items() if name not in known}
-    for group, names in known.items():
-        given = _join({}, groups[group], group)
-        check_names(given, "option of the processor", names, () if group else CALL_OPTIONS)
+    groups, what = _groups_of(image_processor), "option of the processor"
+    options = _join({}, {name: value for name, value in kwargs.items() if name not in groups})
+    check_names(options, what, groups["common_kwargs"], CALL_OPTIONS)
+    for group, names in groups.items():
+        given = _join({}, kwargs.get(group))
+        check_names(given, what, names)
         options = {**given, **options} if group == "common_kwargs" else _join(options, given, group)
-    return tuple(
-        {name: value for name, value in options.items() if name in known[group]}
-        for group in ("text_kwargs", "images_kwargs")
-    )
+    wanted = (groups["text_kwargs"], groups["images_kwargs"])
+    return tuple({name: options[name] for name in options if name in names} for names in wanted)
 
 
-def split_chat_options(kwargs: dict, options: dict, template: str, image_processor) -> tuple[dict, dict]:
+def split_chat_options(kwargs: dict, template: str, image_processor) -> tuple[dict, dict]:
     """Return variables of a template, and options of a call, out of what `apply_chat_template` is given."""
-    known, given = _known_options(image_processor), _join(kwargs, options, "processor_kwargs")
-    called = {*known, *known[""], *options, "num_latents"}
-    written = {name for name in given if re.search(rf"\b{re.escape(name)}\b", template)}
-    check_names(given, "option of apply_chat_template", called | written | set(RENDER_OPTIONS), CHAT_ARGUMENTS)
-    variables = {name: value for name, value in given.items() if name not in called}
-    return variables, {name: value for name, value in given.items() if name in called}
+    options = kwargs.pop("processor_kwargs", None) or {}
+    groups, given = _groups_of(image_processor), _join(kwargs, options, "processor_kwargs")
+    called = {*groups, *groups["common_kwargs"], *options, "num_latents"}
+    variables = {name: given[name] for name in given if name not in called}
+    written = {name for name in variables if re.search(rf"\b{re.escape(name)}\b", template)}
+    check_names(variables, "option of apply_chat_template", {*RENDER_OPTIONS, *written}, {*called, *CHAT_ARGUMENTS})
+    return variables, {name: given[name] for name in given if name in called}
 
 
 def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> dict:
@@ -346,19 +305,19 @@ def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> d
     padding = options.setdefault("padding", num_rows > 1 or multiple is not None)
     truncation, limit = options.pop("truncation", None), options.get("max_length") or tokenizer.model_max_length
     is_limited = padding == "max_length" or truncation not in (None, False, "do_not_truncate")
-    problem = None
-    if given.get("max_length") is not None and not is_limited:
-        problem = f"max_length={limit} has no effect alone: add padding='max_length', or truncation=True"
-    elif given.get("pad_to_multiple_of") is not None and padding in (False, "do_not_pad"):
-        problem = f"pad_to_multiple_of={multiple} has no effect with padding={padding!r}: leave one out"
-    elif side not in (None, "left", "right"):
-        problem = f"padding_side={side!r} is not one of left, right: set padding_side to one of them"
-    elif padding == "max_length" and limit >= LARGEST_LENGTH:
-        problem = "padding='max_length' needs max_length, and the tokenizer has none: set it"
-    elif is_limited and limit >= LARGEST_LENGTH:
-        problem = f"truncation={truncation!r} could cut images or thoughts: leave it out, or set max_length"
-    elif is_limited and longest > limit:
-        problem = f"Nothing is cut out of a prompt of {longest} tokens, and max_length is {limit}: shorten the text"
-    if problem is not None:
-        raise ValueError(f"{problem}.")
+    is_over = is_limited and longest > limit
+    is_endless = is_limited and limit >= LARGEST_LENGTH
+    is_alone = given.get("max_length") is not None and not is_limited
+    is_idle = given.get("pad_to_multiple_of") is not None and padding in (False, "do_not_pad")
+    problems = (
+        (is_alone, f"max_length={limit} has no effect alone: add padding='max_length', or truncation=True"),
+        (is_idle, f"pad_to_multiple_of={multiple} has no effect with padding={padding!r}: leave one out"),
+        (side not in (None, "left", "right"), f"padding_side={side!r} is not one of left, right: choose one of them"),
+        (is_endless and padding == "max_length", "padding='max_length' needs max_length, which nothing sets: set it"),
+        (is_endless, f"truncation={truncation!r} could cut images or thoughts: leave it out, or set max_length"),
+        (is_over, f"Nothing is cut out of a prompt of {longest} tokens, and max_length is {limit}: shorten the text"),
+    )
+    for is_met, problem in problems:
+        if is_met:
+            raise ValueError(f"{problem}.")
     return {name: value for name, value in options.items() if name != "max_length" or padding == "max_length"}

@@ -183,8 +183,8 @@ def num_placeholders(config, num_patches: int) -> int:
         side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
         if side**2 != num_patches or side % factor:
             raise ValueError(
-                f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no square "
-                f"with a side that {factor} divides: choose another image_size, downsample_ratio or "
+                f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no "
+                f"square with a side that {factor} divides: choose another image_size, downsample_ratio or "
                 "vision_feature_select_strategy."
             )
         num_patches = (side // factor) ** 2

@@ -1,16 +1,14 @@
 """Processor of MMCoconut: questions and images → input_ids with image and latent placeholders, and answers back.
 
-One sequence layout, written once, in the chat template:
+One sequence layout, written once, in the chat template; a vision-language model's has the latents added to it:
 
-    [<image>…] question \\n <|start-latent|> <|latent|>×num_latents <|end-latent|> step \\n … ### answer <eos>
+    [<image>…] question \n <|start-latent|> <|latent|>×num_latents <|end-latent|> step \n … ### answer <eos>
 
 Of an encoder-decoder the encoder reads the question, and the decoder begins with its start token and the thoughts.
-Training, evaluation, `pipeline` and chat all render that template, so that they cannot differ. A vision-language
-model's processor keeps its own layout, and adds the latents where the assistant begins to write.
 """
 
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, compress, takewhile
 
 import torch
 from transformers import BatchFeature
@@ -18,8 +16,6 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from transformers.utils import ModelOutput
 
 from .chat_template_mmcoconut import (
-    ANSWER_MARKER,
-    CHAT_TEMPLATE,
     MARKERS,
     check_arguments,
     control_tokens_of,
@@ -31,33 +27,30 @@ from .chat_template_mmcoconut import (
     parse_answer,
     quoted,
     render,
-    rendered_prompt,
+    rendered_prompts,
     split_chat_options,
     split_options,
-    starts_with_bos,
     whole_number,
 )
-from .configuration_mmcoconut import END_LATENT_TOKEN, IMAGE_TOKEN, LATENT_TOKEN, START_LATENT_TOKEN, THOUGHT_TOKENS
-from .images_mmcoconut import flat_images, images_of_each, makes_tiles, without_thumbnails
+from .configuration_mmcoconut import IMAGE_TOKEN, LATENT_TOKEN, THOUGHT_TOKENS
+from .images_mmcoconut import flat_images, images_of_each, makes_tiles
 
 
 class MMCoconutProcessor(ProcessorMixin):
-    r"""
-    A tokenizer and an image processor under the layout of this file.
+    """A tokenizer and an image processor under the layout of this file.
 
     Args:
         image_processor, tokenizer: of the backbones; the tokenizer must hold the special tokens.
         image_seq_length (`int`): placeholders of one image or tile, `config.image_seq_length` of the model.
-        num_latents (`int`): latents of a prompt where a call does not say otherwise; a trained checkpoint carries the
-            number of its last stage.
-        markers (`str`): `both` (the paper) | `start` | `none`, which markers stand around the latents.
+        num_latents (`int`): default latents of a prompt, in a trained checkpoint those of its last stage.
+        markers (`str`): `both` (the paper) | `start` | `none`, the markers around the latents.
+        chat_template (`str`): the layout, as `processor_from_backbones` and `processor_from_vlm` write it.
         image_token (`str`): the placeholder, in the chat template once per image.
         start_image_token, end_image_token (`str`): what frames the placeholders of an image; None is nothing.
         use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
-        decoder_start_token_id (`int`): of an encoder-decoder, what its decoder begins with; None for a decoder alone.
+        decoder_start_token_id (`int`): what an encoder-decoder's decoder begins with; None for a decoder alone.
 
-    Raises:
-        ValueError: a tokenizer without the special tokens; unknown `markers`, `num_latents` or arguments.
+    Raise ValueError for a tokenizer without the special tokens and unknown `markers`, `num_latents` or arguments.
     """
 
     def __init__(
@@ -75,16 +68,16 @@ class MMCoconutProcessor(ProcessorMixin):
         decoder_start_token_id: int | None = None,
         **kwargs,
     ):
-        frame = [token for token in (start_image_token, end_image_token) if token is not None]
-        missing = [token for token in (image_token, *THOUGHT_TOKENS, *frame) if token not in tokenizer.get_vocab()]
+        check_arguments(type(self), kwargs)
+        wanted = (image_token, *THOUGHT_TOKENS, start_image_token, end_image_token)
+        missing = sorted({*wanted} - {None, *tokenizer.get_vocab()}, key=wanted.index)
+        remedy = "build the processor with processor_from_backbones or processor_from_vlm"
         if missing:
-            raise ValueError(
-                f"The tokenizer lacks the special tokens {', '.join(missing)}: build model and tokenizer with "
-                "from_backbones or from_vlm, which add them and grow the embeddings."
-            )
+            raise ValueError(f"The tokenizer lacks the special tokens {', '.join(missing)}: {remedy}, which add them.")
+        if chat_template is None:
+            raise ValueError(f"chat_template is None: {remedy}, which write one.")
         if markers not in MARKERS:
             raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
-        check_arguments(type(self), kwargs)
         # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from the question's.
         tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
         self.image_seq_length = image_seq_length
@@ -95,8 +88,6 @@ class MMCoconutProcessor(ProcessorMixin):
         self.use_thumbnail = use_thumbnail
         self.decoder_start_token_id = decoder_start_token_id
         self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
-        if chat_template is None:
-            chat_template = CHAT_TEMPLATE.replace("BOS", "bos_token" if starts_with_bos(tokenizer) else "''")
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[int]]]:
@@ -105,7 +96,7 @@ class MMCoconutProcessor(ProcessorMixin):
         Of an image processor that makes tiles: (tiles, channels, height, width), and num_tiles (images,) with them.
         """
         groups = [flat_images(group) for group in groups]
-        images = [image for group in groups for image in group]
+        images = [*chain(*groups)]
         if not images:
             return {}, [[] for _ in groups]
         if not makes_tiles(self.image_processor):
@@ -113,14 +104,15 @@ class MMCoconutProcessor(ProcessorMixin):
         return_tensors = kwargs.pop("return_tensors", None)
         inputs = dict(self.image_processor(images, **kwargs))
         tiles, counts = inputs["pixel_values"], inputs.pop("num_patches")
-        if not self.use_thumbnail:
-            tiles, counts = without_thumbnails(tiles, counts)
+        if not self.use_thumbnail:  # the last tile of an image that has several
+            kept = [place < max(1, count - 1) for count in counts for place in range(count)]
+            tiles, counts = [*compress(tiles, kept)], [max(1, count - 1) for count in counts]
         each = iter(counts)
         inputs = BatchFeature({**inputs, "pixel_values": tiles, "num_tiles": counts}, tensor_type=return_tensors)
         return dict(inputs), [[next(each) for _ in group] for group in groups]
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] = (), **kwargs):
-        """Tokens and tiles of images (height, width) under a call's options, by the name that serving engines know."""
+        """Return tokens and tiles of images (height, width) under a call's options; serving engines know this name."""
         _, options = split_options(kwargs, self.image_processor)
         if options.get("size") is not None:
             options["patch_size"] = options["size"]  # as the image processor calls the side of a tile there
@@ -140,7 +132,7 @@ class MMCoconutProcessor(ProcessorMixin):
 
     @property
     def prompt_names(self) -> tuple[str, str]:
-        """Return what the model calls the ids, and their mask, that the thoughts stand in and the answer follows."""
+        """Return the model's names of the ids, and their mask, that hold the thoughts and go before the answer."""
         prefix = "" if self.decoder_start_token_id is None else "decoder_"
         return f"{prefix}input_ids", f"{prefix}attention_mask"
 
@@ -155,15 +147,7 @@ class MMCoconutProcessor(ProcessorMixin):
         count = whole_number(self.num_latents if num_latents is None else num_latents)
         return {"num_latents": count, "markers": self.markers}
 
-    def encode_prompt(
-        self,
-        question: str,
-        *,
-        num_images: int = 1,
-        num_latents: int | None = None,
-        num_tiles: Sequence[int] | None = None,
-        history: Sequence[tuple[str, str]] = (),
-    ) -> list[int]:
+    def encode_prompt(self, question: str, *, num_images=1, num_latents=None, num_tiles=None, history=()) -> list[int]:
         """Return the ids of all that comes before the predicted text; strings of special tokens in it are text.
 
         num_tiles: the tiles of each image, as `encode_images` gives them; default: num_images images of one.
@@ -193,21 +177,17 @@ class MMCoconutProcessor(ProcessorMixin):
         return [*chain(*pieces)], [*chain(*masks)]
 
     def split_prompt(self, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """Return a prompt as what the encoder reads and what the decoder begins with; a decoder alone begins with all.
+        """Return what the encoder reads of a prompt, [] without one, and what the decoder begins with.
 
         Thoughts before other text, as in a chat with answers, raise ValueError: an encoder would read them as text.
         """
         if self.decoder_start_token_id is None:
             return [], prompt
         thought_ids = self.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
-        end = len(prompt)
-        while end > 0 and prompt[end - 1] in thought_ids:
-            end -= 1
+        end = len(prompt) - len([*takewhile(thought_ids.__contains__, reversed(prompt))])
         if any(token in thought_ids for token in prompt[:end]):
-            raise ValueError(
-                "The prompt goes on after its thoughts, and an encoder-decoder has them at its end: leave assistant "
-                "messages out, and pass add_generation_prompt=True."
-            )
+            where = "The prompt goes on after its thoughts, which stand at its end for an encoder-decoder"
+            raise ValueError(f"{where}: leave assistant messages out, and pass add_generation_prompt=True.")
         return [*prompt[:end], self.tokenizer.eos_token_id], [self.decoder_start_token_id, *prompt[end:]]
 
     def pad_prompts(self, prompts: Sequence[list[int]], *, padding_side: str | None = None, **kwargs) -> dict:
@@ -219,10 +199,10 @@ class MMCoconutProcessor(ProcessorMixin):
             side = padding_side or self.tokenizer.padding_side
             return dict(self.tokenizer.pad({"input_ids": list(prompts)}, padding_side=side, **kwargs))
         if padding_side is not None:
-            raise ValueError(
-                f"padding_side={padding_side!r} has no effect: an encoder-decoder's questions are padded on the right "
-                "and what its decoder begins with on the left. Leave it out."
+            sides = (
+                "an encoder-decoder's questions are padded on the right and what its decoder begins with on the left"
             )
+            raise ValueError(f"padding_side={padding_side!r} has no effect: {sides}. Leave it out.")
         encoder, decoder = zip(*map(self.split_prompt, prompts))
         begun = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
         batch = dict(zip(self.prompt_names, begun.values()))
@@ -231,15 +211,6 @@ class MMCoconutProcessor(ProcessorMixin):
     def encode_text(self, text: str) -> list[int]:
         """Return the ids of ordinary text: no special tokens are added, and none are read out of it."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def encode_answer(self, answer: str) -> list[int]:
-        """Return the ids of `### answer`, eos."""
-        return [*self.encode_text(f"{ANSWER_MARKER} {answer}"), self.tokenizer.eos_token_id]
-
-    def encode_target(self, steps: Sequence[str], answer: str) -> list[int]:
-        """Return the ids of steps on their lines, `### answer`, eos; tokenized apart, as in the paper."""
-        written = [token_id for step in steps for token_id in self.encode_text(f"{step}\n")]
-        return written + self.encode_answer(answer)
 
     def __call__(
         self, images=None, text=None, *, num_latents=None, history=None, rendered: bool | None = None, **kwargs
@@ -250,14 +221,12 @@ class MMCoconutProcessor(ProcessorMixin):
             images: one per text, or a list for each text, or all for a single text; see `read_images`.
             text (`str | list[str]`): questions, or prompts of `apply_chat_template(..., tokenize=False)`.
             num_latents (`int | list[int]`): latents before every answer, of all texts or of each; default the saved.
-            history: for each text question and answer of the turns before it, of which the first has the images.
-            rendered: True: text is such prompts, whose special tokens are meant. False: questions, in which these stay
-                text: pass it for text of users. None: a `RenderedPrompt` and a copy that ends as the template begins
-                an answer are prompts; num_latents or history makes questions; else special tokens are refused.
+            history: question and answer of each text's earlier turns, of which the first has the images.
+            rendered: True: texts are such prompts. False, for texts of users: questions, whose special tokens stay
+                text. None: `is_rendered` decides; with num_latents or history they are questions.
             kwargs: options of the text and of the image processor, flat or in groups; see `split_options`.
 
-        Returns:
-            what pad_prompts and encode_images give. ValueError says what of a call does not fit together.
+        Returns what pad_prompts and encode_images give; ValueError says what of a call does not fit together.
         """
         text_options, image_options = split_options(kwargs, self.image_processor)
         if text is None:
@@ -266,10 +235,7 @@ class MMCoconutProcessor(ProcessorMixin):
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"text={texts!r:.80} is no list of texts: give at least one question, each as a string.")
         is_question = num_latents is not None or history is not None
-        how = {"markers": self.markers, "image_token": self.image_token, "is_question": is_question}
-        flags = [rendered] * len(texts)
-        if rendered is None:
-            flags = [is_rendered(prompt, self.tokenizer, self.chat_template, **how) for prompt in texts]
+        flags = [is_rendered(each, self, is_question) if rendered is None else rendered for each in texts]
         if any(flags) and is_question:
             raise ValueError("num_latents and history have no effect on rendered text: give apply_chat_template both.")
         counts = num_latents if isinstance(num_latents, (list, tuple)) else [num_latents] * len(texts)
@@ -287,14 +253,13 @@ class MMCoconutProcessor(ProcessorMixin):
         ]
         return self._batch_of(input_ids, pixels, text_options)
 
-    def _batch_of(self, input_ids: list[list[int]], pixels: dict, options: dict, masks=None) -> BatchFeature:
+    def _batch_of(self, input_ids: list[list[int]], pixels: dict, options: dict, masks=()) -> BatchFeature:
         """Make a batch of prompts and pixels under options of the text; masks: 1 at what the assistant writes."""
         longest = max(len(part) for prompt in input_ids for part in self.split_prompt(prompt))
         options = padding_options(options, self.tokenizer, num_rows=len(input_ids), longest=longest)
-        names = ("return_tensors", "return_mm_token_type_ids")
-        return_tensors, with_types = (options.pop(name, None) for name in names)
+        return_tensors, with_types = options.pop("return_tensors", None), options.pop("return_mm_token_type_ids", None)
         batch = self.pad_prompts(input_ids, **options)
-        if masks is not None:
+        if masks:
             is_left = (options.get("padding_side") or self.tokenizer.padding_side) == "left"
             pads = [[0] * (len(row) - len(mask)) for row, mask in zip(batch["input_ids"], masks)]
             batch["assistant_masks"] = [pad + mask if is_left else mask + pad for pad, mask in zip(pads, masks)]
@@ -308,49 +273,39 @@ class MMCoconutProcessor(ProcessorMixin):
         conversation,
         chat_template=None,
         *,
-        num_latents: int | None = None,
         tokenize: bool = False,
         return_dict: bool = False,
         return_assistant_tokens_mask: bool = False,
         sanitize_control_tokens: bool = True,
-        processor_kwargs: dict | None = None,
         **kwargs,
     ):
         """Render chats with this processor's latents and markers; tokenized, control tokens in messages are text.
 
         Args:
             conversation: messages of one chat, or of several; images under `image`, `url`, `path` or `base64`.
-            tokenize: False gives a `RenderedPrompt`, which a call of this processor reads as such.
+            tokenize: False gives a `RenderedPrompt` of each chat; control tokens in messages then raise ValueError.
+            return_dict: True gives what a call gives, False the ids of each chat, also of a single one.
             return_assistant_tokens_mask: also `assistant_masks`, 1 at what the assistant writes; see `render`.
             sanitize_control_tokens: False reads control tokens in messages as such.
-            processor_kwargs: options of a call of this processor, and `images` (a list for each chat) where messages
-                have only places for them.
-            kwargs: variables of the template, `add_generation_prompt`, `continue_final_message`, `tools`,
-                `documents`; also options of a call.
-
-        Returns:
-            text of each chat; tokenized, ids of each (also of a single one), or with return_dict what a call gives.
-            ValueError refuses control tokens in messages with tokenize=False.
+            kwargs: `num_latents`; variables of the template, `add_generation_prompt`, `tools`, …; options of a call,
+                also in `processor_kwargs`, there with `images` (a list for each chat) if messages only place them.
         """
         chats, groups, is_batch = conversations_of(conversation)
-        template, given = chat_template or self.chat_template, processor_kwargs or {}
-        if num_latents is not None:
-            kwargs["num_latents"] = num_latents
-        variables, options = split_chat_options(kwargs, given, template, self.image_processor)
+        template = chat_template or self.chat_template
+        variables, options = split_chat_options(kwargs, template, self.image_processor)
         variables |= self.layout(options.pop("num_latents", None))
         groups = images_of_each(options.pop("images"), len(chats)) if "images" in options else groups
         text_options, image_options = split_options(options, self.image_processor)
         if not tokenize:
-            how = {"sanitized": sanitize_control_tokens}
-            prompts = [rendered_prompt(self.tokenizer, template, chat, variables, **how) for chat in chats]
-            return prompts if is_batch else prompts[0]
+            chats = rendered_prompts(self.tokenizer, template, chats, variables, sanitized=sanitize_control_tokens)
+            return chats if is_batch else chats[0]
         if return_assistant_tokens_mask and self.decoder_start_token_id is not None:
             raise ValueError("An encoder-decoder reads no assistant messages: leave return_assistant_tokens_mask out.")
         pixels, tiles = self.encode_images(groups, **image_options)
         how = {"template": template, "sanitized": sanitize_control_tokens, "masked": return_assistant_tokens_mask}
         rows = [self.encode_chat(chat, num_tiles, variables, **how) for chat, num_tiles in zip(chats, tiles)]
         input_ids, masks = zip(*rows)
-        batch = self._batch_of(input_ids, pixels, text_options, masks if return_assistant_tokens_mask else None)
+        batch = self._batch_of(input_ids, pixels, text_options, masks if return_assistant_tokens_mask else ())
         return batch if return_dict else batch["input_ids"]
 
     def decode_answers(self, generated, inputs=None) -> list[str]:
@@ -358,24 +313,19 @@ class MMCoconutProcessor(ProcessorMixin):
 
         Args:
             generated: ids (rows, T), or an output of `generate` with `sequences`.
-            inputs: what `generate` was given, whose B prompts are cut off; rows may be several times B
-                (num_return_sequences). None: the ids are of answers alone.
-
-        Raises:
-            ValueError: rows that are not those of the prompts.
+            inputs: what `generate` was given, whose B prompts are cut off, rows being B times num_return_sequences;
+                other rows raise ValueError. None: the ids are of answers alone.
         """
         ids = generated["sequences"] if isinstance(generated, ModelOutput) else generated
         if inputs is not None:
             prompts = torch.as_tensor(inputs[self.prompt_names[0]], device=ids.device)  # (B, P)
             begun, ids = ids[:, : prompts.shape[1]], ids[:, prompts.shape[1] :]
             if not torch.equal(begun, prompts.repeat_interleave(len(ids) // len(prompts), dim=0)):
-                raise ValueError(
-                    f"{len(ids)} generated rows do not begin with the {len(prompts)} prompts of {prompts.shape[1]} "
-                    "tokens in the inputs: give what generate returned and the inputs of that call."
-                )
+                found = f"{len(ids)} generated rows do not begin with the {len(prompts)} prompts of {prompts.shape[1]}"
+                raise ValueError(f"{found} tokens in the inputs: give what generate returned and its own inputs.")
         return [parse_answer(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 MMCoconutProcessor.register_for_auto_class()
 
-__all__ = ["MMCoconutProcessor", "parse_answer", "START_LATENT_TOKEN", "END_LATENT_TOKEN"]
+__all__ = ["MMCoconutProcessor", "parse_answer"]

@@ -195,7 +195,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
             return MMCoconutSeq2SeqModelOutput(**encoded)
         inputs_embeds = self.get_input_embeddings()(decoder_input_ids)  # (B, T, D)
         masks = (decoder_attention_mask, decoder_position_ids)
-        inputs = masks_of_call(self.get_decoder(), latents.shape[1], *masks, past_key_values)
+        inputs = masks_of_call(self.get_decoder(), inputs_embeds.shape[1], *masks, past_key_values)
         inputs |= {"inputs_embeds": inputs_embeds, CACHE: past_key_values, "use_cache": use_cache}
         inputs["encoder_hidden_states"] = encoder_outputs.last_hidden_state
         inputs["encoder_attention_mask"] = encoder_outputs.attention_mask

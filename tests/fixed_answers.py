@@ -10,6 +10,7 @@ from several_runs import run_all
 
 from mmcoconut.rl import policy_trainer
 from mmcoconut.rl.policy import Rollout
+from mmcoconut.training.collator import encode_target
 
 
 ANSWERS = ("red", "green", "blue", "yellow")
@@ -20,7 +21,7 @@ def answer(model, processor, prompts, sampling):
     seen, answers, rollouts = Counter(), [], []
     for prompt in prompts:
         number, count = seen[id(prompt)], prompt.ids.count(processor.latent_token_id)
-        answers.append(processor.encode_answer(ANSWERS[number % len(ANSWERS)]))
+        answers.append(encode_target(processor, [], ANSWERS[number % len(ANSWERS)]))
         rollouts.append(Rollout(prompt, [place < number % (count + 1) for place in range(count)]))
         seen[id(prompt)] += 1
     return answers, rollouts

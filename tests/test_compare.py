@@ -26,7 +26,7 @@ from mmcoconut.evaluation.compare import Finished
 from mmcoconut.evaluation.matched_runs import ComparisonError, Run, Runner
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.training.checkpoints import describe
-from mmcoconut.training.collator import IGNORED, CurriculumCollator
+from mmcoconut.training.collator import IGNORED, CurriculumCollator, encode_target
 from mmcoconut.training.curriculum import Curriculum
 
 
@@ -107,7 +107,7 @@ def test_no_cot_is_the_question_and_the_answer(batch, model, rows, epoch):
     expected = []
     for row in rows:
         prompt = processor.encode_prompt(row["question"], num_latents=0)
-        answer = processor.encode_target([], row["answers"][0])
+        answer = encode_target(processor, [], row["answers"][0])
         expected.append((prompt + answer, [IGNORED] * len(prompt) + answer))
     assert sequences(batch("no_cot", epoch)) == expected
 

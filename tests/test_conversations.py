@@ -26,7 +26,7 @@ from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation import evaluate as evaluation
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.training.collator import IGNORED, CurriculumCollator, encode_turns
+from mmcoconut.training.collator import IGNORED, CurriculumCollator, encode_target, encode_turns
 from mmcoconut.training.curriculum import Curriculum, RowPlan
 from mmcoconut.training.grouping import row_lengths
 
@@ -129,7 +129,7 @@ def test_row_is_the_chat_template_of_a_vision_language_model_too(model_type, tmp
         messages_of(row)[:-1], tokenize=True, return_dict=True, num_latents=PER_TURN, add_generation_prompt=True
     )
     ids = [token for turn in turns for part in turn for token in part]
-    assert ids == [*chat["input_ids"][0], *processor.encode_answer("no")]
+    assert ids == [*chat["input_ids"][0], *encode_target(processor, [], "no")]
     ends = {"internvl": [processor.tokenizer.eos_token_id], "llava": []}[model_type]
     assert [[*written] for _, written in turns[:-1]] == [
         [*processor.encode_text(f"### {answer}"), *ends] for _, answer in TURNS[:2]
@@ -161,7 +161,7 @@ def test_evaluation_prompt_is_all_before_the_last_answer(processor):
     made, rows = collator(processor), rows_of(2, 3, 1)
     prompts, training = made.prompts(rows), made(rows)
     for index, row in enumerate(rows):
-        last = processor.encode_answer(row["answers"][0])
+        last = encode_target(processor, [], row["answers"][0])
         assert real_ids(prompts, index) + last == real_ids(training, index)
     assert torch.equal(prompts["supervised"]["labels"], training["labels"])
 
@@ -285,7 +285,7 @@ def test_further_turn_is_the_chat_template_of_all_turns(processor):
     images, answers = [[tiny_image(0)], []], ["red", "a cube"]
     prompts = processor(images=images, text=["Which?", "What shape?"], return_tensors="pt")
     written = processor.tokenizer.pad(
-        {"input_ids": [processor.encode_answer(answer) for answer in answers]},
+        {"input_ids": [encode_target(processor, [], answer) for answer in answers]},
         padding_side="right",
         return_tensors="pt",
     )
@@ -347,7 +347,7 @@ def test_rows_leave_room_for_what_evaluation_writes(processor):
     made, (row,) = collator(processor), rows_of(2)
     prompt = len(made.encode_prompt(row, [1], PER_TURN))
     assert made.longest(row, room=50) == prompt + 50
-    assert made.longest(row, room=1) == prompt + len(processor.encode_answer("a cube"))
+    assert made.longest(row, room=1) == prompt + len(encode_target(processor, [], "a cube"))
 
 
 def test_conversation_that_loses_its_last_turn_ends_with_the_one_before():

@@ -34,7 +34,7 @@ from mmcoconut.evaluation.evaluate import main, parse_arguments
 from mmcoconut.images_mmcoconut import UnreadableImageError
 from mmcoconut.records import read_lines
 from mmcoconut.statistics import bootstrap_mean
-from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator, encode_target
 from mmcoconut.training.curriculum import Curriculum
 
 
@@ -486,7 +486,7 @@ def log_probs_alone(loaded, row: dict) -> list[tuple[float, int]]:
     found = []
     for choice in row["choices"]:
         prompt = processor.encode_prompt(question_text(row), num_images=1, num_latents=NUM_LATENTS)
-        target = processor.encode_target([], choice)
+        target = encode_target(processor, [], choice)
         with torch.no_grad():
             ids = torch.tensor([prompt + target], device=model.device)
             logits = model(input_ids=ids, pixel_values=pixels).logits[0]  # (T, V)

@@ -39,7 +39,7 @@ from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator, encode_target
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.vision_mmcoconut import PixelShuffle
 
@@ -539,7 +539,7 @@ def test_a_stage_is_trained_and_answered_with_images_of_different_sizes(kind, tm
     counts = (batch["input_ids"] == processor.image_token_id).sum(1).tolist()
     assert counts == [model.config.image_seq_length * number for number in tiles]
     for row, ids, mask, labels in zip(rows, batch["input_ids"], batch["attention_mask"], batch["labels"]):
-        target = processor.encode_target(row["steps"][1:], row["answers"][0])
+        target = encode_target(processor, row["steps"][1:], row["answers"][0])
         messages = [user(*[Image.open(item["path"]) for item in row["images"]], QUESTION)]
         prompt = chat(processor, messages, num_latents=2)["input_ids"][0].tolist()
         assert ids[mask.bool()].tolist() == prompt + target
@@ -585,7 +585,7 @@ def test_choices_are_scored_with_the_tiles_of_the_row(pair, tmp_path):
     scores = answerer.choice_log_probs(row)
     inputs = answerer.inputs([row])
     for choice, (score, count) in zip(row["choices"], scores):
-        target = processor.encode_target([], choice)
+        target = encode_target(processor, [], choice)
         ids = torch.cat([inputs["input_ids"], torch.tensor([target])], dim=1)
         pixels = {name: inputs[name] for name in ("pixel_values", "num_tiles")}
         with torch.no_grad():

@@ -20,6 +20,7 @@ from mmcoconut.build import processor_from_backbones
 from mmcoconut.chat_template_mmcoconut import RenderedPrompt, parse_answer
 from mmcoconut.configuration_mmcoconut import SPECIAL_TOKENS
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.training.collator import encode_target
 
 
 QUESTION = "What colour is the left square?"
@@ -97,7 +98,7 @@ def test_user_text_never_becomes_a_special_token(processor, image, token):
     ):
         assert (ids == token_id).sum() == (plain == token_id).sum()
     assert token_id not in processor.encode_text(attack)
-    assert processor.encode_target([attack], attack).count(token_id) == (token == "<|endoftext|>")
+    assert encode_target(processor, [attack], attack).count(token_id) == (token == "<|endoftext|>")
     assert token in processor.tokenizer.decode(processor.encode_text(attack))
 
 
@@ -156,7 +157,7 @@ def test_answer_follows_the_first_line_that_begins_with_the_marker_or_else_the_l
 
 
 def test_answers_are_decoded_from_targets(processor):
-    targets = [processor.encode_target(["red", "blue"], "a cube"), processor.encode_target([], "red")]
+    targets = [encode_target(processor, ["red", "blue"], "a cube"), encode_target(processor, [], "red")]
     length = max(map(len, targets))
     padded = [ids + [processor.tokenizer.pad_token_id] * (length - len(ids)) for ids in targets]
     assert processor.decode_answers(torch.tensor(padded)) == ["a cube", "red"]
@@ -170,7 +171,7 @@ def test_answers_of_generate_are_decoded_without_their_prompts(make, options, im
     inputs = processor(images=[image] * 2, text=["Which?", QUESTION], return_tensors="pt")
     options = {**options, "max_new_tokens": 4, "return_dict_in_generate": True, "do_sample": False}
     generated = model.generate(**inputs, **options)
-    written = torch.tensor(processor.encode_answer("red")).expand(len(generated.sequences), -1)
+    written = torch.tensor(encode_target(processor, [], "red")).expand(len(generated.sequences), -1)
     prompts = inputs[processor.prompt_names[0]].repeat_interleave(options.get("num_return_sequences", 1), dim=0)
     assert torch.equal(generated.sequences[:, : prompts.shape[1]], prompts)
     generated.sequences = torch.cat([prompts, written], dim=1)
@@ -242,7 +243,7 @@ def test_images_texts_and_latents_must_match_in_number(processor, call, message)
 )
 def test_impossible_layout_is_refused(processor, values, message):
     with pytest.raises(ValueError, match=message):
-        MMCoconutProcessor(processor.image_processor, processor.tokenizer, image_seq_length=4, **values)
+        MMCoconutProcessor(processor.image_processor, processor.tokenizer, 4, chat_template="", **values)
 
 
 @pytest.mark.parametrize("num_latents", [-1, 2.5, "x", True, [1, -1]])
@@ -292,7 +293,7 @@ def test_parts_of_what_a_template_rendered_are_rendered(processor, image):
     prompt = processor.apply_chat_template(messages[:1], add_generation_prompt=True, num_latents=2)
     completion = processor.apply_chat_template(messages, num_latents=2)[len(prompt) :]
     ids = processor(text=completion)["input_ids"][0]
-    assert ids == processor.encode_answer("red")
+    assert ids == encode_target(processor, [], "red")
 
 
 COPIES = {
@@ -576,7 +577,9 @@ def test_tools_that_the_template_does_not_write_are_refused(processor):
 def test_a_call_goes_before_what_the_tokenizer_was_made_with(processor, image, tmp_path, options, length):
     processor.save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, padding="max_length", max_length=50)
-    made = MMCoconutProcessor(processor.image_processor, tokenizer, image_seq_length=NUM_FEATURES)
+    made = MMCoconutProcessor(
+        processor.image_processor, tokenizer, NUM_FEATURES, chat_template=processor.chat_template
+    )
     found = made(text=QUESTION, images=image, return_tensors="pt", **options)["input_ids"]
     assert (
         found.shape[1] == length or processor(text=QUESTION, images=image, return_tensors="pt")["input_ids"].shape[1]
@@ -652,7 +655,7 @@ def test_an_answer_that_is_begun_is_gone_on_with(processor):
 
 
 def test_generated_ids_are_decoded_as_by_every_processor(processor):
-    ids = [processor.encode_target(["red"], "a cube"), processor.encode_prompt("red?", num_images=0, num_latents=2)]
+    ids = [encode_target(processor, ["red"], "a cube"), processor.encode_prompt("red?", num_images=0, num_latents=2)]
     texts = ["red\n### a cube", "red?\n"]
     assert processor.post_process_image_text_to_text(ids) == texts
     assert processor.batch_decode(ids, skip_special_tokens=True) == texts
@@ -668,7 +671,8 @@ def test_an_unknown_argument_of_a_new_processor_is_refused(processor):
 
 @pytest.mark.parametrize("number", [np.int64(3), np.uint8(3), torch.tensor(3), 3])
 def test_any_whole_number_counts_latents(processor, number, tmp_path):
-    made = MMCoconutProcessor(processor.image_processor, processor.tokenizer, num_latents=number)
+    parts = (processor.image_processor, processor.tokenizer)
+    made = MMCoconutProcessor(*parts, num_latents=number, chat_template=processor.chat_template)
     made.save_pretrained(tmp_path)
     assert MMCoconutProcessor.from_pretrained(tmp_path, backend="pil").num_latents == 3
     for ids in (made(text=QUESTION)["input_ids"][0], processor(text=QUESTION, num_latents=number)["input_ids"][0]):

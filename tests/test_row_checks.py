@@ -11,7 +11,7 @@ from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.data.scoring import REFERENCES
 from mmcoconut.objectives.alignment import Alignment
-from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator, encode_target
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths
 
@@ -90,7 +90,7 @@ MARKED_ANSWERS = ("48+24=72 #### 72", "Sure:\n\n### Eggs\n- two", "#1", "a\n####
 @pytest.mark.parametrize("answer", MARKED_ANSWERS)
 def test_an_answer_that_holds_the_marker_is_learnt_and_scored_whole(answer, processor):
     steps = ["16 ### 4", "4 #### 2"]
-    written = processor.tokenizer.decode(processor.encode_target(steps, answer), skip_special_tokens=True)
+    written = processor.tokenizer.decode(encode_target(processor, steps, answer), skip_special_tokens=True)
     assert parse_answer(written) == answer
     check_answers(to_dataset([row(steps=steps, answers=[answer])]), "exact_match")
 

@@ -25,6 +25,7 @@ from mmcoconut.data import load_examples
 from mmcoconut.evaluation.answering import Answerer, load_checkpoint
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
+from mmcoconut.training.collator import encode_target
 from mmcoconut.training.lora import add_lora, merged_model
 
 
@@ -136,7 +137,7 @@ def test_log_probabilities_of_choices_equal_a_forward_by_hand(parts, rows, toler
     prompt = inputs["decoder_input_ids"]
     found = answerer.choice_log_probs(row)
     for choice, (log_prob, num_tokens) in zip(row["choices"], found, strict=True):
-        target = torch.tensor([processor.encode_target([], choice)])
+        target = torch.tensor([encode_target(processor, [], choice)])
         ids = torch.cat([prompt, target[:, :-1]], dim=1)
         encoder = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values")}
         with torch.no_grad():

@@ -11,10 +11,12 @@ from tiny import tiny_model, tiny_processor
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 
+from mmcoconut.build.processors import chat_template_for
 from mmcoconut.build.tokens import add_special_tokens
 from mmcoconut.configuration_mmcoconut import PAD_TOKEN, SPECIAL_TOKENS
 from mmcoconut.data.tokenizer import EOS_TOKEN, WORD, train_tokenizer
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.training.collator import encode_target
 
 
 CAPTIONS = [
@@ -103,7 +105,7 @@ def processor_of_marked_texts():
     ]
     tokenizer = train_tokenizer(texts * 3, vocab_size=1000)
     add_special_tokens(tokenizer)
-    return MMCoconutProcessor(CLIPImageProcessorPil(), tokenizer, image_seq_length=3)
+    return MMCoconutProcessor(CLIPImageProcessorPil(), tokenizer, 3, chat_template=chat_template_for(tokenizer))
 
 
 @pytest.mark.parametrize("token", SPECIAL_STRINGS)
@@ -112,7 +114,7 @@ def test_the_string_of_a_special_token_in_a_text_stays_text(token, processor_of_
     special = {*processor.tokenizer.convert_tokens_to_ids(list(SPECIAL_STRINGS))}
     assert len(special) == len(SPECIAL_STRINGS)
     for text in (token, f"{token} Start{token}{token}", f"<{token}>"):
-        step, answer = processor.encode_text(f"{text}\n"), processor.encode_answer(text)[:-1]
+        step, answer = processor.encode_text(f"{text}\n"), encode_target(processor, [], text)[:-1]
         assert not special & {*step, *answer}
         assert (processor.tokenizer.decode(step), processor.tokenizer.decode(answer)) == (f"{text}\n", f"### {text}")
         prompt = processor.encode_prompt(text, num_images=1, num_latents=2, history=[(text, text)])

@@ -3,6 +3,8 @@
 import pytest
 from tiny import tiny_image, tiny_model, tiny_processor
 
+from mmcoconut.training.collator import encode_target
+
 
 sft_trainer = pytest.importorskip("trl.trainer.sft_trainer", reason="needs pip install mmcoconut[rl]")
 NUM_LATENTS = 2
@@ -28,6 +30,6 @@ def test_labels_are_the_answer_and_its_end_behind_the_thoughts(processor, kind, 
     collator = sft_trainer.DataCollatorForVisionLanguageModeling(processor, **loss)
     batch = collator([example(answer, kind) for answer in answers])
     for answer, ids, labels, real in zip(answers, batch["input_ids"], batch["labels"], batch["attention_mask"]):
-        target = processor.encode_answer(answer)
+        target = encode_target(processor, [], answer)
         assert labels[labels != -100].tolist() == target
         assert ids[real.bool()].tolist() == processor.encode_prompt("Which colour?", num_latents=NUM_LATENTS) + target

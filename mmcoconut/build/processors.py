@@ -9,12 +9,26 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.build.tokens import add_special_tokens, image_token_of
-from mmcoconut.chat_template_mmcoconut import SET_THOUGHTS, check_arguments, starts_with_bos, user_message
+from mmcoconut.chat_template_mmcoconut import check_arguments, user_message
 from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 
 
+SET_THOUGHTS = (
+    "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
+    " ~ '<|latent|>' * (num_latents | default(0))"
+    " ~ ('<|end-latent|>' if markers | default('both') == 'both' else '') -%}"
+)
+CHAT_TEMPLATE = (
+    SET_THOUGHTS + "{%- macro said(content) -%}{%- if content is string -%}{{- content -}}{%- else -%}"
+    "{%- for part in content -%}{{- '<image>' if part['type'] == 'image' else part['text'] -}}{%- endfor -%}"
+    "{%- endif -%}{%- endmacro -%}{{- BOS -}}"
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+    "{{- thoughts -}}{%- generation -%}{{- said(message['content']) ~ eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- said(message['content']) ~ '\n' -}}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- thoughts -}}{%- endif -%}"
+)
 # Before another model's template: assistant messages get the thoughts in front of their text.
 THINKING_MESSAGES = (
     "{%- set thinking = namespace(messages=[]) -%}"
@@ -31,6 +45,16 @@ THINKING_MESSAGES = (
     "{%- endfor -%}"
     "{%- set messages = thinking.messages -%}"
 )
+
+
+def starts_with_bos(tokenizer) -> bool:
+    """Return True if this tokenizer puts its bos token in front of a text (Llama does, GPT-2 and Qwen2 do not)."""
+    return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+
+
+def chat_template_for(tokenizer) -> str:
+    """Return the chat template of a model from backbones, which begins with the bos token if the tokenizer does."""
+    return CHAT_TEMPLATE.replace("BOS", "bos_token" if starts_with_bos(tokenizer) else "''")
 
 
 def check_tokenizer(tokenizer, config, image_token: str) -> None:
@@ -120,6 +144,7 @@ def processor_from_backbones(vision: str | None = None, text: str | None = None,
     image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
     add_special_tokens(tokenizer)
     check_tokenizer(tokenizer, config, IMAGE_TOKEN)
+    kwargs.setdefault("chat_template", chat_template_for(tokenizer))
     if config.is_encoder_decoder:
         kwargs.setdefault("decoder_start_token_id", config.text_config.decoder_start_token_id)
     return MMCoconutProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)

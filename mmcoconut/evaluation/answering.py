@@ -17,7 +17,7 @@ from mmcoconut.errors import UsageError
 from mmcoconut.models import load_model
 from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
-from mmcoconut.training.collator import align_rows
+from mmcoconut.training.collator import align_rows, encode_target
 from mmcoconut.training.generating import count_generated, generate_and_count
 
 
@@ -168,7 +168,7 @@ class Answerer:
         """
         if not row["choices"]:
             raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
-        targets = [self.processor.encode_target([], choice) for choice in row["choices"]]
+        targets = [encode_target(self.processor, [], choice) for choice in row["choices"]]
         inputs = self.inputs([row], room=max(map(len, targets)))
         ids, mask = self.processor.prompt_names
         prompt = inputs.pop(ids)[0].tolist()

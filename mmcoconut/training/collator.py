@@ -7,7 +7,7 @@ from itertools import chain, takewhile
 import torch
 
 from mmcoconut.arguments.choices import STAGED_MODES, THINKING_MODES
-from mmcoconut.chat_template_mmcoconut import messages_of
+from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, messages_of
 from mmcoconut.data import history_of, open_images, question_text
 from mmcoconut.data.image_features import ImageFeatures
 from mmcoconut.images_mmcoconut import makes_tiles
@@ -68,14 +68,14 @@ def encode_turns(
     What is to be written is the answer and, where the chat template has it, the end token. markers: the processor's.
 
     Raises:
-        ValueError: a chat template that writes an answer otherwise than `processor.encode_answer`.
+        ValueError: a chat template that writes an answer otherwise than `encode_answer`.
     """
     messages, layout = messages_of(question, history, len(num_tiles)), processor.layout(num_latents)
     whole, _ = processor.encode_chat(messages, num_tiles, {**layout, "add_generation_prompt": True})
     turns, start = [], 0
     for number, (_, answer) in enumerate(history, start=1):
         so_far, _ = processor.encode_chat(messages[: 2 * number], num_tiles, layout)
-        *written, eos = processor.encode_answer(answer)
+        *written, eos = encode_answer(processor, answer)
         same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, so_far))
         first = last_place(written, [token_id for token_id, _ in same])
         if first < start:
@@ -98,8 +98,13 @@ def encode_step(processor, step: str) -> tuple:
 
 @lru_cache(maxsize=RECURRING_TEXTS)
 def encode_answer(processor, answer: str) -> tuple:
-    """`processor.encode_answer`, once for answers that recur."""
-    return tuple(processor.encode_answer(answer))
+    """Return the ids of `### answer`, eos, once for answers that recur."""
+    return (*processor.encode_text(f"{ANSWER_MARKER} {answer}"), processor.tokenizer.eos_token_id)
+
+
+def encode_target(processor, steps: Sequence[str], answer: str) -> list[int]:
+    """Return the ids of steps on their lines, `### answer`, eos; tokenized apart, as in the paper."""
+    return [*chain(*(encode_step(processor, step) for step in steps)), *encode_answer(processor, answer)]
 
 
 class CurriculumCollator:
@@ -193,8 +198,8 @@ class CurriculumCollator:
     def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> list[Turn]:
         """The turns of a row under a plan, the last of which has what is left of its steps."""
         turns, prompt = self.encode_turns(row, num_tiles, plan.num_latents)
-        steps = [encode_step(self.processor, step) for step in row["steps"][plan.skipped_steps :]]
-        return [*turns, (prompt, [*chain(*steps), *encode_answer(self.processor, row["answers"][0])])]
+        target = encode_target(self.processor, row["steps"][plan.skipped_steps :], row["answers"][0])
+        return [*turns, (prompt, target)]
 
     def length_of(self, turns: Sequence[Turn]) -> int:
         """Tokens of a row; of an encoder-decoder those of the longer side."""
