@@ -253,7 +253,7 @@ def broken(name):
             model,
             last_turn,
             {**last_turn, "prompt_lookup_num_tokens": 2},
-            "no prompt_lookup_num_tokens",
+            "Assisted decoding",
         ),
         "no cache": (model, batch, {**batch, "use_cache": False}, "use_cache is False"),
         "padding before a latent": (

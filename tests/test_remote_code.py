@@ -189,7 +189,7 @@ MODULES = {
     "inspect",
     "itertools",
 }
-MODULES |= {"math", "numbers", "operator", "re", "typing"}
+MODULES |= {"json", "math", "numbers", "operator", "re", "typing"}
 REACHES_OUT = {"open", "exec", "eval", "compile", "__import__", "input", "breakpoint"}
 
 
