@@ -1,7 +1,4 @@
-"""Configuration of MMCoconut: which vision tower, which language model, how they meet, and how thoughts are fed back.
-
-It describes the weights; a recipe describes a run, and the processor the text around the placeholders.
-"""
+"""What a model's weights are: which vision tower and language model, how they meet, and how thoughts are fed back."""
 
 from huggingface_hub.dataclasses import strict
 from packaging import version
@@ -145,9 +142,8 @@ class MMCoconutConfig(PreTrainedConfig):
 
 def as_config(values: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
     """Return the configuration of one part from itself, from its values, or the default of a model type."""
-    if isinstance(values, PreTrainedConfig):
-        return values
-    return AutoConfig.for_model(**{"model_type": model_type, **(values or {})})
+    is_made = isinstance(values, PreTrainedConfig)
+    return values if is_made else AutoConfig.for_model(**{"model_type": model_type, **(values or {})})
 
 
 def settle_decoder(text_config, image_fusion: str) -> None:
@@ -184,8 +180,7 @@ def num_placeholders(config, num_patches: int) -> int:
         if side**2 != num_patches or side % factor:
             raise ValueError(
                 f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no "
-                f"square with a side that {factor} divides: choose another image_size, downsample_ratio or "
-                "vision_feature_select_strategy."
+                "square of whole groups: set another image_size, downsample_ratio or vision_feature_select_strategy."
             )
         num_patches = (side // factor) ** 2
     return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_patches
@@ -220,10 +215,8 @@ def check_schedule(config):
 def check_token_ids(config):
     """Refuse ids that are equal, or outside the decoder's vocabulary."""
     vocab_size, fields = config.text_config.vocab_size, {}
-    for field in TOKEN_ID_FIELDS:
-        token_id = getattr(config, field)
-        if token_id is None:
-            continue
+    ids = {field: getattr(config, field) for field in TOKEN_ID_FIELDS if getattr(config, field) is not None}
+    for field, token_id in ids.items():
         if not 0 <= token_id < vocab_size:
             remedy = "take the tokenizer's, to which the language model was resized"
             raise ValueError(f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: {remedy}.")

@@ -47,10 +47,9 @@ class MMCoconutEncoderOutput(ModelOutput):
 
 @dataclass
 class MMCoconutSeq2SeqModelOutput(ThoughtFields, Seq2SeqModelOutput):
-    """The base model's output: the decoder's states under transformers' names, the encoder's, and ThoughtFields.
+    """The base model's output: the decoder's states, those of MMCoconutEncoderOutput, and ThoughtFields.
 
-    encoder_last_hidden_state (B, E, D) is what the decoder reads, visual tokens first; encoder_hidden_states (B, S, D)
-    and encoder_attentions (B, H, S, S) are of the text encoder alone. image_embeds (I, D).
+    encoder_last_hidden_state (B, E, D) is what the decoder reads, visual tokens first.
     """
 
     image_embeds: torch.Tensor | None = None
@@ -110,31 +109,22 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         mean = (states * mask.to(states.dtype)).sum(dim=1) / mask.sum(dim=1)  # (n, D)
         return BaseModelOutputWithPooling(pooler_output=nn.functional.normalize(mean, dim=-1), **outputs)
 
-    def encode(
-        self,
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        num_tiles: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        **kwargs,
-    ) -> MMCoconutEncoderOutput:
-        """Return what the decoder is to read of questions (B, S) and their images.
+    def encode(self, input_ids, attention_mask=None, pixel_values=None, num_tiles=None, image_features=None, **kwargs):
+        """Return as MMCoconutEncoderOutput what the decoder is to read of questions (B, S) and their images.
 
         kwargs: output_hidden_states and output_attentions, of the text encoder; others are not read.
 
         Raises:
-            ValueError: no question, or one with more tokens than the encoder has positions; placeholders and images
-                that differ in number.
+            ValueError: no question, or one longer than the encoder's positions; other placeholders than images.
         """
         if input_ids is None:
             raise ValueError("There is no question to encode: pass input_ids, or encoder_outputs that encode() gave.")
-        encoder, num_tokens = self.get_encoder(), input_ids.shape[1]
-        limit = position_limit(encoder) or num_tokens
-        if num_tokens > limit:
+        encoder, length = self.get_encoder(), input_ids.shape[1]
+        limit = position_limit(encoder) or length
+        if length > limit:
             raise ValueError(
-                f"The question takes {num_tokens} tokens, but the text encoder has {limit} positions: shorten it, or "
-                "take a language model with more positions."
+                f"The question takes {length} tokens, but the text encoder has {limit} positions: shorten it, or take "
+                "a language model with more positions."
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, S)
         text_mask = attention_mask * (input_ids != self.config.image_token_id)  # (B, S)
@@ -142,8 +132,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         states = outputs.last_hidden_state  # (B, S, D)
         projected, images = states[0, :0], {}  # (0, D)
         if pixel_values is not None or image_features is not None:
-            sources = {"num_tiles": num_tiles, "image_features": image_features}
-            images = self.get_image_features(pixel_values, **sources, return_dict=True)
+            images = self.get_image_features(pixel_values, num_tiles, image_features, return_dict=True)
             projected = torch.cat(images.pooler_output).to(states)  # (I, P · D)
         image_mask = self.get_placeholder_mask(input_ids, states, projected)  # (B, S)
         check_whole_images(image_mask, num_tiles, self.config)
@@ -182,9 +171,9 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         Args:
             input_ids, attention_mask (B, S), pixel_values, num_tiles, image_features: as `encode` takes them; or
             encoder_outputs: what it gave.
-            decoder_input_ids (B, T), decoder_attention_mask (B, past + T), decoder_position_ids (B, T): the decoder's
-            text, latents included; positions are counted from the mask by default.
-            The rest as in MMCoconutModel.forward, of the decoder; without decoder_input_ids it does not run.
+            decoder_input_ids (B, T), latents included: None only encodes; with decoder_attention_mask (B, past + T)
+            and decoder_position_ids (B, T), counted from the mask by default.
+            The rest as in MMCoconutModel.forward, of the decoder.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features, **kwargs)
@@ -199,14 +188,10 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         inputs |= {"inputs_embeds": inputs_embeds, CACHE: past_key_values, "use_cache": use_cache}
         inputs["encoder_hidden_states"] = encoder_outputs.last_hidden_state
         inputs["encoder_attention_mask"] = encoder_outputs.attention_mask
-        outputs, thought_fields = self.run_decoder(
-            decoder_input_ids == self.config.latent_token_id,  # (B, T)
-            {**kwargs, **inputs},
-            stop_threshold=stop_threshold,
-            thought_noise=thought_noise,
-            output_thoughts=output_thoughts,
-            output_stop_logits=output_stop_logits,
-        )
+        thought_options = {"stop_threshold": stop_threshold, "thought_noise": thought_noise}
+        thought_options |= {"output_thoughts": output_thoughts, "output_stop_logits": output_stop_logits}
+        latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
+        outputs, thought_fields = self.run_decoder(latents, {**kwargs, **inputs}, **thought_options)
         return MMCoconutSeq2SeqModelOutput(
             **{name: outputs.get(name) for name in ("last_hidden_state", CACHE, "cross_attentions")},
             **{f"decoder_{name}": outputs.get(name) for name in names[1:]},
@@ -301,14 +286,11 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             The rest as in MMCoconutSeq2SeqModel.forward, logits_to_keep as in MMCoconutForConditionalGeneration.
 
         Raises:
-            ValueError: a latent after the last labelled token of its row; texts for images that have no vector;
-                nothing for the decoder to read and nothing to align.
+            ValueError: a latent after a row's last labelled token; images without vectors to align; nothing to read.
         """
         if decoder_input_ids is None and labels is None and alignment_input_ids is None:
-            raise ValueError(
-                "There is nothing for the decoder to read: pass decoder_input_ids, as MMCoconutProcessor returns "
-                "them, or labels, or alignment_input_ids to align images with texts only."
-            )
+            remedy = "pass decoder_input_ids, labels, or alignment_input_ids to align images with texts only"
+            raise ValueError(f"There is nothing for the decoder to read: {remedy}.")
         if kwargs.get("shift_labels") is not None:
             raise ValueError("Labels of an encoder-decoder are not shifted, so it takes no shift_labels: pass labels.")
         if decoder_input_ids is None and labels is not None:
@@ -330,8 +312,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         """Return the alignment loss of a batch's images and their texts."""
         if image_embeds is None:
             raise ValueError(
-                "There are texts to align images with, but no image vectors: pass the images, and take a projector "
-                f"that makes them, pooled_prefix or attention_prefix, not {self.config.projector_type}."
+                "There are texts, but no image vectors: pass the images, and take a projector that makes them, "
+                f"pooled_prefix or attention_prefix, not {self.config.projector_type}."
             )
         texts = self.get_text_features(alignment_input_ids, alignment_attention_mask, return_dict=True)
         return alignment_loss(image_embeds, texts.pooler_output)

@@ -43,10 +43,8 @@ def check_image_features(image_features: torch.Tensor, config: MMCoconutConfig) 
         expected[0] = config.image_seq_length * (shuffle_factor(config.downsample_ratio) ** 2 if shuffles else 1)
     shape = tuple(image_features.shape)
     if len(shape) != 3 or any(size not in ("patches", found) for size, found in zip(expected, shape[1:])):
-        raise ValueError(
-            f"image_features is {shape}, and the projector reads (images or tiles, {expected[0]}, {expected[1]}): "
-            "pass what get_vision_features of this model gives."
-        )
+        reads = f"the projector reads (images or tiles, {expected[0]}, {expected[1]})"
+        raise ValueError(f"image_features is {shape}, and {reads}: pass what get_vision_features of this model gives.")
 
 
 def check_one_source(**sources) -> None:
@@ -60,10 +58,9 @@ def check_num_tiles(num_tiles: torch.Tensor | None, **images: torch.Tensor | Non
     """Raise unless all images (images,) have as many tiles as the pixels or the features (I, …), given by name."""
     for name, tensor in images.items():
         if num_tiles is not None and tensor is not None and int(num_tiles.sum()) != len(tensor):
-            raise ValueError(
-                f"num_tiles counts {int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image), but {name} holds "
-                f"{len(tensor)}: pass both as MMCoconutProcessor returns them."
-            )
+            counted = f"{int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image)"
+            remedy = "pass both as MMCoconutProcessor returns them"
+            raise ValueError(f"num_tiles counts {counted}, but {name} holds {len(tensor)}: {remedy}.")
 
 
 def check_num_features(image_mask: torch.Tensor, image_features: torch.Tensor, config: MMCoconutConfig) -> None:
@@ -246,8 +243,7 @@ def cross_attention_fusion(inputs_embeds, image_features, image_mask, attention_
     """
     features, visible = features_by_row(image_features, image_mask, inputs_embeds.shape[-1])  # (B, E, D), (B, E)
     if features.shape[1] == 0:
-        features = nn.functional.pad(features, (0, 0, 0, 1))  # (B, 1, D)
-        visible = nn.functional.pad(visible, (0, 1))  # (B, 1)
+        features, visible = torch.zeros_like(inputs_embeds[:, :1]), torch.zeros_like(image_mask[:, :1])
     visible[:, 0] = True
     masks = {"encoder_attention_mask": visible.long()}
     return {"inputs_embeds": inputs_embeds, "encoder_hidden_states": features, **masks}
@@ -272,10 +268,7 @@ IMAGE_FUSIONS |= {"cross_attention": cross_attention_fusion, "encoder": encoder_
 
 @dataclass
 class MMCoconutImageOutput(BaseModelOutputWithPooling):
-    """The vision tower's output, with pooler_output a list of what the decoder reads of each image.
-
-    image_embeds (I, D): one vector an image, where the projector makes one.
-    """
+    """The tower's output; pooler_output, what the decoder reads of each image; image_embeds (I, D), if there are."""
 
     image_embeds: torch.Tensor | None = None
 
