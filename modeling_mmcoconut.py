@@ -46,12 +46,14 @@ from .configuration_mmcoconut import (
 )
 from .generation_mmcoconut import ThinkingGenerationMixin
 from .passes_mmcoconut import ThoughtState, check_thoughts_matter, masks_of_call, packed, states_before
-from .schedules_mmcoconut import INITIAL_BIAS, ShareColumns, StopEarly, StopHead, ThinkTogether, check_can_stop
+from .schedules_mmcoconut import INITIAL_BIAS, StopEarly, StopHead, ThinkTogether, check_can_stop
 from .thinking_mmcoconut import (
+    CHOOSE_SCHEDULE,
     ThoughtFeed,
     Thoughts,
     give_thoughts,
     takes_no_thoughts,
+    think,
     thinking,
 )
 from .vision_mmcoconut import (
@@ -287,8 +289,8 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         if self.config.thought_schedule == "jacobi":
             check_schedule(self.config)
             return ThinkTogether(self.config.jacobi_iterations)
-        counts_columns = self.get_decoder().counts_columns
-        return ShareColumns(self.config.text_config.max_position_embeddings if counts_columns else None)
+        chosen = (choose(self.get_decoder()) for choose in CHOOSE_SCHEDULE)
+        return next((schedule for schedule in chosen if schedule is not None), think)
 
     def run_decoder(
         self,

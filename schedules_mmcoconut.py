@@ -1,6 +1,5 @@
 """Other ways to think than one column after the other: schedules for `Thoughts.schedule`.
 
-    share_columns   rows whose latents stand in different columns are laid out so that their k-th latents share one
     ThinkTogether   all latents of a row are updated together, so many times (parallel thoughts)
     StopEarly       rows stop before their last latent where a head says so
 
@@ -11,191 +10,19 @@ Shapes: B batch, T tokens, T' columns of another layout, L columns from the firs
 latents, D hidden.
 """
 
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache
 
 from .compat_mmcoconut import is_sharded
 from .passes_mmcoconut import (
-    ChosenCache,
-    PassCache,
     ThoughtState,
     is_two_dimensional,
     positions_from_mask,
-    take_columns,
-    text_cache,
 )
-from .thinking_mmcoconut import Passes, Thoughts, join_columns, put_first, think
-
-
-# --- shared columns --------------------------------------------------------------------------------------------------
-
-# A latent step costs what about so many columns of a long pass cost (benchmarks/LOG.md, n = 0 and 8).
-COLUMNS_OF_A_PASS = 6
-
-
-@dataclass
-class Layout:
-    """Where each token goes so that latents share columns.
-
-        t L t L t t t         ·  ·  t L t L t         would take 1 + 4 passes, and as      t · · | L t | L t t t
-        t t t L t t L                                                                     t t t | L t | L · · ·
-
-    they take 1 + 2: a row is cut before each of its latents, and the k-th pieces of all rows are padded to one length.
-    The padding stands inside of rows, where the attention mask hides it; positions go with the tokens. What results
-    hold at columns of padding has no meaning.
-
-    target (B, T): the new column of each token, 0 for padding; source (B, T'): the old column, 0 for padding.
-    real (B, T'): False in padding. starts: the first new column of each piece. ends: of each piece, the column (B,) in
-    it of every row's last token.
-    """
-
-    target: torch.Tensor
-    source: torch.Tensor
-    real: torch.Tensor
-    starts: list[int]
-    ends: list[torch.Tensor]
-
-    def move(self, values: torch.Tensor) -> torch.Tensor:
-        """Return (B, T, …) in the new layout, (B, T', …)."""
-        return take_columns(values, self.source)
-
-    def move_back(self, values: torch.Tensor) -> torch.Tensor:
-        """Return (B, T', …) in the old layout, (B, T, …)."""
-        return take_columns(values, self.target)
-
-
-def layout_of(latents: torch.Tensor, attention_mask: torch.Tensor | None) -> Layout:
-    """Return the layout with as many pieces as the row with the most latents has; both masks (B, T).
-
-    What follows a row's last latent goes into the last piece, so that the answers run together.
-    """
-    num_columns = latents.shape[1]
-    real = torch.ones_like(latents) if attention_mask is None else attention_mask.bool()  # (B, T)
-    piece = latents.long().cumsum(dim=1)  # (B, T)
-    counts = piece[:, -1:]  # (B, 1)
-    most = counts.max()
-    is_answer = (piece == counts) & ~latents & (counts > 0)
-    piece = torch.where(is_answer, most, piece)
-    in_piece = nn.functional.one_hot(piece, int(most) + 1) * real[..., None]  # (B, T, S)
-    place = in_piece.cumsum(dim=1).gather(2, piece[..., None])[..., 0] - 1  # (B, T)
-    lengths = in_piece.sum(dim=1)  # (B, S)
-    *starts, length = accumulate(lengths.amax(dim=0).tolist(), initial=0)
-    target = torch.tensor(starts, device=piece.device)[piece] + place  # (B, T)
-    columns = torch.arange(num_columns, device=piece.device).expand_as(target)
-    source = piece.new_full((target.shape[0], length + 1), -1)
-    source = source.scatter(1, torch.where(real, target, length), columns)[:, :length]  # (B, T')
-    return Layout(
-        target=torch.where(real, target, 0),
-        source=source.clamp(min=0),
-        real=source >= 0,
-        starts=starts,
-        ends=list((lengths - 1).clamp(min=0).unbind(dim=1)),
-    )
-
-
-def can_move_keys(past_key_values: Cache) -> bool:
-    """Return True if the keys of a cache can be put back into the old columns: it is fresh and grows, or not kept."""
-    keys = text_cache(past_key_values)
-    if isinstance(keys, PassCache):
-        return True
-    if isinstance(keys, ChosenCache):
-        return keys.get_seq_length() == 0
-    is_growing = isinstance(keys, DynamicCache) and all(type(layer) is DynamicLayer for layer in keys.layers)
-    return is_growing and not keys.offloading and keys.get_seq_length() == 0
-
-
-@dataclass
-class ShareColumns:
-    """`think` with a pass for each of the most latents that a row has, however many columns they stand in.
-
-    most_columns: that a decoder which counts positions by column has; None: any number.
-    """
-
-    most_columns: int | None = None
-
-    def __call__(self, passes: Passes, thoughts: Thoughts) -> None:
-        """Think in the layout in which latents share columns, where that is possible and saves passes."""
-        layout = self.layout_for(passes, thoughts)
-        if layout is None:
-            return think(passes, thoughts)
-        moved = moved_passes(passes, layout)
-        think(moved, moved_thoughts(thoughts, layout))
-        passes.cache = moved.cache
-        if passes.keeps_cache:
-            move_back_keys(passes.cache, layout)
-        passes.outputs = [moved_back(moved.joined(), layout)]
-        passes.read = [layout.move_back(join_columns(moved.read))]  # (B, T, D)
-
-    def layout_for(self, passes: Passes, thoughts: Thoughts) -> Layout | None:
-        """Return the layout of a call; None where it stays as it is."""
-        columns, latents, mask = thoughts.columns, thoughts.latents, passes.inputs.get("attention_mask")
-        is_whole = mask is None or (is_two_dimensional(mask) and mask.shape == latents.shape)
-        if len(columns) < 2 or not is_whole or not passes.may_move or not can_move_keys(passes.cache):
-            return None
-        if len(columns) <= int(latents.sum(dim=1).max()):
-            return None
-        layout = layout_of(latents, mask)
-        return layout if self.is_worth(layout, latents.shape[1], len(columns) + 1) else None
-
-    def is_worth(self, layout: Layout, num_columns: int, num_passes: int) -> bool:
-        """Return True if a layout of T' columns saves more in passes than it costs in columns, and fits the decoder.
-
-        num_columns, num_passes: without it.
-        """
-        length = layout.real.shape[1]
-        fits = self.most_columns is None or length <= self.most_columns
-        return fits and length - num_columns <= COLUMNS_OF_A_PASS * (num_passes - len(layout.starts))
-
-
-def moved_passes(passes: Passes, layout: Layout) -> Passes:
-    """Return the passes of a call in another layout."""
-    inputs, positions = dict(passes.inputs), passes.inputs.get("position_ids")
-    embeds = inputs["inputs_embeds"]  # (B, T, D)
-    if positions is None:
-        positions = torch.arange(passes.length, device=embeds.device)[None]
-    inputs["inputs_embeds"] = layout.move(embeds)  # (B, T', D)
-    inputs["position_ids"] = layout.move(positions.expand(embeds.shape[:2]))  # (B, T')
-    inputs["attention_mask"] = layout.real.long()  # (B, T')
-    moved = Passes(passes.run_decoder, passes.cache, inputs, keeps_cache=passes.keeps_cache)
-    moved.ends = layout.ends
-    return moved
-
-
-def moved_thoughts(thoughts: Thoughts, layout: Layout) -> Thoughts:
-    """Return the thoughts of a call in another layout."""
-    return replace(
-        thoughts,
-        columns=layout.starts[1:],
-        latents=layout.move(thoughts.latents) & layout.real,
-        linked=None if thoughts.linked is None else layout.move(thoughts.linked),
-        noise=None if thoughts.noise is None else layout.move(thoughts.noise),
-    )
-
-
-def moved_back(output, layout: Layout):
-    """Return a decoder's output with its columns in the old layout."""
-    output.last_hidden_state = layout.move_back(output.last_hidden_state)  # (B, T, D)
-    if output.get("hidden_states") is not None:
-        states = output.hidden_states
-        output.hidden_states = tuple(None if layer is None else layout.move_back(layer) for layer in states)
-    return output
-
-
-def move_back_keys(past_key_values: Cache, layout: Layout) -> None:
-    """Put a cache's keys and values (B, H, T', K) into the old columns, (B, H, T, K)."""
-
-    def move(states: torch.Tensor) -> torch.Tensor:
-        return layout.move_back(states.transpose(1, 2)).transpose(1, 2).contiguous()
-
-    keys = text_cache(past_key_values)
-    if isinstance(keys, ChosenCache):
-        return keys.move(move)
-    for layer in keys.layers:
-        layer.keys, layer.values = move(layer.keys), move(layer.values)
+from .thinking_mmcoconut import Passes, Thoughts, put_first
 
 
 # --- parallel thoughts -----------------------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ from .passes_mmcoconut import (
 # Arguments that have one entry a token, and the axis along which they have it; others go to every pass as they are.
 COLUMN_AXES = {"inputs_embeds": 1, "position_ids": -1, "token_type_ids": 1}
 CHECKPOINTED_PASSES = ("all", "first")
+# Functions of a thinking decoder that return a schedule in the place of `think`, or None; mmcoconut.kernels adds one.
+CHOOSE_SCHEDULE: list[Callable] = []
 THOUGHTS: ContextVar = ContextVar("THOUGHTS", default=None)
 
 

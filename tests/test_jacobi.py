@@ -32,8 +32,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmcoconut.audit.interventions import intervening, keep
+from mmcoconut.kernels.shared_columns import ShareColumns
 from mmcoconut.passes_mmcoconut import column_lists, linked_thoughts
-from mmcoconut.schedules_mmcoconut import ShareColumns, ThinkTogether, check_not_sharded, think_together_uncached
+from mmcoconut.schedules_mmcoconut import ThinkTogether, check_not_sharded, think_together_uncached
 from mmcoconut.thinking_mmcoconut import Thoughts
 from mmcoconut.training.lora import add_lora
 

@@ -26,8 +26,8 @@ from tiny import (
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mmcoconut.compat_mmcoconut import call_with_cache
+from mmcoconut.kernels.shared_columns import ShareColumns
 from mmcoconut.passes_mmcoconut import column_lists
-from mmcoconut.schedules_mmcoconut import ShareColumns
 from mmcoconut.thinking_mmcoconut import Thoughts, think
 
 

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicCache, QuantizedCache
 
 from mmcoconut.compat_mmcoconut import call_with_cache
 from mmcoconut.kernels.latent import SplitCache
-from mmcoconut.schedules_mmcoconut import COLUMNS_OF_A_PASS, ShareColumns, can_move_keys, layout_of
+from mmcoconut.kernels.shared_columns import COLUMNS_OF_A_PASS, ShareColumns, can_move_keys, layout_of
 from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think
 
 
@@ -143,7 +143,7 @@ def test_what_cannot_be_moved_runs_column_by_column():
 def test_rows_that_share_their_columns_are_left_as_they_are(monkeypatch):
     model = tiny_model("gpt2")
     latents = [model.config.latent_token_id] * 2
-    monkeypatch.setattr("mmcoconut.schedules_mmcoconut.layout_of", None)
+    monkeypatch.setattr("mmcoconut.kernels.shared_columns.layout_of", None)
     batch = batch_of(model, [[*words(3, 1), *latents, *words(2, 2)], [*words(5, 3), *latents, *words(2, 4)]])
     passes = widths_of_passes(model)
     with torch.no_grad():
