@@ -6,11 +6,9 @@ as text. The marks are code points that stand for no character in Unicode, and a
 
 import difflib
 import inspect
-import operator
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
-from typing import SupportsIndex
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -231,14 +229,6 @@ def parse_answer(text: str) -> str:
     return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
 
 
-def whole_number(num_latents) -> int:
-    """Return a number of latents, an integer of any type but bool, as an int; raise ValueError for another value."""
-    is_whole = isinstance(num_latents, SupportsIndex) and not isinstance(num_latents, bool)
-    if not is_whole or operator.index(num_latents) < 0:
-        raise ValueError(f"num_latents={num_latents!r} is no number of latents: give a whole one from 0 on.")
-    return operator.index(num_latents)
-
-
 def check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is not known, with the nearest one that is; others may be what was meant."""
     for name in names:
@@ -295,10 +285,7 @@ def split_chat_options(kwargs: dict, template: str, image_processor) -> tuple[di
 
 
 def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> dict:
-    """Return options for padding rows of so many tokens at most, those of the tokenizer last; refuse some.
-
-    A row over max_length is refused, because a cut could fall into an image or the thoughts.
-    """
+    """Return options for padding rows of so many tokens at most, with the tokenizer's own; refuse to cut a row."""
     made_with = {name: tokenizer.init_kwargs.get(name) for name in ("padding", "max_length", "pad_to_multiple_of")}
     options = {name: value for name, value in made_with.items() if value is not None} | given
     multiple, side = options.get("pad_to_multiple_of"), options.get("padding_side")

@@ -106,18 +106,17 @@ def decode_image(source: BinaryIO, where: str, remedy: str = REMEDY) -> Image.Im
         return to_rgb(image)
 
 
-def _content_of(url: str) -> bytes:
-    request = urllib.request.Request(url, headers={"User-Agent": "mmcoconut"})  # some hosts refuse Python's own
-    with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
-        return response.read()
-
-
 def _read_text(text: str) -> Image.Image:
     """Read the image at a URL or in base64 text."""
     where = f"image {text if len(text) <= LONGEST_TEXT_SHOWN else f'{text[:60]}… ({len(text)} characters)'}"
     is_url = text.startswith(("http://", "https://", "data:"))
     try:
-        content = _content_of(text) if is_url else base64.b64decode("".join(text.split()), validate=True)
+        if is_url:
+            request = urllib.request.Request(text, headers={"User-Agent": "mmcoconut"})  # some hosts refuse Python's
+            with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as response:
+                content = response.read()
+        else:
+            content = base64.b64decode("".join(text.split()), validate=True)
     except (OSError, HTTPException, ValueError) as error:
         missing = "there is no such file, and it is no base64 text;"
         problem = f"cannot be fetched ({error}); check the address, or" if is_url else missing

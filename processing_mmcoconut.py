@@ -7,8 +7,10 @@ One sequence layout, written once, in the chat template; a vision-language model
 Of an encoder-decoder the encoder reads the question, and the decoder begins with its start token and the thoughts.
 """
 
+import operator
 from collections.abc import Sequence
 from itertools import chain, compress, takewhile
+from typing import SupportsIndex
 
 import torch
 from transformers import BatchFeature
@@ -30,7 +32,6 @@ from .chat_template_mmcoconut import (
     rendered_prompts,
     split_chat_options,
     split_options,
-    whole_number,
 )
 from .configuration_mmcoconut import IMAGE_TOKEN, LATENT_TOKEN, THOUGHT_TOKENS
 from .images_mmcoconut import flat_images, images_of_each, makes_tiles
@@ -81,8 +82,8 @@ class MMCoconutProcessor(ProcessorMixin):
         # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from the question's.
         tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
         self.image_seq_length = image_seq_length
-        self.num_latents = whole_number(num_latents)
-        self.markers = markers
+        self.num_latents, self.markers = num_latents, markers
+        self.num_latents = self.layout(None)["num_latents"]
         self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
         self.start_image_token, self.end_image_token = start_image_token, end_image_token
         self.use_thumbnail = use_thumbnail
@@ -143,9 +144,11 @@ class MMCoconutProcessor(ProcessorMixin):
         return [*text, "pixel_values", *(["num_tiles"] if makes_tiles(self.image_processor) else [])]
 
     def layout(self, num_latents: int | None) -> dict:
-        """Return the template's variables: how many latents and which markers."""
-        count = whole_number(self.num_latents if num_latents is None else num_latents)
-        return {"num_latents": count, "markers": self.markers}
+        """Return the template's variables: how many latents, a whole number but no bool, and which markers."""
+        count = self.num_latents if num_latents is None else num_latents
+        if not isinstance(count, SupportsIndex) or isinstance(count, bool) or operator.index(count) < 0:
+            raise ValueError(f"num_latents={count!r} is no number of latents: give a whole one from 0 on.")
+        return {"num_latents": operator.index(count), "markers": self.markers}
 
     def encode_prompt(self, question: str, *, num_images=1, num_latents=None, num_tiles=None, history=()) -> list[int]:
         """Return the ids of all that comes before the predicted text; strings of special tokens in it are text.
