@@ -112,10 +112,8 @@ class MMCoconutConfig(PreTrainedConfig):
         self.text_config = as_config(self.text_config, "gpt2")
         super().__post_init__(**kwargs)
         if version.parse(self.mmcoconut_version) > version.parse(VERSION):  # fields may have meant something else
-            logger.warning_once(
-                f"Written by mmcoconut {self.mmcoconut_version}, and this is {VERSION}: update this code, or load the "
-                "checkpoint with trust_remote_code=True where mmcoconut is not imported."
-            )
+            remedy = "update this code, or load with trust_remote_code=True where mmcoconut is not imported"
+            logger.warning_once(f"Written by mmcoconut {self.mmcoconut_version}, and this is {VERSION}: {remedy}.")
         self.is_encoder_decoder = self.image_fusion == "encoder"
         own_class, model_class = SEQ2SEQ_CLASSES if self.is_encoder_decoder else DECODER_CLASSES
         self.auto_map = {"AutoConfig": "configuration_mmcoconut.MMCoconutConfig"}

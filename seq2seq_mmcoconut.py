@@ -47,10 +47,7 @@ class MMCoconutEncoderOutput(ModelOutput):
 
 @dataclass
 class MMCoconutSeq2SeqModelOutput(ThoughtFields, Seq2SeqModelOutput):
-    """The base model's output: the decoder's states, those of MMCoconutEncoderOutput, and ThoughtFields.
-
-    encoder_last_hidden_state (B, E, D) is what the decoder reads, visual tokens first.
-    """
+    """The base model's output: the decoder's states, MMCoconutEncoderOutput's under `encoder_`, and ThoughtFields."""
 
     image_embeds: torch.Tensor | None = None
 
@@ -66,9 +63,8 @@ class MMCoconutSeq2SeqLMOutput(ThoughtFields, Seq2SeqLMOutput):
 def alignment_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """Return 1 - cosine of each image's vector and its text's, both (I, D), meaned; refuse unequal numbers of them."""
     if len(image_embeds) != len(text_embeds):
-        raise ValueError(
-            f"{len(image_embeds)} images to be aligned with {len(text_embeds)} texts: give a text an image."
-        )
+        numbers = f"{len(image_embeds)} images to be aligned with {len(text_embeds)} texts"
+        raise ValueError(f"{numbers}: give each image one text.")
     return (1 - nn.functional.cosine_similarity(image_embeds, text_embeds, dim=-1)).mean()
 
 
@@ -81,10 +77,8 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
     def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
         """Return encoder and decoder with random weights; refuse embeddings of their own for each."""
         if not getattr(config.text_config, "share_encoder_decoder_embeddings", True):
-            raise ValueError(
-                "text_config.share_encoder_decoder_embeddings=False would read the decoder's text with the encoder's "
-                "embeddings: take a language model that shares them."
-            )
+            remedy = "take a language model that shares them"
+            raise ValueError(f"text_config.share_encoder_decoder_embeddings=False is not supported: {remedy}.")
         return AutoModel.from_config(config.text_config)
 
     def get_decoder(self):
@@ -122,9 +116,9 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         encoder, length = self.get_encoder(), input_ids.shape[1]
         limit = position_limit(encoder) or length
         if length > limit:
+            remedy = "shorten it, or take a language model with more positions"
             raise ValueError(
-                f"The question takes {length} tokens, but the text encoder has {limit} positions: shorten it, or take "
-                "a language model with more positions."
+                f"The question takes {length} tokens, but the text encoder has {limit} positions: {remedy}."
             )
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, S)
         text_mask = attention_mask * (input_ids != self.config.image_token_id)  # (B, S)
@@ -228,11 +222,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         raise ValueError(f"prefill() does not work with an encoder-decoder{REFUSED['prefix']}.")
 
     def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, **kwargs):
-        """Generate from what `encode` gives, which is computed once, before any decoding step.
-
-        Raises:
-            ValueError: `prefill_chunk_size`, which is for a decoder's text alone; an assistant_model; a prefix.
-        """
+        """Generate from what `encode` gives, which is computed once; refuse what REFUSED names."""
         for name, remedy in REFUSED.items():
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} does not work with an encoder-decoder{remedy}.")

@@ -132,10 +132,7 @@ class ImageEmbedding(nn.Module):
 
 
 class AttentionPrefixProjector(nn.Module):
-    """Visual tokens out of all patches: learnt queries attend to them → LayerNorm; (I, patches, W) → (I, P, D).
-
-    Unlike a pooled vector it keeps where things are.
-    """
+    """Learnt queries attend to all patches, unlike a pooled vector → LayerNorm; (I, patches, W) → (I, P, D)."""
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__()
@@ -237,10 +234,7 @@ def features_by_row(image_features, image_mask, hidden_size: int) -> tuple[torch
 
 
 def cross_attention_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
-    """Let the decoder's cross-attention read image features; it does not see in which order the images stand.
-
-    A row without images reads one feature of zeros, whatever the other rows of its batch have.
-    """
+    """Let the decoder's cross-attention read image features, in no order; a row without images one of zeros."""
     features, visible = features_by_row(image_features, image_mask, inputs_embeds.shape[-1])  # (B, E, D), (B, E)
     if features.shape[1] == 0:
         features, visible = torch.zeros_like(inputs_embeds[:, :1]), torch.zeros_like(image_mask[:, :1])
@@ -282,10 +276,7 @@ class ReadsImages:
     """The part of a model that runs its `vision_tower` and `multi_modal_projector`."""
 
     def read_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[dict, torch.Tensor]:
-        """Run the tower; return the outputs that are asked for, and what the projector reads, (I, patches, W).
-
-        With vision_last_norm layer -1 is what the tower itself returns.
-        """
+        """Run the tower; return the outputs that are asked for, and what the projector reads, (I, patches, W)."""
         layers, last_norm = self.config.vision_feature_layer, self.config.vision_last_norm
         asked = kwargs.pop("output_hidden_states", self.vision_tower.config.output_hidden_states)
         returned = hidden_states_to_return(layers, asked)
@@ -298,10 +289,7 @@ class ReadsImages:
         return outputs, read[:, 1:] if self.config.vision_feature_select_strategy == "default" else read
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Return what the projector reads of (I, channels, height, width) pixels: (I, patches, W).
-
-        It may be kept while the tower is frozen, and be passed as `image_features` in the place of the pixels.
-        """
+        """Return (I, patches, W) of (I, channels, height, width) pixels; `image_features` takes them in their place."""
         return self.read_tower(pixel_values, **kwargs)[1]
 
     @can_return_tuple
