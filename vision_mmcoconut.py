@@ -289,7 +289,7 @@ class ReadsImages:
         return outputs, read[:, 1:] if self.config.vision_feature_select_strategy == "default" else read
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Return (I, patches, W) of (I, channels, height, width) pixels; `image_features` takes them in their place."""
+        """Return (I, patches, W) of (I, channels, height, width) pixels, which `image_features` takes in their place."""
         return self.read_tower(pixel_values, **kwargs)[1]
 
     @can_return_tuple
