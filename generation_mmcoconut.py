@@ -22,7 +22,6 @@ from .compat_mmcoconut import CACHE, RELEASE, rename_cache
 from .configuration_mmcoconut import TOKEN_ID_FIELDS
 from .passes_mmcoconut import (
     ThoughtState,
-    check_new_positions,
     chosen_cache,
     is_two_dimensional,
     position_limit,
@@ -238,6 +237,24 @@ class PromptPrefix:
         check_num_tiles(num_tiles, **{name: tensor})
         is_behind = ~is_known[num_tiles.cumsum(0) - num_tiles]  # (images,), by the first tile of each
         return {name: tensor[~is_known], "num_tiles": num_tiles[is_behind]} if num_behind else {}
+
+
+def check_new_positions(limit: int | None, attention_mask: torch.Tensor | None, *, num_columns: int, num_new: int):
+    """Raise before `generate` would read a position behind the last one of a table of so many.
+
+    attention_mask (B, num_columns): of the prompts, where padding takes no positions; None where it does.
+    num_new: the most tokens that may be generated; the last of them is not read and needs no position.
+    """
+    length = num_columns if attention_mask is None else int(attention_mask.sum(dim=-1).max())
+    if limit is None or length + num_new - 1 <= limit:
+        return
+    room = limit - length + 1
+    remedy = f"lower max_new_tokens to at most {room}, or " if room > 0 else ""
+    raise ValueError(
+        f"The longest prompt has {length} tokens, images and latents included, and max_new_tokens={num_new} may "
+        f"follow, but the language model has {limit} positions: {remedy}shorten the question, leave out earlier "
+        "turns, or take a language model with more positions."
+    )
 
 
 class ThinkingGenerationMixin(GenerationMixin):

@@ -62,8 +62,6 @@ from .vision_mmcoconut import (
     ReadsImages,
     asked_outputs,
     build_projector,
-    check_num_features,
-    check_one_source,
     check_whole_images,
 )
 
@@ -208,61 +206,6 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
     def get_decoder(self):
         return self.language_model
 
-    # --- placeholders ---
-
-    def get_token_mask(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor):
-        """Return (B, T), True where the token stands; read off the embeddings where no ids are given.
-
-        Raises:
-            ValueError: embeddings of special tokens that are equal, and no ids.
-        """
-        if input_ids is not None:
-            return input_ids == token_id
-        embeddings = self.get_input_embeddings().weight  # (V, D)
-        token_mask = (inputs_embeds == embeddings[token_id]).all(-1)  # (B, T)
-        special = embeddings[[getattr(self.config, field) for field in TOKEN_ID_FIELDS]]
-        if token_mask.any() and (special == embeddings[token_id]).all(-1).sum() > 1:
-            raise ValueError(
-                "Special tokens have the same embedding, as new ones have before training, so inputs_embeds do not "
-                "tell where the images and the latents are: pass input_ids."
-            )
-        return token_mask
-
-    def get_placeholder_mask(self, input_ids, inputs_embeds: torch.Tensor, image_features: torch.Tensor):
-        """Return (B, T), True at the `<image>` placeholders.
-
-        Raises:
-            ValueError: their number differs from the number of image features.
-        """
-        image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)
-        check_num_features(image_mask, image_features, self.config)
-        return image_mask
-
-    def fuse_images(self, input_ids, inputs_embeds: torch.Tensor, image_outputs, past_key_values=None) -> dict:
-        """Return what the decoder reads: the embeddings joined with the images' features by the configured fusion.
-
-        Raises:
-            ValueError: placeholders and features differ in number; an image after a cache that holds others' keys.
-        """
-        known = ThoughtState.of(past_key_values).encoder_inputs if self.cross_attends else {}
-        decodes = inputs_embeds.shape[1] == 1 and image_outputs is None
-        if decodes and (known or not self.cross_attends):  # a step that looks for no images
-            return {"inputs_embeds": inputs_embeds, **known}
-        image_features = inputs_embeds[0, :0]  # (0, D)
-        if image_outputs is not None:
-            image_features = torch.cat(list(image_outputs.pooler_output), dim=0).to(inputs_embeds)  # (I·P, D)
-        image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)  # (B, T)
-        if not known:
-            return self.fuse(inputs_embeds, image_features, image_mask)
-        if image_outputs is not None:
-            raise ValueError(
-                "past_key_values already hold what the decoder reads by cross-attention, so new images would not be "
-                "seen: pass all images in the first call, and no prefill_chunk_size that would cut between them."
-            )
-        return {"inputs_embeds": inputs_embeds, **known}
-
-    # --- thoughts ---
-
     def mean_embedding_norm(self) -> torch.Tensor | None:
         """Return the mean norm () of the token embeddings; None where thoughts are not scaled to it."""
         if self.config.thought_norm != "embedding":
@@ -362,11 +305,9 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
             attention_mask (B, past + T); position_ids (B, T), counted from the mask by default.
             past_key_values: any cache of transformers; a latent may stand first if it was filled by this model.
             mm_encoder_outputs: {"image": output of get_image_features}, in the place of pixel_values.
-            stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N) one
-                for each latent of each row; None: they think at all latents whose mask is 1.
+            stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N).
             thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
-            output_thoughts: also return what was read at the latents.
-            output_stop_logits: also return what the stop head says before each latent, left out or not.
+            output_thoughts, output_stop_logits: also return what was read, or the stop head says, at each latent.
 
         Raises:
             ValueError: placeholders and features differ in number; a latent without a token before it; more tokens
@@ -374,23 +315,16 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        images = {"pixel_values": pixel_values, "image_features": image_features}
-        check_one_source(**images, mm_encoder_outputs=mm_encoder_outputs)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D)
-        image_outputs = (mm_encoder_outputs or {}).get("image")
-        encodes = pixel_values is not None or image_features is not None
-        if encodes:
-            asked = asked_outputs(kwargs)
-            image_outputs = self.get_image_features(**images, num_tiles=num_tiles, **asked, return_dict=True)
-
-        latents = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
+        images = {"pixel_values": pixel_values, "image_features": image_features}
+        image_outputs = self.image_outputs_of(images, num_tiles, mm_encoder_outputs, **asked_outputs(kwargs))
         fused = self.fuse_images(input_ids, inputs_embeds, image_outputs, past_key_values)
-        if encodes:
+        if image_outputs is not None and not mm_encoder_outputs:  # which may be of a part of the prompts
             image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)  # (B, T)
             check_whole_images(image_mask, num_tiles, self.config)
-        num_columns, decoder = latents.shape[1], self.get_decoder()
-        masks = masks_of_call(decoder, num_columns, attention_mask, position_ids, past_key_values)
+        latents = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
+        masks = masks_of_call(self.get_decoder(), latents.shape[1], attention_mask, position_ids, past_key_values)
         outputs, thought_fields = self.run_decoder(
             latents,
             {**kwargs, **masks, CACHE: past_key_values, "use_cache": use_cache, **fused},

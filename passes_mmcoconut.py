@@ -65,11 +65,7 @@ def packed(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def noise_by_column(noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return noise (B, N, D) of each row's latents, in their order, at their columns of (B, T): (B, T, D), or 0.
-
-    Raises:
-        ValueError: another N than the most latents that a row of this call has, or other rows.
-    """
+    """Return noise (B, N, D) of each row's latents, in their order, at their columns: (B, T, D), elsewhere 0."""
     rows, most = latents.shape[0], int(latents.sum(dim=1).max())
     if noise.shape[:2] != (rows, most):
         raise ValueError(
@@ -94,11 +90,7 @@ def carry_states(states: torch.Tensor, skipped: torch.Tensor, before: torch.Tens
 
 
 def linked_thoughts(latents: torch.Tensor, num_linked: int | None) -> torch.Tensor | None:
-    """Return (B, T), True from each row's num_linked-th last latent on; None for all of them.
-
-    Raises:
-        ValueError: a negative number.
-    """
+    """Return (B, T), True from each row's num_linked-th last latent on; None for all of them."""
     if num_linked is None:
         return None
     if num_linked < 0:
@@ -110,12 +102,9 @@ def linked_thoughts(latents: torch.Tensor, num_linked: int | None) -> torch.Tens
 
 
 def check_has_predecessor(latents: torch.Tensor, attention_mask: torch.Tensor | None, has_past: bool) -> None:
-    """Raise for a latent (B, T) whose column before is no token of the same row, as its state is the thought.
+    """Raise for a latent (B, T) without a token of its row before it: in a first column, or behind padding.
 
     attention_mask (B, past + T) or None.
-
-    Raises:
-        ValueError: a latent at the first column of a sequence without a past, or directly after padding.
     """
     orphan = latents[:, 0] & (not has_past)  # (B,)
     if attention_mask is not None:
@@ -131,12 +120,9 @@ def check_has_predecessor(latents: torch.Tensor, attention_mask: torch.Tensor | 
 
 
 def check_thoughts_matter(latents: torch.Tensor, attention_mask, labelled: torch.Tensor) -> None:
-    """Raise for a thought after the last labelled token, which could not change the loss.
+    """Raise for a thought after the last labelled token of a row that has labels, where it could not change the loss.
 
     latents (B, T); attention_mask (B, past + T), where it is 0 nothing is thought; labelled (B, T), or longer.
-
-    Raises:
-        ValueError: such a latent in a row that has labels.
     """
     thinks, _ = split_latents(latents, attention_mask)  # (B, T)
     labels_ahead = labelled.flip(1).cumsum(1).flip(1)[:, : thinks.shape[1]]  # (B, T), labels from here on
@@ -192,7 +178,7 @@ def is_two_dimensional(attention_mask) -> bool:
 
 
 def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch.Tensor:
-    """Return positions (B, num_columns) that count real tokens from 0; padding on the left gets position 0."""
+    """Return positions (B, num_columns) that count real tokens from 0, with 0 at padding on the left."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
 
 
@@ -217,9 +203,13 @@ def masks_of_call(decoder: nn.Module, num_columns: int, attention_mask, position
 
     Raises:
         ValueError: no mask where rows left latents out; more tokens than the decoder has positions.
-        NotImplementedError: a cache that does not keep keys in the order of columns.
+        NotImplementedError: the cache of continuous batching.
     """
-    check_cache(past_key_values)
+    if not isinstance(past_key_values, Cache | None):
+        raise NotImplementedError(
+            f"The cache is a {type(past_key_values).__name__}, as continuous batching makes to pack requests into one "
+            "pass, and thoughts need a pass each: use generate()."
+        )
     attention_mask = with_mask_of_left_out(attention_mask, past_key_values)
     if position_ids is None and is_two_dimensional(attention_mask):
         position_ids = positions_from_mask(attention_mask, num_columns)  # (B, T)
@@ -228,11 +218,7 @@ def masks_of_call(decoder: nn.Module, num_columns: int, attention_mask, position
 
 
 def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tensor | None, past_key_values) -> None:
-    """Raise before a thinking decoder's table of positions is read past its end; single steps are not looked at.
-
-    Raises:
-        ValueError: with the sequence's length and the table's.
-    """
+    """Raise before a thinking decoder's table of positions is read past its end; single steps are not looked at."""
     limit = None if num_columns == 1 else position_limit(decoder)
     if limit is None:
         return
@@ -247,36 +233,8 @@ def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tenso
         )
 
 
-def check_new_positions(limit: int | None, attention_mask: torch.Tensor | None, *, num_columns: int, num_new: int):
-    """Raise before `generate` would read a position behind the last one.
-
-    Args:
-        limit: of `position_limit`.
-        attention_mask (B, P): of the prompts, where padding takes no positions; None where it does.
-        num_columns: P.
-        num_new: the most tokens that may be generated; the last of them is not read and needs no position.
-
-    Raises:
-        ValueError: with the length of the longest prompt, max_new_tokens, the limit and what to change.
-    """
-    length = num_columns if attention_mask is None else int(attention_mask.sum(dim=-1).max())
-    if limit is None or length + num_new - 1 <= limit:
-        return
-    room = limit - length + 1
-    remedy = f"lower max_new_tokens to at most {room}, or " if room > 0 else ""
-    raise ValueError(
-        f"The longest prompt has {length} tokens, images and latents included, and max_new_tokens={num_new} may "
-        f"follow, but the language model has {limit} positions: {remedy}shorten the question, leave out earlier "
-        "turns, or take a language model with more positions."
-    )
-
-
 def check_window(sees_all_columns: bool, window: int | None, num_columns: int) -> None:
-    """Raise where a latent that is left out would take the place of a column in a sliding window.
-
-    Raises:
-        ValueError: such a decoder, where the sequence of so many columns is longer than its window.
-    """
+    """Raise where latents that are left out would push columns of a longer sequence out of a sliding window."""
     if not sees_all_columns and (window is None or num_columns > window):
         raise ValueError(
             f"Rows leave latents out, whose columns would stand in a window of {window}, and the sequence has "
@@ -291,19 +249,6 @@ def text_cache(past_key_values: Cache) -> Cache:
     """Return the cache of the text alone, where there is another of encoder states beside it."""
     is_pair = isinstance(past_key_values, EncoderDecoderCache)
     return past_key_values.self_attention_cache if is_pair else past_key_values
-
-
-def check_cache(past_key_values) -> None:
-    """Raise for what is no cache of keys in the order of the columns.
-
-    Raises:
-        NotImplementedError: the cache of continuous batching.
-    """
-    if not isinstance(past_key_values, Cache | None):
-        raise NotImplementedError(
-            f"The cache is a {type(past_key_values).__name__}, as continuous batching makes to pack requests into one "
-            "pass, and thoughts need a pass each: use generate()."
-        )
 
 
 @dataclass
@@ -391,10 +336,7 @@ class RemembersThoughts(PutInFront):
 def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> torch.Tensor | None:
     """Return a mask (B, length) with 0 also at the latents that rows left out when the cache was filled.
 
-    One that was made for a single pass, 4-D, stays what it is: it was made of such a mask.
-
-    Raises:
-        ValueError: no mask, though rows left latents out; a mask of other rows.
+    One that was made for a single pass, 4-D, stays what it is: it was made of such a mask. None or other rows raise.
     """
     known = ThoughtState.of(past_key_values).known_mask(past_key_values)  # (B, filled)
     if known is None or not (attention_mask is None or is_two_dimensional(attention_mask)):
@@ -416,8 +358,7 @@ def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: 
 def copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
     """Return a layer with the same keys and values whose updates leave the given one as it is.
 
-    Raises:
-        ValueError: a layer that writes into its tensors (a quantized cache, …).
+    A layer that writes into its tensors (a quantized cache, …) raises.
     """
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return copy.copy(layer)  # an update replaces its tensors by longer ones
@@ -458,11 +399,7 @@ class PassCache(Cache):
         return keys_and_values
 
     def next_pass(self) -> Cache:
-        """Return the cache of a pass over what this pass has written too.
-
-        Raises:
-            ValueError: it has written nothing.
-        """
+        """Return the cache of a pass over what this pass has written too."""
         if any(layer is before for layer, before in zip(self.layers, self.before)):
             raise ValueError(
                 "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
@@ -523,11 +460,7 @@ def next_pass(past_key_values: Cache) -> Cache:
 
 
 def throwaway(past_key_values: Cache) -> Cache:
-    """Return a cache for one pass over what past_key_values hold; they do not change, however often it is done.
-
-    Raises:
-        ValueError: keys that are not kept whole, or not on the decoder's device.
-    """
+    """Return a cache for one pass over what past_key_values hold; they do not change, however often it is done."""
     if isinstance(past_key_values, (PassCache, PassCrossCache)):
         return past_key_values.next_pass()
     if isinstance(past_key_values, EncoderDecoderCache):
@@ -537,10 +470,7 @@ def throwaway(past_key_values: Cache) -> Cache:
 
 
 def with_cross_attention(past_key_values: Cache, config=None) -> EncoderDecoderCache:
-    """Return the cache with a place for keys of encoder states, in which the first pass computes them once.
-
-    config: the decoder's, for the cache of a pass.
-    """
+    """Return the cache with a place for keys of encoder states, which a first pass computes once."""
     if isinstance(past_key_values, EncoderDecoderCache):
         return past_key_values
     if isinstance(past_key_values, PassCache):

@@ -23,7 +23,14 @@ from transformers.utils import TransformersKwargs, torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .compat_mmcoconut import hidden_states_to_return
-from .configuration_mmcoconut import PREFIX_PROJECTORS, READ_BY_CROSS_ATTENTION, MMCoconutConfig, shuffle_factor
+from .configuration_mmcoconut import (
+    PREFIX_PROJECTORS,
+    READ_BY_CROSS_ATTENTION,
+    TOKEN_ID_FIELDS,
+    MMCoconutConfig,
+    shuffle_factor,
+)
+from .passes_mmcoconut import ThoughtState
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -273,7 +280,7 @@ def asked_outputs(settings: dict) -> dict:
 
 
 class ReadsImages:
-    """The part of a model that runs its `vision_tower` and `multi_modal_projector`."""
+    """The part of a model that runs its `vision_tower` and `multi_modal_projector`, and fuses what they give."""
 
     def read_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[dict, torch.Tensor]:
         """Run the tower; return the outputs that are asked for, and what the projector reads, (I, patches, W)."""
@@ -289,7 +296,7 @@ class ReadsImages:
         return outputs, read[:, 1:] if self.config.vision_feature_select_strategy == "default" else read
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Return (I, patches, W) of (I, channels, height, width) pixels, which `image_features` takes in their place."""
+        """Return (I, patches, W) of (I, channels, height, width) pixels; `image_features` takes it in their place."""
         return self.read_tower(pixel_values, **kwargs)[1]
 
     @can_return_tuple
@@ -324,3 +331,55 @@ class ReadsImages:
         elif num_tiles is not None:
             projected = [tiles.flatten(0, 1) for tiles in projected.split(num_tiles.tolist())]
         return MMCoconutImageOutput(pooler_output=list(projected), **outputs)
+
+    def get_token_mask(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor):
+        """Return (B, T), True where the token stands; read off the embeddings where no ids are given.
+
+        Raises:
+            ValueError: embeddings of special tokens that are equal, and no ids.
+        """
+        if input_ids is not None:
+            return input_ids == token_id
+        embeddings = self.get_input_embeddings().weight  # (V, D)
+        token_mask = (inputs_embeds == embeddings[token_id]).all(-1)  # (B, T)
+        special = embeddings[[getattr(self.config, field) for field in TOKEN_ID_FIELDS]]
+        if token_mask.any() and (special == embeddings[token_id]).all(-1).sum() > 1:
+            raise ValueError(
+                "Special tokens have the same embedding, as new ones have before training, so inputs_embeds do not "
+                "tell where the images and the latents are: pass input_ids."
+            )
+        return token_mask
+
+    def get_placeholder_mask(self, input_ids, inputs_embeds: torch.Tensor, image_features: torch.Tensor):
+        """Return (B, T), True at the `<image>` placeholders; raise where their number is not that of the features."""
+        image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)
+        check_num_features(image_mask, image_features, self.config)
+        return image_mask
+
+    def fuse_images(self, input_ids, inputs_embeds: torch.Tensor, image_outputs, past_key_values=None) -> dict:
+        """Return what the decoder reads: the embeddings joined with the images' features by the configured fusion.
+
+        Raises:
+            ValueError: placeholders and features differ in number; an image after a cache that holds others' keys.
+        """
+        known = ThoughtState.of(past_key_values).encoder_inputs if self.cross_attends else {}
+        if known and image_outputs is not None:
+            raise ValueError(
+                "past_key_values already hold what the decoder reads by cross-attention, so new images would not be "
+                "seen: pass all images in the first call, and no prefill_chunk_size that would cut between them."
+            )
+        decodes = inputs_embeds.shape[1] == 1 and image_outputs is None and not self.cross_attends
+        if known or decodes:  # a step that looks for no images
+            return {"inputs_embeds": inputs_embeds, **known}
+        image_features = inputs_embeds[0, :0]  # (0, D)
+        if image_outputs is not None:
+            image_features = torch.cat(list(image_outputs.pooler_output), dim=0).to(inputs_embeds)  # (F, D)
+        image_mask = self.get_placeholder_mask(input_ids, inputs_embeds, image_features)  # (B, T)
+        return self.fuse(inputs_embeds, image_features, image_mask)
+
+    def image_outputs_of(self, images: dict, num_tiles, mm_encoder_outputs: dict | None, **asked):
+        """Return the output of `get_image_features` for the images of a call, or the one it was given; or None."""
+        check_one_source(**images, mm_encoder_outputs=mm_encoder_outputs)
+        if all(image is None for image in images.values()):
+            return (mm_encoder_outputs or {}).get("image")
+        return self.get_image_features(**images, num_tiles=num_tiles, **asked, return_dict=True)
