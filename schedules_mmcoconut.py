@@ -91,11 +91,7 @@ def think_together_uncached(
 
 
 def check_one_block(past_key_values: Cache) -> None:
-    """Raise for a cache that holds thoughts of an earlier call, which could not be updated any more.
-
-    Raises:
-        ValueError: such a cache, as far as it is still filled.
-    """
+    """Raise for a cache that holds thoughts of an earlier call, which could not be updated any more."""
     end = ThoughtState.of(past_key_values).thoughts_end
     if end is not None and int(past_key_values.get_seq_length()) >= end:
         raise ValueError(
@@ -106,11 +102,7 @@ def check_one_block(past_key_values: Cache) -> None:
 
 
 def check_not_sharded(sharded: bool) -> None:
-    """Raise in every process, or the others would wait for it.
-
-    Raises:
-        ValueError: a decoder under FSDP.
-    """
+    """Raise for a decoder under FSDP; in every process, or the others would wait for it."""
     if sharded:
         raise ValueError(
             "thought_schedule='jacobi' does not work with FSDP, where all processes must make as many passes: use "
@@ -216,11 +208,7 @@ def leave_out(passes: Passes, left_out: torch.Tensor, whole: torch.Tensor) -> No
 
 
 def check_thresholds(threshold: float | torch.Tensor, latents: torch.Tensor) -> None:
-    """Raise for thresholds (B, N) of another number of rows, or of fewer latents than a row has.
-
-    Raises:
-        ValueError: with both shapes.
-    """
+    """Raise for thresholds (B, N) of another number of rows, or of fewer latents than a row has."""
     rows, most = latents.shape[0], int(latents.sum(dim=1).max())
     if isinstance(threshold, torch.Tensor) and (threshold.shape[0] != rows or threshold.shape[1] < most):
         raise ValueError(
@@ -230,11 +218,7 @@ def check_thresholds(threshold: float | torch.Tensor, latents: torch.Tensor) -> 
 
 
 def check_can_stop(config, decoder: nn.Module) -> None:
-    """Raise unless rows of a call can stop by themselves.
-
-    Raises:
-        ValueError: a model without a stop head; training; weights in shards.
-    """
+    """Raise unless rows can stop by themselves: with a stop head, not in training, weights not in shards."""
     if not config.stop_head:
         raise ValueError(
             "stop_threshold needs a model with a stop head, and config.stop_head is False: leave it out, or train one "

@@ -188,11 +188,7 @@ class Thoughts:
         return dict(zip(("thoughts", "thought_mask"), gather_thoughts(self.inputs_embeds, self.read_at)))
 
     def settle(self, attention_mask, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
-        """Find the columns of the thoughts, under a mask (B, past + T) that leaves out those where it is 0.
-
-        Raises:
-            ValueError: a latent without a token before it; a mask that was made for a single pass.
-        """
+        """Find the columns of the thoughts, under a mask (B, past + T) that leaves out those where it is 0."""
         self.sharded, given = is_sharded(decoder), self.latents
         self.latents, left_out = split_latents(self.latents, attention_mask)
         columns, columns_left_out = column_lists(self.latents, left_out)
