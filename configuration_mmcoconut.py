@@ -1,7 +1,6 @@
 """What a model's weights are: which vision tower and language model, how they meet, and how thoughts are fed back."""
 
 from huggingface_hub.dataclasses import strict
-from packaging import version
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
@@ -111,7 +110,8 @@ class MMCoconutConfig(PreTrainedConfig):
         self.vision_config = as_config(self.vision_config, "clip_vision_model")
         self.text_config = as_config(self.text_config, "gpt2")
         super().__post_init__(**kwargs)
-        if version.parse(self.mmcoconut_version) > version.parse(VERSION):  # fields may have meant something else
+        written, known = (tuple(map(int, version.split("."))) for version in (self.mmcoconut_version, VERSION))
+        if written > known:  # by code that may have meant something else by a field
             remedy = "update this code, or load with trust_remote_code=True where mmcoconut is not imported"
             logger.warning_once(f"Written by mmcoconut {self.mmcoconut_version}, and this is {VERSION}: {remedy}.")
         self.is_encoder_decoder = self.image_fusion == "encoder"

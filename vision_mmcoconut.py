@@ -283,8 +283,14 @@ class ReadsImages:
     """The part of a model that runs its `vision_tower` and `multi_modal_projector`, and fuses what they give."""
 
     def read_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[dict, torch.Tensor]:
-        """Run the tower; return the outputs that are asked for, and what the projector reads, (I, patches, W)."""
-        layers, last_norm = self.config.vision_feature_layer, self.config.vision_last_norm
+        """Run the tower; return the outputs that are asked for, and what the projector reads, (I, patches, W).
+
+        vision_feature_layer and vision_feature_select_strategy in kwargs take the place of the configuration's.
+        """
+        names = ("vision_feature_layer", "vision_feature_select_strategy")
+        given = {name: kwargs.pop(name, None) for name in names}
+        layers, strategy = (getattr(self.config, name) if value is None else value for name, value in given.items())
+        last_norm = self.config.vision_last_norm
         asked = kwargs.pop("output_hidden_states", self.vision_tower.config.output_hidden_states)
         returned = hidden_states_to_return(layers, asked)
         outputs = self.vision_tower(pixel_values, output_hidden_states=returned, return_dict=True, **kwargs)
@@ -293,7 +299,7 @@ class ReadsImages:
         read = torch.cat([states.get(layer, outputs.hidden_states[layer]) for layer in layers], dim=-1)
         unasked = ("hidden_states",) if asked is None or asked is False else ()  # 0 is a layer
         outputs = {name: value for name, value in outputs.items() if name not in ("pooler_output", *unasked)}
-        return outputs, read[:, 1:] if self.config.vision_feature_select_strategy == "default" else read
+        return outputs, read[:, 1:] if strategy == "default" else read
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """Return (I, patches, W) of (I, channels, height, width) pixels; `image_features` takes it in their place."""

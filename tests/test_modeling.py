@@ -780,3 +780,13 @@ def test_an_exported_program_reads_other_sizes_and_refuses_thoughts(text, image_
     assert (program(**batch, **options)["logits"] - model(**batch).logits).abs().max() <= tolerance
     with pytest.raises(RuntimeError, match="cannot read a thought"):
         program(**inputs(2, 6, last=model.config.latent_token_id), **options)
+
+
+@pytest.mark.parametrize("layers, strategy", [(0, "full"), ([1, -1], "default")])
+def test_a_call_may_read_other_layers_than_the_configuration(layers, strategy):
+    model = tiny_model()
+    options = {"vision_feature_layer": layers, "vision_feature_select_strategy": strategy}
+    pixels = batch_of(model, [[model.config.image_token_id] * NUM_FEATURES])["pixel_values"]
+    found = model.get_vision_features(pixels, **options)
+    model.config.update(options)
+    assert torch.equal(found, model.get_vision_features(pixels))

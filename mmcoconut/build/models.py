@@ -322,6 +322,30 @@ def join(model, vision_tower: PreTrainedModel, language_model: PreTrainedModel, 
     return model.eval()
 
 
+def language_model_for(image_fusion: str, text: str | None, text_config, tokenizer) -> PreTrainedModel:
+    """Return the language model with a head that a fusion needs, pretrained by name or with random weights."""
+    auto_class = AutoModelForSeq2SeqLM if image_fusion == "encoder" else AutoModelForCausalLM
+    if text is not None:
+        return load_language_model(text, auto_class, image_fusion=image_fusion)
+    return new_language_model(text_config, tokenizer, auto_class, image_fusion=image_fusion)
+
+
+def assemble(config: MMCoconutConfig, vision_tower: PreTrainedModel, causal_lm: PreTrainedModel, tokenizer):
+    """Return the model of a tower and a language model with a head, which generates as its tokenizer says."""
+    if config.is_encoder_decoder:
+        model, language_model = MMCoconutForSeq2SeqLM(config), causal_lm.base_model
+        model.generation_config.decoder_start_token_id = config.text_config.decoder_start_token_id
+    else:
+        model, language_model = MMCoconutForConditionalGeneration(config), causal_lm.get_decoder()
+    join(model, vision_tower, language_model, head=causal_lm.get_output_embeddings())
+    if model.get_decoder().counts_columns:
+        check_row_positions(model.get_decoder())
+    tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # BART's summaries want forced ones, and an answer begins and ends by itself.
+    model.generation_config.update(**tokens, forced_bos_token_id=None, forced_eos_token_id=None)
+    return model
+
+
 def from_backbones(
     vision: str | None = None,
     text: str | None = None,
@@ -356,17 +380,13 @@ def from_backbones(
     check_fields(config_kwargs, method="from_backbones")
     dtype = as_dtype(dtype)
     image_fusion = config_kwargs.get("image_fusion", MMCoconutConfig.image_fusion)
-    is_seq2seq = image_fusion == "encoder"
-    auto_class = AutoModelForSeq2SeqLM if is_seq2seq else AutoModelForCausalLM
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
     num_known = len(tokenizer)
     add_special_tokens(tokenizer)
     vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
+    causal_lm = language_model_for(image_fusion, text, text_config, tokenizer)
     if text:
-        causal_lm = load_language_model(text, auto_class, image_fusion=image_fusion)
         grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
-    else:
-        causal_lm = new_language_model(text_config, tokenizer, auto_class, image_fusion=image_fusion)
     check_plain_head(causal_lm)
     token_ids = tokenizer.convert_tokens_to_ids(list(SPECIAL_TOKENS))
     config = MMCoconutConfig(
@@ -375,21 +395,17 @@ def from_backbones(
         **dict(zip(TOKEN_ID_FIELDS, token_ids)),
         **config_kwargs,
     )
-    model = (MMCoconutForSeq2SeqLM if is_seq2seq else MMCoconutForConditionalGeneration)(config)
-    language_model = causal_lm.base_model if is_seq2seq else causal_lm.get_decoder()
-    join(model, vision_tower, language_model, head=causal_lm.get_output_embeddings())
-    if model.get_decoder().counts_columns:
-        check_row_positions(model.get_decoder())
-    model.generation_config.update(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        forced_bos_token_id=None,  # BART's summaries want them, and an answer begins and ends by itself
-        forced_eos_token_id=None,
-    )
-    if is_seq2seq:
-        model.generation_config.decoder_start_token_id = config.text_config.decoder_start_token_id
+    model = assemble(config, vision_tower, causal_lm, tokenizer)
     return model if dtype is None else cast_weights(model, dtype)
+
+
+def generation_config_of(vlm: PreTrainedModel, tokenizer, suppress_tokens: list[int]):
+    """Return how a VLM generates, with the ends of an answer that training writes, and without placeholders."""
+    generation_config = copy.deepcopy(vlm.generation_config)
+    ends = ends_of(vlm.generation_config, tokenizer)
+    tokens = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "suppress_tokens": suppress_tokens}
+    generation_config.update(**tokens)
+    return generation_config
 
 
 def from_vlm(
@@ -437,11 +453,5 @@ def from_vlm(
     model = without_backbones(config)
     join(model, vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
     model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
-    suppress_tokens = model.generation_config.suppress_tokens
-    model.generation_config = copy.deepcopy(vlm.generation_config)
-    model.generation_config.update(
-        eos_token_id=ends_of(vlm.generation_config, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        suppress_tokens=suppress_tokens,
-    )
+    model.generation_config = generation_config_of(vlm, tokenizer, model.generation_config.suppress_tokens)
     return cast_weights(model.to(vlm.device), vlm.dtype if dtype is None else dtype)
