@@ -74,8 +74,8 @@ class ThoughtFields(CacheByEitherName):
     thoughts (B, N, D), thought_mask (B, N): what was read at the latents, packed to the left; with
     `output_thoughts=True`.
     stop_logits (B, N): the stop head's, before each latent; with `output_stop_logits=True`.
-    attention_mask (B, past + T): where rows left latents out, the mask in which these are 0, which every later call
-    over the same cache needs.
+    attention_mask (B, past + T): where latents were left out, the mask with 0 at them; pass it to every later call
+    over this cache.
     image_outputs: what `get_image_features` gave, the tower's hidden states where `output_hidden_states=True`.
     """
 
@@ -250,7 +250,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         inputs: of the decoder; without use_cache a cache is made where nobody trains.
         """
         decoder = self.get_decoder()
-        if inputs["use_cache"] is None:  # one that nobody reads would copy all keys and values of a training step
+        if inputs["use_cache"] is None:  # in training, an unused cache would copy all keys and values
             inputs["use_cache"] = self.config.text_config.use_cache and not self.training
         if takes_no_thoughts(latents.shape[1]):
             message = "A compiled step of one token, or an exported program, cannot read a thought."
@@ -261,7 +261,6 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
             latents,
             self.feed_of_call(),
             schedule=self.schedule_of_call(stop_threshold),
-            reads_again=self.config.thought_schedule == "jacobi",
             is_paused=self.config.thought_mode == "pause",
             noise=thought_noise,
         )
@@ -301,7 +300,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
             input_ids (B, T) or inputs_embeds (B, T, D): exactly one.
             pixel_values (I, channels, height, width): the images of all rows, in reading order, or their tiles.
             num_tiles (images,): how many of the pixel_values each image is; by default one.
-            image_features (I, patches, W): what get_vision_features gives of pixel_values, in their place.
+            image_features (I, patches, W): the tower's, before the projector, as get_vision_features returns them.
             attention_mask (B, past + T); position_ids (B, T), counted from the mask by default.
             past_key_values: any cache of transformers; a latent may stand first if it was filled by this model.
             mm_encoder_outputs: {"image": output of get_image_features}, in the place of pixel_values.

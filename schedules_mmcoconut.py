@@ -11,6 +11,7 @@ latents, D hidden.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -49,6 +50,7 @@ class ThinkTogether:
     """
 
     num_iterations: int
+    reads_again: ClassVar[bool] = True
 
     def __call__(self, passes: Passes, thoughts: Thoughts) -> None:
         """Run the text before the first latent once, the latents once an update, and then all from there to the end.
@@ -67,7 +69,7 @@ class ThinkTogether:
             states = state[:, None]  # (B, 1, D)
             if last > first:
                 states = torch.cat([states, passes.states_of(block[:, :-1], first)], dim=1)  # (B, L, D)
-            block = put_thoughts(block, latents, thoughts.read(states, columns))
+            block = put_thoughts(block, latents, thoughts.from_states(states, columns))
         passes.run(torch.cat([block, inputs_embeds[:, last + 1 :]], dim=1), first)
         if passes.keeps_cache:
             end = int(passes.cache.get_seq_length()) - (passes.length - last - 1)
@@ -85,7 +87,7 @@ def think_together_uncached(
     for _ in range(num_iterations):
         states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
         before = torch.cat([states[:, :1], states[:, :-1]], dim=1)  # (B, T, D); nobody thinks in the first column
-        inputs_embeds = put_thoughts(inputs_embeds, thoughts.latents, thoughts.read(before, columns))
+        inputs_embeds = put_thoughts(inputs_embeds, thoughts.latents, thoughts.from_states(before, columns))
     states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
     return states, inputs_embeds
 
@@ -177,7 +179,7 @@ class StopEarly:
         """Run columns start … end - 1, the first a thought in rows of thinks (B,); return the last state (B, D)."""
         embeds = passes.inputs["inputs_embeds"][:, start:end]  # (B, t, D)
         if thinks is not None:
-            embeds = put_first(embeds, thinks, thoughts.read(state, start))
+            embeds = put_first(embeds, thinks, thoughts.from_states(state, start))
         return passes.run(embeds, start)
 
     def stops(self, states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -4,13 +4,18 @@ At a latent column c of row b a thinking decoder reads, in the place of a token'
 
     thought[b, c] = feed(last_hidden_state[b, c - 1])
 
-that is, the state after the final norm which it computed one column earlier. `think` cuts the sequence at the columns
-where any row has a latent and runs each piece once over the key-value cache; `think_uncached` is the definition that
-it must equal, and runs everything again for each thought. Every way to think, called a schedule, is a function of the
-same two objects:
+that is, the state after the final norm which it computed one column earlier. A column is an index along T, padding
+included; a position is what position_ids says. `think` cuts the sequence at the columns where any row has a latent and
+runs each piece once over the key-value cache; `think_uncached` is the definition that it must equal, and runs
+everything again for each thought. Attention is causal: a change of column c changes no state and no key to its left.
+
+`think` is a schedule: a function of the same two objects that every way to think is called with.
 
     passes     the call's arguments, cut by column; `passes.run` sends a piece through the decoder's own forward
-    thoughts   where the latents are and what is read there
+    thoughts   where the latents are, and what their thoughts are
+
+A schedule gives each column to `passes.run` exactly once, from left to right. `passes.states_of` tries columns that it
+will run again; such a schedule has the attribute `reads_again`.
 
 `give_thoughts` puts `ThinkingDecoder` in front of the class of any decoder; names and parameters stay. The model
 around the decoder says where the latents are, in a context, because keywords would reach its vision tower too:
@@ -75,9 +80,9 @@ THOUGHTS: ContextVar = ContextVar("THOUGHTS", default=None)
 def think(passes: "Passes", thoughts: "Thoughts") -> None:
     """Run every column once: a pass up to each latent column, whose last state is what is read there."""
     state = thoughts.state_before  # (B, D)
-    for start, embeds, is_cut in passes.pieces(thoughts.columns):  # (B, t, D)
-        if is_cut:
-            thought = thoughts.read(state, start)  # (B, D)
+    for start, embeds, starts_at_latent in passes.pieces(thoughts.columns):  # (B, t, D)
+        if starts_at_latent:
+            thought = thoughts.from_states(state, start)  # (B, D)
             embeds = put_first(embeds, thoughts.latents[:, start], thought)  # (B, t, D)
         state = passes.run(embeds, start)  # (B, D)
 
@@ -87,13 +92,14 @@ def think_uncached(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition of `think`: for each latent column from left to right, run the whole sequence again.
 
-    Return the last hidden states and what was read, both (B, T, D). kwargs: for every call of the decoder.
+    Return the last hidden states and what was read, both (B, T, D). thoughts: located, without a past cache.
+    kwargs: for every call of the decoder.
     """
     for column in thoughts.columns:
         states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
-        thought = thoughts.read(states[:, column - 1], column)  # (B, D)
-        read = put_first(inputs_embeds[:, column:], thoughts.latents[:, column], thought)  # (B, T - column, D)
-        inputs_embeds = torch.cat([inputs_embeds[:, :column], read], dim=1)  # (B, T, D)
+        thought = thoughts.from_states(states[:, column - 1], column)  # (B, D)
+        tail = put_first(inputs_embeds[:, column:], thoughts.latents[:, column], thought)  # (B, T - column, D)
+        inputs_embeds = torch.cat([inputs_embeds[:, :column], tail], dim=1)  # (B, T, D)
     states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
     return states, inputs_embeds
 
@@ -140,7 +146,6 @@ class Thoughts:
         latents (B, T): True where a row has a latent.
         feed: states (…, D) → thoughts (…, D).
         schedule: how the decoder's passes go: `think`, or another function of passes and thoughts.
-        reads_again: whether the schedule reads keys of columns that it has run before.
         is_paused: latents keep the embedding of their token, and nothing is fed back.
         noise (B, N, D): added to the thoughts of each row in units of their own root mean square, by column (B, T, D)
             once these are known; None: nothing.
@@ -150,14 +155,13 @@ class Thoughts:
         linked (B, T): where gradients flow back to the state before; None: everywhere.
         sharded: whether other processes must make as many passes.
         inputs_embeds (B, T, D): what the decoder read.
-        left_out (B, T): latents at which nothing was thought. attention_mask (B, past + T): 0 at those too. Both None
-        where there are none.
+        left_out (B, T): latents whose attention mask is 0: nothing is thought there.
+        attention_mask (B, past + T): 0 at those too. Both None where there are none.
     """
 
     latents: torch.Tensor
     feed: Callable[[torch.Tensor], torch.Tensor]
     schedule: Callable[["Passes", "Thoughts"], None] = think
-    reads_again: bool = False
     is_paused: bool = False
     noise: torch.Tensor | None = None
     columns: list[int] = field(default_factory=list)
@@ -169,11 +173,11 @@ class Thoughts:
     attention_mask: torch.Tensor | None = None
 
     @property
-    def read_at(self) -> torch.Tensor:
-        """Where something was read in the place of a token, (B, T)."""
+    def thought_mask(self) -> torch.Tensor:
+        """Where a thought was read in the place of a token, (B, T)."""
         return self.latents if self.left_out is None else self.latents & ~self.left_out
 
-    def read(self, states: torch.Tensor, columns: int | slice) -> torch.Tensor:
+    def from_states(self, states: torch.Tensor, columns: int | slice) -> torch.Tensor:
         """Return the thoughts that states (B, D) become at a column, or states (B, t, D) at a slice of columns."""
         if self.linked is not None:
             states = torch.where(self.linked[:, columns][..., None], states, states.detach())
@@ -185,9 +189,9 @@ class Thoughts:
 
     def gathered(self) -> dict[str, torch.Tensor]:
         """Return the thoughts (B, N, D) of each row, packed to the left, and the thought_mask (B, N) of real ones."""
-        return dict(zip(("thoughts", "thought_mask"), gather_thoughts(self.inputs_embeds, self.read_at)))
+        return dict(zip(("thoughts", "thought_mask"), gather_thoughts(self.inputs_embeds, self.thought_mask)))
 
-    def settle(self, attention_mask, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
+    def locate(self, attention_mask, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
         """Find the columns of the thoughts, under a mask (B, past + T) that leaves out those where it is 0."""
         self.sharded, given = is_sharded(decoder), self.latents
         self.latents, left_out = split_latents(self.latents, attention_mask)
@@ -230,17 +234,19 @@ def thinking(thoughts: Thoughts) -> Iterator[Thoughts]:
 class Passes:
     """The arguments of one call of a decoder, cut by column, and what its passes gave.
 
-    run_decoder: called with a cache and the arguments of one pass. cache: that the passes read and write.
+    call_decoder: called with a cache and the arguments of one pass. cache: that the passes read and write.
     inputs: keyword arguments of the call, inputs_embeds (B, T, D) among them.
     keeps_cache: whether the cache outlives the call. may_move: whether columns may be laid out anew.
-    ends: of each pass, the column (B,) in it of every row's last token; None: the last, as no pass ends in padding.
+    ends: of each pass, the column (B,) in it of every row's last token; None: the last column, whose state is not used
+        in rows that are padding there, as they have no latent next.
+    embeds_run: what each pass read, (B, t, D).
     """
 
-    def __init__(self, run_decoder: Callable, cache: Cache | None, inputs: dict, *, keeps_cache: bool):
-        self.run_decoder, self.cache, self.inputs, self.keeps_cache = run_decoder, cache, inputs, keeps_cache
+    def __init__(self, call_decoder: Callable, cache: Cache | None, inputs: dict, *, keeps_cache: bool):
+        self.call_decoder, self.cache, self.inputs, self.keeps_cache = call_decoder, cache, inputs, keeps_cache
         self.may_move, self.ends = False, None
         self.length = inputs["inputs_embeds"].shape[1]
-        self.outputs, self.read = [], []
+        self.outputs, self.embeds_run = [], []
 
     def pieces(self, columns: list[int]) -> Iterator[tuple[int, torch.Tensor, bool]]:
         """Give the first column of each piece, the piece (B, t, D), and whether it begins at one of these columns."""
@@ -249,16 +255,16 @@ class Passes:
         sizes = [end - start for start, end in pairwise([*starts, self.length])]
         pieces = self.inputs["inputs_embeds"].split(sizes, dim=1)  # of which slices would each be a copy
         for start, embeds in zip(starts, pieces):
-            yield start, embeds, start > 0 or len(starts) == len(columns)
+            yield start, embeds, start > 0 or len(starts) == len(columns)  # the latter only if 0 is one of them
 
-    def columns(self, start: int, end: int) -> dict:
+    def arguments_of(self, start: int, end: int) -> dict:
         """Return the arguments of a pass over columns start … end - 1."""
         cut = {
             name: value.narrow(COLUMN_AXES[name], start, end - start)
             for name, value in self.inputs.items()
             if name in COLUMN_AXES and name != "inputs_embeds" and value is not None
         }
-        attention_mask = self.inputs.get("attention_mask")  # (B, past + T), or for the last columns of any form
+        attention_mask = self.inputs.get("attention_mask")  # (B, past + T); any other form only for one pass
         if attention_mask is not None and end < self.length:
             cut["attention_mask"] = attention_mask[:, : end - self.length]
         return {**self.inputs, **cut}
@@ -267,11 +273,11 @@ class Passes:
         """Run the decoder over a piece (B, t, D) and keep what it gives; return each row's last state (B, D)."""
         if self.outputs:
             self.cache = next_pass(self.cache)
-        inputs = self.columns(start, start + embeds.shape[1])
-        output = self.run_decoder(self.cache, **{**inputs, "inputs_embeds": embeds})
+        inputs = self.arguments_of(start, start + embeds.shape[1])
+        output = self.call_decoder(self.cache, **{**inputs, "inputs_embeds": embeds})
         states = output.last_hidden_state  # (B, t, D)
         self.outputs.append(output)
-        self.read.append(embeds)
+        self.embeds_run.append(embeds)
         if self.ends is None:
             return states[:, -1]
         rows = torch.arange(len(states), device=states.device)  # (B,)
@@ -279,8 +285,8 @@ class Passes:
 
     def states_of(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
         """Return the states (B, t, D) of a piece that will be run again; the cache stays as it is."""
-        inputs = self.columns(start, start + embeds.shape[1])
-        return self.run_decoder(throwaway(self.cache), **{**inputs, "inputs_embeds": embeds}).last_hidden_state
+        inputs = self.arguments_of(start, start + embeds.shape[1])
+        return self.call_decoder(throwaway(self.cache), **{**inputs, "inputs_embeds": embeds}).last_hidden_state
 
     def joined(self):
         """Return the output of the call, of all columns, in the decoder's own class."""
@@ -309,15 +315,15 @@ def takes_no_thoughts(num_columns: int) -> bool:
 
 
 class ThinkingDecoder(PutInFront):
-    """What `give_thoughts` puts in front of a decoder's class: without latents, `forward` is the decoder's own.
+    """What `give_thoughts` puts in front of a decoder's class: outside `thinking`, `forward` is the decoder's own.
 
     own_arguments: the names of the arguments of the decoder's own forward, in their order.
     counts_columns: whether the decoder numbers positions by column, as it takes no position_ids (Marian, BART).
-    bptt_thoughts: how many thoughts of a row, counted from its last one, send gradients back to the state that they
-        were; of the others only keys, values and what the feed does to them are learnt. None is all, 0 is none.
+    bptt_thoughts: gradients flow from so many last thoughts of each row into the states that they were made from;
+        earlier thoughts are detached from theirs. None is all.
     checkpointed_passes: which passes gradient checkpointing recomputes: `all`, or the `first`, before the thoughts.
-    around_passes: makes the context that each pass of a training step is run in, one a step; mmcoconut's trainer lets
-        it form the weights' gradients of all passes together.
+    around_passes: makes, per call in training, the reusable context that each of its passes is run in; mmcoconut's
+        trainer lets it form the weights' gradients of all passes together.
 
     The last three belong to a run or a machine and are not saved.
     """
@@ -344,12 +350,12 @@ class ThinkingDecoder(PutInFront):
         read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         thoughts = None if takes_no_thoughts(read.shape[1]) else THOUGHTS.get()
         if thoughts is None:
-            return self.run_once(**inputs)
+            return self.own_forward(**inputs)
         if inputs.get("inputs_embeds") is None:
             inputs["inputs_embeds"] = self.get_input_embeddings()(inputs.pop("input_ids"))  # (B, T, D)
-        return self.run_thinking(thoughts, **rename_cache(inputs, "past_key_values"))
+        return self.forward_with_thoughts(thoughts, **rename_cache(inputs, "past_key_values"))
 
-    def run_once(self, *, position_ids: torch.Tensor | None = None, **inputs):
+    def own_forward(self, *, position_ids: torch.Tensor | None = None, **inputs):
         """Run the decoder's own forward, and give it each row's positions where it counts columns (Marian, BART).
 
         Its position embeddings E are added to what it reads, so it is given inputs_embeds + E[position] - E[column].
@@ -365,24 +371,26 @@ class ThinkingDecoder(PutInFront):
         shift = of_rows.view(embeds.shape) - of_columns.view(1, *embeds.shape[1:])  # (B, T, D)
         return super().forward(**{**inputs, "inputs_embeds": embeds + shift})
 
-    def run_thinking(self, thoughts: Thoughts, *, past_key_values: Cache | None = None, use_cache=None, **inputs):
+    def forward_with_thoughts(
+        self, thoughts: Thoughts, *, past_key_values: Cache | None = None, use_cache=None, **inputs
+    ):
         """Run the decoder as often as the thoughts need, and note in `thoughts` what was read."""
         replays = self.training and is_checkpointing(self)
         check_not_replayed(past_key_values, replays=replays)
         keeps_cache = past_key_values is not None or bool(use_cache and not replays)
-        thoughts.settle(inputs.get("attention_mask"), past_key_values, self)
+        thoughts.locate(inputs.get("attention_mask"), past_key_values, self)
         if past_key_values is None and (keeps_cache or thoughts.columns):
             past_key_values = self.fresh_cache(thoughts, keeps_cache=keeps_cache, replays=replays)
         if past_key_values is not None and inputs.get("encoder_hidden_states") is not None:
             past_key_values = with_cross_attention(past_key_values, self.config)
         # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
         inputs["use_cache"] = past_key_values is not None and not replays
-        passes = Passes(self.call_of_passes(thoughts), past_key_values, inputs, keeps_cache=keeps_cache)
+        passes = Passes(self.pass_runner(thoughts), past_key_values, inputs, keeps_cache=keeps_cache)
         passes.may_move = not thoughts.sharded and self.sees_all_columns and not self.makes_maps(inputs)
         schedule = thoughts.schedule if thoughts.columns else think
         schedule(passes, thoughts)
         outputs = passes.joined()
-        thoughts.inputs_embeds = join_columns(passes.read)  # (B, T, D)
+        thoughts.inputs_embeds = join_columns(passes.embeds_run)  # (B, T, D)
         if thoughts.left_out is not None:
             self.leave_out(outputs, thoughts)
         if keeps_cache:
@@ -404,7 +412,8 @@ class ThinkingDecoder(PutInFront):
         Through a chosen kind a later call has no gradients.
         """
         prefix_length = thoughts.columns[0] if thoughts.columns else 0
-        may_choose = not thoughts.reads_again and (replays or not (keeps_cache and torch.is_grad_enabled()))
+        reads_again = getattr(thoughts.schedule, "reads_again", False)
+        may_choose = not reads_again and (replays or not (keeps_cache and torch.is_grad_enabled()))
         kind = chosen_cache(self, prefix_length) if may_choose else None
         if not replays:
             return DynamicCache(config=self.config) if kind is None else kind()
@@ -413,11 +422,14 @@ class ThinkingDecoder(PutInFront):
             return PassCache(growing)
         return PassCache(growing, follow=Cache if kind is None else kind.after)
 
-    def call_of_passes(self, thoughts: Thoughts) -> Callable:
-        """Return what `Passes` calls with a cache and the arguments of one pass; a replayed pass goes by itself."""
+    def pass_runner(self, thoughts: Thoughts) -> Callable:
+        """Return what `Passes` calls with a cache and the arguments of one pass.
+
+        Under gradient checkpointing a replayed pass (PassCache) skips around_passes.
+        """
 
         def call(past_key_values, **inputs):
-            return self.run_once(**{CACHE: past_key_values}, **inputs)
+            return self.own_forward(**{CACHE: past_key_values}, **inputs)
 
         if not (self.training and thoughts.columns):
             return call
@@ -433,7 +445,7 @@ class ThinkingDecoder(PutInFront):
         return call_in_training
 
     def leave_out(self, outputs, thoughts: Thoughts) -> None:
-        """Make the states at latents that were left out what the column before them is."""
+        """Copy the state of the column before into each latent that was left out."""
         states = carry_states(outputs.last_hidden_state, thoughts.left_out, thoughts.state_before)
         outputs.last_hidden_state = states  # (B, T, D)
         window = getattr(self.config, "sliding_window", None)

@@ -151,7 +151,7 @@ def test_an_update_reads_what_the_thoughts_were_before_it(iterations, expected, 
     if cached:
         passes = passes_over(doubling, embeds)
         ThinkTogether(iterations)(passes, thoughts)
-        states, read = passes.joined().last_hidden_state, torch.cat(passes.read, dim=1)
+        states, read = passes.joined().last_hidden_state, torch.cat(passes.embeds_run, dim=1)
     else:
         states, read = think_together_uncached(doubling, embeds, thoughts, num_iterations=iterations)
     assert read.flatten().tolist() == [1, 2, *expected, 6, 7]

@@ -145,7 +145,7 @@ def test_cutting_the_sequence_changes_nothing_where_nothing_is_fed_back(text, co
         cache.crop(-1)
         passes = passes_over(partial(call_with_cache, decoder), embeds, cache)
         think(passes, Thoughts(no_latents, feed=model.model.thought_feed, columns=columns))
-    assert torch.equal(torch.cat(passes.read, dim=1), embeds)
+    assert torch.equal(torch.cat(passes.embeds_run, dim=1), embeds)
     assert max_difference(passes.joined().last_hidden_state, whole.last_hidden_state) <= tolerance
     assert cache.get_seq_length() == 12
 
@@ -274,7 +274,7 @@ def test_compiled_loop_equals_the_loop_when_the_columns_change_from_call_to_call
     def run(embeds, latents):
         passes = passes_over(doubling, embeds)
         think(passes, Thoughts(latents, feed=lambda state: state, columns=column_lists(latents)[0]))
-        return torch.cat(passes.read, dim=1)
+        return torch.cat(passes.embeds_run, dim=1)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="eager")

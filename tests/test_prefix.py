@@ -153,7 +153,7 @@ def test_tiles_and_features_of_the_tower_are_read_as_pixels_are(tolerance):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
-def test_the_tower_and_the_prefix_run_once_for_all_questions(options):
+def test_the_tower_and_the_prefix_own_forward_for_all_questions(options):
     model = tiny_model("gpt2")
     batch = questions(model)
     towers, columns = [], []

@@ -116,7 +116,7 @@ class ShareColumns:
         if passes.keeps_cache:
             move_back_keys(passes.cache, layout)
         passes.outputs = [moved_back(moved.joined(), layout)]
-        passes.read = [layout.move_back(join_columns(moved.read))]  # (B, T, D)
+        passes.embeds_run = [layout.move_back(join_columns(moved.embeds_run))]  # (B, T, D)
 
     def layout_for(self, passes: Passes, thoughts: Thoughts) -> Layout | None:
         """Return the layout of a call; None where it stays as it is."""
@@ -148,7 +148,7 @@ def moved_passes(passes: Passes, layout: Layout) -> Passes:
     inputs["inputs_embeds"] = layout.move(embeds)  # (B, T', D)
     inputs["position_ids"] = layout.move(positions.expand(embeds.shape[:2]))  # (B, T')
     inputs["attention_mask"] = layout.real.long()  # (B, T')
-    moved = Passes(passes.run_decoder, passes.cache, inputs, keeps_cache=passes.keeps_cache)
+    moved = Passes(passes.call_decoder, passes.cache, inputs, keeps_cache=passes.keeps_cache)
     moved.ends = layout.ends
     return moved
 
