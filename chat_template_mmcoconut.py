@@ -52,12 +52,10 @@ def user_message(text: str, num_images: int = 0) -> dict:
 def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: int) -> list[dict]:
     """Return a chat up to its last question: the images first, each earlier answer as the model writes it."""
     messages = []
-    for asked, answer in [*history, (question, None)]:
-        messages.append(user_message(asked, num_images if not messages else 0))
-        if answer is not None:
-            written = [{"type": "text", "text": f"{ANSWER_MARKER} {answer}"}]
-            messages.append({"role": "assistant", "content": written})
-    return messages
+    for asked, answer in history:
+        written = [{"type": "text", "text": f"{ANSWER_MARKER} {answer}"}]
+        messages += [user_message(asked, 0 if messages else num_images), {"role": "assistant", "content": written}]
+    return [*messages, user_message(question, 0 if messages else num_images)]
 
 
 def conversations_of(conversation) -> tuple[list[list[dict]], list[list], bool]:
@@ -163,9 +161,8 @@ def is_rendered(text: str, processor, is_question: bool) -> bool:
     prompt, _ = render(tokenizer, chat_template, [user_message(SAMPLE)], layout)
     latent, ending = re.escape(LATENT_TOKEN), re.escape(prompt.rpartition(SAMPLE)[2])
     ending = re.search(rf"{ending.replace(latent, f'(?:{latent})*')}\Z", text)
-    if found == {processor.image_token} and (ending or not text.replace(processor.image_token, "")):
-        return True
-    if ending and any(token in ending[0] for token in found):
+    are_images = found == {processor.image_token} and (ending or not text.replace(processor.image_token, ""))
+    if are_images or (ending and any(token in ending[0] for token in found)):
         return True
     problem = f"A plain string holds {', '.join(sorted(found))}: pass rendered=True if apply_chat_template wrote it"
     raise ValueError(f"{problem}, or rendered=False if it is a question, in which they stay text.")
@@ -224,9 +221,9 @@ def parse_answer(text: str) -> str:
     ('red', 'red', '24+24=48 ### 48')
     """
     line = ANSWER_LINE.search(text)
-    if line is not None:
-        return text[line.end() :].strip()
-    return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
+    if line is None and ANSWER_MARKER not in text:
+        return ""
+    return (text.rpartition(ANSWER_MARKER)[2] if line is None else text[line.end() :]).strip()
 
 
 def check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
@@ -292,19 +289,18 @@ def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> d
     padding = options.setdefault("padding", num_rows > 1 or multiple is not None)
     truncation, limit = options.pop("truncation", None), options.get("max_length") or tokenizer.model_max_length
     is_limited = padding == "max_length" or truncation not in (None, False, "do_not_truncate")
-    is_over = is_limited and longest > limit
-    is_endless = is_limited and limit >= LARGEST_LENGTH
+    is_endless, is_over = is_limited and limit >= LARGEST_LENGTH, is_limited and longest > limit
     is_alone = given.get("max_length") is not None and not is_limited
     is_idle = given.get("pad_to_multiple_of") is not None and padding in (False, "do_not_pad")
-    problems = (
-        (is_alone, f"max_length={limit} has no effect alone: add padding='max_length', or truncation=True"),
-        (is_idle, f"pad_to_multiple_of={multiple} has no effect with padding={padding!r}: leave one out"),
-        (side not in (None, "left", "right"), f"padding_side={side!r} is not one of left, right: choose one of them"),
-        (is_endless and padding == "max_length", "padding='max_length' needs max_length, which nothing sets: set it"),
-        (is_endless, f"truncation={truncation!r} could cut images or thoughts: leave it out, or set max_length"),
-        (is_over, f"Nothing is cut out of a prompt of {longest} tokens, and max_length is {limit}: shorten the text"),
-    )
-    for is_met, problem in problems:
+    problems = {
+        f"max_length={limit} has no effect alone: add padding='max_length', or truncation=True": is_alone,
+        f"pad_to_multiple_of={multiple} has no effect with padding={padding!r}: leave one out": is_idle,
+        f"padding_side={side!r} is not one of left, right: choose one": side not in (None, "left", "right"),
+        "padding='max_length' needs max_length, which is not set: set it": is_endless and padding == "max_length",
+        f"truncation={truncation!r} could cut images or thoughts: leave it out, or set max_length": is_endless,
+        f"Nothing is cut out of a prompt of {longest} tokens, and max_length is {limit}: shorten it": is_over,
+    }
+    for problem, is_met in problems.items():
         if is_met:
             raise ValueError(f"{problem}.")
     return {name: value for name, value in options.items() if name != "max_length" or padding == "max_length"}

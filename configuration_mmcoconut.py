@@ -31,7 +31,6 @@ TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id",
 READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
 # They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
 PREFIX_PROJECTORS = ("pooled_prefix", "attention_prefix")
-AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText")
 DECODER_CLASSES = ("AutoModelForCausalLM", "modeling_mmcoconut.MMCoconutForConditionalGeneration")
 SEQ2SEQ_CLASSES = ("AutoModelForSeq2SeqLM", "seq2seq_mmcoconut.MMCoconutForSeq2SeqLM")
 
@@ -69,8 +68,7 @@ class MMCoconutConfig(PreTrainedConfig):
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
 
-    Raises:
-        ValueError: a value outside its choices, or a combination that cannot work; the message says what to change.
+    A value outside its choices, or a combination that cannot work, raises ValueError that says what to change.
     """
 
     model_type = "mmcoconut"
@@ -117,7 +115,7 @@ class MMCoconutConfig(PreTrainedConfig):
         self.is_encoder_decoder = self.image_fusion == "encoder"
         own_class, model_class = SEQ2SEQ_CLASSES if self.is_encoder_decoder else DECODER_CLASSES
         self.auto_map = {"AutoConfig": "configuration_mmcoconut.MMCoconutConfig"}
-        self.auto_map |= dict.fromkeys((*AUTO_CLASSES, own_class), model_class)
+        self.auto_map |= dict.fromkeys(("AutoModel", "AutoModelForImageTextToText", own_class), model_class)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
         settle_decoder(self.text_config, self.image_fusion)
         check_choices(self)
@@ -176,10 +174,9 @@ def num_placeholders(config, num_patches: int) -> int:
     if config.projector_type == "pixel_shuffle":
         side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
         if side**2 != num_patches or side % factor:
-            raise ValueError(
-                f"pixel_shuffle joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no "
-                "square of whole groups: set another image_size, downsample_ratio or vision_feature_select_strategy."
-            )
+            problem = f"joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no square"
+            remedy = "set another image_size, downsample_ratio or vision_feature_select_strategy"
+            raise ValueError(f"pixel_shuffle {problem} of such: {remedy}.")
         num_patches = (side // factor) ** 2
     return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_patches
 
@@ -195,19 +192,17 @@ def check_schedule(config):
     """Refuse iterations without the jacobi schedule; a schedule or a stop head without thoughts that are fed back."""
     schedule, iterations, mode = config.thought_schedule, config.jacobi_iterations, config.thought_mode
     if config.stop_head and (schedule == "jacobi" or mode == "pause"):
-        raise ValueError(
-            f"stop_head=True needs thoughts that follow from the one before, not thought_schedule={schedule!r} with "
-            f"thought_mode={mode!r}: set 'sequential' and 'feedback', or stop_head=False."
-        )
+        given = f"thought_schedule={schedule!r} with thought_mode={mode!r}"
+        raise ValueError(f"stop_head=True, but {given}: set 'sequential' and 'feedback', or stop_head=False.")
     if schedule != "jacobi" and iterations is not None:
         remedy = "set it to None, or thought_schedule to 'jacobi'"
         raise ValueError(f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: {remedy}.")
     if schedule == "jacobi" and (iterations is None or iterations < 1):
-        needed = "which updates at least 1 time: set a number from 1 on"
-        raise ValueError(f"jacobi_iterations={iterations} with thought_schedule='jacobi', {needed}.")
+        raise ValueError(f"jacobi_iterations={iterations} with thought_schedule='jacobi': iterate at least 1 time.")
     if schedule == "jacobi" and mode == "pause":
-        remedy = "set 'sequential' and jacobi_iterations=None, or 'feedback'"
-        raise ValueError(f"thought_mode='pause' feeds none back, and thought_schedule='jacobi' says how: {remedy}.")
+        raise ValueError(
+            "thought_mode='pause' feeds none back, so thought_schedule='jacobi' is idle: set 'sequential'."
+        )
 
 
 def check_token_ids(config):
@@ -216,8 +211,7 @@ def check_token_ids(config):
     ids = {field: getattr(config, field) for field in TOKEN_ID_FIELDS if getattr(config, field) is not None}
     for field, token_id in ids.items():
         if not 0 <= token_id < vocab_size:
-            remedy = "take the tokenizer's, to which the language model was resized"
-            raise ValueError(f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: {remedy}.")
+            raise ValueError(f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: resize either.")
         if token_id in fields:
             raise ValueError(f"{field} and {fields[token_id]} are both {token_id}: give each an id of its own.")
         fields[token_id] = field
@@ -227,9 +221,7 @@ def check_projector(config):
     """Refuse layers that the tower lacks, and what the type of projector cannot work with."""
     width, heads = config.text_config.hidden_size, config.projector_num_heads
     if config.projector_type in ("transformer", "attention_prefix") and (heads < 1 or width % heads):
-        raise ValueError(
-            f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: set a divisor."
-        )
+        raise ValueError(f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: set a factor.")
     shuffle_factor(config.downsample_ratio)
     layers, depth = config.vision_feature_layer, config.vision_config.num_hidden_layers
     layers = [layers] if isinstance(layers, int) else layers
@@ -239,21 +231,16 @@ def check_projector(config):
         if not -depth - 1 <= layer <= depth:
             lacks = f"vision_feature_layer={layer} does not exist in a vision tower of {depth} layers"
             raise ValueError(f"{lacks}: choose a number from {-depth - 1} to {depth}.")
-    if config.projector_type in PREFIX_PROJECTORS:
-        check_prefix(config, config.vision_config.hidden_size * len(layers))
-
-
-def check_prefix(config, width: int):
-    """Refuse what a `_prefix` projector, which reads vectors of this width, cannot work with."""
+    if config.projector_type not in PREFIX_PROJECTORS:
+        return
     if config.num_visual_tokens < 1:
         raise ValueError(f"num_visual_tokens={config.num_visual_tokens} must be at least 1: set it to 8, for example.")
     if config.image_pooling == "cls" and config.vision_feature_select_strategy == "default":
-        remedy = "set it to 'full', or image_pooling to 'mean'"
-        raise ValueError(
-            f"image_pooling='cls' with vision_feature_select_strategy='default', which has none: {remedy}."
-        )
-    if not config.alignment_adapter and width != config.text_config.hidden_size:
-        compared = f"image vectors of width {width} with text vectors of width {config.text_config.hidden_size}"
+        remedy = "set 'full', or image_pooling='mean'"
+        raise ValueError(f"image_pooling='cls', but vision_feature_select_strategy='default' drops it: {remedy}.")
+    image_width = config.vision_config.hidden_size * len(layers)
+    if not config.alignment_adapter and image_width != width:
+        compared = f"image vectors of width {image_width} with text vectors of width {width}"
         raise ValueError(f"alignment_adapter=False compares {compared}: set alignment_adapter=True.")
 
 

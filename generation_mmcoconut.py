@@ -4,8 +4,7 @@ Releases of transformers share images out to beams and chunks in different ways,
 images. Here they are encoded once, before the prompt is repeated or cut, and every step gets the features that belong
 to the columns it reads. A prefix, an image or a long text, goes through the model once, and is copied into caches.
 
-Shapes: B rows of the prompt, E rows that a prompt was repeated to, T columns of the prompt, P tokens of a prefix,
-F features, D hidden, I images or tiles.
+Shapes: B rows of the prompt, E that they are repeated to, T columns, P of a prefix, F features, D hidden, I tiles.
 """
 
 import json
@@ -102,10 +101,8 @@ def shared_length(prompts: list[torch.Tensor], num_tokens: int | None, ends_befo
     shared = min(lengths)
     if shared < 1 or (num_tokens is not None and not 1 <= num_tokens <= shared):
         wanted = "at least one" if num_tokens is None else num_tokens
-        raise ValueError(
-            f"The prompts begin with {shared} common tokens that a token follows in each, and the prefix is to have "
-            f"{wanted}: give prompts with one beginning and their attention_mask, or 1 <= num_tokens <= {shared}."
-        )
+        remedy = f"give prompts with one beginning and their attention_mask, or 1 <= num_tokens <= {shared}"
+        raise ValueError(f"The prompts begin with {shared} common tokens, the prefix is to have {wanted}: {remedy}.")
     return shared if num_tokens is None else num_tokens
 
 
@@ -127,8 +124,7 @@ def fingerprint(model) -> dict:
 class PromptPrefix:
     """What the model keeps of a prompt's first P tokens; `model.prefill` makes it, and it is only ever copied from.
 
-    input_ids (P,).
-    maker: `fingerprint` of the model that computed it, and that alone may read it.
+    maker: `fingerprint` of the model that computed it, and that alone may read it; input_ids (P,).
     images: the pixel_values or image_features (I, …) in it, and their num_tiles, by these names.
     cache: keys and values of each layer, and what thoughts behind it read; one row.
     """
@@ -141,9 +137,7 @@ class PromptPrefix:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def get_seq_length(self) -> int:
-        """Return P, as the cache does that this will be copied into."""
-        return len(self)
+    get_seq_length = __len__  # as of the cache that this will be copied into
 
     def copied_into(self, past_key_values: Cache, num_rows: int) -> Cache:
         """Return an empty cache of any kind with these keys and values in each of its rows."""
@@ -151,28 +145,27 @@ class PromptPrefix:
         def of_rows(states: torch.Tensor) -> torch.Tensor:
             return states.expand(num_rows, *states.shape[1:])
 
+        cache = text_cache(past_key_values)
         for index, layer in enumerate(text_cache(self.cache).layers):
-            text_cache(past_key_values).update(of_rows(layer.keys), of_rows(layer.values), index)
+            cache.update(of_rows(layer.keys), of_rows(layer.values), index)
         if isinstance(self.cache, EncoderDecoderCache):
             past_key_values = with_cross_attention(past_key_values)
             for index, layer in enumerate(self.cache.cross_attention_cache.layers):
                 past_key_values.cross_attention_cache.update(of_rows(layer.keys), of_rows(layer.values), index)
                 past_key_values.is_updated[index] = True
         ThoughtState.within(past_key_values)
-        text_cache(past_key_values).thought_state = ThoughtState.of(self.cache).of_rows(of_rows)
+        cache.thought_state = ThoughtState.of(self.cache).of_rows(of_rows)
         return past_key_values
 
     def check_reader(self, model) -> None:
         """Raise ValueError if the model that is to read this is not the one that made it."""
         made, reads = self.maker, fingerprint(model)
         for name in made | reads:
-            if name == "name" or made.get(name) == reads.get(name):
-                continue
-            values = "are others" if name == "weights" else f"is {reads.get(name)!r}, not {made.get(name)!r}"
-            raise ValueError(
-                f"The prefix was made by {made['name']}, and is read by {reads['name']}, whose {name} {values}: make "
-                "the prefix with the model that reads it, and again after training."
-            )
+            if name != "name" and made.get(name) != reads.get(name):
+                values = "are others" if name == "weights" else f"is {reads.get(name)!r}, not {made.get(name)!r}"
+                models = f"The prefix was made by {made['name']}, and is read by {reads['name']}"
+                remedy = "make the prefix with the model that reads it, and again after training"
+                raise ValueError(f"{models}, whose {name} {values}: {remedy}.")
 
     def check_begins(self, prompts: list[torch.Tensor], latent_token_id: int) -> None:
         """Raise ValueError unless all prompts begin with the prefix and go on, no latent directly behind padding."""
@@ -181,17 +174,13 @@ class PromptPrefix:
             shared = min(common, len(prompt) - 1)
             if shared < len(self):
                 pair = [f"id {ids[common]}" if common < len(ids) else "its end" for ids in (prompt, self.input_ids)]
-                raise ValueError(
-                    f"Row {row} leaves the prefix of {len(self)} tokens at its token {common}: {pair[0]} where the "
-                    f"prefix has {pair[1]}. All of it must stand before the end: pass whole prompts, and their "
-                    f"attention_mask where they are padded, or make a prefix of at most num_tokens={shared}."
-                )
+                where = f"leaves the prefix of {len(self)} tokens at its token {common}: {' where it has '.join(pair)}"
+                remedy = f"attention_mask where they are padded, or make a prefix of at most num_tokens={shared}"
+                raise ValueError(f"Row {row} {where}; pass whole prompts, and their {remedy}.")
             if prompt[len(self)] == latent_token_id and len(prompt) < max(map(len, prompts)):
-                raise ValueError(
-                    f"Row {row} is shorter than others and has a latent directly behind the {len(self)} tokens of the "
-                    f"prefix, where its padding would stand: prefill(…, num_tokens={len(self) - 1}) makes a shorter "
-                    "one, or pass the row alone."
-                )
+                where = f"directly behind the {len(self)} tokens of the prefix, where its padding would stand"
+                remedy = f"make the prefix with num_tokens={len(self) - 1}, or pass the row alone"
+                raise ValueError(f"Row {row} is shorter than others, with a latent {where}: {remedy}.")
 
     def in_front(self, prompts: list[torch.Tensor], num_columns: int, pad_token_id: int) -> tuple:
         """Return input_ids and attention_mask (B, num_columns) of [prefix | padding | rest of the prompt].
@@ -220,19 +209,15 @@ class PromptPrefix:
         if len(tensor) == num_behind:
             return images
         if len(tensor) != num_all or name != known_name:
-            raise ValueError(
-                f"{name} holds {len(tensor)} images or tiles, and cannot be compared with the {len(known)} "
-                f"{known_name} of the prefix: pass {known_name} of all {num_all} in the prompts, or those of the "
-                f"{num_behind} behind the prefix."
-            )
+            found = f"{name} holds {len(tensor)} images or tiles, and cannot be compared with the {len(known)}"
+            remedy = f"pass {known_name} of all {num_all} in the prompts, or of the {num_behind} behind the prefix"
+            raise ValueError(f"{found} {known_name} of the prefix: {remedy}.")
         is_known = torch.cat([torch.arange(tiles) < len(known) for tiles in tiles_of_rows])  # (I,)
         tolerance = 0 if name == "pixel_values" else SAME_FEATURES * known.abs().max()
         for row, first in enumerate(tensor[is_known].split(len(known))):
             if first.shape != known.shape or not (first - known).abs().max() <= tolerance:
-                raise ValueError(
-                    f"Row {row} has other {name} than the prefix where the prefix has its {len(known)}: make a "
-                    "prefix for each picture, or pass only the images behind it."
-                )
+                remedy = "make a prefix for each picture, or pass only the images behind it"
+                raise ValueError(f"Row {row} has other {name} than the {len(known)} of the prefix: {remedy}.")
         num_tiles = images.get("num_tiles", torch.ones(num_all, dtype=torch.long)).cpu()  # (images,)
         check_num_tiles(num_tiles, **{name: tensor})
         is_behind = ~is_known[num_tiles.cumsum(0) - num_tiles]  # (images,), by the first tile of each
@@ -275,10 +260,9 @@ class ThinkingGenerationMixin(GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args, prefix=None, **kwargs):
         """Generate as transformers does, with images encoded before any forward pass could see whose they are.
 
-        prefix: what `prefill` gave of the beginning of all prompts; input_ids are whole prompts all the same, and the
-            result is what it would be without. Images in it need not be passed again; if they are, they are compared.
-            While prompts of different lengths are generated, padding stands between the prefix and the rest, which
-            `no_repeat_ngram_size` sees; no cache is returned for them.
+        prefix: what `prefill` gave of the beginning of all prompts, which input_ids hold all the same. Images in it
+            need not be passed again; if they are, they are compared. Of prompts of different lengths no cache is
+            returned, and `no_repeat_ngram_size` sees padding behind the prefix.
         kwargs: also what `forward` takes (image_features, num_tiles, thought_noise, …), and stop_threshold, above
             which rows stop thinking: 0.5 by default where there is a stop head; 1.0 thinks all thoughts.
         """
@@ -306,8 +290,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         if encoded is None and not any(name in images for name in IMAGE_SOURCES):
             return None
         check_one_source(**{name: images.get(name) for name in IMAGE_SOURCES}, mm_encoder_outputs=encoded)
-        ids = kwargs.get("input_ids") if inputs is None else inputs
-        embeds = None if ids is not None else kwargs["inputs_embeds"]
+        ids, embeds = kwargs.get("input_ids") if inputs is None else inputs, kwargs.get("inputs_embeds")
         image_mask = self.model.get_token_mask(self.config.image_token_id, ids, embeds)  # (B, T)
         if assisted is not None and not image_mask.any():  # a call inside another one, about something else
             return None
@@ -334,10 +317,8 @@ class ThinkingGenerationMixin(GenerationMixin):
         config = kwargs.get("generation_config") or self.generation_config
         for name in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
             if kwargs.get(name, getattr(config, name, None)) is not None:
-                raise ValueError(
-                    f"{name} runs the prompt in pieces of its own, and rows of this model stop thinking by "
-                    "themselves: leave it out, or pass stop_threshold=None to think at all latents."
-                )
+                problem = f"{name} cuts the prompt in pieces, and rows of this model stop thinking by themselves"
+                raise ValueError(f"{problem}: leave it out, or pass stop_threshold=None to think at all latents.")
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
@@ -346,9 +327,7 @@ class ThinkingGenerationMixin(GenerationMixin):
             return attention_mask
         return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.LongTensor, *args, inputs_embeds: torch.Tensor | None = None, **kwargs
-    ) -> dict:
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
         """Prepare a step: without latents that rows left out, and with the features of the placeholders it reads."""
         self.leave_out_of_step(kwargs)
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
@@ -379,14 +358,7 @@ class ThinkingGenerationMixin(GenerationMixin):
 
     @torch.no_grad()
     def prefill(
-        self,
-        input_ids: torch.LongTensor,
-        attention_mask: torch.Tensor | None = None,
-        *,
-        num_tokens: int | None = None,
-        pixel_values: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        num_tiles: torch.LongTensor | None = None,
+        self, input_ids, attention_mask=None, num_tokens=None, pixel_values=None, image_features=None, num_tiles=None
     ) -> PromptPrefix:
         """Run what prompts begin with through the model once, for `generate(…, prefix=…)` to go on from.
 
@@ -395,15 +367,14 @@ class ThinkingGenerationMixin(GenerationMixin):
             num_tokens: make the prefix of so many tokens.
             pixel_values or image_features, num_tiles: the images of the prompts; only those in the prefix are read.
 
-        Raises:
-            ValueError: prompts without a common beginning, or with other images there; an end inside an image.
+        Prompts without a common beginning, or with other images there, and an end inside an image raise ValueError.
         """
-        given = {"pixel_values": pixel_values, "image_features": image_features, "num_tiles": num_tiles}
-        images, prompts = take_images(given), rows_of(input_ids, attention_mask)
+        images = {"pixel_values": pixel_values, "image_features": image_features, "num_tiles": num_tiles}
+        images, prompts = take_images(images), rows_of(input_ids, attention_mask)
         # Rows that stop by themselves do so each for itself, behind what they share.
         ends_before = self.config.latent_token_id if self.config.stop_head else None
         prompt = prompts[0][None, : shared_length(prompts, num_tokens, ends_before)]  # (1, P)
-        tiles = self.count_tiles(prompt)[0]
+        [tiles] = self.count_tiles(prompt)
         first = {name: value[:tiles] for name, value in images.items()}
         if num_tiles is not None:
             first["num_tiles"] = num_tiles[num_tiles.cumsum(0) <= tiles]
@@ -443,25 +414,23 @@ class ThinkingGenerationMixin(GenerationMixin):
         self.check_room(generation_config, model_kwargs.get(self.mask_name), num_read)
         given = model_kwargs.get(CACHE)
         if generation_config.prefill_chunk_size is not None and RELEASE < (5, 21) and given and given.get_seq_length():
-            raise ValueError(
-                f"prefill_chunk_size={generation_config.prefill_chunk_size} behind a cache or prefix reads the wrong "
-                "columns in this release of transformers: install 5.21 or newer, or leave it out."
-            )
+            problem = "behind a cache or prefix reads the wrong columns in this release of transformers"
+            raise ValueError(f"prefill_chunk_size {problem}: install transformers 5.21 or newer, or leave it out.")
         is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         has_prefix = isinstance(given, PromptPrefix)
         if has_prefix:
             self.check_follows(generation_config, model_kwargs.get("attention_mask"), is_assisted)
             del model_kwargs[CACHE]
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        may_choose = (given is None or has_prefix) and not is_assisted
-        kind = chosen_cache(self.get_decoder()) if self.config.thought_schedule == "sequential" else None
+        may_choose = self.config.thought_schedule == "sequential" and not is_assisted and (given is None or has_prefix)
+        kind = chosen_cache(self.get_decoder()) if may_choose else None
         made = model_kwargs.get(CACHE)
-        own = None if made is None else text_cache(made)
-        if may_choose and kind is not None and type(own) is DynamicCache and not own.offloading:
+        own = text_cache(made)
+        if kind is not None and type(own) is DynamicCache and not own.offloading:
             made = kind() if own is made else EncoderDecoderCache(kind(), made.cross_attention_cache)
         if has_prefix:
-            num_rows = batch_size * max(generation_config.num_beams, generation_config.num_return_sequences)
-            made = given.copied_into(made, num_rows)
+            repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+            made = given.copied_into(made, batch_size * repeats)
         if made is not None:
             model_kwargs[CACHE] = made
 
@@ -476,15 +445,12 @@ class ThinkingGenerationMixin(GenerationMixin):
     def check_follows(self, generation_config, attention_mask: torch.Tensor | None, is_assisted: bool) -> None:
         """Raise ValueError for generation that cannot go on behind a prefix, or padding that a window would count."""
         if is_assisted:
-            raise ValueError(
-                "Assisted decoding reads whole prompts again, also what a cache holds already: leave out the prefix, "
-                "or assistant_model and prompt_lookup_num_tokens."
-            )
+            remedy = "leave out the prefix, or assistant_model and prompt_lookup_num_tokens"
+            raise ValueError(f"Assisted decoding reads whole prompts again, also what a cache holds: {remedy}.")
         if not generation_config.use_cache:
             raise ValueError("A prefix is kept in a cache, and use_cache is False: leave one of them out.")
         window, length = getattr(self.get_decoder().config, "sliding_window", None), generation_config.max_length
         if attention_mask is not None and not self.get_decoder().sees_all_columns and (window or 0) < length:
-            raise ValueError(
-                f"Padding between a prefix and the prompts' rest would stand in a window of {window} columns, and the "
-                f"sequence has up to {length}: pass prompts of one length, or one at a time."
-            )
+            problem = f"in a window of {window} columns, and the sequence has up to {length}"
+            remedy = "pass prompts of one length, or one at a time"
+            raise ValueError(f"Padding between a prefix and the prompts' rest would stand {problem}: {remedy}.")

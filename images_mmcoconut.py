@@ -52,16 +52,15 @@ def _named(where: str, remedy: str) -> Iterator[None]:
         yield
     except (*TOO_LARGE, *DAMAGE) as error:
         reason = next(text for kinds, text in REASONS if isinstance(error, kinds))
-        message = f"{where}: {reason.format(error=error, limit=MAX_IMAGE_PIXELS)}{remedy}"
-        raise UnreadableImageError(message) from error
+        reason = reason.format(error=error, limit=MAX_IMAGE_PIXELS)
+        raise UnreadableImageError(f"{where}: {reason}{remedy}") from error
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
     """Return the high byte of each pixel, because Pillow's own conversion clips at 255."""
     values = np.asarray(image)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 0xFFFF:
-        raise ValueError(f"mode {image.mode} with values from {low} to {high}, and 16 bits end at {0xFFFF}")
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(f"mode {image.mode} with values from {values.min()} to {values.max()}, not 0 to {0xFFFF}")
     shades = (values >> 8).astype(np.uint8)
     if "transparency" in image.info:  # the one value that a PNG declares transparent
         shades[values == image.info["transparency"]] = 0xFF
@@ -88,10 +87,9 @@ def open_file(path: str | os.PathLike, where: str, remedy: str = REMEDY) -> Bina
 
 
 def decode_image(source: BinaryIO, where: str, remedy: str = REMEDY) -> Image.Image:
-    """Decode the bytes of an image file as upright RGB; of an animation, the first frame.
+    """Decode the bytes of an image file as upright RGB, of an animation the first frame; at most MAX_IMAGE_PIXELS.
 
-    Raise UnreadableImageError, which names the image by `where`, such as its path, and the remedy. The limit of
-    MAX_IMAGE_PIXELS is checked before any pixel is decoded.
+    Raise UnreadableImageError, which names the image by `where`, such as its path, and the remedy.
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ValueError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, so cut pictures are filled up; set it to False")
@@ -133,9 +131,8 @@ def _read_array(image):
     ends = {2: (1,), 3: shape[::-2]}.get(image.ndim, ())  # channels stand behind or in front
     channels = 3 if 3 in ends else next((end for end in ends if end in (1, 2, 4)), None)
     if channels is None or (channels in (2, 4) and not is_whole):
-        forms = "(height, width), (height, width, channels) or (channels, height, width)"
-        problem = f"array of shape {shape} and type {kind}: is no image; give {forms} with 1 or 3 channels"
-        raise UnreadableImageError(f"{problem}, or of uint8, uint16 or bool with alpha too")
+        remedy = "(height, width), or with 1 or 3 channels behind or in front; in uint8, uint16 or bool also alpha"
+        raise UnreadableImageError(f"array of shape {shape} and type {kind}: is no image; give {remedy}")
     if not is_whole:
         return image[:, :, None] if image.ndim == 2 else image
     if channels == 3 and kind == "uint8":

@@ -46,8 +46,7 @@ class MMCoconutProcessor(ProcessorMixin):
         num_latents (`int`): default latents of a prompt, in a trained checkpoint those of its last stage.
         markers (`str`): `both` (the paper) | `start` | `none`, the markers around the latents.
         chat_template (`str`): the layout, as `processor_from_backbones` and `processor_from_vlm` write it.
-        image_token (`str`): the placeholder, in the chat template once per image.
-        start_image_token, end_image_token (`str`): what frames the placeholders of an image; None is nothing.
+        image_token, start_image_token, end_image_token (`str`): placeholder of images, and what frames them, or None.
         use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
         decoder_start_token_id (`int`): what an encoder-decoder's decoder begins with; None for a decoder alone.
 
@@ -81,12 +80,11 @@ class MMCoconutProcessor(ProcessorMixin):
             raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
         # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from the question's.
         tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
-        self.image_seq_length = image_seq_length
+        self.image_seq_length, self.use_thumbnail = image_seq_length, use_thumbnail
         self.num_latents, self.markers = num_latents, markers
         self.num_latents = self.layout(None)["num_latents"]
         self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
         self.start_image_token, self.end_image_token = start_image_token, end_image_token
-        self.use_thumbnail = use_thumbnail
         self.decoder_start_token_id = decoder_start_token_id
         self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -170,10 +168,9 @@ class MMCoconutProcessor(ProcessorMixin):
     def encode_rendered(self, chat: str, num_tiles: Sequence[int], spans: Sequence = ()) -> tuple[list, list]:
         """Return the ids of a rendered chat with images of so many tiles, and 1 at those in its spans, 0 elsewhere."""
         ids, mask = encode_marked(self.tokenizer, chat, spans)
-        wanted, given = ids.count(self.image_token_id), len(num_tiles)
-        if wanted != given:
-            name = self.image_token
-            raise ValueError(f"The text has {wanted} {name} and {given} images are given: give one image for each.")
+        wanted = f"{ids.count(self.image_token_id)} {self.image_token}"
+        if ids.count(self.image_token_id) != len(num_tiles):
+            raise ValueError(f"The text has {wanted} and {len(num_tiles)} images are given: give one image for each.")
         images = (self.image_ids(number) for number in num_tiles)
         pieces = [next(images) if token_id == self.image_token_id else [token_id] for token_id in ids]
         masks = [[value] * len(piece) for value, piece in zip(mask, pieces)]
@@ -189,23 +186,18 @@ class MMCoconutProcessor(ProcessorMixin):
         thought_ids = self.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
         end = len(prompt) - len([*takewhile(thought_ids.__contains__, reversed(prompt))])
         if any(token in thought_ids for token in prompt[:end]):
-            where = "The prompt goes on after its thoughts, which stand at its end for an encoder-decoder"
-            raise ValueError(f"{where}: leave assistant messages out, and pass add_generation_prompt=True.")
+            remedy = "leave assistant messages out, and pass add_generation_prompt=True"
+            raise ValueError(f"An encoder-decoder's prompt goes on after its thoughts: {remedy}.")
         return [*prompt[:end], self.tokenizer.eos_token_id], [self.decoder_start_token_id, *prompt[end:]]
 
     def pad_prompts(self, prompts: Sequence[list[int]], *, padding_side: str | None = None, **kwargs) -> dict:
-        """Return prompts as one batch: padded on the left where the answer follows, on the right for an encoder.
-
-        It has input_ids, attention_mask (B, T), of an encoder-decoder also decoder_input_ids, decoder_attention_mask.
-        """
+        """Return ids and masks (B, T) of prompts, under `model_input_names`: an encoder's are padded on the right."""
         if self.decoder_start_token_id is None:
             side = padding_side or self.tokenizer.padding_side
             return dict(self.tokenizer.pad({"input_ids": list(prompts)}, padding_side=side, **kwargs))
         if padding_side is not None:
-            sides = (
-                "an encoder-decoder's questions are padded on the right and what its decoder begins with on the left"
-            )
-            raise ValueError(f"padding_side={padding_side!r} has no effect: {sides}. Leave it out.")
+            remedy = "leave it out, for an encoder is padded on the right and a decoder on the left"
+            raise ValueError(f"padding_side={padding_side!r} has no effect with an encoder-decoder: {remedy}.")
         encoder, decoder = zip(*map(self.split_prompt, prompts))
         begun = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
         batch = dict(zip(self.prompt_names, begun.values()))
@@ -306,7 +298,7 @@ class MMCoconutProcessor(ProcessorMixin):
             raise ValueError("An encoder-decoder reads no assistant messages: leave return_assistant_tokens_mask out.")
         pixels, tiles = self.encode_images(groups, **image_options)
         how = {"template": template, "sanitized": sanitize_control_tokens, "masked": return_assistant_tokens_mask}
-        rows = [self.encode_chat(chat, num_tiles, variables, **how) for chat, num_tiles in zip(chats, tiles)]
+        rows = (self.encode_chat(chat, num_tiles, variables, **how) for chat, num_tiles in zip(chats, tiles))
         input_ids, masks = zip(*rows)
         batch = self._batch_of(input_ids, pixels, text_options, masks if return_assistant_tokens_mask else ())
         return batch if return_dict else batch["input_ids"]
@@ -316,16 +308,15 @@ class MMCoconutProcessor(ProcessorMixin):
 
         Args:
             generated: ids (rows, T), or an output of `generate` with `sequences`.
-            inputs: what `generate` was given, whose B prompts are cut off, rows being B times num_return_sequences;
-                other rows raise ValueError. None: the ids are of answers alone.
+            inputs: what `generate` was given, whose prompts are cut off; others raise ValueError. None: answers alone.
         """
         ids = generated["sequences"] if isinstance(generated, ModelOutput) else generated
         if inputs is not None:
             prompts = torch.as_tensor(inputs[self.prompt_names[0]], device=ids.device)  # (B, P)
             begun, ids = ids[:, : prompts.shape[1]], ids[:, prompts.shape[1] :]
             if not torch.equal(begun, prompts.repeat_interleave(len(ids) // len(prompts), dim=0)):
-                found = f"{len(ids)} generated rows do not begin with the {len(prompts)} prompts of {prompts.shape[1]}"
-                raise ValueError(f"{found} tokens in the inputs: give what generate returned and its own inputs.")
+                given = f"{len(prompts)} prompts of {prompts.shape[1]} tokens"
+                raise ValueError(f"{len(ids)} generated rows do not begin with the {given}: give what generate got.")
         return [parse_answer(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 

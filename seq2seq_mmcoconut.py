@@ -63,8 +63,7 @@ class MMCoconutSeq2SeqLMOutput(ThoughtFields, Seq2SeqLMOutput):
 def alignment_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """Return 1 - cosine of each image's vector and its text's, both (I, D), meaned; refuse unequal numbers of them."""
     if len(image_embeds) != len(text_embeds):
-        numbers = f"{len(image_embeds)} images to be aligned with {len(text_embeds)} texts"
-        raise ValueError(f"{numbers}: give each image one text.")
+        raise ValueError(f"{len(image_embeds)} images to be aligned with {len(text_embeds)} texts: give one for each.")
     return (1 - nn.functional.cosine_similarity(image_embeds, text_embeds, dim=-1)).mean()
 
 
@@ -89,9 +88,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
 
     @can_return_tuple
     @torch.no_grad()
-    def get_text_features(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> tuple | BaseModelOutputWithPooling:
+    def get_text_features(self, input_ids, attention_mask=None, **kwargs) -> tuple | BaseModelOutputWithPooling:
         """Return the encoder's states of texts (n, S), and their means, L2-normalised, as `pooler_output` (n, D)."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (n, S)
         encoder = self.get_encoder()
@@ -107,19 +104,14 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         """Return as MMCoconutEncoderOutput what the decoder is to read of questions (B, S) and their images.
 
         kwargs: output_hidden_states and output_attentions, of the text encoder; others are not read.
-
-        Raises:
-            ValueError: no question, or one longer than the encoder's positions; other placeholders than images.
+        No question, one longer than the encoder's positions, or other placeholders than images raise ValueError.
         """
         if input_ids is None:
             raise ValueError("There is no question to encode: pass input_ids, or encoder_outputs that encode() gave.")
         encoder, length = self.get_encoder(), input_ids.shape[1]
         limit = position_limit(encoder) or length
         if length > limit:
-            remedy = "shorten it, or take a language model with more positions"
-            raise ValueError(
-                f"The question takes {length} tokens, but the text encoder has {limit} positions: {remedy}."
-            )
+            raise ValueError(f"The question has {length} tokens, but the text encoder has {limit} positions: cut it.")
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (B, S)
         text_mask = attention_mask * (input_ids != self.config.image_token_id)  # (B, S)
         outputs = encoder(input_ids, attention_mask=text_mask, return_dict=True, **asked_outputs(kwargs))
@@ -275,11 +267,10 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
                 to. With them and neither labels nor decoder_input_ids the decoder does not run.
             The rest as in MMCoconutSeq2SeqModel.forward, logits_to_keep as in MMCoconutForConditionalGeneration.
 
-        Raises:
-            ValueError: a latent after a row's last labelled token; images without vectors to align; nothing to read.
+        A latent after a row's last labelled token, images without vectors to align, nothing to read raise ValueError.
         """
         if decoder_input_ids is None and labels is None and alignment_input_ids is None:
-            remedy = "pass decoder_input_ids, labels, or alignment_input_ids to align images with texts only"
+            remedy = "pass decoder_input_ids, labels or alignment_input_ids"
             raise ValueError(f"There is nothing for the decoder to read: {remedy}.")
         if kwargs.get("shift_labels") is not None:
             raise ValueError("Labels of an encoder-decoder are not shifted, so it takes no shift_labels: pass labels.")
@@ -291,8 +282,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         outputs = self.model(input_ids, pixel_values, attention_mask, decoder_input_ids, **kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if alignment_input_ids is not None:
-            texts = (alignment_input_ids, alignment_attention_mask)
-            fields["alignment_loss"] = self.align(outputs.image_embeds, *texts)
+            aligned = self.align(outputs.image_embeds, alignment_input_ids, alignment_attention_mask)
+            fields["alignment_loss"] = aligned
         if decoder_input_ids is not None:
             states = outputs.last_hidden_state  # (B, T, D)
             fields["loss"], fields["logits"] = self.loss_and_logits(states, labels, logits_to_keep, **kwargs)
@@ -301,10 +292,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
     def align(self, image_embeds, alignment_input_ids, alignment_attention_mask) -> torch.Tensor:
         """Return the alignment loss of a batch's images and their texts."""
         if image_embeds is None:
-            raise ValueError(
-                "There are texts, but no image vectors: pass the images, and take a projector that makes them, "
-                f"pooled_prefix or attention_prefix, not {self.config.projector_type}."
-            )
+            remedy = "pass the images, and take a projector that makes them, pooled_prefix or attention_prefix"
+            raise ValueError(f"There are texts, but no image vectors: {remedy}, not {self.config.projector_type}.")
         texts = self.get_text_features(alignment_input_ids, alignment_attention_mask, return_dict=True)
         return alignment_loss(image_embeds, texts.pooler_output)
 

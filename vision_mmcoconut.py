@@ -2,8 +2,6 @@
 
     hidden states of the tower → read_tower → projector → fusion with the text's embeddings
 
-A projector is chosen by `config.projector_type`, a fusion by `config.image_fusion`.
-
 Shapes: I images or tiles, patches and P tokens of one before and after the projector, W width of the tower (of all
 layers that are read, joined), B batch, T tokens, F `<image>` placeholders, E features and states that a row reads, D
 hidden of the decoder.
@@ -18,8 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, torch_compilable_check
+from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
 from .compat_mmcoconut import hidden_states_to_return
@@ -31,9 +28,6 @@ from .configuration_mmcoconut import (
     shuffle_factor,
 )
 from .passes_mmcoconut import ThoughtState
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------
 
 
 def vision_width_of(config: MMCoconutConfig) -> int:
@@ -77,8 +71,7 @@ def check_num_features(image_mask: torch.Tensor, image_features: torch.Tensor, c
         image_mask.sum() == num_features,
         lambda: (
             f"The batch holds {int(image_mask.sum())} <image> placeholders ({image_mask.sum(-1).tolist()} a row) but "
-            f"{num_features} image features ({length} an image or tile): give each row {length} placeholders an image "
-            "or tile, as MMCoconutProcessor does, and do not truncate them."
+            f"{num_features} image features: give each image or tile {length} placeholders, and do not truncate them."
         ),
     )
 
@@ -102,13 +95,9 @@ def check_whole_images(image_mask: torch.Tensor, num_tiles: torch.Tensor | None,
     tiles, ends = (counts // length).tolist(), {0, *accumulate(num_tiles.tolist())}
     for row, end in enumerate(accumulate(tiles)):
         if end not in ends:
-            raise ValueError(
-                f"Row {row} of the batch holds placeholders of {tiles[row]} tiles and ends inside an image: the rows "
-                f"have {tiles} tiles and the images {num_tiles.tolist()}. Give each row all tiles of its images."
-            )
-
-
-# --- projectors ------------------------------------------------------------------------------------------------------
+            holds = f"holds placeholders of {tiles[row]} tiles and ends inside an image"
+            counted = f"the rows have {tiles} tiles and the images {num_tiles.tolist()}"
+            raise ValueError(f"Row {row} {holds}: {counted}. Give each row all tiles of its images.")
 
 
 class PixelShuffle(nn.Module):
@@ -197,14 +186,9 @@ def named_layers(**layers: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-PROJECTORS = {
-    "linear": linear_projector,
-    "mlp": mlp_projector,
-    "transformer": transformer_projector,
-    "pixel_shuffle": pixel_shuffle_projector,
-    "pooled_prefix": pooled_prefix_projector,
-    "attention_prefix": AttentionPrefixProjector,
-}
+PROJECTORS = {"linear": linear_projector, "mlp": mlp_projector, "transformer": transformer_projector}
+PROJECTORS |= {"pixel_shuffle": pixel_shuffle_projector, "pooled_prefix": pooled_prefix_projector}
+PROJECTORS |= {"attention_prefix": AttentionPrefixProjector}
 
 
 def build_projector(config: MMCoconutConfig) -> nn.Module:
@@ -212,8 +196,7 @@ def build_projector(config: MMCoconutConfig) -> nn.Module:
     return PROJECTORS[config.projector_type](config)
 
 
-# --- fusions ---------------------------------------------------------------------------------------------------------
-# Each takes (inputs_embeds (B, T, D), image_features (F, D), image_mask (B, T), attention_mask (B, T) or None) and
+# A fusion takes (inputs_embeds (B, T, D), image_features (F, D), image_mask (B, T), attention_mask (B, T) or None) and
 # returns what the decoder is called with. image_mask is True at the placeholders, and image_features has a row for
 # each of them in reading order; for cross-attention an image is one, with all its features, (F, P · D).
 
@@ -246,8 +229,8 @@ def cross_attention_fusion(inputs_embeds, image_features, image_mask, attention_
     if features.shape[1] == 0:
         features, visible = torch.zeros_like(inputs_embeds[:, :1]), torch.zeros_like(image_mask[:, :1])
     visible[:, 0] = True
-    masks = {"encoder_attention_mask": visible.long()}
-    return {"inputs_embeds": inputs_embeds, "encoder_hidden_states": features, **masks}
+    read = {"encoder_hidden_states": features, "encoder_attention_mask": visible.long()}
+    return {"inputs_embeds": inputs_embeds, **read}
 
 
 def encoder_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
@@ -262,9 +245,6 @@ def encoder_fusion(inputs_embeds, image_features, image_mask, attention_mask=Non
 
 IMAGE_FUSIONS = {"replace": replace_fusion, "add": add_fusion}
 IMAGE_FUSIONS |= {"cross_attention": cross_attention_fusion, "encoder": encoder_fusion}
-
-
-# --- tower and projector ---------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -302,17 +282,11 @@ class ReadsImages:
         return outputs, read[:, 1:] if strategy == "default" else read
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Return (I, patches, W) of (I, channels, height, width) pixels; `image_features` takes it in their place."""
+        """Return (I, patches, W) of (I, channels, height, width) pixels, to be passed as `image_features` for them."""
         return self.read_tower(pixel_values, **kwargs)[1]
 
     @can_return_tuple
-    def get_image_features(
-        self,
-        pixel_values: torch.Tensor | None = None,
-        num_tiles: torch.Tensor | None = None,
-        image_features: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple | MMCoconutImageOutput:
+    def get_image_features(self, pixel_values=None, num_tiles=None, image_features=None, **kwargs):
         """Return features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
 
         image_features (I, patches, W) of get_vision_features may stand in the place of the pixels.
