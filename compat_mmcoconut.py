@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 import transformers
 from torch import nn
-from transformers.cache_utils import Cache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -107,11 +105,6 @@ class CacheByEitherName:
 setattr(CacheByEitherName, OTHER_CACHE_NAME, property(lambda self: self.get(CACHE)))
 
 
-def call_with_cache(function, past_key_values: Cache | None, **kwargs):
-    """Call a decoder, or a function of transformers, with the cache under the name that it has for it."""
-    return function(**{CACHE: past_key_values}, **kwargs)
-
-
 def hidden_states_to_return(layers: int | list[int], wanted: bool | int | list[int] | None = None):
     """Return what a tower's `output_hidden_states` must be where some layers are read, and others wanted beside them.
 
@@ -121,11 +114,6 @@ def hidden_states_to_return(layers: int | list[int], wanted: bool | int | list[i
         return True
     layers, wanted = ([value] if type(value) is int else value or [] for value in (layers, wanted))
     return [*layers, *wanted]
-
-
-def attention_of(config: PreTrainedConfig) -> str | None:
-    """Return the attention implementation of a model; `set_attn_implementation` is public, reading it is not."""
-    return config._attn_implementation
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:
@@ -141,11 +129,6 @@ def keep_cache_in_checkpoints(layer: GradientCheckpointingLayer, keep: bool) -> 
 def assert_without_waiting(condition: torch.Tensor, message: str) -> None:
     """Raise on the device if a condition () is False, without a graph break; torch has no public spelling of it."""
     torch._assert_async(condition, message)
-
-
-def current_backward_pass() -> int:
-    """Return a number that tells backward passes apart; torch's own checkpointing uses this private name."""
-    return torch._C._current_graph_task_id()
 
 
 def slice_columns(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,6 @@ from .compat_mmcoconut import PutInFront, in_front
 
 
 # --- latents ---------------------------------------------------------------------------------------------------------
-
-
 def split_latents(latents: torch.Tensor, attention_mask) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the latents (B, T) at which a row thinks, and those that a 2-D mask (B, past + T) leaves out."""
     if not is_two_dimensional(attention_mask):
@@ -143,8 +141,6 @@ def states_before(states: torch.Tensor, before: torch.Tensor | None) -> torch.Te
 
 
 # --- pieces of a sequence --------------------------------------------------------------------------------------------
-
-
 def join_columns(pieces: list[torch.Tensor | None]) -> torch.Tensor | None:
     """Return pieces (B, t, D) as (B, T, D); a single one as it is; None for a layer that was not asked for."""
     return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces, dim=1)
@@ -170,8 +166,6 @@ def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) ->
 
 
 # --- masks and positions ---------------------------------------------------------------------------------------------
-
-
 def is_two_dimensional(attention_mask) -> bool:
     """Return True for a mask of columns, and not one that was made for a single pass, 4-D or by the kind of layer."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
@@ -243,8 +237,6 @@ def check_window(sees_all_columns: bool, window: int | None, num_columns: int) -
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------
-
-
 def text_cache(past_key_values: Cache) -> Cache:
     """Return the cache of the text alone, where there is another of encoder states beside it."""
     is_pair = isinstance(past_key_values, EncoderDecoderCache)

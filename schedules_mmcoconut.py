@@ -27,8 +27,6 @@ from .thinking_mmcoconut import Passes, Thoughts, put_first
 
 
 # --- parallel thoughts -----------------------------------------------------------------------------------------------
-
-
 def put_thoughts(inputs_embeds: torch.Tensor, latents: torch.Tensor, thoughts: torch.Tensor) -> torch.Tensor:
     """Return (B, T, D) with the columns of (B, T, D) in the places of (B, T) that are latents."""
     return torch.where(latents[..., None], thoughts.to(inputs_embeds.dtype), inputs_embeds)

@@ -75,8 +75,6 @@ THOUGHTS: ContextVar = ContextVar("THOUGHTS", default=None)
 
 
 # --- the loop and its definition -------------------------------------------------------------------------------------
-
-
 def think(passes: "Passes", thoughts: "Thoughts") -> None:
     """Run every column once: a pass up to each latent column, whose last state is what is read there."""
     state = thoughts.state_before  # (B, D)
@@ -136,8 +134,6 @@ class ThoughtFeed(nn.Module):
 
 
 # --- where the latents are -------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Thoughts:
     """The latents of one call, what is read at them, and afterwards what was.
@@ -229,8 +225,6 @@ def thinking(thoughts: Thoughts) -> Iterator[Thoughts]:
 
 
 # --- the decoder's passes --------------------------------------------------------------------------------------------
-
-
 class Passes:
     """The arguments of one call of a decoder, cut by column, and what its passes gave.
 
@@ -307,8 +301,6 @@ class Passes:
 
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
-
-
 def takes_no_thoughts(num_columns: int) -> bool:
     """Return True in a compiled step of one token and in `torch.export`, where passes cannot follow the ids."""
     return torch.compiler.is_exporting() or (num_columns == 1 and torch.compiler.is_compiling())

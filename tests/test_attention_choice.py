@@ -18,7 +18,6 @@ from tiny import (
 )
 from transformers.cache_utils import DynamicCache
 
-from mmcoconut.compat_mmcoconut import attention_of
 from mmcoconut.kernels import latent
 from mmcoconut.kernels.latent import (
     LATENT_WHERE_LEANER,
@@ -29,6 +28,7 @@ from mmcoconut.kernels.latent import (
     choose_attention,
     chooses_latent_attention,
 )
+from mmcoconut.kernels.private import attention_of
 from mmcoconut.passes_mmcoconut import PassCache
 from mmcoconut.thinking_mmcoconut import ThinkingDecoder
 

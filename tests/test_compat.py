@@ -17,6 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut import compat_mmcoconut as compat
+from mmcoconut.kernels import private
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,14 +40,14 @@ def test_an_attribute_that_tells_transformers_of_a_class_is_there(name):
 
 def test_the_cache_has_one_of_two_names():
     model = GPT2Model(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=9))
-    output = compat.call_with_cache(model, DynamicCache(), input_ids=torch.tensor([[1, 2]]), use_cache=True)
+    output = model(**{compat.CACHE: DynamicCache()}, input_ids=torch.tensor([[1, 2]]), use_cache=True)
     assert output[compat.CACHE].get_seq_length() == 2, f"decoders do not take their cache as {compat.CACHE}"
 
 
 def test_a_configuration_says_its_attention():
     model = tiny_model()
     model.set_attn_implementation("eager")
-    assert compat.attention_of(model.get_decoder().config) == "eager", "config._attn_implementation moved"
+    assert private.attention_of(model.get_decoder().config) == "eager", "config._attn_implementation moved"
 
 
 def test_layers_keep_their_cache_in_checkpoints_on_demand():
@@ -72,7 +73,7 @@ def test_backward_passes_are_told_apart():
 
         @staticmethod
         def backward(ctx, gradient):
-            seen.append(compat.current_backward_pass())
+            seen.append(private.current_backward_pass())
             return gradient
 
     for _ in range(2):

@@ -9,6 +9,7 @@ from tiny import (
     DECODERS,
     assert_same_gradients,
     batch_of,
+    call_with_cache,
     checkpoint_activations,
     last_labels,
     loss_and_gradients,
@@ -25,7 +26,6 @@ from tiny import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mmcoconut.compat_mmcoconut import call_with_cache
 from mmcoconut.kernels.shared_columns import ShareColumns
 from mmcoconut.passes_mmcoconut import column_lists
 from mmcoconut.thinking_mmcoconut import Thoughts, think

@@ -8,6 +8,7 @@ from tiny import (
     DECODERS,
     assert_same_gradients,
     batch_of,
+    call_with_cache,
     last_labels,
     loss_and_gradients,
     max_difference,
@@ -23,7 +24,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import masking_utils
 from transformers.cache_utils import DynamicCache, QuantizedCache
 
-from mmcoconut.compat_mmcoconut import call_with_cache
 from mmcoconut.kernels.latent import SplitCache
 from mmcoconut.kernels.shared_columns import COLUMNS_OF_A_PASS, ShareColumns, can_move_keys, layout_of
 from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think

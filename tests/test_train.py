@@ -19,10 +19,10 @@ import train_hf
 from mmcoconut.arguments.fields import CurriculumArguments, DataArguments
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import write_tiny_vlm
-from mmcoconut.compat_mmcoconut import attention_of
 from mmcoconut.data import json_steps
 from mmcoconut.images_mmcoconut import UnreadableImageError
 from mmcoconut.kernels.latent import LATENT_WHERE_LEANER
+from mmcoconut.kernels.private import attention_of
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.models import model_class
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor

@@ -328,6 +328,11 @@ def widths_of_passes(model) -> list[int]:
     return widths
 
 
+def call_with_cache(decoder, past_key_values, **inputs):
+    """Call a decoder with a cache under the name that transformers has for it."""
+    return decoder(**{CACHE: past_key_values}, **inputs)
+
+
 def passes_over(decoder, inputs_embeds: torch.Tensor, cache=None) -> Passes:
     """The passes of a call of a function that is given inputs_embeds (B, t, D) and past_key_values."""
     call = lambda past_key_values, **inputs: decoder(past_key_values=past_key_values, **inputs)  # noqa: E731

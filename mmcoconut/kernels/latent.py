@@ -34,7 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
-from mmcoconut.compat_mmcoconut import attention_of, current_backward_pass
+from mmcoconut.kernels.private import attention_of, current_backward_pass
 from mmcoconut.kernels.triton_kernels import attention_forward as triton_attention_forward
 from mmcoconut.kernels.triton_kernels import key_backward as triton_key_backward
 from mmcoconut.kernels.triton_kernels import query_backward as triton_query_backward

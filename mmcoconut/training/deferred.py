@@ -20,7 +20,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-from mmcoconut.compat_mmcoconut import current_backward_pass, is_sharded
+from mmcoconut.compat_mmcoconut import is_sharded
+from mmcoconut.kernels.private import current_backward_pass
 
 
 # Both from benchmarks/LOG.md. With more rows, parts of a product gain nothing.
