@@ -56,8 +56,7 @@ class ThinkTogether:
         After as many updates as a row has latents nothing changes any more, so there are no further ones.
         """
         first, last = thoughts.columns[0], thoughts.columns[-1]
-        check_not_sharded(thoughts.sharded)
-        check_one_block(passes.cache)
+        check_can_update(passes.cache, thoughts.sharded)
         inputs_embeds, state = passes.inputs["inputs_embeds"], thoughts.state_before  # (B, T, D), (B, D)
         if first > 0:
             state = passes.run(inputs_embeds[:, :first], 0)
@@ -90,23 +89,19 @@ def think_together_uncached(
     return states, inputs_embeds
 
 
-def check_one_block(past_key_values: Cache) -> None:
-    """Raise for a cache that holds thoughts of an earlier call, which could not be updated any more."""
+def check_can_update(past_key_values: Cache, sharded: bool) -> None:
+    """Raise under FSDP, in every process, and for a cache that holds thoughts of an earlier call, which are final."""
+    if sharded:
+        raise ValueError(
+            "thought_schedule='jacobi' does not work with FSDP, where all processes must make as many passes: use "
+            "DDP, or thought_schedule='sequential'."
+        )
     end = ThoughtState.of(past_key_values).thoughts_end
     if end is not None and int(past_key_values.get_seq_length()) >= end:
         raise ValueError(
             f"past_key_values hold thoughts up to column {end - 1}, and thought_schedule='jacobi' updates all of a "
             "sequence together: pass the whole sequence in one call, without past_key_values and without "
             "prefill_chunk_size, or use thought_schedule='sequential'."
-        )
-
-
-def check_not_sharded(sharded: bool) -> None:
-    """Raise for a decoder under FSDP; in every process, or the others would wait for it."""
-    if sharded:
-        raise ValueError(
-            "thought_schedule='jacobi' does not work with FSDP, where all processes must make as many passes: use "
-            "DDP, or thought_schedule='sequential'."
         )
 
 

@@ -323,17 +323,8 @@ class ThinkingDecoder(PutInFront):
     own_arguments: tuple[str, ...]
     counts_columns: bool
     bptt_thoughts: int | None = None
+    checkpointed_passes: str = "all"
     around_passes: Callable[[], AbstractContextManager] = nullcontext
-
-    @property
-    def checkpointed_passes(self) -> str:
-        return vars(self).get("passes_to_checkpoint", "all")
-
-    @checkpointed_passes.setter
-    def checkpointed_passes(self, value: str):
-        if value not in CHECKPOINTED_PASSES:
-            raise ValueError(f"checkpointed_passes={value!r} is not known: choose one of {CHECKPOINTED_PASSES}.")
-        self.passes_to_checkpoint = value
 
     @can_return_tuple
     def forward(self, *args, **kwargs):
@@ -368,7 +359,11 @@ class ThinkingDecoder(PutInFront):
     ):
         """Run the decoder as often as the thoughts need, and note in `thoughts` what was read."""
         replays = self.training and is_checkpointing(self)
-        check_not_replayed(past_key_values, replays=replays)
+        if replays and past_key_values is not None:
+            raise ValueError(
+                "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
+                "gradient_checkpointing off, or pass the whole sequence."
+            )
         keeps_cache = past_key_values is not None or bool(use_cache and not replays)
         thoughts.locate(inputs.get("attention_mask"), past_key_values, self)
         if past_key_values is None and (keeps_cache or thoughts.columns):
@@ -378,7 +373,8 @@ class ThinkingDecoder(PutInFront):
         # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
         inputs["use_cache"] = past_key_values is not None and not replays
         passes = Passes(self.pass_runner(thoughts), past_key_values, inputs, keeps_cache=keeps_cache)
-        passes.may_move = not thoughts.sharded and self.sees_all_columns and not self.makes_maps(inputs)
+        makes_maps = inputs.get("output_attentions") or self.config.output_attentions  # which have an axis of columns
+        passes.may_move = not thoughts.sharded and self.sees_all_columns and not makes_maps
         schedule = thoughts.schedule if thoughts.columns else think
         schedule(passes, thoughts)
         outputs = passes.joined()
@@ -394,10 +390,6 @@ class ThinkingDecoder(PutInFront):
         """Whether all layers attend to all columns, and none to a window; the cache that transformers makes tells."""
         return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
 
-    def makes_maps(self, inputs: dict) -> bool:
-        """Return True if attention maps are asked for, which have an axis of columns."""
-        return bool(inputs.get("output_attentions") or self.config.output_attentions)
-
     def fresh_cache(self, thoughts: Thoughts, *, keeps_cache: bool, replays: bool) -> Cache:
         """Return an empty cache: a growing one, the kind that is chosen for such a call, or one that can be replayed.
 
@@ -409,10 +401,12 @@ class ThinkingDecoder(PutInFront):
         kind = chosen_cache(self, prefix_length) if may_choose else None
         if not replays:
             return DynamicCache(config=self.config) if kind is None else kind()
-        growing = DynamicCache(config=self.config)
-        if self.checkpointed_passes == "all":
-            return PassCache(growing)
-        return PassCache(growing, follow=Cache if kind is None else kind.after)
+        if self.checkpointed_passes not in CHECKPOINTED_PASSES:
+            raise ValueError(
+                f"checkpointed_passes={self.checkpointed_passes!r} is not known: choose one of {CHECKPOINTED_PASSES}."
+            )
+        follow = None if self.checkpointed_passes == "all" else Cache if kind is None else kind.after
+        return PassCache(DynamicCache(config=self.config), follow)
 
     def pass_runner(self, thoughts: Thoughts) -> Callable:
         """Return what `Passes` calls with a cache and the arguments of one pass.
@@ -455,15 +449,6 @@ def not_checkpointed(layers: list[GradientCheckpointingLayer]):
     finally:
         for layer, flag in zip(layers, before):
             layer.gradient_checkpointing = flag
-
-
-def check_not_replayed(past_key_values: Cache | None, *, replays: bool) -> None:
-    """Raise for a cache that gradient checkpointing would write to twice."""
-    if replays and past_key_values is not None:
-        raise ValueError(
-            "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
-            "gradient_checkpointing off, or pass the whole sequence."
-        )
 
 
 def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tensor, inputs: dict) -> None:

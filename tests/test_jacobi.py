@@ -34,7 +34,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mmcoconut.audit.interventions import intervening, keep
 from mmcoconut.kernels.shared_columns import ShareColumns
 from mmcoconut.passes_mmcoconut import column_lists, linked_thoughts
-from mmcoconut.schedules_mmcoconut import ThinkTogether, check_not_sharded, think_together_uncached
+from mmcoconut.schedules_mmcoconut import ThinkTogether, check_can_update, think_together_uncached
 from mmcoconut.thinking_mmcoconut import Thoughts
 from mmcoconut.training.lora import add_lora
 
@@ -302,7 +302,7 @@ def test_a_sliding_window_equals_the_definition(tolerance):
 
 def test_shards_and_interventions_are_refused():
     with pytest.raises(ValueError, match="does not work with FSDP"):
-        check_not_sharded(True)
+        check_can_update(DynamicCache(), sharded=True)
     with pytest.raises(ValueError, match="thought_schedule is 'jacobi'"), intervening(model_of("gpt2", 2), keep):
         pass
 
