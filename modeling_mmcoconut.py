@@ -95,11 +95,7 @@ class MMCoconutModelOutputWithPast(ThoughtFields, BaseModelOutputWithPast):
 
 @dataclass
 class MMCoconutCausalLMOutputWithPast(ThoughtFields, CausalLMOutputWithPast):
-    """The head's output: loss (), logits (B, T or kept, V), and the base model's fields.
-
-    In training with labels the logits are None unless `logits_to_keep` asks for some: the loss needs the head only at
-    the labelled positions.
-    """
+    """The head's output: loss (), logits (B, T or kept, V) or None, see forward, and the base model's fields."""
 
 
 def setting_of_decoder(name: str) -> property:
@@ -126,10 +122,7 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
     checkpointed_passes = setting_of_decoder("checkpointed_passes")
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save every sub-model's weights under their present names.
-
-        ViT and DINOv2 would otherwise be written under older names, which a Trainer that resumes does not find.
-        """
+        """Save weights under their present names: a Trainer that resumes does not find ViT's older ones."""
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
     def _init_weights(self, module):
@@ -144,9 +137,6 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
         """Checkpoint layer by layer, and let the decoder's layers keep the cache that thoughts are read from.
 
         Decoders drop the cache when their own flag is set; the layers' flags alone leave it to `PassCache`.
-
-        Raises:
-            ValueError: `use_reentrant=True`, which loses the gradients through keys and values of earlier passes.
         """
         options = getattr(gradient_checkpointing_func, "keywords", {})
         if enable and options.get("use_reentrant"):
@@ -343,11 +333,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
 
 
 def check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel]) -> None:
-    """Raise for a configuration that this class cannot build.
-
-    Raises:
-        ValueError: a fusion of the other class; missing token ids; a decoder that leaves out layers.
-    """
+    """Raise for a fusion of the other class, missing token ids, or a decoder that leaves out layers."""
     if (config.image_fusion == "encoder") != model_class.is_seq2seq:
         raise ValueError(
             f"image_fusion={config.image_fusion!r} does not belong to {model_class.__name__}: `encoder` is "
@@ -421,11 +407,7 @@ class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTra
         return self.model.get_image_features(*args, **kwargs)
 
     def loss_and_logits(self, hidden_states, targets, logits_to_keep, **kwargs) -> tuple:
-        """Return the loss of states (B, T, D) and targets (B, T) or None, and logits (B, kept, V).
-
-        The loss runs the head on the labelled positions only; in training with targets the logits are None unless
-        logits_to_keep asks for some.
-        """
+        """Return the loss of states (B, T, D) and targets (B, T) or None, and logits (B, kept, V) as forward says."""
         loss = logits = None
         if targets is not None:
             labelled = targets != -100  # (B, T)
@@ -442,11 +424,7 @@ class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTra
         return loss, logits
 
     def targets_of(self, labels, shift_labels, input_ids, attention_mask) -> torch.Tensor | None:
-        """Return what each column is to predict, (B, T): shift_labels, or labels moved by one; None without either.
-
-        Raises:
-            ValueError: a latent after the last labelled token of its row.
-        """
+        """Return what each column is to predict, (B, T): shift_labels, or labels moved by one; None without either."""
         targets = shift_labels  # (B, T)
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
@@ -475,8 +453,8 @@ class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTra
             labels (B, T): token ids, -100 where there is no loss; shifted inside.
             shift_labels (B, T): what each column is to predict, in the place of labels, as context parallelism, which
                 cuts the sequence, prepares them.
-            logits_to_keep: as in transformers. None means all, except in training with labels, where it means none:
-                the loss runs the head on the labelled positions only.
+            logits_to_keep: as in transformers. None is all, but in training with labels none: the loss runs the head
+                on labelled positions only.
             The rest as in MMCoconutModel.forward; `num_items_in_batch` reaches the loss.
 
         Raises:

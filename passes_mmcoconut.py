@@ -277,21 +277,18 @@ class ThoughtState:
 
     def remember(self, last_state: torch.Tensor | None, past_key_values: Cache) -> None:
         """Keep the state (B, D) of the last column that is in the cache now."""
-        self.last_state = last_state
-        # A static cache counts in a tensor that it changes in place.
-        self.length = torch.as_tensor(past_key_values.get_seq_length()).clone()
+        length = past_key_values.get_seq_length()  # of a static cache a tensor that it changes in place
+        self.last_state, self.length = last_state, torch.as_tensor(length).clone()
 
     def state_after(self, past_key_values: Cache | None) -> torch.Tensor | None:
         """Return the state (B, D) of the cache's last column; None where it was cut since, or filled by others."""
-        if self.last_state is None or int(self.length) != int(past_key_values.get_seq_length()):
-            return None
-        return self.last_state
+        is_last = self.last_state is not None and int(self.length) == int(past_key_values.get_seq_length())
+        return self.last_state if is_last else None
 
     def known_mask(self, past_key_values: Cache | None) -> torch.Tensor | None:
         """Return the mask (B, length) with 0 at latents left out, as far as the cache is still filled."""
-        if self.attention_mask is None:
-            return None
-        return self.attention_mask[:, : int(past_key_values.get_seq_length())]
+        mask = self.attention_mask
+        return None if mask is None else mask[:, : int(past_key_values.get_seq_length())]
 
     def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "ThoughtState":
         """Return the state of other rows, `pick` of each tensor's."""
@@ -401,16 +398,11 @@ class PassCache(Cache):
 
 
 class ChosenCache(Cache):
-    """Another kind of cache than the growing one, chosen for a call; made empty, or by `after`, it keeps all keys."""
+    """Another kind of cache than the growing one, chosen for a call; it keeps the keys of all columns.
 
-    @classmethod
-    def after(cls, layers: list[CacheLayerMixin]) -> "ChosenCache":
-        """Return the cache that begins with the keys and values of these layers."""
-        raise NotImplementedError
-
-    def move(self, move: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Put `move` of the keys and values (B, H, T, K) of each layer in their place."""
-        raise NotImplementedError
+    It is made empty, or by its `after(layers)` of the keys and values of these layers. `move(move)` puts `move` of the
+    keys and values (B, H, T, K) of each layer in their place.
+    """
 
 
 # Functions of a thinking decoder and the columns before a call's first latent (0 in generation) that return a kind of
