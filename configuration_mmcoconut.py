@@ -200,9 +200,7 @@ def check_schedule(config):
     if schedule == "jacobi" and (iterations is None or iterations < 1):
         raise ValueError(f"jacobi_iterations={iterations} with thought_schedule='jacobi': iterate at least 1 time.")
     if schedule == "jacobi" and mode == "pause":
-        raise ValueError(
-            "thought_mode='pause' feeds none back, so thought_schedule='jacobi' is idle: set 'sequential'."
-        )
+        raise ValueError("thought_mode='pause' feeds none back, so thought_schedule='jacobi' is idle: set 'feedback'.")
 
 
 def check_token_ids(config):

@@ -263,8 +263,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         prefix: what `prefill` gave of the beginning of all prompts, which input_ids hold all the same. Images in it
             need not be passed again; if they are, they are compared. Of prompts of different lengths no cache is
             returned, and `no_repeat_ngram_size` sees padding behind the prefix.
-        kwargs: also what `forward` takes (image_features, num_tiles, thought_noise, …), and stop_threshold, above
-            which rows stop thinking: 0.5 by default where there is a stop head; 1.0 thinks all thoughts.
+        kwargs: also what `forward` takes; stop_threshold is 0.5 by default with a stop head, 1.0 thinks all thoughts.
         """
         rename_cache(kwargs)
         if prefix is not None:
@@ -364,10 +363,8 @@ class ThinkingGenerationMixin(GenerationMixin):
 
         Args:
             input_ids, attention_mask (B, T): one prompt, which is the prefix, or several, which begin with it.
-            num_tokens: make the prefix of so many tokens.
-            pixel_values or image_features, num_tiles: the images of the prompts; only those in the prefix are read.
-
-        Prompts without a common beginning, or with other images there, and an end inside an image raise ValueError.
+            num_tokens: of the prefix, in which no image may end halfway.
+            pixel_values or image_features, num_tiles: the prompts' images; those in the prefix must be the same.
         """
         images = {"pixel_values": pixel_values, "image_features": image_features, "num_tiles": num_tiles}
         images, prompts = take_images(images), rows_of(input_ids, attention_mask)

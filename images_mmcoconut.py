@@ -148,9 +148,8 @@ def _read_array(image):
 def read_images(image):
     """Read a path, an http(s) or data: URL, base64 text of a file, a PIL image, an array or a tensor.
 
-    Return an RGB PIL image, upright, 16-bit greys by their high byte, transparency over white. Arrays and tensors of
-    three channels stay as they are; those of uint8, uint16 or bool with one channel, alpha or 16 bits are read like
-    files. Raise UnreadableImageError, which names the image, for what cannot be read.
+    Return an RGB PIL image, upright, 16-bit greys by their high byte, transparency over white; arrays and tensors of
+    floats or of three channels as they are. Raise UnreadableImageError, which names the image, if that fails.
     """
     if isinstance(image, Image.Image):
         name = getattr(image, "filename", "")

@@ -306,9 +306,8 @@ class MMCoconutProcessor(ProcessorMixin):
     def decode_answers(self, generated, inputs=None) -> list[str]:
         """Return the answers in what `generate` returned, as `parse_answer` finds them; '' where there is none.
 
-        Args:
-            generated: ids (rows, T), or an output of `generate` with `sequences`.
-            inputs: what `generate` was given, whose prompts are cut off; others raise ValueError. None: answers alone.
+        generated: ids (rows, T), or an output of `generate` with `sequences`.
+        inputs: what `generate` was given, whose prompts are cut off; others raise ValueError. None: answers alone.
         """
         ids = generated["sequences"] if isinstance(generated, ModelOutput) else generated
         if inputs is not None:

@@ -5,8 +5,7 @@
 
 The encoder is also the teacher of an alignment: one vector a picture is drawn to the mean of a text's states (JEPA).
 
-Shapes: B batch, S tokens of the encoder, T of the decoder, I images, E visual tokens and states that a row reads, D
-hidden, V vocabulary.
+Shapes: B batch, S tokens of the encoder, T of the decoder, I images, E visual tokens and states of a row, D hidden.
 """
 
 from dataclasses import dataclass
@@ -155,11 +154,10 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         """Encode question and images, then run the decoder; each latent reads the state of the column before it.
 
         Args:
-            input_ids, attention_mask (B, S), pixel_values, num_tiles, image_features: as `encode` takes them; or
+            input_ids, attention_mask (B, S), pixel_values, num_tiles, image_features: of `encode`; or
             encoder_outputs: what it gave.
             decoder_input_ids (B, T), latents included: None only encodes; with decoder_attention_mask (B, past + T)
-            and decoder_position_ids (B, T), counted from the mask by default.
-            The rest as in MMCoconutModel.forward, of the decoder.
+            and decoder_position_ids (B, T), counted from it by default. The rest as in MMCoconutModel.forward.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features, **kwargs)
@@ -202,9 +200,6 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
 
     base_class = MMCoconutSeq2SeqModel
     mask_name = "decoder_attention_mask"
-
-    def get_encoder(self, modality: str | None = None):
-        return self.model.get_encoder(modality)
 
     def get_text_features(self, *args, **kwargs) -> tuple | BaseModelOutputWithPooling:
         return self.model.get_text_features(*args, **kwargs)
@@ -282,8 +277,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         outputs = self.model(input_ids, pixel_values, attention_mask, decoder_input_ids, **kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         if alignment_input_ids is not None:
-            aligned = self.align(outputs.image_embeds, alignment_input_ids, alignment_attention_mask)
-            fields["alignment_loss"] = aligned
+            texts = (alignment_input_ids, alignment_attention_mask)
+            fields["alignment_loss"] = self.align(outputs.image_embeds, *texts)
         if decoder_input_ids is not None:
             states = outputs.last_hidden_state  # (B, T, D)
             fields["loss"], fields["logits"] = self.loss_and_logits(states, labels, logits_to_keep, **kwargs)

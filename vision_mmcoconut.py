@@ -2,9 +2,8 @@
 
     hidden states of the tower → read_tower → projector → fusion with the text's embeddings
 
-Shapes: I images or tiles, patches and P tokens of one before and after the projector, W width of the tower (of all
-layers that are read, joined), B batch, T tokens, F `<image>` placeholders, E features and states that a row reads, D
-hidden of the decoder.
+Shapes: I images or tiles, patches and P tokens of one before and after the projector, W joined width of the layers
+that are read, B batch, T tokens, F `<image>` placeholders, E features and states that a row reads, D hidden.
 """
 
 from collections import OrderedDict
@@ -60,8 +59,7 @@ def check_num_tiles(num_tiles: torch.Tensor | None, **images: torch.Tensor | Non
     for name, tensor in images.items():
         if num_tiles is not None and tensor is not None and int(num_tiles.sum()) != len(tensor):
             counted = f"{int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image)"
-            remedy = "pass both as MMCoconutProcessor returns them"
-            raise ValueError(f"num_tiles counts {counted}, but {name} holds {len(tensor)}: {remedy}.")
+            raise ValueError(f"num_tiles counts {counted}, but {name} holds {len(tensor)}: pass one for each tile.")
 
 
 def check_num_features(image_mask: torch.Tensor, image_features: torch.Tensor, config: MMCoconutConfig) -> None:
@@ -155,7 +153,7 @@ def transformer_projector(config: MMCoconutConfig) -> nn.Sequential:
     """Return linear → LayerNorm → a transformer encoder layer over an image's tokens; (I, P, W) → (I, P, D)."""
     size = config.text_config.hidden_size
     layer = nn.TransformerEncoderLayer(size, config.projector_num_heads, 4 * size, batch_first=True)
-    return named_layers(linear=linear_projector(config), norm=nn.LayerNorm(size), layer=layer)
+    return nn.Sequential(OrderedDict(linear=linear_projector(config), norm=nn.LayerNorm(size), layer=layer))
 
 
 def mlp_projector(config: MMCoconutConfig, num_joined: int = 1) -> nn.Sequential:
@@ -163,7 +161,7 @@ def mlp_projector(config: MMCoconutConfig, num_joined: int = 1) -> nn.Sequential
     size, bias = config.text_config.hidden_size, config.projector_bias
     first = nn.Linear(num_joined * vision_width_of(config), size, bias=bias)
     second = nn.Linear(size, size, bias=bias)
-    return named_layers(linear_1=first, act=ACT2FN[config.projector_hidden_act], linear_2=second)
+    return nn.Sequential(OrderedDict(linear_1=first, act=ACT2FN[config.projector_hidden_act], linear_2=second))
 
 
 def pixel_shuffle_projector(config: MMCoconutConfig) -> nn.Sequential:
@@ -171,18 +169,14 @@ def pixel_shuffle_projector(config: MMCoconutConfig) -> nn.Sequential:
     factor = shuffle_factor(config.downsample_ratio)
     norm = nn.LayerNorm(factor**2 * vision_width_of(config))
     mlp = dict(mlp_projector(config, num_joined=factor**2).named_children())
-    return named_layers(shuffle=PixelShuffle(factor), layer_norm=norm, **mlp)
+    return nn.Sequential(OrderedDict(shuffle=PixelShuffle(factor), layer_norm=norm, **mlp))
 
 
 def pooled_prefix_projector(config: MMCoconutConfig) -> nn.Sequential:
     """Return visual tokens out of the image's embedding: linear → LayerNorm; (I, patches, W) → (I, P, D)."""
     size, num_tokens = config.text_config.hidden_size, config.num_visual_tokens
     layers = {"embedding": ImageEmbedding(config), "linear": nn.Linear(size, num_tokens * size)}
-    return named_layers(**layers, tokens=nn.Unflatten(-1, (num_tokens, size)), norm=nn.LayerNorm(size))
-
-
-def named_layers(**layers: nn.Module) -> nn.Sequential:
-    """Return layers one after the other, each under its name in a checkpoint."""
+    layers |= {"tokens": nn.Unflatten(-1, (num_tokens, size)), "norm": nn.LayerNorm(size)}
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -289,9 +283,9 @@ class ReadsImages:
     def get_image_features(self, pixel_values=None, num_tiles=None, image_features=None, **kwargs):
         """Return features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
 
-        image_features (I, patches, W) of get_vision_features may stand in the place of the pixels.
-        With num_tiles (images,) these are tiles, and the list holds an image's tiles joined: (num_tiles · P, D).
-        Each row of them belongs to a placeholder; for cross-attention that is one of all features, (1, P · D).
+        image_features (I, patches, W) of get_vision_features may stand in the place of the pixels. With num_tiles
+        (images,) these are tiles, and the list holds an image's tiles joined: (num_tiles · P, D). Each row of them
+        belongs to a placeholder; for cross-attention that is one of all features, (1, P · D).
         """
         check_one_source(pixel_values=pixel_values, image_features=image_features)
         check_num_tiles(num_tiles, pixel_values=pixel_values, image_features=image_features)
