@@ -14,6 +14,7 @@ vocabulary.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -205,14 +206,8 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
 
     def feed_of_call(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return what makes thoughts of states in one call, which computes the embeddings' norm at most once."""
-        norms = []
-
-        def feed(states: torch.Tensor) -> torch.Tensor:
-            if not norms:
-                norms.append(self.mean_embedding_norm())
-            return self.thought_feed(states, norms[0])
-
-        return feed
+        norm = cache(self.mean_embedding_norm)
+        return lambda states: self.thought_feed(states, norm())
 
     def schedule_of_call(self, stop_threshold: float | torch.Tensor | None) -> Callable:
         """Return how the decoder's passes go: until rows stop, all latents together, or one after the other."""
@@ -286,21 +281,14 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
     ) -> tuple | MMCoconutModelOutputWithPast:
         """Run images and text through the model; each latent placeholder reads the state of the column before it.
 
-        Args:
-            input_ids (B, T) or inputs_embeds (B, T, D): exactly one.
-            pixel_values (I, channels, height, width): the images of all rows, in reading order, or their tiles.
-            num_tiles (images,): how many of the pixel_values each image is; by default one.
-            image_features (I, patches, W): the tower's, before the projector, as get_vision_features returns them.
-            attention_mask (B, past + T); position_ids (B, T), counted from the mask by default.
-            past_key_values: any cache of transformers; a latent may stand first if it was filled by this model.
-            mm_encoder_outputs: {"image": output of get_image_features}, in the place of pixel_values.
-            stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N).
-            thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
-            output_thoughts, output_stop_logits: also return what was read, or the stop head says, at each latent.
-
-        Raises:
-            ValueError: placeholders and features differ in number; a latent without a token before it; more tokens
-                than positions; both or neither of ids and embeddings; images given twice.
+        input_ids (B, T) or inputs_embeds (B, T, D): exactly one; attention_mask (B, past + T); position_ids (B, T).
+        pixel_values (I, channels, height, width): images of all rows, in reading order, or their tiles, of which each
+            has num_tiles (images,). In their place: image_features (I, patches, W), the tower's, as
+            get_vision_features returns them; or mm_encoder_outputs {"image": output of get_image_features}.
+        past_key_values: any cache of transformers; a latent may stand first if it was filled by this model.
+        stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N).
+        thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
+        output_thoughts, output_stop_logits: also return what was read, or the stop head says, at each latent.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -314,22 +302,14 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
             check_whole_images(image_mask, num_tiles, self.config)
         latents = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
         masks = masks_of_call(self.get_decoder(), latents.shape[1], attention_mask, position_ids, past_key_values)
-        outputs, thought_fields = self.run_decoder(
-            latents,
-            {**kwargs, **masks, CACHE: past_key_values, "use_cache": use_cache, **fused},
-            stop_threshold=stop_threshold,
-            thought_noise=thought_noise,
-            output_thoughts=output_thoughts,
-            output_stop_logits=output_stop_logits,
-        )
-        fields = (CACHE, "hidden_states", "attentions", "cross_attentions")
-        return MMCoconutModelOutputWithPast(
-            last_hidden_state=outputs.last_hidden_state,
-            **{name: outputs.get(name) for name in fields},
-            **thought_fields,
-            image_hidden_states=tuple(image_outputs.pooler_output) if image_outputs is not None else None,
-            image_outputs=image_outputs,
-        )
+        inputs = {**kwargs, **masks, CACHE: past_key_values, "use_cache": use_cache, **fused}
+        thought_options = {"stop_threshold": stop_threshold, "thought_noise": thought_noise}
+        thought_options |= {"output_thoughts": output_thoughts, "output_stop_logits": output_stop_logits}
+        outputs, fields = self.run_decoder(latents, inputs, **thought_options)
+        names = ("last_hidden_state", CACHE, "hidden_states", "attentions", "cross_attentions")
+        fields |= {name: outputs.get(name) for name in names}
+        image_states = None if image_outputs is None else tuple(image_outputs.pooler_output)
+        return MMCoconutModelOutputWithPast(**fields, image_hidden_states=image_states, image_outputs=image_outputs)
 
 
 def check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel]) -> None:

@@ -186,12 +186,12 @@ class StopEarly:
 def whole_mask(passes: Passes, latents: torch.Tensor) -> torch.Tensor:
     """Return the attention mask (B, past + T) of a call, made where there was none."""
     attention_mask = passes.inputs.get("attention_mask")
-    if attention_mask is not None and not is_two_dimensional(attention_mask):
+    if attention_mask is None:
+        length = int(passes.cache.get_seq_length()) + passes.length
+        return latents.new_ones(len(latents), length, dtype=torch.long)
+    if not is_two_dimensional(attention_mask):
         raise ValueError("stop_threshold needs a 2-D attention_mask (B, T), not one made for a single pass.")
-    if attention_mask is not None:
-        return attention_mask
-    past_length = int(passes.cache.get_seq_length())
-    return latents.new_ones(len(latents), past_length + passes.length, dtype=torch.long)
+    return attention_mask
 
 
 def leave_out(passes: Passes, left_out: torch.Tensor, whole: torch.Tensor) -> None:

@@ -363,17 +363,16 @@ def from_backbones(
         vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
             "openai-community/gpt2"; or
         vision_config, text_config: configurations, for random weights.
-        tokenizer: the language model's tokenizer, loaded from `text` by default; it gets the four special tokens
-            where it lacks them, and the embeddings grow to its length.
-        new_token_init: a token of the vocabulary whose embedding the new tokens start from (the paper: "<<");
-            None takes the mean of the old embeddings.
+        tokenizer: the language model's, loaded from `text` by default; it gets the four special tokens where it lacks
+            them, and the embeddings grow to its length.
+        new_token_init: a token whose embedding the new ones start from (the paper: "<<"); None: the old ones' mean.
         dtype: of all weights, e.g. torch.bfloat16; None: torch's default.
         config_kwargs: fields of MMCoconutConfig, e.g. image_fusion="add"; `encoder` makes a MMCoconutForSeq2SeqLM out
             of an encoder-decoder such as BART, the others a MMCoconutForConditionalGeneration.
 
     Raises:
-        ValueError: both or neither of a name and a configuration; an unknown field, dtype or
-            `new_token_init`; a language model whose head is more than a matrix.
+        ValueError: both or neither of a name and a configuration; an unknown field, dtype or `new_token_init`; a
+            language model whose head is more than a matrix.
     """
     if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
         raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
