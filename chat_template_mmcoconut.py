@@ -194,10 +194,7 @@ def _encode_quote(tokenizer, token: str, **options) -> tuple[list, list]:
 
 
 def encode_marked(tokenizer, chat: str, spans: Sequence = (), *, follows: bool = False) -> tuple[list, list]:
-    """Return the ids of a chat, or of the end of one that it follows, and 1 at those in the given spans, 0 elsewhere.
-
-    The chat is rendered from `quoted` messages. Thoughts are always 0.
-    """
+    """Return the ids of a chat of `quoted` messages, or of the end of one, and 1 at those in spans except thoughts."""
     ids, mask = [], []
     thought_ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
     options = {"split_special_tokens": False, "return_offsets_mapping": bool(spans)}
@@ -221,9 +218,9 @@ def parse_answer(text: str) -> str:
     ('red', 'red', '24+24=48 ### 48')
     """
     line = ANSWER_LINE.search(text)
-    if line is None and ANSWER_MARKER not in text:
-        return ""
-    return (text.rpartition(ANSWER_MARKER)[2] if line is None else text[line.end() :]).strip()
+    if line is None:
+        return text.rpartition(ANSWER_MARKER)[2].strip() if ANSWER_MARKER in text else ""
+    return text[line.end() :].strip()
 
 
 def check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:

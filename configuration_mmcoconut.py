@@ -195,8 +195,7 @@ def check_schedule(config):
         given = f"thought_schedule={schedule!r} with thought_mode={mode!r}"
         raise ValueError(f"stop_head=True, but {given}: set 'sequential' and 'feedback', or stop_head=False.")
     if schedule != "jacobi" and iterations is not None:
-        remedy = "set it to None, or thought_schedule to 'jacobi'"
-        raise ValueError(f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: {remedy}.")
+        raise ValueError(f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: set None.")
     if schedule == "jacobi" and (iterations is None or iterations < 1):
         raise ValueError(f"jacobi_iterations={iterations} with thought_schedule='jacobi': iterate at least 1 time.")
     if schedule == "jacobi" and mode == "pause":
@@ -234,8 +233,7 @@ def check_projector(config):
     if config.num_visual_tokens < 1:
         raise ValueError(f"num_visual_tokens={config.num_visual_tokens} must be at least 1: set it to 8, for example.")
     if config.image_pooling == "cls" and config.vision_feature_select_strategy == "default":
-        remedy = "set 'full', or image_pooling='mean'"
-        raise ValueError(f"image_pooling='cls', but vision_feature_select_strategy='default' drops it: {remedy}.")
+        raise ValueError("image_pooling='cls', but vision_feature_select_strategy='default' drops it: set 'full'.")
     image_width = config.vision_config.hidden_size * len(layers)
     if not config.alignment_adapter and image_width != width:
         compared = f"image vectors of width {image_width} with text vectors of width {width}"

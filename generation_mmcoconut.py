@@ -277,10 +277,7 @@ class ThinkingGenerationMixin(GenerationMixin):
             IMAGES_OF_CALL.reset(token)
 
     def encode_prompts(self, inputs: torch.Tensor | None, kwargs: dict) -> EncodedImages | None:
-        """Encode the images among the arguments of `generate`, and take them out; return None where there are none.
-
-        A model that assists another is given no images, and encodes those of the other.
-        """
+        """Take the images out of the arguments of `generate`, in an assistant those of the other model, encoded."""
         images, encoded = take_images(kwargs), kwargs.pop("mm_encoder_outputs", None) or None
         past_key_values, assisted = kwargs.get(CACHE), IMAGES_OF_CALL.get()
         past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())

@@ -31,10 +31,7 @@ from .vision_mmcoconut import asked_outputs, check_whole_images
 
 @dataclass
 class MMCoconutEncoderOutput(ModelOutput):
-    """What the decoder reads: states (B, E, D), visual tokens first, and their mask (B, E); image_embeds (I, D).
-
-    hidden_states (B, S, D) and attentions (B, H, S, S) are of the text encoder's layers.
-    """
+    """What the decoder reads: states and mask (B, E), visual tokens first; hidden_states (B, S, D) are of the text."""
 
     last_hidden_state: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
@@ -193,10 +190,7 @@ REFUSED = {
 
 
 class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
-    """MMCoconutSeq2SeqModel with a language-model head; `image_fusion: encoder`.
-
-    The decoder's prompt, `decoder_input_ids`, holds the thoughts; the processor of such a model returns it.
-    """
+    """MMCoconutSeq2SeqModel with a head; `image_fusion: encoder`. The thoughts stand in `decoder_input_ids`."""
 
     base_class = MMCoconutSeq2SeqModel
     mask_name = "decoder_attention_mask"
@@ -265,8 +259,7 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         A latent after a row's last labelled token, images without vectors to align, nothing to read raise ValueError.
         """
         if decoder_input_ids is None and labels is None and alignment_input_ids is None:
-            remedy = "pass decoder_input_ids, labels or alignment_input_ids"
-            raise ValueError(f"There is nothing for the decoder to read: {remedy}.")
+            raise ValueError("There is nothing for the decoder to read: pass decoder_input_ids, labels or texts.")
         if kwargs.get("shift_labels") is not None:
             raise ValueError("Labels of an encoder-decoder are not shifted, so it takes no shift_labels: pass labels.")
         if decoder_input_ids is None and labels is not None:
