@@ -15,7 +15,9 @@ from transformers import CLIPVisionConfig, GPT2Config
 
 from mmcoconut.build import from_backbones
 from mmcoconut.data.tokenizer import train_tokenizer
+from mmcoconut.kernels import choose_attention
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.training.deferred import defer_weight_gradients
 
 
 RESULTS = Path(__file__).with_name("results")
@@ -23,11 +25,14 @@ VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num
 
 
 def thinking_gpt2(arguments, *, num_positions: int) -> MMCoconutForConditionalGeneration:
-    """A language model of `num_layers`, `hidden_size` and `vocab_size`, heads of 64 and no dropout, random weights."""
+    """A language model of `num_layers`, `hidden_size` and `vocab_size`, heads of 64 and no dropout, random weights.
+
+    Attention and weight gradients are those that train_hf chooses by default.
+    """
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a b"], vocab_size=300)
     tokenizer.add_tokens([f"<filler {number}>" for number in range(arguments.vocab_size - len(tokenizer) - 5)])
-    return from_backbones(
+    model = from_backbones(
         vision_config=CLIPVisionConfig(**VISION, image_size=8, patch_size=8),
         text_config=GPT2Config(
             n_embd=arguments.hidden_size,
@@ -40,6 +45,9 @@ def thinking_gpt2(arguments, *, num_positions: int) -> MMCoconutForConditionalGe
         ),
         tokenizer=tokenizer,
     )
+    choose_attention(model)
+    defer_weight_gradients(model)
+    return model
 
 
 def seconds_of(call, device: str) -> float:
