@@ -17,11 +17,31 @@ torch.set_num_threads(1)
 SLOW_FIXTURES = {"fresh_compiler", "trained", "server", "results", "workplace", "interpreted_module"}
 
 
+# Of a product with decoders, the first decoder has all of it in the fast suite, and each other every so many cases.
+SHARE_OF_OTHERS = 3
+
+
+def slow_in_products(items) -> list:
+    """Items of tests marked `whole_on_the_first(name)` that stand for the rest of a product, by the values of name."""
+    slow, seen = [], {}
+    for item in items:
+        marker = item.get_closest_marker("whole_on_the_first")
+        if marker is None:
+            continue
+        value = item.callspec.params[marker.args[0]]
+        cases = seen.setdefault(item.function, {}).setdefault(value, [])
+        number = list(seen[item.function]).index(value)
+        if number > 0 and (len(cases) + number) % SHARE_OF_OTHERS:
+            slow.append(item)
+        cases.append(item)
+    return slow
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.slow)
+    starting = [item for item in items if SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))]
+    for item in [*starting, *slow_in_products(items)]:
+        item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -93,6 +93,7 @@ def test_greedy_generation_equals_the_definition_in_a_batch_and_alone(text, imag
         assert (row[len(answer) :] == model.generation_config.pad_token_id).all()
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize(
     "options",
     [
@@ -133,6 +134,7 @@ def test_a_sliding_window_equals_the_definition(window, options, tolerance):
     assert_equals_reference(model, ragged_batch(model), tolerance, reference=reference, **options)
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize(
     "text, cache_implementation", [*((text, "dynamic") for text in IN_TEXT_DECODERS), ("qwen2", "static")]
 )

@@ -131,6 +131,7 @@ def test_loss_logits_and_gradients_equal_those_of_the_pixels(name):
     assert all(torch.equal(gradients[key], gradients_again[key]) for key in gradients)
 
 
+@pytest.mark.whole_on_the_first("name")
 @pytest.mark.parametrize("way", WAYS_TO_GENERATE)
 @pytest.mark.parametrize("name", [*CONFIGS, "tiles", "encoder"])
 def test_generated_tokens_equal_those_of_the_pixels(name, way):

@@ -81,6 +81,7 @@ def assert_same_loss_and_gradients(found, expected, tolerance):
 # The parallel loop
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize("iterations", [1, 2, 4])
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("text", FAMILIES)
@@ -120,6 +121,7 @@ def test_parallel_loop_equals_its_definition_however_thoughts_are_scaled(thought
     assert any("thought_feed" in name for name in found[1]) == (thought_norm == "projection")
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize("columns", [(1,), (3, 4, 5), (2, 6, 7), (1, 11), (11,), (9, 10, 11)])
 @pytest.mark.parametrize("text", DECODERS)
 @pytest.mark.parametrize("tolerance", [1e-5])
@@ -206,6 +208,7 @@ def test_latent_attention_gives_parallel_thoughts_the_same_gradients(tolerance):
 # Generation, and caches that are kept
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize(
     "options",
     [
@@ -364,6 +367,7 @@ def test_no_limit_and_a_negative_one():
         model(**ragged_batch(model))
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize("bptt_thoughts", [0, 1, 2])
 @pytest.mark.parametrize("iterations", [None, 2])
 @pytest.mark.parametrize("text", FAMILIES)

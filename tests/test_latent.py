@@ -107,6 +107,7 @@ def test_thoughts_are_scaled_as_said(tolerance):
     assert max_difference(feed(states), expected) <= tolerance
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize("columns", [(1,), (3, 4, 5), (2, 6, 7), (1, 11), (11,), (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)])
 @pytest.mark.parametrize("text", DECODERS)
 @pytest.mark.parametrize("tolerance", [1e-5])

@@ -274,6 +274,7 @@ def test_attentions_over_a_past_equal_those_of_one_call(text, tolerance):
         assert max_difference(maps, expected_maps[:, :, 9:]) <= tolerance
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize("cut", [5, 6, 8, 12])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("text", [*DECODERS, "sliding"])

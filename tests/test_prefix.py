@@ -68,6 +68,7 @@ def contents(prefix) -> list[torch.Tensor]:
     return [ThoughtState.of(prefix.cache).last_state, *(s for layer in layers for s in (layer.keys, layer.values))]
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize(
     "options",
     [
