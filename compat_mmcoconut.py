@@ -85,8 +85,9 @@ def takes_arguments_of(base_forward):
 
     def decorate(function):
         @wraps(function)
-        def call(*args, **kwargs):
-            return function(*args, **rename_cache(kwargs))
+        def call(self, *args, **kwargs):
+            named = dict(zip([*call.__signature__.parameters][1:], args))
+            return function(self, **named, **rename_cache(kwargs))
 
         own, base = (dict(inspect.signature(each).parameters) for each in (function, base_forward))
         kwargs_of_base = base.pop("kwargs")

@@ -341,7 +341,7 @@ class ThinkingGenerationMixin(GenerationMixin):
     def leave_out_of_step(self, kwargs: dict) -> None:
         """Set in the arguments of a step the mask and positions behind a prefill in which latents were left out."""
         past_key_values, mask = kwargs.get(CACHE), kwargs.get(self.mask_name)
-        known = ThoughtState.of(past_key_values).known_mask(past_key_values)  # (B, filled)
+        known = ThoughtState.of(past_key_values).attention_mask  # (B, filled)
         if known is None:
             return
         if mask is None:  # as long as what is in the cache and the columns of this step

@@ -119,7 +119,7 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    bptt_thoughts = setting_of_decoder("bptt_thoughts")
+    bptt_thoughts = setting_of_decoder("bptt_thoughts")  # both of a run, not saved; see ThinkingDecoder
     checkpointed_passes = setting_of_decoder("checkpointed_passes")
 
     def save_pretrained(self, save_directory, **kwargs):
@@ -154,10 +154,7 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
 
 
 class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
-    """Vision tower, projector, fusion and thinking decoder, without a head.
-
-    bptt_thoughts, checkpointed_passes: of a run and not saved, see ThinkingDecoder.
-    """
+    """Vision tower, projector, fusion and thinking decoder, without a head."""
 
     is_seq2seq = False
 

@@ -285,10 +285,11 @@ class ThoughtState:
         is_last = self.last_state is not None and int(self.length) == int(past_key_values.get_seq_length())
         return self.last_state if is_last else None
 
-    def known_mask(self, past_key_values: Cache | None) -> torch.Tensor | None:
-        """Return the mask (B, length) with 0 at latents left out, as far as the cache is still filled."""
-        mask = self.attention_mask
-        return None if mask is None else mask[:, : int(past_key_values.get_seq_length())]
+    def cropped(self, length: int) -> "ThoughtState":
+        """Return the state of a cache that was cut to so many columns."""
+        mask = None if self.attention_mask is None else self.attention_mask[:, :length]
+        is_cut = self.thoughts_end is not None and self.thoughts_end > length
+        return replace(self, attention_mask=mask, thoughts_end=None if is_cut else self.thoughts_end)
 
     def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "ThoughtState":
         """Return the state of other rows, `pick` of each tensor's."""
@@ -301,9 +302,11 @@ OF_ROWS = ("last_state", "attention_mask")
 
 
 class RemembersThoughts(PutInFront):
-    """A cache whose `thought_state` goes where its rows go; cropped columns the state notices by the length."""
+    """A cache whose `thought_state` goes where its rows go, and is cropped with it."""
 
-    thought_state: ThoughtState
+    def crop(self, *args, **kwargs) -> None:
+        super().crop(*args, **kwargs)
+        self.thought_state = self.thought_state.cropped(int(self.get_seq_length()))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -327,7 +330,7 @@ def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: 
 
     One that was made for a single pass, 4-D, stays what it is: it was made of such a mask. None or other rows raise.
     """
-    known = ThoughtState.of(past_key_values).known_mask(past_key_values)  # (B, filled)
+    known = ThoughtState.of(past_key_values).attention_mask  # (B, filled)
     if known is None or not (attention_mask is None or is_two_dimensional(attention_mask)):
         return attention_mask
     if attention_mask is None:

@@ -153,6 +153,7 @@ class StopEarly:
         begins, order = first_latents(latents), (latents.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T) each
         left_out, stopped = torch.zeros_like(latents), torch.zeros_like(latents[:, 0])
         whole = whole_mask(passes, latents)  # (B, past + T)
+        leave_out(passes, left_out, whole)  # positions count its real tokens in every pass
         start, thinks, state = 0, None, thoughts.state_before
         for column in thoughts.columns:
             is_latent, stopped = latents[:, column], stopped & ~begins[:, column]

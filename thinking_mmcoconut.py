@@ -194,13 +194,13 @@ class Thoughts:
         columns, columns_left_out = column_lists(self.latents, left_out)
         if columns_left_out:
             self.left_out, self.attention_mask = left_out, attention_mask
+        if columns or columns_left_out:
+            self.state_before = ThoughtState.of(past_key_values).state_after(past_key_values)
         if self.is_paused:
             columns = []
         if self.sharded and not self.is_paused:
             columns = agreed_columns(columns, self.latents.shape[1], self.latents.device)
         self.columns = columns
-        if columns or columns_left_out:
-            self.state_before = ThoughtState.of(past_key_values).state_after(past_key_values)
         if not columns:
             return
         is_flat = is_two_dimensional(attention_mask)
@@ -331,7 +331,7 @@ class ThinkingDecoder(PutInFront):
         """Run the decoder; at the latents that `thinking` tells it of, its own states are read."""
         inputs = {**dict(zip(self.own_arguments, args)), **kwargs} if args else kwargs
         read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-        thoughts = None if takes_no_thoughts(read.shape[1]) else THOUGHTS.get()
+        thoughts = None if read is None or takes_no_thoughts(read.shape[1]) else THOUGHTS.get()
         if thoughts is None:
             return self.own_forward(**inputs)
         if inputs.get("inputs_embeds") is None:

@@ -343,6 +343,8 @@ class ReadsImages:
                 "seen: pass all images in the first call, and no prefill_chunk_size that would cut between them."
             )
         decodes = inputs_embeds.shape[1] == 1 and image_outputs is None and not self.cross_attends
+        if known and inputs_embeds.shape[1] > 1:  # placeholders without an image
+            self.get_placeholder_mask(input_ids, inputs_embeds, inputs_embeds[0, :0])
         if known or decodes:  # a step that looks for no images
             return {"inputs_embeds": inputs_embeds, **known}
         image_features = inputs_embeds[0, :0]  # (0, D)

@@ -16,6 +16,7 @@ from tiny import (
     uncached,
     words,
 )
+from transformers import DiffLlamaConfig
 from transformers.cache_utils import DynamicCache
 
 from mmcoconut.kernels import latent
@@ -72,6 +73,14 @@ def test_a_decoder_with_full_attention_gets_it(text):
 def test_what_cannot_read_split_keys_keeps_sdpa(config):
     text = "qwen2" if config else sliding_qwen2_config()
     assert decoder_attention(chosen(text, **config)) == "sdpa"
+
+
+def test_an_attention_that_changes_keys_behind_the_cache_keeps_sdpa():
+    config = DiffLlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    assert decoder_attention(chosen(config)) == "sdpa"
 
 
 @pytest.mark.parametrize("asked", ["eager", "latent"])

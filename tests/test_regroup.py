@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import (
     DECODERS,
+    FIRST_WORD_ID,
     assert_same_gradients,
     batch_of,
     call_with_cache,
@@ -274,3 +275,17 @@ def test_attention_maps_asked_for_in_the_decoders_configuration_have_the_columns
     num_columns = batch["input_ids"].shape[1]
     with torch.no_grad():
         assert model(**batch).attentions[0].shape[-2:] == (num_columns, num_columns)
+
+
+@pytest.mark.parametrize("tolerance", [1e-5])
+def test_token_type_ids_go_with_their_tokens(tolerance, ungrouped):
+    model = tiny_model("gpt2")
+    batch = ragged_batch(model)
+    types = torch.arange(batch["input_ids"].shape[1]).expand_as(batch["input_ids"]) + FIRST_WORD_ID
+    with torch.no_grad():
+        found = model(**batch, token_type_ids=types).logits
+        plain = model(**batch).logits
+        ungrouped()
+        expected = model(**batch, token_type_ids=types).logits
+    real = batch["attention_mask"].bool()
+    assert max_difference(found[real], expected[real]) <= tolerance < max_difference(found[real], plain[real])

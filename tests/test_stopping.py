@@ -416,3 +416,24 @@ def test_a_prefix_ends_before_thoughts_that_rows_may_leave_out():
     assert torch.equal(model.generate(**row, prefix=prefix, **options), model.generate(**row, **options))
     with pytest.raises(ValueError, match="1 <= num_tokens <= 6"):
         model.prefill(row["input_ids"], num_tokens=8)
+
+
+def test_positions_are_counted_from_the_mask_where_rows_may_stop():
+    """In every piece alike: given ones could not pass over latents that are left out."""
+    model = tiny_model("qwen2", stop_head=True)
+    ids = torch.tensor([[*words(4, 1), *[model.config.latent_token_id] * 2, *words(3, 2)]])
+    with torch.no_grad():
+        found = model(input_ids=ids, position_ids=3 * torch.arange(9)[None], stop_threshold=1.0).logits
+        assert torch.equal(found, model(input_ids=ids, stop_threshold=1.0).logits)
+
+
+def test_stop_logits_of_a_first_latent_read_the_state_before_it_also_with_pause():
+    model = tiny_model("qwen2", stop_head=True)
+    model.config.thought_mode = "pause"
+    torch.nn.init.normal_(model.model.stop_head.weight)
+    ids = torch.tensor([[*words(5, 1), *[model.config.latent_token_id] * 2, *words(2, 2)]])
+    with torch.no_grad():
+        whole = model(input_ids=ids, output_stop_logits=True).stop_logits
+        cache = model(input_ids=ids[:, :5], use_cache=True).past_key_values
+        found = model(input_ids=ids[:, 5:], past_key_values=cache, output_stop_logits=True).stop_logits
+    assert torch.allclose(found, whole, atol=1e-5)

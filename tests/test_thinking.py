@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from tiny import CROSS_DECODERS, TEXT_CONFIGS, max_difference, mistral_config
+from tiny import CROSS_DECODERS, TEXT_CONFIGS, batch_of, max_difference, mistral_config, tiny_model, words
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
@@ -139,7 +139,7 @@ def test_what_a_cache_remembers_goes_where_its_rows_go(name):
 def test_reading_what_a_cache_remembers_changes_nothing():
     fresh = DynamicCache()
     kind = type(fresh)
-    assert ThoughtState.of(fresh).state_after(fresh) is None and ThoughtState.of(None).known_mask(None) is None
+    assert ThoughtState.of(fresh).state_after(fresh) is None and ThoughtState.of(None).attention_mask is None
     assert type(fresh) is kind and not fresh.layers
     pair = EncoderDecoderCache(DynamicCache(), DynamicCache())
     assert ThoughtState.of(pair).encoder_inputs == {} and type(pair) is EncoderDecoderCache
@@ -179,3 +179,45 @@ def test_threads_do_not_read_each_others_latents():
         thread.start()
         thread.join()
     assert torch.equal(results["other"], plain)
+
+
+def test_a_cropped_mask_does_not_hide_what_is_written_later():
+    """A latent that was left out is cropped away, and tokens stand in its column afterwards."""
+    model = tiny_model("gpt2")
+    latent, start = model.config.latent_token_id, model.config.start_latent_token_id
+    first = torch.tensor([[*words(5, 1), start, latent, latent, *words(2, 2)]])
+    mask = torch.ones_like(first)
+    mask[0, 7] = 0
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(input_ids=first, attention_mask=mask, **{CACHE: cache})
+        cache.crop(5 - first.shape[1])
+        middle, last = torch.tensor([words(6, 3)]), torch.tensor([words(3, 4)])
+        model(input_ids=middle, attention_mask=torch.ones(1, 11), **{CACHE: cache})
+        found = model(input_ids=last, attention_mask=torch.ones(1, 14), **{CACHE: cache}).logits
+        whole = model(input_ids=torch.cat([first[:, :5], middle, last], dim=1), use_cache=False).logits
+    assert max_difference(found, whole[:, -3:]) <= 1e-5
+
+
+def test_arguments_of_the_base_model_may_be_given_by_position():
+    model = tiny_model("gpt2")
+    ids, mask = torch.tensor([words(5, 1)]), torch.ones(1, 5, dtype=torch.long)
+    positions = torch.arange(5)[None] + 2
+    with torch.no_grad():
+        found = model(ids, None, mask, positions).logits
+        assert torch.equal(found, model(input_ids=ids, attention_mask=mask, position_ids=positions).logits)
+
+
+def test_placeholders_without_images_are_refused_in_a_later_turn_too():
+    model = tiny_model("bart")
+    image = model.config.image_token_id
+    pixels = batch_of(model, [[image, *words(3, 1)]])["pixel_values"]
+    with torch.no_grad():
+        first = model(input_ids=torch.tensor([[image, *words(3, 1)]]), pixel_values=pixels, use_cache=True)
+        with pytest.raises(ValueError, match="1 <image> placeholders .* 0 image features"):
+            model(input_ids=torch.tensor([[*words(2, 2), image, *words(1, 3)]]), **{CACHE: first.get(CACHE)})
+
+
+def test_a_call_without_inputs_is_refused_by_the_decoder_itself():
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds"):
+        give_thoughts(plain_decoder("llama"))()

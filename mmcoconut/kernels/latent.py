@@ -34,6 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
+from mmcoconut.compat_mmcoconut import CACHE
 from mmcoconut.kernels.private import attention_of, current_backward_pass
 from mmcoconut.kernels.triton_kernels import attention_forward as triton_attention_forward
 from mmcoconut.kernels.triton_kernels import key_backward as triton_key_backward
@@ -441,6 +442,24 @@ def choose_attention(model) -> None:
     decoder, is_sequential = model.get_decoder(), model.config.thought_schedule == "sequential"
     if is_sequential and attention_of(decoder.config) == "sdpa" and decoder.sees_all_columns:
         decoder.set_attn_implementation(LATENT_WHERE_LEANER)
+        if not reads_split_keys(decoder):
+            decoder.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def reads_split_keys(decoder: PreTrainedModel) -> bool:
+    """Return True if a decoder hands its keys on as its cache gives them; found by running two tokens, then one.
+
+    Attention that changes keys behind the cache (DeepSeek-V3, JetMoe, DiffLlama) fails on a SplitCache.
+    """
+    embeds = torch.zeros(1, 3, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)  # (1, 3, D)
+    cache = SplitCache()
+    try:
+        for piece in embeds.split([2, 1], dim=1):
+            decoder(inputs_embeds=piece, use_cache=True, **{CACHE: cache})
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False
+    return True
 
 
 def chooses_latent_attention(decoder: PreTrainedModel, prefix_length: int = 0) -> bool:

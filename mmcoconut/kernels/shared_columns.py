@@ -18,7 +18,7 @@ from mmcoconut.passes_mmcoconut import (
     take_columns,
     text_cache,
 )
-from mmcoconut.thinking_mmcoconut import CHOOSE_SCHEDULE, Passes, Thoughts, think
+from mmcoconut.thinking_mmcoconut import CHOOSE_SCHEDULE, COLUMN_AXES, Passes, Thoughts, think
 
 
 # A latent step costs what about so many columns of a long pass cost (benchmarks/LOG.md, n = 0 and 8).
@@ -141,12 +141,13 @@ class ShareColumns:
 
 def moved_passes(passes: Passes, layout: Layout) -> Passes:
     """Return the passes of a call in another layout."""
-    inputs, positions = dict(passes.inputs), passes.inputs.get("position_ids")
-    embeds = inputs["inputs_embeds"]  # (B, T, D)
-    if positions is None:
-        positions = torch.arange(passes.length, device=embeds.device)[None]
-    inputs["inputs_embeds"] = layout.move(embeds)  # (B, T', D)
-    inputs["position_ids"] = layout.move(positions.expand(embeds.shape[:2]))  # (B, T')
+    inputs, embeds = dict(passes.inputs), passes.inputs["inputs_embeds"]  # (B, T, D)
+    if inputs.get("position_ids") is None:
+        inputs["position_ids"] = torch.arange(passes.length, device=embeds.device)[None]
+    for name in COLUMN_AXES:
+        value = inputs.get(name)
+        if value is not None:  # (B or 1, T, …) → (B, T', …)
+            inputs[name] = layout.move(value.expand(len(embeds), *value.shape[1:]))
     inputs["attention_mask"] = layout.real.long()  # (B, T')
     moved = Passes(passes.call_decoder, passes.cache, inputs, keeps_cache=passes.keeps_cache)
     moved.ends = layout.ends
