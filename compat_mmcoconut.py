@@ -160,10 +160,10 @@ class PutInFront:
     def __reduce_ex__(self, protocol):
         """Pickle by the two classes, as the made one cannot be found by its name."""
         _, _, *state = super().__reduce_ex__(protocol)
-        return new_instance, self.mixed_of, *state
+        return _new_instance, self.mixed_of, *state
 
 
-def new_instance(mixin: type, own_class: type):
+def _new_instance(mixin: type, own_class: type):
     """Return an empty instance of a class that `in_front` makes, for pickle."""
     made = in_front(mixin, own_class)
     return made.__new__(made)

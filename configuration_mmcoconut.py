@@ -105,8 +105,8 @@ class MMCoconutConfig(PreTrainedConfig):
     mmcoconut_version: str = VERSION
 
     def __post_init__(self, **kwargs):
-        self.vision_config = as_config(self.vision_config, "clip_vision_model")
-        self.text_config = as_config(self.text_config, "gpt2")
+        self.vision_config = _as_config(self.vision_config, "clip_vision_model")
+        self.text_config = _as_config(self.text_config, "gpt2")
         super().__post_init__(**kwargs)
         written, known = (tuple(map(int, version.split("."))) for version in (self.mmcoconut_version, VERSION))
         if written > known:  # by code that may have meant something else by a field
@@ -118,10 +118,10 @@ class MMCoconutConfig(PreTrainedConfig):
         self.auto_map |= dict.fromkeys(("AutoModel", "AutoModelForImageTextToText", own_class), model_class)
         self.tie_word_embeddings = self.tie_word_embeddings or bool(self.text_config.tie_word_embeddings)
         settle_decoder(self.text_config, self.image_fusion)
-        check_choices(self)
+        _check_choices(self)
         check_schedule(self)
-        check_token_ids(self)
-        check_projector(self)
+        _check_token_ids(self)
+        _check_projector(self)
         num_patches = num_patches_of(self.vision_config, self.vision_feature_select_strategy)
         if self.image_seq_length is None and num_patches is not None:
             self.image_seq_length = num_placeholders(self, num_patches)
@@ -136,7 +136,7 @@ class MMCoconutConfig(PreTrainedConfig):
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
-def as_config(values: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
+def _as_config(values: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
     """Return the configuration of one part from itself, from its values, or the default of a model type."""
     is_made = isinstance(values, PreTrainedConfig)
     return values if is_made else AutoConfig.for_model(**{"model_type": model_type, **(values or {})})
@@ -181,7 +181,7 @@ def num_placeholders(config, num_patches: int) -> int:
     return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_patches
 
 
-def check_choices(config):
+def _check_choices(config):
     for field, choices in CHOICES.items():
         value = getattr(config, field)
         if value not in choices:
@@ -202,7 +202,7 @@ def check_schedule(config):
         raise ValueError("thought_mode='pause' feeds none back, so thought_schedule='jacobi' is idle: set 'feedback'.")
 
 
-def check_token_ids(config):
+def _check_token_ids(config):
     """Refuse ids that are equal, or outside the decoder's vocabulary."""
     vocab_size, fields = config.text_config.vocab_size, {}
     ids = {field: getattr(config, field) for field in TOKEN_ID_FIELDS if getattr(config, field) is not None}
@@ -214,7 +214,7 @@ def check_token_ids(config):
         fields[token_id] = field
 
 
-def check_projector(config):
+def _check_projector(config):
     """Refuse layers that the tower lacks, and what the type of projector cannot work with."""
     width, heads = config.text_config.hidden_size, config.projector_num_heads
     if config.projector_type in ("transformer", "attention_prefix") and (heads < 1 or width % heads):

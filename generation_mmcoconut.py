@@ -42,7 +42,7 @@ NOT_COMPARED += ("output_attentions", "output_hidden_states", "return_dict")
 
 
 @dataclass(frozen=True)
-class EncodedImages:
+class _EncodedImages:
     """The features that the placeholders of prompts stand for.
 
     placeholders (B, T): True at the `<image>` columns that are not in a cache yet; first: the column of the first.
@@ -65,10 +65,10 @@ class EncodedImages:
         return self.features[numbers] if len(numbers) else None
 
 
-IMAGES_OF_CALL: ContextVar[EncodedImages | None] = ContextVar("IMAGES_OF_CALL", default=None)
+IMAGES_OF_CALL: ContextVar[_EncodedImages | None] = ContextVar("IMAGES_OF_CALL", default=None)
 
 
-def take_images(kwargs: dict) -> dict:
+def _take_images(kwargs: dict) -> dict:
     """Take the images that are given out of keyword arguments; return them by their names, num_tiles last."""
     images = {name: kwargs.pop(name, None) for name in (*IMAGE_SOURCES, "num_tiles")}
     check_one_source(**{name: images[name] for name in IMAGE_SOURCES})
@@ -82,18 +82,18 @@ def rows_of(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> lis
     return [row[mask.bool()] for row, mask in zip(input_ids, attention_mask)]
 
 
-def common_length(one: torch.Tensor, other: torch.Tensor) -> int:
+def _common_length(one: torch.Tensor, other: torch.Tensor) -> int:
     """Return with how many equal tokens two prompts begin."""
     length = min(len(one), len(other))
     return int((one[:length] == other[:length]).long().cumprod(0).sum())
 
 
-def shared_length(prompts: list[torch.Tensor], num_tokens: int | None, ends_before: int | None) -> int:
+def _shared_length(prompts: list[torch.Tensor], num_tokens: int | None, ends_before: int | None) -> int:
     """Return how many tokens the prompts' prefix has: those that all begin with, or num_tokens of them.
 
     Of several prompts each keeps a token behind it, for the next pass to read; ends_before stands in no prefix.
     """
-    lengths = [common_length(prompts[0], prompt) for prompt in prompts]
+    lengths = [_common_length(prompts[0], prompt) for prompt in prompts]
     if len(prompts) > 1:
         lengths += [len(prompt) - 1 for prompt in prompts]
     if ends_before is not None:
@@ -170,7 +170,7 @@ class PromptPrefix:
     def check_begins(self, prompts: list[torch.Tensor], latent_token_id: int) -> None:
         """Raise ValueError unless all prompts begin with the prefix and go on, no latent directly behind padding."""
         for row, prompt in enumerate(prompts):
-            common = common_length(prompt, self.input_ids)
+            common = _common_length(prompt, self.input_ids)
             shared = min(common, len(prompt) - 1)
             if shared < len(self):
                 pair = [f"id {ids[common]}" if common < len(ids) else "its end" for ids in (prompt, self.input_ids)]
@@ -224,7 +224,7 @@ class PromptPrefix:
         return {name: tensor[~is_known], "num_tiles": num_tiles[is_behind]} if num_behind else {}
 
 
-def check_new_positions(limit: int | None, attention_mask: torch.Tensor | None, *, num_columns: int, num_new: int):
+def _check_new_positions(limit: int | None, attention_mask: torch.Tensor | None, *, num_columns: int, num_new: int):
     """Raise before `generate` would read a position behind the last one of a table of so many.
 
     attention_mask (B, num_columns): of the prompts, where padding takes no positions; None where it does.
@@ -276,9 +276,9 @@ class ThinkingGenerationMixin(GenerationMixin):
         finally:
             IMAGES_OF_CALL.reset(token)
 
-    def encode_prompts(self, inputs: torch.Tensor | None, kwargs: dict) -> EncodedImages | None:
+    def encode_prompts(self, inputs: torch.Tensor | None, kwargs: dict) -> _EncodedImages | None:
         """Take the images out of the arguments of `generate`, in an assistant those of the other model, encoded."""
-        images, encoded = take_images(kwargs), kwargs.pop("mm_encoder_outputs", None) or None
+        images, encoded = _take_images(kwargs), kwargs.pop("mm_encoder_outputs", None) or None
         past_key_values, assisted = kwargs.get(CACHE), IMAGES_OF_CALL.get()
         past_length = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         if not images and encoded is None and assisted is not None and past_length == 0:
@@ -299,7 +299,7 @@ class ThinkingGenerationMixin(GenerationMixin):
                 encoded = {"image": self.get_image_features(**images, return_dict=True)}
         features = torch.cat(list(encoded["image"].pooler_output))  # (F, D)
         check_num_features(image_mask, features, self.config)
-        return EncodedImages(image_mask, past_length, features, images)
+        return _EncodedImages(image_mask, past_length, features, images)
 
     def settle_stopping(self, kwargs: dict) -> None:
         """Set in the arguments of `generate` the threshold of stopping, and the mask of rows that stopped before."""
@@ -364,10 +364,10 @@ class ThinkingGenerationMixin(GenerationMixin):
             pixel_values or image_features, num_tiles: the prompts' images; those in the prefix must be the same.
         """
         images = {"pixel_values": pixel_values, "image_features": image_features, "num_tiles": num_tiles}
-        images, prompts = take_images(images), rows_of(input_ids, attention_mask)
+        images, prompts = _take_images(images), rows_of(input_ids, attention_mask)
         # Rows that stop by themselves do so each for itself, behind what they share.
         ends_before = self.config.latent_token_id if self.config.stop_head else None
-        prompt = prompts[0][None, : shared_length(prompts, num_tokens, ends_before)]  # (1, P)
+        prompt = prompts[0][None, : _shared_length(prompts, num_tokens, ends_before)]  # (1, P)
         [tiles] = self.count_tiles(prompt)
         first = {name: value[:tiles] for name, value in images.items()}
         if num_tiles is not None:
@@ -392,7 +392,7 @@ class ThinkingGenerationMixin(GenerationMixin):
             raise ValueError(f"A prefix needs input_ids of whole prompts and no {' or '.join(other or ['others'])}.")
         prompts = rows_of(input_ids, kwargs.pop("attention_mask", None))
         prefix.check_begins(prompts, self.config.latent_token_id)
-        images = prefix.without_images(take_images(kwargs), self.count_tiles(prompts))
+        images = prefix.without_images(_take_images(kwargs), self.count_tiles(prompts))
         ids, mask = prefix.in_front(prompts, input_ids.shape[1], self.generation_config.pad_token_id or 0)  # (B, T)
         outputs = self.generate(ids, *args, attention_mask=mask, **{CACHE: prefix}, **images, **kwargs)
         if mask.all():
@@ -434,7 +434,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         num_columns = mask.shape[1] if given else num_read + 1 - (generation_config.max_new_tokens or 1)
         counted = mask if given and not self.get_decoder().counts_columns else None
         limit, num_new = position_limit(self.get_decoder()), num_read + 1 - num_columns
-        check_new_positions(limit, counted, num_columns=num_columns, num_new=num_new)
+        _check_new_positions(limit, counted, num_columns=num_columns, num_new=num_new)
 
     def check_follows(self, generation_config, attention_mask: torch.Tensor | None, is_assisted: bool) -> None:
         """Raise ValueError for generation that cannot go on behind a prefix, or padding that a window would count."""

@@ -99,7 +99,7 @@ class MMCoconutCausalLMOutputWithPast(ThoughtFields, CausalLMOutputWithPast):
     """The head's output: loss (), logits (B, T or kept, V) or None, see forward, and the base model's fields."""
 
 
-def setting_of_decoder(name: str) -> property:
+def _setting_of_decoder(name: str) -> property:
     """Return a setting of the thinking decoder, read and written through the models around it."""
     return property(
         lambda self: getattr(self.get_decoder(), name), lambda self, value: setattr(self.get_decoder(), name, value)
@@ -119,8 +119,8 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    bptt_thoughts = setting_of_decoder("bptt_thoughts")  # both of a run, not saved; see ThinkingDecoder
-    checkpointed_passes = setting_of_decoder("checkpointed_passes")
+    bptt_thoughts = _setting_of_decoder("bptt_thoughts")  # both of a run, not saved; see ThinkingDecoder
+    checkpointed_passes = _setting_of_decoder("checkpointed_passes")
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under their present names: a Trainer that resumes does not find ViT's older ones."""
@@ -160,7 +160,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__(config)
-        check_buildable(config, type(self))
+        _check_buildable(config, type(self))
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(config)
         self.language_model = self.build_language_model(config)
@@ -309,7 +309,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         return MMCoconutModelOutputWithPast(**fields, image_hidden_states=image_states, image_outputs=image_outputs)
 
 
-def check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel]) -> None:
+def _check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel]) -> None:
     """Raise for a fusion of the other class, missing token ids, or a decoder that leaves out layers."""
     if (config.image_fusion == "encoder") != model_class.is_seq2seq:
         raise ValueError(

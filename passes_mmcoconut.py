@@ -347,7 +347,7 @@ def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: 
     return attention_mask * torch.cat([known.to(attention_mask), rest], dim=1)
 
 
-def copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
+def _copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
     """Return a layer with the same keys and values whose updates leave the given one as it is.
 
     A layer that writes into its tensors (a quantized cache, …) raises.
@@ -380,11 +380,11 @@ class PassCache(Cache):
                 "The keys of the text before cannot be read again from an offloaded cache: use "
                 "thought_schedule='sequential', or a cache that stays on the device."
             )
-        self.before, self.follow = [copied_layer(layer) for layer in before.layers], follow
+        self.before, self.follow = [_copied_layer(layer) for layer in before.layers], follow
         super().__init__(layers=list(self.before))
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
-        layer = copied_layer(self.before[layer_idx])
+        layer = _copied_layer(self.before[layer_idx])
         keys_and_values = layer.update(key_states, value_states, *args, **kwargs)
         if self.layers[layer_idx] is self.before[layer_idx]:
             self.layers[layer_idx] = layer
@@ -397,7 +397,7 @@ class PassCache(Cache):
                 "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
                 "language model alone: call gradient_checkpointing_enable() on the whole model."
             )
-        return PassCache(self) if self.follow is None else self.follow([copied_layer(layer) for layer in self.layers])
+        return PassCache(self) if self.follow is None else self.follow([_copied_layer(layer) for layer in self.layers])
 
 
 class ChosenCache(Cache):
@@ -419,14 +419,14 @@ def chosen_cache(decoder, prefix_length: int = 0) -> type[ChosenCache] | None:
     return next((kind for kind in kinds if kind is not None), None) if decoder.sees_all_columns else None
 
 
-class FixedFlags(dict):
+class _FixedFlags(dict):
     """A dictionary whose values stay as they are."""
 
     def __setitem__(self, key, value):
         return None
 
 
-class PassCrossCache(EncoderDecoderCache):
+class _PassCrossCache(EncoderDecoderCache):
     """PassCache of a decoder that reads encoder states; a replay does what the first run did.
 
     The first pass computes keys and values of the encoder states, in a replay too; later passes read them.
@@ -434,25 +434,25 @@ class PassCrossCache(EncoderDecoderCache):
 
     def __init__(self, text: Cache, cross: Cache, *, is_first: bool):
         super().__init__(text, cross)
-        self.is_updated = FixedFlags(dict.fromkeys(range(len(cross.layers)), not is_first))
+        self.is_updated = _FixedFlags(dict.fromkeys(range(len(cross.layers)), not is_first))
 
-    def next_pass(self) -> "PassCrossCache":
-        return PassCrossCache(next_pass(self.self_attention_cache), self.cross_attention_cache, is_first=False)
+    def next_pass(self) -> "_PassCrossCache":
+        return _PassCrossCache(next_pass(self.self_attention_cache), self.cross_attention_cache, is_first=False)
 
 
 def next_pass(past_key_values: Cache) -> Cache:
     """Return the cache of the next pass: the same one, unless it is of a single pass."""
-    is_of_one = isinstance(past_key_values, (PassCache, PassCrossCache))
+    is_of_one = isinstance(past_key_values, (PassCache, _PassCrossCache))
     return past_key_values.next_pass() if is_of_one else past_key_values
 
 
 def throwaway(past_key_values: Cache) -> Cache:
     """Return a cache for one pass over what past_key_values hold; they do not change, however often it is done."""
-    if isinstance(past_key_values, (PassCache, PassCrossCache)):
+    if isinstance(past_key_values, (PassCache, _PassCrossCache)):
         return past_key_values.next_pass()
     if isinstance(past_key_values, EncoderDecoderCache):
         text, cross = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
-        return PassCrossCache(throwaway(text), cross, is_first=False)
+        return _PassCrossCache(throwaway(text), cross, is_first=False)
     return PassCache(past_key_values)
 
 
@@ -461,5 +461,5 @@ def with_cross_attention(past_key_values: Cache, config=None) -> EncoderDecoderC
     if isinstance(past_key_values, EncoderDecoderCache):
         return past_key_values
     if isinstance(past_key_values, PassCache):
-        return PassCrossCache(past_key_values, PassCache(DynamicCache(config=config)), is_first=True)
+        return _PassCrossCache(past_key_values, PassCache(DynamicCache(config=config)), is_first=True)
     return EncoderDecoderCache(past_key_values, DynamicCache())

@@ -27,7 +27,7 @@ from .thinking_mmcoconut import Passes, Thoughts, put_first
 
 
 # --- parallel thoughts -----------------------------------------------------------------------------------------------
-def put_thoughts(inputs_embeds: torch.Tensor, latents: torch.Tensor, thoughts: torch.Tensor) -> torch.Tensor:
+def _put_thoughts(inputs_embeds: torch.Tensor, latents: torch.Tensor, thoughts: torch.Tensor) -> torch.Tensor:
     """Return (B, T, D) with the columns of (B, T, D) in the places of (B, T) that are latents."""
     return torch.where(latents[..., None], thoughts.to(inputs_embeds.dtype), inputs_embeds)
 
@@ -66,7 +66,7 @@ class ThinkTogether:
             states = state[:, None]  # (B, 1, D)
             if last > first:
                 states = torch.cat([states, passes.states_of(block[:, :-1], first)], dim=1)  # (B, L, D)
-            block = put_thoughts(block, latents, thoughts.from_states(states, columns))
+            block = _put_thoughts(block, latents, thoughts.from_states(states, columns))
         passes.run(torch.cat([block, inputs_embeds[:, last + 1 :]], dim=1), first)
         if passes.keeps_cache:
             end = int(passes.cache.get_seq_length()) - (passes.length - last - 1)
@@ -84,7 +84,7 @@ def think_together_uncached(
     for _ in range(num_iterations):
         states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
         before = torch.cat([states[:, :1], states[:, :-1]], dim=1)  # (B, T, D); nobody thinks in the first column
-        inputs_embeds = put_thoughts(inputs_embeds, thoughts.latents, thoughts.from_states(before, columns))
+        inputs_embeds = _put_thoughts(inputs_embeds, thoughts.latents, thoughts.from_states(before, columns))
     states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
     return states, inputs_embeds
 
@@ -149,10 +149,10 @@ class StopEarly:
     def __call__(self, passes: Passes, thoughts: Thoughts) -> None:
         """Think until all rows have stopped; behind that column there is no further pass for thoughts."""
         latents = thoughts.latents  # (B, T)
-        check_thresholds(self.threshold, latents)
+        _check_thresholds(self.threshold, latents)
         begins, order = first_latents(latents), (latents.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T) each
         left_out, stopped = torch.zeros_like(latents), torch.zeros_like(latents[:, 0])
-        whole = whole_mask(passes, latents)  # (B, past + T)
+        whole = _whole_mask(passes, latents)  # (B, past + T)
         leave_out(passes, left_out, whole)  # positions count its real tokens in every pass
         start, thinks, state = 0, None, thoughts.state_before
         for column in thoughts.columns:
@@ -184,7 +184,7 @@ class StopEarly:
         return self.head(states).sigmoid() > threshold
 
 
-def whole_mask(passes: Passes, latents: torch.Tensor) -> torch.Tensor:
+def _whole_mask(passes: Passes, latents: torch.Tensor) -> torch.Tensor:
     """Return the attention mask (B, past + T) of a call, made where there was none."""
     attention_mask = passes.inputs.get("attention_mask")
     if attention_mask is None:
@@ -203,7 +203,7 @@ def leave_out(passes: Passes, left_out: torch.Tensor, whole: torch.Tensor) -> No
     passes.inputs["position_ids"] = positions_from_mask(mask, left_out.shape[1])  # (B, T)
 
 
-def check_thresholds(threshold: float | torch.Tensor, latents: torch.Tensor) -> None:
+def _check_thresholds(threshold: float | torch.Tensor, latents: torch.Tensor) -> None:
     """Raise for thresholds (B, N) of another number of rows, or of fewer latents than a row has."""
     rows, most = latents.shape[0], int(latents.sum(dim=1).max())
     if isinstance(threshold, torch.Tensor) and (threshold.shape[0] != rows or threshold.shape[1] < most):

@@ -425,7 +425,7 @@ class ThinkingDecoder(PutInFront):
         def call_in_training(past_key_values, **inputs):
             if isinstance(text_cache(past_key_values), PassCache):
                 return call(past_key_values, **inputs)
-            with not_checkpointed(layers), around:
+            with _not_checkpointed(layers), around:
                 return call(past_key_values, **inputs)
 
         return call_in_training
@@ -439,7 +439,7 @@ class ThinkingDecoder(PutInFront):
 
 
 @contextmanager
-def not_checkpointed(layers: list[GradientCheckpointingLayer]):
+def _not_checkpointed(layers: list[GradientCheckpointingLayer]):
     """Inside, these layers keep their activations."""
     before = [layer.gradient_checkpointing for layer in layers]
     for layer in layers:

@@ -29,15 +29,15 @@ from .configuration_mmcoconut import (
 from .passes_mmcoconut import ThoughtState
 
 
-def vision_width_of(config: MMCoconutConfig) -> int:
+def _vision_width_of(config: MMCoconutConfig) -> int:
     """Return the joined width of the layers that are read."""
     layers = config.vision_feature_layer
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
-def check_image_features(image_features: torch.Tensor, config: MMCoconutConfig) -> None:
+def _check_image_features(image_features: torch.Tensor, config: MMCoconutConfig) -> None:
     """Raise unless precomputed features are (I, patches, W), with the patches that the placeholders are made of."""
-    expected = ["patches", vision_width_of(config)]
+    expected = ["patches", _vision_width_of(config)]
     if config.image_fusion not in READ_BY_CROSS_ATTENTION and config.projector_type not in PREFIX_PROJECTORS:
         shuffles = config.projector_type == "pixel_shuffle"
         expected[0] = config.image_seq_length * (shuffle_factor(config.downsample_ratio) ** 2 if shuffles else 1)
@@ -146,7 +146,7 @@ class AttentionPrefixProjector(nn.Module):
 
 def linear_projector(config: MMCoconutConfig) -> nn.Linear:
     """Return one linear layer; (I, P, W) → (I, P, D)."""
-    return nn.Linear(vision_width_of(config), config.text_config.hidden_size)
+    return nn.Linear(_vision_width_of(config), config.text_config.hidden_size)
 
 
 def transformer_projector(config: MMCoconutConfig) -> nn.Sequential:
@@ -159,7 +159,7 @@ def transformer_projector(config: MMCoconutConfig) -> nn.Sequential:
 def mlp_projector(config: MMCoconutConfig, num_joined: int = 1) -> nn.Sequential:
     """Return linear → activation → linear; (I, P, joined · W) → (I, P, D)."""
     size, bias = config.text_config.hidden_size, config.projector_bias
-    first = nn.Linear(num_joined * vision_width_of(config), size, bias=bias)
+    first = nn.Linear(num_joined * _vision_width_of(config), size, bias=bias)
     second = nn.Linear(size, size, bias=bias)
     return nn.Sequential(OrderedDict(linear_1=first, act=ACT2FN[config.projector_hidden_act], linear_2=second))
 
@@ -167,7 +167,7 @@ def mlp_projector(config: MMCoconutConfig, num_joined: int = 1) -> nn.Sequential
 def pixel_shuffle_projector(config: MMCoconutConfig) -> nn.Sequential:
     """Return pixel shuffle → LayerNorm → linear → activation → linear; (I, patches, W) → (I, P, D), as in InternVL."""
     factor = shuffle_factor(config.downsample_ratio)
-    norm = nn.LayerNorm(factor**2 * vision_width_of(config))
+    norm = nn.LayerNorm(factor**2 * _vision_width_of(config))
     mlp = dict(mlp_projector(config, num_joined=factor**2).named_children())
     return nn.Sequential(OrderedDict(shuffle=PixelShuffle(factor), layer_norm=norm, **mlp))
 
@@ -293,7 +293,7 @@ class ReadsImages:
         if image_features is None:
             outputs, image_features = self.read_tower(pixel_values, **kwargs)
         else:
-            check_image_features(image_features, self.config)
+            _check_image_features(image_features, self.config)
             image_features = image_features.to(self.dtype)
         if self.config.projector_type in PREFIX_PROJECTORS:
             outputs["image_embeds"] = self.multi_modal_projector.embedding(image_features)  # (I, D)
