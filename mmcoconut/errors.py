@@ -17,7 +17,7 @@ class RecipeError(UsageError):
 
 
 def is_missing_folder(name) -> bool:
-    """Whether a name is that of a folder which is not there, and cannot be meant as a Hub id.
+    """Return True if a name is that of a folder which is not there, and cannot be meant as a Hub id.
 
     A path with a dot, a slash or a tilde in front is a folder's, and so is one whose first part is a folder here.
     """

@@ -76,14 +76,14 @@ def without_tokens(words: Sequence[str]) -> list[str]:
 
 
 def command() -> str:
-    """What started this process, quoted as a shell needs it."""
+    """Return what started this process, quoted as a shell needs it."""
     spec = sys.modules["__main__"].__spec__  # of `python -m module`
     program = [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
     return shlex.join([*program, *without_tokens(sys.argv[1:])])
 
 
 def provenance(device) -> dict:
-    """What stands beside every figure: command, date, machine, versions, commit."""
+    """Return what stands beside every figure: command, date, machine, versions, commit."""
     return {
         "command": command(),
         "date": datetime.date.today().isoformat(),

@@ -198,7 +198,7 @@ def contradictions(arguments: PublishArguments, evidence: Evidence, num_latents:
 
 
 def read_all(arguments: PublishArguments) -> tuple[Evidence, MMCoconutConfig, MMCoconutProcessor]:
-    """What the card is made of.
+    """Return what the card is made of.
 
     Raises:
         RecipeError: everything that is missing, or else everything that was measured of something else.

@@ -59,7 +59,7 @@ def read_lines(file: Path) -> list[dict]:
 
 
 def changed_settings(before: Mapping, now: Mapping, *, may_change: Container[str] = ()) -> str:
-    """What differs between the settings that a folder was made with and those of today; empty if nothing does.
+    """Return what differs between the settings that a folder was made with and those of today; empty if nothing does.
 
     >>> changed_settings({"split": "test", "seed": 1}, {"split": "train", "seed": 2, "n": 3}, may_change=["seed"])
     "split was 'test' and is 'train'; n was None and is 3"

@@ -11,7 +11,7 @@ SPEED = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def stage_row(record: Mapping) -> dict:
-    """What an evaluation measured, without its speed, under the names of results.json."""
+    """Return what an evaluation measured, without its speed, under the names of results.json."""
     measured = {name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")}
     return {name: value for name, value in measured.items() if name not in SPEED}
 
@@ -59,7 +59,7 @@ def main_table(records: list[dict]) -> str:
 
 
 def intervals(num_seeds: int) -> str:
-    """What the numbers in brackets are."""
+    """Return what the numbers in brackets are."""
     if num_seeds == 1:
         return "In brackets: 95 % bootstrap intervals over rows, paired for differences; other seeds may differ more."
     return (

@@ -61,7 +61,7 @@ def read_number(text):
 
 
 def is_right(prediction, gold):
-    """Whether the text after the last marker is a number, and equal to `gold`."""
+    """Return True if the text after the last marker is a number, and equal to `gold`."""
     _, marker, answer = prediction.rpartition(_MARKER)
     return bool(marker) and read_number(answer) == gold
 

@@ -35,7 +35,7 @@ from mmcoconut.objectives.alignment import ALIGNMENT_TARGETS
 
 
 def lora_fields() -> set[str]:
-    """What a recipe's `lora` may set."""
+    """Return what a recipe's `lora` may set."""
     from peft import LoraConfig  # here, because peft is an optional extra
 
     return {field.name for field in dataclasses.fields(LoraConfig) if field.init}

@@ -135,7 +135,7 @@ TYPES = {name: get_type_hints(cls)[name] for cls, names in zip(CLASSES, NAMES, s
 
 
 def default_of(key: str):
-    """What a recipe without this key stands for; also for keys that are younger than a saved recipe."""
+    """Return what a recipe without this key stands for; also for keys that are younger than a saved recipe."""
     fields = {field.name: field for cls in CLASSES for field in dataclasses.fields(cls)}
     if key in NEW_MODEL:
         return NEW_MODEL[key]

@@ -50,7 +50,7 @@ RL_CHOICES = {
 
 
 def check_value(name: str, value) -> None:
-    """Whether trl will take a value of the right type.
+    """Check whether trl will take a value of the right type.
 
     Raises:
         ValueError: one outside of its limits or choices.

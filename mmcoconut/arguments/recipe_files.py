@@ -49,7 +49,7 @@ for _class in (RecipeLoader, RecipeDumper):
 
 
 def scalar(value):
-    """What text means as YAML; text that is not YAML, and what is not text, stands for itself."""
+    """Return what text means as YAML; text that is not YAML, and what is not text, stands for itself."""
     try:
         return yaml.load(value, RecipeLoader) if isinstance(value, str) else value
     except (yaml.YAMLError, ValueError):  # a ValueError is a date such as 2024-13-01
@@ -143,7 +143,7 @@ def _refused(chain: tuple[str, ...], value, remedy: str, key: str = BASE) -> Rec
 
 
 def _read_file(chain: tuple[str, ...]) -> tuple[dict, list[tuple]]:
-    """What the last file of the chain says, and the keys that it writes twice."""
+    """Return what the last file of the chain says, and the keys that it writes twice."""
     file, key = chain[-1], BASE if chain[1:] else "recipe"
     if not Path(file).is_file():
         raise _refused(chain, file, f"no such file: {WHERE_FILES_ARE[key]}", key)

@@ -137,7 +137,7 @@ def write_tiny_vlm(folder: Path, model_type: str | None) -> None:
 
 
 def tiny_backbones(model_args) -> dict:
-    """What a recipe of two backbones changes for a smoke test: the same architectures with tiny sizes."""
+    """Return what a recipe of two backbones changes for a smoke test: the same architectures with tiny sizes."""
     return {
         "vision_model": None,
         "text_model": None,

@@ -220,7 +220,7 @@ def pictures_of(record: dict, outcomes: Mapping[str, Outcome], shown: Sequence[S
 
 
 def answer_lines(study: Study, outcomes: Mapping[str, Outcome]) -> list[dict]:
-    """What each row was answered, untouched and under every intervention."""
+    """Return what each row was answered, untouched and under every intervention."""
     return [
         {
             "row_id": row["row_id"],

@@ -42,7 +42,7 @@ def note_on_removal(outcomes: Mapping[str, Outcome]) -> str | None:
 
 
 def note_on_words(outcomes: Mapping[str, Outcome], untouched: Answers) -> str | None:
-    """Whether the model, given fewer thoughts, goes on in words, and needs them."""
+    """Return True if the model, given fewer thoughts, goes on in words, and needs them."""
     fewer = [outcomes[name] for j in range(untouched.thoughts.shape[1]) if (name := f"count_{j}") in outcomes]
     longest = max(fewer, key=lambda outcome: outcome.generated_tokens, default=None)
     if longest is None or longest.generated_tokens < 1.1 * untouched.generated_tokens:
@@ -60,7 +60,7 @@ def note_on_words(outcomes: Mapping[str, Outcome], untouched: Answers) -> str | 
 
 
 def verdict_of(study: Study, outcomes: Mapping[str, Outcome], *, margin: float = MARGIN) -> Verdict:
-    """Whether the answer depends on the thoughts, told by the shuffled run: real thoughts, of another answer.
+    """Return True if the answer depends on the thoughts, told by the shuffled run: real thoughts, of another answer.
 
     It depends if accuracy falls by the margin or more, and the fall is no accident (the interval of the difference
     lies below 0, and the exact sign test has p < 0.05). It does not if the difference and the share of changed answers

@@ -123,7 +123,7 @@ def load_vlm(vlm: str | PreTrainedModel) -> PreTrainedModel:
 
 
 def settle_tying(vlm: PreTrainedModel) -> bool:
-    """Whether head and embeddings are one matrix; the configurations may say otherwise, and are made to agree.
+    """Return True if head and embeddings are one matrix; the configurations may say otherwise, and are made to agree.
 
     A checkpoint that brings two matrices is loaded untied whatever its configuration says, but would be tied, and its
     head lost, at the next resizing.

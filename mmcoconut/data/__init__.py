@@ -128,7 +128,7 @@ def to_dataset(examples: Iterable[Example]) -> Dataset:
 
 
 def question_text(row: Mapping[str, Any]) -> str:
-    """What the model reads: the question, and under it the choices if there are any."""
+    """Return what the model reads: the question, and under it the choices if there are any."""
     if not row["choices"]:
         return row["question"]
     return f"{row['question']}\nChoices: {', '.join(row['choices'])}"

@@ -76,7 +76,7 @@ def _grow(rng: random.Random, paths: tuple[Nodes, Nodes], num_nodes: int) -> lis
 
 
 def _spoils(edge: Edge, *, from_roots: list[dict], to_options: list[dict], hops: int) -> bool:
-    """Whether an edge would shorten a path, or lead from a root to the other's option."""
+    """Return True if an edge would shorten a path, or lead from a root to the other's option."""
     for root, option in product((0, 1), repeat=2):
         if edge[0] in from_roots[root] and edge[1] in to_options[option]:
             shortened = from_roots[root][edge[0]] + 1 + to_options[option][edge[1]] < hops

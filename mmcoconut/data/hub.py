@@ -49,7 +49,7 @@ def read_published(path: str | os.PathLike, split: str, *, config: str | None = 
 
 
 def rows_name(path: str | os.PathLike, split: str) -> str:
-    """What error messages call the rows: the Hub id, or the folder's last name, and the split."""
+    """Return what error messages call the rows: the Hub id, or the folder's last name, and the split."""
     return f"{Path(path).name if os.path.isdir(path) else path} {split}"
 
 

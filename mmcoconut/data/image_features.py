@@ -115,7 +115,7 @@ class ImageFeatures:
         return key in self.shards
 
     def of_rows(self, rows: Sequence[Mapping]) -> tuple[dict, list[list[int]]]:
-        """What the model reads for all rows' images in order, and the tiles of each image of each row.
+        """Return what the model reads for all rows' images in order, and the tiles of each image of each row.
 
         Returns:
             image_features (I, patches, W), and num_tiles (images,) where pictures have tiles; {} without pictures.

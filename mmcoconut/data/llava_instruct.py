@@ -55,7 +55,7 @@ def _part(part: Any, field: str, row_id: str) -> str:
 
 
 def _text(turn: Mapping[str, Any], field: str, row_id: str) -> str:
-    """What is said in a turn, with a mark for each picture."""
+    """Return what is said in a turn, with a mark for each picture."""
     content = field_of(turn, field, row_id)
     if field == "content" and isinstance(content, list):
         content = "".join(_part(part, field, row_id) for part in content)

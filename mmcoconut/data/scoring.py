@@ -77,7 +77,7 @@ def load_metric(name: str):
 
 
 def references_of(name: str, rows: Iterable[Mapping]) -> list:
-    """What a metric takes as references; raises ValueError for a row that it cannot score."""
+    """Return what a metric takes as references; raises ValueError for a row that it cannot score."""
     return [REFERENCES[name](row) for row in rows]
 
 

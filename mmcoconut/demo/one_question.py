@@ -236,13 +236,13 @@ class Asker:
         return Asked(row, answerer, seconds=time.perf_counter() - start, gold=self.gold_of(row), **line)
 
     def gold_of(self, row: Mapping) -> list[str]:
-        """What the data say, where the row asks an example's question about an example's picture."""
+        """Return what the data say, where the row asks an example's question about an example's picture."""
         asked = (images_key(row), question_text(row))
         same = [example for example in self.examples if (images_key(example), question_text(example)) == asked]
         return same[0]["answers"] if same else []
 
     def look(self, asked: Asked, *, top_k: int = 5) -> Look:
-        """What the thoughts of an answered row decode to and where they look.
+        """Return what the thoughts of an answered row decode to and where they look.
 
         Raises:
             ValueError: a row without thoughts.

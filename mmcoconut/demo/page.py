@@ -81,7 +81,7 @@ def panels():
 
 
 def panel_of(html, name: str, compute: Callable[[], object]) -> str:
-    """What was computed as a panel; in its place what is wrong, with the remedy."""
+    """Return what was computed as a panel; in its place what is wrong, with the remedy."""
     try:
         return getattr(html, name)(compute())
     except ValueError as error:

@@ -55,7 +55,7 @@ they look, and asks again with other thoughts in their place. Made with `python 
 
 
 def check_package(package: str | None) -> None:
-    """Whether pip can install this package from what is given.
+    """Check whether pip can install this package from what is given.
 
     Raises:
         ValueError: nothing, no requirement of pip's, or one of another package.
@@ -71,7 +71,7 @@ def check_package(package: str | None) -> None:
 
 
 def check_on_the_hub(model: str) -> None:
-    """Whether a Space could load the model by this name; the Hub itself is not asked.
+    """Check whether a Space could load the model by this name; the Hub itself is not asked.
 
     Raises:
         ValueError: a folder on this machine, or no name.

@@ -139,7 +139,7 @@ def distinct(values) -> list:
 
 
 def shared_recipe(run: Run) -> dict:
-    """What all runs have in common."""
+    """Return what all runs have in common."""
     own = ("mode", "seed", "output_dir", "run_name")
     return {key: value for key, value in yaml.safe_load(run.recipe).items() if key not in own}
 

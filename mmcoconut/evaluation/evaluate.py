@@ -49,7 +49,7 @@ MAY_CHANGE = ("batch_size",)
 
 
 def described(row: Mapping, answerer: Answerer) -> dict:
-    """What a line of predictions.jsonl repeats of its row."""
+    """Return what a line of predictions.jsonl repeats of its row."""
     return {
         "index": row["index"],
         "row_id": row["row_id"],

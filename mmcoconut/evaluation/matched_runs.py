@@ -88,7 +88,7 @@ def plan_runs(model_args, data_args, curriculum_args, run_args) -> list[Run]:
 
 
 def evaluation_options(data_args, run_args) -> list[str]:
-    """What `mmcoconut.evaluation` is told of the recipe beside the recipe itself."""
+    """Return what `mmcoconut.evaluation` is told of the recipe beside the recipe itself."""
     options = {
         "split": data_args.test_split or data_args.eval_split,
         "max_samples": data_args.max_eval_samples,

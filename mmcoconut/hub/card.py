@@ -119,7 +119,7 @@ def measurements(evidence: Evidence) -> list[tuple[str, str, float]]:
 
 
 def sees_pictures(config) -> bool:
-    """Whether a checkpoint was made for pictures: the tower of one for text alone has a single patch."""
+    """Return True if a checkpoint was made for pictures: the tower of one for text alone has a single patch."""
     vision = config.vision_config
     return vision.image_size != vision.patch_size
 
@@ -186,7 +186,7 @@ def layout(processor, pictures: bool) -> str:
 
 
 def limits(evidence: Evidence, mode: str | None, num_latents: int, *, stops: bool) -> list[str]:
-    """What does not follow from what was measured; stops: whether rows end thinking by themselves."""
+    """Return what does not follow from what was measured; stops: whether rows end thinking by themselves."""
     name = dataset_name(evidence)
     seeds = len(evidence.compare["seeds"]) if evidence.compare else 0
     thinks = mode == "coconut" and num_latents > 0
@@ -221,7 +221,7 @@ def shown(value) -> str:
 
 
 def settings_of(recipe: Mapping) -> dict[str, str]:
-    """What a card shows of a recipe; of rewards nothing where there are none."""
+    """Return what a card shows of a recipe; of rewards nothing where there are none."""
     rewarded = recipe.get("objective") in REWARDED
     keys = [key for key in SETTINGS if rewarded or key not in OF_REWARDS]
     return {key: shown(recipe[key]) for key in keys if recipe.get(key) not in (None, [], {})}

@@ -41,11 +41,11 @@ class Alignment:
     targets: tuple[str, ...] = ("question", "answer")
 
     def warms_up(self, epoch: int) -> bool:
-        """Whether an epoch, counted from 0, is one of alignment alone."""
+        """Return True if an epoch, counted from 0, is one of alignment alone."""
         return epoch < self.warmup_epochs
 
     def text(self, row: Mapping) -> str:
-        """What a row's pictures are aligned with.
+        """Return what a row's pictures are aligned with.
 
         Raises:
             ValueError: a row in which none of the targets has text.

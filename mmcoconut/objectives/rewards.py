@@ -139,7 +139,7 @@ REWARDS = {
 
 
 def judged_text(question: str, accepted: Sequence[str], answer: str) -> str:
-    """What a model that judges reads of an answer.
+    """Return what a model that judges reads of an answer.
 
     Args:
         question: with its choices, as `question_text` writes them.

@@ -60,7 +60,7 @@ class WithoutAdapters:
 
 
 def reference_of(model):
-    """What the policy is held near to: itself as it is now, with its weights kept, or without its adapters."""
+    """Return what the policy is held near to: itself as it is now, with its weights kept, or without its adapters."""
     if has_lora(model):
         return WithoutAdapters(model)
     return copy.deepcopy(model).eval().requires_grad_(False)

@@ -155,7 +155,7 @@ class CurriculumCollator:
             )
 
     def check_turns(self, row: dict) -> None:
-        """Whether this run can lay out the turns of a row.
+        """Check whether this run can lay out the turns of a row.
 
         Raises:
             ValueError: a conversation whose turns would have thoughts by stage, or for an encoder-decoder; steps where
@@ -269,7 +269,7 @@ class CurriculumCollator:
         return max(len(encoder), len(decoder) + num_following)
 
     def pixels(self, rows: Sequence[dict]) -> tuple[dict, list[list[int]]]:
-        """What the model reads for all rows' images in order, and the tiles of each image of each row."""
+        """Return what the model reads for all rows' images in order, and the tiles of each image of each row."""
         if self.image_features is not None:
             return self.image_features.of_rows(rows)
         return self.processor.encode_images([open_images(row) for row in rows], return_tensors="pt")

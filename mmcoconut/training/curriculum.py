@@ -86,7 +86,7 @@ class Curriculum:
         return sum(lengths[min(stage, len(lengths) - 1)] for stage in range(self.last_stage))
 
     def plan(self, stage: int, num_steps: int | None) -> RowPlan:
-        """What stage does to a row of num_steps steps; None where they are unknown, as at inference."""
+        """Return what stage does to a row of num_steps steps; None where they are unknown, as at inference."""
         if self.mode == "no_cot":
             return RowPlan(skipped_steps=num_steps or 0, num_latents=0)
         if self.mode == "cot":

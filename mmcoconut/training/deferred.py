@@ -113,7 +113,7 @@ class Product(torch.autograd.Function):
 
 
 def defers(args: tuple, kwargs: dict, *, weight: int) -> bool:
-    """Whether a call is a product with a trained parameter at that place, and nothing more."""
+    """Return True if a call is a product with a trained parameter at that place, and nothing more."""
     is_plain = len(args) > weight and not kwargs and torch.is_grad_enabled()
     return is_plain and isinstance(args[weight], nn.Parameter) and args[weight].requires_grad
 

@@ -27,7 +27,7 @@ def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
 
 
 def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: float | None, **options):
-    """What `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,).
+    """Return what `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,).
 
     stop_threshold: of a model with a stop head.
     """

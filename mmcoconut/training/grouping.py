@@ -52,7 +52,7 @@ def token_counts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = 
 
 
 def prompt_texts(row) -> list[str]:
-    """What stands before a row's last answer: the earlier questions with their answers, and its own."""
+    """Return what stands before a row's last answer: the earlier questions with their answers, and its own."""
     earlier = ((question, f"{ANSWER_MARKER} {answer}") for question, answer in history_of(row))
     return [*chain(*earlier), question_text(row)]
 

@@ -108,7 +108,7 @@ SENDERS = {"tensorboard": send_to_tensorboard, "trackio": send_to_trackio, "wand
 
 
 def is_tracked(args) -> bool:
-    """Whether a run reports to a tracker that this file knows."""
+    """Return True if a run reports to a tracker that this file knows."""
     return bool(SENDERS.keys() & {*args.report_to})
 
 
@@ -124,7 +124,7 @@ class TrackingCallback(TrainerCallback):
 
     @torch.no_grad()
     def look(self, rows: list[dict]) -> tuple[list[Sample], dict[str, float]]:
-        """What the model answers to rows, and how its thoughts are."""
+        """Return what the model answers to rows, and how its thoughts are."""
         trainer, collator = self.trainer, self.trainer.curriculum_collator
         processor, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).eval()
         batch = collator.prompts(rows)

@@ -251,7 +251,7 @@ class CurriculumTrainer(Trainer):
         return metrics
 
     def warmed_up(self, record: dict) -> bool:
-        """Whether the epoch that an evaluation stands at the end of, or within, learnt the answer."""
+        """Return True if the epoch that an evaluation stands at the end of, or within, learnt the answer."""
         return self.alignment is None or not self.alignment.warms_up(math.ceil(record["epoch"] - 1e-6) - 1)
 
     def keep_best_of_stage(self, metrics: dict) -> None:
