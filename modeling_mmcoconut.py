@@ -12,16 +12,12 @@ Shapes: B batch, T tokens, N latents, I images, P features an image, W width of 
 vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
-from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
@@ -32,12 +28,9 @@ from .compat_mmcoconut import (
     CACHE,
     CACHE_NAMES,
     CacheByEitherName,
-    assert_without_waiting,
-    keep_cache_in_checkpoints,
     slice_columns,
     takes_arguments_of,
     takes_cache_by_either_name,
-    whole_tensor,
 )
 from .configuration_mmcoconut import (
     READ_BY_CROSS_ATTENTION,
@@ -46,15 +39,11 @@ from .configuration_mmcoconut import (
     check_schedule,
 )
 from .generation_mmcoconut import ThinkingGenerationMixin
-from .passes_mmcoconut import ThoughtState, check_thoughts_matter, masks_of_call, packed, states_before
-from .schedules_mmcoconut import INITIAL_BIAS, StopEarly, StopHead, ThinkTogether, check_can_stop
+from .passes_mmcoconut import check_thoughts_matter, masks_of_call
+from .schedules_mmcoconut import MakesThoughts, check_none_missed
 from .thinking_mmcoconut import (
-    CHOOSE_SCHEDULE,
-    ThoughtFeed,
-    Thoughts,
     give_thoughts,
     takes_no_thoughts,
-    think,
     thinking,
 )
 from .vision_mmcoconut import (
@@ -99,14 +88,7 @@ class MMCoconutCausalLMOutputWithPast(ThoughtFields, CausalLMOutputWithPast):
     """The head's output: loss (), logits (B, T or kept, V) or None, see forward, and the base model's fields."""
 
 
-def _setting_of_decoder(name: str) -> property:
-    """Return a setting of the thinking decoder, read and written through the models around it."""
-    return property(
-        lambda self: getattr(self.get_decoder(), name), lambda self, value: setattr(self.get_decoder(), name, value)
-    )
-
-
-class MMCoconutPreTrainedModel(PreTrainedModel):
+class MMCoconutPreTrainedModel(MakesThoughts, PreTrainedModel):
     """What all model classes share: names, supported backends, saving and checkpointing rules."""
 
     config_class = MMCoconutConfig
@@ -119,38 +101,10 @@ class MMCoconutPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    bptt_thoughts = _setting_of_decoder("bptt_thoughts")  # both of a run, not saved; see ThinkingDecoder
-    checkpointed_passes = _setting_of_decoder("checkpointed_passes")
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under their present names: a Trainer that resumes does not find ViT's older ones."""
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
-
-    def _init_weights(self, module):
-        """Initialize as transformers does, and a stop head so that it rarely stops."""
-        if isinstance(module, StopHead):
-            init.zeros_(module.weight)
-            init.constant_(module.bias, INITIAL_BIAS)
-        else:
-            super()._init_weights(module)
-
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
-        """Checkpoint layer by layer, and let the decoder's layers keep the cache that thoughts are read from.
-
-        Decoders drop the cache when their own flag is set; the layers' flags alone leave it to `PassCache`.
-        """
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and options.get("use_reentrant"):
-            raise ValueError(
-                "Gradient checkpointing with use_reentrant=True loses the gradients through thoughts: set "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
-        for module in self.get_decoder().modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                keep_cache_in_checkpoints(module, enable)
-            elif isinstance(module, PreTrainedModel):
-                module.gradient_checkpointing = False
 
 
 class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
@@ -165,9 +119,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         self.multi_modal_projector = build_projector(config)
         self.language_model = self.build_language_model(config)
         give_thoughts(self.get_decoder())
-        self.thought_feed = ThoughtFeed(config.text_config.hidden_size, config.thought_norm)
-        if config.stop_head:
-            self.stop_head = StopHead(config.text_config.hidden_size)
+        self.add_thought_modules(config.text_config.hidden_size)
         self.fuse = IMAGE_FUSIONS[config.image_fusion]
         self.cross_attends = config.image_fusion in READ_BY_CROSS_ATTENTION
         if self.cross_attends and "encoder_hidden_states" not in self.get_decoder().own_arguments:
@@ -194,29 +146,6 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
     def get_decoder(self):
         return self.language_model
 
-    def mean_embedding_norm(self) -> torch.Tensor | None:
-        """Return the mean norm () of the token embeddings; None where thoughts are not scaled to it."""
-        if self.config.thought_norm != "embedding":
-            return None
-        norms = self.get_input_embeddings().weight.detach().norm(dim=-1)  # (V,)
-        return whole_tensor(norms).mean()
-
-    def feed_of_call(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Return what makes thoughts of states in one call, which computes the embeddings' norm at most once."""
-        norm = cache(self.mean_embedding_norm)
-        return lambda states: self.thought_feed(states, norm())
-
-    def schedule_of_call(self, stop_threshold: float | torch.Tensor | None) -> Callable:
-        """Return how the decoder's passes go: until rows stop, all latents together, or one after the other."""
-        if stop_threshold is not None:
-            check_can_stop(self.config, self.get_decoder())
-            return StopEarly(self.stop_head, stop_threshold)
-        if self.config.thought_schedule == "jacobi":
-            check_schedule(self.config)
-            return ThinkTogether(self.config.jacobi_iterations)
-        chosen = (choose(self.get_decoder()) for choose in CHOOSE_SCHEDULE)
-        return next((schedule for schedule in chosen if schedule is not None), think)
-
     def run_decoder(
         self,
         latents: torch.Tensor,
@@ -235,25 +164,12 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         if inputs["use_cache"] is None:  # in training, an unused cache would copy all keys and values
             inputs["use_cache"] = self.config.text_config.use_cache and not self.training
         if takes_no_thoughts(latents.shape[1]):
-            message = "A compiled step of one token, or an exported program, cannot read a thought."
-            assert_without_waiting(~latents.any(), message)
-            ThoughtState.of(inputs[CACHE]).last_state = None  # of which the next replay would overwrite the memory
+            check_none_missed(latents, inputs[CACHE])
             return decoder(**inputs, return_dict=True), {}
-        thoughts = Thoughts(
-            latents,
-            self.feed_of_call(),
-            schedule=self.schedule_of_call(stop_threshold),
-            is_paused=self.config.thought_mode == "pause",
-            noise=thought_noise,
-        )
+        thoughts = self.thoughts_of_call(latents, stop_threshold, thought_noise)
         with thinking(thoughts):
             outputs = decoder(**inputs, return_dict=True)
-        fields = {"attention_mask": thoughts.attention_mask}
-        if output_thoughts:
-            fields |= thoughts.gathered()
-        if output_stop_logits:
-            states = states_before(outputs.last_hidden_state, thoughts.state_before)  # (B, T, D)
-            fields["stop_logits"] = packed(self.stop_head(states), latents)  # (B, N)
+        fields = self.fields_of(thoughts, outputs.last_hidden_state, output_thoughts, output_stop_logits)
         return outputs, fields
 
     @takes_cache_by_either_name

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     EncoderDecoderCache,
+    LinearAttentionLayer,
     StaticLayer,
 )
 
@@ -142,8 +143,20 @@ def states_before(states: torch.Tensor, before: torch.Tensor | None) -> torch.Te
 
 # --- pieces of a sequence --------------------------------------------------------------------------------------------
 def join_columns(pieces: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return pieces (B, t, D) as (B, T, D); a single one as it is; None for a layer that was not asked for."""
-    return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces, dim=1)
+    """Return pieces (…, t, D) as (…, T, D); a single one as it is; None for a layer that was not asked for."""
+    return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces, dim=-2)
+
+
+def join_tokens(pieces: list[torch.Tensor], num_rows: int) -> torch.Tensor:
+    """Return what routers say of the tokens of pieces, (B · t, E), as (B · T, E) in the order of one pass."""
+    return torch.cat([piece.unflatten(0, (num_rows, -1)) for piece in pieces], dim=1).flatten(0, 1)
+
+
+def cut_by_mask(values: list[torch.Tensor], mask: torch.Tensor, start: int, end: int) -> list[torch.Tensor]:
+    """Return of values (F, D), a row for each True of mask (B, T), those of columns start … end - 1."""
+    columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (F,)
+    kept = (columns >= start) & (columns < end)  # (F,)
+    return [value[kept] for value in values]
 
 
 def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) -> tuple[torch.Tensor, ...]:
@@ -169,6 +182,74 @@ def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) ->
 def is_two_dimensional(attention_mask) -> bool:
     """Return True for a mask of columns, and not one that was made for a single pass, 4-D or by the kind of layer."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
+
+
+class PreparedMasks:
+    """Masks that a model made for all columns of a call, cut for each pass of it.
+
+    masks: a tensor (B, 1 or H, T, keys), True or 0 where a query sees a key; or by the kind of layer such tensors,
+        paddings (B, past + T), or None where sdpa needs no mask.
+    make: called with the embeddings of a pass and its cache, makes these masks anew, where one is None.
+    """
+
+    def __init__(self, masks, cache: Cache, length: int, make: Callable[[torch.Tensor, Cache], dict]):
+        self.masks, self.make, self.length = masks if isinstance(masks, dict) else {None: masks}, make, length
+        unknown = [type(mask).__name__ for mask in self.masks.values() if not isinstance(mask, torch.Tensor | None)]
+        if unknown:
+            raise ValueError(
+                f"Thoughts need an attention mask that can be cut, and this call has a {unknown[0]}: load the model "
+                "with attn_implementation='sdpa' or 'eager'."
+            )
+        self.past_length = int(cache.get_seq_length())
+        self.offsets = {kind: self.sizes(kind, cache, length)[1] for kind in self.masks}
+
+    def sizes(self, kind: str | None, cache: Cache, length: int) -> tuple[int, int]:
+        """Return how many keys a pass of so many columns sees in layers of a kind, and which is the first."""
+        slides = any(word in (kind or "") for word in ("sliding", "chunked"))
+        layers = [isinstance(layer, CacheLayerMixin) and layer.is_sliding == slides for layer in cache.layers]
+        return cache.get_mask_sizes(length, layers.index(True) if True in layers else 0)
+
+    def of_columns(self, embeds: torch.Tensor, start: int, cache: Cache):
+        """Return the masks of a pass over embeds (B, t, D) that begin at column start."""
+        end, made = start + embeds.shape[1], None
+        cut = {}
+        for kind, mask in self.masks.items():
+            if mask is None:
+                made = self.make(embeds, cache) if made is None else made
+                cut[kind] = made[kind] if isinstance(made, dict) else made
+            elif mask.ndim == 2:
+                cut[kind] = mask[:, mask.shape[1] - self.length :][:, start:end]
+            else:
+                num_keys, offset = self.sizes(kind, cache, end - start)
+                first = offset - self.offsets[kind]
+                cut[kind] = mask[:, :, start:end, first : first + num_keys]
+        return cut.get(None) if None in cut else cut
+
+    def safe_ends(self, latents: torch.Tensor) -> list[int]:
+        """Return for each column 0 … T the first one from it on before which the call may be cut.
+
+        A cut is not safe where a row sees both ways across it, as among the tokens of an image in Gemma 3.
+
+        Raises:
+            ValueError: a row that thinks at one of its latents (B, T) inside such a block of its own.
+        """
+        reach = torch.arange(self.length, device=latents.device).expand_as(latents)  # (B, T)
+        for kind, mask in self.masks.items():
+            if mask is not None and mask.ndim == 4:
+                visible = (mask if mask.dtype == torch.bool else mask > -1).any(dim=1)  # (B, T, keys)
+                keys = torch.arange(mask.shape[-1], device=mask.device) + self.offsets[kind] - self.past_length
+                reach = torch.maximum(reach, torch.where(visible, keys, 0).amax(dim=-1))
+        crosses = reach.cummax(dim=1).values[:, :-1] > torch.arange(self.length - 1, device=reach.device)  # (B, T - 1)
+        if (crosses & latents[:, 1:]).any():
+            row = (crosses & latents[:, 1:]).any(dim=1).nonzero()[0].item()
+            raise ValueError(
+                f"Row {row} of the batch has a latent among tokens that see both ways, and a thought is the state of "
+                "the token before, which would see it: let no image or prefix reach over the latents (token_type_ids)."
+            )
+        ends, unsafe = [self.length], crosses.any(dim=0).tolist()
+        for column in range(self.length - 1, -1, -1):
+            ends.append(ends[-1] if column and unsafe[column - 1] else column)
+        return ends[::-1]
 
 
 def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch.Tensor:
@@ -352,8 +433,16 @@ def _copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
 
     A layer that writes into its tensors (a quantized cache, …) raises.
     """
-    if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
+    is_kept = not isinstance(layer, (CacheLayerMixin, LinearAttentionLayer))  # of a layer that reads another's keys
+    if is_kept or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return copy.copy(layer)  # an update replaces its tensors by longer ones
+    if type(layer) is LinearAttentionLayer:
+        copied = copy.copy(layer)
+        for name, value in vars(layer).items():
+            if isinstance(value, dict):  # of its states, and what is known of each
+                setattr(copied, name, dict(value))
+        copied.activate_past_recording()  # its convolution then replaces its state instead of writing into it
+        return copied
     if type(layer) is not StaticLayer:
         raise ValueError(
             f"The keys of the text before cannot be read again from a {type(layer).__name__}: use "
@@ -381,7 +470,9 @@ class PassCache(Cache):
                 "thought_schedule='sequential', or a cache that stays on the device."
             )
         self.before, self.follow = [_copied_layer(layer) for layer in before.layers], follow
-        super().__init__(layers=list(self.before))
+        own = (_copied_layer(layer) if type(layer) is LinearAttentionLayer else layer for layer in self.before)
+        super().__init__(layers=list(own))
+        self.states_read: set[tuple] = set()
 
     def update(self, key_states, value_states, layer_idx: int, *args, **kwargs):
         layer = _copied_layer(self.before[layer_idx])
@@ -390,9 +481,32 @@ class PassCache(Cache):
             self.layers[layer_idx] = layer
         return keys_and_values
 
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        if layer_idx is not None:  # the way to states in transformers 5.18
+            self._reads("any", layer_idx, state_idx)
+        return super().has_previous_state(layer_idx, state_idx)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0):
+        self._reads("conv", layer_idx, state_idx)
+        return super().get_conv_state(layer_idx, state_idx)
+
+    def update_recurrent_state(self, recurrent_states, layer_idx: int, state_idx: int = 0, **kwargs):
+        states = self.layers[layer_idx].recurrent_states
+        if states[state_idx] is not None:  # which the backward pass needs as it is
+            states[state_idx] = torch.empty_like(states[state_idx])
+        return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+
+    def _reads(self, kind: str, layer_idx: int, state_idx: int | None) -> None:
+        """Put a recurrent layer back to where it was before the pass if this is a replay, which reads a state again."""
+        if (kind, layer_idx, state_idx) in self.states_read:
+            self.layers[layer_idx] = _copied_layer(self.before[layer_idx])
+            self.states_read = {key for key in self.states_read if key[1] != layer_idx}
+        self.states_read.add((kind, layer_idx, state_idx))
+
     def next_pass(self) -> Cache:
         """Return the cache of a pass over what this pass has written too."""
-        if any(layer is before for layer, before in zip(self.layers, self.before)):
+        kept = [layer is before for layer, before in zip(self.layers, self.before)]
+        if kept and sum(kept) == sum(type(layer) is not LinearAttentionLayer for layer in self.before):
             raise ValueError(
                 "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
                 "language model alone: call gradient_checkpointing_enable() on the whole model."
@@ -446,9 +560,14 @@ def next_pass(past_key_values: Cache) -> Cache:
     return past_key_values.next_pass() if is_of_one else past_key_values
 
 
+def writes_in_place(past_key_values: Cache) -> bool:
+    """Return True for a cache of recurrent layers, which a backward pass would find overwritten by a later pass."""
+    return any(type(layer) is LinearAttentionLayer for layer in text_cache(past_key_values).layers)
+
+
 def throwaway(past_key_values: Cache) -> Cache:
     """Return a cache for one pass over what past_key_values hold; they do not change, however often it is done."""
-    if isinstance(past_key_values, (PassCache, _PassCrossCache)):
+    if isinstance(past_key_values, _PassCrossCache):
         return past_key_values.next_pass()
     if isinstance(past_key_values, EncoderDecoderCache):
         text, cross = past_key_values.self_attention_cache, past_key_values.cross_attention_cache

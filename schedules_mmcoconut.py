@@ -10,20 +10,22 @@ Shapes: B batch, T tokens, T' columns of another layout, L columns from the firs
 latents, D hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
 
-from .compat_mmcoconut import is_sharded
-from .passes_mmcoconut import (
-    ThoughtState,
-    is_two_dimensional,
-    positions_from_mask,
-)
-from .thinking_mmcoconut import Passes, Thoughts, put_first
+from .compat_mmcoconut import assert_without_waiting, is_sharded, keep_cache_in_checkpoints, whole_tensor
+from .configuration_mmcoconut import TOKEN_ID_FIELDS, check_schedule
+from .passes_mmcoconut import ThoughtState, is_two_dimensional, packed, states_before
+from .thinking_mmcoconut import CHOOSE_SCHEDULE, Passes, ThoughtFeed, Thoughts, put_first, think
 
 
 # --- parallel thoughts -----------------------------------------------------------------------------------------------
@@ -153,7 +155,8 @@ class StopEarly:
         begins, order = first_latents(latents), (latents.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T) each
         left_out, stopped = torch.zeros_like(latents), torch.zeros_like(latents[:, 0])
         whole = _whole_mask(passes, latents)  # (B, past + T)
-        leave_out(passes, left_out, whole)  # positions count its real tokens in every pass
+        positions = _whole_positions(passes, whole)  # (…, B or 1, T)
+        leave_out(passes, left_out, whole, positions)  # from the first pass on a mask, as the later ones have
         start, thinks, state = 0, None, thoughts.state_before
         for column in thoughts.columns:
             is_latent, stopped = latents[:, column], stopped & ~begins[:, column]
@@ -164,7 +167,7 @@ class StopEarly:
                 stopped = stopped | (decides & self.stops(state, order[:, column]))
                 start, thinks = column, is_latent & ~stopped
             left_out[:, column] = is_latent & stopped
-            leave_out(passes, left_out, whole)
+            leave_out(passes, left_out, whole, positions)
         self.run(passes, thoughts, start, passes.length, thinks, state)
         thoughts.left_out = left_out if thoughts.left_out is None else thoughts.left_out | left_out
         thoughts.attention_mask = passes.inputs["attention_mask"]
@@ -195,12 +198,23 @@ def _whole_mask(passes: Passes, latents: torch.Tensor) -> torch.Tensor:
     return attention_mask
 
 
-def leave_out(passes: Passes, left_out: torch.Tensor, whole: torch.Tensor) -> None:
-    """Let the next passes attend to no latent of left_out (B, T) and pass over its position; whole (B, past + T)."""
+def _whole_positions(passes: Passes, whole: torch.Tensor) -> torch.Tensor:
+    """Return the positions (…, B or 1, T) of a call with a mask (B, past + T); where none are given, of its columns."""
+    positions = passes.inputs.get("position_ids")
+    if positions is None:
+        positions = torch.arange(whole.shape[1], device=whole.device)[None, -passes.length :]  # (1, T)
+    return positions
+
+
+def leave_out(passes: Passes, left_out: torch.Tensor, whole: torch.Tensor, positions: torch.Tensor) -> None:
+    """Let the next passes attend to no latent of left_out (B, T) and pass over its position.
+
+    whole (B, past + T), positions (…, B or 1, T): mask and positions of the call with all latents.
+    """
     past_length = whole.shape[1] - left_out.shape[1]
     mask = whole.masked_fill(nn.functional.pad(left_out, (past_length, 0)), 0)  # (B, past + T)
     passes.inputs["attention_mask"] = mask
-    passes.inputs["position_ids"] = positions_from_mask(mask, left_out.shape[1])  # (B, T)
+    passes.inputs["position_ids"] = positions - left_out.cumsum(dim=1)  # (…, B, T)
 
 
 def _check_thresholds(threshold: float | torch.Tensor, latents: torch.Tensor) -> None:
@@ -225,3 +239,125 @@ def check_can_stop(config, decoder: nn.Module) -> None:
             "Rows cannot stop by themselves in training, or while weights are sharded: call model.eval(), or give the "
             "latents that they leave out an attention_mask of 0 instead."
         )
+
+
+# --- the model around the decoder ------------------------------------------------------------------------------------
+def _setting_of_decoder(name: str) -> property:
+    """Return a setting of the thinking decoder, read and written through the models around it."""
+    return property(
+        lambda self: getattr(self.get_decoder(), name), lambda self, value: setattr(self.get_decoder(), name, value)
+    )
+
+
+class MakesThoughts:
+    """The part of a model that makes the `Thoughts` of a call out of its configuration and of what a call asks for."""
+
+    bptt_thoughts = _setting_of_decoder("bptt_thoughts")  # both of a run, not saved; see ThinkingDecoder
+    checkpointed_passes = _setting_of_decoder("checkpointed_passes")
+
+    def add_thought_modules(self, hidden_size: int) -> None:
+        """Add what the configuration wants between states and thoughts; without it there are no new weights."""
+        self.thought_feed = ThoughtFeed(hidden_size, self.config.thought_norm)
+        if self.config.stop_head:
+            self.stop_head = StopHead(hidden_size)
+
+    def _init_weights(self, module):
+        """Initialize as transformers does, and a stop head so that it rarely stops."""
+        if isinstance(module, StopHead):
+            init.zeros_(module.weight)
+            init.constant_(module.bias, INITIAL_BIAS)
+        else:
+            super()._init_weights(module)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=None, **kwargs):
+        """Checkpoint layer by layer, and let the decoder's layers keep the cache that thoughts are read from.
+
+        Decoders drop the cache when their own flag is set; the layers' flags alone leave it to `PassCache`.
+        """
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and options.get("use_reentrant"):
+            raise ValueError(
+                "Gradient checkpointing with use_reentrant=True loses the gradients through thoughts: set "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+        for module in self.get_decoder().modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                keep_cache_in_checkpoints(module, enable)
+            elif isinstance(module, PreTrainedModel):
+                module.gradient_checkpointing = False
+
+    def get_token_mask(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor):
+        """Return (B, T), True where the token stands; read off the embeddings where no ids are given.
+
+        Raises:
+            ValueError: embeddings of special tokens that are equal, and no ids.
+        """
+        if input_ids is not None:
+            return input_ids == token_id
+        embeddings = self.get_input_embeddings().weight  # (V, D)
+        token_mask = (inputs_embeds == embeddings[token_id]).all(-1)  # (B, T)
+        special = embeddings[[getattr(self.config, field) for field in TOKEN_ID_FIELDS]]
+        if token_mask.any() and (special == embeddings[token_id]).all(-1).sum() > 1:
+            raise ValueError(
+                "Special tokens have the same embedding, as new ones have before training, so inputs_embeds do not "
+                "tell where the images and the latents are: pass input_ids."
+            )
+        return token_mask
+
+    def mean_embedding_norm(self) -> torch.Tensor | None:
+        """Return the mean norm () of the token embeddings; None where thoughts are not scaled to it."""
+        if self.config.thought_norm != "embedding":
+            return None
+        embeddings = self.get_input_embeddings()
+        norms = embeddings.weight.detach().norm(dim=-1)  # (V,)
+        return whole_tensor(norms).mean() * getattr(embeddings, "embed_scale", 1.0)  # Gemma's times √D
+
+    def feed_of_call(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return what makes thoughts of states in one call, which computes the embeddings' norm at most once."""
+        norm = cache(self.mean_embedding_norm)
+        return lambda states: self.thought_feed(states, norm())
+
+    def schedule_of_call(self, stop_threshold: float | torch.Tensor | None) -> Callable:
+        """Return how the decoder's passes go: until rows stop, all latents together, or one after the other."""
+        if stop_threshold is not None:
+            check_can_stop(self.config, self.get_decoder())
+            return StopEarly(self.stop_head, stop_threshold)
+        if self.config.thought_schedule == "jacobi":
+            check_schedule(self.config)
+            return ThinkTogether(self.config.jacobi_iterations)
+        chosen = (choose(self.get_decoder()) for choose in CHOOSE_SCHEDULE)
+        return next((schedule for schedule in chosen if schedule is not None), think)
+
+    def thoughts_of_call(
+        self, latents: torch.Tensor, stop_threshold=None, thought_noise=None, row_mask=None
+    ) -> Thoughts:
+        """Return the thoughts of a call with these latents (B, T); the other arguments are as in `forward`."""
+        return Thoughts(
+            latents,
+            self.feed_of_call(),
+            schedule=self.schedule_of_call(stop_threshold),
+            is_paused=self.config.thought_mode == "pause",
+            noise=thought_noise,
+            row_mask=row_mask,
+        )
+
+    def fields_of(
+        self, thoughts: Thoughts, states: torch.Tensor, output_thoughts: bool, output_stop_logits: bool
+    ) -> dict:
+        """Return what a call's output says of its thoughts beside the states (B, T, D)."""
+        fields = {"attention_mask": thoughts.attention_mask}
+        if output_thoughts:
+            fields |= thoughts.gathered()
+        if output_stop_logits:
+            before = states_before(states, thoughts.state_before)  # (B, T, D)
+            latents = thoughts.latents if thoughts.left_out is None else thoughts.latents | thoughts.left_out  # (B, T)
+            fields["stop_logits"] = packed(self.stop_head(before), latents)  # (B, N)
+        return fields
+
+
+def check_none_missed(latents: torch.Tensor, past_key_values: Cache | None) -> None:
+    """Raise on the device for a latent (B, T) where `takes_no_thoughts` holds."""
+    message = "A compiled step of one token, or an exported program, cannot read a thought."
+    assert_without_waiting(~latents.any(), message)
+    ThoughtState.of(past_key_values).last_state = None  # of which the next replay would overwrite the memory

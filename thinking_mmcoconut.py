@@ -33,12 +33,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
@@ -46,16 +47,19 @@ from transformers.utils.generic import can_return_tuple
 from .compat_mmcoconut import CACHE, PutInFront, agreed_columns, in_front, is_checkpointing, is_sharded, rename_cache
 from .passes_mmcoconut import (
     PassCache,
+    PreparedMasks,
     ThoughtState,
     carry_states,
     check_has_predecessor,
     check_window,
     chosen_cache,
     column_lists,
+    cut_by_mask,
     gather_thoughts,
     is_two_dimensional,
     join_attentions,
     join_columns,
+    join_tokens,
     linked_thoughts,
     next_pass,
     noise_by_column,
@@ -63,11 +67,19 @@ from .passes_mmcoconut import (
     text_cache,
     throwaway,
     with_cross_attention,
+    writes_in_place,
 )
 
 
 # Arguments that have one entry a token, and the axis along which they have it; others go to every pass as they are.
-COLUMN_AXES = {"inputs_embeds": 1, "position_ids": -1, "token_type_ids": 1}
+COLUMN_AXES = {"inputs_embeds": 1, "position_ids": -1, "token_type_ids": 1, "visual_pos_masks": 1}
+COLUMN_AXES |= {"per_layer_inputs": 1, "cross_attention_mask": 2, "full_text_row_masked_out_mask": 2}
+# Lists of features that have a row for each True of a mask of columns.
+ROWS_OF_MASKS = {"deepstack_visual_embeds": "visual_pos_masks"}
+# Read by the first pass alone, which leaves their keys in the cache.
+READ_ONCE = ("cross_attention_states",)
+# Layers that keep a state in the place of keys, by the names that transformers gives them in `config.layer_types`.
+RECURRENT_KINDS = ("linear_attention", "conv")
 CHECKPOINTED_PASSES = ("all", "first")
 # Functions of a thinking decoder that return a schedule in the place of `think`, or None; mmcoconut.kernels adds one.
 CHOOSE_SCHEDULE: list[Callable] = []
@@ -147,6 +159,7 @@ class Thoughts:
             once these are known; None: nothing.
 
     Set by the decoder:
+        row_mask (B, past + T): where the decoder gets masks that a model made of it, this one; else None.
         columns: where any row thinks. state_before (B, D): of the column before the first, from the cache.
         linked (B, T): where gradients flow back to the state before; None: everywhere.
         sharded: whether other processes must make as many passes.
@@ -160,6 +173,7 @@ class Thoughts:
     schedule: Callable[["Passes", "Thoughts"], None] = think
     is_paused: bool = False
     noise: torch.Tensor | None = None
+    row_mask: torch.Tensor | None = None
     columns: list[int] = field(default_factory=list)
     state_before: torch.Tensor | None = None
     linked: torch.Tensor | None = None
@@ -190,6 +204,8 @@ class Thoughts:
     def locate(self, attention_mask, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
         """Find the columns of the thoughts, under a mask (B, past + T) that leaves out those where it is 0."""
         self.sharded, given = is_sharded(decoder), self.latents
+        if not is_two_dimensional(attention_mask):
+            attention_mask = self.row_mask
         self.latents, left_out = split_latents(self.latents, attention_mask)
         columns, columns_left_out = column_lists(self.latents, left_out)
         if columns_left_out:
@@ -203,12 +219,7 @@ class Thoughts:
         self.columns = columns
         if not columns:
             return
-        is_flat = is_two_dimensional(attention_mask)
-        if columns[-1] > 0 and not (attention_mask is None or is_flat):
-            raise ValueError(
-                "Thoughts need a 2-D attention_mask (B, T), not one made for a single pass: pass that one."
-            )
-        check_has_predecessor(self.latents, attention_mask if is_flat else None, self.state_before is not None)
+        check_has_predecessor(self.latents, attention_mask, self.state_before is not None)
         self.linked = linked_thoughts(self.latents, decoder.bptt_thoughts)
         if self.noise is not None:
             self.noise = noise_by_column(self.noise, given)  # (B, T, D)
@@ -233,12 +244,15 @@ class Passes:
     keeps_cache: whether the cache outlives the call. may_move: whether columns may be laid out anew.
     ends: of each pass, the column (B,) in it of every row's last token; None: the last column, whose state is not used
         in rows that are padding there, as they have no latent next.
+    masks: where the model around the decoder made them for all columns. safe_ends: of each column the first from it on
+        before which the call may be cut; empty where it may be everywhere. held: a piece that ended elsewhere.
     embeds_run: what each pass read, (B, t, D).
     """
 
     def __init__(self, call_decoder: Callable, cache: Cache | None, inputs: dict, *, keeps_cache: bool):
         self.call_decoder, self.cache, self.inputs, self.keeps_cache = call_decoder, cache, inputs, keeps_cache
         self.may_move, self.ends = False, None
+        self.masks, self.safe_ends, self.held = None, [], None
         self.length = inputs["inputs_embeds"].shape[1]
         self.outputs, self.embeds_run = [], []
 
@@ -251,24 +265,38 @@ class Passes:
         for start, embeds in zip(starts, pieces):
             yield start, embeds, start > 0 or len(starts) == len(columns)  # the latter only if 0 is one of them
 
-    def arguments_of(self, start: int, end: int) -> dict:
-        """Return the arguments of a pass over columns start … end - 1."""
-        cut = {
-            name: value.narrow(COLUMN_AXES[name], start, end - start)
-            for name, value in self.inputs.items()
-            if name in COLUMN_AXES and name != "inputs_embeds" and value is not None
-        }
-        attention_mask = self.inputs.get("attention_mask")  # (B, past + T); any other form only for one pass
-        if attention_mask is not None and end < self.length:
-            cut["attention_mask"] = attention_mask[:, : end - self.length]
-        return {**self.inputs, **cut}
+    def arguments_of(self, embeds: torch.Tensor, start: int) -> dict:
+        """Return the arguments of a pass over embeds (B, t, D) from column start on, but for the cache."""
+        end = start + embeds.shape[1]
+        given = {name: value for name, value in self.inputs.items() if value is not None}
+        by_column = given.keys() & COLUMN_AXES.keys() - {"inputs_embeds"}
+        cut = {name: given[name].narrow(COLUMN_AXES[name], start, end - start) for name in by_column}
+        for name, mask in ROWS_OF_MASKS.items():
+            if name in given:
+                cut[name] = cut_by_mask(given[name], given[mask], start, end)
+        if self.outputs:
+            cut |= dict.fromkeys(given.keys() & READ_ONCE)
+        if self.masks is not None:
+            cut["attention_mask"] = self.masks.of_columns(embeds, start, self.cache)
+        elif "attention_mask" in given and end < self.length:
+            cut["attention_mask"] = given["attention_mask"][:, : end - self.length]  # (B, past + end)
+        return {**self.inputs, **cut, "inputs_embeds": embeds}
 
     def run(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
-        """Run the decoder over a piece (B, t, D) and keep what it gives; return each row's last state (B, D)."""
+        """Run the decoder over a piece (B, t, D) and keep what it gives; return each row's last state (B, D).
+
+        A piece that ends where the call may not be cut is held back, tried with the columns that it needs, and run
+        together with the next one.
+        """
+        if self.held is not None:
+            (start, before), self.held = self.held, None
+            embeds = torch.cat([before, embeds], dim=1)
+        if self.safe_ends and self.safe_ends[start + embeds.shape[1]] > start + embeds.shape[1]:
+            self.held = start, embeds
+            return self.states_of(embeds, start)[:, -1]
         if self.outputs:
             self.cache = next_pass(self.cache)
-        inputs = self.arguments_of(start, start + embeds.shape[1])
-        output = self.call_decoder(self.cache, **{**inputs, "inputs_embeds": embeds})
+        output = self.call_decoder(self.cache, **self.arguments_of(embeds, start))
         states = output.last_hidden_state  # (B, t, D)
         self.outputs.append(output)
         self.embeds_run.append(embeds)
@@ -279,8 +307,11 @@ class Passes:
 
     def states_of(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
         """Return the states (B, t, D) of a piece that will be run again; the cache stays as it is."""
-        inputs = self.arguments_of(start, start + embeds.shape[1])
-        return self.call_decoder(throwaway(self.cache), **{**inputs, "inputs_embeds": embeds}).last_hidden_state
+        length, end = embeds.shape[1], start + embeds.shape[1]
+        if self.safe_ends:
+            embeds = torch.cat([embeds, self.inputs["inputs_embeds"][:, end : self.safe_ends[end]]], dim=1)
+        inputs = self.arguments_of(embeds, start)
+        return self.call_decoder(throwaway(self.cache), **inputs).last_hidden_state[:, :length]
 
     def joined(self):
         """Return the output of the call, of all columns, in the decoder's own class."""
@@ -294,6 +325,9 @@ class Passes:
         if first.get("attentions") is not None:
             past_length = int(self.cache.get_seq_length()) - self.length
             joined["attentions"] = join_attentions([output.attentions for output in self.outputs], past_length)
+        if first.get("router_logits") is not None:
+            layers, rows = zip(*(output.router_logits for output in self.outputs)), self.embeds_run[0].shape[0]
+            joined["router_logits"] = tuple(join_tokens(layer, rows) for layer in layers)
         if first.get("cross_attentions") is not None:
             layers = zip(*(output.cross_attentions for output in self.outputs))
             joined["cross_attentions"] = tuple(torch.cat(layer, dim=2) for layer in layers)
@@ -359,6 +393,8 @@ class ThinkingDecoder(PutInFront):
     ):
         """Run the decoder as often as the thoughts need, and note in `thoughts` what was read."""
         replays = self.training and is_checkpointing(self)
+        if replays and past_key_values is not None and past_key_values.get_seq_length() == 0:
+            past_key_values = None  # SmolVLM makes one beforehand
         if replays and past_key_values is not None:
             raise ValueError(
                 "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
@@ -372,9 +408,14 @@ class ThinkingDecoder(PutInFront):
             past_key_values = with_cross_attention(past_key_values, self.config)
         # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
         inputs["use_cache"] = past_key_values is not None and not replays
+        if "logits_to_keep" in inputs:
+            inputs["logits_to_keep"] = 0  # Gemma 4's decoder would leave out the columns before
         passes = Passes(self.pass_runner(thoughts), past_key_values, inputs, keeps_cache=keeps_cache)
+        if thoughts.columns and not is_two_dimensional(mask := inputs.get("attention_mask")) and mask is not None:
+            passes.masks = PreparedMasks(mask, past_key_values, passes.length, partial(self.masks_of_pass, None))
+            passes.safe_ends = passes.masks.safe_ends(thoughts.latents)
         makes_maps = inputs.get("output_attentions") or self.config.output_attentions  # which have an axis of columns
-        passes.may_move = not thoughts.sharded and self.sees_all_columns and not makes_maps
+        passes.may_move = not (thoughts.sharded or makes_maps or passes.masks) and self.sees_all_columns
         schedule = thoughts.schedule if thoughts.columns else think
         schedule(passes, thoughts)
         outputs = passes.joined()
@@ -388,7 +429,30 @@ class ThinkingDecoder(PutInFront):
     @cached_property
     def sees_all_columns(self) -> bool:
         """Whether all layers attend to all columns, and none to a window; the cache that transformers makes tells."""
-        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
+        reads_images = not {*READ_ONCE}.isdisjoint(self.own_arguments)  # in layers between those of the text
+        layers = DynamicCache(config=self.config).layers
+        return not reads_images and all(type(layer) is DynamicLayer for layer in layers)
+
+    @cached_property
+    def is_recurrent(self) -> bool:
+        """Whether some layers keep a state in the place of keys."""
+        return writes_in_place(DynamicCache(config=self.config))
+
+    def masks_of_pass(self, attention_mask: torch.Tensor | None, embeds: torch.Tensor, past_key_values: Cache):
+        """Return the masks that the decoder makes of a mask (B, past + t) for a pass over embeds (B, t, D)."""
+        return create_masks_for_generate(self.config, embeds, attention_mask, past_key_values)
+
+    def with_padding(self, inputs: dict, past_key_values: Cache) -> dict:
+        """Return the arguments of a pass over a single column with the padding in it for recurrent layers.
+
+        They would take the column for a generated token, which is none, and let padding into their state.
+        """
+        attention_mask, embeds = inputs.get("attention_mask"), inputs["inputs_embeds"]
+        if not (self.is_recurrent and embeds.shape[1] == 1 and is_two_dimensional(attention_mask)):
+            return inputs
+        masks = self.masks_of_pass(attention_mask, embeds, past_key_values)
+        padding = {kind: attention_mask[:, -1:] for kind in RECURRENT_KINDS if kind in masks}
+        return {**inputs, "attention_mask": {**masks, **padding}}
 
     def fresh_cache(self, thoughts: Thoughts, *, keeps_cache: bool, replays: bool) -> Cache:
         """Return an empty cache: a growing one, the kind that is chosen for such a call, or one that can be replayed.
@@ -399,6 +463,8 @@ class ThinkingDecoder(PutInFront):
         reads_again = getattr(thoughts.schedule, "reads_again", False)
         may_choose = not reads_again and (replays or not (keeps_cache and torch.is_grad_enabled()))
         kind = chosen_cache(self, prefix_length) if may_choose else None
+        if not replays and self.is_recurrent and torch.is_grad_enabled() and not keeps_cache:
+            return PassCache(DynamicCache(config=self.config))
         if not replays:
             return DynamicCache(config=self.config) if kind is None else kind()
         if self.checkpointed_passes not in CHECKPOINTED_PASSES:
@@ -415,7 +481,7 @@ class ThinkingDecoder(PutInFront):
         """
 
         def call(past_key_values, **inputs):
-            return self.own_forward(**{CACHE: past_key_values}, **inputs)
+            return self.own_forward(**{CACHE: past_key_values}, **self.with_padding(inputs, past_key_values))
 
         if not (self.training and thoughts.columns):
             return call

@@ -22,7 +22,6 @@ from .compat_mmcoconut import hidden_states_to_return
 from .configuration_mmcoconut import (
     PREFIX_PROJECTORS,
     READ_BY_CROSS_ATTENTION,
-    TOKEN_ID_FIELDS,
     MMCoconutConfig,
     shuffle_factor,
 )
@@ -305,24 +304,6 @@ class ReadsImages:
         elif num_tiles is not None:
             projected = [tiles.flatten(0, 1) for tiles in projected.split(num_tiles.tolist())]
         return MMCoconutImageOutput(pooler_output=list(projected), **outputs)
-
-    def get_token_mask(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor):
-        """Return (B, T), True where the token stands; read off the embeddings where no ids are given.
-
-        Raises:
-            ValueError: embeddings of special tokens that are equal, and no ids.
-        """
-        if input_ids is not None:
-            return input_ids == token_id
-        embeddings = self.get_input_embeddings().weight  # (V, D)
-        token_mask = (inputs_embeds == embeddings[token_id]).all(-1)  # (B, T)
-        special = embeddings[[getattr(self.config, field) for field in TOKEN_ID_FIELDS]]
-        if token_mask.any() and (special == embeddings[token_id]).all(-1).sum() > 1:
-            raise ValueError(
-                "Special tokens have the same embedding, as new ones have before training, so inputs_embeds do not "
-                "tell where the images and the latents are: pass input_ids."
-            )
-        return token_mask
 
     def get_placeholder_mask(self, input_ids, inputs_embeds: torch.Tensor, image_features: torch.Tensor):
         """Return (B, T), True at the `<image>` placeholders; raise where their number is not that of the features."""
