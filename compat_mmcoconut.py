@@ -90,10 +90,14 @@ def takes_arguments_of(base_forward):
             return function(self, **named, **rename_cache(kwargs))
 
         own, base = (dict(inspect.signature(each).parameters) for each in (function, base_forward))
-        kwargs_of_base = base.pop("kwargs")
-        added = [value for name, value in own.items() if name not in {*base, "kwargs"}]
+        others = [value for value in (base | own).values() if value.kind is inspect.Parameter.VAR_KEYWORD][:1]
+        base, own = (
+            {name: value for name, value in each.items() if value.kind is not inspect.Parameter.VAR_KEYWORD}
+            for each in (base, own)
+        )
+        added = [value for name, value in own.items() if name not in base]
         keyword_only = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in added]
-        call.__signature__ = inspect.Signature([*base.values(), *keyword_only, kwargs_of_base])
+        call.__signature__ = inspect.Signature([*base.values(), *keyword_only, *others])
         return call
 
     return decorate

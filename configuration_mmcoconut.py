@@ -28,6 +28,9 @@ CHOICES = {
 }
 TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id", "end_latent_token_id")
 # Image features are read beside the text, not in it: one placeholder says which row an image belongs to.
+# What a vision-language model's own configuration is given beside its own fields, and the defaults.
+THOUGHT_FIELDS = {**dict.fromkeys(TOKEN_ID_FIELDS[1:]), "thought_mode": "feedback", "thought_norm": "none"}
+THOUGHT_FIELDS |= {"thought_schedule": "sequential", "jacobi_iterations": None, "stop_head": False}
 READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
 # They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
 PREFIX_PROJECTORS = ("pooled_prefix", "attention_prefix")
@@ -181,9 +184,21 @@ def num_placeholders(config, num_patches: int) -> int:
     return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_patches
 
 
-def _check_choices(config):
-    for field, choices in CHOICES.items():
-        value = getattr(config, field)
+def check_thought_fields(config) -> None:
+    """Refuse a vision-language model's configuration without THOUGHT_FIELDS, or with values that cannot work."""
+    missing = [field for field in THOUGHT_FIELDS if not hasattr(config, field)]
+    missing += [field for field in TOKEN_ID_FIELDS if field not in missing and getattr(config, field, None) is None]
+    if missing:
+        lacks = f"The configuration of this {config.model_type} lacks {', '.join(missing)}"
+        raise ValueError(f"{lacks}: give the model thoughts with mmcoconut.build.from_vlm.")
+    _check_choices(config, CHOICES.keys() & THOUGHT_FIELDS.keys())
+    check_schedule(config)
+    _check_token_ids(config)
+
+
+def _check_choices(config, fields=CHOICES):
+    for field in fields:
+        value, choices = getattr(config, field), CHOICES[field]
         if value not in choices:
             raise ValueError(f"{field}={value!r} is not one of {', '.join(choices)}: set {field} to one of them.")
 
@@ -204,7 +219,7 @@ def check_schedule(config):
 
 def _check_token_ids(config):
     """Refuse ids that are equal, or outside the decoder's vocabulary."""
-    vocab_size, fields = config.text_config.vocab_size, {}
+    vocab_size, fields = config.get_text_config().vocab_size, {}
     ids = {field: getattr(config, field) for field in TOKEN_ID_FIELDS if getattr(config, field) is not None}
     for field, token_id in ids.items():
         if not 0 <= token_id < vocab_size:

@@ -257,6 +257,91 @@ class ThinkingGenerationMixin(GenerationMixin):
         super().adjust_generation_fn(*args, **kwargs)
         self.suppress_placeholders()
 
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """Generate as transformers does.
+
+        kwargs: also what `forward` takes; stop_threshold is 0.5 by default with a stop head, 1.0 thinks all thoughts.
+        """
+        rename_cache(kwargs)
+        self.settle_stopping(kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs) -> dict:
+        """Prepare a step without latents that rows left out."""
+        self.leave_out_of_step(kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
+        """Let transformers make the cache, and put the chosen kind in place of a growing one."""
+        self.check_room(generation_config, model_kwargs.get(self.mask_name), num_read)
+        may_choose = not self.is_assisted(generation_mode) and model_kwargs.get(CACHE) is None
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
+        if may_choose and model_kwargs.get(CACHE) is not None:
+            model_kwargs[CACHE] = self.chosen_in_place_of(model_kwargs[CACHE])
+
+    @staticmethod
+    def is_assisted(generation_mode) -> bool:
+        return generation_mode == GenerationMode.ASSISTED_GENERATION
+
+    def chosen_in_place_of(self, made: Cache) -> Cache:
+        """Return the kind of cache that is chosen for this decoder, in the place of an empty growing one."""
+        own = text_cache(made)
+        if self.config.thought_schedule != "sequential" or type(own) is not DynamicCache or own.offloading:
+            return made
+        kind = chosen_cache(self.get_decoder())
+        if kind is None:
+            return made
+        return kind() if own is made else EncoderDecoderCache(kind(), made.cross_attention_cache)
+
+    def settle_stopping(self, kwargs: dict) -> None:
+        """Set in the arguments of `generate` the threshold of stopping, and the mask of rows that stopped before."""
+        mask = with_mask_of_left_out(kwargs.get(self.mask_name), kwargs.get(CACHE))
+        if mask is not None:
+            kwargs[self.mask_name] = mask
+        if self.config.stop_head:
+            kwargs.setdefault("stop_threshold", 0.5)
+        if kwargs.get("stop_threshold") is None:
+            return
+        config = kwargs.get("generation_config") or self.generation_config
+        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
+            if kwargs.get(name, getattr(config, name, None)) is not None:
+                problem = f"{name} cuts the prompt in pieces, and rows of this model stop thinking by themselves"
+                raise ValueError(f"{problem}: leave it out, or pass stop_threshold=None to think at all latents.")
+
+    def leave_out_of_step(self, kwargs: dict) -> None:
+        """Set in the arguments of a step the mask and positions behind a prefill in which latents were left out."""
+        past_key_values, mask = kwargs.get(CACHE), kwargs.get(self.mask_name)
+        known = ThoughtState.of(past_key_values).attention_mask  # (B, filled)
+        if known is None:
+            return
+        if mask is None:  # as long as what is in the cache and the columns of this step
+            length = int(past_key_values.get_seq_length()) + (kwargs.get("next_sequence_length") or 1)
+            mask = known.new_ones(len(known), length)
+        without = with_mask_of_left_out(mask, past_key_values)
+        positions = self.mask_name.replace("attention_mask", "position_ids")
+        if kwargs.get(positions) is not None:
+            kwargs[positions] = self.positions_without(kwargs[positions], mask, without)
+        kwargs[self.mask_name] = without
+
+    def positions_without(self, position_ids: torch.Tensor, mask: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+        """Return the positions (…, B, T) of columns behind latents that a mask (B, T) has, and `without` has not.
+
+        A model that gives images other positions than columns counts on from its last one; see also StopEarly.
+        """
+        return position_ids - (mask - without).sum(dim=1, keepdim=True)
+
+    def check_room(self, generation_config, mask: torch.Tensor | None, num_read: int) -> None:
+        """Raise ValueError if num_read columns, prompts included, need more positions than the decoder has."""
+        given = is_two_dimensional(mask)
+        num_columns = mask.shape[1] if given else num_read + 1 - (generation_config.max_new_tokens or 1)
+        counted = mask if given and not self.get_decoder().counts_columns else None
+        limit, num_new = position_limit(self.get_decoder()), num_read + 1 - num_columns
+        _check_new_positions(limit, counted, num_columns=num_columns, num_new=num_new)
+
+
+class PromptImagesGenerationMixin(ThinkingGenerationMixin):
+    """`generate` of a model of ours, which reads the features of its images column by column."""
+
     def generate(self, inputs: torch.Tensor | None = None, *args, prefix=None, **kwargs):
         """Generate as transformers does, with images encoded before any forward pass could see whose they are.
 
@@ -268,7 +353,6 @@ class ThinkingGenerationMixin(GenerationMixin):
         rename_cache(kwargs)
         if prefix is not None:
             return self.generate_behind(prefix, inputs, *args, **kwargs)
-        self.settle_stopping(kwargs)
         # Every step reads the images here, and in no keyword, as transformers repeats and drops those.
         token = IMAGES_OF_CALL.set(self.encode_prompts(inputs, kwargs))
         try:
@@ -301,20 +385,9 @@ class ThinkingGenerationMixin(GenerationMixin):
         check_num_features(image_mask, features, self.config)
         return _EncodedImages(image_mask, past_length, features, images)
 
-    def settle_stopping(self, kwargs: dict) -> None:
-        """Set in the arguments of `generate` the threshold of stopping, and the mask of rows that stopped before."""
-        mask = with_mask_of_left_out(kwargs.get(self.mask_name), kwargs.get(CACHE))
-        if mask is not None:
-            kwargs[self.mask_name] = mask
-        if self.config.stop_head:
-            kwargs.setdefault("stop_threshold", 0.5)
-        if kwargs.get("stop_threshold") is None:
-            return
-        config = kwargs.get("generation_config") or self.generation_config
-        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"):
-            if kwargs.get(name, getattr(config, name, None)) is not None:
-                problem = f"{name} cuts the prompt in pieces, and rows of this model stop thinking by themselves"
-                raise ValueError(f"{problem}: leave it out, or pass stop_threshold=None to think at all latents.")
+    def positions_without(self, position_ids: torch.Tensor, mask: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
+        """Return the positions (B, T) of all columns, which count the real tokens, whatever the last one is."""
+        return positions_from_mask(without, without.shape[1])
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs):
@@ -324,8 +397,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         return create_masks_for_generate(config, inputs_embeds, attention_mask, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
-        """Prepare a step: without latents that rows left out, and with the features of the placeholders it reads."""
-        self.leave_out_of_step(kwargs)
+        """Prepare a step, with the features of the placeholders that it reads."""
         model_inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         encoded, past_key_values = IMAGES_OF_CALL.get(), kwargs.get(CACHE)
         if encoded is None:
@@ -337,20 +409,6 @@ class ThinkingGenerationMixin(GenerationMixin):
         if features is not None:
             model_inputs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=[features])}
         return model_inputs
-
-    def leave_out_of_step(self, kwargs: dict) -> None:
-        """Set in the arguments of a step the mask and positions behind a prefill in which latents were left out."""
-        past_key_values, mask = kwargs.get(CACHE), kwargs.get(self.mask_name)
-        known = ThoughtState.of(past_key_values).attention_mask  # (B, filled)
-        if known is None:
-            return
-        if mask is None:  # as long as what is in the cache and the columns of this step
-            length = int(past_key_values.get_seq_length()) + (kwargs.get("next_sequence_length") or 1)
-            mask = known.new_ones(len(known), length)
-        kwargs[self.mask_name] = mask = with_mask_of_left_out(mask, past_key_values)
-        positions = self.mask_name.replace("attention_mask", "position_ids")
-        if kwargs.get(positions) is not None:
-            kwargs[positions] = positions_from_mask(mask, mask.shape[1])
 
     @torch.no_grad()
     def prefill(
@@ -404,37 +462,21 @@ class ThinkingGenerationMixin(GenerationMixin):
         return outputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
-        """Let transformers make the cache, put the chosen kind in place of a growing one, and copy a prefix in."""
-        self.check_room(generation_config, model_kwargs.get(self.mask_name), num_read)
+        """Copy a prefix into the cache that is made."""
         given = model_kwargs.get(CACHE)
         if generation_config.prefill_chunk_size is not None and RELEASE < (5, 21) and given and given.get_seq_length():
             problem = "behind a cache or prefix reads the wrong columns in this release of transformers"
             raise ValueError(f"prefill_chunk_size {problem}: install transformers 5.21 or newer, or leave it out.")
-        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
         has_prefix = isinstance(given, PromptPrefix)
         if has_prefix:
-            self.check_follows(generation_config, model_kwargs.get("attention_mask"), is_assisted)
+            self.check_follows(
+                generation_config, model_kwargs.get("attention_mask"), self.is_assisted(generation_mode)
+            )
             del model_kwargs[CACHE]
         super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, batch_size, num_read)
-        may_choose = self.config.thought_schedule == "sequential" and not is_assisted and (given is None or has_prefix)
-        kind = chosen_cache(self.get_decoder()) if may_choose else None
-        made = model_kwargs.get(CACHE)
-        own = text_cache(made)
-        if kind is not None and type(own) is DynamicCache and not own.offloading:
-            made = kind() if own is made else EncoderDecoderCache(kind(), made.cross_attention_cache)
         if has_prefix:
             repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
-            made = given.copied_into(made, batch_size * repeats)
-        if made is not None:
-            model_kwargs[CACHE] = made
-
-    def check_room(self, generation_config, mask: torch.Tensor | None, num_read: int) -> None:
-        """Raise ValueError if num_read columns, prompts included, need more positions than the decoder has."""
-        given = is_two_dimensional(mask)
-        num_columns = mask.shape[1] if given else num_read + 1 - (generation_config.max_new_tokens or 1)
-        counted = mask if given and not self.get_decoder().counts_columns else None
-        limit, num_new = position_limit(self.get_decoder()), num_read + 1 - num_columns
-        _check_new_positions(limit, counted, num_columns=num_columns, num_new=num_new)
+            model_kwargs[CACHE] = given.copied_into(model_kwargs[CACHE], batch_size * repeats)
 
     def check_follows(self, generation_config, attention_mask: torch.Tensor | None, is_assisted: bool) -> None:
         """Raise ValueError for generation that cannot go on behind a prefix, or padding that a window would count."""

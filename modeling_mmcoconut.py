@@ -38,8 +38,8 @@ from .configuration_mmcoconut import (
     MMCoconutConfig,
     check_schedule,
 )
-from .generation_mmcoconut import ThinkingGenerationMixin
-from .passes_mmcoconut import check_thoughts_matter, masks_of_call
+from .generation_mmcoconut import PromptImagesGenerationMixin
+from .passes_mmcoconut import masks_of_call
 from .schedules_mmcoconut import MakesThoughts, check_none_missed
 from .thinking_mmcoconut import (
     give_thoughts,
@@ -244,7 +244,7 @@ def _check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel])
         )
 
 
-class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTrainedModel):
+class MMCoconutForConditionalGeneration(PromptImagesGenerationMixin, MMCoconutPreTrainedModel):
     """MMCoconutModel with a language-model head: `forward` gives loss and logits, `generate` answers.
 
     The prompt's latents are thought in the prefill, so every way of stock `generate()` works; a decoding step is
@@ -315,17 +315,6 @@ class MMCoconutForConditionalGeneration(ThinkingGenerationMixin, MMCoconutPreTra
             kept = 0 if logits_to_keep is None else logits_to_keep
             logits = self.lm_head(slice_columns(hidden_states, kept))  # (B, kept, V)
         return loss, logits
-
-    def targets_of(self, labels, shift_labels, input_ids, attention_mask) -> torch.Tensor | None:
-        """Return what each column is to predict, (B, T): shift_labels, or labels moved by one; None without either."""
-        targets = shift_labels  # (B, T)
-        if targets is None and labels is not None:
-            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
-        if targets is not None and input_ids is not None:
-            first = targets.new_full((len(targets), 1), -100) if labels is None else labels[:, :1]  # (B, 1)
-            labelled = torch.cat([first, targets], dim=1) != -100  # (B, T + 1), of the column behind the last too
-            check_thoughts_matter(input_ids == self.config.latent_token_id, attention_mask, labelled)
-        return targets
 
     @takes_arguments_of(MMCoconutModel.forward)
     @can_return_tuple

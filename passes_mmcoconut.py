@@ -497,7 +497,7 @@ class PassCache(Cache):
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     def _reads(self, kind: str, layer_idx: int, state_idx: int | None) -> None:
-        """Put a recurrent layer back to where it was before the pass if this is a replay, which reads a state again."""
+        """Put a recurrent layer back to where the pass began if this is a replay, which reads a state again."""
         if (kind, layer_idx, state_idx) in self.states_read:
             self.layers[layer_idx] = _copied_layer(self.before[layer_idx])
             self.states_read = {key for key in self.states_read if key[1] != layer_idx}

@@ -24,7 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .compat_mmcoconut import assert_without_waiting, is_sharded, keep_cache_in_checkpoints, whole_tensor
 from .configuration_mmcoconut import TOKEN_ID_FIELDS, check_schedule
-from .passes_mmcoconut import ThoughtState, is_two_dimensional, packed, states_before
+from .passes_mmcoconut import ThoughtState, check_thoughts_matter, is_two_dimensional, packed, states_before
 from .thinking_mmcoconut import CHOOSE_SCHEDULE, Passes, ThoughtFeed, Thoughts, put_first, think
 
 
@@ -199,7 +199,7 @@ def _whole_mask(passes: Passes, latents: torch.Tensor) -> torch.Tensor:
 
 
 def _whole_positions(passes: Passes, whole: torch.Tensor) -> torch.Tensor:
-    """Return the positions (…, B or 1, T) of a call with a mask (B, past + T); where none are given, of its columns."""
+    """Return the positions (…, B or 1, T) of a call with a mask (B, past + T); those of columns if none are given."""
     positions = passes.inputs.get("position_ids")
     if positions is None:
         positions = torch.arange(whole.shape[1], device=whole.device)[None, -passes.length :]  # (1, T)
@@ -328,6 +328,17 @@ class MakesThoughts:
             return ThinkTogether(self.config.jacobi_iterations)
         chosen = (choose(self.get_decoder()) for choose in CHOOSE_SCHEDULE)
         return next((schedule for schedule in chosen if schedule is not None), think)
+
+    def targets_of(self, labels, shift_labels, input_ids, attention_mask) -> torch.Tensor | None:
+        """Return what each column is to predict, (B, T): shift_labels, or labels moved by one; None without either."""
+        targets = shift_labels  # (B, T)
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]  # (B, T)
+        if targets is not None and input_ids is not None:
+            first = targets.new_full((len(targets), 1), -100) if labels is None else labels[:, :1]  # (B, 1)
+            labelled = torch.cat([first, targets], dim=1) != -100  # (B, T + 1), of the column behind the last too
+            check_thoughts_matter(input_ids == self.config.latent_token_id, attention_mask, labelled)
+        return targets
 
     def thoughts_of_call(
         self, latents: torch.Tensor, stop_threshold=None, thought_noise=None, row_mask=None

@@ -677,13 +677,13 @@ def test_inputs_that_exclude_each_other_are_refused():
         model(**batch, mm_encoder_outputs={"image": encoded})
 
 
-def test_a_mask_made_for_one_pass_is_refused_where_thoughts_need_several():
+def test_masks_made_for_all_columns_are_cut_for_each_pass():
     model = tiny_model()
     ids = torch.tensor([latent_row(model.config)])
     mask = torch.ones(1, 1, ids.shape[1], ids.shape[1]).tril().bool()
-    for single in (mask, {"full_attention": mask}):
-        with pytest.raises(ValueError, match="2-D attention_mask"):
-            model(ids, attention_mask=single)
+    expected = model(ids).logits
+    for prepared in (mask, torch.where(mask, 0.0, -1e38)):
+        assert torch.allclose(model(ids, attention_mask=prepared).logits, expected, atol=1e-5)
     model.config.thought_mode = "pause"
     assert model(ids, attention_mask=mask).logits.isfinite().all()
 

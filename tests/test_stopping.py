@@ -418,13 +418,18 @@ def test_a_prefix_ends_before_thoughts_that_rows_may_leave_out():
         model.prefill(row["input_ids"], num_tokens=8)
 
 
-def test_positions_are_counted_from_the_mask_where_rows_may_stop():
-    """In every piece alike: given ones could not pass over latents that are left out."""
+def test_given_positions_close_up_over_latents_that_are_left_out():
+    """As they count on after the images of a vision-language model, whatever the numbers before."""
     model = tiny_model("qwen2", stop_head=True)
     ids = torch.tensor([[*words(4, 1), *[model.config.latent_token_id] * 2, *words(3, 2)]])
+    positions = torch.tensor([[0, 3, 6, 7, 8, 9, 10, 11, 12]])
+    without = torch.tensor([[0, 3, 6, 7, 8, 9, 10]])
     with torch.no_grad():
-        found = model(input_ids=ids, position_ids=3 * torch.arange(9)[None], stop_threshold=1.0).logits
-        assert torch.equal(found, model(input_ids=ids, stop_threshold=1.0).logits)
+        found = model(input_ids=ids, position_ids=positions, stop_threshold=-1.0).logits  # stops at once
+        words_alone = model(input_ids=torch.cat([ids[:, :4], ids[:, 6:]], dim=1), position_ids=without).logits
+        whole = model(input_ids=ids, position_ids=positions).logits
+        assert torch.allclose(found[:, 6:], words_alone[:, 4:], atol=1e-5)
+        assert torch.equal(model(input_ids=ids, position_ids=positions, stop_threshold=1.0).logits, whole)
 
 
 def test_stop_logits_of_a_first_latent_read_the_state_before_it_also_with_pause():

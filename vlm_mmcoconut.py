@@ -1,0 +1,202 @@
+"""Any vision-language model of transformers with thoughts: a subclass of its own class, made by the class's name.
+
+    Qwen2_5_VLForConditionalGeneration        ThinkingVLM in front: options and outputs of thoughts, `generate`, saving
+        model: Qwen2_5_VLModel                ReadsLatents in front: tells the decoder where the latents are
+            language_model                    ThinkingDecoder in front, see thinking_mmcoconut.py
+
+Nothing is forked: images, positions and masks are the model's own, and so are the names of its weights, so that its
+plain class opens a checkpoint too. What the thoughts are is said by fields beside the model's own in config.json.
+
+    thinking_class(Qwen2_5_VLForConditionalGeneration)      the class
+    vlm_mmcoconut.Qwen2_5_VLForConditionalGeneration        the same, as `auto_map` names it in a checkpoint
+
+Shapes: B batch, T tokens, N latents, D hidden, V vocabulary.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+
+import transformers
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.generic import can_return_tuple
+
+from .compat_mmcoconut import CACHE, PutInFront, in_front, rename_cache, takes_arguments_of
+from .configuration_mmcoconut import check_thought_fields
+from .generation_mmcoconut import ThinkingGenerationMixin
+from .passes_mmcoconut import is_two_dimensional, with_mask_of_left_out
+from .schedules_mmcoconut import MakesThoughts, check_none_missed
+from .thinking_mmcoconut import ThinkingDecoder, give_thoughts, takes_no_thoughts, thinking
+
+
+AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModel")
+
+
+@dataclass
+class Asked:
+    """What a call asks of the thoughts in it, and afterwards the fields of its output that answer.
+
+    options: stop_threshold, thought_noise, output_thoughts, output_stop_logits, as in ThinkingVLM.forward; or
+        schedule, in the place of the configured one.
+    """
+
+    options: dict
+    fields: dict = field(default_factory=dict)
+
+
+ASKED: ContextVar[Asked | None] = ContextVar("ASKED", default=None)
+
+
+@contextmanager
+def asking(**options) -> Iterator[Asked]:
+    """Ask of the thoughts of the call inside; the base model's signature has no place for it."""
+    token = ASKED.set(asked := Asked(options))
+    try:
+        yield asked
+    finally:
+        ASKED.reset(token)
+
+
+def run_with_latents(model: MakesThoughts, own_forward: Callable, inputs: dict):
+    """Run the forward of a model around a thinking decoder, which is told where the latents of input_ids are."""
+    asked = ASKED.get() or Asked({})
+    read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+    if read is None:  # whose error is the model's own
+        return own_forward(**inputs)
+    latents = model.get_token_mask(model.config.latent_token_id, inputs.get("input_ids"), read)  # (B, T)
+    if takes_no_thoughts(read.shape[1]):
+        check_none_missed(latents, inputs.get(CACHE))
+        return own_forward(**inputs)
+    mask = inputs.get("attention_mask")
+    if mask is None or is_two_dimensional(mask):
+        inputs["attention_mask"] = mask = with_mask_of_left_out(mask, inputs.get(CACHE))
+    options = {**asked.options}
+    returned = {name: options.pop(name, False) for name in ("output_thoughts", "output_stop_logits")}
+    thoughts = model.thoughts_of_call(latents, row_mask=mask if is_two_dimensional(mask) else None, **options)
+    with thinking(thoughts):
+        outputs = own_forward(**inputs)
+    if thoughts.inputs_embeds is None:
+        raise ValueError(f"{type(model).__name__} did not run its decoder, so its latents were not thought.")
+    asked.fields = model.fields_of(thoughts, outputs.last_hidden_state, **returned)
+    return outputs
+
+
+class ReadsLatents(PutInFront, MakesThoughts):
+    """What is put in front of a vision-language model's base class."""
+
+    own_arguments: tuple[str, ...]
+
+    @cached_property
+    def thinking_decoder(self) -> ThinkingDecoder:
+        return next(module for module in self.modules() if isinstance(module, ThinkingDecoder))
+
+    def get_decoder(self, *args, **kwargs) -> ThinkingDecoder:
+        return self.thinking_decoder
+
+    @can_return_tuple
+    def forward(self, *args, **kwargs):
+        """Run the model; each latent in input_ids (B, T) reads the state of the column before it."""
+        inputs = rename_cache({**dict(zip(self.own_arguments, args)), **kwargs})
+        return run_with_latents(self, super().forward, inputs)
+
+
+class ThinkingVLM(ThinkingGenerationMixin, MakesThoughts):
+    """What `thinking_class` puts in front of the class of a vision-language model with a head."""
+
+    def __init__(self, config, *args, **kwargs):
+        check_thought_fields(config)
+        super().__init__(config, *args, **kwargs)
+        give_thoughts(self.get_decoder())
+        reader = self.base_model
+        if reader is not self:
+            reader.own_arguments = tuple(inspect.signature(reader.forward).parameters)
+            reader.__class__ = in_front(ReadsLatents, type(reader))
+        reader.add_thought_modules(config.get_text_config().hidden_size)
+        self.suppress_placeholders()
+
+    def think_forward(
+        self,
+        stop_threshold=None,
+        thought_noise=None,
+        output_thoughts: bool = False,
+        output_stop_logits: bool = False,
+        **kwargs,
+    ):
+        """Run the model's own forward, with thoughts at the latents.
+
+        Args:
+            stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N).
+            thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
+            output_thoughts, output_stop_logits: also return `thoughts` (B, N, D) with their `thought_mask` (B, N), or
+                `stop_logits` (B, N).
+            shift_labels (B, T): what each column is to predict, in the place of labels.
+            The rest as in the model's own forward. In training the head runs on labelled columns alone, and logits
+            are None.
+
+        Where latents were left out, the output's attention_mask (B, past + T) is 0 at them; pass it to later calls.
+        """
+        options = {"stop_threshold": stop_threshold, "thought_noise": thought_noise}
+        options |= {"output_thoughts": output_thoughts, "output_stop_logits": output_stop_logits}
+        if (outer := ASKED.get()) is not None:
+            options = {
+                **outer.options,
+                **{name: value for name, value in options.items() if value not in (None, False)},
+            }
+        return_dict = kwargs.pop("return_dict", None)
+        with asking(**options) as asked:
+            outputs = self.run_own_forward(self.own_class.forward.__get__(self), kwargs)
+        for name, value in asked.fields.items():
+            if value is not None:
+                outputs[name] = value
+        as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
+        return outputs.to_tuple() if as_tuple else outputs
+
+    def run_own_forward(self, own_forward: Callable, inputs: dict):
+        """Run the own forward with the loss of labelled columns alone, where a training step asks for no logits."""
+        labels, shift_labels = inputs.get("labels"), inputs.get("shift_labels")
+        targets = self.targets_of(labels, shift_labels, inputs.get("input_ids"), inputs.get("attention_mask"))
+        run = own_forward
+        if self.base_model is self:
+
+            def run(**given):
+                return run_with_latents(self, own_forward, given)
+
+        shares_loss = inputs.get("output_router_logits") or not self.keeps_logits  # of which the model's own adds more
+        if targets is None or not self.training or inputs.get("logits_to_keep") or shares_loss:
+            return run(**inputs, return_dict=True)
+        columns = (targets != -100).any(dim=0).nonzero()[:, 0]  # (kept,)
+        given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        outputs = run(**given, logits_to_keep=columns, return_dict=True)
+        sizes = {"vocab_size": outputs.logits.shape[-1], "num_items_in_batch": inputs.get("num_items_in_batch")}
+        loss = self.loss_function(logits=outputs.logits, labels=None, shift_labels=targets[:, columns], **sizes)
+        return type(outputs)(**{**outputs, "loss": loss, "logits": None})
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save weights under their present names, the code of the thoughts, and which class of it opens them."""
+        self.config.auto_map = dict.fromkeys(AUTO_CLASSES, f"vlm_mmcoconut.{type(self).__name__}")
+        super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
+
+
+@cache
+def thinking_class(own_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the class of a vision-language model with thoughts, a subclass of its own class under the same name."""
+    own_forward = own_class.forward
+    body = {"__module__": __name__, "__qualname__": own_class.__name__, "__doc__": ThinkingVLM.__doc__}
+    body["forward"] = takes_arguments_of(own_forward)(ThinkingVLM.think_forward)
+    body["own_class"], body["keeps_logits"] = own_class, "logits_to_keep" in inspect.signature(own_forward).parameters
+    # transformers looks for GenerationMixin among the bases themselves.
+    made = type(own_class.__name__, (ThinkingVLM, own_class, GenerationMixin), body)
+    made.register_for_auto_class(AUTO_CLASSES[0])
+    return made
+
+
+def __getattr__(name: str):
+    """Return the thinking class of a model of transformers by its name, as `auto_map` in a checkpoint asks for it."""
+    own_class = None if name.startswith("_") else getattr(transformers, name, None)
+    if isinstance(own_class, type) and issubclass(own_class, PreTrainedModel):
+        return thinking_class(own_class)
+    raise AttributeError(f"transformers {transformers.__version__} has no model class {name}: install a newer one.")
