@@ -104,7 +104,7 @@ class ReadsLatents(PutInFront, MakesThoughts):
         return run_with_latents(self, super().forward, inputs)
 
 
-class ThinkingVLM(ThinkingGenerationMixin, MakesThoughts):
+class ThinkingVLM(MakesThoughts, ThinkingGenerationMixin):
     """What `thinking_class` puts in front of the class of a vision-language model with a head."""
 
     def __init__(self, config, *args, **kwargs):
@@ -142,10 +142,8 @@ class ThinkingVLM(ThinkingGenerationMixin, MakesThoughts):
         options = {"stop_threshold": stop_threshold, "thought_noise": thought_noise}
         options |= {"output_thoughts": output_thoughts, "output_stop_logits": output_stop_logits}
         if (outer := ASKED.get()) is not None:
-            options = {
-                **outer.options,
-                **{name: value for name, value in options.items() if value not in (None, False)},
-            }
+            given = {name: value for name, value in options.items() if value is not None and value is not False}
+            options = {**outer.options, **given}
         return_dict = kwargs.pop("return_dict", None)
         with asking(**options) as asked:
             outputs = self.run_own_forward(self.own_class.forward.__get__(self), kwargs)
