@@ -110,7 +110,8 @@ class ThinkingVLM(MakesThoughts, ThinkingGenerationMixin):
     def __init__(self, config, *args, **kwargs):
         check_thought_fields(config)
         super().__init__(config, *args, **kwargs)
-        give_thoughts(self.get_decoder())
+        decoder = self.get_decoder()
+        give_thoughts(decoder.base_model)  # of a language model with its head the part without
         reader = self.base_model
         if reader is not self:
             reader.own_arguments = tuple(inspect.signature(reader.forward).parameters)

@@ -149,4 +149,5 @@ def _sections(*sections: int, **others) -> dict:
 FIELDS: dict[str, dict] = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _sections(2, 1, 1))
 FIELDS |= dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "paddleocr_vl"), _sections(2, 1, 1))
 FIELDS |= {"glmga": FIELDS["glm46v"], "glm4v_moe": _sections(2, 1, 1, head_dim=16)}
+FIELDS |= {"mllama": {"text_config": {"num_hidden_layers": ALL_KINDS, "cross_attention_layers": [1, 3]}}}
 FIELDS |= {"kimi_k25": {"text_config": {"num_key_value_heads": HEADS}}}
