@@ -341,13 +341,13 @@ class MakesThoughts:
         return targets
 
     def thoughts_of_call(
-        self, latents: torch.Tensor, stop_threshold=None, thought_noise=None, row_mask=None
+        self, latents: torch.Tensor, stop_threshold=None, thought_noise=None, row_mask=None, schedule=None
     ) -> Thoughts:
         """Return the thoughts of a call with these latents (B, T); the other arguments are as in `forward`."""
         return Thoughts(
             latents,
             self.feed_of_call(),
-            schedule=self.schedule_of_call(stop_threshold),
+            schedule=schedule or self.schedule_of_call(stop_threshold),
             is_paused=self.config.thought_mode == "pause",
             noise=thought_noise,
             row_mask=row_mask,

@@ -34,6 +34,7 @@ from .thinking_mmcoconut import ThinkingDecoder, give_thoughts, takes_no_thought
 
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModel")
+THOUGHT_MODULES = ("thought_feed", "stop_head")
 
 
 @dataclass
@@ -110,12 +111,16 @@ class ThinkingVLM(ThinkingGenerationMixin, MakesThoughts):
     def __init__(self, config, *args, **kwargs):
         check_thought_fields(config)
         super().__init__(config, *args, **kwargs)
+        self.begin_to_think()
+
+    def begin_to_think(self) -> None:
+        """Put what thinks in front of the parts of a whole model, and add what is between states and thoughts."""
         give_thoughts(self.get_decoder())
         reader = self.base_model
         if reader is not self:
             reader.own_arguments = tuple(inspect.signature(reader.forward).parameters)
             reader.__class__ = in_front(ReadsLatents, type(reader))
-        reader.add_thought_modules(config.get_text_config().hidden_size)
+        reader.add_thought_modules(self.config.get_text_config().hidden_size)
         self.suppress_placeholders()
 
     def think_forward(
@@ -192,6 +197,17 @@ def thinking_class(own_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
     made = type(own_class.__name__, (ThinkingVLM, own_class, GenerationMixin), body)
     made.register_for_auto_class(AUTO_CLASSES[0])
     return made
+
+
+def give_thoughts_to_vlm(vlm: PreTrainedModel) -> ThinkingVLM:
+    """Return the model itself, which now thinks as its configuration says; weights stay where they are."""
+    check_thought_fields(vlm.config)
+    vlm.__class__ = thinking_class(type(vlm))
+    vlm.begin_to_think()
+    for name, module in vlm.base_model.named_children():
+        if name in THOUGHT_MODULES:
+            module.apply(vlm._init_weights).to(vlm.device, vlm.dtype)
+    return vlm
 
 
 def __getattr__(name: str):
