@@ -148,7 +148,7 @@ def build_from_vlm(model_args):
         model = from_vlm(model_args.vlm, check=model_args.check_vlm, **fields)
         options["image_options"] = model_args.image_options
     processor = processor_from_vlm(model_args.vlm, config=model.config, **options)
-    if not model_args.use_thumbnail and not makes_tiles(processor.image_processor):
+    if model_args.composed and not model_args.use_thumbnail and not makes_tiles(processor.image_processor):
         raise ValueError(
             f"use_thumbnail: false has no effect, because {type(processor.image_processor).__name__} of "
             f"{model_args.vlm} cuts no tiles: remove this key."
@@ -162,14 +162,15 @@ def build_from_checkpoint(model_args):
     fed_back = {key: getattr(model_args, key) for key in HOW_THOUGHTS_ARE_FED_BACK}
     model = load_model(name, new_parts=("stop_head",) if model_args.stop_head else (), **fed_back)
     processor = load_processor(name)
+    if makes_tiles(processor.image_processor):
+        tiles = {"min_tiles": model_args.min_tiles, "max_tiles": model_args.max_tiles}
+        set_tiles(processor.image_processor, image_size=None, **tiles)
     if model_args.use_thumbnail is not None:
-        set_tiles(
-            processor.image_processor,
-            image_size=None,
-            min_tiles=model_args.min_tiles,
-            max_tiles=model_args.max_tiles,
-        )
         processor.use_thumbnail = model_args.use_thumbnail
+    if model_args.image_options is not None:
+        if not hasattr(processor, "image_options"):
+            raise ValueError(f"image_options are of a vlm's own processor, and {name} has another: remove this key.")
+        processor.image_options = model_args.image_options
     return model, processor
 
 

@@ -10,7 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from mmcoconut import vlm_mmcoconut
+from mmcoconut import vlm_mmcoconut, vlm_processing_mmcoconut
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, MMCoconutConfig
 from mmcoconut.errors import UsageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -128,6 +128,4 @@ def load_processor(name: str, *, revision: str | None = None, **options) -> Proc
     own = ProcessorMixin.get_processor_dict(name, **where)[0].get("processor_class", MMCoconutProcessor.__name__)
     if own == MMCoconutProcessor.__name__:
         return MMCoconutProcessor.from_pretrained(name, **options)
-    from mmcoconut import vlm_processing_mmcoconut
-
     return getattr(vlm_processing_mmcoconut, own).from_pretrained(name, **options)
