@@ -1,4 +1,4 @@
-"""What from_backbones and composed_from_vlm take, and what they refuse; the weights are of the dtype that is asked for."""
+"""What from_backbones and composed_from_vlm take and refuse; the weights are of the dtype that is asked for."""
 
 import pytest
 import torch

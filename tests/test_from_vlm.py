@@ -1,4 +1,4 @@
-"""Models and processors composed of InternVL's and LLaVA's parts: the same logits and prompts, and thoughts besides."""
+"""Models and processors composed of InternVL and LLaVA: the same logits and prompts, and thoughts besides."""
 
 import json
 import os

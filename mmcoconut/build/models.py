@@ -50,7 +50,7 @@ def llava_fields(vlm: PreTrainedModel) -> dict:
     return {"projector_type": "mlp", "projector_bias": vlm.config.multimodal_projector_bias}
 
 
-# A vision-language model that `composed_from_vlm` takes apart is one function here, by the model type of its configuration.
+# A vision-language model that `composed_from_vlm` takes apart is one function here, by its model type.
 VLM_FIELDS = {"internvl": internvl_fields, "llava": llava_fields}
 SHARED_FIELDS = ("image_token_id", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
 

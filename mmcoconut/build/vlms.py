@@ -149,8 +149,8 @@ def from_vlm(
             it lacks them, and the embeddings grow to its length where they have no spare rows.
         new_token_init: a token whose embedding the new tokens start from; None takes the mean of the old ones.
         dtype: of all weights, e.g. torch.bfloat16; None: the model's own, or torch's default for one by name.
-        check: whether thoughts of a blank image are compared with their definition, which costs 6 short passes; with
-            a tokenizer alone those of a text are.
+        check: whether thoughts behind a blank image are compared with their definition, which costs a few short
+            passes; with a tokenizer alone those behind a text are.
         thought_fields: thought_mode, thought_norm, thought_schedule, jacobi_iterations and stop_head, as in
             MMCoconutConfig.
 
