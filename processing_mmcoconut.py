@@ -37,109 +37,33 @@ from .configuration_mmcoconut import IMAGE_TOKEN, LATENT_TOKEN, THOUGHT_TOKENS
 from .images_mmcoconut import flat_images, images_of_each, makes_tiles
 
 
-class MMCoconutProcessor(ProcessorMixin):
-    """A tokenizer and an image processor under the layout of this file.
+def check_markers(markers: str) -> None:
+    """Raise ValueError for markers that are not one of MARKERS."""
+    if markers not in MARKERS:
+        raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
 
-    Args:
-        image_processor, tokenizer: of the backbones; the tokenizer must hold the special tokens.
-        image_seq_length (`int`): placeholders of one image or tile, `config.image_seq_length` of the model.
-        num_latents (`int`): default latents of a prompt, in a trained checkpoint those of its last stage.
-        markers (`str`): `both` (the paper) | `start` | `none`, the markers around the latents.
-        chat_template (`str`): the layout, as `processor_from_backbones` and `processor_from_vlm` write it.
-        image_token, start_image_token, end_image_token (`str`): placeholder of images, and what frames them, or None.
-        use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
-        decoder_start_token_id (`int`): what an encoder-decoder's decoder begins with; None for a decoder alone.
 
-    Raise ValueError for a tokenizer without the special tokens and unknown `markers`, `num_latents` or arguments.
+class ThinkingProcessor:
+    """What the processors of composed models and of vision-language models share: prompts with thoughts, and answers.
+
+    A class with it has tokenizer, image_processor, chat_template; image_token and its id, latent_token_id;
+    num_latents, markers, decoder_start_token_id; and `encode_images` and `image_ids`. What these say of an image, the
+    number of its tiles or the ids that stand for it, is called num_tiles everywhere.
     """
 
-    def __init__(
-        self,
-        image_processor=None,
-        tokenizer=None,
-        image_seq_length: int | None = None,
-        num_latents: int = 0,
-        markers: str = "both",
-        chat_template: str | None = None,
-        image_token: str = IMAGE_TOKEN,
-        start_image_token: str | None = None,
-        end_image_token: str | None = None,
-        use_thumbnail: bool = True,
-        decoder_start_token_id: int | None = None,
-        **kwargs,
-    ):
-        check_arguments(type(self), kwargs)
-        wanted = (image_token, *THOUGHT_TOKENS, start_image_token, end_image_token)
-        missing = sorted({*wanted} - {None, *tokenizer.get_vocab()}, key=wanted.index)
-        remedy = "build the processor with processor_from_backbones or processor_from_vlm"
-        if missing:
-            raise ValueError(f"The tokenizer lacks the special tokens {', '.join(missing)}: {remedy}, which add them.")
-        if chat_template is None:
-            raise ValueError(f"chat_template is None: {remedy}, which write one.")
-        if markers not in MARKERS:
-            raise ValueError(f"markers={markers!r} is not one of {', '.join(MARKERS)}: set markers to one of them.")
-        # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from the question's.
-        tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
-        self.image_seq_length, self.use_thumbnail = image_seq_length, use_thumbnail
-        self.num_latents, self.markers = num_latents, markers
-        self.num_latents = self.layout(None)["num_latents"]
-        self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
-        self.start_image_token, self.end_image_token = start_image_token, end_image_token
-        self.decoder_start_token_id = decoder_start_token_id
-        self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+    def column_inputs(self, input_ids, attention_mask, images: dict | None = None, written=None) -> dict:
+        """Return what the model reads beside the ids of a batch with one entry a token; nothing by default.
 
-    def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[int]]]:
-        """Return pixel_values (images, channels, height, width) of groups of images in order, and each one's tiles.
-
-        Of an image processor that makes tiles: (tiles, channels, height, width), and num_tiles (images,) with them.
+        input_ids, attention_mask: of the padded batch, tensors or lists (B, T), which say what is returned.
+        images: what `encode_images` gave for its rows. written: where True, the assistant writes (B, T).
         """
-        groups = [flat_images(group) for group in groups]
-        images = [*chain(*groups)]
-        if not images:
-            return {}, [[] for _ in groups]
-        if not makes_tiles(self.image_processor):
-            return dict(self.image_processor(images, **kwargs)), [[1] * len(group) for group in groups]
-        return_tensors = kwargs.pop("return_tensors", None)
-        inputs = dict(self.image_processor(images, **kwargs))
-        tiles, counts = inputs["pixel_values"], inputs.pop("num_patches")
-        if not self.use_thumbnail:  # the last tile of an image that has several
-            kept = [place < max(1, count - 1) for count in counts for place in range(count)]
-            tiles, counts = [*compress(tiles, kept)], [max(1, count - 1) for count in counts]
-        each = iter(counts)
-        inputs = BatchFeature({**inputs, "pixel_values": tiles, "num_tiles": counts}, tensor_type=return_tensors)
-        return dict(inputs), [[next(each) for _ in group] for group in groups]
-
-    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] = (), **kwargs):
-        """Return tokens and tiles of images (height, width) under a call's options; serving engines know this name."""
-        _, options = split_options(kwargs, self.image_processor)
-        if options.get("size") is not None:
-            options["patch_size"] = options["size"]  # as the image processor calls the side of a tile there
-        tiles = [1] * len(image_sizes)
-        if makes_tiles(self.image_processor):
-            count = self.image_processor.get_number_of_image_patches
-            tiles = [count(height, width, options) for height, width in image_sizes]
-            if not self.use_thumbnail:  # which is counted where there are several
-                tiles = [number - (number > 1) for number in tiles]
-        return MultiModalData(num_image_tokens=[len(self.image_ids(n)) for n in tiles], num_image_patches=tiles)
-
-    def image_ids(self, num_tiles: int) -> list[int]:
-        """Return the ids of an image: its placeholders, and what frames them."""
-        frame = (self.start_image_token, self.end_image_token)
-        start, end = ([] if token is None else [self.tokenizer.convert_tokens_to_ids(token)] for token in frame)
-        return [*start, *[self.image_token_id] * (self.image_seq_length * num_tiles), *end]
+        return {}
 
     @property
     def prompt_names(self) -> tuple[str, str]:
         """Return the model's names of the ids, and their mask, that hold the thoughts and go before the answer."""
         prefix = "" if self.decoder_start_token_id is None else "decoder_"
         return f"{prefix}input_ids", f"{prefix}attention_mask"
-
-    @property
-    def model_input_names(self) -> list[str]:
-        """Return the names that a call gives for text with images."""
-        text = dict.fromkeys(("input_ids", "attention_mask", *self.prompt_names))
-        return [*text, "pixel_values", *(["num_tiles"] if makes_tiles(self.image_processor) else [])]
 
     def layout(self, num_latents: int | None) -> dict:
         """Return the template's variables: how many latents, a whole number but no bool, and which markers."""
@@ -151,7 +75,7 @@ class MMCoconutProcessor(ProcessorMixin):
     def encode_prompt(self, question: str, *, num_images=1, num_latents=None, num_tiles=None, history=()) -> list[int]:
         """Return the ids of all that comes before the predicted text; strings of special tokens in it are text.
 
-        num_tiles: the tiles of each image, as `encode_images` gives them; default: num_images images of one.
+        num_tiles: of each image, as `encode_images` gives them; default: num_images images of one tile.
         history: question and answer of each earlier turn; thoughts stand before every answer.
         """
         tiles = [1] * num_images if num_tiles is None else list(num_tiles)
@@ -259,9 +183,9 @@ class MMCoconutProcessor(ProcessorMixin):
             pads = [[0] * (len(row) - len(mask)) for row, mask in zip(batch["input_ids"], masks)]
             batch["assistant_masks"] = [pad + mask if is_left else mask + pad for pad, mask in zip(pads, masks)]
         if with_types:
-            image_ids = set(self.image_ids(1))
-            batch["mm_token_type_ids"] = [[int(token in image_ids) for token in row] for row in batch["input_ids"]]
-        return BatchFeature({**batch, **pixels}, tensor_type=return_tensors)
+            batch["mm_token_type_ids"] = self.create_mm_token_type_ids(batch["input_ids"])
+        columns = self.column_inputs(*(batch.get(name) for name in self.prompt_names), pixels)
+        return BatchFeature({**batch, **columns, **pixels}, tensor_type=return_tensors)
 
     def apply_chat_template(
         self,
@@ -317,6 +241,109 @@ class MMCoconutProcessor(ProcessorMixin):
                 given = f"{len(prompts)} prompts of {prompts.shape[1]} tokens"
                 raise ValueError(f"{len(ids)} generated rows do not begin with the {given}: give what generate got.")
         return [parse_answer(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
+    """A tokenizer and an image processor under the layout of this file.
+
+    Args:
+        image_processor, tokenizer: of the backbones; the tokenizer must hold the special tokens.
+        image_seq_length (`int`): placeholders of one image or tile, `config.image_seq_length` of the model.
+        num_latents (`int`): default latents of a prompt, in a trained checkpoint those of its last stage.
+        markers (`str`): `both` (the paper) | `start` | `none`, the markers around the latents.
+        chat_template (`str`): the layout, as `processor_from_backbones` and `processor_from_vlm` write it.
+        image_token, start_image_token, end_image_token (`str`): placeholder of images, and what frames them, or None.
+        use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
+        decoder_start_token_id (`int`): what an encoder-decoder's decoder begins with; None for a decoder alone.
+
+    Raise ValueError for a tokenizer without the special tokens and unknown `markers`, `num_latents` or arguments.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        image_seq_length: int | None = None,
+        num_latents: int = 0,
+        markers: str = "both",
+        chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        start_image_token: str | None = None,
+        end_image_token: str | None = None,
+        use_thumbnail: bool = True,
+        decoder_start_token_id: int | None = None,
+        **kwargs,
+    ):
+        check_arguments(type(self), kwargs)
+        wanted = (image_token, *THOUGHT_TOKENS, start_image_token, end_image_token)
+        missing = sorted({*wanted} - {None, *tokenizer.get_vocab()}, key=wanted.index)
+        remedy = "build the processor with processor_from_backbones or processor_from_vlm"
+        if missing:
+            raise ValueError(f"The tokenizer lacks the special tokens {', '.join(missing)}: {remedy}, which add them.")
+        if chat_template is None:
+            raise ValueError(f"chat_template is None: {remedy}, which write one.")
+        check_markers(markers)
+        # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from the question's.
+        tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
+        self.image_seq_length, self.use_thumbnail = image_seq_length, use_thumbnail
+        self.num_latents, self.markers = num_latents, markers
+        self.num_latents = self.layout(None)["num_latents"]
+        self.image_token, self.image_token_id = image_token, tokenizer.convert_tokens_to_ids(image_token)
+        self.start_image_token, self.end_image_token = start_image_token, end_image_token
+        self.decoder_start_token_id = decoder_start_token_id
+        self.latent_token_id = tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[int]]]:
+        """Return pixel_values (images, channels, height, width) of groups of images in order, and each one's tiles.
+
+        Of an image processor that makes tiles: (tiles, channels, height, width), and num_tiles (images,) with them.
+        """
+        groups = [flat_images(group) for group in groups]
+        images = [*chain(*groups)]
+        if not images:
+            return {}, [[] for _ in groups]
+        if not makes_tiles(self.image_processor):
+            return dict(self.image_processor(images, **kwargs)), [[1] * len(group) for group in groups]
+        return_tensors = kwargs.pop("return_tensors", None)
+        inputs = dict(self.image_processor(images, **kwargs))
+        tiles, counts = inputs["pixel_values"], inputs.pop("num_patches")
+        if not self.use_thumbnail:  # the last tile of an image that has several
+            kept = [place < max(1, count - 1) for count in counts for place in range(count)]
+            tiles, counts = [*compress(tiles, kept)], [max(1, count - 1) for count in counts]
+        each = iter(counts)
+        inputs = BatchFeature({**inputs, "pixel_values": tiles, "num_tiles": counts}, tensor_type=return_tensors)
+        return dict(inputs), [[next(each) for _ in group] for group in groups]
+
+    def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] = (), **kwargs):
+        """Return tokens and tiles of images (height, width) under a call's options; serving engines know this name."""
+        _, options = split_options(kwargs, self.image_processor)
+        if options.get("size") is not None:
+            options["patch_size"] = options["size"]  # as the image processor calls the side of a tile there
+        tiles = [1] * len(image_sizes)
+        if makes_tiles(self.image_processor):
+            count = self.image_processor.get_number_of_image_patches
+            tiles = [count(height, width, options) for height, width in image_sizes]
+            if not self.use_thumbnail:  # which is counted where there are several
+                tiles = [number - (number > 1) for number in tiles]
+        return MultiModalData(num_image_tokens=[len(self.image_ids(n)) for n in tiles], num_image_patches=tiles)
+
+    def image_ids(self, num_tiles: int) -> list[int]:
+        """Return the ids of an image: its placeholders, and what frames them."""
+        frame = (self.start_image_token, self.end_image_token)
+        start, end = ([] if token is None else [self.tokenizer.convert_tokens_to_ids(token)] for token in frame)
+        return [*start, *[self.image_token_id] * (self.image_seq_length * num_tiles), *end]
+
+    def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return 1 at the ids that are of an image, 0 elsewhere."""
+        image_ids = set(self.image_ids(1))
+        return [[int(token in image_ids) for token in row] for row in input_ids]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """Return the names that a call gives for text with images."""
+        text = dict.fromkeys(("input_ids", "attention_mask", *self.prompt_names))
+        return [*text, "pixel_values", *(["num_tiles"] if makes_tiles(self.image_processor) else [])]
 
 
 MMCoconutProcessor.register_for_auto_class()

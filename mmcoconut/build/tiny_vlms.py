@@ -136,7 +136,9 @@ def tiny_vlm_config(model_type: str, vocab_size: int = 300, **token_ids: int) ->
 
 def _merged(values: dict, others: dict) -> dict:
     """Return values with others in their place, also in the dictionaries among them."""
-    merged = {name: _merged(values.get(name) or {}, value) for name, value in others.items() if isinstance(value, dict)}
+    merged = {
+        name: _merged(values.get(name) or {}, value) for name, value in others.items() if isinstance(value, dict)
+    }
     return {**values, **others, **merged}
 
 
