@@ -136,9 +136,13 @@ def tiny_vlm_config(model_type: str, vocab_size: int = 300, **token_ids: int) ->
 
 def _merged(values: dict, others: dict) -> dict:
     """Return values with others in their place, also in the dictionaries among them."""
+<<<<<<< HEAD
     merged = {
         name: _merged(values.get(name) or {}, value) for name, value in others.items() if isinstance(value, dict)
     }
+=======
+    merged = {name: _merged(values.get(name) or {}, value) for name, value in others.items() if isinstance(value, dict)}
+>>>>>>> proc17
     return {**values, **others, **merged}
 
 
@@ -151,5 +155,8 @@ def _sections(*sections: int, **others) -> dict:
 FIELDS: dict[str, dict] = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _sections(2, 1, 1))
 FIELDS |= dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "paddleocr_vl"), _sections(2, 1, 1))
 FIELDS |= {"glmga": FIELDS["glm46v"], "glm4v_moe": _sections(2, 1, 1, head_dim=16)}
+<<<<<<< HEAD
 FIELDS |= {"mllama": {"text_config": {"num_hidden_layers": ALL_KINDS, "cross_attention_layers": [1, 3]}}}
+=======
+>>>>>>> proc17
 FIELDS |= {"kimi_k25": {"text_config": {"num_key_value_heads": HEADS}}}
