@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_s
 from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
-from mmcoconut.build import from_backbones, from_vlm, processor_from_backbones, processor_from_vlm, set_tiles
+from mmcoconut.build import composed_processor_from_vlm, from_backbones, from_vlm, processor_from_backbones, set_tiles
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
@@ -138,7 +138,7 @@ def build_from_vlm(model_args):
         image_size=model_args.image_size,
         **{field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK},
     )
-    processor = processor_from_vlm(
+    processor = composed_processor_from_vlm(
         model_args.vlm,
         config=model.config,
         min_tiles=model_args.min_tiles,
