@@ -18,7 +18,7 @@ from transformers import LogitsProcessor
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import TINY_VLMS, write_tiny_vlm
 from mmcoconut.audit.interventions import Study
-from mmcoconut.build import from_vlm, composed_processor_from_vlm
+from mmcoconut.build import composed_processor_from_vlm, from_vlm
 from mmcoconut.data import Example, load_examples, loader_of, open_images, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.data.conversations import fit_rows, further_turn, without_last_turn

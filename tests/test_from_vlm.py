@@ -33,7 +33,7 @@ from transformers import (
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
-from mmcoconut.build import from_vlm, composed_processor_from_vlm
+from mmcoconut.build import composed_processor_from_vlm, from_vlm
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, shuffle_factor
 from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import Answerer

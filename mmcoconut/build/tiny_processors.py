@@ -105,7 +105,9 @@ def _tokenizer_with(strings: list[str], named: dict[str, str]) -> PreTrainedToke
         extra_special_tokens=named,
         model_input_names=["input_ids", "attention_mask"],
     )
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", *strings]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": ["<|im_start|>", *strings]}, replace_extra_special_tokens=False
+    )
     return tokenizer
 
 

@@ -17,12 +17,14 @@ SIZES = (
         "hidden_size d_model embed_dim n_embd hidden_dim width out_hidden_size projection_dim projector_hidden_size "
         "vision_embed_dim cross_attention_hidden_size encoder_hidden_size mm_hidden_size vision_hidden_size "
         "projection_hidden_size text_hidden_size audio_hidden_size output_dim projector_dim attention_dim "
-        "q_lora_rank kv_lora_rank moe_intermediate_size shared_expert_intermediate_size resampler_dim qformer_hidden_size "
+        "q_lora_rank kv_lora_rank moe_intermediate_size shared_expert_intermediate_size resampler_dim "
+        "qformer_hidden_size "
         "moe_shared_expert_intermediate_size vision_output_dim proj_hidden_dim output_proj_dims",
     ),
     (
         48,
-        "intermediate_size ffn_dim mlp_dim encoder_ffn_dim decoder_ffn_dim intermediate_size_mlp dense_intermediate_size "
+        "intermediate_size ffn_dim mlp_dim encoder_ffn_dim decoder_ffn_dim intermediate_size_mlp "
+        "dense_intermediate_size "
         "projector_intermediate_size n_inner attn_hidden_size adapter_hidden_dim block_ff_dim",
     ),
     (
@@ -136,7 +138,9 @@ def tiny_vlm_config(model_type: str, vocab_size: int = 300, **token_ids: int) ->
 
 def _merged(values: dict, others: dict) -> dict:
     """Return values with others in their place, also in the dictionaries among them."""
-    merged = {name: _merged(values.get(name) or {}, value) for name, value in others.items() if isinstance(value, dict)}
+    merged = {
+        name: _merged(values.get(name) or {}, value) for name, value in others.items() if isinstance(value, dict)
+    }
     return {**values, **others, **merged}
 
 
@@ -149,4 +153,5 @@ def _sections(*sections: int, **others) -> dict:
 FIELDS: dict[str, dict] = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker"), _sections(2, 1, 1))
 FIELDS |= dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "paddleocr_vl"), _sections(2, 1, 1))
 FIELDS |= {"glmga": FIELDS["glm46v"], "glm4v_moe": _sections(2, 1, 1, head_dim=16)}
+FIELDS |= {"mllama": {"text_config": {"num_hidden_layers": ALL_KINDS, "cross_attention_layers": [1, 3]}}}
 FIELDS |= {"kimi_k25": {"text_config": {"num_key_value_heads": HEADS}}}
