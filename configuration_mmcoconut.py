@@ -193,7 +193,7 @@ def check_thought_fields(config) -> None:
         raise ValueError(f"{lacks}: give the model thoughts with mmcoconut.build.from_vlm.")
     _check_choices(config, CHOICES.keys() & THOUGHT_FIELDS.keys())
     check_schedule(config)
-    _check_token_ids(config)
+    _check_token_ids(config, TOKEN_ID_FIELDS[1:])  # Llama 3.2's image token has a row of its own, behind the others
 
 
 def _check_choices(config, fields=CHOICES):
@@ -217,12 +217,12 @@ def check_schedule(config):
         raise ValueError("thought_mode='pause' feeds none back, so thought_schedule='jacobi' is idle: set 'feedback'.")
 
 
-def _check_token_ids(config):
-    """Refuse ids that are equal, or outside the decoder's vocabulary."""
+def _check_token_ids(config, inside=TOKEN_ID_FIELDS):
+    """Refuse ids that are equal, or those of fields `inside` that are outside the decoder's vocabulary."""
     vocab_size, fields = config.get_text_config().vocab_size, {}
     ids = {field: getattr(config, field) for field in TOKEN_ID_FIELDS if getattr(config, field) is not None}
     for field, token_id in ids.items():
-        if not 0 <= token_id < vocab_size:
+        if field in inside and not 0 <= token_id < vocab_size:
             raise ValueError(f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: resize either.")
         if token_id in fields:
             raise ValueError(f"{field} and {fields[token_id]} are both {token_id}: give each an id of its own.")

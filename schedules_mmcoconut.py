@@ -341,27 +341,25 @@ class MakesThoughts:
         return targets
 
     def thoughts_of_call(
-        self, latents: torch.Tensor, stop_threshold=None, thought_noise=None, row_mask=None
+        self, latents: torch.Tensor, stop_threshold=None, thought_noise=None, row_mask=None, schedule=None
     ) -> Thoughts:
         """Return the thoughts of a call with these latents (B, T); the other arguments are as in `forward`."""
         return Thoughts(
             latents,
             self.feed_of_call(),
-            schedule=self.schedule_of_call(stop_threshold),
+            schedule=schedule or self.schedule_of_call(stop_threshold),
             is_paused=self.config.thought_mode == "pause",
             noise=thought_noise,
             row_mask=row_mask,
         )
 
-    def fields_of(
-        self, thoughts: Thoughts, states: torch.Tensor, output_thoughts: bool, output_stop_logits: bool
-    ) -> dict:
-        """Return what a call's output says of its thoughts beside the states (B, T, D)."""
+    def fields_of(self, thoughts: Thoughts, output_thoughts: bool, output_stop_logits: bool) -> dict:
+        """Return what a call's output says of its thoughts."""
         fields = {"attention_mask": thoughts.attention_mask}
         if output_thoughts:
             fields |= thoughts.gathered()
         if output_stop_logits:
-            before = states_before(states, thoughts.state_before)  # (B, T, D)
+            before = states_before(thoughts.states, thoughts.state_before)  # (B, T, D)
             latents = thoughts.latents if thoughts.left_out is None else thoughts.latents | thoughts.left_out  # (B, T)
             fields["stop_logits"] = packed(self.stop_head(before), latents)  # (B, N)
         return fields

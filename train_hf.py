@@ -17,7 +17,16 @@ from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_s
 from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
-from mmcoconut.build import composed_processor_from_vlm, from_backbones, from_vlm, processor_from_backbones, set_tiles
+from mmcoconut.build import (
+    composed_from_vlm,
+    composed_processor_from_vlm,
+    from_backbones,
+    from_vlm,
+    processor_from_backbones,
+    processor_from_vlm,
+    set_image_options,
+    set_tiles,
+)
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
@@ -29,10 +38,9 @@ from mmcoconut.evaluation.compare import compare
 from mmcoconut.hub.uploads import quiet_requests
 from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.kernels import choose_attention
-from mmcoconut.models import load_model
+from mmcoconut.models import load_model, load_processor
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.passes_mmcoconut import position_limit
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RESULTS_FILE, write_json
 from mmcoconut.rl.stop_distillation import StopDistiller
@@ -85,7 +93,7 @@ def build_tokenizer(model_args, train_set, checkpoint: Path | None = None):
     if model_args.tokenizer != "train":
         return AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.text_model)
     if checkpoint is not None:
-        return MMCoconutProcessor.from_pretrained(checkpoint, trust_remote_code=False).tokenizer
+        return load_processor(str(checkpoint)).tokenizer
     texts = [
         "".join(f"{question}\n### {answer}\n" for question, answer in history_of(row))
         + f"{question_text(row)}\n"
@@ -131,22 +139,19 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
 
 
 def build_from_vlm(model_args):
-    """Model and processor of a pretrained vision-language model, with its own tokenizer and tiles."""
-    model = from_vlm(
-        model_args.vlm,
-        new_token_init=model_args.new_token_init,
-        image_size=model_args.image_size,
-        **{field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK},
-    )
-    processor = composed_processor_from_vlm(
-        model_args.vlm,
-        config=model.config,
-        min_tiles=model_args.min_tiles,
-        max_tiles=model_args.max_tiles,
-        use_thumbnail=model_args.use_thumbnail,
-        markers=model_args.markers,
-    )
-    if not model_args.use_thumbnail and not makes_tiles(processor.image_processor):
+    """Model and processor of a pretrained vision-language model, with its own tokenizer and image processor."""
+    fields = {field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK}
+    fields["new_token_init"] = model_args.new_token_init
+    options = {"min_tiles": model_args.min_tiles, "max_tiles": model_args.max_tiles, "markers": model_args.markers}
+    if model_args.composed:
+        model = composed_from_vlm(model_args.vlm, image_size=model_args.image_size, **fields)
+        options["use_thumbnail"] = model_args.use_thumbnail
+        processor = composed_processor_from_vlm(model_args.vlm, config=model.config, **options)
+    else:
+        model = from_vlm(model_args.vlm, check=model_args.check_vlm, **fields)
+        options["image_options"] = model_args.image_options
+        processor = processor_from_vlm(model_args.vlm, config=model.config, **options)
+    if model_args.composed and not model_args.use_thumbnail and not makes_tiles(processor.image_processor):
         raise ValueError(
             f"use_thumbnail: false has no effect, because {type(processor.image_processor).__name__} of "
             f"{model_args.vlm} cuts no tiles: remove this key."
@@ -159,15 +164,16 @@ def build_from_checkpoint(model_args):
     name = model_args.model
     fed_back = {key: getattr(model_args, key) for key in HOW_THOUGHTS_ARE_FED_BACK}
     model = load_model(name, new_parts=("stop_head",) if model_args.stop_head else (), **fed_back)
-    processor = MMCoconutProcessor.from_pretrained(name, trust_remote_code=False)
+    processor = load_processor(name)
+    if makes_tiles(processor.image_processor):
+        tiles = {"min_tiles": model_args.min_tiles, "max_tiles": model_args.max_tiles}
+        set_tiles(processor.image_processor, image_size=None, **tiles)
     if model_args.use_thumbnail is not None:
-        set_tiles(
-            processor.image_processor,
-            image_size=None,
-            min_tiles=model_args.min_tiles,
-            max_tiles=model_args.max_tiles,
-        )
         processor.use_thumbnail = model_args.use_thumbnail
+    if model_args.image_options is not None:
+        if not hasattr(processor, "image_options"):
+            raise ValueError(f"image_options are of a vlm's own processor, and {name} has another: remove this key.")
+        set_image_options(processor, model_args.image_options)
     return model, processor
 
 
@@ -365,7 +371,7 @@ def evaluate(trainer, data_args) -> dict:
 def check_reload(folder: str, rows) -> None:
     """The end of a smoke test: what was saved loads completely and answers a question."""
     model = load_model(folder)
-    processor = MMCoconutProcessor.from_pretrained(folder, trust_remote_code=False)
+    processor = load_processor(folder)
     images = open_images(rows[0])
     inputs = processor(
         images=[images] if images else None, text=[question_text(rows[0])], rendered=False, return_tensors="pt"

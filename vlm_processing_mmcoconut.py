@@ -4,9 +4,9 @@
     vlm_processing_mmcoconut.Qwen2_5_VLProcessor        the same, as `auto_map` names it in a checkpoint
 
 What stands for an image is asked of the own processor: it is called with texts in which a marker separates a row's
-images, so frames, rows of tiles, breaks and their texts come from there, and so do all tensors but those with one entry
-a token, which `column_inputs` makes from the final ids. num_latents and markers are saved beside the own fields; without
-this code the own processor opens, whose chat template then writes no thoughts.
+images, so frames, rows of tiles, breaks and their texts come from there, and so do all tensors but those with one
+entry a token, which `column_inputs` makes from the final ids. num_latents and markers are saved beside the own fields;
+without this code the own processor opens, whose chat template then writes no thoughts.
 """
 
 import inspect
@@ -41,7 +41,7 @@ class NotLoaded(dict):
 
 
 def types_of_prefix(processor, input_ids, written, images) -> list[list[int]]:
-    """Return 0 in the part that is read both ways, which ends where thoughts or what is written begin, and 1 behind."""
+    """Return 0 in the part that is read both ways, which ends where thoughts or answers begin, and 1 behind."""
     thoughts = set(processor.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS)))
     types = []
     for row, said in zip(input_ids, written):
@@ -52,7 +52,7 @@ def types_of_prefix(processor, input_ids, written, images) -> list[list[int]]:
 
 
 def cross_attention_mask(processor, input_ids, written, images) -> list | None:
-    """Return 1 where a token reads the tiles of an image before it (B, T, images, tiles), as the own processor does."""
+    """Return 1 where a token reads the tiles of an image before it (B, T, images, tiles)."""
     from transformers.models.mllama import processing_mllama as own
 
     if "aspect_ratio_mask" not in (images or {}):
@@ -63,8 +63,8 @@ def cross_attention_mask(processor, input_ids, written, images) -> list | None:
     return own.convert_sparse_cross_attention_mask_to_dense(seen, tiles, most, max(map(len, input_ids))).tolist()
 
 
-# What processors give with one entry a token, and how it is made of the final ids: by the own processor's method, or by
-# a function here, for one processor or for all.
+# What processors give with one entry a token, and how it is made of the final ids: by the own processor's method, or
+# by a function here, for one processor or for all.
 COLUMNS: dict[str, str | Callable] = {
     "mm_token_type_ids": "create_mm_token_type_ids",
     "moe_mm_token_type_ids": "create_moe_mm_token_type_ids",
@@ -232,11 +232,11 @@ def thinking_processor_class(own_class: type[ProcessorMixin]) -> type[ProcessorM
 
 
 def __getattr__(name: str):
-    """Return the thinking class of a processor of transformers by its name, as `auto_map` in a checkpoint asks for it."""
+    """Return the thinking class of a processor of transformers by its name, as `auto_map` in a checkpoint says."""
     own_class = None if name.startswith("_") else getattr(transformers, name, None)
     if inspect.isclass(own_class) and issubclass(own_class, ProcessorMixin):
         return thinking_processor_class(own_class)
     missing = "" if own_class is None else " without libraries that are not installed, such as torchvision"
     raise AttributeError(
-        f"transformers {transformers.__version__} has no processor class {name}{missing}: install them, or a newer one."
+        f"transformers {transformers.__version__} has no class {name}{missing}: install them, or a newer one."
     )

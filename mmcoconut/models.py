@@ -1,13 +1,20 @@
-"""Which of the two public classes a recipe or a checkpoint is, and loading one completely or not at all."""
+"""Which class a recipe or a checkpoint is, and loading it completely or not at all, with its processor.
+
+A checkpoint is one of the two public classes, or a vision-language model's own class with thoughts, which the fields
+of its thoughts in config.json tell.
+"""
 
 from collections.abc import Callable
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
-from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut import vlm_mmcoconut, vlm_processing_mmcoconut
+from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, MMCoconutConfig
 from mmcoconut.errors import UsageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 
 
@@ -43,20 +50,36 @@ def _config_values(key: str, name: str, revision: str | None = None) -> dict:
     return _found(key, name, lambda: PreTrainedConfig.get_config_dict(name, **options)[0])
 
 
-def read_config(name: str, *, revision: str | None = None) -> MMCoconutConfig:
-    """The configuration of a checkpoint, a folder or Hub id.
+def read_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
+    """The configuration of a checkpoint, a folder or Hub id: MMCoconutConfig, or a vision-language model's own.
 
     Raises:
         CheckpointError: no such name, or a model of another kind.
     """
-    model_type = _config_values("model", name, revision).get("model_type")
+    values = _config_values("model", name, revision)
+    model_type, options = values.get("model_type"), {} if revision is None else {"revision": revision}
+    if values.keys() >= THOUGHT_FIELDS.keys() and model_type != MMCoconutConfig.model_type:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     if model_type != MMCoconutConfig.model_type:
         raise CheckpointError(
             f"model = {name!r} is a {model_type!r}, not an mmcoconut checkpoint: name the folder or "
             "Hub id of a trained one, or start from this one by `text_model`, `vision_model` or `vlm`."
         )
-    options = {} if revision is None else {"revision": revision}
     return MMCoconutConfig.from_pretrained(name, trust_remote_code=False, **options)
+
+
+def class_of(config: PreTrainedConfig) -> type:
+    """Return the class that a checkpoint of this configuration is of.
+
+    Raises:
+        CheckpointError: a class that this release of transformers does not have.
+    """
+    if isinstance(config, MMCoconutConfig):
+        return model_class(config.image_fusion)
+    try:
+        return getattr(vlm_mmcoconut, (config.architectures or [""])[0])
+    except AttributeError as error:
+        raise CheckpointError(f"architectures = {config.architectures!r}: {error}") from error
 
 
 def check_sources(model_args) -> None:
@@ -79,18 +102,30 @@ def load_model(name: str, *, dtype="auto", revision: str | None = None, new_part
 
     Args:
         new_parts: names of sub-modules that the checkpoint may lack, and that are then new.
-        config_fields: of MMCoconutConfig, in the place of the checkpoint's.
+        config_fields: of the configuration, in the place of the checkpoint's.
 
     Raises:
         CheckpointError: no checkpoint of that name, or one without some of the weights, which transformers would draw
             at random.
     """
     options = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
-    config = read_config(name, revision=revision)
-    model, info = model_class(config.image_fusion).from_pretrained(
+    model, info = class_of(read_config(name, revision=revision)).from_pretrained(
         name, dtype=dtype, output_loading_info=True, **options, **config_fields
     )
     missing = sorted(key for key in info["missing_keys"] if not {*key.split(".")} & {*new_parts})
     if missing:
         raise CheckpointError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
     return model
+
+
+def load_processor(name: str, *, revision: str | None = None, **options) -> ProcessorMixin:
+    """The processor of a checkpoint, a folder or Hub id; no code from the checkpoint is run.
+
+    options: of `from_pretrained`, such as backend.
+    """
+    options |= {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
+    where = {} if revision is None else {"revision": revision}
+    own = ProcessorMixin.get_processor_dict(name, **where)[0].get("processor_class", MMCoconutProcessor.__name__)
+    if own == MMCoconutProcessor.__name__:
+        return MMCoconutProcessor.from_pretrained(name, **options)
+    return getattr(vlm_processing_mmcoconut, own).from_pretrained(name, **options)

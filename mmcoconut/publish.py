@@ -14,21 +14,21 @@ from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_imports
 from transformers.hf_argparser import HfArg
+from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.arguments.fields import NAMES, default_of
 from mmcoconut.arguments.recipes import read_arguments, read_recipe
 from mmcoconut.audit.command import ANSWERS_FILE, CARD_FILE, PICTURES
 from mmcoconut.audit.command import RECORD_FILE as AUDIT_FILE
-from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.errors import RecipeError, run_command
 from mmcoconut.evaluation.asking import trained_with
 from mmcoconut.evaluation.evaluate import RECORD_FILE as EVALUATION_FILE
 from mmcoconut.hub.card import Evidence, model_card, write_card
 from mmcoconut.hub.uploads import Repository, copy_model, quiet_requests
-from mmcoconut.models import load_model
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.models import load_model, load_processor, read_config
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json, read_lines
 
 
@@ -197,7 +197,7 @@ def contradictions(arguments: PublishArguments, evidence: Evidence, num_latents:
         yield "compare", arguments.compare, reason
 
 
-def read_all(arguments: PublishArguments) -> tuple[Evidence, MMCoconutConfig, MMCoconutProcessor]:
+def read_all(arguments: PublishArguments) -> tuple[Evidence, PreTrainedConfig, ProcessorMixin]:
     """Return what the card is made of.
 
     Raises:
@@ -207,8 +207,7 @@ def read_all(arguments: PublishArguments) -> tuple[Evidence, MMCoconutConfig, MM
     if problems:
         raise RecipeError("command line", problems)
     evidence = read_evidence(arguments)
-    config = MMCoconutConfig.from_pretrained(arguments.model, trust_remote_code=False)
-    processor = MMCoconutProcessor.from_pretrained(arguments.model, trust_remote_code=False)
+    config, processor = read_config(arguments.model), load_processor(arguments.model)
     problems = [*contradictions(arguments, evidence, processor.num_latents)]
     if problems:
         raise RecipeError("command line", problems)

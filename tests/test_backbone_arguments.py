@@ -1,4 +1,4 @@
-"""What from_backbones and from_vlm take, and what they refuse; the weights are of the dtype that is asked for."""
+"""What from_backbones and composed_from_vlm take and refuse; the weights are of the dtype that is asked for."""
 
 import pytest
 import torch
@@ -8,12 +8,12 @@ from tiny import max_difference, ragged_batch, seq2seq_batch, tiny_model, tiny_s
 from mmcoconut import build
 
 
-def from_vlm(**config):
+def composed_from_vlm(**config):
     vlm, tokenizer = tiny_vlm("internvl tied")
-    return build.from_vlm(vlm, tokenizer=tokenizer, **config)
+    return build.composed_from_vlm(vlm, tokenizer=tokenizer, **config)
 
 
-@pytest.mark.parametrize("make", [tiny_model, tiny_seq2seq, from_vlm])
+@pytest.mark.parametrize("make", [tiny_model, tiny_seq2seq, composed_from_vlm])
 @pytest.mark.parametrize(
     ("name", "near"),
     [("image_fusoin", "'image_fusion'"), ("thought_nrom", "'thought_norm'"), ("zzz", "fields of MMCoconutConfig")],
@@ -25,7 +25,11 @@ def test_an_unknown_argument_is_refused_with_the_nearest_field(make, name, near)
 
 @pytest.mark.parametrize(
     ("make", "name"),
-    [(tiny_model, "latent_token_id"), (from_vlm, "projector_type"), (from_vlm, "vision_feature_layer")],
+    [
+        (tiny_model, "latent_token_id"),
+        (composed_from_vlm, "projector_type"),
+        (composed_from_vlm, "vision_feature_layer"),
+    ],
 )
 def test_what_follows_from_the_parts_cannot_be_chosen(make, name):
     with pytest.raises(ValueError, match=f"'{name}', which follows from the parts"):
@@ -33,7 +37,7 @@ def test_what_follows_from_the_parts_cannot_be_chosen(make, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
-@pytest.mark.parametrize("make", [tiny_model, tiny_seq2seq, from_vlm])
+@pytest.mark.parametrize("make", [tiny_model, tiny_seq2seq, composed_from_vlm])
 def test_weights_are_of_the_dtype_that_is_asked_for_and_the_configuration_says_so(make, dtype, tmp_path):
     model = make(dtype=dtype, thought_norm="projection")
     configs = (model.config, model.config.vision_config, model.config.text_config)
@@ -44,7 +48,7 @@ def test_weights_are_of_the_dtype_that_is_asked_for_and_the_configuration_says_s
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("make", [from_vlm, lambda **config: tiny_model("qwen2", **config)])
+@pytest.mark.parametrize("make", [composed_from_vlm, lambda **config: tiny_model("qwen2", **config)])
 def test_rotary_frequencies_stay_exact_in_a_narrow_dtype(make):
     exact, narrow = (dict(make(**dtype).named_buffers()) for dtype in ({}, {"dtype": torch.bfloat16}))
     names = [name for name in exact if name.endswith("inv_freq")]

@@ -1,4 +1,4 @@
-"""Models and processors taken over from InternVL and LLaVA: the same logits and prompts, and thoughts besides."""
+"""Models and processors composed of InternVL and LLaVA: the same logits and prompts, and thoughts besides."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from transformers import (
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
-from mmcoconut.build import composed_processor_from_vlm, from_vlm
+from mmcoconut.build import composed_from_vlm, composed_processor_from_vlm
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, shuffle_factor
 from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import Answerer
@@ -104,7 +104,7 @@ def vlm_processor(kind="internvl", **kwargs):
 
 def thinking(kind="internvl", **config):
     vlm, tokenizer = tiny_vlm(kind)
-    return from_vlm(vlm, tokenizer=tokenizer, **config)
+    return composed_from_vlm(vlm, tokenizer=tokenizer, **config)
 
 
 def thinking_pair(kind="internvl", *, config=None, **kwargs):
@@ -181,7 +181,7 @@ def test_logits_and_answers_equal_the_vlms(kind, tolerance):
     with torch.no_grad():
         expected = vlm(**batch).logits
         answers = vlm.generate(**batch, **options, suppress_tokens=[vlm.config.image_token_id])
-    model = from_vlm(vlm, tokenizer=tokenizer)
+    model = composed_from_vlm(vlm, tokenizer=tokenizer)
     with torch.no_grad():
         logits = model(**batch, num_tiles=num_tiles).logits[..., :num_known]
     mask = batch["attention_mask"].bool()
@@ -268,11 +268,11 @@ def test_a_folder_is_taken_over_and_nothing_is_lost_in_saving(kind, tmp_path):
     for part in (vlm, tokenizer, vlm_processor(kind).image_processor):
         part.save_pretrained(tmp_path / "vlm")
     vlm.load_state_dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "vlm").state_dict())
-    model = from_vlm(str(tmp_path / "vlm"))
+    model = composed_from_vlm(str(tmp_path / "vlm"))
     batch = thoughtful_batch(model)
     with torch.no_grad():
         expected = model(**batch).logits
-        same = from_vlm(vlm, tokenizer=tokenizer)(**batch).logits
+        same = composed_from_vlm(vlm, tokenizer=tokenizer)(**batch).logits
     assert max_difference(expected, same) <= 1e-5
 
     model.save_pretrained(tmp_path / "saved")
@@ -295,7 +295,7 @@ def test_a_head_of_its_own_is_kept_though_the_configuration_calls_it_tied(kind, 
     values["tie_word_embeddings"] = values["text_config"]["tie_word_embeddings"] = True
     path.write_text(json.dumps(values))
     head = vlm.lm_head.weight.detach().clone()
-    model = from_vlm(str(tmp_path), tokenizer=tokenizer)
+    model = composed_from_vlm(str(tmp_path), tokenizer=tokenizer)
     assert torch.equal(model.lm_head.weight[: len(head)], head)
     model.save_pretrained(tmp_path / "saved")
     loaded = MMCoconutForConditionalGeneration.from_pretrained(tmp_path / "saved")
@@ -309,7 +309,7 @@ def test_only_the_latent_and_its_markers_are_new(token, tolerance):
     vlm, tokenizer = tiny_vlm()
     old, image = vlm.get_input_embeddings().weight.detach().clone(), vlm.config.image_token_id
     num_known = len(tokenizer)
-    model = from_vlm(vlm, tokenizer=tokenizer, new_token_init=token)
+    model = composed_from_vlm(vlm, tokenizer=tokenizer, new_token_init=token)
     assert len(tokenizer) == num_known + 3
     assert model.config.image_token_id == image == tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
     new = model.get_input_embeddings().weight[num_known:]
@@ -321,7 +321,7 @@ def test_only_the_latent_and_its_markers_are_new(token, tolerance):
 def test_generation_settings_of_the_vlm_are_kept_and_the_training_text_ends_an_answer():
     vlm, tokenizer = tiny_vlm()
     vlm.generation_config.update(temperature=0.3, do_sample=True, eos_token_id=[5])
-    model = from_vlm(vlm, tokenizer=tokenizer)
+    model = composed_from_vlm(vlm, tokenizer=tokenizer)
     settings = model.generation_config
     assert (settings.temperature, settings.do_sample) == (0.3, True)
     assert settings.eos_token_id == [5, tokenizer.eos_token_id]
@@ -330,7 +330,7 @@ def test_generation_settings_of_the_vlm_are_kept_and_the_training_text_ends_an_a
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_a_model_of_another_dtype_stays_in_it(dtype):
     vlm, tokenizer = tiny_vlm("internvl tied")
-    model = from_vlm(vlm.to(dtype), tokenizer=tokenizer, thought_norm="projection")
+    model = composed_from_vlm(vlm.to(dtype), tokenizer=tokenizer, thought_norm="projection")
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
 
@@ -633,10 +633,10 @@ def test_settings_that_cannot_be_met_are_refused():
 def test_what_is_no_internvl_and_no_llava_is_refused():
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     blip = BlipForConditionalGeneration(BlipConfig(text_config=sizes, vision_config={**sizes, "image_size": 32}))
-    with pytest.raises(ValueError, match="cannot take over a blip, only internvl, llava"):
-        from_vlm(blip, tokenizer=tiny_tokenizer())
+    with pytest.raises(ValueError, match="cannot take apart a blip, only internvl, llava"):
+        composed_from_vlm(blip, tokenizer=tiny_tokenizer())
     with pytest.raises(ValueError, match="does not bring its tokenizer"):
-        from_vlm(tiny_vlm()[0])
+        composed_from_vlm(tiny_vlm()[0])
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 2.0, -0.5])

@@ -78,7 +78,8 @@ IN_A_CHECKPOINT = ("vlm", *IN_A_VLM)
 JOINED_IN_A_VLM = ("image_fusion", "projector_type", "vision_feature_layer", "vision_last_norm")
 JOINED_IN_A_VLM += ("vision_feature_select_strategy", "projector_num_heads", "num_visual_tokens", "image_pooling")
 JOINED_IN_A_VLM += ("alignment_adapter",)
-OF_A_VLM = ("image_size", "min_tiles", "max_tiles", "use_thumbnail")
+OF_A_VLM = ("image_size", "min_tiles", "max_tiles", "use_thumbnail", "image_options")
+OF_A_COMPOSED_VLM = ("image_size", "use_thumbnail")
 # What a recipe that does not say is taken from the checkpoint that it starts from, and what a new model has there.
 NEW_MODEL = {
     "image_fusion": "replace",

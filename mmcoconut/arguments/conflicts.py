@@ -18,6 +18,7 @@ from mmcoconut.arguments.choices import (
     MODES,
     NOT_COMPARED,
     NOT_REWARDED,
+    OF_A_COMPOSED_VLM,
     OF_A_VLM,
     OF_REWARDS,
     OF_STAGES,
@@ -47,7 +48,24 @@ def _vlm_conflicts(values: dict):
         for key in OF_A_VLM if values["model"] is None else ():
             if values[key] is not None:
                 yield key, values[key], "it sets up the images of a `vlm`, and there is none: remove this key"
+        for key in ("composed", "check_vlm") if values["model"] is None else ():
+            if values[key] != default_of(key):
+                yield key, values[key], "it is about a `vlm`, and there is none: remove this key"
         return
+    if values["composed"] and values["image_options"] is not None:
+        remedy = "they are of a vlm's own image processor: remove this key, or `composed`"
+        yield "image_options", values["image_options"], remedy
+    for key in OF_A_COMPOSED_VLM if not values["composed"] else ():
+        if values[key] is not None:
+            remedy = (
+                "the vlm's own processor decides it: set its `image_options`, or `composed: true` (InternVL, LLaVA)"
+            )
+            yield key, values[key], remedy
+    if values["precompute_image_features"] and not values["composed"]:
+        remedy = (
+            "a vlm's own class encodes its images itself: remove this key, or set `composed: true` (InternVL, LLaVA)"
+        )
+        yield "precompute_image_features", True, remedy
     for key in [key for key in (*IN_A_VLM, *JOINED_IN_A_VLM) if values[key] is not None]:
         yield key, values[key], "the `vlm` brings its own: remove this key"
     if None not in (values["min_tiles"], values["max_tiles"]) and values["min_tiles"] > values["max_tiles"]:

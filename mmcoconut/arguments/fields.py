@@ -17,7 +17,10 @@ class ModelArguments:
     """
 
     model: str | None = HfArg(default=None, help="Folder or Hub id of an mmcoconut checkpoint to start from.")
-    vlm: str | None = HfArg(default=None, help="Folder or Hub id of a pretrained InternVL or LLaVA to start from.")
+    vlm: str | None = HfArg(default=None, help="Folder or Hub id of a pretrained vision-language model to start from.")
+    composed: bool = HfArg(default=False, help="Take the vlm, InternVL or LLaVA, apart: image features can be cached.")
+    check_vlm: bool = HfArg(default=True, help="Compare thoughts of the vlm with their definition before training.")
+    image_options: dict | None = HfArg(default=None, help="Of the vlm's own image processor: {max_pixels: 501760}.")
     vision_model: str | None = HfArg(default=None, help="Folder or Hub id of the pretrained vision tower.")
     text_model: str | None = HfArg(default=None, help="Folder or Hub id of the pretrained language model.")
     vision_config: dict | None = HfArg(default=None, help="Vision tower from scratch: {model_type: ..., ...}.")
@@ -40,7 +43,7 @@ class ModelArguments:
     )
     vision_last_norm: bool | None = HfArg(default=None, help="Layer -1 is read behind the tower's last norm.")
     vision_feature_select_strategy: str | None = HfArg(default=None, help="`default` leaves out the class token.")
-    image_size: int | None = HfArg(default=None, help="Side of the tiles that the vlm reads; default: its own.")
+    image_size: int | None = HfArg(default=None, help="Side of a composed vlm's tiles; default: its own.")
     min_tiles: int | None = HfArg(default=None, help="Least tiles of an image for the vlm; default: its own.")
     max_tiles: int | None = HfArg(default=None, help="Most tiles of an image for the vlm; default: its own.")
     use_thumbnail: bool | None = HfArg(
@@ -157,7 +160,9 @@ def completed_for_a_new_model(values: dict) -> dict:
     if starts and not values.get("smoke_test"):
         return values
     of_a_vlm = values.get("vlm") is not None or (starts and values.get("vlm_model_type") is not None)
-    left_open = JOINED_IN_A_VLM if of_a_vlm else ("use_thumbnail",)
+    left_open = JOINED_IN_A_VLM if of_a_vlm else ()
+    if not (of_a_vlm and values.get("composed")):
+        left_open += ("use_thumbnail",)
     said = {key: value for key, value in values.items() if value is not None or key not in NEW_MODEL}
     return {key: value for key, value in NEW_MODEL.items() if key not in left_open} | said
 

@@ -1,4 +1,6 @@
-"""Models out of parts: a vision tower and a language model (`from_backbones`), or a whole VLM (`from_vlm`).
+"""Models out of parts: a vision tower and a language model (`from_backbones`), or those of a VLM, in the same form.
+
+What takes over a VLM in its own class is `from_vlm` in vlms.py.
 
 Shapes: D hidden of the language model, V vocabulary.
 """
@@ -48,7 +50,7 @@ def llava_fields(vlm: PreTrainedModel) -> dict:
     return {"projector_type": "mlp", "projector_bias": vlm.config.multimodal_projector_bias}
 
 
-# A vision-language model that `from_vlm` takes over is one function here, by the model type of its configuration.
+# A vision-language model that `composed_from_vlm` takes apart is one function here, by its model type.
 VLM_FIELDS = {"internvl": internvl_fields, "llava": llava_fields}
 SHARED_FIELDS = ("image_token_id", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
 
@@ -59,8 +61,8 @@ DECIDED_BY_VLM = (*TOKEN_ID_FIELDS, *SHARED_FIELDS, *OF_VLM_PROJECTOR, "vision_c
 def check_convertible(config: PreTrainedConfig) -> None:
     if config.model_type not in VLM_FIELDS:
         raise ValueError(
-            f"from_vlm cannot take over a {config.model_type}, only {', '.join(VLM_FIELDS)}: take one of these, or "
-            "join a vision tower and a language model with from_backbones."
+            f"composed_from_vlm cannot take apart a {config.model_type}, only {', '.join(VLM_FIELDS)}: take one of "
+            "these, or give it thoughts in its own class with from_vlm."
         )
 
 
@@ -93,7 +95,8 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     for weight in weights:
         if weight.is_floating_point():
             weight.data = weight.data.to(dtype)
-    for config in (model.config, model.config.vision_config, model.config.text_config):
+    parts = [getattr(model.config, name, None) for name in model.config.sub_configs]
+    for config in [model.config, *(part for part in parts if part is not None)]:
         config.dtype = dtype
     return model
 
@@ -129,7 +132,7 @@ def settle_tying(vlm: PreTrainedModel) -> bool:
     head lost, at the next resizing.
     """
     tied = vlm.get_output_embeddings().weight is vlm.get_input_embeddings().weight
-    for config in (vlm.config, vlm.config.text_config, vlm.model.language_model.config):
+    for config in (vlm.config, vlm.config.get_text_config(), vlm.get_decoder().config):
         config.tie_word_embeddings = tied
     return tied
 
@@ -157,7 +160,8 @@ def load_vision_tower(name_or_path: str) -> PreTrainedModel:
 
 def settle_vocabulary(text_config: PreTrainedConfig, vocab_size: int) -> None:
     """Say the size of the vocabulary under each name that a language model goes by."""
-    text_config.vocab_size = vocab_size
+    if getattr(text_config, "vocab_size", None) is not None:
+        text_config.vocab_size = vocab_size
     if getattr(text_config, "decoder_vocab_size", None) is not None:  # Marian's decoder and head
         text_config.decoder_vocab_size = vocab_size
 
@@ -167,20 +171,34 @@ def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, num_known: int, *, ne
 
     The rows of the other tokens start at the mean of the known ones or at a named token's.
     """
-    old_size, new_size = causal_lm.get_input_embeddings().weight.shape[0], len(tokenizer)
-    num_known = min(num_known, old_size)
+    start_rows(causal_lm, range(num_known, len(tokenizer)), tokenizer, new_token_init=new_token_init)
+
+
+def start_rows(causal_lm: PreTrainedModel, new_ids, tokenizer, *, new_token_init: str | None) -> None:
+    """Start the rows of embeddings and head at new_ids from the mean of those before, or from a named token's.
+
+    Where the tokenizer has more tokens than the embeddings have rows, they grow to its length.
+
+    Raises:
+        ValueError: a `new_token_init` that the tokenizer lacks.
+    """
     if new_token_init is not None and new_token_init not in tokenizer.get_vocab():
         raise ValueError(
             f"new_token_init={new_token_init!r} is not a token of this tokenizer: name one of its tokens, or leave it "
             "out to start at the mean."
         )
+    old_size, new_size = causal_lm.get_input_embeddings().weight.shape[0], len(tokenizer)
     if new_size > old_size:
         causal_lm.resize_token_embeddings(new_size, mean_resizing=False)
-        settle_vocabulary(causal_lm.config.get_text_config(), new_size)
+        for config in (causal_lm.config, causal_lm.config.get_text_config(), causal_lm.get_decoder().config):
+            settle_vocabulary(config, new_size)
+    new_ids = [*new_ids, *range(old_size, new_size)]
+    if not new_ids:
+        return
     for layer in {causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()}:
         weight = layer.weight.data  # (V, D)
-        known = weight[:num_known] if new_token_init is None else weight[[tokenizer.get_vocab()[new_token_init]]]
-        weight[num_known:new_size] = known.mean(dim=0)
+        known = weight[: min(new_ids)] if new_token_init is None else weight[[tokenizer.get_vocab()[new_token_init]]]
+        weight[new_ids] = known.mean(dim=0)
 
 
 def check_has_encoder(text_config: PreTrainedConfig, image_fusion: str) -> None:
@@ -407,7 +425,7 @@ def generation_config_of(vlm: PreTrainedModel, tokenizer, suppress_tokens: list[
     return generation_config
 
 
-def from_vlm(
+def composed_from_vlm(
     vlm: str | PreTrainedModel,
     *,
     tokenizer=None,
@@ -416,7 +434,9 @@ def from_vlm(
     dtype: torch.dtype | str | None = None,
     **config_kwargs,
 ):
-    """Return a pretrained InternVL or LLaVA that can think: tower, projector, decoder and head as they are.
+    """Return a pretrained InternVL or LLaVA that can think, as a model from backbones: its parts as they are.
+
+    Its images can be cached (`precompute_image_features`) and be part of a prefix; `from_vlm` keeps its own class.
 
     Args:
         vlm: Hub id or folder, e.g. "OpenGVLab/InternVL3-1B-hf", or the model itself, whose parts are taken over:
@@ -433,7 +453,7 @@ def from_vlm(
     """
     if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
         raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
-    check_fields(config_kwargs, method="from_vlm", decided=DECIDED_BY_VLM)
+    check_fields(config_kwargs, method="composed_from_vlm", decided=DECIDED_BY_VLM)
     dtype = as_dtype(dtype)
     tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
     vlm = load_vlm(vlm)

@@ -263,14 +263,14 @@ def processor_from_vlm(
     chat_template = chat_template or processor.chat_template or plain_template_for(processor)
     processor.chat_template = with_thoughts(chat_template, tokenizer, processor.image_token, if_asked=True)
     placeholder = image_token_of(tokenizer, config.image_token_id)
-    add_special_tokens(tokenizer, placeholder)
+    add_special_tokens(tokenizer, placeholder, model_type=config.model_type)
     check_tokenizer(tokenizer, config, placeholder)
     processor.__class__ = thinking_processor_class(own_class)
     processor.set_up(num_latents, markers)
     if image_options:
         set_image_options(processor, image_options)
     set_tiles(processor.image_processor, image_size=image_size, min_tiles=min_tiles, max_tiles=max_tiles)
-    processor.column_names  # raises where the model reads what cannot be made
+    processor.column_inputs([[0]], [[1]])  # raises where the model reads what cannot be made
     return processor
 
 

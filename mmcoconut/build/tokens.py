@@ -1,6 +1,18 @@
 """The placeholders and markers in a tokenizer that a new model is built with."""
 
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
 from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, PAD_TOKEN, THOUGHT_TOKENS
+
+
+# By model type, spare tokens of a vision-language model's tokenizer that become THOUGHT_TOKENS, where no new ones fit.
+SPARE_TOKENS = {
+    # The image token has a row behind the vocabulary's, and transformers cannot read a longer vocabulary back.
+    "mllama": tuple(f"<|reserved_special_token_{number}|>" for number in (10, 11, 12)),
+}
 
 
 def image_token_of(tokenizer, image_token_id: int) -> str:
@@ -16,10 +28,39 @@ def image_token_of(tokenizer, image_token_id: int) -> str:
     return image_token
 
 
-def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN) -> None:
-    """Give a tokenizer the placeholders and markers it lacks, as special tokens, and a pad token if it has none."""
-    missing = [token for token in (image_token, *THOUGHT_TOKENS) if token not in tokenizer.get_vocab()]
+def add_special_tokens(tokenizer, image_token: str = IMAGE_TOKEN, *, model_type: str | None = None) -> None:
+    """Give a tokenizer the placeholders and markers it lacks, as special tokens, and a pad token if it has none.
+
+    model_type: of the vision-language model that it belongs to, if there is one; some have SPARE_TOKENS, which are
+        renamed and keep their ids.
+    """
+    spare = SPARE_TOKENS.get(model_type, ())
+    known = tokenizer.get_vocab()
+    if spare and THOUGHT_TOKENS[0] not in known:
+        rename_tokens(tokenizer, dict(zip(spare, THOUGHT_TOKENS, strict=True)))
+        known = tokenizer.get_vocab()
+    missing = [token for token in (image_token, *THOUGHT_TOKENS) if token not in known]
     if missing:
         tokenizer.add_special_tokens({"extra_special_tokens": missing}, replace_extra_special_tokens=False)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+
+
+def rename_tokens(tokenizer, names: dict[str, str]) -> None:
+    """Rename special tokens of a tokenizer, {old: new}, in place; their ids stay.
+
+    Raises:
+        ValueError: a token that the tokenizer lacks.
+    """
+    lacking = [name for name in names if name not in tokenizer.get_vocab()]
+    if lacking:
+        raise ValueError(f"The tokenizer has no {lacking[0]} to be renamed: use the one that the model came with.")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in Path(folder).glob("*.json"):
+            text = path.read_text()
+            for old, new in names.items():
+                text = text.replace(f'"{old}"', f'"{new}"')
+            path.write_text(text)
+        renamed = AutoTokenizer.from_pretrained(folder)
+    vars(tokenizer).update(vars(renamed))

@@ -15,6 +15,7 @@ from transformers.utils import cached_file, has_file
 from mmcoconut.arguments.choices import NEW_MODEL, STAGED_MODES, THINKING_MODES
 from mmcoconut.arguments.conflicts import layout_problems
 from mmcoconut.arguments.recipes import read_recipe, warn_of_idle
+from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.errors import RecipeError
 from mmcoconut.models import check_sources, read_config
 from mmcoconut.records import RECIPE_FILE
@@ -101,11 +102,14 @@ def read_layout(name: str, *, revision: str | None = None) -> Layout:
     processor = ProcessorMixin.get_processor_dict(name, **options)[0]
     markers, num_latents = processor.get("markers", "both"), processor.get("num_latents", 0)
     mode = _mode_of(config.thought_mode, markers, num_latents, recipe.get("mode"))
-    values = {key: getattr(config, key) for key in CONFIG_FIELDS}
-    values["image_size"] = config.image_size or getattr(config.vision_config, "image_size", None)
+    values = {key: getattr(config, key, None) for key in CONFIG_FIELDS}  # None where the VLM's own class decides it
+    own_size = getattr(getattr(config, "vision_config", None), "image_size", None)
+    values["image_size"] = getattr(config, "image_size", None) or own_size
     image_processor = processor.get("image_processor", {})
     values |= {key: image_processor.get(name) for key, name in TILES.items()}
-    values["use_thumbnail"] = processor.get("use_thumbnail", True) if "max_patches" in image_processor else None
+    composed = config.model_type == MMCoconutConfig.model_type  # elsewhere the own processor decides it
+    has_choice = composed and "max_patches" in image_processor
+    values["use_thumbnail"] = processor.get("use_thumbnail", True) if has_choice else None
     if mode is not None:
         values["mode"] = mode
     values["markers"] = markers if mode in THINKING_MODES else recipe.get("markers")

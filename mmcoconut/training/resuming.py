@@ -19,7 +19,7 @@ from mmcoconut.arguments.choices import DATA_PATHS, FOLDERS
 from mmcoconut.arguments.fields import TYPES, default_of
 from mmcoconut.arguments.recipe_files import RecipeLoader
 from mmcoconut.arguments.recipes import recipe_text, save_recipe
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.models import load_processor
 from mmcoconut.records import COURSE_FILE, RECIPE_FILE, read_json
 from mmcoconut.training.checkpoints import choose_checkpoint
 
@@ -223,7 +223,7 @@ def check_tokenizer(checkpoint: Path, tokenizer) -> None:
     Raises:
         ValueError: names one of the tokens.
     """
-    saved = MMCoconutProcessor.from_pretrained(checkpoint, trust_remote_code=False).tokenizer.get_vocab()
+    saved = load_processor(str(checkpoint)).tokenizer.get_vocab()
     present = tokenizer.get_vocab()
     changed = sorted(token for token in saved.keys() | present.keys() if saved.get(token) != present.get(token))
     if changed:

@@ -1,0 +1,171 @@
+"""The check of a vision-language model that is given thoughts: pieces over a cache equal the definition.
+
+Decoders pass arguments with one entry a token, masks and positions on to their layers, each in its own way. Whether
+all of them are cut rightly between two thoughts is found by running a short prompt both ways, see thinking_mmcoconut.
+
+Shapes: B batch, T tokens, D hidden.
+"""
+
+import logging
+
+import torch
+from PIL import Image
+from transformers.modeling_utils import PreTrainedModel
+
+from mmcoconut.build.processors import processor_from_vlm
+from mmcoconut.passes_mmcoconut import column_lists
+from mmcoconut.thinking_mmcoconut import COLUMN_AXES, READ_ONCE, ROWS_OF_MASKS, Passes, Thoughts, think, think_uncached
+from mmcoconut.vlm_mmcoconut import asking
+
+
+logger = logging.getLogger("mmcoconut")
+
+SIDE = 56  # of the blank image, in pixels; processors enlarge it where they must
+NUM_LATENTS = 2
+QUESTION, ANSWER = "What is shown?", "Nothing is."
+KNOWN = {*COLUMN_AXES, *ROWS_OF_MASKS, *READ_ONCE, "attention_mask", "encoder_hidden_states", "use_cache"}
+# How much more than one rounding of what is read the roundings of all layers may do.
+OF_ALL_LAYERS = 4.0
+# Where rounding alone changes a state by so much of itself, nothing can be told of the rest.
+TOO_MUCH = 0.5
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """Return the relative difference of a state that rounding may make: half of the digits that the dtype has.
+
+    Another order of sums changes a state by some epsilons a layer; a mistake changes it by about itself.
+    """
+    return max(torch.finfo(each).eps for each in (dtype, torch.float32)) ** 0.5  # float32 inside of norms, at best
+
+
+def differences(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """Return (T,), by how much of its size the state of a column differs in states (B, T, D), at most of all rows."""
+    states, expected = states.float(), expected.float()
+    relative = (states - expected).norm(dim=-1) / expected.norm(dim=-1)  # (B, T)
+    return relative.nan_to_num(nan=torch.inf).amax(dim=0)
+
+
+class ThinkByDefinition:
+    """`think_uncached` as a schedule; afterwards `unknown` names arguments of a decoder that are not cut by column.
+
+    is_moved: read embeddings that are moved by one rounding, to see what rounding does.
+    """
+
+    def __init__(self, is_moved: bool = False):
+        self.is_moved, self.unknown = is_moved, []
+
+    def __call__(self, passes: Passes, thoughts: Thoughts) -> None:
+        inputs = dict(passes.inputs)
+        embeds = inputs.pop("inputs_embeds")  # (B, T, D)
+        if self.is_moved:
+            signs = torch.randint(2, embeds.shape, generator=torch.Generator().manual_seed(0)).to(embeds) * 2 - 1
+            embeds = embeds * (1 + torch.finfo(embeds.dtype).eps * signs)
+        self.unknown = sorted(
+            name
+            for name, value in inputs.items()
+            if name not in KNOWN and isinstance(value, torch.Tensor) and embeds.shape[1] in value.shape
+        )
+        outputs = []
+
+        def decoder(inputs_embeds, use_cache):
+            given = {**inputs, "inputs_embeds": inputs_embeds, "use_cache": use_cache}
+            outputs.append(passes.call_decoder(None, **given))
+            return outputs[-1]
+
+        _, read = think_uncached(decoder, embeds, thoughts)
+        passes.outputs.append(outputs[-1])
+        passes.embeds_run.append(read)
+
+
+def inputs_of_check(model: PreTrainedModel, source, tokenizer) -> dict:
+    """Return a prompt with two latents and a text behind them: of a blank image, or of text alone.
+
+    source: the vision-language model's processor, or the folder or Hub id that has one; None: there is none.
+    """
+    if source is None:
+        logger.warning("Thoughts behind an image are not checked, for there is a tokenizer alone: give processor=….")
+        return {"input_ids": torch.tensor([_text_prompt(model, tokenizer)])}
+    processor = processor_from_vlm(source, config=model.config, tokenizer=tokenizer)
+    image = Image.new("RGB", (SIDE, SIDE))
+    return processor(images=[[image]], text=[QUESTION], num_latents=NUM_LATENTS, return_tensors="pt")
+
+
+def _text_prompt(model: PreTrainedModel, tokenizer) -> list[int]:
+    config = model.config
+    question, answer = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (QUESTION, ANSWER))
+    latents = [config.start_latent_token_id, *[config.latent_token_id] * NUM_LATENTS, config.end_latent_token_id]
+    return [*question, *latents, *answer]
+
+
+@torch.no_grad()
+def check_thoughts(model: PreTrainedModel, inputs) -> None:
+    """Raise unless a model thinks in pieces what the definition says, within the error of its dtype.
+
+    The decoder runs 4 times over the columns of inputs, the towers twice; 3 times more where states differ by more
+    than half of the dtype's digits, to see what rounding does in this model.
+
+    Args:
+        model: of `from_vlm`, or loaded; its mode and configuration stay as they are.
+        inputs: of its processor, with latents; a short prompt suffices.
+
+    Raises:
+        ValueError: states that differ, or pieces that do not run; with what differed, and what may be the reason.
+    """
+    config = model.config
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    given = {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in tensors.items()
+    }
+    definition, columns = ThinkByDefinition(), column_lists(given["input_ids"] == config.latent_token_id)[0]
+    try:
+        expected = _thought(model, given, definition)
+        states = _thought(model, given, think)
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        failed = f"it fails with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise _rejected(model, failed, definition.unknown) from error
+    found, tolerance = differences(states, expected), tolerance_of(model.dtype)  # (T,)
+    if found.max() <= tolerance:
+        return
+    moved = differences(_thought(model, given, ThinkByDefinition(is_moved=True)), expected).max().item()
+    if moved > TOO_MUCH:
+        logger.warning(
+            "Whether this %s thinks rightly cannot be told in %s, as rounding alone changes its states by %.0f%%: "
+            "check it in torch.float32.",
+            *(config.model_type, _name(model.dtype), 100 * moved),
+        )
+        return
+    tolerance = max(tolerance, OF_ALL_LAYERS * moved)
+    if found.max() > tolerance:
+        failed = (
+            f"the state of column {found.argmax()} of {len(found)} differs by {found.max():.1e} of its size where "
+            f"{tolerance:.1e} may be rounding in {_name(model.dtype)}, and latents are in columns "
+            f"{', '.join(map(str, columns))}"
+        )
+        raise _rejected(model, failed, definition.unknown)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _thought(model: PreTrainedModel, inputs: dict, schedule) -> torch.Tensor:
+    """Return the last hidden states (B, T, D) of a call that thinks by a schedule, in evaluation mode."""
+    config, training, mode = model.config, model.training, model.config.thought_mode
+    model.eval()
+    config.thought_mode = "feedback"
+    try:
+        with asking(schedule=schedule):
+            return model.base_model(**inputs, use_cache=False).last_hidden_state
+    finally:
+        model.train(training)
+        config.thought_mode = mode
+
+
+def _rejected(model: PreTrainedModel, failed: str, unknown: list[str]) -> ValueError:
+    found = f" Its decoder takes {', '.join(unknown)}, with one entry a token, which is not cut." if unknown else ""
+    return ValueError(
+        f"This {type(model).__name__} does not think in pieces what it thinks by the definition: {failed}.{found} Take "
+        "another vision-language model or another release of transformers; "
+        "check=False (`check_vlm: false` in a recipe) takes it as it is."
+    )
