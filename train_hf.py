@@ -19,10 +19,12 @@ from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.build import (
     composed_from_vlm,
+    composed_processor_from_vlm,
     from_backbones,
     from_vlm,
     processor_from_backbones,
     processor_from_vlm,
+    set_image_options,
     set_tiles,
 )
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
@@ -144,10 +146,11 @@ def build_from_vlm(model_args):
     if model_args.composed:
         model = composed_from_vlm(model_args.vlm, image_size=model_args.image_size, **fields)
         options["use_thumbnail"] = model_args.use_thumbnail
+        processor = composed_processor_from_vlm(model_args.vlm, config=model.config, **options)
     else:
         model = from_vlm(model_args.vlm, check=model_args.check_vlm, **fields)
         options["image_options"] = model_args.image_options
-    processor = processor_from_vlm(model_args.vlm, config=model.config, **options)
+        processor = processor_from_vlm(model_args.vlm, config=model.config, **options)
     if model_args.composed and not model_args.use_thumbnail and not makes_tiles(processor.image_processor):
         raise ValueError(
             f"use_thumbnail: false has no effect, because {type(processor.image_processor).__name__} of "
@@ -170,7 +173,7 @@ def build_from_checkpoint(model_args):
     if model_args.image_options is not None:
         if not hasattr(processor, "image_options"):
             raise ValueError(f"image_options are of a vlm's own processor, and {name} has another: remove this key.")
-        processor.image_options = model_args.image_options
+        set_image_options(processor, model_args.image_options)
     return model, processor
 
 
