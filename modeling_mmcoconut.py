@@ -169,7 +169,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         thoughts = self.thoughts_of_call(latents, stop_threshold, thought_noise)
         with thinking(thoughts):
             outputs = decoder(**inputs, return_dict=True)
-        fields = self.fields_of(thoughts, outputs.last_hidden_state, output_thoughts, output_stop_logits)
+        fields = self.fields_of(thoughts, output_thoughts, output_stop_logits)
         return outputs, fields
 
     @takes_cache_by_either_name

@@ -353,15 +353,13 @@ class MakesThoughts:
             row_mask=row_mask,
         )
 
-    def fields_of(
-        self, thoughts: Thoughts, states: torch.Tensor, output_thoughts: bool, output_stop_logits: bool
-    ) -> dict:
-        """Return what a call's output says of its thoughts beside the states (B, T, D)."""
+    def fields_of(self, thoughts: Thoughts, output_thoughts: bool, output_stop_logits: bool) -> dict:
+        """Return what a call's output says of its thoughts."""
         fields = {"attention_mask": thoughts.attention_mask}
         if output_thoughts:
             fields |= thoughts.gathered()
         if output_stop_logits:
-            before = states_before(states, thoughts.state_before)  # (B, T, D)
+            before = states_before(thoughts.states, thoughts.state_before)  # (B, T, D)
             latents = thoughts.latents if thoughts.left_out is None else thoughts.latents | thoughts.left_out  # (B, T)
             fields["stop_logits"] = packed(self.stop_head(before), latents)  # (B, N)
         return fields

@@ -163,7 +163,7 @@ class Thoughts:
         columns: where any row thinks. state_before (B, D): of the column before the first, from the cache.
         linked (B, T): where gradients flow back to the state before; None: everywhere.
         sharded: whether other processes must make as many passes.
-        inputs_embeds (B, T, D): what the decoder read.
+        inputs_embeds (B, T, D): what the decoder read. states (B, T, D): its last hidden states.
         left_out (B, T): latents whose attention mask is 0: nothing is thought there.
         attention_mask (B, past + T): 0 at those too. Both None where there are none.
     """
@@ -179,6 +179,7 @@ class Thoughts:
     linked: torch.Tensor | None = None
     sharded: bool = False
     inputs_embeds: torch.Tensor | None = None
+    states: torch.Tensor | None = None
     left_out: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
 
@@ -422,6 +423,7 @@ class ThinkingDecoder(PutInFront):
         thoughts.inputs_embeds = join_columns(passes.embeds_run)  # (B, T, D)
         if thoughts.left_out is not None:
             self.leave_out(outputs, thoughts)
+        thoughts.states = outputs.last_hidden_state
         if keeps_cache:
             remember(past_key_values, thoughts, outputs.last_hidden_state[:, -1], inputs)
         return outputs

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 
 import transformers
 from transformers.generation import GenerationMixin
@@ -30,7 +30,7 @@ from .configuration_mmcoconut import check_thought_fields
 from .generation_mmcoconut import ThinkingGenerationMixin
 from .passes_mmcoconut import is_two_dimensional, with_mask_of_left_out
 from .schedules_mmcoconut import MakesThoughts, check_none_missed
-from .thinking_mmcoconut import ThinkingDecoder, give_thoughts, takes_no_thoughts, thinking
+from .thinking_mmcoconut import give_thoughts, takes_no_thoughts, thinking
 
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModel")
@@ -82,21 +82,23 @@ def run_with_latents(model: MakesThoughts, own_forward: Callable, inputs: dict):
         outputs = own_forward(**inputs)
     if thoughts.inputs_embeds is None:
         raise ValueError(f"{type(model).__name__} did not run its decoder, so its latents were not thought.")
-    asked.fields = model.fields_of(thoughts, outputs.last_hidden_state, **returned)
+    asked.fields = model.fields_of(thoughts, **returned)
     return outputs
 
 
-class ReadsLatents(PutInFront, MakesThoughts):
+class HasThinkingDecoder(MakesThoughts):
+    """A model around the `thinking_decoder`, wherever in it that stands."""
+
+    def get_decoder(self, *args, **kwargs):
+        """Return the thinking decoder; before there is one, the model's own."""
+        own = self.__dict__.get("thinking_decoder")
+        return super().get_decoder(*args, **kwargs) if own is None else own
+
+
+class ReadsLatents(PutInFront, HasThinkingDecoder):
     """What is put in front of a vision-language model's base class."""
 
     own_arguments: tuple[str, ...]
-
-    @cached_property
-    def thinking_decoder(self) -> ThinkingDecoder:
-        return next(module for module in self.modules() if isinstance(module, ThinkingDecoder))
-
-    def get_decoder(self, *args, **kwargs) -> ThinkingDecoder:
-        return self.thinking_decoder
 
     @can_return_tuple
     def forward(self, *args, **kwargs):
@@ -105,7 +107,7 @@ class ReadsLatents(PutInFront, MakesThoughts):
         return run_with_latents(self, super().forward, inputs)
 
 
-class ThinkingVLM(ThinkingGenerationMixin, MakesThoughts):
+class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
     """What `thinking_class` puts in front of the class of a vision-language model with a head."""
 
     def __init__(self, config, *args, **kwargs):
@@ -115,8 +117,10 @@ class ThinkingVLM(ThinkingGenerationMixin, MakesThoughts):
 
     def begin_to_think(self) -> None:
         """Put what thinks in front of the parts of a whole model, and add what is between states and thoughts."""
-        give_thoughts(self.get_decoder())
+        decoder = give_thoughts(self.get_decoder().base_model)  # of a language model with its head the part without
         reader = self.base_model
+        for model in (self, reader):  # not as a part of theirs, whose weights would have two names
+            model.__dict__["thinking_decoder"] = decoder
         if reader is not self:
             reader.own_arguments = tuple(inspect.signature(reader.forward).parameters)
             reader.__class__ = in_front(ReadsLatents, type(reader))
@@ -147,10 +151,8 @@ class ThinkingVLM(ThinkingGenerationMixin, MakesThoughts):
         options = {"stop_threshold": stop_threshold, "thought_noise": thought_noise}
         options |= {"output_thoughts": output_thoughts, "output_stop_logits": output_stop_logits}
         if (outer := ASKED.get()) is not None:
-            options = {
-                **outer.options,
-                **{name: value for name, value in options.items() if value not in (None, False)},
-            }
+            given = {name: value for name, value in options.items() if value is not None and value is not False}
+            options = {**outer.options, **given}
         return_dict = kwargs.pop("return_dict", None)
         with asking(**options) as asked:
             outputs = self.run_own_forward(self.own_class.forward.__get__(self), kwargs)

@@ -11,11 +11,12 @@ this code the own processor opens, whose chat template then writes no thoughts.
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 
 import torch
 import transformers
+from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -31,7 +32,13 @@ LOADERS = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
 class NotLoaded(dict):
     """The settings of a part, such as a processor of videos, whose libraries are not installed; saved as they are."""
 
-    _auto_class, model_input_names = None, ()
+    _auto_class, model_input_names = None, []
+
+    def __getattr__(self, name: str):
+        """Return a setting, None where it is not known."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.get(name)
 
 
 def types_of_prefix(processor, input_ids, written, images) -> list[list[int]]:
@@ -66,7 +73,8 @@ COLUMNS: dict[str, str | Callable] = {
     "PaliGemmaProcessor.token_type_ids": types_of_prefix,
     "MllamaProcessor.cross_attention_mask": cross_attention_mask,
 }
-BY_ROW = ("MllamaProcessor",)  # whose tensors have a first entry for rows without images too
+BY_ROW = ("MllamaProcessor",)  # whose tensors have an entry for each row, also for rows without images
+FLAT = ("GotOcr2Processor",)  # which read no lists of lists of images
 
 
 class ThinkingVLMProcessor(ThinkingProcessor):
@@ -125,35 +133,48 @@ class ThinkingVLMProcessor(ThinkingProcessor):
     def latent_token_id(self) -> int:
         return self.tokenizer.convert_tokens_to_ids(LATENT_TOKEN)
 
-    @property
+    @cached_property
     def column_names(self) -> list[str]:
-        """Return the names of what the model reads with one entry a token."""
-        known = {name.rpartition(".")[2] for name in COLUMNS}
-        own = set(self.model_input_names) - set(self.tokenizer.model_input_names)
-        return sorted(known & own)
+        """Return the names of what the model reads with one entry a token, which the own processor is asked for.
+
+        Raises:
+            ValueError: a name that this code cannot make for text with thoughts.
+        """
+        inputs = self._own_inputs([[Image.new("RGB", (64, 64))]], " a" * 99, {"return_tensors": "pt"})
+        known, text_names = {name.rpartition(".")[2] for name in COLUMNS}, {"input_ids", "attention_mask", "labels"}
+        shape = torch.as_tensor(inputs["input_ids"]).shape  # (1, T)
+        for name, value in inputs.items():
+            if name not in text_names | known and getattr(value, "shape", ())[:2] == shape:
+                problem = f"{self.own_class.__name__} gives {name} with one entry a token, which is not known"
+                raise ValueError(f"{problem}: this vision-language model cannot have thoughts.")
+        return sorted(known & {*inputs, *self.model_input_names} - set(self.tokenizer.model_input_names))
+
+    def _own_inputs(self, groups: Sequence[Sequence], behind: str, options: dict) -> dict:
+        """Return what the own processor gives for rows of images with marks around each, and other text behind."""
+        marked = (START_LATENT_TOKEN + (self.image_token + START_LATENT_TOKEN) * len(group) + behind for group in groups)
+        as_ids = {"padding": True, "return_tensors": None, "add_special_tokens": False}
+        images = [image for group in groups for image in group] if type(self).__name__ in FLAT else groups
+        options = {"images_kwargs": {**self.image_options, **options}, "text_kwargs": as_ids}
+        return dict(self.own_class.__call__(self, images=images, text=[*marked], **options))
 
     def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[tuple]]]:
         """Return the tensors that the own processor makes of groups of images, and the ids that stand for each image.
 
-        Raises:
-            ValueError: a tensor with one entry a token that this code cannot make for text with thoughts.
+        Only what has one entry a token is left out, which `column_inputs` makes.
         """
         groups = [flat_images(group) for group in groups]
         given = [group for group in groups if group]
         if not given:
             return {}, [[] for _ in groups]
-        tensor_type = kwargs.get("return_tensors")
-        texts = [START_LATENT_TOKEN + (self.image_token + START_LATENT_TOKEN) * len(group) for group in given]
-        as_ids = {"padding": True, "return_tensors": None, "add_special_tokens": False}
-        options = {"images_kwargs": {**self.image_options, **kwargs}, "text_kwargs": as_ids}
-        inputs = dict(self.own_class.__call__(self, images=given, text=texts, **options))
-        rows = [torch.as_tensor(row).tolist() for row in inputs.pop("input_ids")]
-        text_names = {"attention_mask", "labels", *self.tokenizer.model_input_names, *self.column_names}
+        inputs = self._own_inputs(given, "", kwargs)
+        rows = torch.as_tensor(inputs["input_ids"]).tolist()
+        text_names = {"input_ids", "attention_mask", "labels", *self.tokenizer.model_input_names, *self.column_names}
         inputs = {name: value for name, value in inputs.items() if name not in text_names}
         handles = iter([self._between_marks(row, len(group)) for row, group in zip(rows, given)])
         if type(self).__name__ in BY_ROW and len(given) < len(groups):
             inputs = {name: self._for_all_rows(torch.as_tensor(value), groups) for name, value in inputs.items()}
-        return dict(BatchFeature(inputs, tensor_type=tensor_type)), [next(handles) if group else [] for group in groups]
+        inputs = BatchFeature(inputs, tensor_type=kwargs.get("return_tensors"))
+        return dict(inputs), [next(handles) if group else [] for group in groups]
 
     def _between_marks(self, ids: list[int], num_images: int) -> list[tuple[int, ...]]:
         """Return the ids of each image of a row, without a bos token, which is of the text."""

@@ -144,14 +144,24 @@ def moved_passes(passes: Passes, layout: Layout) -> Passes:
     inputs, embeds = dict(passes.inputs), passes.inputs["inputs_embeds"]  # (B, T, D)
     if inputs.get("position_ids") is None:
         inputs["position_ids"] = torch.arange(passes.length, device=embeds.device)[None]
-    for name in COLUMN_AXES:
-        value = inputs.get(name)
-        if value is not None:  # (B or 1, T, …) → (B, T', …)
-            inputs[name] = layout.move(value.expand(len(embeds), *value.shape[1:]))
+    for name in COLUMN_AXES.keys() & {name for name, value in inputs.items() if value is not None}:
+        inputs[name] = moved_argument(name, inputs[name], layout, len(embeds))
     inputs["attention_mask"] = layout.real.long()  # (B, T')
     moved = Passes(passes.call_decoder, passes.cache, inputs, keeps_cache=passes.keeps_cache)
     moved.ends = layout.ends
     return moved
+
+
+def moved_argument(name: str, value: torch.Tensor, layout: Layout, num_rows: int) -> torch.Tensor:
+    """Return an argument with one entry a token in another layout: (B or 1, T, …) → (B, T', …).
+
+    Positions of several planes are (planes, B, T). Rows of features that belong to the True of a mask keep their
+    order, as columns of a row do.
+    """
+    if name == "position_ids" and value.ndim == 3:
+        return torch.stack([layout.move(plane.expand(num_rows, -1)) for plane in value])
+    moved = layout.move(value.expand(num_rows, *value.shape[1:]))
+    return moved & layout.real if value.dtype == torch.bool else moved
 
 
 def moved_thoughts(thoughts: Thoughts, layout: Layout) -> Thoughts:
