@@ -223,7 +223,7 @@ def parse_answer(text: str) -> str:
     return text[line.end() :].strip()
 
 
-def _check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
+def check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
     """Raise ValueError for a name that is not known, with the nearest one that is; others may be what was meant."""
     for name in names:
         if name not in known:
@@ -233,9 +233,9 @@ def _check_names(names: Iterable[str], what: str, known: Iterable[str], others: 
 
 
 def check_arguments(cls, kwargs: Iterable[str], *others: str) -> None:
-    """Refuse names that `__init__` of a class does not have, as `_check_names` does."""
+    """Refuse names that `__init__` of a class does not have, as `check_names` does."""
     known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
-    _check_names(kwargs, f"argument of {cls.__name__}", known, others)
+    check_names(kwargs, f"argument of {cls.__name__}", known, others)
 
 
 def _join(options: dict, others: dict | None, group: str = "") -> dict:
@@ -258,10 +258,10 @@ def split_options(kwargs: dict, image_processor) -> tuple[dict, dict]:
     """Return options of the text and of the image processor: flat ones, then those in groups, last `common_kwargs`."""
     groups, what = _groups_of(image_processor), "option of the processor"
     options = _join({}, {name: value for name, value in kwargs.items() if name not in groups})
-    _check_names(options, what, groups["common_kwargs"], CALL_OPTIONS)
+    check_names(options, what, groups["common_kwargs"], CALL_OPTIONS)
     for group, names in groups.items():
         given = _join({}, kwargs.get(group))
-        _check_names(given, what, names)
+        check_names(given, what, names)
         options = {**given, **options} if group == "common_kwargs" else _join(options, given, group)
     wanted = (groups["text_kwargs"], groups["images_kwargs"])
     return tuple({name: options[name] for name in options if name in names} for names in wanted)
@@ -274,7 +274,7 @@ def split_chat_options(kwargs: dict, template: str, image_processor) -> tuple[di
     called = {*groups, *groups["common_kwargs"], *options, "num_latents"}
     variables = {name: given[name] for name in given if name not in called}
     written = {name for name in variables if re.search(rf"\b{re.escape(name)}\b", template)}
-    _check_names(variables, "option of apply_chat_template", {*RENDER_OPTIONS, *written}, {*called, *CHAT_ARGUMENTS})
+    check_names(variables, "option of apply_chat_template", {*RENDER_OPTIONS, *written}, {*called, *CHAT_ARGUMENTS})
     return variables, {name: given[name] for name in given if name in called}
 
 

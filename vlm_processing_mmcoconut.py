@@ -16,7 +16,6 @@ from itertools import pairwise
 
 import torch
 import transformers
-from PIL import Image
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
@@ -140,7 +139,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         Raises:
             ValueError: a name that this code cannot make for text with thoughts.
         """
-        inputs = self._own_inputs([[Image.new("RGB", (64, 64))]], " a" * 99, {"return_tensors": "pt"})
+        inputs = self._own_inputs([[torch.full((3, 64, 64), 127, dtype=torch.uint8)]], " a" * 99, {"return_tensors": "pt"})
         known, text_names = {name.rpartition(".")[2] for name in COLUMNS}, {"input_ids", "attention_mask", "labels"}
         shape = torch.as_tensor(inputs["input_ids"]).shape  # (1, T)
         for name, value in inputs.items():

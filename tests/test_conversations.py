@@ -18,7 +18,7 @@ from transformers import LogitsProcessor
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import TINY_VLMS, write_tiny_vlm
 from mmcoconut.audit.interventions import Study
-from mmcoconut.build import composed_from_vlm, processor_from_vlm
+from mmcoconut.build import composed_from_vlm, composed_processor_from_vlm
 from mmcoconut.data import Example, load_examples, loader_of, open_images, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.data.conversations import fit_rows, further_turn, without_last_turn
@@ -121,7 +121,7 @@ def test_row_is_the_chat_template_of_a_vision_language_model_too(model_type, tmp
     """InternVL's template ends each answer, which is learnt; LLaVA's goes on behind it."""
     write_tiny_vlm(tmp_path, model_type)
     config = composed_from_vlm(str(tmp_path)).config
-    processor = processor_from_vlm(str(tmp_path), config=config)
+    processor = composed_processor_from_vlm(str(tmp_path), config=config)
     (row,) = rows_of(3)
     made = collator(processor, max_length=None)
     turns = made.encode_row(row, RowPlan(0, PER_TURN), made.pixels([row])[1][0])

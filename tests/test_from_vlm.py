@@ -33,7 +33,7 @@ from transformers import (
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
-from mmcoconut.build import composed_from_vlm, processor_from_vlm
+from mmcoconut.build import composed_from_vlm, composed_processor_from_vlm
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, shuffle_factor
 from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import Answerer
@@ -109,7 +109,7 @@ def thinking(kind="internvl", **config):
 
 def thinking_pair(kind="internvl", *, config=None, **kwargs):
     model = thinking(kind, **(config or {}))
-    return model, processor_from_vlm(vlm_processor(kind), config=model.config, **kwargs)
+    return model, composed_processor_from_vlm(vlm_processor(kind), config=model.config, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +450,7 @@ def test_serving_engines_are_told_the_tokens_that_are_of_an_image(kind, settings
 
 def test_an_unknown_setting_is_refused_with_the_nearest():
     with pytest.raises(ValueError, match="num_latent is no argument.*did you mean num_latents"):
-        processor_from_vlm(vlm_processor(), config=thinking().config, num_latent=3)
+        composed_processor_from_vlm(vlm_processor(), config=thinking().config, num_latent=3)
 
 
 @pytest.mark.parametrize("writes_bos", [True, False])
@@ -464,7 +464,7 @@ def test_bos_stands_in_front_once_where_the_tokenizer_puts_it(writes_bos):
     processor.chat_template = "{{ bos_token }}" * writes_bos + processor.chat_template
     expected = chat(processor, [user(ONE, QUESTION)])["input_ids"][0].tolist()
     assert expected.count(tokenizer.bos_token_id) == 1
-    processor = processor_from_vlm(processor, config=model.config, markers="none")
+    processor = composed_processor_from_vlm(processor, config=model.config, markers="none")
     assert chat(processor, [user(ONE, QUESTION)])["input_ids"][0].tolist() == expected
     assert processor.encode_prompt(QUESTION) == expected
 
@@ -482,7 +482,7 @@ def test_bos_stands_in_front_once_where_the_tokenizer_puts_it(writes_bos):
 )
 def test_tiles_are_as_many_as_the_settings_say_also_after_saving(pair, settings, num_tiles, tmp_path):
     model, _ = pair
-    processor = processor_from_vlm(vlm_processor(), config=model.config, **settings)
+    processor = composed_processor_from_vlm(vlm_processor(), config=model.config, **settings)
     processor.save_pretrained(tmp_path)
     for each in (processor, MMCoconutProcessor.from_pretrained(tmp_path, backend="pil", trust_remote_code=False)):
         batch = each(images=[[ONE, WIDE], [], [TALL]], text=["a", "b", "c"], num_latents=1, return_tensors="pt")
@@ -495,7 +495,7 @@ def test_tiles_are_as_many_as_the_settings_say_also_after_saving(pair, settings,
 
 def test_without_thumbnails_the_other_tiles_stay(pair):
     model, processor = pair
-    bare = processor_from_vlm(vlm_processor(), config=model.config, use_thumbnail=False)
+    bare = composed_processor_from_vlm(vlm_processor(), config=model.config, use_thumbnail=False)
     whole, _ = processor.encode_images([[WIDE, TALL]], return_tensors="pt")
     tiles, _ = bare.encode_images([[WIDE, TALL]], return_tensors="pt")
     assert torch.equal(tiles["pixel_values"], whole["pixel_values"][[0, 1, 2, 4, 5]])
@@ -613,21 +613,21 @@ def test_tiles_that_do_not_match_are_refused_with_both_numbers(pair):
 def test_settings_that_cannot_be_met_are_refused():
     model = thinking()
     with pytest.raises(ValueError, match="At least 5 and at most 3 tiles"):
-        processor_from_vlm(vlm_processor(), config=model.config, min_tiles=5, max_tiles=3)
+        composed_processor_from_vlm(vlm_processor(), config=model.config, min_tiles=5, max_tiles=3)
     llava = thinking("llava")
     with pytest.raises(ValueError, match="cuts no tiles, so .* max_tiles=3"):
-        processor_from_vlm(vlm_processor("llava"), config=llava.config, max_tiles=3)
+        composed_processor_from_vlm(vlm_processor("llava"), config=llava.config, max_tiles=3)
     untold = vlm_processor()
     untold.chat_template = None
     with pytest.raises(ValueError, match="chat template is NoneType"):
-        processor_from_vlm(untold, config=model.config)
+        composed_processor_from_vlm(untold, config=model.config)
     with pytest.raises(ValueError, match="writes <IMG_CONTEXT> 0 times for an image"):
-        processor_from_vlm(untold, config=model.config, chat_template="{{ messages[0]['role'] }}")
+        composed_processor_from_vlm(untold, config=model.config, chat_template="{{ messages[0]['role'] }}")
     with pytest.raises(ValueError, match=r"has none at the model's image_token_id=\d+: use the tokenizer"):
-        processor_from_vlm(vlm_processor(), config=tiny_model().config)
+        composed_processor_from_vlm(vlm_processor(), config=tiny_model().config)
     model.config.latent_token_id -= 1
     with pytest.raises(ValueError, match="use the tokenizer that the model was built with"):
-        processor_from_vlm(vlm_processor(), config=model.config)
+        composed_processor_from_vlm(vlm_processor(), config=model.config)
 
 
 def test_what_is_no_internvl_and_no_llava_is_refused():

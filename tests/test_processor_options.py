@@ -5,7 +5,7 @@ import torch
 from test_from_vlm import ONE, TALL, WIDE, thinking, vlm_processor
 from tiny import tiny_image, tiny_model, tiny_processor, tiny_seq2seq
 
-from mmcoconut.build import processor_from_backbones, processor_from_vlm
+from mmcoconut.build import processor_from_backbones, composed_processor_from_vlm
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 
 
@@ -77,7 +77,7 @@ def test_unknown_arguments_of_a_new_processor_are_refused_with_the_nearest(proce
     parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
     for name, close in (("num_latent", "num_latents"), ("min_tile", "min_tiles"), ("markes", "markers")):
         with pytest.raises(ValueError, match=f"{name} is no argument .*did you mean {close}"):
-            processor_from_vlm(vlm_processor(), config=thinking().config, **{name: 1})
+            composed_processor_from_vlm(vlm_processor(), config=thinking().config, **{name: 1})
     with pytest.raises(ValueError, match="visoin is no argument .*did you mean vision"):
         processor_from_backbones(visoin="a", config=tiny_model().config, **parts)
 
@@ -148,7 +148,7 @@ SIZES = [(40, 40), (34, 100), (70, 34)]  # height and width of ONE, WIDE, TALL
     ],
 )
 def test_servers_are_told_the_tokens_and_tiles_that_a_call_makes(settings, options):
-    processor = processor_from_vlm(vlm_processor(), config=thinking().config, **settings)
+    processor = composed_processor_from_vlm(vlm_processor(), config=thinking().config, **settings)
     told = processor._get_num_multimodal_tokens(image_sizes=SIZES, **options)
     batch = processor(text=["a"] * 3, images=[ONE, WIDE, TALL], **{"return_mm_token_type_ids": True, **options})
     assert told.num_image_tokens == [sum(types) for types in batch["mm_token_type_ids"]]
@@ -166,7 +166,7 @@ def test_servers_are_told_the_tokens_of_images_that_are_one_tile(processor):
 
 
 def test_a_saved_processor_is_the_one_that_was_saved(processor, tmp_path):
-    tiled = processor_from_vlm(vlm_processor(), config=thinking().config, max_tiles=2)
+    tiled = composed_processor_from_vlm(vlm_processor(), config=thinking().config, max_tiles=2)
     for number, each in enumerate((processor, tiled, tiny_processor(tiny_seq2seq(), num_latents=2))):
         first, second = (tmp_path / f"{number} {time}" for time in ("first", "second"))
         each.save_pretrained(first)

@@ -1,9 +1,22 @@
 """New models and their processors: out of a vision tower and a language model, or out of a whole VLM."""
 
 from mmcoconut.build.models import composed_from_vlm, from_backbones
-from mmcoconut.build.processors import processor_from_backbones, processor_from_vlm, set_tiles
+from mmcoconut.build.processors import (
+    composed_processor_from_vlm,
+    processor_from_backbones,
+    processor_from_vlm,
+    set_tiles,
+)
 from mmcoconut.build.vlms import from_vlm, reason_against
 
 
-__all__ = ["composed_from_vlm", "from_backbones", "from_vlm", "processor_from_backbones", "processor_from_vlm"]
-__all__ += ["reason_against", "set_tiles"]
+__all__ = [
+    "composed_from_vlm",
+    "composed_processor_from_vlm",
+    "from_backbones",
+    "from_vlm",
+    "processor_from_backbones",
+    "processor_from_vlm",
+    "reason_against",
+    "set_tiles",
+]

@@ -4,16 +4,22 @@ A checkpoint's own processor is loaded with `from_pretrained`, which needs none 
 """
 
 import copy
+import logging
 
-from transformers import AutoImageProcessor, AutoTokenizer
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 
+from mmcoconut import vlm_processing_mmcoconut
 from mmcoconut.build.tokens import add_special_tokens, image_token_of
-from mmcoconut.chat_template_mmcoconut import check_arguments, user_message
+from mmcoconut.chat_template_mmcoconut import check_arguments, check_names, user_message
 from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
+from mmcoconut.vlm_processing_mmcoconut import thinking_processor_class
 
+
+logger = logging.getLogger("mmcoconut")
 
 SET_THOUGHTS = (
     "{%- set thoughts = ('<|start-latent|>' if markers | default('both') != 'none' else '')"
@@ -29,13 +35,28 @@ CHAT_TEMPLATE = (
     "{%- else -%}{{- said(message['content']) ~ '\n' -}}{%- endif -%}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- thoughts -}}{%- endif -%}"
 )
+# Before a vision-language model's template: its own processor, which knows no latents, writes no thoughts.
+IF_ASKED = "{%- if num_latents is not defined -%}{%- set markers = 'none' -%}{%- endif -%}"
+# For a vision-language model without one: images, the question, a line end, the thoughts and the answer.
+PLAIN_TEMPLATE = (
+    "{%- for message in messages -%}{%- if message['role'] == 'assistant' -%}"
+    "{%- if message['content'] is string -%}{%- set said = message['content'] -%}"
+    "{%- else -%}{%- set said = message['content'] | map(attribute='text') | join -%}{%- endif -%}"
+    "{%- generation -%}{{- said ~ eos_token -}}{%- endgeneration -%}"
+    "{%- elif message['content'] is string -%}{{- (BOS if loop.first else '') ~ message['content'] ~ '\n' -}}"
+    "{%- else -%}{%- for part in message['content'] if part['type'] == 'image' -%}{{- 'IMAGE' -}}{%- endfor -%}"
+    "{{- BOS if loop.first else '' -}}"
+    "{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}{{- '\n' -}}"
+    "{%- endif -%}{%- endfor -%}"
+)
+BOS_BEHIND_IMAGES = ("PaliGemmaProcessor",)  # which put their bos token there
 # Before another model's template: assistant messages get the thoughts in front of their text.
 THINKING_MESSAGES = (
     "{%- set thinking = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
     "{%- set content = message['content'] -%}"
     "{%- if message['role'] == 'assistant' and content is string -%}{%- set content = thoughts ~ content -%}"
-    "{%- elif message['role'] == 'assistant' -%}"
+    "{%- elif message['role'] == 'assistant' and content -%}"
     "{%- if content[0]['type'] != 'text' -%}"
     "{{- raise_exception('An assistant message must begin with text, for thoughts stand before it.') -}}"
     "{%- endif -%}"
@@ -68,14 +89,19 @@ def check_tokenizer(tokenizer, config, image_token: str) -> None:
             )
 
 
-def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str:
+def with_thoughts(chat_template: str | None, tokenizer, image_token: str, *, if_asked: bool = False) -> str:
     """Return another model's chat template with the latents and markers where the assistant begins to write.
 
     The bos token is written in front where the tokenizer would put it and the template does not.
 
+    Args:
+        if_asked: a call that says no num_latents gets no markers either, as of a processor that knows neither.
+
     Raises:
         ValueError: no template, or one that does not write the image token once per image.
     """
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
     if not isinstance(chat_template, str):
         raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
     sample = tokenizer.apply_chat_template([user_message("a", 1)], chat_template=chat_template, tokenize=False)
@@ -87,7 +113,29 @@ def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str
     lacks_bos = starts_with_bos(tokenizer) and not sample.startswith(tokenizer.bos_token)
     bos = "{{ bos_token }}" if lacks_bos else "{{ '' }}"  # an expression, after which no white space is cut
     end = "{{ thoughts if add_generation_prompt else '' }}"
-    return SET_THOUGHTS + THINKING_MESSAGES + bos + chat_template.removesuffix("\n") + end
+    begin = (IF_ASKED if if_asked else "") + SET_THOUGHTS + THINKING_MESSAGES
+    return begin + bos + chat_template.removesuffix("\n") + end
+
+
+def plain_template_for(processor) -> str:
+    """Return a chat template for a vision-language model's processor that has none."""
+    bos = "bos_token" if type(processor).__name__ in BOS_BEHIND_IMAGES else "''"
+    return PLAIN_TEMPLATE.replace("IMAGE", processor.image_token).replace("BOS", bos)
+
+
+def set_image_options(processor, options: dict) -> None:
+    """Give the image processor of a vision-language model's processor other settings, under its own names for them.
+
+    Those that the processor overrides by its own at every call are kept beside num_latents and markers.
+
+    Raises:
+        ValueError: a name that the image processor does not know, with the nearest that it does.
+    """
+    image_class = type(processor.image_processor)
+    check_names(options, f"option of {image_class.__name__}", image_class.valid_kwargs.__annotations__)
+    processor.image_processor = image_class.from_dict(processor.image_processor.to_dict(), **options)
+    overridden = getattr(processor, "images_kwargs", {})
+    processor.image_options |= {name: value for name, value in options.items() if name in overridden}
 
 
 def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None, max_tiles: int | None) -> None:
@@ -150,8 +198,84 @@ def processor_from_backbones(vision: str | None = None, text: str | None = None,
     return MMCoconutProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)
 
 
-def processor_from_vlm(vlm, *, config, min_tiles: int | None = None, max_tiles: int | None = None, **kwargs):
-    """Build the processor of a model from `from_vlm`: the VLM's tokenizer, image processor and chat template.
+def own_processor(vlm, model_type: str) -> ProcessorMixin:
+    """Return a copy of a vision-language model's processor, or load it from a Hub id or folder.
+
+    Where libraries for videos or sound are not installed it is loaded for images alone, which is logged.
+
+    Raises:
+        ValueError: there is no processor.
+        ImportError: a library is not installed that images need too.
+    """
+    if isinstance(vlm, ProcessorMixin):
+        return copy.deepcopy(vlm)
+    try:
+        processor = AutoProcessor.from_pretrained(vlm)
+    except ImportError as error:
+        name = PROCESSOR_MAPPING_NAMES.get(model_type)
+        try:
+            processor = getattr(vlm_processing_mmcoconut, str(name)).from_pretrained(vlm)
+        except AttributeError:
+            raise error from None
+        logger.warning("%s of %s reads images alone: %s", name, vlm, str(error).strip().splitlines()[0])
+    if not isinstance(processor, ProcessorMixin):
+        raise ValueError(f"{vlm} has a {type(processor).__name__} and no processor: give the processor itself.")
+    return processor
+
+
+def processor_from_vlm(
+    vlm,
+    *,
+    config,
+    num_latents: int = 0,
+    markers: str = "both",
+    min_tiles: int | None = None,
+    max_tiles: int | None = None,
+    image_size: int | None = None,
+    image_options: dict | None = None,
+    chat_template: str | None = None,
+    tokenizer=None,
+):
+    """Build the processor of a model from `from_vlm`: the vision-language model's own with thoughts, a subclass.
+
+    Args:
+        vlm: Hub id or folder, or the VLM's processor, which stays as it is.
+        config: the model's configuration, whose token ids are checked.
+        num_latents, markers: as in `MMCoconutProcessor`.
+        min_tiles, max_tiles, image_size: tiles that an image is cut into, its thumbnail not counted, and their side in
+            pixels, of an image processor that calls them so, as InternVL's; default: the VLM's.
+        image_options: other settings of the image processor under its own names, such as max_pixels of Qwen2-VL,
+            do_image_splitting of SmolVLM or do_pan_and_scan of Gemma 3.
+        chat_template, tokenizer: in the place of the VLM's. One without a template gets `PLAIN_TEMPLATE`.
+
+    Raises:
+        ValueError: the tokenizer's ids differ from the configuration's; a chat template that does not write the image
+            token once an image; settings that the image processor does not know; a processor that cannot have
+            thoughts, with the reason.
+    """
+    processor = own_processor(vlm, config.model_type)
+    if tokenizer is not None:
+        processor.tokenizer = tokenizer
+    own_class, tokenizer = getattr(processor, "own_class", type(processor)), processor.tokenizer
+    if not isinstance(getattr(processor, "image_token", None), str):
+        problem = f"{own_class.__name__} has no token that stands for an image in text"
+        raise ValueError(f"{problem}: this vision-language model cannot have thoughts.")
+    chat_template = chat_template or processor.chat_template or plain_template_for(processor)
+    processor.chat_template = with_thoughts(chat_template, tokenizer, processor.image_token, if_asked=True)
+    placeholder = image_token_of(tokenizer, config.image_token_id)
+    add_special_tokens(tokenizer, placeholder, model_type=config.model_type)
+    check_tokenizer(tokenizer, config, placeholder)
+    processor.__class__ = thinking_processor_class(own_class)
+    processor.set_up(num_latents, markers)
+    if image_options:
+        set_image_options(processor, image_options)
+    set_tiles(processor.image_processor, image_size=image_size, min_tiles=min_tiles, max_tiles=max_tiles)
+    processor.column_names  # raises where the model reads what cannot be made
+    return processor
+
+
+def composed_processor_from_vlm(vlm, *, config, min_tiles: int | None = None, max_tiles: int | None = None, **kwargs):
+    """Build the processor of a composed model from a VLM: its tokenizer, image processor and chat template.
 
     Args:
         vlm: Hub id or folder, or the VLM's processor, which stays as it is.
