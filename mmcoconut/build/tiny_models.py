@@ -10,6 +10,7 @@ from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.build.tiny_processors import tiny_vlm_processor
 from mmcoconut.build.tiny_vlms import PATCH, SIDE, tiny_vlm_config
+from mmcoconut.build.tokens import SPARE_TOKENS
 
 
 # Image processors that enlarge small images, and cut them into tiles of a side.
@@ -45,6 +46,8 @@ def tiny_vlm(model_type: str, *, seed: int = 0, **fields) -> tuple[PreTrainedMod
     """
     image_fields = TILES if model_type in CUT_INTO_TILES else None
     processor = tiny_vlm_processor(model_type, image_fields=image_fields, **PROCESSOR_FIELDS.get(model_type, {}))
+    spare = list(SPARE_TOKENS.get(model_type, ()))
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": spare}, replace_extra_special_tokens=False)
     ids = token_ids_of(model_type, processor)
     grids = getattr(processor.image_processor, "image_grid_pinpoints", None)  # which both sides must know
     if grids is not None:
