@@ -155,7 +155,9 @@ def tiny_backbones(model_args) -> dict:
             sizes={**TINY_TEXT, **TINY_ENCODER_DECODER},
             key="text_model_type",
         ),
+        "gguf_file": None,
         "tokenizer": "train",
+        "chat_template": None,
         "tokenizer_vocab_size": 400,
     }
 

@@ -19,7 +19,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from mmcoconut.build.tokens import add_special_tokens, image_token_of
+from mmcoconut.build.tokens import add_special_tokens, image_token_of, turn_end_of
 from mmcoconut.configuration_mmcoconut import (
     SPECIAL_TOKENS,
     THOUGHT_TOKENS,
@@ -145,6 +145,14 @@ def ends_of(generation_config, tokenizer) -> int | list[int]:
     ends = generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     ends = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
+    return ends if len(ends) > 1 else ends[0]
+
+
+def ends_of_turns(generation_config, tokenizer) -> int | list[int]:
+    """Return the tokens that end an answer of an instruct model: `ends_of`, and what its template ends a turn with."""
+    ends = ends_of(generation_config, tokenizer)
+    turn_end = tokenizer.convert_tokens_to_ids(turn_end_of(tokenizer))
+    ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), turn_end]))
     return ends if len(ends) > 1 else ends[0]
 
 
@@ -341,6 +349,8 @@ def assemble(config: MMCoconutConfig, vision_tower: PreTrainedModel, causal_lm: 
     if model.get_decoder().counts_columns:
         check_row_positions(model.get_decoder())
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer.chat_template is not None:
+        tokens["eos_token_id"] = ends_of_turns(causal_lm.generation_config, tokenizer)
     # BART's summaries want forced ones, and an answer begins and ends by itself.
     model.generation_config.update(**tokens, forced_bos_token_id=None, forced_eos_token_id=None)
     return model

@@ -5,12 +5,20 @@ A checkpoint's own processor is loaded with `from_pretrained`, which needs none 
 
 import copy
 
+from jinja2 import TemplateError
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
-from mmcoconut.build.tokens import add_special_tokens, image_token_of
-from mmcoconut.chat_template_mmcoconut import check_arguments, user_message
-from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, THOUGHT_TOKENS, TOKEN_ID_FIELDS
+from mmcoconut.build.tokens import SAMPLE_TURNS, add_special_tokens, image_token_of, turn_end_of
+from mmcoconut.chat_template_mmcoconut import check_arguments, render, user_message
+from mmcoconut.configuration_mmcoconut import (
+    END_LATENT_TOKEN,
+    IMAGE_TOKEN,
+    LATENT_TOKEN,
+    START_LATENT_TOKEN,
+    THOUGHT_TOKENS,
+    TOKEN_ID_FIELDS,
+)
 from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 
@@ -45,6 +53,20 @@ THINKING_MESSAGES = (
     "{%- endfor -%}"
     "{%- set messages = thinking.messages -%}"
 )
+# Before the template of a text-only model, which joins a message's content with strings: it gets one string.
+CONTENT_AS_TEXT = (
+    "{%- set of_text = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set written = namespace(text='') -%}"
+    "{%- if message['content'] is string -%}{%- set written.text = message['content'] -%}"
+    "{%- elif message['content'] -%}{%- for part in message['content'] -%}"
+    "{%- set written.text = written.text ~ ('<image>' if part['type'] == 'image' else part['text']) -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set of_text.messages = of_text.messages + [dict(message, content=written.text)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = of_text.messages -%}{{ '' }}"
+)
+CHAT_TEMPLATES = ("own", "plain")
 
 
 def starts_with_bos(tokenizer) -> bool:
@@ -88,6 +110,61 @@ def with_thoughts(chat_template: str | None, tokenizer, image_token: str) -> str
     bos = "{{ bos_token }}" if lacks_bos else "{{ '' }}"  # an expression, after which no white space is cut
     end = "{{ thoughts if add_generation_prompt else '' }}"
     return SET_THOUGHTS + THINKING_MESSAGES + bos + chat_template.removesuffix("\n") + end
+
+
+def check_turns(chat_template: str, tokenizer) -> None:
+    """Raise unless a template with thoughts keeps earlier answers, directly behind their thoughts, and ends with some.
+
+    Raises:
+        ValueError: what it does otherwise, or that it refuses an ordinary chat of three messages.
+    """
+    (question, answer), (further, _) = SAMPLE_TURNS
+    chat = [user_message(question, 1), {"role": "assistant", "content": answer}, user_message(further)]
+    thoughts = "".join((START_LATENT_TOKEN, LATENT_TOKEN, END_LATENT_TOKEN))
+    text, _ = render(tokenizer, chat_template, chat, {"num_latents": 1, "add_generation_prompt": True})
+    found = {
+        f"{text.count(thoughts)} times thoughts in a chat of two turns": text.count(thoughts) != 2,
+        f"an earlier answer without {thoughts} directly before it": f"{thoughts}{answer}" not in text,
+        f"a prompt that ends as {text[-30:]!r}, without thoughts": not text.endswith(thoughts),
+        f"{text.count(IMAGE_TOKEN)} times {IMAGE_TOKEN} for an image": text.count(IMAGE_TOKEN) != 1,
+    }
+    for problem, is_met in found.items():
+        if is_met:
+            raise ValueError(f"The tokenizer's chat template writes {problem}: give chat_template='plain', or another.")
+
+
+def own_template(tokenizer) -> str:
+    """Return the chat template of an instruct language model's tokenizer with images as text, and thoughts.
+
+    Raises:
+        ValueError: a template that cannot be used so.
+    """
+    try:
+        chat_template = with_thoughts(CONTENT_AS_TEXT + tokenizer.get_chat_template(), tokenizer, IMAGE_TOKEN)
+        check_turns(chat_template, tokenizer)
+    except TemplateError as error:
+        raise ValueError(
+            f"The tokenizer's chat template refuses an ordinary chat ({error}): give chat_template='plain', or another."
+        ) from error
+    return chat_template
+
+
+def settle_template(chat_template: str | None, tokenizer) -> str:
+    """Return a Jinja template as it is, or the one that is meant by `own` or `plain`; None: own, if there is one.
+
+    With the tokenizer's own, what ends its turns becomes its eos token, which training writes behind an answer.
+
+    Raises:
+        ValueError: `own` for a tokenizer without a chat template, or with one that cannot be used.
+    """
+    if chat_template not in (None, *CHAT_TEMPLATES):
+        return chat_template
+    if chat_template == "own" and tokenizer.chat_template is None:
+        raise ValueError("chat_template='own', but the tokenizer has none: give 'plain', or leave it out.")
+    if chat_template == "plain" or tokenizer.chat_template is None:
+        return chat_template_for(tokenizer)
+    chat_template, tokenizer.eos_token = own_template(tokenizer), turn_end_of(tokenizer)
+    return chat_template
 
 
 def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None, max_tiles: int | None) -> None:
@@ -134,17 +211,19 @@ def processor_from_backbones(vision: str | None = None, text: str | None = None,
     Args:
         vision, text: Hub ids or folders, as for the model; not needed for a part that is given.
         config: the model's configuration; its image_seq_length is taken, its token ids are checked.
-        kwargs: `image_processor`, `tokenizer`, and the arguments of `MMCoconutProcessor`.
+        kwargs: `image_processor`, `tokenizer`, and the arguments of `MMCoconutProcessor`. `chat_template` may be a
+            template, `own` or `plain`: that of an instruct model's tokenizer, which is taken where there is one, with
+            thoughts where the assistant begins to write; or ours, question and answer alone.
 
     Raises:
-        ValueError: the tokenizer's ids differ from the configuration's.
+        ValueError: the tokenizer's ids differ from the configuration's; a chat template that cannot be used.
     """
     check_arguments(MMCoconutProcessor, kwargs, "vision", "text", "config")
     tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
     image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
     add_special_tokens(tokenizer)
     check_tokenizer(tokenizer, config, IMAGE_TOKEN)
-    kwargs.setdefault("chat_template", chat_template_for(tokenizer))
+    kwargs["chat_template"] = settle_template(kwargs.get("chat_template"), tokenizer)
     if config.is_encoder_decoder:
         kwargs.setdefault("decoder_start_token_id", config.text_config.decoder_start_token_id)
     return MMCoconutProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)

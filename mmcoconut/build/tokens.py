@@ -1,6 +1,21 @@
-"""The placeholders and markers in a tokenizer that a new model is built with."""
+"""The placeholders and markers in a tokenizer that a new model is built with, and what ends its turns."""
 
+from mmcoconut.chat_template_mmcoconut import control_tokens_of
 from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, PAD_TOKEN, THOUGHT_TOKENS
+
+SAMPLE_TURNS = (("Which colour?", "### 7291"), ("And then?", None))  # a question, its answer, a further question
+
+
+def turn_end_of(tokenizer) -> str | None:
+    """Return the token that a tokenizer's chat template writes directly behind an answer, or else its eos token."""
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token
+    (question, answer), (further, _) = SAMPLE_TURNS
+    contents = (("user", question), ("assistant", answer), ("user", further))
+    chat = [{"role": role, "content": content} for role, content in contents]
+    following = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)[2]
+    end = control_tokens_of(tokenizer, tokenizer.get_chat_template()).match(following)
+    return end[0] if end and end[0] else tokenizer.eos_token
 
 
 def image_token_of(tokenizer, image_token_id: int) -> str:
