@@ -125,6 +125,7 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
         config=model.config,
         tokenizer=tokenizer,
         image_processor=build_image_processor(model_args, model.config.vision_config),
+        chat_template=model_args.chat_template,
         markers=model_args.markers,
     )
     return model, processor

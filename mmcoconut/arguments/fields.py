@@ -20,7 +20,7 @@ class ModelArguments:
     vlm: str | None = HfArg(default=None, help="Folder or Hub id of a pretrained InternVL or LLaVA to start from.")
     vision_model: str | None = HfArg(default=None, help="Folder or Hub id of the pretrained vision tower.")
     text_model: str | None = HfArg(default=None, help="Folder or Hub id of the pretrained language model.")
-    gguf_file: str | None = HfArg(default=None, help="The file of text_model that holds weights and tokenizer as GGUF.")
+    gguf_file: str | None = HfArg(default=None, help="The file of text_model with weights and tokenizer as GGUF.")
     vision_config: dict | None = HfArg(default=None, help="Vision tower from scratch: {model_type: ..., ...}.")
     text_config: dict | None = HfArg(default=None, help="Language model from scratch: {model_type: gpt2, ...}.")
     vlm_model_type: str | None = HfArg(default=None, help="Architecture of vlm, for a smoke test.")

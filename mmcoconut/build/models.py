@@ -351,6 +351,7 @@ def assemble(config: MMCoconutConfig, vision_tower: PreTrainedModel, causal_lm: 
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if tokenizer.chat_template is not None:
         tokens["eos_token_id"] = ends_of_turns(causal_lm.generation_config, tokenizer)
+        model.config.get_text_config().eos_token_id = tokens["eos_token_id"]
     # BART's summaries want forced ones, and an answer begins and ends by itself.
     model.generation_config.update(**tokens, forced_bos_token_id=None, forced_eos_token_id=None)
     return model

@@ -67,6 +67,7 @@ CONTENT_AS_TEXT = (
     "{%- set messages = of_text.messages -%}{{ '' }}"
 )
 CHAT_TEMPLATES = ("own", "plain")
+OTHER_TEMPLATE = "give chat_template='plain', or a template."
 
 
 def starts_with_bos(tokenizer) -> bool:
@@ -130,7 +131,9 @@ def check_turns(chat_template: str, tokenizer) -> None:
     }
     for problem, is_met in found.items():
         if is_met:
-            raise ValueError(f"The tokenizer's chat template writes {problem}: give chat_template='plain', or another.")
+            raise ValueError(
+                f"The tokenizer's chat template writes {problem}: give chat_template='plain', or another."
+            )
 
 
 def own_template(tokenizer) -> str:
@@ -144,7 +147,7 @@ def own_template(tokenizer) -> str:
         check_turns(chat_template, tokenizer)
     except TemplateError as error:
         raise ValueError(
-            f"The tokenizer's chat template refuses an ordinary chat ({error}): give chat_template='plain', or another."
+            f"The tokenizer's chat template refuses an ordinary chat ({error}): {OTHER_TEMPLATE}"
         ) from error
     return chat_template
 

@@ -3,6 +3,7 @@
 from mmcoconut.chat_template_mmcoconut import control_tokens_of
 from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, PAD_TOKEN, THOUGHT_TOKENS
 
+
 SAMPLE_TURNS = (("Which colour?", "### 7291"), ("And then?", None))  # a question, its answer, a further question
 
 
