@@ -18,6 +18,7 @@ from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.build import from_backbones, from_vlm, processor_from_backbones, processor_from_vlm, set_tiles
+from mmcoconut.build.gguf import load_tokenizer
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
@@ -83,7 +84,9 @@ def read(data_args, run_args):
 def build_tokenizer(model_args, train_set, checkpoint: Path | None = None):
     """The tokenizer of the recipe; one that is trained is trained once, and then that of the checkpoint."""
     if model_args.tokenizer != "train":
-        return AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.text_model)
+        if model_args.tokenizer is not None:
+            return AutoTokenizer.from_pretrained(model_args.tokenizer)
+        return load_tokenizer(model_args.text_model, model_args.gguf_file)
     if checkpoint is not None:
         return MMCoconutProcessor.from_pretrained(checkpoint, trust_remote_code=False).tokenizer
     texts = [
@@ -114,6 +117,7 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
     model = from_backbones(
         model_args.vision_model,
         model_args.text_model,
+        gguf_file=model_args.gguf_file,
         tokenizer=tokenizer,
         vision_config=config_of(model_args.vision_config),
         text_config=config_of(model_args.text_config),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from mmcoconut.build.gguf import find_gguf
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.errors import UsageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -65,10 +66,16 @@ def check_sources(model_args) -> None:
     Raises:
         CheckpointError: one that is not there.
     """
+    gguf_file = model_args.gguf_file
     for key in ("vlm", "vision_model", "text_model"):
         name = getattr(model_args, key)
-        if name is not None:
+        if name is not None and not (key == "text_model" and gguf_file is not None):
             _config_values(key, name)
+    if gguf_file is not None:
+        try:
+            find_gguf(model_args.text_model, gguf_file)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
     name = model_args.tokenizer
     if name not in (None, "train"):
         _found("tokenizer", name, lambda: cached_file(name, "tokenizer_config.json"))

@@ -19,6 +19,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from mmcoconut.build.gguf import find_gguf, load_gguf, load_tokenizer
 from mmcoconut.build.tokens import add_special_tokens, image_token_of, turn_end_of
 from mmcoconut.configuration_mmcoconut import (
     SPECIAL_TOKENS,
@@ -98,14 +99,14 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_config(name_or_path: str, part: str) -> PreTrainedConfig:
+def load_config(name_or_path: str, part: str, **options) -> PreTrainedConfig:
     """The configuration of a pretrained part.
 
     Raises:
         ValueError: a name that is neither a folder with a configuration nor found on the Hub.
     """
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        return AutoConfig.from_pretrained(name_or_path, **options)
     except OSError as error:
         raise ValueError(
             f"The {part} {name_or_path!r} is neither a folder that holds a config.json nor found on the Hub: give an "
@@ -200,18 +201,23 @@ def check_has_encoder(text_config: PreTrainedConfig, image_fusion: str) -> None:
         )
 
 
-def load_language_model(name_or_path: str, auto_class, *, image_fusion: str) -> PreTrainedModel:
+def load_language_model(
+    name_or_path: str, auto_class, *, image_fusion: str, gguf_file: str | None = None
+) -> PreTrainedModel:
     """A pretrained language model, whole; cross-attention that it has not learnt yet starts from random weights.
 
     Raises:
         ValueError: a checkpoint without some of the other weights; one without the encoder that the fusion needs.
     """
-    config = load_config(name_or_path, "language model")
+    of_file = {} if gguf_file is None else {"gguf_file": gguf_file}
+    config = load_config(name_or_path, "language model", **of_file)
     check_has_encoder(config, image_fusion)
     settle_decoder(config, image_fusion)
-    causal_lm, info = auto_class.from_pretrained(
-        name_or_path, config=config, dtype=torch.get_default_dtype(), output_loading_info=True
-    )
+    options = {"config": config, "dtype": torch.get_default_dtype()}
+    if gguf_file is None:
+        causal_lm, info = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+    else:
+        causal_lm, info = load_gguf(name_or_path, gguf_file, auto_class, **options)
     missing = sorted(name for name in info["missing_keys"] if "cross" not in name and "encoder_attn" not in name)
     if missing:
         raise ValueError(
@@ -330,11 +336,13 @@ def join(model, vision_tower: PreTrainedModel, language_model: PreTrainedModel, 
     return model.eval()
 
 
-def language_model_for(image_fusion: str, text: str | None, text_config, tokenizer) -> PreTrainedModel:
+def language_model_for(
+    image_fusion: str, text: str | None, text_config, tokenizer, gguf_file: str | None = None
+) -> PreTrainedModel:
     """Return the language model with a head that a fusion needs, pretrained by name or with random weights."""
     auto_class = AutoModelForSeq2SeqLM if image_fusion == "encoder" else AutoModelForCausalLM
     if text is not None:
-        return load_language_model(text, auto_class, image_fusion=image_fusion)
+        return load_language_model(text, auto_class, image_fusion=image_fusion, gguf_file=gguf_file)
     return new_language_model(text_config, tokenizer, auto_class, image_fusion=image_fusion)
 
 
@@ -361,6 +369,7 @@ def from_backbones(
     vision: str | None = None,
     text: str | None = None,
     *,
+    gguf_file: str | None = None,
     tokenizer=None,
     vision_config: PreTrainedConfig | None = None,
     text_config: PreTrainedConfig | None = None,
@@ -374,6 +383,8 @@ def from_backbones(
         vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
             "openai-community/gpt2"; or
         vision_config, text_config: configurations, for random weights.
+        gguf_file: the file of `text` that holds its weights and tokenizer as GGUF; needs the package gguf. Quantized
+            weights are unpacked.
         tokenizer: the language model's, loaded from `text` by default; it gets the four special tokens where it lacks
             them, and the embeddings grow to its length.
         new_token_init: a token whose embedding the new ones start from (the paper: "<<"); None: the old ones' mean.
@@ -382,19 +393,21 @@ def from_backbones(
             of an encoder-decoder such as BART, the others a MMCoconutForConditionalGeneration.
 
     Raises:
-        ValueError: both or neither of a name and a configuration; an unknown field, dtype or `new_token_init`; a
-            language model whose head is more than a matrix.
+        ValueError: both or neither of a name and a configuration; an unknown field, dtype or `new_token_init`; no
+            such `gguf_file`; a language model whose head is more than a matrix.
     """
     if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
         raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
     check_fields(config_kwargs, method="from_backbones")
     dtype = as_dtype(dtype)
+    if gguf_file is not None:
+        find_gguf(text, gguf_file)
     image_fusion = config_kwargs.get("image_fusion", MMCoconutConfig.image_fusion)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
+    tokenizer = tokenizer or load_tokenizer(text, gguf_file)
     num_known = len(tokenizer)
     add_special_tokens(tokenizer)
     vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
-    causal_lm = language_model_for(image_fusion, text, text_config, tokenizer)
+    causal_lm = language_model_for(image_fusion, text, text_config, tokenizer, gguf_file)
     if text:
         grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
     check_plain_head(causal_lm)

@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
+from mmcoconut.build.gguf import load_tokenizer
 from mmcoconut.build.tokens import SAMPLE_TURNS, add_special_tokens, image_token_of, turn_end_of
 from mmcoconut.chat_template_mmcoconut import check_arguments, render, user_message
 from mmcoconut.configuration_mmcoconut import (
@@ -208,12 +209,15 @@ def parts_of_vlm(vlm) -> tuple:
     return tokenizer, AutoImageProcessor.from_pretrained(vlm), chat_template
 
 
-def processor_from_backbones(vision: str | None = None, text: str | None = None, *, config, **kwargs):
+def processor_from_backbones(
+    vision: str | None = None, text: str | None = None, *, config, gguf_file: str | None = None, **kwargs
+):
     """Build the processor of a model from `from_backbones`: both parts by name, or given as objects.
 
     Args:
         vision, text: Hub ids or folders, as for the model; not needed for a part that is given.
         config: the model's configuration; its image_seq_length is taken, its token ids are checked.
+        gguf_file: the file of `text` that holds the tokenizer, as for the model.
         kwargs: `image_processor`, `tokenizer`, and the arguments of `MMCoconutProcessor`. `chat_template` may be a
             template, `own` or `plain`: that of an instruct model's tokenizer, which is taken where there is one, with
             thoughts where the assistant begins to write; or ours, question and answer alone.
@@ -221,8 +225,8 @@ def processor_from_backbones(vision: str | None = None, text: str | None = None,
     Raises:
         ValueError: the tokenizer's ids differ from the configuration's; a chat template that cannot be used.
     """
-    check_arguments(MMCoconutProcessor, kwargs, "vision", "text", "config")
-    tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
+    check_arguments(MMCoconutProcessor, kwargs, "vision", "text", "config", "gguf_file")
+    tokenizer = kwargs.pop("tokenizer", None) or load_tokenizer(text, gguf_file)
     image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
     add_special_tokens(tokenizer)
     check_tokenizer(tokenizer, config, IMAGE_TOKEN)
