@@ -152,7 +152,7 @@ def tiny_backbones(model_args) -> dict:
             model_args.text_model_type,
             model_args.text_config,
             model_args.text_model,
-            sizes={**TINY_TEXT, **TINY_ENCODER_DECODER},
+            sizes={**TINY_DECODER, **TINY_ENCODER_DECODER},
             key="text_model_type",
         ),
         "gguf_file": None,

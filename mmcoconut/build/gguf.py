@@ -1,4 +1,4 @@
-"""Language models out of GGUF files, the format of llama.cpp: where the file is, and loading it as ordinary weights."""
+"""Language models out of GGUF files, the format of llama.cpp: finding them, and loading them as ordinary weights."""
 
 from pathlib import Path
 
