@@ -6,6 +6,8 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from mmcoconut.build.gguf import find_gguf
+from mmcoconut.build.timm import MODEL_TYPE as TIMM_MODEL_TYPE
+from mmcoconut.build.timm import check_timm
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.errors import UsageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -60,6 +62,14 @@ def read_config(name: str, *, revision: str | None = None) -> MMCoconutConfig:
     return MMCoconutConfig.from_pretrained(name, trust_remote_code=False, **options)
 
 
+def _checked(check: Callable, *args) -> None:
+    """Run a check; what it raises becomes a CheckpointError."""
+    try:
+        check(*args)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def check_sources(model_args) -> None:
     """Look for the models that a recipe starts from, before anything is built.
 
@@ -69,13 +79,12 @@ def check_sources(model_args) -> None:
     gguf_file = model_args.gguf_file
     for key in ("vlm", "vision_model", "text_model"):
         name = getattr(model_args, key)
-        if name is not None and not (key == "text_model" and gguf_file is not None):
-            _config_values(key, name)
+        of_gguf = key == "text_model" and gguf_file is not None
+        values = {} if name is None or of_gguf else _config_values(key, name)
+        if values.get("model_type") == TIMM_MODEL_TYPE:
+            _checked(check_timm, f"{key} = {name!r}")
     if gguf_file is not None:
-        try:
-            find_gguf(model_args.text_model, gguf_file)
-        except ValueError as error:
-            raise CheckpointError(str(error)) from error
+        _checked(find_gguf, model_args.text_model, gguf_file)
     name = model_args.tokenizer
     if name not in (None, "train"):
         _found("tokenizer", name, lambda: cached_file(name, "tokenizer_config.json"))

@@ -263,6 +263,16 @@ def test_template_that_does_not_write_a_chat_is_refused(template, problem):
         settle_template(None, tokenizer)
 
 
+def test_tokenizer_of_a_checkpoint_has_its_thoughts_already(kind, tmp_path):
+    model, processor = instruct_pair(kind)
+    plain = tiny_processor(model, tokenizer=instruct_tokenizer(kind), chat_template="plain")
+    for made in (processor, plain):
+        made.save_pretrained(tmp_path)
+        loaded = MMCoconutProcessor.from_pretrained(tmp_path).tokenizer
+        again = tiny_processor(model, tokenizer=loaded)
+        assert (again.chat_template, again.tokenizer.eos_token) == (made.chat_template, made.tokenizer.eos_token)
+
+
 def test_several_templates_of_one_tokenizer():
     tokenizer = instruct_tokenizer("chatml")
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}

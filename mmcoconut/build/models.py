@@ -20,6 +20,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from mmcoconut.build.gguf import find_gguf, load_gguf, load_tokenizer
+from mmcoconut.build.timm import MODEL_TYPE as TIMM_MODEL_TYPE
+from mmcoconut.build.timm import check_timm, settle_timm
 from mmcoconut.build.tokens import add_special_tokens, image_token_of, turn_end_of
 from mmcoconut.configuration_mmcoconut import (
     SPECIAL_TOKENS,
@@ -103,9 +105,12 @@ def load_config(name_or_path: str, part: str, **options) -> PreTrainedConfig:
     """The configuration of a pretrained part.
 
     Raises:
-        ValueError: a name that is neither a folder with a configuration nor found on the Hub.
+        ValueError: a name that is neither a folder with a configuration nor found on the Hub; a timm backbone without
+            timm.
     """
     try:
+        if PreTrainedConfig.get_config_dict(name_or_path, **options)[0].get("model_type") == TIMM_MODEL_TYPE:
+            check_timm(f"The {part} {name_or_path!r}")
         return AutoConfig.from_pretrained(name_or_path, **options)
     except OSError as error:
         raise ValueError(
@@ -162,6 +167,23 @@ def load_vision_tower(name_or_path: str) -> PreTrainedModel:
     config = load_config(name_or_path, "vision tower")
     vision_config = getattr(config, "vision_config", config)
     return AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=torch.get_default_dtype())
+
+
+def new_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
+    """A vision tower with random weights."""
+    if vision_config.model_type == TIMM_MODEL_TYPE:
+        check_timm(f"The vision tower {vision_config.architecture!r}")
+    return AutoModel.from_config(vision_config)
+
+
+def check_has_tokens(vision_config: PreTrainedConfig) -> None:
+    """Raise a ValueError for a tower that has no width and depth of its own, such as a convolutional network."""
+    for name in ("hidden_size", "num_hidden_layers"):
+        if getattr(vision_config, name, None) is None:
+            raise ValueError(
+                f"The vision tower {vision_config.model_type} has no {name}, so its features are no row of tokens of "
+                "one width: take a vision transformer (CLIP, SigLIP, ViT, DINOv2, …)."
+            )
 
 
 def settle_vocabulary(text_config: PreTrainedConfig, vocab_size: int) -> None:
@@ -406,7 +428,10 @@ def from_backbones(
     tokenizer = tokenizer or load_tokenizer(text, gguf_file)
     num_known = len(tokenizer)
     add_special_tokens(tokenizer)
-    vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
+    vision_tower = load_vision_tower(vision) if vision else new_vision_tower(vision_config)
+    if vision_tower.config.model_type == TIMM_MODEL_TYPE:
+        settle_timm(vision_tower, config_kwargs)
+    check_has_tokens(vision_tower.config)
     causal_lm = language_model_for(image_fusion, text, text_config, tokenizer, gguf_file)
     if text:
         grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)

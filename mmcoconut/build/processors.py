@@ -10,6 +10,8 @@ from transformers import AutoImageProcessor, AutoTokenizer
 from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.build.gguf import load_tokenizer
+from mmcoconut.build.timm import MODEL_TYPE as TIMM_MODEL_TYPE
+from mmcoconut.build.timm import timm_image_processor
 from mmcoconut.build.tokens import SAMPLE_TURNS, add_special_tokens, image_token_of, turn_end_of
 from mmcoconut.chat_template_mmcoconut import check_arguments, render, user_message
 from mmcoconut.configuration_mmcoconut import (
@@ -167,6 +169,8 @@ def settle_template(chat_template: str | None, tokenizer) -> str:
         raise ValueError("chat_template='own', but the tokenizer has none: give 'plain', or leave it out.")
     if chat_template == "plain" or tokenizer.chat_template is None:
         return chat_template_for(tokenizer)
+    if SET_THOUGHTS in tokenizer.get_chat_template():  # the tokenizer of a checkpoint, which has the thoughts already
+        return tokenizer.get_chat_template()
     chat_template, tokenizer.eos_token = own_template(tokenizer), turn_end_of(tokenizer)
     return chat_template
 
@@ -209,6 +213,13 @@ def parts_of_vlm(vlm) -> tuple:
     return tokenizer, AutoImageProcessor.from_pretrained(vlm), chat_template
 
 
+def image_processor_of(vision: str | None, vision_config):
+    """Return the image processor of a pretrained tower, of a timm backbone by what its checkpoint says."""
+    if vision_config.model_type == TIMM_MODEL_TYPE:
+        return timm_image_processor(vision_config)
+    return AutoImageProcessor.from_pretrained(vision)
+
+
 def processor_from_backbones(
     vision: str | None = None, text: str | None = None, *, config, gguf_file: str | None = None, **kwargs
 ):
@@ -227,7 +238,7 @@ def processor_from_backbones(
     """
     check_arguments(MMCoconutProcessor, kwargs, "vision", "text", "config", "gguf_file")
     tokenizer = kwargs.pop("tokenizer", None) or load_tokenizer(text, gguf_file)
-    image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
+    image_processor = kwargs.pop("image_processor", None) or image_processor_of(vision, config.vision_config)
     add_special_tokens(tokenizer)
     check_tokenizer(tokenizer, config, IMAGE_TOKEN)
     kwargs["chat_template"] = settle_template(kwargs.get("chat_template"), tokenizer)
