@@ -21,7 +21,7 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "
 def check_timm(name: str) -> None:
     """Raise a ValueError that says what to install, unless timm can be used; name: of the tower that needs it."""
     if not is_timm_available():
-        raise ValueError(f"{name} is a timm backbone, which needs timm and torchvision: pip install 'mmcoconut[timm]'.")
+        raise ValueError(f"{name} is a timm backbone, which needs timm and torchvision: pip install timm torchvision.")
 
 
 def input_size_of(config) -> tuple[int, int, int]:
@@ -44,15 +44,15 @@ def settle_timm(tower: PreTrainedModel, config_kwargs: dict) -> None:
     """
     layer, strategy = (config_kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy"))
     if layer not in (None, -1):
-        raise ValueError(f"vision_feature_layer={layer}, but a timm backbone gives its last layer alone: set it to -1.")
+        raise ValueError(f"vision_feature_layer={layer}, and a timm backbone gives its last layer alone: set -1.")
     config, name = tower.config, tower.config.architecture
     channels, height, width = input_size_of(config)
     pixels = torch.zeros(1, channels, height, width, dtype=tower.dtype, device=tower.device)
     features = tower.eval()(pixels, do_pooling=False).last_hidden_state  # (1, tokens, W)
     if features.dim() != 3:
         raise ValueError(
-            f"The timm backbone {name} gives features of shape {tuple(features.shape)}, and (images, tokens, width) is "
-            "wanted: take a vision transformer (vit_…, deit_…, eva…), not a convolutional network."
+            f"The timm backbone {name} gives features of shape {tuple(features.shape)}, not (images, tokens, width): "
+            "take a vision transformer (vit_…, deit_…, eva…) in the place of a convolutional network."
         )
     has_prefix = getattr(tower.timm_model, "num_prefix_tokens", 0) > 0  # models without such tokens lack the name
     if not has_prefix and strategy in (None, "default"):
