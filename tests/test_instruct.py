@@ -9,12 +9,14 @@ from transformers import AutoModelForCausalLM
 
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
+from mmcoconut.audit import command as audit
 from mmcoconut.build import from_backbones
 from mmcoconut.build.processors import CHAT_TEMPLATE, settle_template
 from mmcoconut.build.tokens import add_special_tokens, turn_end_of
 from mmcoconut.chat_template_mmcoconut import user_message
 from mmcoconut.data.conversations import further_turn
 from mmcoconut.errors import RecipeError
+from mmcoconut.evaluation import evaluate as evaluation
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.training.collator import IGNORED, encode_answer
@@ -313,6 +315,13 @@ def test_recipe_trains_on_the_template(recipe, chat_template, end, tmp_path):
     processor = MMCoconutProcessor.from_pretrained(run)
     assert processor.tokenizer.eos_token == end
     assert ("<|im_start|>" in processor.chat_template) == (chat_template is None)
+    options = ["--model", run, "--split", "validation", "--output_dir"]
+    evaluated = evaluation.main([*options, str(tmp_path / "evaluation")])
+    assert evaluated["n"] == 8
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("sklearn")
+    audit.main([*options, str(tmp_path / "audit"), "--max_samples", "4"])
+    assert (tmp_path / "audit" / "report.html").is_file()
 
 
 @pytest.mark.parametrize("objective", ["grpo", "rloo"])
