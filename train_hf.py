@@ -114,6 +114,8 @@ def config_of(values: dict | None):
 
 def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
     tokenizer = build_tokenizer(model_args, train_set, checkpoint)
+    if model_args.chat_template == "plain":
+        tokenizer.chat_template = None
     model = from_backbones(
         model_args.vision_model,
         model_args.text_model,

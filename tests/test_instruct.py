@@ -265,6 +265,16 @@ def test_template_that_does_not_write_a_chat_is_refused(template, problem):
         settle_template(None, tokenizer)
 
 
+def test_model_of_a_template_that_refuses_chats_says_how_to_leave_it_out():
+    tokenizer = instruct_tokenizer("chatml")
+    tokenizer.chat_template = "{{ raise_exception('Only tools here') }}"
+    parts = {"vision_config": VISION_CONFIGS["clip"](), "text_config": TEXT_CONFIGS["qwen2"]()}
+    with pytest.raises(ValueError, match=r"an ordinary chat \(Only tools here\): set tokenizer.chat_template ="):
+        from_backbones(**parts, tokenizer=tokenizer)
+    tokenizer.chat_template = None
+    assert from_backbones(**parts, tokenizer=tokenizer).generation_config.eos_token_id == tokenizer.eos_token_id
+
+
 def test_tokenizer_of_a_checkpoint_has_its_thoughts_already(kind, tmp_path):
     model, processor = instruct_pair(kind)
     plain = tiny_processor(model, tokenizer=instruct_tokenizer(kind), chat_template="plain")
@@ -275,11 +285,15 @@ def test_tokenizer_of_a_checkpoint_has_its_thoughts_already(kind, tmp_path):
         assert (again.chat_template, again.tokenizer.eos_token) == (made.chat_template, made.tokenizer.eos_token)
 
 
-def test_several_templates_of_one_tokenizer():
+def test_several_templates_of_one_tokenizer(tmp_path):
     tokenizer = instruct_tokenizer("chatml")
     tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ tools }}"}
     assert turn_end_of(tokenizer) == "<|im_end|>"
-    assert settle_template(None, tokenizer).count(CHATML) == 1
+    model, _ = instruct_pair("chatml")
+    processor = tiny_processor(model, tokenizer=tokenizer)
+    assert processor.chat_template.count(CHATML) == 1
+    processor.save_pretrained(tmp_path)
+    assert MMCoconutProcessor.from_pretrained(tmp_path).chat_template == processor.chat_template
 
 
 def test_ends_of_pretrained_weights_are_kept(tmp_path):

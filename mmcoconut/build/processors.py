@@ -241,6 +241,8 @@ def processor_from_backbones(
     image_processor = kwargs.pop("image_processor", None) or image_processor_of(vision, config.vision_config)
     add_special_tokens(tokenizer)
     check_tokenizer(tokenizer, config, IMAGE_TOKEN)
+    if isinstance(tokenizer.chat_template, dict):  # a saved processor has one template, or all that its tokenizer has
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
     kwargs["chat_template"] = settle_template(kwargs.get("chat_template"), tokenizer)
     if config.is_encoder_decoder:
         kwargs.setdefault("decoder_start_token_id", config.text_config.decoder_start_token_id)

@@ -1,5 +1,7 @@
 """The placeholders and markers in a tokenizer that a new model is built with, and what ends its turns."""
 
+from jinja2 import TemplateError
+
 from mmcoconut.chat_template_mmcoconut import control_tokens_of
 from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, PAD_TOKEN, THOUGHT_TOKENS
 
@@ -8,13 +10,21 @@ SAMPLE_TURNS = (("Which colour?", "### 7291"), ("And then?", None))  # a questio
 
 
 def turn_end_of(tokenizer) -> str | None:
-    """Return the token that a tokenizer's chat template writes directly behind an answer, or else its eos token."""
+    """Return the token that a tokenizer's chat template writes directly behind an answer, or else its eos token.
+
+    Raises:
+        ValueError: a template that refuses an ordinary chat of three messages.
+    """
     if tokenizer.chat_template is None:
         return tokenizer.eos_token
     (question, answer), (further, _) = SAMPLE_TURNS
     contents = (("user", question), ("assistant", answer), ("user", further))
     chat = [{"role": role, "content": content} for role, content in contents]
-    following = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)[2]
+    try:
+        following = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)[2]
+    except TemplateError as error:
+        remedy = "set tokenizer.chat_template = None, or chat_template: plain in a recipe, to leave it out"
+        raise ValueError(f"The tokenizer's chat template refuses an ordinary chat ({error}): {remedy}.") from error
     end = control_tokens_of(tokenizer, tokenizer.get_chat_template()).match(following)
     return end[0] if end and end[0] else tokenizer.eos_token
 
