@@ -143,9 +143,8 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         Raises:
             ValueError: a name that this code cannot make for text with thoughts.
         """
-        inputs = self._own_inputs(
-            [[torch.full((3, 64, 64), 127, dtype=torch.uint8)]], " a" * 99, {"return_tensors": "pt"}
-        )
+        grey = flat_images(torch.full((64, 64), 127, dtype=torch.uint8))
+        inputs = self._own_inputs([grey], " a" * 99, {"return_tensors": "pt"})
         known, text_names = {name.rpartition(".")[2] for name in COLUMNS}, {"input_ids", "attention_mask", "labels"}
         shape = torch.as_tensor(inputs["input_ids"]).shape  # (1, T)
         for name, value in inputs.items():

@@ -265,6 +265,10 @@ def processor_from_vlm(
     placeholder = image_token_of(tokenizer, config.image_token_id)
     add_special_tokens(tokenizer, placeholder, model_type=config.model_type)
     check_tokenizer(tokenizer, config, placeholder)
+    if processor.image_token not in tokenizer.get_vocab():  # which no model reads: other ids stand for it
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [processor.image_token]}, replace_extra_special_tokens=False
+        )
     processor.__class__ = thinking_processor_class(own_class)
     processor.set_up(num_latents, markers)
     if image_options:

@@ -146,5 +146,7 @@ def tiny_vlm_processor(model_type: str, *, image_fields: dict | None = None, **f
                 raise NoTinyProcessorError(f"{own_class.__name__} cannot be made: {error}".strip()) from error
             named[found[1]] = f"<|{found[1]}|>"
     made.__class__ = own_class
-    made.chat_template = TEMPLATE.replace("IMAGE", special.get("placed") or getattr(made, "image_token", None) or "")
+    if not isinstance(getattr(made, "image_token", None), str):
+        raise NoTinyProcessorError(f"{own_class.__name__} has no token that stands for an image in text")
+    made.chat_template = TEMPLATE.replace("IMAGE", special.get("placed") or made.image_token)
     return made
