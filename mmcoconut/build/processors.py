@@ -274,7 +274,13 @@ def processor_from_vlm(
     if image_options:
         set_image_options(processor, image_options)
     set_tiles(processor.image_processor, image_size=image_size, min_tiles=min_tiles, max_tiles=max_tiles)
-    processor.column_inputs([[0]], [[1]])  # raises where the model reads what cannot be made
+    try:
+        processor.column_inputs([[0]], [[1]])
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"{own_class.__name__} cannot read an image ({type(error).__name__}: {error})"
+        raise ValueError(
+            f"{problem}: give the processor itself, with all its fields set, such as patch_size."
+        ) from error
     return processor
 
 
