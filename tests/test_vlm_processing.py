@@ -109,6 +109,8 @@ def own_call(own, text, images):
     name = type(own).__name__
     if name == "PaliGemmaProcessor":  # it writes its bos token and the line end itself
         text = [each.replace(own.tokenizer.bos_token, "").removesuffix("\n") for each in text]
+    if name == "Emu3Processor":  # it writes its bos token itself
+        text = [each.removeprefix(own.tokenizer.bos_token) for each in text]
     if name == "GotOcr2Processor":
         images = [image for group in images for image in group]
     more = {"return_for_text_completion": True} if name == "ChameleonProcessor" else {}
@@ -218,7 +220,7 @@ def rows_of(groups, history=()):
         )
         for index, group in enumerate(groups)
     ]
-    return [*to_dataset(examples)]
+    return [{**row, "index": index} for index, row in enumerate(to_dataset(examples))]
 
 
 COLLATED = ("qwen2_5_vl", "gemma3", "paligemma", "mllama", "idefics3", "internvl", "llava_next", "ernie4_5_vl_moe")
@@ -227,9 +229,7 @@ COLLATED = ("qwen2_5_vl", "gemma3", "paligemma", "mllama", "idefics3", "internvl
 @pytest.mark.parametrize("model_type", COLLATED)
 def test_batches_of_the_collator_have_what_rows_alone_have(model_type):
     _, processor = own_and_thinking(model_type)
-    curriculum = Curriculum(
-        mode="no_thoughts" if False else "coconut", c_thought=2, max_latent_stage=1, epochs_per_stage=1
-    )
+    curriculum = Curriculum(mode="coconut", c_thought=2, max_latent_stage=1, epochs_per_stage=1)
     collator = CurriculumCollator(curriculum, processor, max_length=2048)
     collator.fixed_stage = 1
     rows = rows_of([[WIDE, TALL], [], [SMALL]])
@@ -275,7 +275,7 @@ def test_turns_of_a_conversation_with_images(model_type):
     _, processor = own_and_thinking(model_type)
     curriculum = Curriculum(mode="coconut", thoughts_per_turn=2, epochs_per_stage=1)
     collator = CurriculumCollator(curriculum, processor)
-    [row] = rows_of([[WIDE]], history=[("Which?", "blue")])
+    [row] = rows_of([[WIDE]], history=[{"question": "Which?", "answer": "blue"}])
     [[handle]] = collator.pixels([row])[1]
     turns, prompt = collator.encode_turns(row, [handle], 2)
     assert len(turns) == 1
@@ -444,7 +444,7 @@ def test_a_part_that_is_not_loaded_keeps_its_settings(tmp_path):
     processor = processor_from_vlm(own, config=config_for(own, "qwen2_vl"))
     processor.save_pretrained(tmp_path)
     loaded = load_processor(tmp_path, backend="pil")
-    assert loaded.video_processor == own.video_processor
+    assert {**loaded.video_processor, "auto_map": 0} == {**own.video_processor, "auto_map": 0}
     assert (loaded.video_processor.fps, loaded.video_processor.other) == (3, None)
 
 

@@ -44,6 +44,7 @@ PROCESSOR_FIELDS |= {"img_size": SIDE}
 # has where an image stands, if not the image token; None: there is no template.
 SPECIAL: dict[str, dict] = {
     "PaliGemmaProcessor": {"image": {"image_seq_length": (SIDE // PATCH) ** 2}, "placed": None},
+    "Ovis2Processor": {"tokens": [f"<IMG_{name}>" for name in ("START", "ATOM", "GRID", "COL", "ROW", "END")]},
     "MllamaProcessor": {"tokens": [f"<|reserved_special_token_{number}|>" for number in (10, 11, 12)]},
     "Gemma4Processor": {"named": ("audio_token", "boa_token", "eoa_token")},
     "VideoLlavaProcessor": {"image": {name: {"height": SIDE, "width": SIDE} for name in ("size", "crop_size")}},
