@@ -143,15 +143,14 @@ def build_from_vlm(model_args):
     fields = {field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK}
     fields["new_token_init"] = model_args.new_token_init
     options = {"min_tiles": model_args.min_tiles, "max_tiles": model_args.max_tiles, "markers": model_args.markers}
-    if model_args.composed:
-        model = composed_from_vlm(model_args.vlm, image_size=model_args.image_size, **fields)
-        options["use_thumbnail"] = model_args.use_thumbnail
-        processor = composed_processor_from_vlm(model_args.vlm, config=model.config, **options)
-    else:
+    if not model_args.composed:
         model = from_vlm(model_args.vlm, check=model_args.check_vlm, **fields)
         options["image_options"] = model_args.image_options
-        processor = processor_from_vlm(model_args.vlm, config=model.config, **options)
-    if model_args.composed and not model_args.use_thumbnail and not makes_tiles(processor.image_processor):
+        return model, processor_from_vlm(model_args.vlm, config=model.config, **options)
+    model = composed_from_vlm(model_args.vlm, image_size=model_args.image_size, **fields)
+    options["use_thumbnail"] = model_args.use_thumbnail
+    processor = composed_processor_from_vlm(model_args.vlm, config=model.config, **options)
+    if not model_args.use_thumbnail and not makes_tiles(processor.image_processor):
         raise ValueError(
             f"use_thumbnail: false has no effect, because {type(processor.image_processor).__name__} of "
             f"{model_args.vlm} cuts no tiles: remove this key."

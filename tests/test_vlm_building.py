@@ -1,13 +1,13 @@
 """from_vlm: any vision-language model in its own class, its new tokens, and the check against the definition."""
 
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from tiny import SPREAD, max_difference
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -26,7 +26,7 @@ from mmcoconut.build.tokens import SPARE_TOKENS
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.errors import UsageError
 from mmcoconut.models import load_model, read_config
-from mmcoconut.thinking_mmcoconut import ThinkingDecoder, Thoughts
+from mmcoconut.thinking_mmcoconut import ThinkingDecoder
 from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
 
@@ -57,7 +57,10 @@ CONFIGS = {
     },
 }
 KNOWN_WORDS = 250  # ids below are ordinary tokens
-HOW_TIED = {"untied": False, "tied": True}
+# Llama 3.2's head has fewer rows than its embeddings, so they cannot be tied.
+KINDS = [
+    (model_type, tied) for model_type in CONFIGS for tied in (False, True) if (model_type, tied) != ("mllama", True)
+]
 
 
 def tokenizer_of(model_type: str) -> PreTrainedTokenizerFast:
@@ -106,8 +109,7 @@ def logits_of(model, inputs) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spare_rows", [0, 40])
-@pytest.mark.parametrize("tied", HOW_TIED.values(), ids=HOW_TIED)
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type, tied", KINDS)
 def test_a_model_thinks_in_place_with_the_same_logits(model_type, tied, spare_rows):
     vlm, tokenizer = tiny_vlm(model_type, tied=tied, spare_rows=spare_rows)
     own_class, num_known, size = type(vlm), len(tokenizer), vlm.get_input_embeddings().weight.shape[0]
@@ -115,16 +117,15 @@ def test_a_model_thinks_in_place_with_the_same_logits(model_type, tied, spare_ro
     inputs = {"input_ids": some_ids()}
     expected, image_token_id = logits_of(vlm, inputs), vlm.config.image_token_id
     model = from_vlm(vlm, tokenizer=tokenizer)
-    assert model is vlm and isinstance(model, (ThinkingVLM, own_class)[0]) and isinstance(model, own_class)
+    assert model is vlm and isinstance(model, ThinkingVLM) and isinstance(model, own_class)
     assert type(model).__name__ == own_class.__name__ and not model.training
-    assert (
-        isinstance(model.get_decoder(), ThinkingDecoder)
-        and model.get_decoder().layers[0].input_layernorm.weight is kept
-    )
-    assert max_difference(logits_of(model, inputs)[..., : expected.shape[-1]], expected) == 0
+    assert isinstance(model.get_decoder(), ThinkingDecoder)
+    assert model.get_decoder().layers[0].input_layernorm.weight is kept
     assert model.config.image_token_id == image_token_id
     ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
     assert [getattr(model.config, name) for name in TOKEN_ID_FIELDS[1:]] == ids
+    old = [number for number in range(num_known) if number not in ids]
+    assert max_difference(logits_of(model, inputs)[..., old], expected[..., old]) == 0
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     grown = max(size, num_known + (0 if model_type in SPARE_TOKENS else 3))
     assert len(embeddings) == grown and (head is embeddings) == tied
@@ -137,8 +138,7 @@ def test_a_model_thinks_in_place_with_the_same_logits(model_type, tied, spare_ro
     assert max_difference(changed, logits_of(model, with_latents(model))) > 0.01
 
 
-@pytest.mark.parametrize("tied", HOW_TIED.values(), ids=HOW_TIED)
-@pytest.mark.parametrize("model_type", CONFIGS)
+@pytest.mark.parametrize("model_type, tied", KINDS)
 def test_a_checkpoint_opens_with_thoughts_and_as_the_plain_model(model_type, tied, tmp_path):
     """By a folder's name, saved, and loaded without code from the folder."""
     vlm, tokenizer = tiny_vlm(model_type, tied=tied)
@@ -158,7 +158,7 @@ def test_a_checkpoint_opens_with_thoughts_and_as_the_plain_model(model_type, tie
     inputs = with_latents(model)
     assert max_difference(logits_of(loaded, inputs), logits_of(model, inputs)) <= 1e-6
     plain = AutoModelForImageTextToText.from_pretrained(saved, trust_remote_code=False)
-    assert type(plain) is type(vlm).mro()[0] or not isinstance(plain, ThinkingVLM)
+    assert type(plain) is type(vlm)
     zero = {"input_ids": some_ids()}
     assert max_difference(logits_of(plain, zero), logits_of(loaded, zero)) == 0
 
@@ -281,10 +281,7 @@ REJECTED = {
 @pytest.mark.parametrize("name", REJECTED)
 def test_what_lacks_a_part_is_rejected_with_the_part(name):
     config, reason = REJECTED[name]
-    pytest.importorskip("transformers")
-    assert reason_against(config) is not None
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(reason_against(config))
+    assert re.search(reason, reason_against(config))
 
 
 def test_reasons_are_given_for_configurations_classes_and_models():
@@ -318,20 +315,9 @@ def test_right_models_pass_in_each_dtype_and_stay_as_they_are(model_type, dtype)
     model.config.thought_mode, passes = "pause", []
     model.get_decoder().layers[0].register_forward_hook(lambda *_: passes.append(1))
     checks.check_thoughts(model, inputs)
-    assert (
-        model.training
-        and model.config.thought_mode == "pause"
-        and not any(p.grad is not None for p in model.parameters())
-    )
+    assert model.training and model.config.thought_mode == "pause"
+    assert all(weight.grad is None for weight in model.parameters())
     assert len(passes) == 6  # three of the whole text, and three pieces
-
-
-class Marked(nn.Module):
-    """Adds to what a decoder's layer reads a number for each token, of which `cut` makes the ones of a pass."""
-
-    def __init__(self, decoder, cut):
-        super().__init__()
-        self.decoder, self.cut = decoder, cut
 
 
 def misled(model, change) -> None:
@@ -387,7 +373,7 @@ def test_an_unknown_argument_with_an_entry_a_token_is_named():
         return own(**{**inputs, "inputs_embeds": inputs["inputs_embeds"] * marks})
 
     decoder.own_forward = marked
-    match = r"it fails with RuntimeError: .* Its decoder takes ple_marks, with one entry a token, which is not cut.*check=F"
+    match = r"it fails with RuntimeError: .* Its decoder takes ple_marks, with one entry a token.*check=False"
     with pytest.raises(ValueError, match=match):
         checks.check_thoughts(model, prompt_of(model, tokenizer))
 
@@ -408,7 +394,3 @@ def test_a_model_that_rounding_turns_around_is_not_judged(caplog, monkeypatch):
     monkeypatch.setattr(checks, "TOO_MUCH", 0.0)
     checks.check_thoughts(model, inputs)
     assert "cannot be told in float32" in caplog.text
-
-
-def test_the_definition_is_that_of_the_thinking_decoder():
-    assert Thoughts is checks.Thoughts and checks.think_uncached.__module__ == ThinkingDecoder.__module__

@@ -165,7 +165,7 @@ def _thought(model: PreTrainedModel, inputs: dict, schedule) -> torch.Tensor:
 def _rejected(model: PreTrainedModel, failed: str, unknown: list[str]) -> ValueError:
     found = f" Its decoder takes {', '.join(unknown)}, with one entry a token, which is not cut." if unknown else ""
     return ValueError(
-        f"This {type(model).__name__} does not think in pieces what it thinks by the definition: {failed}.{found} Take "
-        "another vision-language model or another release of transformers; "
-        "check=False (`check_vlm: false` in a recipe) takes it as it is."
+        f"This {type(model).__name__} does not think in pieces what it thinks by the definition: {failed}.{found} "
+        "Take another vision-language model or another release of transformers; check=False (`check_vlm: false` in a "
+        "recipe) takes it as it is."
     )

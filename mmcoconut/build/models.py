@@ -457,20 +457,27 @@ def composed_from_vlm(
     dtype = as_dtype(dtype)
     tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
     vlm = load_vlm(vlm)
-    fields = fields_of_vlm(vlm)
+    settle_tying(vlm)
     num_known = len(tokenizer)
-    add_special_tokens(tokenizer, image_token_of(tokenizer, fields["image_token_id"]))
+    add_special_tokens(tokenizer, image_token_of(tokenizer, vlm.config.image_token_id))
     grow_embeddings(vlm, tokenizer, num_known, new_token_init=new_token_init)
     thought_ids = dict(zip(TOKEN_ID_FIELDS[1:], tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))))
+    model = compose(vlm, {**thought_ids, **config_kwargs})
+    model.generation_config = generation_config_of(vlm, tokenizer, model.generation_config.suppress_tokens)
+    return cast_weights(model.to(vlm.device), vlm.dtype if dtype is None else dtype)
+
+
+def compose(vlm: PreTrainedModel, fields: dict) -> MMCoconutForConditionalGeneration:
+    """Return a model of the parts of an InternVL or LLaVA, which is used up; what is between its thoughts is new.
+
+    fields: of MMCoconutConfig, beside those that the VLM decides.
+    """
     config = MMCoconutConfig(
         vision_config=vlm.model.vision_tower.config,
         text_config=vlm.model.language_model.config,
-        **fields,
-        **thought_ids,
-        **config_kwargs,
+        **{**fields_of_vlm(vlm), **fields},
     )
     model = without_backbones(config)
     join(model, vlm.model.vision_tower, vlm.model.language_model, head=vlm.get_output_embeddings())
     model.model.multi_modal_projector.load_state_dict(vlm.model.multi_modal_projector.state_dict())
-    model.generation_config = generation_config_of(vlm, tokenizer, model.generation_config.suppress_tokens)
-    return cast_weights(model.to(vlm.device), vlm.dtype if dtype is None else dtype)
+    return model

@@ -162,7 +162,7 @@ def from_vlm(
         raise ValueError("A model does not bring its tokenizer: give processor or tokenizer as well.")
     _check_fields(thought_fields)
     dtype = as_dtype(dtype)
-    source = processor if isinstance(vlm, PreTrainedModel) or processor is not None else vlm
+    source = vlm if processor is None and tokenizer is None else processor
     model = _load(vlm, dtype)
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer
