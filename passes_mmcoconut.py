@@ -159,23 +159,29 @@ def cut_by_mask(values: list[torch.Tensor], mask: torch.Tensor, start: int, end:
     return [value[kept] for value in values]
 
 
-def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) -> tuple[torch.Tensor, ...]:
+def join_attentions(
+    pieces: list[tuple[torch.Tensor, ...]], past_length: int, reads_images: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Return attention maps (B, H, t, keys) of the pieces as (B, H, T, all keys).
 
     Zeros stand for what a piece does not see: later keys, and earlier ones that a sliding window has let go. An
-    attention implementation that makes no maps, as sdpa, leaves () of them.
+    attention implementation that makes no maps, as sdpa, leaves () of them. reads_images: some layers look at images
+    beside the text (mllama), and their keys are the same in every piece.
     """
     if not pieces[0]:
         return pieces[0]
     ends = list(accumulate((piece[0].shape[2] for piece in pieces), initial=past_length))[1:]
-    num_keys = max(ends[-1], *(attention.shape[-1] for attention in pieces[-1]))
-    layers = []
-    for layer in zip(*pieces):
-        gone = [max(0, end - attention.shape[-1]) for end, attention in zip(ends, layer)]
-        rest = [num_keys - left - attention.shape[-1] for left, attention in zip(gone, layer)]
-        padded = [nn.functional.pad(attention, sides) for attention, *sides in zip(layer, gone, rest)]
-        layers.append(torch.cat(padded, dim=2))  # (B, H, T, keys)
-    return tuple(layers)
+    layers = list(zip(*pieces))
+    beside = [reads_images and len({attention.shape[-1] for attention in layer}) == 1 for layer in layers]
+    num_keys = max(ends[-1], *(layer[-1].shape[-1] for layer, apart in zip(layers, beside) if not apart))
+    joined = []
+    for layer, apart in zip(layers, beside):
+        if not apart:
+            gone = [max(0, end - attention.shape[-1]) for end, attention in zip(ends, layer)]
+            rest = [num_keys - left - attention.shape[-1] for left, attention in zip(gone, layer)]
+            layer = [nn.functional.pad(attention, sides) for attention, *sides in zip(layer, gone, rest)]
+        joined.append(torch.cat(layer, dim=2))  # (B, H, T, keys)
+    return tuple(joined)
 
 
 # --- masks and positions ---------------------------------------------------------------------------------------------

@@ -325,7 +325,11 @@ class Passes:
             joined["hidden_states"] = tuple(join_columns(layer) for layer in layers)
         if first.get("attentions") is not None:
             past_length = int(self.cache.get_seq_length()) - self.length
-            joined["attentions"] = join_attentions([output.attentions for output in self.outputs], past_length)
+            maps, reads_images = (
+                [output.attentions for output in self.outputs],
+                not self.inputs.keys().isdisjoint(READ_ONCE),
+            )
+            joined["attentions"] = join_attentions(maps, past_length, reads_images)
         if first.get("router_logits") is not None:
             layers, rows = zip(*(output.router_logits for output in self.outputs)), self.embeds_run[0].shape[0]
             joined["router_logits"] = tuple(join_tokens(layer, rows) for layer in layers)
