@@ -109,8 +109,12 @@ def heat_map(picture: torch.Tensor, weights: torch.Tensor, *, top: float | None 
         ValueError: features that make no square, see `picture_grid`.
     """
     grid = grid_of(weights)  # (rows, columns)
-    top = float(grid.max()) if top is None else top
-    pixels = enlarge(pixels_of(picture), MIN_SIDE)  # (H, W, 3)
+    return blend(pixels_of(picture), grid, float(grid.max()) if top is None else top)
+
+
+def blend(pixels: np.ndarray, grid: np.ndarray, top: float) -> Image.Image:
+    """Pixels (H, W, 3) in 0 … 255, faded, under a grid (rows, columns) of weights, as in `heat_map`."""
+    pixels = enlarge(pixels, MIN_SIDE)  # (H, W, 3)
     height, width = pixels.shape[:2]
     rows = np.arange(height) * grid.shape[0] // height  # (H,), the cell of each line
     columns = np.arange(width) * grid.shape[1] // width  # (W,)
