@@ -314,12 +314,17 @@ def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tenso
         )
 
 
-def check_window(sees_all_columns: bool, window: int | None, num_columns: int) -> None:
+def check_window(keeps_all_keys: bool, window: int | None, num_columns: int) -> None:
     """Raise where latents that are left out would push columns of a longer sequence out of a sliding window."""
-    if not sees_all_columns and (window is None or num_columns > window):
+    if not keeps_all_keys and (window is None or num_columns > window):
+        what = (
+            "go into what some layers keep in the place of keys"
+            if window is None
+            else f"stand in a window of {window}"
+        )
         raise ValueError(
-            f"Rows leave latents out, whose columns would stand in a window of {window}, and the sequence has "
-            f"{num_columns} columns: take a decoder with full attention, or leave the latents out of the prompt."
+            f"Rows leave latents out, whose columns would {what}, and the sequence has {num_columns} columns: take a "
+            "decoder with full attention, or leave the latents out of the prompt."
         )
 
 

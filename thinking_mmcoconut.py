@@ -293,8 +293,9 @@ class Passes:
             (start, before), self.held = self.held, None
             embeds = torch.cat([before, embeds], dim=1)
         if self.safe_ends and self.safe_ends[start + embeds.shape[1]] > start + embeds.shape[1]:
+            state = self.states_of(embeds, start)[:, -1]
             self.held = start, embeds
-            return self.states_of(embeds, start)[:, -1]
+            return state
         if self.outputs:
             self.cache = next_pass(self.cache)
         output = self.call_decoder(self.cache, **self.arguments_of(embeds, start))
@@ -309,10 +310,14 @@ class Passes:
     def states_of(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
         """Return the states (B, t, D) of a piece that will be run again; the cache stays as it is."""
         length, end = embeds.shape[1], start + embeds.shape[1]
+        if self.held is not None:  # not in the cache yet
+            start, before = self.held
+            embeds = torch.cat([before, embeds], dim=1)
         if self.safe_ends:
             embeds = torch.cat([embeds, self.inputs["inputs_embeds"][:, end : self.safe_ends[end]]], dim=1)
         inputs = self.arguments_of(embeds, start)
-        return self.call_decoder(throwaway(self.cache), **inputs).last_hidden_state[:, :length]
+        states = self.call_decoder(throwaway(self.cache), **inputs).last_hidden_state
+        return states[:, end - start - length : end - start]
 
     def joined(self):
         """Return the output of the call, of all columns, in the decoder's own class."""
@@ -434,10 +439,13 @@ class ThinkingDecoder(PutInFront):
 
     @cached_property
     def sees_all_columns(self) -> bool:
-        """Whether all layers attend to all columns, and none to a window; the cache that transformers makes tells."""
-        reads_images = not {*READ_ONCE}.isdisjoint(self.own_arguments)  # in layers between those of the text
-        layers = DynamicCache(config=self.config).layers
-        return not reads_images and all(type(layer) is DynamicLayer for layer in layers)
+        """Whether all layers attend to all columns, and none to images beside them."""
+        return self.keeps_all_keys and {*READ_ONCE}.isdisjoint(self.own_arguments)
+
+    @cached_property
+    def keeps_all_keys(self) -> bool:
+        """Whether no layer lets keys go, as a sliding window does; the cache that transformers makes tells."""
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
 
     @cached_property
     def is_recurrent(self) -> bool:
@@ -507,7 +515,7 @@ class ThinkingDecoder(PutInFront):
         states = carry_states(outputs.last_hidden_state, thoughts.left_out, thoughts.state_before)
         outputs.last_hidden_state = states  # (B, T, D)
         window = getattr(self.config, "sliding_window", None)
-        check_window(self.sees_all_columns, window, thoughts.attention_mask.shape[1])
+        check_window(self.keeps_all_keys, window, thoughts.attention_mask.shape[1])
 
 
 @contextmanager
