@@ -3,7 +3,7 @@
     python -m mmcoconut.convert_vlm outputs/run outputs/own --to own
 
 The composed form (`composed_from_vlm`) is an MMCoconutForConditionalGeneration of the VLM's parts; the own form
-(`from_vlm`) a subclass of the VLM's class, which serving engines know. Both have the same weights, logits and thoughts.
+(`from_vlm`) a subclass of the VLM's class, which serving engines know. Both have the same weights and logits.
 """
 
 import logging

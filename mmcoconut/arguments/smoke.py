@@ -152,10 +152,12 @@ def tiny_backbones(model_args) -> dict:
             model_args.text_model_type,
             model_args.text_config,
             model_args.text_model,
-            sizes={**TINY_TEXT, **TINY_ENCODER_DECODER},
+            sizes={**TINY_DECODER, **TINY_ENCODER_DECODER},
             key="text_model_type",
         ),
+        "gguf_file": None,
         "tokenizer": "train",
+        "chat_template": None,
         "tokenizer_vocab_size": 400,
     }
 

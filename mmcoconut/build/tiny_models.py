@@ -1,4 +1,4 @@
-"""A tiny vision-language model of any architecture with its processor, for smoke tests and tests, without downloads."""
+"""A tiny vision-language model of any architecture with its processor, for smoke tests and tests; no downloads."""
 
 import re
 from pathlib import Path

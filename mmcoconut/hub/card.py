@@ -121,7 +121,7 @@ def measurements(evidence: Evidence) -> list[tuple[str, str, float]]:
 def sees_pictures(config) -> bool:
     """Return True if a checkpoint was made for pictures: the tower of one for text alone has a single patch."""
     vision = config.vision_config
-    return vision.image_size != vision.patch_size
+    return vision.image_size != getattr(vision, "patch_size", None)  # of a timm tower it is not known
 
 
 def model_index(evidence: Evidence, task: str) -> list[EvalResult]:
