@@ -8,7 +8,7 @@ from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from mmcoconut.build.tiny_processors import tiny_vlm_processor
+from mmcoconut.build.tiny_processors import image_token_id_of, tiny_vlm_processor
 from mmcoconut.build.tiny_vlms import PATCH, SIDE, tiny_vlm_config
 from mmcoconut.build.tokens import SPARE_TOKENS
 
@@ -35,6 +35,8 @@ def token_ids_of(model_type: str, processor: ProcessorMixin) -> dict[str, int]:
         known = [token for token in tokens if token in tokenizer.get_vocab()]
         if known:
             ids[field] = tokenizer.get_vocab()[known[0]]
+        if name == "image":
+            ids[field] = image_token_id_of(processor)
     return ids
 
 
