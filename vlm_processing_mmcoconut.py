@@ -92,7 +92,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         """Load a processor; parts for videos or sound whose libraries are not installed are left out."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except ImportError:
+        except (ImportError, ValueError):  # the latter of a video processor
             settings, unused = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
             parts = [
                 LOADERS[name].from_pretrained(pretrained_model_name_or_path, **kwargs)

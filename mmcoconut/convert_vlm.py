@@ -2,8 +2,8 @@
 
     python -m mmcoconut.convert_vlm outputs/run outputs/own --to own
 
-The composed form (`composed_from_vlm`) is an MMCoconutForConditionalGeneration of the VLM's parts; the own form
-(`from_vlm`) a subclass of the VLM's class, which serving engines know. Both have the same weights, logits and thoughts.
+The composed form (`composed_from_vlm`) is an MMCoconutForConditionalGeneration of a VLM's parts, the own form
+(`from_vlm`) a subclass of its class, which serving engines know. Both have the same weights, logits and thoughts.
 """
 
 import logging
@@ -95,7 +95,7 @@ def to_own(model: PreTrainedModel) -> ThinkingVLM:
     reason = reason or _why_not_own(config)
     if reason is not None:
         raise ValueError(f"This model has no own form: {reason}; keep it as it is.")
-    vars(model.model.vision_tower.config).pop("tie_last_hidden_states", None)  # which InternVL's own class need not say
+    vars(model.model.vision_tower.config).pop("tie_last_hidden_states", None)  # InternVL's own class says it by itself
     config.vision_config, config.text_config = model.model.vision_tower.config, model.model.language_model.config
     with torch.device("meta"):
         own = thinking_class(OWN[config.projector_type][1])(_own_config(config))

@@ -5,7 +5,7 @@ import torch
 from test_from_vlm import ONE, TALL, WIDE, thinking, vlm_processor
 from tiny import tiny_image, tiny_model, tiny_processor, tiny_seq2seq
 
-from mmcoconut.build import processor_from_backbones, composed_processor_from_vlm
+from mmcoconut.build import composed_processor_from_vlm, processor_from_backbones
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 
 

@@ -18,7 +18,7 @@ from tiny import TEXT_CONFIGS, tiny_model
 import train_hf
 from mmcoconut.arguments.fields import CurriculumArguments, DataArguments
 from mmcoconut.arguments.recipes import parse_recipe
-from mmcoconut.arguments.smoke import write_tiny_vlm
+from mmcoconut.build.tiny_models import write_tiny_vlm
 from mmcoconut.data import json_steps
 from mmcoconut.images_mmcoconut import UnreadableImageError
 from mmcoconut.kernels.latent import LATENT_WHERE_LEANER

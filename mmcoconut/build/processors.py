@@ -211,7 +211,7 @@ def own_processor(vlm, model_type: str) -> ProcessorMixin:
         return copy.deepcopy(vlm)
     try:
         processor = AutoProcessor.from_pretrained(vlm)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:  # the latter of a video processor
         name = PROCESSOR_MAPPING_NAMES.get(model_type)
         try:
             processor = getattr(vlm_processing_mmcoconut, str(name)).from_pretrained(vlm)

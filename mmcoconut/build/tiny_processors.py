@@ -14,6 +14,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.build.tiny_vlms import PATCH, SIDE
+from mmcoconut.build.tokens import SPARE_TOKENS
 from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.vlm_processing_mmcoconut import NotLoaded, thinking_processor_class
 
@@ -124,6 +125,7 @@ def tiny_vlm_processor(model_type: str, *, image_fields: dict | None = None, **f
     values = {name: value for name, value in {**PROCESSOR_FIELDS, **fields}.items() if name in parameters}
     source = "".join(inspect.getsource(each) for each in own_class.__mro__ if "processing_" in each.__module__)
     strings = [*SPECIAL_STRING.findall(source), *re.findall(r"<[^<>]+>", special.get("placed", ""))]
+    strings += SPARE_TOKENS.get(model_type, ())
     made_class, named = thinking_processor_class(own_class), {name: f"<|{name}|>" for name in special.get("named", ())}
     while True:
         tokenizer = _tokenizer_with(list(dict.fromkeys(strings)), named)
