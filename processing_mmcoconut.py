@@ -51,6 +51,11 @@ class ThinkingProcessor:
     number of its tiles or the ids that stand for it, is called num_tiles everywhere.
     """
 
+    # The most tiles of an image; None: only its size says what stands for it.
+    most_tiles: int | None = None
+    # What `column_inputs` gives.
+    column_names: Sequence[str] = ()
+
     def column_inputs(self, input_ids, attention_mask, images: dict | None = None, written=None) -> dict:
         """Return what the model reads beside the ids of a batch with one entry a token; nothing by default.
 
@@ -251,7 +256,7 @@ class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
         image_seq_length (`int`): placeholders of one image or tile, `config.image_seq_length` of the model.
         num_latents (`int`): default latents of a prompt, in a trained checkpoint those of its last stage.
         markers (`str`): `both` (the paper) | `start` | `none`, the markers around the latents.
-        chat_template (`str`): the layout, as `processor_from_backbones` and `processor_from_vlm` write it.
+        chat_template (`str`): the layout, as the functions of mmcoconut.build write it.
         image_token, start_image_token, end_image_token (`str`): placeholder of images, and what frames them, or None.
         use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
         decoder_start_token_id (`int`): what an encoder-decoder's decoder begins with; None for a decoder alone.
@@ -277,7 +282,7 @@ class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
         check_arguments(type(self), kwargs)
         wanted = (image_token, *THOUGHT_TOKENS, start_image_token, end_image_token)
         missing = sorted({*wanted} - {None, *tokenizer.get_vocab()}, key=wanted.index)
-        remedy = "build the processor with processor_from_backbones or processor_from_vlm"
+        remedy = "build the processor with processor_from_backbones or composed_processor_from_vlm"
         if missing:
             raise ValueError(f"The tokenizer lacks the special tokens {', '.join(missing)}: {remedy}, which add them.")
         if chat_template is None:
@@ -333,6 +338,12 @@ class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
         frame = (self.start_image_token, self.end_image_token)
         start, end = ([] if token is None else [self.tokenizer.convert_tokens_to_ids(token)] for token in frame)
         return [*start, *[self.image_token_id] * (self.image_seq_length * num_tiles), *end]
+
+    @property
+    def most_tiles(self) -> int:
+        """Return the most tiles of an image, with the thumbnail."""
+        cuts = makes_tiles(self.image_processor) and self.image_processor.crop_to_patches
+        return self.image_processor.max_patches + 1 if cuts else 1
 
     def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
         """Return 1 at the ids that are of an image, 0 elsewhere."""

@@ -24,6 +24,7 @@ from mmcoconut.build import (
     from_vlm,
     processor_from_backbones,
     processor_from_vlm,
+    set_image_options,
     set_tiles,
 )
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
@@ -171,7 +172,7 @@ def build_from_checkpoint(model_args):
     if model_args.image_options is not None:
         if not hasattr(processor, "image_options"):
             raise ValueError(f"image_options are of a vlm's own processor, and {name} has another: remove this key.")
-        processor.image_options = model_args.image_options
+        set_image_options(processor, model_args.image_options)
     return model, processor
 
 

@@ -163,7 +163,7 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         return outputs.to_tuple() if as_tuple else outputs
 
     def run_own_forward(self, own_forward: Callable, inputs: dict):
-        """Run the own forward with the loss of labelled columns alone, where a training step asks for no logits."""
+        """Run the own forward; the loss is of labelled columns, and in training the head runs on them alone."""
         labels, shift_labels = inputs.get("labels"), inputs.get("shift_labels")
         targets = self.targets_of(labels, shift_labels, inputs.get("input_ids"), inputs.get("attention_mask"))
         run = own_forward
@@ -172,15 +172,17 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
             def run(**given):
                 return run_with_latents(self, own_forward, given)
 
-        shares_loss = inputs.get("output_router_logits") or not self.keeps_logits  # of which the model's own adds more
-        if targets is None or not self.training or inputs.get("logits_to_keep") or shares_loss:
-            return run(**inputs, return_dict=True)
-        columns = (targets != -100).any(dim=0).nonzero()[:, 0]  # (kept,)
+        if targets is None or inputs.get("logits_to_keep") or inputs.get("output_router_logits"):
+            return run(**inputs, return_dict=True)  # whose own loss has a part of the router's
         given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        outputs = run(**given, logits_to_keep=columns, return_dict=True)
+        if keeps_few := self.training and self.keeps_logits:
+            given["logits_to_keep"] = columns = (targets != -100).any(dim=0).nonzero()[:, 0]  # (kept,)
+            targets = targets[:, columns]  # (B, kept)
+        outputs, labelled = run(**given, return_dict=True), targets != -100  # (B, kept or T)
         sizes = {"vocab_size": outputs.logits.shape[-1], "num_items_in_batch": inputs.get("num_items_in_batch")}
-        loss = self.loss_function(logits=outputs.logits, labels=None, shift_labels=targets[:, columns], **sizes)
-        return type(outputs)(**{**outputs, "loss": loss, "logits": None})
+        wanted = {"logits": outputs.logits[labelled], "labels": None, "shift_labels": targets[labelled]}  # (n, V), (n,)
+        loss = self.loss_function(**wanted, **sizes)
+        return type(outputs)(**{**outputs, "loss": loss, "logits": None if keeps_few else outputs.logits})
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under their present names, the code of the thoughts, and which class of it opens them."""

@@ -4,9 +4,9 @@
     vlm_processing_mmcoconut.Qwen2_5_VLProcessor        the same, as `auto_map` names it in a checkpoint
 
 What stands for an image is asked of the own processor: it is called with texts in which a marker separates a row's
-images, so frames, rows of tiles, breaks and their texts come from there, and so do all tensors but those with one entry
-a token, which `column_inputs` makes from the final ids. num_latents and markers are saved beside the own fields; without
-this code the own processor opens, whose chat template then writes no thoughts.
+images, so frames, rows of tiles, breaks and their texts come from there, and so do all tensors but those with one
+entry a token, which `column_inputs` makes from the final ids. num_latents and markers are saved beside the own fields;
+without this code the own processor opens, whose chat template then writes no thoughts.
 """
 
 import inspect
@@ -41,7 +41,7 @@ class NotLoaded(dict):
 
 
 def types_of_prefix(processor, input_ids, written, images) -> list[list[int]]:
-    """Return 0 in the part that is read both ways, which ends where thoughts or what is written begin, and 1 behind."""
+    """Return 0 in the part that is read both ways, which ends where thoughts or answers begin, and 1 behind."""
     thoughts = set(processor.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS)))
     types = []
     for row, said in zip(input_ids, written):
@@ -52,10 +52,10 @@ def types_of_prefix(processor, input_ids, written, images) -> list[list[int]]:
 
 
 def cross_attention_mask(processor, input_ids, written, images) -> list | None:
-    """Return 1 where a token reads the tiles of an image before it (B, T, images, tiles), as the own processor does."""
+    """Return 1 where a token reads the tiles of an image before it (B, T, images, tiles)."""
     from transformers.models.mllama import processing_mllama as own
 
-    if not images:
+    if "aspect_ratio_mask" not in (images or {}):
         return None
     seen = [own.get_cross_attention_token_mask(row, processor.image_token_id) for row in input_ids]
     tiles = torch.as_tensor(images["aspect_ratio_mask"]).sum(-1).tolist()  # (B, images)
@@ -63,8 +63,8 @@ def cross_attention_mask(processor, input_ids, written, images) -> list | None:
     return own.convert_sparse_cross_attention_mask_to_dense(seen, tiles, most, max(map(len, input_ids))).tolist()
 
 
-# What processors give with one entry a token, and how it is made of the final ids: by the own processor's method, or by
-# a function here, for one processor or for all.
+# What processors give with one entry a token, and how it is made of the final ids: by the own processor's method, or
+# by a function here, for one processor or for all.
 COLUMNS: dict[str, str | Callable] = {
     "mm_token_type_ids": "create_mm_token_type_ids",
     "moe_mm_token_type_ids": "create_moe_mm_token_type_ids",
@@ -126,7 +126,11 @@ class ThinkingVLMProcessor(ThinkingProcessor):
 
     def check_argument_for_proper_class(self, argument_name, argument):
         """Check the class of a part; one that is not loaded has none."""
-        return None if isinstance(argument, NotLoaded) else super().check_argument_for_proper_class(argument_name, argument)
+        return (
+            None
+            if isinstance(argument, NotLoaded)
+            else super().check_argument_for_proper_class(argument_name, argument)
+        )
 
     @property
     def latent_token_id(self) -> int:
@@ -139,7 +143,9 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         Raises:
             ValueError: a name that this code cannot make for text with thoughts.
         """
-        inputs = self._own_inputs([[torch.full((3, 64, 64), 127, dtype=torch.uint8)]], " a" * 99, {"return_tensors": "pt"})
+        inputs = self._own_inputs(
+            [[torch.full((3, 64, 64), 127, dtype=torch.uint8)]], " a" * 99, {"return_tensors": "pt"}
+        )
         known, text_names = {name.rpartition(".")[2] for name in COLUMNS}, {"input_ids", "attention_mask", "labels"}
         shape = torch.as_tensor(inputs["input_ids"]).shape  # (1, T)
         for name, value in inputs.items():
@@ -150,7 +156,9 @@ class ThinkingVLMProcessor(ThinkingProcessor):
 
     def _own_inputs(self, groups: Sequence[Sequence], behind: str, options: dict) -> dict:
         """Return what the own processor gives for rows of images with marks around each, and other text behind."""
-        marked = (START_LATENT_TOKEN + (self.image_token + START_LATENT_TOKEN) * len(group) + behind for group in groups)
+        marked = (
+            START_LATENT_TOKEN + (self.image_token + START_LATENT_TOKEN) * len(group) + behind for group in groups
+        )
         as_ids = {"padding": True, "return_tensors": None, "add_special_tokens": False}
         images = [image for group in groups for image in group] if type(self).__name__ in FLAT else groups
         options = {"images_kwargs": {**self.image_options, **options}, "text_kwargs": as_ids}
@@ -180,7 +188,9 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         mark, bos = self.tokenizer.convert_tokens_to_ids(START_LATENT_TOKEN), self.tokenizer.bos_token_id
         places = [place for place, token_id in enumerate(ids) if token_id == mark]
         if len(places) != num_images + 1:
-            problem = f"{self.own_class.__name__} wrote {len(places)} of {num_images + 1} marks around {num_images} images"
+            problem = (
+                f"{self.own_class.__name__} wrote {len(places)} of {num_images + 1} marks around {num_images} images"
+            )
             raise ValueError(f"{problem}, so what stands for each is unknown: this processor cannot have thoughts.")
         return [tuple(i for i in ids[start + 1 : end] if i != bos) for start, end in pairwise(places)]
 
@@ -222,11 +232,11 @@ def thinking_processor_class(own_class: type[ProcessorMixin]) -> type[ProcessorM
 
 
 def __getattr__(name: str):
-    """Return the thinking class of a processor of transformers by its name, as `auto_map` in a checkpoint asks for it."""
+    """Return the thinking class of a processor of transformers by its name, as `auto_map` in a checkpoint says."""
     own_class = None if name.startswith("_") else getattr(transformers, name, None)
     if inspect.isclass(own_class) and issubclass(own_class, ProcessorMixin):
         return thinking_processor_class(own_class)
     missing = "" if own_class is None else " without libraries that are not installed, such as torchvision"
     raise AttributeError(
-        f"transformers {transformers.__version__} has no processor class {name}{missing}: install them, or a newer one."
+        f"transformers {transformers.__version__} has no class {name}{missing}: install them, or a newer one."
     )

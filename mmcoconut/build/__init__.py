@@ -5,18 +5,12 @@ from mmcoconut.build.processors import (
     composed_processor_from_vlm,
     processor_from_backbones,
     processor_from_vlm,
+    set_image_options,
     set_tiles,
 )
 from mmcoconut.build.vlms import from_vlm, reason_against
 
 
-__all__ = [
-    "composed_from_vlm",
-    "composed_processor_from_vlm",
-    "from_backbones",
-    "from_vlm",
-    "processor_from_backbones",
-    "processor_from_vlm",
-    "reason_against",
-    "set_tiles",
-]
+__all__ = ["composed_from_vlm", "composed_processor_from_vlm", "from_backbones", "from_vlm"]
+__all__ += ["processor_from_backbones", "processor_from_vlm", "reason_against", "set_image_options"]
+__all__ += ["set_tiles"]

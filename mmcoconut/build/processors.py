@@ -270,7 +270,7 @@ def processor_from_vlm(
     if image_options:
         set_image_options(processor, image_options)
     set_tiles(processor.image_processor, image_size=image_size, min_tiles=min_tiles, max_tiles=max_tiles)
-    processor.column_names  # raises where the model reads what cannot be made
+    processor.column_inputs([[0]], [[1]])  # raises where the model reads what cannot be made
     return processor
 
 

@@ -14,7 +14,6 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.build.tiny_vlms import PATCH, SIDE
-from mmcoconut.build.tokens import SPARE_TOKENS
 from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.vlm_processing_mmcoconut import NotLoaded, thinking_processor_class
 
@@ -41,9 +40,10 @@ PROCESSOR_FIELDS = {"patch_size": PATCH, "image_seq_length": 4, "image_seq_len":
 PROCESSOR_FIELDS |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 PROCESSOR_FIELDS |= {"img_size": SIDE}
 # What the names alone do not settle, by the processor's class: `image`, fields of the image processor; `named`, tokens
-# that it asks of its tokenizer when it is called; `placed`, what its chat template writes where an image stands.
+# that it asks of its tokenizer when it is called; `tokens`, others; `placed`, what a chat has where an image stands.
 SPECIAL: dict[str, dict] = {
     "PaliGemmaProcessor": {"image": {"image_seq_length": (SIDE // PATCH) ** 2}},
+    "MllamaProcessor": {"tokens": [f"<|reserved_special_token_{number}|>" for number in (10, 11, 12)]},
     "Gemma4Processor": {"named": ("audio_token", "boa_token", "eoa_token")},
     "VideoLlavaProcessor": {"image": {name: {"height": SIDE, "width": SIDE} for name in ("size", "crop_size")}},
 }
@@ -106,7 +106,9 @@ def _tokenizer_with(strings: list[str], named: dict[str, str]) -> PreTrainedToke
         extra_special_tokens=named,
         model_input_names=["input_ids", "attention_mask"],
     )
-    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", *strings]}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": ["<|im_start|>", *strings]}, replace_extra_special_tokens=False
+    )
     return tokenizer
 
 
@@ -124,8 +126,11 @@ def tiny_vlm_processor(model_type: str, *, image_fields: dict | None = None, **f
     parameters = inspect.signature(own_class.__init__).parameters
     values = {name: value for name, value in {**PROCESSOR_FIELDS, **fields}.items() if name in parameters}
     source = "".join(inspect.getsource(each) for each in own_class.__mro__ if "processing_" in each.__module__)
-    strings = [*SPECIAL_STRING.findall(source), *re.findall(r"<[^<>]+>", special.get("placed", ""))]
-    strings += SPARE_TOKENS.get(model_type, ())
+    strings = [
+        *special.get("tokens", ()),
+        *SPECIAL_STRING.findall(source),
+        *re.findall(r"<[^<>]+>", special.get("placed", "")),
+    ]
     made_class, named = thinking_processor_class(own_class), {name: f"<|{name}|>" for name in special.get("named", ())}
     while True:
         tokenizer = _tokenizer_with(list(dict.fromkeys(strings)), named)

@@ -132,8 +132,13 @@ def tiny_vlm_config(model_type: str, vocab_size: int = 300, **token_ids: int) ->
 
     token_ids: of its own fields, such as image_token_id; those inside the vocabulary.
     """
-    values = _shrunk(CONFIG_MAPPING[model_type]().to_dict(), vocab_size)
-    return CONFIG_MAPPING[model_type].from_dict({**_merged(values, FIELDS.get(model_type, {})), **token_ids})
+    own_class = CONFIG_MAPPING[model_type]
+    values = own_class().to_dict()
+    tower = own_class.sub_configs.get("vision_config")
+    if values.get("vision_config", tower) is None:  # which reads no images by default
+        values["vision_config"] = tower().to_dict()
+    values = _shrunk(values, vocab_size)
+    return own_class.from_dict({**_merged(values, FIELDS.get(model_type, {})), **token_ids})
 
 
 def _merged(values: dict, others: dict) -> dict:
@@ -154,4 +159,6 @@ FIELDS: dict[str, dict] = dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni
 FIELDS |= dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "paddleocr_vl"), _sections(2, 1, 1))
 FIELDS |= {"glmga": FIELDS["glm46v"], "glm4v_moe": _sections(2, 1, 1, head_dim=16)}
 FIELDS |= {"mllama": {"text_config": {"num_hidden_layers": ALL_KINDS, "cross_attention_layers": [1, 3]}}}
+FIELDS["mllama"]["vision_config"] = {"vision_output_dim": 3 * WIDTH}  # two layers joined with the last
+FIELDS |= dict.fromkeys(("gemma3", "shieldgemma2"), {"mm_tokens_per_image": (SIDE // PATCH // 2) ** 2})
 FIELDS |= {"kimi_k25": {"text_config": {"num_key_value_heads": HEADS}}}

@@ -82,8 +82,8 @@ class Answerer:
         )
 
     def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
-        """What the model reads for rows: input_ids, attention_mask (B, T), pixel_values (I, channels, height, width),
-        num_tiles (images,) where those are tiles, and of an encoder-decoder also the decoder's prompt.
+        """What the model reads for rows: input_ids, attention_mask (B, T), what its processor makes of images, such as
+        pixel_values (I, channels, height, width), and of an encoder-decoder also the decoder's prompt.
 
         Raises:
             UsageError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
@@ -103,6 +103,9 @@ class Answerer:
         ids, mask = self.processor.prompt_names
         batch[ids] = torch.cat([batch[ids], begun], dim=1)  # (B, T)
         batch[mask] = torch.cat([batch[mask], torch.ones_like(begun)], dim=1)  # (B, T)
+        said = torch.zeros_like(batch[ids], dtype=torch.bool)  # (B, T)
+        said[:, said.shape[1] - begun.shape[1] :] = True
+        batch.update(self.processor.column_inputs(batch[ids], batch[mask], batch, said))
         limit = position_limit(self.model.get_decoder())
         lengths = batch[mask].sum(dim=1)  # (B,)
         length, longest = int(lengths.max()), int(lengths.argmax())
@@ -116,7 +119,7 @@ class Answerer:
 
     def prompt_length(self, row: Mapping) -> int:
         """Tokens of a row's prompt, of an encoder-decoder those that thoughts stand in."""
-        _, [num_tiles] = self.processor.encode_images([open_images(row)])  # a picture's size says how many
+        _, [num_tiles] = self.processor.encode_images([open_images(row)], return_tensors="pt")
         layout = {"num_tiles": num_tiles, "num_latents": self.num_latents}
         prompt = self.processor.encode_prompt(question_text(row), history=history_of(row), **layout)
         return len(self.processor.split_prompt(prompt)[1])
@@ -169,16 +172,17 @@ class Answerer:
         if not row["choices"]:
             raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
         targets = [encode_target(self.processor, [], choice) for choice in row["choices"]]
-        inputs = self.inputs([row], room=max(map(len, targets)))
+        # The row once for each choice, as each processor batches its images; only the prompts get longer.
+        inputs = self.inputs([row] * len(targets), room=max(map(len, targets)))
         ids, mask = self.processor.prompt_names
-        prompt = inputs.pop(ids)[0].tolist()
-        inputs.pop(mask)
-        # All else, such as the row's images, once for each choice.
-        inputs = {name: tensor.repeat(len(targets), *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
+        prompt = inputs[ids][0].tolist()
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
         batch = align_rows([[(prompt, target)] for target in targets], pad_id=pad_id, latent_id=latent_id)
         batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-        inputs |= {ids: batch["input_ids"], mask: batch["attention_mask"]}
+        columns = self.processor.column_inputs(
+            batch["input_ids"], batch["attention_mask"], inputs, batch["labels"] != -100
+        )
+        inputs.update({ids: batch["input_ids"], mask: batch["attention_mask"], **columns})
         labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]  # (B, T)
         hidden = self.model.model(**inputs).last_hidden_state  # (B, T, D)
         labelled = labels != -100

@@ -5,12 +5,12 @@ from functools import lru_cache
 from itertools import chain, takewhile
 
 import torch
+from PIL import Image
 
 from mmcoconut.arguments.choices import STAGED_MODES, THINKING_MODES
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, messages_of
 from mmcoconut.data import history_of, open_images, question_text
 from mmcoconut.data.image_features import ImageFeatures
-from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.training.curriculum import Curriculum, RowPlan
 
@@ -20,6 +20,7 @@ IGNORED = -100
 Turn = tuple[Sequence[int], Sequence[int]]
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
 RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an image's
+USUAL_SIZE = (448, 448)  # of a picture, in pixels
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: Sequence[int], length: int) -> torch.Tensor:
@@ -57,6 +58,17 @@ def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
     """
     starts = range(len(whole) - len(part), -1, -1)
     return next((start for start in starts if whole[start : start + len(part)] == part), -1)
+
+
+@lru_cache(maxsize=RECURRING_TEXTS)
+def encode_size(processor, size: tuple[int, int]):
+    """Return what stands for a picture of this width and height, as `encode_images` gives it, once for each size."""
+    return processor.encode_images([[Image.new("RGB", size)]], return_tensors="pt")[1][0][0]
+
+
+def usual_image_length(processor) -> int:
+    """Return the tokens of a picture where its size is not known: those of one tile, or of a picture of USUAL_SIZE."""
+    return len(processor.image_ids(1 if processor.most_tiles else encode_size(processor, USUAL_SIZE)))
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)
@@ -120,7 +132,8 @@ class CurriculumCollator:
         alignment: what the rows' pictures are aligned with, if anything.
         num_epochs: epochs of the run, where known; stages that it does not reach are not measured.
 
-    With `image_features` batches hold these in the place of pixels.
+    With `image_features` batches hold these in the place of pixels. What a processor says of an image, the number of
+    its tiles or the ids that stand for it, is called num_tiles.
     """
 
     def __init__(
@@ -183,7 +196,7 @@ class CurriculumCollator:
         return RowPlan(skipped, self.curriculum.num_latents(self.stage))
 
     def encode_turns(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> tuple[list[Turn], list[int]]:
-        """Earlier turns and last prompt of a row; num_tiles holds the tiles of each of its images."""
+        """Earlier turns and last prompt of a row; num_tiles: of each of its images."""
         self.check_turns(row)
         layout = {"num_tiles": tuple(num_tiles), "num_latents": num_latents}
         asked, markers = (question_text(row), history_of(row)), self.processor.markers
@@ -224,7 +237,7 @@ class CurriculumCollator:
         stage has no earlier turns.
 
         Args:
-            num_tiles: the tiles of each of its images.
+            num_tiles: of each of its images.
             room: new tokens that may follow its prompt. A row with room is evaluated too, so that its own number of
                 steps never caps the latents.
         """
@@ -249,13 +262,15 @@ class CurriculumCollator:
     def measure(self, row: dict, num_images: int, whole_row, *, room: int = 0) -> tuple[int, str]:
         """`longest_form` of a row with so many images; `whole_row()` gives the row with its images.
 
-        Only a row that would be too long with the most tiles that its images can have is read to count them.
+        Only a row that would be too long with the most tiles that its images can have is read to count them; one for
+        whose images their size says what stands for them is always read.
         """
-        image_processor = self.processor.image_processor
-        tiled = makes_tiles(image_processor) and num_images > 0
-        most = image_processor.max_patches + 1 if tiled and image_processor.crop_to_patches else 1  # 1: the thumbnail
+        most = self.processor.most_tiles
+        if num_images and most is None:
+            sizes = [image.size for image in open_images(whole_row())]
+            return self.longest_form(row, [encode_size(self.processor, size) for size in sizes], room=room)
         found = self.longest_form(row, [most] * num_images, room=room)
-        if not tiled or self.max_length is None or found[0] <= self.max_length:
+        if not num_images or most == 1 or self.max_length is None or found[0] <= self.max_length:
             return found
         return self.longest_form(row, self.pixels([whole_row()])[1][0], room=room)
 
@@ -268,14 +283,14 @@ class CurriculumCollator:
         encoder, decoder = self.processor.split_prompt(prompt)
         return max(len(encoder), len(decoder) + num_following)
 
-    def pixels(self, rows: Sequence[dict]) -> tuple[dict, list[list[int]]]:
-        """Return what the model reads for all rows' images in order, and the tiles of each image of each row."""
+    def pixels(self, rows: Sequence[dict]) -> tuple[dict, list[list]]:
+        """Return what the model reads for all rows' images in order, and num_tiles of each image of each row."""
         if self.image_features is not None:
             return self.image_features.of_rows(rows)
         return self.processor.encode_images([open_images(row) for row in rows], return_tensors="pt")
 
-    def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence[int]]) -> dict:
-        """input_ids, attention_mask, labels (B, T), each row under its plan; tiles as `pixels` gives them.
+    def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence], images: dict | None = None) -> dict:
+        """input_ids, attention_mask, labels (B, T), each row under its plan; images and tiles as `pixels` gives them.
 
         For an encoder-decoder these are the decoder's, labels what each column predicts, beside the encoder's.
         """
@@ -289,7 +304,8 @@ class CurriculumCollator:
         pad_id, latent_id = self.processor.tokenizer.pad_token_id, self.processor.latent_token_id
         batch = align_rows(decoder, pad_id=pad_id, latent_id=latent_id)
         if not encoder[0]:
-            return batch
+            said = batch["labels"] != IGNORED
+            return {**batch, **self.processor.column_inputs(batch["input_ids"], batch["attention_mask"], images, said)}
         ids, mask = self.processor.prompt_names
         return {
             ids: batch["input_ids"][:, :-1],
@@ -314,7 +330,7 @@ class CurriculumCollator:
 
     def __call__(self, rows: Sequence[dict]) -> dict:
         pixels, tiles = self.pixels(rows)
-        batch = {**self.supervised(rows, self.training_plan, tiles), **pixels}
+        batch = {**self.supervised(rows, self.training_plan, tiles, pixels), **pixels}
         if self.alignment is None:
             return batch
         if self.alignment.warms_up(self.epoch):
@@ -337,13 +353,16 @@ class CurriculumCollator:
         for row, prompt in zip(rows, prompts):
             length = self.longest_part(prompt, self.max_new_tokens)
             self.check_length(row, length, "the prompt with max_new_tokens")
+        batch = self.processor.pad_prompts(prompts, padding=True, return_tensors="pt")
+        ids, mask = (batch[name] for name in self.processor.prompt_names)
         return {
-            **self.processor.pad_prompts(prompts, padding=True, return_tensors="pt"),
+            **batch,
+            **self.processor.column_inputs(ids, mask, pixels),
             **pixels,
             "index": torch.tensor([row["index"] for row in rows]),
             **({"num_images": torch.tensor([len(row["images"]) for row in rows])} if self.alignment else {}),
             "supervised": {
-                **self.supervised(rows, self.evaluation_plan, tiles),
+                **self.supervised(rows, self.evaluation_plan, tiles, pixels),
                 **(self.aligned(rows) if self.alignment is not None else {}),
             },
         }

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER
 from mmcoconut.data import history_of, image_counts, question_text
-from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.collator import CurriculumCollator, usual_image_length
 from mmcoconut.training.curriculum import RowPlan
 
 
@@ -58,7 +58,8 @@ def prompt_texts(row) -> list[str]:
 
 
 def row_lengths(rows: Dataset, processor) -> list[RowLengths]:
-    """Lengths of rows of mmcoconut.data; a picture counts as one tile, however many it is cut into."""
+    """Lengths of rows of mmcoconut.data; a picture counts as `usual_image_length`, however large it is."""
+    image_length = usual_image_length(processor) if any(image_counts(rows)) else 0
     texts = [
         (prompt_texts(row), [f"{step}\n" for step in row["steps"]], f"{ANSWER_MARKER} {row['answers'][0]}")
         for row in rows.select_columns(TEXT_COLUMNS)
@@ -66,7 +67,7 @@ def row_lengths(rows: Dataset, processor) -> list[RowLengths]:
     counts = token_counts(processor.tokenizer, [text for row in texts for text in (*row[0], *row[1], row[2])])
     return [
         RowLengths(
-            prompt=sum(counts[text] for text in prompt) + num_images * processor.image_seq_length,
+            prompt=sum(counts[text] for text in prompt) + num_images * image_length,
             steps=tuple(counts[step] for step in steps),
             answer=counts[answer],
             num_turns=(len(prompt) + 1) // 2,

@@ -193,13 +193,15 @@ class CurriculumTrainer(Trainer):
         (B, 4) of `row_losses`, so that the loss does not depend on how rows were put into batches."""
         inputs = self._prepare_input(inputs)
         index, supervised, num_images = inputs.pop("index"), inputs.pop("supervised"), inputs.pop("num_images", None)
-        pixels = {name: inputs[name] for name in ("pixel_values", "image_features", "num_tiles") if name in inputs}
+        processor = self.processing_class
+        of_text = {"input_ids", "attention_mask", *processor.prompt_names, *processor.column_names}
+        pixels = {name: value for name, value in inputs.items() if name not in of_text}
         with self.compute_loss_context_manager():
             sums = self.row_losses(model, supervised, pixels, num_images)
             model = self.accelerator.unwrap_model(model)
             tokens, num_thoughts = generate_and_count(
                 model,
-                self.processing_class,
+                processor,
                 inputs,
                 stop_threshold=None if self.is_fsdp_enabled else 0.5,  # passes must be equally many there
                 max_new_tokens=self.curriculum_collator.max_new_tokens,
