@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_train import ROOT, TINY, losses
 
 import train_hf
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.records import write_json
 from mmcoconut.training.checkpoints import checkpoints_of, choose_checkpoint, damage, newest_whole, rotate
 

@@ -24,7 +24,7 @@ from mmcoconut.images_mmcoconut import UnreadableImageError
 from mmcoconut.kernels.latent import LATENT_WHERE_LEANER
 from mmcoconut.kernels.private import attention_of
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.models import model_class
+from mmcoconut.models import class_of, load_processor, read_config
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.schedules_mmcoconut import ThinkTogether
 from mmcoconut.training import trainer

@@ -1,4 +1,4 @@
-"""A tiny vision-language model of any architecture with its processor, for smoke tests and tests: nothing is downloaded."""
+"""A tiny vision-language model of any architecture with its processor, for smoke tests and tests, without downloads."""
 
 import re
 from pathlib import Path
@@ -23,7 +23,7 @@ SPREAD = 0.1  # added to all weights, as new ones are too small for their errors
 
 
 def token_ids_of(model_type: str, processor: ProcessorMixin) -> dict[str, int]:
-    """Return the token ids that the configuration of a model type has fields for, as the processor's tokenizer has them."""
+    """Return the token ids that a model type's configuration has fields for, as the processor's tokenizer has them."""
     tokenizer, ids = processor.tokenizer, {}
     for field in CONFIG_MAPPING[model_type]().to_dict():
         found = re.fullmatch(r"(\w+)_token_(id|index)", field)
@@ -32,7 +32,9 @@ def token_ids_of(model_type: str, processor: ProcessorMixin) -> dict[str, int]:
         name = found[1]
         spelled = (getattr(source, f"{name}_token", None) for source in (processor, tokenizer))
         tokens = [str(token) for token in (*spelled, f"<|{name}|>", f"<{name}>") if token]
-        ids |= {field: tokenizer.get_vocab()[token] for token in reversed(tokens) if token in tokenizer.get_vocab()}
+        known = [token for token in tokens if token in tokenizer.get_vocab()]
+        if known:
+            ids[field] = tokenizer.get_vocab()[known[0]]
     return ids
 
 
