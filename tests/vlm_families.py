@@ -13,10 +13,10 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from tiny_composed import tiny_vlm_tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASS_NAMES
 
-from mmcoconut.arguments.smoke import tiny_vlm_tokenizer
 from mmcoconut.build import from_vlm, processor_from_vlm
 from mmcoconut.build.tiny_models import tiny_vlm, tiny_weights
 from mmcoconut.build.tiny_processors import NoTinyProcessorError
@@ -59,7 +59,9 @@ def pixtral_images(model, rows) -> dict:
     sizes = [[edge // (side * merge) * side * merge for edge in reversed(size)] for size, *_ in rows]
     pixels = torch.zeros(len(rows), 3, *map(max, zip(*sizes)))
     for image, (height, width) in zip(pixels, sizes):
-        image[:, :height, :width] = torch.randn(3, height, width, generator=torch.Generator().manual_seed(height * width))
+        image[:, :height, :width] = torch.randn(
+            3, height, width, generator=torch.Generator().manual_seed(height * width)
+        )
     counts = [height * width // (side * merge) ** 2 for height, width in sizes]
     return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, counts
 
