@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
@@ -57,12 +58,17 @@ def tiny_vlm(model_type: str, *, seed: int = 0, **fields) -> tuple[PreTrainedMod
     if grids is not None:
         fields = {"image_grid_pinpoints": grids, **fields}
     config = tiny_vlm_config(model_type, len(processor.tokenizer), **ids, **fields)
+    return tiny_weights(config, seed=seed), processor
+
+
+@torch.no_grad()
+def tiny_weights(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """Return the vision-language model of a configuration with random weights."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += SPREAD * torch.randn_like(parameter)
-    return model, processor
+    for parameter in model.parameters():
+        parameter += SPREAD * torch.randn_like(parameter)
+    return model
 
 
 def write_tiny_vlm(folder: Path, model_type: str) -> None:
