@@ -27,6 +27,7 @@ from mmcoconut.build import (
     set_image_options,
     set_tiles,
 )
+from mmcoconut.build.gguf import load_tokenizer
 from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
@@ -91,7 +92,9 @@ def read(data_args, run_args):
 def build_tokenizer(model_args, train_set, checkpoint: Path | None = None):
     """The tokenizer of the recipe; one that is trained is trained once, and then that of the checkpoint."""
     if model_args.tokenizer != "train":
-        return AutoTokenizer.from_pretrained(model_args.tokenizer or model_args.text_model)
+        if model_args.tokenizer is not None:
+            return AutoTokenizer.from_pretrained(model_args.tokenizer)
+        return load_tokenizer(model_args.text_model, model_args.gguf_file)
     if checkpoint is not None:
         return load_processor(str(checkpoint)).tokenizer
     texts = [
@@ -119,9 +122,12 @@ def config_of(values: dict | None):
 
 def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
     tokenizer = build_tokenizer(model_args, train_set, checkpoint)
+    if model_args.chat_template == "plain":
+        tokenizer.chat_template = None
     model = from_backbones(
         model_args.vision_model,
         model_args.text_model,
+        gguf_file=model_args.gguf_file,
         tokenizer=tokenizer,
         vision_config=config_of(model_args.vision_config),
         text_config=config_of(model_args.text_config),
@@ -133,6 +139,7 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
         config=model.config,
         tokenizer=tokenizer,
         image_processor=build_image_processor(model_args, model.config.vision_config),
+        chat_template=model_args.chat_template,
         markers=model_args.markers,
     )
     return model, processor

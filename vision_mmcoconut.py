@@ -265,13 +265,15 @@ class ReadsImages:
         layers, strategy = (getattr(self.config, name) if value is None else value for name, value in given.items())
         last_norm = self.config.vision_last_norm
         asked = kwargs.pop("output_hidden_states", self.vision_tower.config.output_hidden_states)
-        returned = hidden_states_to_return(layers, asked)
-        outputs = self.vision_tower(pixel_values, output_hidden_states=returned, return_dict=True, **kwargs)
-        states = {-1: outputs.last_hidden_state} if last_norm else {}
         layers = [layers] if isinstance(layers, int) else layers
-        read = torch.cat([states.get(layer, outputs.hidden_states[layer]) for layer in layers], dim=-1)
-        unasked = ("hidden_states",) if asked is None or asked is False else ()  # 0 is a layer
-        outputs = {name: value for name, value in outputs.items() if name not in ("pooler_output", *unasked)}
+        hidden = [layer for layer in layers if layer != -1 or not last_norm]
+        is_asked = asked is not None and asked is not False  # 0 is a layer
+        returned = hidden_states_to_return(hidden, asked) if hidden or is_asked else False
+        outputs = self.vision_tower(pixel_values, output_hidden_states=returned, return_dict=True, **kwargs)
+        states = {layer: outputs.hidden_states[layer] for layer in hidden}
+        read = torch.cat([states.get(layer, outputs.last_hidden_state) for layer in layers], dim=-1)
+        unasked = ("pooler_output",) if is_asked else ("pooler_output", "hidden_states")
+        outputs = {name: value for name, value in outputs.items() if name not in unasked}
         return outputs, read[:, 1:] if strategy == "default" else read
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:

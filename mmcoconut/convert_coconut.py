@@ -129,7 +129,11 @@ def convert(file: str, text_model: str, *, num_latents: int):
         )
     image_processor = CLIPImageProcessorPil(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
     processor = processor_from_backbones(
-        config=model.config, tokenizer=tokenizer, image_processor=image_processor, markers="both"
+        config=model.config,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        markers="both",
+        chat_template="plain",
     )
     processor.num_latents = num_latents
     return model, processor

@@ -11,6 +11,9 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import cached_file
 
 from mmcoconut import vlm_mmcoconut, vlm_processing_mmcoconut
+from mmcoconut.build.gguf import find_gguf
+from mmcoconut.build.timm import MODEL_TYPE as TIMM_MODEL_TYPE
+from mmcoconut.build.timm import check_timm
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, MMCoconutConfig
 from mmcoconut.errors import UsageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
@@ -82,16 +85,29 @@ def class_of(config: PreTrainedConfig) -> type:
         raise CheckpointError(f"architectures = {config.architectures!r}: {error}") from error
 
 
+def _checked(check: Callable, *args) -> None:
+    """Run a check; what it raises becomes a CheckpointError."""
+    try:
+        check(*args)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+
+
 def check_sources(model_args) -> None:
     """Look for the models that a recipe starts from, before anything is built.
 
     Raises:
         CheckpointError: one that is not there.
     """
+    gguf_file = model_args.gguf_file
     for key in ("vlm", "vision_model", "text_model"):
         name = getattr(model_args, key)
-        if name is not None:
-            _config_values(key, name)
+        of_gguf = key == "text_model" and gguf_file is not None
+        values = {} if name is None or of_gguf else _config_values(key, name)
+        if values.get("model_type") == TIMM_MODEL_TYPE:
+            _checked(check_timm, f"{key} = {name!r}")
+    if gguf_file is not None:
+        _checked(find_gguf, model_args.text_model, gguf_file)
     name = model_args.tokenizer
     if name not in (None, "train"):
         _found("tokenizer", name, lambda: cached_file(name, "tokenizer_config.json"))

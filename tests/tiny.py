@@ -157,11 +157,11 @@ def tiny_seq2seq(projector_type="pooled_prefix", seed=0, vision=None, text=None,
     )
 
 
-def tiny_processor(model, **kwargs):
+def tiny_processor(model, tokenizer=None, **kwargs):
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     image_processor = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
     return processor_from_backbones(
-        config=model.config, tokenizer=tiny_tokenizer(), image_processor=image_processor, **kwargs
+        config=model.config, tokenizer=tokenizer or tiny_tokenizer(), image_processor=image_processor, **kwargs
     )
 
 

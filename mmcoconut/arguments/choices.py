@@ -2,6 +2,7 @@
 
 import math
 
+from mmcoconut.build.processors import CHAT_TEMPLATES
 from mmcoconut.chat_template_mmcoconut import MARKERS
 from mmcoconut.configuration_mmcoconut import CHOICES as CONFIG_CHOICES
 from mmcoconut.data import DATASETS
@@ -18,7 +19,7 @@ MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause")
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
-CHOICES |= {"long_rows": LONG_ROWS}
+CHOICES |= {"long_rows": LONG_ROWS, "chat_template": CHAT_TEMPLATES}
 REWARDED = ("grpo", "rloo")  # objectives that trl's trainers minimise
 CHOICES |= {"objective": ("supervised", *REWARDED, "distill_stops")}
 # What is often looked for, and why it is not there.
@@ -72,7 +73,7 @@ NOT_REWARDED = {
 }
 OF_STAGES = ("c_thought", "max_latent_stage", "epochs_per_stage", "uniform_prob", "pad_latent_to_max", "start_epoch")
 OF_STAGES += ("reset_optimizer",)
-IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "tokenizer")
+IN_A_VLM = ("vision_model", "vision_config", "text_model", "text_config", "gguf_file", "tokenizer", "chat_template")
 IN_A_CHECKPOINT = ("vlm", *IN_A_VLM)
 # What a vision-language model decides by its weights, and what only its processor can be told.
 JOINED_IN_A_VLM = ("image_fusion", "projector_type", "vision_feature_layer", "vision_last_norm")

@@ -123,6 +123,10 @@ def _conflicts(values: dict):
         yield "tokenizer", None, "a `text_config` has none: set `tokenizer: train`, a folder or a Hub id"
     if "text_model" in given and values["tokenizer"] == "train":
         yield "tokenizer", "train", "the embeddings of `text_model` belong to its own tokenizer: remove this key"
+    if values["chat_template"] == "own" and values["tokenizer"] == "train" and not values.get("smoke_test"):
+        yield "chat_template", "own", "a tokenizer that is trained has none: remove this key, or name a `tokenizer`"
+    if values["gguf_file"] is not None and not any(values[key] for key in ("text_model", "model", "vlm")):
+        yield "gguf_file", values["gguf_file"], "it is a file of `text_model`: set that to its folder or Hub id"
     if not values.get("do_train", True) and values["model"] is None and values["tokenizer"] == "train":
         yield "model", None, "with `do_train: false` there is nothing to evaluate: name a checkpoint"
     if values["dataset_options"].get("images_required") is False and values["dataset_options"].get("image_root"):

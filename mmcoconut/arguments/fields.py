@@ -23,12 +23,16 @@ class ModelArguments:
     image_options: dict | None = HfArg(default=None, help="Of the vlm's own image processor: {max_pixels: 501760}.")
     vision_model: str | None = HfArg(default=None, help="Folder or Hub id of the pretrained vision tower.")
     text_model: str | None = HfArg(default=None, help="Folder or Hub id of the pretrained language model.")
+    gguf_file: str | None = HfArg(default=None, help="The file of text_model with weights and tokenizer as GGUF.")
     vision_config: dict | None = HfArg(default=None, help="Vision tower from scratch: {model_type: ..., ...}.")
     text_config: dict | None = HfArg(default=None, help="Language model from scratch: {model_type: gpt2, ...}.")
     vlm_model_type: str | None = HfArg(default=None, help="Architecture of vlm, for a smoke test.")
     vision_model_type: str | None = HfArg(default=None, help="Architecture of vision_model, for a smoke test.")
     text_model_type: str | None = HfArg(default=None, help="Architecture of text_model, for a smoke test.")
     tokenizer: str | None = HfArg(default=None, help="Folder, Hub id or `train`; default: text_model's.")
+    chat_template: str | None = HfArg(
+        default=None, help="`plain`: ours; `own`: the tokenizer's; default: its own, where it has one."
+    )
     tokenizer_vocab_size: int = HfArg(default=1000, help="Entries of a tokenizer trained on the training texts.")
     image_fusion: str | None = HfArg(default=None, help="How image features reach the decoder.")
     projector_type: str | None = HfArg(default=None, help="What maps image features to the decoder's width.")

@@ -33,6 +33,7 @@ TINY_TEXT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
+TINY_DECODER = {**TINY_TEXT, "intermediate_size": 64, "num_key_value_heads": 2}
 TINY_ENCODER_DECODER = {
     "d_model": 32,
     "encoder_layers": 2,
@@ -89,10 +90,12 @@ def tiny_backbones(model_args) -> dict:
             model_args.text_model_type,
             model_args.text_config,
             model_args.text_model,
-            sizes={**TINY_TEXT, **TINY_ENCODER_DECODER},
+            sizes={**TINY_DECODER, **TINY_ENCODER_DECODER},
             key="text_model_type",
         ),
+        "gguf_file": None,
         "tokenizer": "train",
+        "chat_template": None,
         "tokenizer_vocab_size": 400,
     }
 

@@ -21,7 +21,10 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from mmcoconut.build.tokens import add_special_tokens, image_token_of
+from mmcoconut.build.gguf import find_gguf, load_gguf, load_tokenizer
+from mmcoconut.build.timm import MODEL_TYPE as TIMM_MODEL_TYPE
+from mmcoconut.build.timm import check_timm, settle_timm
+from mmcoconut.build.tokens import add_special_tokens, image_token_of, turn_end_of
 from mmcoconut.configuration_mmcoconut import (
     SPECIAL_TOKENS,
     THOUGHT_TOKENS,
@@ -101,14 +104,17 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_config(name_or_path: str, part: str) -> PreTrainedConfig:
+def load_config(name_or_path: str, part: str, **options) -> PreTrainedConfig:
     """The configuration of a pretrained part.
 
     Raises:
-        ValueError: a name that is neither a folder with a configuration nor found on the Hub.
+        ValueError: a name that is neither a folder with a configuration nor found on the Hub; a timm backbone without
+            timm.
     """
     try:
-        return AutoConfig.from_pretrained(name_or_path)
+        if PreTrainedConfig.get_config_dict(name_or_path, **options)[0].get("model_type") == TIMM_MODEL_TYPE:
+            check_timm(f"The {part} {name_or_path!r}")
+        return AutoConfig.from_pretrained(name_or_path, **options)
     except OSError as error:
         raise ValueError(
             f"The {part} {name_or_path!r} is neither a folder that holds a config.json nor found on the Hub: give an "
@@ -151,11 +157,36 @@ def ends_of(generation_config, tokenizer) -> int | list[int]:
     return ends if len(ends) > 1 else ends[0]
 
 
+def ends_of_turns(generation_config, tokenizer) -> int | list[int]:
+    """Return the tokens that end an answer of an instruct model: `ends_of`, and what its template ends a turn with."""
+    ends = ends_of(generation_config, tokenizer)
+    turn_end = tokenizer.convert_tokens_to_ids(turn_end_of(tokenizer))
+    ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), turn_end]))
+    return ends if len(ends) > 1 else ends[0]
+
+
 def load_vision_tower(name_or_path: str) -> PreTrainedModel:
     """The vision part of a pretrained checkpoint: of CLIP and SigLIP only the image tower is built and loaded."""
     config = load_config(name_or_path, "vision tower")
     vision_config = getattr(config, "vision_config", config)
     return AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=torch.get_default_dtype())
+
+
+def new_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
+    """A vision tower with random weights."""
+    if vision_config.model_type == TIMM_MODEL_TYPE:
+        check_timm(f"The vision tower {vision_config.architecture!r}")
+    return AutoModel.from_config(vision_config)
+
+
+def check_has_tokens(vision_config: PreTrainedConfig) -> None:
+    """Raise a ValueError for a tower that has no width and depth of its own, such as a convolutional network."""
+    for name in ("hidden_size", "num_hidden_layers"):
+        if getattr(vision_config, name, None) is None:
+            raise ValueError(
+                f"The vision tower {vision_config.model_type} has no {name}, so its features are no row of tokens of "
+                "one width: take a vision transformer (CLIP, SigLIP, ViT, DINOv2, …)."
+            )
 
 
 def settle_vocabulary(text_config: PreTrainedConfig, vocab_size: int) -> None:
@@ -210,18 +241,23 @@ def check_has_encoder(text_config: PreTrainedConfig, image_fusion: str) -> None:
         )
 
 
-def load_language_model(name_or_path: str, auto_class, *, image_fusion: str) -> PreTrainedModel:
+def load_language_model(
+    name_or_path: str, auto_class, *, image_fusion: str, gguf_file: str | None = None
+) -> PreTrainedModel:
     """A pretrained language model, whole; cross-attention that it has not learnt yet starts from random weights.
 
     Raises:
         ValueError: a checkpoint without some of the other weights; one without the encoder that the fusion needs.
     """
-    config = load_config(name_or_path, "language model")
+    of_file = {} if gguf_file is None else {"gguf_file": gguf_file}
+    config = load_config(name_or_path, "language model", **of_file)
     check_has_encoder(config, image_fusion)
     settle_decoder(config, image_fusion)
-    causal_lm, info = auto_class.from_pretrained(
-        name_or_path, config=config, dtype=torch.get_default_dtype(), output_loading_info=True
-    )
+    options = {"config": config, "dtype": torch.get_default_dtype()}
+    if gguf_file is None:
+        causal_lm, info = auto_class.from_pretrained(name_or_path, output_loading_info=True, **options)
+    else:
+        causal_lm, info = load_gguf(name_or_path, gguf_file, auto_class, **options)
     missing = sorted(name for name in info["missing_keys"] if "cross" not in name and "encoder_attn" not in name)
     if missing:
         raise ValueError(
@@ -340,11 +376,13 @@ def join(model, vision_tower: PreTrainedModel, language_model: PreTrainedModel, 
     return model.eval()
 
 
-def language_model_for(image_fusion: str, text: str | None, text_config, tokenizer) -> PreTrainedModel:
+def language_model_for(
+    image_fusion: str, text: str | None, text_config, tokenizer, gguf_file: str | None = None
+) -> PreTrainedModel:
     """Return the language model with a head that a fusion needs, pretrained by name or with random weights."""
     auto_class = AutoModelForSeq2SeqLM if image_fusion == "encoder" else AutoModelForCausalLM
     if text is not None:
-        return load_language_model(text, auto_class, image_fusion=image_fusion)
+        return load_language_model(text, auto_class, image_fusion=image_fusion, gguf_file=gguf_file)
     return new_language_model(text_config, tokenizer, auto_class, image_fusion=image_fusion)
 
 
@@ -359,6 +397,9 @@ def assemble(config: MMCoconutConfig, vision_tower: PreTrainedModel, causal_lm: 
     if model.get_decoder().counts_columns:
         check_row_positions(model.get_decoder())
     tokens = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if tokenizer.chat_template is not None:
+        tokens["eos_token_id"] = ends_of_turns(causal_lm.generation_config, tokenizer)
+        model.config.get_text_config().eos_token_id = tokens["eos_token_id"]
     # BART's summaries want forced ones, and an answer begins and ends by itself.
     model.generation_config.update(**tokens, forced_bos_token_id=None, forced_eos_token_id=None)
     return model
@@ -368,6 +409,7 @@ def from_backbones(
     vision: str | None = None,
     text: str | None = None,
     *,
+    gguf_file: str | None = None,
     tokenizer=None,
     vision_config: PreTrainedConfig | None = None,
     text_config: PreTrainedConfig | None = None,
@@ -381,6 +423,8 @@ def from_backbones(
         vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
             "openai-community/gpt2"; or
         vision_config, text_config: configurations, for random weights.
+        gguf_file: the file of `text` that holds its weights and tokenizer as GGUF; needs the package gguf. Quantized
+            weights are unpacked.
         tokenizer: the language model's, loaded from `text` by default; it gets the four special tokens where it lacks
             them, and the embeddings grow to its length.
         new_token_init: a token whose embedding the new ones start from (the paper: "<<"); None: the old ones' mean.
@@ -389,19 +433,24 @@ def from_backbones(
             of an encoder-decoder such as BART, the others a MMCoconutForConditionalGeneration.
 
     Raises:
-        ValueError: both or neither of a name and a configuration; an unknown field, dtype or `new_token_init`; a
-            language model whose head is more than a matrix.
+        ValueError: both or neither of a name and a configuration; an unknown field, dtype or `new_token_init`; no
+            such `gguf_file`; a language model whose head is more than a matrix.
     """
     if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
         raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
     check_fields(config_kwargs, method="from_backbones")
     dtype = as_dtype(dtype)
+    if gguf_file is not None:
+        find_gguf(text, gguf_file)
     image_fusion = config_kwargs.get("image_fusion", MMCoconutConfig.image_fusion)
-    tokenizer = tokenizer or AutoTokenizer.from_pretrained(text)
+    tokenizer = tokenizer or load_tokenizer(text, gguf_file)
     num_known = len(tokenizer)
     add_special_tokens(tokenizer)
-    vision_tower = load_vision_tower(vision) if vision else AutoModel.from_config(vision_config)
-    causal_lm = language_model_for(image_fusion, text, text_config, tokenizer)
+    vision_tower = load_vision_tower(vision) if vision else new_vision_tower(vision_config)
+    if vision_tower.config.model_type == TIMM_MODEL_TYPE:
+        settle_timm(vision_tower, config_kwargs)
+    check_has_tokens(vision_tower.config)
+    causal_lm = language_model_for(image_fusion, text, text_config, tokenizer, gguf_file)
     if text:
         grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)
     check_plain_head(causal_lm)

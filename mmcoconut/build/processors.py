@@ -6,14 +6,25 @@ A checkpoint's own processor is loaded with `from_pretrained`, which needs none 
 import copy
 import logging
 
+from jinja2 import TemplateError
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut import vlm_processing_mmcoconut
-from mmcoconut.build.tokens import add_special_tokens, image_token_of
-from mmcoconut.chat_template_mmcoconut import check_arguments, check_names, user_message
-from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, THOUGHT_TOKENS, TOKEN_ID_FIELDS
+from mmcoconut.build.gguf import load_tokenizer
+from mmcoconut.build.timm import MODEL_TYPE as TIMM_MODEL_TYPE
+from mmcoconut.build.timm import timm_image_processor
+from mmcoconut.build.tokens import SAMPLE_TURNS, add_special_tokens, image_token_of, turn_end_of
+from mmcoconut.chat_template_mmcoconut import check_arguments, check_names, render, user_message
+from mmcoconut.configuration_mmcoconut import (
+    END_LATENT_TOKEN,
+    IMAGE_TOKEN,
+    LATENT_TOKEN,
+    START_LATENT_TOKEN,
+    THOUGHT_TOKENS,
+    TOKEN_ID_FIELDS,
+)
 from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.vlm_processing_mmcoconut import thinking_processor_class
@@ -66,6 +77,21 @@ THINKING_MESSAGES = (
     "{%- endfor -%}"
     "{%- set messages = thinking.messages -%}"
 )
+# Before the template of a text-only model, which joins a message's content with strings: it gets one string.
+CONTENT_AS_TEXT = (
+    "{%- set of_text = namespace(messages=[]) -%}"
+    "{%- for message in messages -%}"
+    "{%- set written = namespace(text='') -%}"
+    "{%- if message['content'] is string -%}{%- set written.text = message['content'] -%}"
+    "{%- elif message['content'] -%}{%- for part in message['content'] -%}"
+    "{%- set written.text = written.text ~ ('<image>' if part['type'] == 'image' else part['text']) -%}"
+    "{%- endfor -%}{%- endif -%}"
+    "{%- set of_text.messages = of_text.messages + [dict(message, content=written.text)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = of_text.messages -%}{{ '' }}"
+)
+CHAT_TEMPLATES = ("own", "plain")
+OTHER_TEMPLATE = "give chat_template='plain', or a template."
 
 
 def starts_with_bos(tokenizer) -> bool:
@@ -138,6 +164,65 @@ def set_image_options(processor, options: dict) -> None:
     processor.image_options |= {name: value for name, value in options.items() if name in overridden}
 
 
+def check_turns(chat_template: str, tokenizer) -> None:
+    """Raise unless a template with thoughts keeps earlier answers, directly behind their thoughts, and ends with some.
+
+    Raises:
+        ValueError: what it does otherwise, or that it refuses an ordinary chat of three messages.
+    """
+    (question, answer), (further, _) = SAMPLE_TURNS
+    chat = [user_message(question, 1), {"role": "assistant", "content": answer}, user_message(further)]
+    thoughts = "".join((START_LATENT_TOKEN, LATENT_TOKEN, END_LATENT_TOKEN))
+    text, _ = render(tokenizer, chat_template, chat, {"num_latents": 1, "add_generation_prompt": True})
+    found = {
+        f"{text.count(thoughts)} times thoughts in a chat of two turns": text.count(thoughts) != 2,
+        f"an earlier answer without {thoughts} directly before it": f"{thoughts}{answer}" not in text,
+        f"a prompt that ends as {text[-30:]!r}, without thoughts": not text.endswith(thoughts),
+        f"{text.count(IMAGE_TOKEN)} times {IMAGE_TOKEN} for an image": text.count(IMAGE_TOKEN) != 1,
+    }
+    for problem, is_met in found.items():
+        if is_met:
+            raise ValueError(
+                f"The tokenizer's chat template writes {problem}: give chat_template='plain', or another."
+            )
+
+
+def own_template(tokenizer) -> str:
+    """Return the chat template of an instruct language model's tokenizer with images as text, and thoughts.
+
+    Raises:
+        ValueError: a template that cannot be used so.
+    """
+    try:
+        chat_template = with_thoughts(CONTENT_AS_TEXT + tokenizer.get_chat_template(), tokenizer, IMAGE_TOKEN)
+        check_turns(chat_template, tokenizer)
+    except TemplateError as error:
+        raise ValueError(
+            f"The tokenizer's chat template refuses an ordinary chat ({error}): {OTHER_TEMPLATE}"
+        ) from error
+    return chat_template
+
+
+def settle_template(chat_template: str | None, tokenizer) -> str:
+    """Return a Jinja template as it is, or the one that is meant by `own` or `plain`; None: own, if there is one.
+
+    With the tokenizer's own, what ends its turns becomes its eos token, which training writes behind an answer.
+
+    Raises:
+        ValueError: `own` for a tokenizer without a chat template, or with one that cannot be used.
+    """
+    if chat_template not in (None, *CHAT_TEMPLATES):
+        return chat_template
+    if chat_template == "own" and tokenizer.chat_template is None:
+        raise ValueError("chat_template='own', but the tokenizer has none: give 'plain', or leave it out.")
+    if chat_template == "plain" or tokenizer.chat_template is None:
+        return chat_template_for(tokenizer)
+    if SET_THOUGHTS in tokenizer.get_chat_template():  # the tokenizer of a checkpoint, which has the thoughts already
+        return tokenizer.get_chat_template()
+    chat_template, tokenizer.eos_token = own_template(tokenizer), turn_end_of(tokenizer)
+    return chat_template
+
+
 def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None, max_tiles: int | None) -> None:
     """Switch tiles on where the image processor can make them, with the given side and numbers or its own.
 
@@ -176,23 +261,37 @@ def parts_of_vlm(vlm) -> tuple:
     return tokenizer, AutoImageProcessor.from_pretrained(vlm), chat_template
 
 
-def processor_from_backbones(vision: str | None = None, text: str | None = None, *, config, **kwargs):
+def image_processor_of(vision: str | None, vision_config):
+    """Return the image processor of a pretrained tower, of a timm backbone by what its checkpoint says."""
+    if vision_config.model_type == TIMM_MODEL_TYPE:
+        return timm_image_processor(vision_config)
+    return AutoImageProcessor.from_pretrained(vision)
+
+
+def processor_from_backbones(
+    vision: str | None = None, text: str | None = None, *, config, gguf_file: str | None = None, **kwargs
+):
     """Build the processor of a model from `from_backbones`: both parts by name, or given as objects.
 
     Args:
         vision, text: Hub ids or folders, as for the model; not needed for a part that is given.
         config: the model's configuration; its image_seq_length is taken, its token ids are checked.
-        kwargs: `image_processor`, `tokenizer`, and the arguments of `MMCoconutProcessor`.
+        gguf_file: the file of `text` that holds the tokenizer, as for the model.
+        kwargs: `image_processor`, `tokenizer`, and the arguments of `MMCoconutProcessor`. `chat_template` may be a
+            template, `own` or `plain`: that of an instruct model's tokenizer, which is taken where there is one, with
+            thoughts where the assistant begins to write; or ours, question and answer alone.
 
     Raises:
-        ValueError: the tokenizer's ids differ from the configuration's.
+        ValueError: the tokenizer's ids differ from the configuration's; a chat template that cannot be used.
     """
-    check_arguments(MMCoconutProcessor, kwargs, "vision", "text", "config")
-    tokenizer = kwargs.pop("tokenizer", None) or AutoTokenizer.from_pretrained(text)
-    image_processor = kwargs.pop("image_processor", None) or AutoImageProcessor.from_pretrained(vision)
+    check_arguments(MMCoconutProcessor, kwargs, "vision", "text", "config", "gguf_file")
+    tokenizer = kwargs.pop("tokenizer", None) or load_tokenizer(text, gguf_file)
+    image_processor = kwargs.pop("image_processor", None) or image_processor_of(vision, config.vision_config)
     add_special_tokens(tokenizer)
     check_tokenizer(tokenizer, config, IMAGE_TOKEN)
-    kwargs.setdefault("chat_template", chat_template_for(tokenizer))
+    if isinstance(tokenizer.chat_template, dict):  # a saved processor has one template, or all that its tokenizer has
+        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    kwargs["chat_template"] = settle_template(kwargs.get("chat_template"), tokenizer)
     if config.is_encoder_decoder:
         kwargs.setdefault("decoder_start_token_id", config.text_config.decoder_start_token_id)
     return MMCoconutProcessor(image_processor, tokenizer, image_seq_length=config.image_seq_length, **kwargs)

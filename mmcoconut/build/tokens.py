@@ -1,10 +1,12 @@
-"""The placeholders and markers in a tokenizer that a new model is built with."""
+"""The placeholders and markers in a tokenizer that a new model is built with, and what ends its turns."""
 
 import tempfile
 from pathlib import Path
 
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
+from mmcoconut.chat_template_mmcoconut import control_tokens_of
 from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, PAD_TOKEN, THOUGHT_TOKENS
 
 
@@ -13,6 +15,27 @@ SPARE_TOKENS = {
     # The image token has a row behind the vocabulary's, and transformers cannot read a longer vocabulary back.
     "mllama": tuple(f"<|reserved_special_token_{number}|>" for number in (10, 11, 12)),
 }
+SAMPLE_TURNS = (("Which colour?", "### 7291"), ("And then?", None))  # a question, its answer, a further question
+
+
+def turn_end_of(tokenizer) -> str | None:
+    """Return the token that a tokenizer's chat template writes directly behind an answer, or else its eos token.
+
+    Raises:
+        ValueError: a template that refuses an ordinary chat of three messages.
+    """
+    if tokenizer.chat_template is None:
+        return tokenizer.eos_token
+    (question, answer), (further, _) = SAMPLE_TURNS
+    contents = (("user", question), ("assistant", answer), ("user", further))
+    chat = [{"role": role, "content": content} for role, content in contents]
+    try:
+        following = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)[2]
+    except TemplateError as error:
+        remedy = "set tokenizer.chat_template = None, or chat_template: plain in a recipe, to leave it out"
+        raise ValueError(f"The tokenizer's chat template refuses an ordinary chat ({error}): {remedy}.") from error
+    end = control_tokens_of(tokenizer, tokenizer.get_chat_template()).match(following)
+    return end[0] if end and end[0] else tokenizer.eos_token
 
 
 def image_token_of(tokenizer, image_token_id: int) -> str:

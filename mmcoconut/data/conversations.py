@@ -6,6 +6,7 @@ is too long is left out.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -113,11 +114,13 @@ def further_turn(
             f"{len(sequences)} sequences, {len(attention_mask)} masks and {len(text)} texts: give one text a row, "
             "and one generated sequence (num_beams and num_return_sequences of 1)."
         )
-    eos, masks, turns = processor.tokenizer.eos_token_id, [], []
+    eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
+    masks, turns = [], []
     for written, question in zip(sequences[:, attention_mask.shape[1] :].tolist(), text):
         turn = turn_behind_answer(processor, question, num_latents)
         is_ended, writes_end = eos in written, turn[0] == eos
-        seen = written.index(eos) + writes_end if is_ended else len(written)
+        padding = len([*takewhile(pad.__eq__, reversed(written))])  # behind an end other than eos
+        seen = written.index(eos) + writes_end if is_ended else len(written) - padding
         masks.append([1] * seen + [0] * (len(written) - seen))
         turns.append(turn[1:] if is_ended and writes_end else turn)
     asked = processor.tokenizer.pad({"input_ids": turns}, padding_side="left", return_tensors="pt")

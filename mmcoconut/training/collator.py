@@ -50,14 +50,14 @@ def align_rows(rows: Sequence[Sequence[Turn]], *, pad_id: int, latent_id: int):
     }
 
 
-def last_place(part: Sequence[int], whole: Sequence[int]) -> int:
-    """Return where ids stand in others for the last time; -1 if nowhere.
+def first_place(part: Sequence[int], whole: Sequence[int], *, start: int) -> int:
+    """Return where ids stand in others for the first time from `start` on; -1 if nowhere.
 
-    >>> last_place([1, 2], [1, 2, 0, 1, 2]), last_place([2, 1], [1, 2])
+    >>> first_place([1, 2], [1, 2, 0, 1, 2], start=1), first_place([2, 1], [1, 2], start=0)
     (3, -1)
     """
-    starts = range(len(whole) - len(part), -1, -1)
-    return next((start for start in starts if whole[start : start + len(part)] == part), -1)
+    starts = range(start, len(whole) - len(part) + 1)
+    return next((place for place in starts if whole[place : place + len(part)] == part), -1)
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)
@@ -82,21 +82,22 @@ def encode_turns(
     Raises:
         ValueError: a chat template that writes an answer otherwise than `encode_answer`.
     """
-    messages, layout = messages_of(question, history, len(num_tiles)), processor.layout(num_latents)
-    whole, _ = processor.encode_chat(messages, num_tiles, {**layout, "add_generation_prompt": True})
+    messages = messages_of(question, history, len(num_tiles))
+    layout = {**processor.layout(num_latents), "add_generation_prompt": True}
+    whole, _ = processor.encode_chat(messages, num_tiles, layout)
     turns, start = [], 0
     for number, (_, answer) in enumerate(history, start=1):
-        so_far, _ = processor.encode_chat(messages[: 2 * number], num_tiles, layout)
+        asked, _ = processor.encode_chat(messages[: 2 * number - 1], num_tiles, layout)
         *written, eos = encode_answer(processor, answer)
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(whole, so_far))
-        first = last_place(written, [token_id for token_id, _ in same])
-        if first < start:
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, asked)))
+        first = first_place(written, whole, start=max(start, same))
+        if first < 0:
             raise ValueError(
                 f"The chat template does not write the answer of turn {number}, {answer!r}, as the model does: "
                 "give a chat_template that keeps earlier answers, with no space added in front of them."
             )
         end = first + len(written)
-        end += whole[end] == eos
+        end += whole[end : end + 1] == [eos]
         turns.append((tuple(whole[start:first]), tuple(whole[first:end])))
         start = end
     return tuple(turns), tuple(whole[start:])
