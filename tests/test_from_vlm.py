@@ -21,6 +21,7 @@ from tiny import (
     uncached,
 )
 from tiny import words as any_words
+from tiny_composed import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForImageTextToText,
@@ -32,7 +33,6 @@ from transformers import (
 
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
-from mmcoconut.arguments.smoke import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
 from mmcoconut.build import composed_from_vlm, composed_processor_from_vlm
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, shuffle_factor
 from mmcoconut.errors import RecipeError
