@@ -1,7 +1,8 @@
 """`transformers serve` for a checkpoint of mmcoconut: `python -m mmcoconut.serve outputs/quickstart --port 8000`.
 
 The options are those of `transformers serve`, which looks for a model's class, and for what it reads, by names in
-transformers only; so the classes are put there, and its command is called. A request sets the number of thoughts with
+transformers only; so the classes are put there, and its command is called. A vision-language model in its own class is
+loaded with its thoughts, which the server's Auto classes would leave out. A request sets the number of thoughts with
 `"chat_template_kwargs": {"num_latents": 3}`, the server its default by `--chat-template-kwargs` with such JSON. A
 request that says no length gets that of the checkpoint's recipe, and a mistake in a request is answered with status
 400 and what is wrong.
@@ -13,13 +14,14 @@ from functools import lru_cache
 
 import transformers
 from jinja2 import TemplateError
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
 from mmcoconut.auto_classes import BOTH
 from mmcoconut.errors import run_command
 from mmcoconut.evaluation.asking import NEW_TOKENS
-from mmcoconut.models import read_config
+from mmcoconut.models import CheckpointError, class_of, is_composed, load_processor, read_config
 from mmcoconut.training.layout import recipe_of
 
 
@@ -91,6 +93,32 @@ def with_clear_errors(build_server):
     return build
 
 
+def is_thinking_vlm(name: str, options: dict) -> bool:
+    """Whether a folder or Hub id is a vision-language model's own class with thoughts; options: of its revision."""
+    try:
+        return not is_composed(read_config(name, revision=options.get("revision")))
+    except CheckpointError:
+        return False
+
+
+def let_vlms_think() -> None:
+    """Let the Auto classes that the server asks give vision-language models with their thoughts."""
+    own_model, own_processor = AutoModelForMultimodalLM.from_pretrained, AutoProcessor.from_pretrained
+
+    def model_of(name: str, **options):
+        if not is_thinking_vlm(name, options):
+            return own_model(name, **options)
+        config = read_config(name, revision=options.get("revision"))
+        return class_of(config).from_pretrained(name, **{**options, "trust_remote_code": False})
+
+    def processor_of(name: str, **options):
+        if not is_thinking_vlm(name, options):
+            return own_processor(name, **options)
+        return load_processor(name, **{**options, "trust_remote_code": False})
+
+    AutoModelForMultimodalLM.from_pretrained, AutoProcessor.from_pretrained = model_of, processor_of
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not is_serve_available():
@@ -101,6 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     for model_class in BOTH:
         setattr(transformers, model_class.__name__, model_class)
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_class.__name__] = model_class.__name__
+    let_vlms_think()
     from transformers.cli.serving import server  # which needs what was asked for above
     from transformers.cli.transformers import app
 

@@ -98,8 +98,11 @@ def of_patches(num_features: int, rows: int, columns: int) -> list[View] | str:
     return [View(0, rows, columns, columns)]
 
 
-def of_runs(runs: Sequence[int], before: Sequence[str], gaps: Sequence[tuple]) -> list[View] | str:
-    """The grid of features in several runs, by the text before each and the ids between them."""
+def of_runs(runs: Sequence[int], before: Sequence[str], gaps: Sequence[tuple], ratio: float) -> list[View] | str:
+    """The grid of features in several runs, by the text before each and the ids between them.
+
+    ratio: of the picture's width to its height.
+    """
     first = [sum(runs[:number]) for number in range(len(runs))]
     places = [[int(n) for n in found[-1]] if (found := PLACE_OF_TILE.findall(text)) else None for text in before]
     if any(places):
@@ -114,6 +117,10 @@ def of_runs(runs: Sequence[int], before: Sequence[str], gaps: Sequence[tuple]) -
             where = {"top": (row - 1) / rows, "left": (column - 1) / columns, "height": 1 / rows, "width": 1 / columns}
             views.append(View(start, side, side, side, **where))
         return views
+    side = math.isqrt(runs[0])
+    if {*runs} == {side * side} and "global" in before[-1].lower():  # behind tiles that are only numbered (Aya Vision)
+        layout = rows_and_columns(len(runs) - 1, ratio)
+        return [*tiles(0, layout, side, runs[0]), *tiles(first[-1], (1, 1), side, runs[0])]
     if len({*runs}) == len({*gaps}) == 1 and len(gaps[0]) == 1:  # one token ends each row
         return [View(0, len(runs), runs[0], runs[0])]
     return f"its features stand in {len(runs)} groups, and what is between them does not say where these lie"
@@ -197,7 +204,7 @@ def views_of(model, processor, pictures: Sequence[Image.Image], counts: Sequence
             numbers = [number for number, (is_image, _) in enumerate(groups) if is_image]
             before = [processor.tokenizer.decode(groups[number - 1][1]) if number else "" for number in numbers]
             gaps = [groups[number - 1][1] for number in numbers[1:]]
-            found.append(of_runs(runs, before, gaps))
+            found.append(of_runs(runs, before, gaps, picture.width / picture.height))
         else:
             found.append(of_one_run(model, processor, count, size))
     return found
