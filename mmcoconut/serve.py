@@ -11,14 +11,16 @@ request that says no length gets that of the checkpoint's recipe, and a mistake 
 import logging
 import sys
 from functools import lru_cache
+from types import SimpleNamespace
 
 import transformers
 from jinja2 import TemplateError
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
 from mmcoconut.auto_classes import BOTH
+from mmcoconut.configuration_mmcoconut import THOUGHT_TOKENS
 from mmcoconut.errors import run_command
 from mmcoconut.evaluation.asking import NEW_TOKENS
 from mmcoconut.models import CheckpointError, class_of, is_composed, load_processor, read_config
@@ -93,12 +95,28 @@ def with_clear_errors(build_server):
     return build
 
 
-def is_thinking_vlm(name: str, options: dict) -> bool:
-    """Whether a folder or Hub id is a vision-language model's own class with thoughts; options: of its revision."""
+def config_of_vlm(name: str, options: dict) -> PreTrainedConfig | None:
+    """The configuration of a vision-language model's own class with thoughts; None where a name is another model's.
+
+    options: those with which it is loaded, its revision among them.
+    """
     try:
-        return not is_composed(read_config(name, revision=options.get("revision")))
+        config = read_config(name, revision=options.get("revision"))
     except CheckpointError:
-        return False
+        return None
+    return None if is_composed(config) else config
+
+
+def begin_answers_behind_thoughts(processor, config: PreTrainedConfig) -> None:
+    """Let the server take no thoughts at the end of a prompt for the beginning of the answer."""
+    from transformers.cli.serving import utils
+
+    find = getattr(utils, "get_response_template", None)  # which older releases lack: they take all that was written
+    template = find and find(processor, SimpleNamespace(config=config)) or {}
+    if "start_anchor" in template:
+        own = template["start_anchor"]
+        anchors = [*([own] if isinstance(own, str) else own), *THOUGHT_TOKENS]
+        processor.tokenizer.response_template = {**template, "start_anchor": anchors}
 
 
 def let_vlms_think() -> None:
@@ -106,15 +124,18 @@ def let_vlms_think() -> None:
     own_model, own_processor = AutoModelForMultimodalLM.from_pretrained, AutoProcessor.from_pretrained
 
     def model_of(name: str, **options):
-        if not is_thinking_vlm(name, options):
+        config = config_of_vlm(name, options)
+        if config is None:
             return own_model(name, **options)
-        config = read_config(name, revision=options.get("revision"))
         return class_of(config).from_pretrained(name, **{**options, "trust_remote_code": False})
 
     def processor_of(name: str, **options):
-        if not is_thinking_vlm(name, options):
+        config = config_of_vlm(name, options)
+        if config is None:
             return own_processor(name, **options)
-        return load_processor(name, **{**options, "trust_remote_code": False})
+        processor = load_processor(name, **{**options, "trust_remote_code": False})
+        begin_answers_behind_thoughts(processor, config)
+        return processor
 
     AutoModelForMultimodalLM.from_pretrained, AutoProcessor.from_pretrained = model_of, processor_of
 
