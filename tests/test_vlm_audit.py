@@ -91,6 +91,13 @@ def test_the_lens_reads_what_the_model_does_beside_its_head():
     assert expected.values.max() < 1.3 / model.config.get_text_config().vocab_size
 
 
+@pytest.mark.parametrize("model_type", READ[:3])
+def test_text_alone_is_read(model_type):
+    model, _, processor = thinking(model_type)
+    readings = read_thoughts(model, processor(text=["What?"], num_latents=2, return_tensors="pt"))
+    assert readings.image_attention[0].shape[1:] == (2, 0) and readings.image_share(0).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("model_type", READ)
 def test_attention_maps_of_the_passes_are_those_of_the_definition(model_type):
     model, plain, processor = thinking(model_type)
@@ -215,6 +222,20 @@ def test_views_share_their_weights_out_and_padding_gets_none():
     assert grid[0, 0] == weights[0] / 4 + weights[4] and grid[3, 3] == weights[3] / 4 + weights[22]
     padded = on_picture(np.array([1.0, 2.0]), [View(0, 2, 1, 1, height=2.0)])  # the second is below the picture
     assert padded.tolist() == [[1.0]]
+
+
+def test_a_number_that_changes_with_the_shape_makes_no_square(monkeypatch):
+    """Of a processor that says nothing of its patches, 4 features might be 4 × 1."""
+    model, _, processor = thinking("qwen2_5_vl")
+    own_encode = processor.encode_images
+
+    def without_grid(groups, **kwargs):
+        tensors, handles = own_encode(groups, **kwargs)
+        return {name: value for name, value in tensors.items() if name != "image_grid_thw"}, handles
+
+    monkeypatch.setattr(processor, "encode_images", without_grid)
+    reasons = views_of(model, processor, [picture((32, 32), 0), picture((60, 40), 0)])
+    assert "changes with a picture's shape" in reasons[0] and "make no square" in reasons[1]
 
 
 @pytest.mark.slow

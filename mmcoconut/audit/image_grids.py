@@ -24,6 +24,8 @@ from mmcoconut.models import is_composed
 LONGEST_SIDE = 480  # pixels of a picture under a map
 # How a tile's place is written in front of its features (SmolVLM, Idefics 3, LFM2-VL).
 PLACE_OF_TILE = re.compile(r"row_(\d+)_col_(\d+)")
+# Shapes (width, height) of pictures that have as many features as any other, where these make a square.
+NARROW = ((64, 256), (256, 64))
 # Parts of a tower that make features of the whole picture.
 MIXES_PLACES = re.compile("Perceiver|QFormer|Resampler")
 
@@ -126,6 +128,11 @@ def of_runs(runs: Sequence[int], before: Sequence[str], gaps: Sequence[tuple], r
     return f"its features stand in {len(runs)} groups, and what is between them does not say where these lie"
 
 
+def runs_of(ids: Sequence[int], image_id: int) -> list[int]:
+    """How many placeholders stand in each run of them."""
+    return [len([*group]) for is_image, group in groupby(ids, key=lambda token: token == image_id) if is_image]
+
+
 def part_seen(image_processor, size: tuple[int, int]) -> dict:
     """The part of a picture (height, width) that a processor keeps, as fields of a View."""
     height, width = size
@@ -163,6 +170,9 @@ def of_one_run(model, processor, count: int, size: tuple[int, int]) -> list[View
     grid = picture_grid(count)
     if grid is None:
         return f"{count} image features make no square, so it is not known where on the picture they lie"
+    _, [narrow] = processor.encode_images([[Image.new("RGB", shape) for shape in NARROW]], return_tensors="pt")
+    if {runs_of(ids, model.config.image_token_id)[0] for ids in narrow} != {count}:
+        return "the number of features changes with a picture's shape, and nothing says how many are in a row"
     rows, columns = grid
     return [View(count - rows * columns, rows, columns, columns, **part_seen(image_processor, size))]
 
@@ -191,7 +201,7 @@ def views_of(model, processor, pictures: Sequence[Image.Image], counts: Sequence
     for index, (picture, ids) in enumerate(zip(pictures, handles)):
         size = picture.height, picture.width
         groups = [(is_image, tuple(group)) for is_image, group in groupby(ids, key=lambda token: token == image_id)]
-        runs = [len(group) for is_image, group in groups if is_image]
+        runs = runs_of(ids, image_id)
         count = sum(runs)
         if "aspect_ratio_mask" in tensors:
             found.append(of_cross_attention(processor, tensors, index, counts[index], size))

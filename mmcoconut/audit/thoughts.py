@@ -293,8 +293,9 @@ def read_decoder(model, inputs: Mapping, **asked) -> tuple:
     if is_composed(model.config):
         outputs = model.base_model(**inputs, **asked)
         return outputs, outputs.thoughts
+    kept = {"logits_to_keep": 1} if model.keeps_logits else {}  # of all columns they are large
     with decoder_outputs(model) as outputs:
-        thoughts = model(**inputs, **asked).thoughts
+        thoughts = model(**inputs, **asked, **kept).thoughts
     return outputs[0], thoughts
 
 
