@@ -15,6 +15,7 @@ from mmcoconut import serve
 from mmcoconut.audit import command as audit
 from mmcoconut.audit.image_grids import View, counts_of, of_patches, of_runs, on_picture, rows_and_columns, views_of
 from mmcoconut.audit.interventions import given, intervening, with_images_of
+from mmcoconut.audit.thought_pictures import GAP
 from mmcoconut.audit.thoughts import read_thoughts
 from mmcoconut.build import from_vlm, processor_from_vlm
 from mmcoconut.build.tiny_models import tiny_vlm
@@ -324,7 +325,8 @@ def test_one_question_with_two_pictures(monkeypatch):
     [expected] = Answerer(model, processor, num_latents=2, max_new_tokens=3).answer([row])
     assert (asked.output, asked.num_thoughts) == (expected["output"], 2)
     look = asker.look(asked)
-    assert look.no_map is None and [thought.heat_map.size for thought in look.thoughts] == [(240, 360)[::-1]] * 2
+    sizes = [thought.heat_map.size for thought in look.thoughts]
+    assert look.no_map is None and sizes == [(360, 240 + GAP + 400)] * 2  # six times (60, 40), eight times (30, 50)
     variants = asker.intervene(asked)
     assert {"zero", "noise", "mean"} <= {variant.name for variant in variants.replaced}
     text = asker.look(asker.ask(row_of(images=()), 2))

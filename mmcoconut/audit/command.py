@@ -79,7 +79,7 @@ class Shown:
     """One row of the report: what was asked and answered, what its thoughts decode to and where they look.
 
     lens: for each of the N thoughts and the text that follows them, and each layer, the likeliest tokens with their
-    probabilities. strip: the heat maps of the first picture; None where no_map says why.
+    probabilities. strip: the heat maps; None where no_map says why.
     """
 
     row_id: str

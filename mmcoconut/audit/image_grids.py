@@ -15,7 +15,7 @@ from itertools import groupby
 import numpy as np
 from PIL import Image
 
-from mmcoconut.audit.thought_pictures import blend, heat_maps, picture_grid, why_no_map
+from mmcoconut.audit.thought_pictures import blend, heat_maps, picture_grid, stacked, why_no_map
 from mmcoconut.audit.thoughts import Readings
 from mmcoconut.data.images import open_images
 from mmcoconut.models import is_composed
@@ -228,7 +228,9 @@ def counts_of(model, processor, pictures: Sequence[Image.Image], num_features: i
 
 
 def maps_of(model, processor, row: Mapping, inputs: Mapping, readings: Readings) -> tuple[list | None, str | None]:
-    """A heat map of each thought of a row that was read alone, over its first picture; or why there are none.
+    """A heat map of each thought of a row that was read alone, over its pictures; or why there are none.
+
+    Of a composed model with several pictures the first is drawn.
 
     row: of `mmcoconut.data`. inputs: what was read.
     """
@@ -241,11 +243,15 @@ def maps_of(model, processor, row: Mapping, inputs: Mapping, readings: Readings)
         return (None, reason) if reason is not None else (heat_maps(pixels, maps), None)
     pictures = open_images(row)
     counts = counts_of(model, processor, pictures, maps.shape[1])
-    views = views_of(model, processor, pictures, counts)[0]
-    if isinstance(views, str):
-        return None, views
-    shown = pictures[0].convert("RGB")
-    shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-    grids = [on_picture(weights, views) for weights in maps[:, : counts[0]].numpy()]
-    pixels, top = np.asarray(shown, dtype=float), max(grid.max() for grid in grids)
-    return [blend(pixels, grid, top) for grid in grids], None
+    grids, start = [], 0
+    for picture, count, views in zip(pictures, counts, views_of(model, processor, pictures, counts)):
+        if isinstance(views, str):
+            return None, views
+        shown = picture.convert("RGB")
+        shown.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+        weights = maps[:, start : start + count].numpy()  # (N, P)
+        grids.append((np.asarray(shown, dtype=float), [on_picture(each, views) for each in weights]))
+        start += count
+    top = max(grid.max() for _, of_thoughts in grids for grid in of_thoughts)
+    thoughts = range(len(maps))
+    return [stacked([blend(pixels, of_thoughts[j], top) for pixels, of_thoughts in grids]) for j in thoughts], None

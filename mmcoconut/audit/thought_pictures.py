@@ -184,6 +184,16 @@ def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Imag
     return strip
 
 
+def stacked(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels one below the other on white."""
+    height = sum(panel.height + GAP for panel in panels) - GAP
+    stack, top = Image.new("RGB", (max(panel.width for panel in panels), height), "white"), 0
+    for panel in panels:
+        stack.paste(panel, (0, top))
+        top += panel.height + GAP
+    return stack
+
+
 def new_figure(height: float):
     """A matplotlib figure 8 inches wide, without pyplot's global state."""
     figure = load_extra("matplotlib.figure").Figure(figsize=(8, height), dpi=DOTS_PER_INCH, layout="constrained")
