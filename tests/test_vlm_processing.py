@@ -28,7 +28,7 @@ from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.models import load_processor
-from mmcoconut.training.collator import CurriculumCollator, encode_size, usual_image_length
+from mmcoconut.training.collator import CurriculumCollator, encode_size, encode_target, usual_image_length
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.vlm_processing_mmcoconut import COLUMNS, NotLoaded, thinking_processor_class
 
@@ -491,11 +491,18 @@ def test_choices_are_scored_with_their_images_as_each_one_alone(model_type, num_
     processor = processor_from_vlm(own, config=model.config, markers="both" if num_latents else "none")
     answerer = Answerer(model, processor, num_latents=num_latents, stop_threshold=None)
     [row, _] = rows_of([[WIDE, TALL] if model_type != "paligemma" else [WIDE], [SMALL]])
-    together = answerer.choice_log_probs({**row, "choices": ["red", "green", "a cube"]})
-    for choice, (found, count) in zip(["red", "green", "a cube"], together):
-        [(expected, same)] = answerer.choice_log_probs({**row, "choices": [choice]})
-        assert abs(found - expected) <= 1e-3
-        assert count == same
+    row |= {"choices": ["red", "green", "a cube"]}
+    for choice, (found, count) in zip(row["choices"], answerer.choice_log_probs(row), strict=True):
+        inputs = answerer.inputs([row])
+        target = torch.tensor([encode_target(processor, [], choice)])
+        said = torch.cat([torch.zeros_like(inputs["input_ids"]), torch.ones_like(target)], dim=1).bool()
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], target], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs.update(processor.column_inputs(inputs["input_ids"], inputs["attention_mask"], inputs, said))
+        with torch.no_grad():
+            log_probs = model(**inputs).logits[:, -count - 1 : -1].log_softmax(dim=-1)  # (1, count, V)
+        assert count == target.shape[1]
+        assert abs(log_probs.gather(2, target[..., None]).sum().item() - found) <= 1e-3
     begun = Answerer(model, processor, num_latents=num_latents, begin_with="###").inputs([row])
     for name in processor.column_names:
         assert begun[name].shape[:2] == begun["input_ids"].shape

@@ -109,6 +109,13 @@ class Family:
         return {"input_ids": padded, "attention_mask": mask, **images}
 
     @property
+    def how_images_are_read(self) -> str:
+        """Return `yes`, or what stands in for a processor that cannot be made here."""
+        if self.processor is not None:
+            return "yes"
+        return "yes, images by hand" if self.model_type in IMAGES_BY_HAND else "text alone"
+
+    @property
     def row_tolerance(self) -> float:
         """How much logits of a row may differ in a batch and alone: a tower in float32 sums in another order there."""
         return 1e-4 if self.model_type in FLOAT_TOWERS else TOLERANCE

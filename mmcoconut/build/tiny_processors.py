@@ -11,6 +11,7 @@ from collections import Counter
 
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ImageProcessingMixin, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -18,7 +19,6 @@ from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.build.tiny_vlms import PATCH, SIDE
 from mmcoconut.build.tokens import add_special_tokens
-from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.vlm_processing_mmcoconut import NotLoaded, thinking_processor_class
 
 
@@ -114,8 +114,14 @@ def tiny_image_processor(model_type: str, **fields):
 
 
 def _tokenizer_with(strings: list[str], named: dict[str, str]) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(TEXTS, vocab_size=300).backend_tokenizer,
+        tokenizer_object=bpe,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
