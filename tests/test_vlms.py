@@ -121,7 +121,9 @@ def test_a_longer_vocabulary_is_saved_and_opens_with_thoughts_and_as_the_plain_c
     model = copy.deepcopy(each.model).float()
     model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = tied
     head = model.get_output_embeddings()
-    if tied and head.weight.shape == model.get_input_embeddings().weight.shape:
+    if tied and not model._tied_weights_keys:
+        pytest.skip("its class does not tie them")
+    elif tied and head.weight.shape == model.get_input_embeddings().weight.shape:
         head.weight = model.get_input_embeddings().weight
     elif tied:
         pytest.skip("its head has other rows than its embeddings")
