@@ -109,10 +109,9 @@ def config_of_vlm(name: str, options: dict) -> PreTrainedConfig | None:
 
 def begin_answers_behind_thoughts(processor, config: PreTrainedConfig) -> None:
     """Let the server take no thoughts at the end of a prompt for the beginning of the answer."""
-    from transformers.cli.serving import utils
+    from transformers.cli.serving.utils import get_response_template
 
-    find = getattr(utils, "get_response_template", None)  # which older releases lack: they take all that was written
-    template = find and find(processor, SimpleNamespace(config=config)) or {}
+    template = get_response_template(processor, SimpleNamespace(config=config)) or {}
     if "start_anchor" in template:
         own = template["start_anchor"]
         anchors = [*([own] if isinstance(own, str) else own), *THOUGHT_TOKENS]

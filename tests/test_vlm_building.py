@@ -22,6 +22,7 @@ from transformers import (
 
 from mmcoconut.build import check as checks
 from mmcoconut.build import from_vlm, reason_against
+from mmcoconut.build.tiny_models import tiny_vlm as tiny_vlm_and_processor
 from mmcoconut.build.tokens import SPARE_TOKENS
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.errors import UsageError
@@ -376,6 +377,25 @@ def test_an_unknown_argument_with_an_entry_a_token_is_named():
     match = r"it fails with RuntimeError: .* Its decoder takes ple_marks, with one entry a token.*check=False"
     with pytest.raises(ValueError, match=match):
         checks.check_thoughts(model, prompt_of(model, tokenizer))
+
+
+def test_a_folder_without_a_processor_is_checked_by_a_text(tmp_path, caplog):
+    for part in tiny_vlm():
+        part.save_pretrained(tmp_path)
+    assert isinstance(from_vlm(str(tmp_path)), ThinkingVLM)
+    assert "not checked, for there is no processor" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "smolvlm", "paligemma"])
+def test_a_processor_has_thoughts_behind_an_image_checked(model_type, dtype, caplog, monkeypatch):
+    asked, check = [], checks.check_thoughts
+    monkeypatch.setattr("mmcoconut.build.vlms.check_thoughts", lambda *given: (asked.append(given), check(*given)))
+    vlm, processor = tiny_vlm_and_processor(model_type)
+    from_vlm(vlm, processor=processor, dtype=dtype)
+    ((model, inputs),) = asked
+    assert "pixel_values" in inputs and int((inputs["input_ids"] == model.config.latent_token_id).sum()) == 2
+    assert "not checked" not in caplog.text
 
 
 def test_the_check_can_be_left_out(monkeypatch):

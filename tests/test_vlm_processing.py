@@ -72,6 +72,7 @@ NEEDED += (
 REFUSED = {
     "florence2": "total number of <|image_token|> tokens",  # an encoder-decoder, whose processor places the image
     "hunyuan_vl": "image placeholders must be formatted as",
+    "pi0": "moved or dropped marks around 1 images, or put images elsewhere",  # puts images where it likes
     "qianfan_ocr": "total number of <image> tokens",  # its template writes another token than the one it counts
     "shieldgemma2": None,  # a classifier
 }
@@ -509,3 +510,20 @@ def test_choices_are_scored_with_their_images_as_each_one_alone(model_type, num_
         if model_type == "paligemma":
             assert begun[name][0, -1] == 1
     assert answerer.prompt_length(row) == answerer.inputs([row])["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("groups", [[[WIDE, TALL]], [[SMALL]], [[WIDE, TALL], [SMALL]]])
+def test_neighbours_of_idefics2_share_their_frame(groups):
+    own, _ = own_and_thinking("idefics2")
+    own.chat_template = own.chat_template.replace("<image>\\n", "<image>").replace("<image>\n", "<image>")
+    processor = processor_from_vlm(own, config=config_for(own, "idefics2"), markers="none")
+    chats = [chat_of(QUESTION, len(group)) for group in groups]
+    rendered = processor.apply_chat_template(chats, add_generation_prompt=True)
+    found = processor(images=groups, text=[QUESTION] * len(groups), rendered=False, padding=True, return_tensors="pt")
+    assert_same(found, own_call(own, rendered, groups))
+    answered = [[*chat, {"role": "assistant", "content": "red"}] for chat in chats]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    for chat, group in zip(answered, groups):
+        batch = processor.apply_chat_template([chat], processor_kwargs={"images": [group]}, **options)
+        said = [token for token, mask in zip(batch["input_ids"][0], batch["assistant_masks"][0]) if mask]
+        assert processor.tokenizer.decode(said) == f"red{own.tokenizer.eos_token}"
