@@ -362,7 +362,10 @@ def test_likelihoods_of_choices_are_the_models(model_type):
 
 
 def test_the_server_loads_models_with_thoughts_and_plain_ones_without(tmp_path, monkeypatch):
-    pytest.importorskip("fastapi", reason="the server needs pip install mmcoconut[serve]")
+    for library in ("openai", "fastapi", "uvicorn"):
+        pytest.importorskip(library, reason="the server needs pip install mmcoconut[serve]")
+    from transformers.cli.serving import model_manager, utils
+
     auto_classes = (transformers.AutoModelForMultimodalLM, transformers.AutoProcessor)
     for auto_class in auto_classes:
         monkeypatch.setattr(auto_class, "from_pretrained", auto_class.from_pretrained)
@@ -370,11 +373,15 @@ def test_the_server_loads_models_with_thoughts_and_plain_ones_without(tmp_path, 
     for part in tiny_vlm("qwen2_5_vl"):
         part.save_pretrained(tmp_path / "plain")
     serve.let_vlms_think()
-    options = {"revision": "main", "trust_remote_code": False}
-    model, processor = (auto_class.from_pretrained(folder, **options) for auto_class in auto_classes)
-    expected = load_checkpoint(folder)
-    assert (type(model), type(processor)) == tuple(map(type, expected))
-    anchors = processor.tokenizer.response_template["start_anchor"]
-    assert anchors == ["<|im_start|>assistant\n", *THOUGHT_TOKENS]
-    plain = auto_classes[0].from_pretrained(str(tmp_path / "plain"), **options)
+    manager = model_manager.ModelManager(device="cpu", force_model=folder)
+    model, processor = manager.load_model_and_processor(f"{folder}@main")
+    assert (type(model), type(processor)) == tuple(map(type, load_checkpoint(folder)))
+    assert processor.tokenizer.response_template["start_anchor"] == ["<|im_start|>assistant\n", *THOUGHT_TOKENS]
+    chat = [{"role": "user", "content": [{"type": "text", "text": "What?"}]}]
+    given = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    inputs = processor.apply_chat_template(chat, num_latents=2, **given)
+    answer = processor.tokenizer("red", return_tensors="pt")["input_ids"][0]
+    text, *_ = utils.parse_assistant_message(processor, model, answer, inputs["input_ids"], "red")
+    assert text == "red"  # and no latents of the prompt before it
+    plain = auto_classes[0].from_pretrained(str(tmp_path / "plain"), revision="main", trust_remote_code=False)
     assert type(plain) is transformers.Qwen2_5_VLForConditionalGeneration
