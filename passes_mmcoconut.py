@@ -432,6 +432,12 @@ class Passes:
         states = self.call_decoder(throwaway(self.cache), **inputs).last_hidden_state
         return states[:, end - start - length : end - start]
 
+    def join_states(self, pieces: tuple) -> torch.Tensor | None:
+        """Return the hidden states of a layer; those of several streams are (S, B, T, D) or (B, T, S, D)."""
+        columns = [embeds.shape[1] for embeds in self.embeds_run]
+        has_streams_last = pieces[0] is not None and [piece.shape[-2] for piece in pieces] != columns
+        return torch.cat(pieces, dim=1) if has_streams_last else join_columns(pieces)
+
     def joined(self):
         """Return the output of the call, of all columns, in the decoder's own class."""
         first, joined = self.outputs[0], {CACHE: self.cache if self.keeps_cache else None}
@@ -440,7 +446,7 @@ class Passes:
         joined["last_hidden_state"] = join_columns([output.last_hidden_state for output in self.outputs])
         if first.get("hidden_states") is not None:
             layers = zip(*(output.hidden_states for output in self.outputs))
-            joined["hidden_states"] = tuple(join_columns(layer) for layer in layers)
+            joined["hidden_states"] = tuple(self.join_states(layer) for layer in layers)
         if first.get("attentions") is not None:
             past_length = int(self.cache.get_seq_length()) - self.length
             maps, reads_images = (

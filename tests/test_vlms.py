@@ -31,6 +31,7 @@ from mmcoconut.models import load_model
 # These must be taken over, whatever else is.
 WANTED = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 WANTED += ("qwen3_5", "smolvlm", "idefics3", "gemma3", "paligemma", "mllama", "glm4v")
+PLAIN_TOO = "no, nor the plain class"
 OF_EXPERTS = 1e-5  # in float32, in which a loaded model runs its experts in another order than one made for float64
 FAST = ("qwen2_5_vl", "gemma3", "smolvlm")
 
@@ -96,6 +97,9 @@ def test_values_and_gradients_equal_the_definition_also_checkpointed(each, table
 def test_a_ragged_batch_with_images_of_different_sizes_equals_its_rows(each, table):
     batch = each.inputs()
     real = batch["attention_mask"].bool()
+    if each.model_type not in WANTED and not each.plain_rows_are_equal():
+        table.found(each.model_type, "batches", PLAIN_TOO)
+        pytest.skip("rows of the plain class differ in a batch and alone")
     with torch.no_grad(), without_float32():
         logits, new_tokens = each.model(**batch).logits, answers(each.model, batch)
         for row in range(len(ROWS)):
@@ -111,11 +115,23 @@ def test_cached_greedy_and_beam_search_equal_uncached(each, table):
         for options in ({}, {"num_beams": 2}):
             plainly = [answers(each.plain, without, use_cache=use_cache, **options) for use_cache in (True, False)]
             if not torch.equal(*plainly):
-                table.found(each.model_type, "beams", "the plain class differs too")
+                table.found(each.model_type, "beams", PLAIN_TOO)
                 pytest.skip("the plain class does not answer so with and without a cache")
             cached = answers(each.model, batch, **options)
             assert torch.equal(answers(each.model, batch, use_cache=False, **options), cached)
     table.found(each.model_type, "beams")
+
+
+def reads_longer_vocabulary(plain, folder) -> bool:
+    """Return True if a plain model with a few more tokens can be saved and loaded."""
+    plain = copy.deepcopy(plain).float()
+    plain.resize_token_embeddings(plain.get_input_embeddings().weight.shape[0] + 5)
+    plain.save_pretrained(folder)
+    try:
+        AutoModelForImageTextToText.from_pretrained(folder)
+    except RuntimeError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -132,6 +148,9 @@ def test_a_longer_vocabulary_is_saved_and_opens_with_thoughts_and_as_the_plain_c
         pytest.skip("its head has other rows than its embeddings")
     else:
         head.weight = torch.nn.Parameter(head.weight.detach() + 0.01)
+    if each.model_type not in (*SPARE_TOKENS, *WANTED) and not reads_longer_vocabulary(each.plain, tmp_path / "plain"):
+        table.found(each.model_type, "saved, resized", "saved; the plain class cannot grow")
+        pytest.skip("the plain class does not read its own checkpoint with a longer vocabulary back")
     if each.model_type not in SPARE_TOKENS:
         model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + 5)
     model.save_pretrained(tmp_path)
