@@ -97,11 +97,12 @@ class ThinkingProcessor:
     def encode_rendered(self, chat: str, num_tiles: Sequence[int], spans: Sequence = ()) -> tuple[list, list]:
         """Return the ids of a rendered chat with images of so many tiles, and 1 at those in its spans, 0 elsewhere."""
         ids, mask = encode_marked(self.tokenizer, chat, spans)
-        wanted = f"{ids.count(self.image_token_id)} {self.image_token}"
-        if ids.count(self.image_token_id) != len(num_tiles):
+        placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        wanted = f"{ids.count(placeholder)} {self.image_token}"
+        if ids.count(placeholder) != len(num_tiles):
             raise ValueError(f"The text has {wanted} and {len(num_tiles)} images are given: give one image for each.")
         images = (self.image_ids(number) for number in num_tiles)
-        pieces = [next(images) if token_id == self.image_token_id else [token_id] for token_id in ids]
+        pieces = [next(images) if token_id == placeholder else [token_id] for token_id in ids]
         masks = [[value] * len(piece) for value, piece in zip(mask, pieces)]
         return [*chain(*pieces)], [*chain(*masks)]
 

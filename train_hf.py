@@ -171,8 +171,10 @@ def build_from_checkpoint(model_args):
     fed_back = {key: getattr(model_args, key) for key in HOW_THOUGHTS_ARE_FED_BACK}
     model = load_model(name, new_parts=("stop_head",) if model_args.stop_head else (), **fed_back)
     processor = load_processor(name)
-    if makes_tiles(processor.image_processor):
-        tiles = {"min_tiles": model_args.min_tiles, "max_tiles": model_args.max_tiles}
+    tiles = {"min_tiles": model_args.min_tiles, "max_tiles": model_args.max_tiles}
+    if tiles != dict.fromkeys(tiles) or (
+        model_args.use_thumbnail is not None and makes_tiles(processor.image_processor)
+    ):
         set_tiles(processor.image_processor, image_size=None, **tiles)
     if model_args.use_thumbnail is not None:
         processor.use_thumbnail = model_args.use_thumbnail

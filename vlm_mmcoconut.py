@@ -20,6 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 
+import torch
 import transformers
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
@@ -163,7 +164,7 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         return outputs.to_tuple() if as_tuple else outputs
 
     def run_own_forward(self, own_forward: Callable, inputs: dict):
-        """Run the own forward with the loss of labelled columns alone, where a training step asks for no logits."""
+        """Run the own forward; the loss is of labelled columns, and in training the head runs on them alone."""
         labels, shift_labels = inputs.get("labels"), inputs.get("shift_labels")
         targets = self.targets_of(labels, shift_labels, inputs.get("input_ids"), inputs.get("attention_mask"))
         run = own_forward
@@ -172,15 +173,23 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
             def run(**given):
                 return run_with_latents(self, own_forward, given)
 
-        shares_loss = inputs.get("output_router_logits") or not self.keeps_logits  # of which the model's own adds more
-        if targets is None or not self.training or inputs.get("logits_to_keep") or shares_loss:
+        if targets is None or inputs.get("output_router_logits"):  # whose own loss has a part of the router's
             return run(**inputs, return_dict=True)
-        columns = (targets != -100).any(dim=0).nonzero()[:, 0]  # (kept,)
         given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
-        outputs = run(**given, logits_to_keep=columns, return_dict=True)
-        sizes = {"vocab_size": outputs.logits.shape[-1], "num_items_in_batch": inputs.get("num_items_in_batch")}
-        loss = self.loss_function(logits=outputs.logits, labels=None, shift_labels=targets[:, columns], **sizes)
-        return type(outputs)(**{**outputs, "loss": loss, "logits": None})
+        kept, labelled = given.pop("logits_to_keep", None), targets != -100  # (B, T)
+        keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
+        returned = torch.full_like(labelled[0], keeps_all and not self.training)  # (T,)
+        if not keeps_all:
+            returned[slice(-kept, None) if isinstance(kept, int) else kept] = True
+        columns = (labelled.any(dim=0) | returned | (not self.keeps_logits)).nonzero()[:, 0]  # (c,)
+        if self.keeps_logits:
+            given["logits_to_keep"] = columns
+        outputs, labelled = run(**given, return_dict=True), labelled[:, columns]  # (B, c)
+        logits, wanted = outputs.logits[labelled], targets[:, columns][labelled]  # (n, V), (n,)
+        sizes = {"vocab_size": logits.shape[-1], "num_items_in_batch": inputs.get("num_items_in_batch")}
+        loss = self.loss_function(logits=logits, labels=None, shift_labels=wanted, **sizes)
+        logits = outputs.logits[:, returned[columns]] if returned.any() else None
+        return type(outputs)(**{**outputs, "loss": loss, "logits": logits})
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under their present names, the code of the thoughts, and which class of it opens them."""

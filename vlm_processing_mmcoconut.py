@@ -89,10 +89,10 @@ class ThinkingVLMProcessor(ThinkingProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a processor; parts for videos or sound whose libraries are not installed are left out."""
+        """Load a processor; parts for videos or sound that cannot be loaded, or have no files, are left out."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except ImportError:
+        except (ImportError, OSError, ValueError):  # what images need too raises it again
             settings, unused = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
             parts = [
                 LOADERS[name].from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -121,8 +121,12 @@ class ThinkingVLMProcessor(ThinkingProcessor):
 
     def to_dict(self) -> dict:
         """Return the fields of processor_config.json."""
-        fields = {name: getattr(self, name) for name in FIELDS}
-        return {name: value for name, value in super().to_dict().items() if value != {}} | fields
+        own = super().to_dict()
+        for name in self.get_attributes():
+            if isinstance(getattr(self, name), NotLoaded):
+                own[name] = {key: value for key, value in getattr(self, name).items() if key != "auto_map"}
+                own = {key: value for key, value in own.items() if key != name or value}
+        return own | {name: getattr(self, name) for name in FIELDS}
 
     def check_argument_for_proper_class(self, argument_name, argument):
         """Check the class of a part; one that is not loaded has none."""
@@ -143,9 +147,8 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         Raises:
             ValueError: a name that this code cannot make for text with thoughts.
         """
-        inputs = self._own_inputs(
-            [[torch.full((3, 64, 64), 127, dtype=torch.uint8)]], " a" * 99, {"return_tensors": "pt"}
-        )
+        grey = flat_images(torch.full((64, 64), 127, dtype=torch.uint8))
+        inputs = self._own_inputs([grey], " a" * 99, {})
         known, text_names = {name.rpartition(".")[2] for name in COLUMNS}, {"input_ids", "attention_mask", "labels"}
         shape = torch.as_tensor(inputs["input_ids"]).shape  # (1, T)
         for name, value in inputs.items():
@@ -161,7 +164,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         )
         as_ids = {"padding": True, "return_tensors": None, "add_special_tokens": False}
         images = [image for group in groups for image in group] if type(self).__name__ in FLAT else groups
-        options = {"images_kwargs": {**self.image_options, **options}, "text_kwargs": as_ids}
+        options = {"images_kwargs": {"return_tensors": "pt", **self.image_options, **options}, "text_kwargs": as_ids}
         return dict(self.own_class.__call__(self, images=images, text=[*marked], **options))
 
     def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[tuple]]]:
@@ -173,6 +176,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         given = [group for group in groups if group]
         if not given:
             return {}, [[] for _ in groups]
+        tensor_type = kwargs.pop("return_tensors", None)
         inputs = self._own_inputs(given, "", kwargs)
         rows = torch.as_tensor(inputs["input_ids"]).tolist()
         text_names = {"input_ids", "attention_mask", "labels", *self.tokenizer.model_input_names, *self.column_names}
@@ -180,7 +184,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         handles = iter([self._between_marks(row, len(group)) for row, group in zip(rows, given)])
         if type(self).__name__ in BY_ROW and len(given) < len(groups):
             inputs = {name: self._for_all_rows(torch.as_tensor(value), groups) for name, value in inputs.items()}
-        inputs = BatchFeature(inputs, tensor_type=kwargs.get("return_tensors"))
+        inputs = BatchFeature(inputs, tensor_type=tensor_type)
         return dict(inputs), [next(handles) if group else [] for group in groups]
 
     def _between_marks(self, ids: list[int], num_images: int) -> list[tuple[int, ...]]:

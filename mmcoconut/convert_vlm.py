@@ -2,8 +2,8 @@
 
     python -m mmcoconut.convert_vlm outputs/run outputs/own --to own
 
-The composed form (`composed_from_vlm`) is an MMCoconutForConditionalGeneration of the VLM's parts; the own form
-(`from_vlm`) a subclass of the VLM's class, which serving engines know. Both have the same weights and logits.
+The composed form (`composed_from_vlm`) is an MMCoconutForConditionalGeneration of a VLM's parts, the own form
+(`from_vlm`) a subclass of its class, which serving engines know. Both have the same weights, logits and thoughts.
 """
 
 import logging
@@ -57,8 +57,9 @@ def _why_not_own(config: MMCoconutConfig) -> str | None:
         return f"image_fusion is {config.image_fusion!r}, and a VLM's own class puts features in the place of tokens"
     if config.projector_type not in OWN:
         return f"projector_type is {config.projector_type!r}, and only {', '.join(OWN)} are a VLM's"
-    if config.image_size not in (None, tower.image_size):
-        return f"image_size is {config.image_size}, and its tower's is {tower.image_size}"
+    side = tower.image_size if isinstance(tower.image_size, int) else tower.image_size[0]
+    if config.image_size not in (None, side):
+        return f"image_size is {config.image_size}, and its tower's is {side}"
     if config.vision_last_norm:
         return "vision_last_norm is True, and a VLM's own class decides by its tower what it reads"
     if config.projector_type == "mlp":
@@ -91,13 +92,11 @@ def to_own(model: PreTrainedModel) -> ThinkingVLM:
         ValueError: a model that no VLM's class has a place for, with what it has.
     """
     config = model.config
-    reason = None if isinstance(config, MMCoconutConfig) else f"it is a {config.model_type} in its own class already"
+    reason = None if isinstance(config, MMCoconutConfig) else f"it is {config.model_type} in its own class already"
     reason = reason or _why_not_own(config)
     if reason is not None:
         raise ValueError(f"This model has no own form: {reason}; keep it as it is.")
-    vars(model.model.vision_tower.config).pop(
-        "tie_last_hidden_states", None
-    )  # which InternVL's own class need not say
+    vars(model.model.vision_tower.config).pop("tie_last_hidden_states", None)  # InternVL's own class says it by itself
     config.vision_config, config.text_config = model.model.vision_tower.config, model.model.language_model.config
     with torch.device("meta"):
         own = thinking_class(OWN[config.projector_type][1])(_own_config(config))
@@ -127,7 +126,8 @@ def processor_to_own(processor: MMCoconutProcessor, config):
     fields = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
     fields["chat_template"] = IF_ASKED + processor.chat_template
     if config.model_type == "internvl":
-        fields |= {"image_seq_length": processor.image_seq_length, "video_processor": _video_part()}
+        videos = vlm_processing_mmcoconut.NotLoaded()  # of which the composed form knows nothing
+        fields |= {"image_seq_length": processor.image_seq_length, "video_processor": videos}
     else:
         tower, strategy = config.vision_config, config.vision_feature_select_strategy
         patches = (tower.image_size // tower.patch_size) ** 2
@@ -139,10 +139,6 @@ def processor_to_own(processor: MMCoconutProcessor, config):
     return made
 
 
-def _video_part():
-    return vlm_processing_mmcoconut.NotLoaded()
-
-
 # --- to the composed form --------------------------------------------------------------------------------------------
 def to_composed(model: ThinkingVLM) -> PreTrainedModel:
     """Return a model in its own class as one of its parts, with its weights; it is used up.
@@ -152,7 +148,7 @@ def to_composed(model: ThinkingVLM) -> PreTrainedModel:
     """
     known = [own[0] for own in OWN.values()]
     if model.config.model_type not in known:
-        reason = f"a {model.config.model_type} is none of {', '.join(known)}"
+        reason = f"it is {model.config.model_type} and none of {', '.join(known)}"
         raise ValueError(f"This model has no composed form: {reason}; keep it as it is.")
     composed = compose(model, {name: getattr(model.config, name) for name in THOUGHT_FIELDS})
     for name in THOUGHT_MODULES:

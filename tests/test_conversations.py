@@ -13,10 +13,10 @@ from tiny import (
     tiny_seq2seq,
     uncached,
 )
+from tiny_composed import TINY_VLMS, write_tiny_vlm
 from transformers import LogitsProcessor
 
 from mmcoconut.arguments.recipes import parse_recipe
-from mmcoconut.arguments.smoke import TINY_VLMS, write_tiny_vlm
 from mmcoconut.audit.interventions import Study
 from mmcoconut.build import composed_from_vlm, composed_processor_from_vlm
 from mmcoconut.data import Example, load_examples, loader_of, open_images, to_dataset

@@ -30,7 +30,7 @@ import train_hf
 from mmcoconut.arguments.fields import TYPES
 from mmcoconut.arguments.recipe_files import BASE
 from mmcoconut.arguments.recipes import parse_recipe, read_recipe
-from mmcoconut.arguments.smoke import write_tiny_vlm
+from mmcoconut.build.tiny_models import write_tiny_vlm
 from mmcoconut.data import json_steps, llava_instruct
 
 

@@ -21,6 +21,7 @@ from tiny import (
     uncached,
 )
 from tiny import words as any_words
+from tiny_composed import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForImageTextToText,
@@ -32,7 +33,6 @@ from transformers import (
 
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
-from mmcoconut.arguments.smoke import tiny_vlm_config, tiny_vlm_image_processor, tiny_vlm_tokenizer
 from mmcoconut.build import composed_from_vlm, composed_processor_from_vlm
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS, shuffle_factor
 from mmcoconut.errors import RecipeError
@@ -754,7 +754,8 @@ def test_recipe_that_says_what_the_vlm_decides_is_refused(tmp_path, values, key)
 
 
 def test_recipe_with_a_llava_trains_in_a_smoke_test(tmp_path):
-    recipe = recipe_of(tmp_path, vlm_model_type="llava", max_latent_stage=1, thought_norm="embedding")
+    values = {"vlm_model_type": "llava", "composed": True, "max_latent_stage": 1, "thought_norm": "embedding"}
+    recipe = recipe_of(tmp_path, **values)
     options = ["--smoke_test", "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true", "--use_cpu", "true"]
     results = train_hf.main([recipe, *options])
     assert [row["num_latents"] for row in results["stages"]] == [0, 1]

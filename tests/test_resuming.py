@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_train import ROOT, TINY, losses
 
 import train_hf
+from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.records import write_json
 from mmcoconut.training.checkpoints import checkpoints_of, choose_checkpoint, damage, newest_whole, rotate
 
@@ -269,7 +270,7 @@ def test_trained_tokenizer_is_that_of_the_checkpoint(stopped, whole, monkeypatch
 
 def test_another_tokenizer_is_refused_with_a_token_and_both_ids(stopped):
     """As a tokenizer on the Hub may have changed under its name."""
-    other = train_hf.MMCoconutProcessor.from_pretrained(stopped / "checkpoint-8").tokenizer
+    other = MMCoconutProcessor.from_pretrained(stopped / "checkpoint-8").tokenizer
     other.add_tokens(["another"])
     message = f"of .*checkpoint-8 in 1 tokens, such as 'another', which has id None there and {len(other) - 1} now"
     with pytest.raises(ValueError, match=message):
@@ -282,7 +283,7 @@ def test_finished_run_of_max_steps_keeps_its_last_stage(whole):
     options = ["--max_steps", "18", "--num_train_epochs", "1"]
     run(folder, *options)
     run(folder, *options, *RESUMED)
-    assert train_hf.MMCoconutProcessor.from_pretrained(folder).num_latents == 2
+    assert MMCoconutProcessor.from_pretrained(folder).num_latents == 2
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,13 @@ from tiny import TEXT_CONFIGS, tiny_model
 import train_hf
 from mmcoconut.arguments.fields import CurriculumArguments, DataArguments
 from mmcoconut.arguments.recipes import parse_recipe
-from mmcoconut.arguments.smoke import write_tiny_vlm
+from mmcoconut.build.tiny_models import write_tiny_vlm
 from mmcoconut.data import json_steps
 from mmcoconut.images_mmcoconut import UnreadableImageError
 from mmcoconut.kernels.latent import LATENT_WHERE_LEANER
 from mmcoconut.kernels.private import attention_of
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.models import model_class
+from mmcoconut.models import class_of, load_processor, read_config
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.schedules_mmcoconut import ThinkTogether
 from mmcoconut.training import trainer
@@ -93,20 +93,20 @@ def test_recipe_trains_evaluates_saves_and_reloads_in_a_smoke_test(name, tmp_pat
     folder = tmp_path / "run-smoke"
     assert json.loads((folder / "results.json").read_text()) == results
     assert all(math.isfinite(row["loss"]) and row["n"] > 0 for row in results["stages"])
-    fusion = json.loads((folder / "config.json").read_text())["image_fusion"]
-    model, info = model_class(fusion).from_pretrained(folder, output_loading_info=True)
+    config = read_config(str(folder))
+    model, info = class_of(config).from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    processor = MMCoconutProcessor.from_pretrained(folder)
+    processor = load_processor(str(folder))
     assert processor.num_latents == results["stages"][-1]["num_latents"]
     inputs = processor(images=Image.new("RGB", (32, 32)), text="Which?", return_tensors="pt")
-    prompt_ids = "decoder_input_ids" if fusion == "encoder" else "input_ids"
+    prompt_ids = processor.prompt_names[0]
     assert model.generate(**inputs, max_new_tokens=2).shape[1] <= inputs[prompt_ids].shape[1] + 2
     assert "processor.decode_answers(tokens, inputs)" in (folder / "README.md").read_text()
 
 
 def test_a_thumbnail_switched_off_where_there_are_no_tiles_is_refused(tmp_path):
     write_tiny_vlm(tmp_path / "vlm", "llava")
-    (tmp_path / "r.yaml").write_text(f"vlm: {tmp_path / 'vlm'}\nuse_cpu: true\nuse_thumbnail: false\n")
+    (tmp_path / "r.yaml").write_text(f"vlm: {tmp_path / 'vlm'}\nuse_cpu: true\ncomposed: true\nuse_thumbnail: false\n")
     with pytest.raises(ValueError, match="use_thumbnail: false has no effect, .* cuts no tiles: remove this key"):
         train_hf.build_from_vlm(parse_recipe([str(tmp_path / "r.yaml")])[0])
 
@@ -142,7 +142,7 @@ def test_internvl_recipes_go_from_cot_over_coconut_to_evaluation(tmp_path, monke
     assert (cot["mode"], [row["num_latents"] for row in cot["stages"]]) == ("cot", [0])
     coconut = run("coconut_from_cot", "coconut", *few, "--num_train_epochs", "1")
     assert [(row["stage"], row["num_latents"]) for row in coconut["stages"]] == [(1, 2)]
-    processor = MMCoconutProcessor.from_pretrained(tmp_path / "coconut")
+    processor = load_processor(str(tmp_path / "coconut"))
     assert (processor.markers, processor.image_processor.max_patches) == ("both", 2)
     metrics = run("eval", "eval")
     assert (metrics["eval_stage"], metrics["eval_num_latents"], metrics["eval_n"]) == (1, 2, 8)

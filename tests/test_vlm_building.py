@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from tiny import SPREAD, max_difference
+from tiny_composed import tiny_vlm_tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -19,7 +20,6 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from mmcoconut.arguments.smoke import tiny_vlm_tokenizer
 from mmcoconut.build import check as checks
 from mmcoconut.build import from_vlm, reason_against
 from mmcoconut.build.tokens import SPARE_TOKENS

@@ -7,19 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForImageTextToText,
-    CLIPImageProcessorPil,
-    GotOcr2ImageProcessorPil,
-    PreTrainedTokenizerFast,
-)
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mmcoconut.arguments.choices import REWARDED
 from mmcoconut.arguments.recipes import rewarded_arguments
+from mmcoconut.arguments.typed import did_you_mean
+from mmcoconut.build.tiny_models import write_tiny_vlm
 from mmcoconut.data import loader_of
-from mmcoconut.data.tokenizer import train_tokenizer
+from mmcoconut.errors import UsageError
 from mmcoconut.objectives.rewards import REWARDS
 
 
@@ -47,37 +43,6 @@ TINY_ENCODER_DECODER = {
     "decoder_ffn_dim": 64,
     "max_position_embeddings": 1024,
 }
-TINY_DECODER = {**TINY_TEXT, "intermediate_size": 64, "num_key_value_heads": 2}
-# How the vision-language models that from_vlm takes over write a chat; trimmed to what a recipe's rows hold.
-INTERNVL_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{{ '<IMG_CONTEXT>\n' if part['type'] == 'image' else part['text'] }}"
-    "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}"
-    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-# By model type: the chat template, the image processor, and the tokens, of which the last stands for an image.
-TINY_VLMS = {
-    "internvl": (
-        INTERNVL_TEMPLATE,
-        GotOcr2ImageProcessorPil,
-        {
-            "start_image_token": "<img>",
-            "end_image_token": "</img>",
-            "video_token": "<video>",
-            "context_image_token": "<IMG_CONTEXT>",
-        },
-    ),
-    "llava": (LLAVA_TEMPLATE, CLIPImageProcessorPil, {"image_token": "<image>"}),
-}
 NUM_ROWS = 8
 OPTIONS_FILE = "sample_options.json"
 
@@ -95,45 +60,17 @@ def tiny_config(model_type: str | None, config: dict | None, name: str | None, *
     return {"model_type": model_type, **{name: size for name, size in sizes.items() if name in fields}}
 
 
-def tiny_vlm_tokenizer(model_type: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with the special tokens and the chat template of a vision-language model."""
-    template, _, named = TINY_VLMS[model_type]
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(["What? ### a"], vocab_size=300).backend_tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        extra_special_tokens={"turn_token": "<|im_start|>", **named},
-    )
-    tokenizer.chat_template = template
-    return tokenizer
+def write_smoke_vlm(folder: Path, model_type: str | None) -> None:
+    """Write a vision-language model of random weights with its processor, as from_vlm reads them.
 
-
-def tiny_vlm_image_processor(model_type: str, image_size: int):
-    side = {"height": image_size, "width": image_size}
-    return TINY_VLMS[model_type][1](size=side, do_center_crop=False)
-
-
-def tiny_vlm_config(model_type: str, tokenizer, *, vision: dict, text: dict, **fields):
-    """The configuration of a vision-language model with these sizes and the vocabulary of the tokenizer."""
-    image_token = [*TINY_VLMS[model_type][2].values()][-1]
-    text = {**text, "vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-    config = AutoConfig.for_model(model_type, vision_config=vision, text_config=text, **fields)
-    config.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
-    return config
-
-
-def write_tiny_vlm(folder: Path, model_type: str | None) -> None:
-    """A vision-language model of random weights with its tokenizer and image processor, as from_vlm reads them."""
-    if model_type not in TINY_VLMS:
-        raise ValueError(
-            f"--smoke_test cannot make a tiny {model_type}: set vlm_model_type in the recipe to one of "
-            f"{', '.join(TINY_VLMS)}."
-        )
-    tokenizer = tiny_vlm_tokenizer(model_type)
-    config = tiny_vlm_config(model_type, tokenizer, vision=TINY_VISION, text=TINY_DECODER)
-    image_processor = tiny_vlm_image_processor(model_type, TINY_VISION["image_size"])
-    for part in (AutoModelForImageTextToText.from_config(config), tokenizer, image_processor):
-        part.save_pretrained(folder)
+    Raises:
+        UsageError: no model type, or one that cannot be made tiny.
+    """
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if model_type not in known:
+        remedy = "set vlm_model_type to the model_type in the config.json of `vlm`"
+        raise UsageError(f"--smoke_test cannot make a tiny {model_type}: {remedy}{did_you_mean(model_type, known)}")
+    write_tiny_vlm(folder, model_type)
 
 
 def tiny_backbones(model_args) -> dict:
@@ -183,11 +120,11 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
             options = loader_of(data_args.dataset).write_sample(folder / "data", num_rows=NUM_ROWS, seed=0)
             folder.mkdir(parents=True, exist_ok=True)
             if from_vlm:
-                write_tiny_vlm(folder / "vlm", model_args.vlm_model_type)
+                write_smoke_vlm(folder / "vlm", model_args.vlm_model_type)
             (folder / OPTIONS_FILE).write_text(json.dumps(options, default=str))
         options = json.loads((folder / OPTIONS_FILE).read_text())
     tiny = {"vlm": str(folder / "vlm"), "image_size": None} if from_vlm else tiny_backbones(model_args)
-    model_args = replace(model_args, model=None, new_token_init=None, **tiny)
+    model_args = replace(model_args, model=None, new_token_init=None, image_options=None, **tiny)
     data_args = replace(data_args, dataset_options=options, max_new_tokens=4, eval_split="validation")
     if data_args.precompute_image_features:
         data_args = replace(data_args, image_features_cache=str(folder / "image_features"))

@@ -118,12 +118,18 @@ def check_thoughts(model: PreTrainedModel, inputs) -> None:
         for name, value in tensors.items()
     }
     definition, columns = ThinkByDefinition(), column_lists(given["input_ids"] == config.latent_token_id)[0]
+    errors = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
     try:
         expected = _thought(model, given, definition)
+    except errors as error:
+        raise ValueError(
+            f"This {type(model).__name__} cannot read the prompt that its thoughts are checked with, "
+            f"{', '.join(given)}: {_told(error)}. Give the processor that it was trained with, or check=False."
+        ) from error
+    try:
         states = _thought(model, given, think)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
-        failed = f"it fails with {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise _rejected(model, failed, definition.unknown) from error
+    except errors as error:
+        raise _rejected(model, f"it fails with {_told(error)}", definition.unknown) from error
     found, tolerance = differences(states, expected), tolerance_of(model.dtype)  # (T,)
     if found.max() <= tolerance:
         return
@@ -143,6 +149,10 @@ def check_thoughts(model: PreTrainedModel, inputs) -> None:
             f"{', '.join(map(str, columns))}"
         )
         raise _rejected(model, failed, definition.unknown)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _name(dtype: torch.dtype) -> str:

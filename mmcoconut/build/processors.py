@@ -300,17 +300,17 @@ def processor_from_backbones(
 def own_processor(vlm, model_type: str) -> ProcessorMixin:
     """Return a copy of a vision-language model's processor, or load it from a Hub id or folder.
 
-    Where libraries for videos or sound are not installed it is loaded for images alone, which is logged.
+    Where its parts for videos or sound cannot be loaded it is loaded for images alone, which is logged.
 
     Raises:
         ValueError: there is no processor.
-        ImportError: a library is not installed that images need too.
+        ImportError, OSError, ValueError: images cannot be read either, for want of a library or of files.
     """
     if isinstance(vlm, ProcessorMixin):
         return copy.deepcopy(vlm)
     try:
         processor = AutoProcessor.from_pretrained(vlm)
-    except ImportError as error:
+    except (ImportError, OSError, ValueError) as error:
         name = PROCESSOR_MAPPING_NAMES.get(model_type)
         try:
             processor = getattr(vlm_processing_mmcoconut, str(name)).from_pretrained(vlm)
@@ -364,12 +364,23 @@ def processor_from_vlm(
     placeholder = image_token_of(tokenizer, config.image_token_id)
     add_special_tokens(tokenizer, placeholder, model_type=config.model_type)
     check_tokenizer(tokenizer, config, placeholder)
+    if processor.image_token not in tokenizer.get_vocab():  # which no model reads: other ids stand for it
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": [processor.image_token]}, replace_extra_special_tokens=False
+        )
     processor.__class__ = thinking_processor_class(own_class)
     processor.set_up(num_latents, markers)
     if image_options:
         set_image_options(processor, image_options)
-    set_tiles(processor.image_processor, image_size=image_size, min_tiles=min_tiles, max_tiles=max_tiles)
-    processor.column_inputs([[0]], [[1]])  # raises where the model reads what cannot be made
+    if (min_tiles, max_tiles, image_size) != (None, None, None):
+        set_tiles(processor.image_processor, image_size=image_size, min_tiles=min_tiles, max_tiles=max_tiles)
+    try:
+        processor.column_inputs([[0]], [[1]])
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"{own_class.__name__} cannot read an image ({type(error).__name__}: {error})"
+        raise ValueError(
+            f"{problem}: give the processor itself, with all its fields set, such as patch_size."
+        ) from error
     return processor
 
 

@@ -24,7 +24,7 @@ MISSING = re.compile(r"attribute '?(\w+?_token)(?:_id)?\b")
 BOS, EOS, PAD, UNKNOWN = "<|bos|>", "<|im_end|>", "<|pad|>", "<|unk|>"
 # ChatML, as Qwen, InternVL and SmolVLM have it, with IMAGE where an image stands.
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
@@ -40,9 +40,11 @@ PROCESSOR_FIELDS = {"patch_size": PATCH, "image_seq_length": 4, "image_seq_len":
 PROCESSOR_FIELDS |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 PROCESSOR_FIELDS |= {"img_size": SIDE}
 # What the names alone do not settle, by the processor's class: `image`, fields of the image processor; `named`, tokens
-# that it asks of its tokenizer when it is called; `tokens`, others; `placed`, what a chat has where an image stands.
+# that it asks of its tokenizer when it is called; `tokens`, others; `placed`, what a chat template
+# has where an image stands, if not the image token; None: there is no template.
 SPECIAL: dict[str, dict] = {
-    "PaliGemmaProcessor": {"image": {"image_seq_length": (SIDE // PATCH) ** 2}},
+    "PaliGemmaProcessor": {"image": {"image_seq_length": (SIDE // PATCH) ** 2}, "placed": None},
+    "Ovis2Processor": {"tokens": [f"<IMG_{name}>" for name in ("START", "ATOM", "GRID", "COL", "ROW", "END")]},
     "MllamaProcessor": {"tokens": [f"<|reserved_special_token_{number}|>" for number in (10, 11, 12)]},
     "Gemma4Processor": {"named": ("audio_token", "boa_token", "eoa_token")},
     "VideoLlavaProcessor": {"image": {name: {"height": SIDE, "width": SIDE} for name in ("size", "crop_size")}},
@@ -129,7 +131,7 @@ def tiny_vlm_processor(model_type: str, *, image_fields: dict | None = None, **f
     strings = [
         *special.get("tokens", ()),
         *SPECIAL_STRING.findall(source),
-        *re.findall(r"<[^<>]+>", special.get("placed", "")),
+        *re.findall(r"<[^<>]+>", special.get("placed") or ""),
     ]
     made_class, named = thinking_processor_class(own_class), {name: f"<|{name}|>" for name in special.get("named", ())}
     while True:
@@ -146,5 +148,8 @@ def tiny_vlm_processor(model_type: str, *, image_fields: dict | None = None, **f
                 raise NoTinyProcessorError(f"{own_class.__name__} cannot be made: {error}".strip()) from error
             named[found[1]] = f"<|{found[1]}|>"
     made.__class__ = own_class
-    made.chat_template = TEMPLATE.replace("IMAGE", special.get("placed") or getattr(made, "image_token", None) or "")
+    if not isinstance(getattr(made, "image_token", None), str):
+        raise NoTinyProcessorError(f"{own_class.__name__} has no token that stands for an image in text")
+    placed = special.get("placed", made.image_token)
+    made.chat_template = placed and TEMPLATE.replace("IMAGE", placed)
     return made

@@ -14,9 +14,8 @@ from mmcoconut.chat_template_mmcoconut import parse_answer
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.errors import UsageError
-from mmcoconut.models import load_model
+from mmcoconut.models import load_model, load_processor
 from mmcoconut.passes_mmcoconut import position_limit
-from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.training.collator import align_rows, encode_target
 from mmcoconut.training.generating import count_generated, generate_and_count
 
@@ -36,9 +35,7 @@ def image_name(image: Mapping) -> str:
 def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
     """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run."""
     model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), revision=revision)
-    options = {} if revision is None else {"revision": revision}
-    processor = MMCoconutProcessor.from_pretrained(name, trust_remote_code=False, **options)
-    return model.to(device).eval(), processor
+    return model.to(device).eval(), load_processor(name, revision=revision)
 
 
 class Answerer:

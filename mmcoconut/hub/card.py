@@ -120,8 +120,9 @@ def measurements(evidence: Evidence) -> list[tuple[str, str, float]]:
 
 def sees_pictures(config) -> bool:
     """Return True if a checkpoint was made for pictures: the tower of one for text alone has a single patch."""
-    vision = config.vision_config
-    return vision.image_size != getattr(vision, "patch_size", None)  # of a timm tower it is not known
+    vision = getattr(config, "vision_config", None)
+    size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
+    return size is None or size != patch  # of timm towers, and of those for any size, not known
 
 
 def model_index(evidence: Evidence, task: str) -> list[EvalResult]:
@@ -181,7 +182,8 @@ def layout(processor, pictures: bool) -> str:
     text = processor.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
     )
-    text = text.replace(processor.image_token, f"{processor.image_token}×{processor.image_seq_length}")
+    of_an_image = getattr(processor, "image_seq_length", None) or "n"  # or it depends on the picture's size
+    text = text.replace(processor.image_token, f"{processor.image_token}×{of_an_image}")
     return re.sub(r"(<\|latent\|>)+", f"<|latent|>×{processor.num_latents}", text)
 
 
