@@ -1,0 +1,200 @@
+"""Training of vision-language models in their own class: parts by their role, adapters, rewards, and what a run leaves.
+
+The slow tests go through all families that must be taken over, and through the commands as a user would.
+"""
+
+import copy
+from functools import lru_cache
+
+import pytest
+import torch
+from test_conversations import rows_of
+from tiny import checkpoint_activations, max_difference
+from vlm_families import relative_difference, without_float32
+
+from transformers import AutoModelForImageTextToText
+
+import train_hf
+from mmcoconut.build import from_vlm, processor_from_vlm
+from mmcoconut.build.tiny_models import tiny_vlm
+from mmcoconut.evaluation.answering import load_checkpoint
+from mmcoconut.rl.policy import Rollout, Sampling, joined, likelihood, read_prompts, sample
+from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.curriculum import Curriculum
+from mmcoconut.training.learning_rates import set_learning_rates
+from mmcoconut.training.lora import add_lora, describe_adapters, load_adapter, merged_model, save_adapter
+from mmcoconut.training.parts import parameters_named, roles_of
+
+
+FAST = ("qwen2_5_vl", "smolvlm")
+SLOW = ("llava", "llava_next", "llava_onevision", "internvl", "idefics3", "gemma3", "paligemma", "mllama", "glm4v")
+SLOW += ("qwen2_vl", "qwen3_vl", "qwen3_5")
+FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+NUM_LATENTS = 2
+
+
+def new_pair(model_type: str, **fields):
+    """A tiny vision-language model that thinks, and its processor."""
+    vlm, own = tiny_vlm(model_type)
+    vlm.config._experts_implementation = "eager"
+    model = from_vlm(vlm, processor=own, check=False, **fields)
+    return model, processor_from_vlm(own, config=model.config)
+
+
+@lru_cache(maxsize=1)
+def pair_of(model_type: str):
+    return new_pair(model_type)
+
+
+def collator_of(processor, **options) -> CurriculumCollator:
+    curriculum = Curriculum(max_latent_stage=NUM_LATENTS)
+    collator = CurriculumCollator(curriculum, processor, **{"max_new_tokens": 5, **options})
+    collator.fixed_stage = NUM_LATENTS
+    return collator
+
+
+def some_rows() -> list[dict]:
+    """Rows with one picture, the first of them twice, with two, and with none."""
+    one, other = rows_of(1, 1)
+    [two], [none] = rows_of(1, num_images=2), rows_of(1, num_images=0)
+    return [one, one, {**other, "index": 1}, {**two, "index": 2}, {**none, "index": 3}]
+
+
+# --- parts by their role ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_roles_are_parts_of_any_model_that_share_no_parameter(model_type):
+    model, _ = new_pair(model_type, thought_norm="projection")
+    parts = {name: parameters_named(model, name) for name in roles_of(model)}
+    assert list(parts) == ["vision_tower", "multi_modal_projector", "language_model"] and all(parts.values())
+    names = [name for part in parts.values() for name in part]
+    assert len(names) == len({*names})
+    embeddings = model.get_input_embeddings().weight
+    assert any(weight is embeddings for weight in parts["language_model"].values())
+    train_hf.freeze(model, ["vision_tower", "multi_modal_projector"])
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    frozen = {*parts["vision_tower"], *parts["multi_modal_projector"]}
+    assert trained == {name for name, _ in model.named_parameters()} - frozen
+    assert any("thought_feed" in name for name in trained)
+
+
+def test_names_of_parts_come_before_roles_and_unknown_ones_are_refused_with_those_there_are():
+    model, _ = pair_of("qwen2_5_vl")
+    assert {*parameters_named(model, "visual")} > {*parameters_named(model, "vision_tower")}
+    with pytest.raises(ValueError, match="no sub-module 'vision_towr'.*vision_tower"):
+        train_hf.freeze(model, ["vision_towr"])
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    with pytest.raises(ValueError, match="no trained parameter lies in 'tower'.*multi_modal_projector.*visual"):
+        set_learning_rates(optimizer, model, {"tower": 0.1})
+    set_learning_rates(optimizer, model, {"visual": 0.1, "multi_modal_projector": 0.2, "language_model": 0.3})
+    rates = {weight: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
+    expected = {"visual.merger.mlp.0.weight": 0.2, "visual.patch_embed.proj.weight": 0.1, "lm_head.weight": 1.0}
+    expected |= {"language_model.norm.weight": 0.3}
+    found = {name.removeprefix("model."): rates[weight] for name, weight in model.named_parameters() if weight in rates}
+    assert {name: found[name] for name in expected} == expected
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+def training_batch(processor) -> dict:
+    return collator_of(processor)(some_rows())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_adapters_learn_are_saved_and_merged_into_a_model_that_opens_as_the_plain_one(model_type, tmp_path):
+    """With activation checkpointing; only adapters of the decoder and the rows of the thoughts' tokens change."""
+    model, processor = new_pair(model_type)
+    batch, before = training_batch(processor), {name: weight.clone() for name, weight in model.state_dict().items()}
+    labels = batch.pop("labels")
+    with torch.no_grad():
+        logits = model(**batch).logits
+    train_hf.freeze(model, ["vision_tower"])
+    add_lora(model, {"r": 4})
+    assert "3 rows of" in describe_adapters(model)
+    with torch.no_grad():
+        assert max_difference(model(**batch).logits, logits) == 0
+    checkpoint_activations(model)
+    model.train()
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5)
+    for _ in range(2):  # an adapter's first matrix learns only from the second update on
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        adapted = model(**batch).logits
+    assert max_difference(adapted, logits) > 1e-3
+    merged = merged_model(model)
+    after, decoder = merged.state_dict(), roles_of(model)["language_model"][0]
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    tables = {name for name in changed if "embed" in name or "lm_head" in name}
+    assert len(changed) > 10 and all(name.startswith(f"{decoder}.") for name in changed - tables)
+    new = [model.config.latent_token_id, model.config.start_latent_token_id, model.config.end_latent_token_id]
+    for name in tables:
+        assert {*(after[name] != before[name]).any(dim=1).nonzero()[:, 0].tolist()} <= {*new}
+    save_adapter(model, tmp_path / "adapter")
+    merged.save_pretrained(tmp_path / "merged")
+    processor.save_pretrained(tmp_path / "merged")
+    fresh, _ = new_pair(model_type)
+    add_lora(fresh, {"r": 4})
+    load_adapter(fresh, tmp_path / "adapter")
+    loaded, reloaded = load_checkpoint(str(tmp_path / "merged"))
+    with torch.no_grad():
+        assert max_difference(fresh.eval()(**batch).logits, adapted) == 0
+        assert max_difference(loaded(**batch).logits, adapted) <= 1e-4
+        plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", trust_remote_code=False)
+        assert type(plain) is type(model).own_class
+        thoughtless = reloaded(text=["red?"], num_latents=0, return_tensors="pt")
+        assert max_difference(plain(**thoughtless).logits, loaded(**thoughtless).logits) == 0
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+def rollouts_of(model, processor, *, noise: float = 0.5) -> tuple[list[Rollout], dict]:
+    """Answers to rows, and the batch that trl makes of them: prompts padded in front, answers behind."""
+    prompts = read_prompts(collator_of(processor), some_rows())
+    sampling = Sampling(noise, {"max_new_tokens": 5, "do_sample": True})
+    answers, rollouts = sample(model, processor, prompts, sampling)
+    answers = [answer[: 5 - row % 2] for row, answer in enumerate(answers)]
+    rows = [
+        ([*rollout.prompt.begun, *answer], len(rollout.prompt.begun)) for rollout, answer in zip(rollouts, answers)
+    ]
+    pad, longest = processor.tokenizer.pad_token_id, max(start for _, start in rows)
+    length = longest + max(map(len, answers))
+    ids = [[pad] * (longest - start) + row + [pad] * (length - longest + start - len(row)) for row, start in rows]
+    mask = [[0] * (longest - start) + [1] * len(row) for row, start in rows]
+    mask = [[*row, *[0] * (length - len(row))] for row in mask]
+    return rollouts, {"ids": torch.tensor(ids), "mask": torch.tensor(mask), "num_written": length - longest}
+
+
+def alone(model, processor, rollout: Rollout, ids, mask, num_written: int) -> torch.Tensor:
+    """log P (C,) of a row's last tokens by a forward pass of it alone, as its collator and processor lay it out."""
+    keep = mask.bool() & ((ids != processor.latent_token_id) | (torch.arange(len(ids)) >= len(ids) - num_written))
+    latents = (ids == processor.latent_token_id) & mask.bool()
+    latents[-num_written:] = False
+    keep[latents] = torch.tensor(rollout.thought)
+    row, written = ids[keep][None], int(mask[-num_written:].sum())
+    images, _ = processor.encode_images([rollout.prompt.images], return_tensors="pt")
+    said = (torch.arange(row.shape[1]) >= row.shape[1] - written)[None]
+    inputs = {**images, **processor.column_inputs(row, torch.ones_like(row), images, said)}
+    if rollout.noise is not None:
+        inputs["thought_noise"] = rollout.noise[: len(rollout.thought)][rollout.thought][None]
+    logits = model(input_ids=row, attention_mask=torch.ones_like(row), **inputs).logits[0, -written - 1 : -1]
+    return logits.log_softmax(dim=-1).gather(1, row[0, -written:, None])[:, 0]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_log_probabilities_and_their_gradients_are_those_of_single_rows(model_type):
+    """Rows with no, one and two pictures of which one recurs; also where rows stopped thinking."""
+    model, processor = new_pair(model_type, stop_head=True)
+    torch.nn.init.constant_(model.base_model.stop_head.bias, 0.0)
+    rollouts, batch = rollouts_of(model, processor)
+    assert {rollout.num_thoughts for rollout in rollouts} > {NUM_LATENTS} or model_type not in FAST
+    found = likelihood(model, processor, rollouts, **batch)
+    found.log_probs.mul(batch["mask"][:, -batch["num_written"] :]).sum().backward()
+    gradients = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    model.zero_grad()
+    for row, rollout in enumerate(rollouts):
+        expected = alone(model, processor, rollout, batch["ids"][row], batch["mask"][row], batch["num_written"])
+        assert max_difference(found.log_probs[row, : len(expected)], expected) <= 1e-4, row
+        expected.sum().backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    assert relative_difference({name: gradients[name] for name in expected}, expected) <= 1e-4
