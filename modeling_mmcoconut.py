@@ -38,8 +38,8 @@ from .configuration_mmcoconut import (
     MMCoconutConfig,
     check_schedule,
 )
-from .generation_mmcoconut import PromptImagesGenerationMixin
 from .passes_mmcoconut import masks_of_call
+from .prompt_images_mmcoconut import PromptImagesGenerationMixin
 from .schedules_mmcoconut import MakesThoughts, check_none_missed
 from .thinking_mmcoconut import (
     give_thoughts,

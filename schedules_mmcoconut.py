@@ -22,10 +22,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 
+from .caches_mmcoconut import ThoughtState
 from .compat_mmcoconut import assert_without_waiting, is_sharded, keep_cache_in_checkpoints, whole_tensor
 from .configuration_mmcoconut import TOKEN_ID_FIELDS, check_schedule
-from .passes_mmcoconut import ThoughtState, check_thoughts_matter, is_two_dimensional, packed, states_before
-from .thinking_mmcoconut import CHOOSE_SCHEDULE, Passes, ThoughtFeed, Thoughts, put_first, think
+from .passes_mmcoconut import Passes, check_thoughts_matter, is_two_dimensional, packed, states_before
+from .thinking_mmcoconut import CHOOSE_SCHEDULE, ThoughtFeed, Thoughts, put_first, think
 
 
 # --- parallel thoughts -----------------------------------------------------------------------------------------------

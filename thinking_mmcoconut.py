@@ -34,7 +34,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from itertools import pairwise
 
 import torch
 from torch import nn
@@ -44,40 +43,32 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .compat_mmcoconut import CACHE, PutInFront, agreed_columns, in_front, is_checkpointing, is_sharded, rename_cache
-from .passes_mmcoconut import (
+from .caches_mmcoconut import (
     PassCache,
-    PreparedMasks,
     ThoughtState,
-    carry_states,
-    check_has_predecessor,
-    check_window,
     chosen_cache,
-    column_lists,
-    cut_by_mask,
-    gather_thoughts,
-    is_two_dimensional,
-    join_attentions,
-    join_columns,
-    join_tokens,
-    linked_thoughts,
-    next_pass,
-    noise_by_column,
-    split_latents,
     text_cache,
-    throwaway,
     with_cross_attention,
     writes_in_place,
 )
+from .compat_mmcoconut import CACHE, PutInFront, agreed_columns, in_front, is_checkpointing, is_sharded, rename_cache
+from .passes_mmcoconut import (
+    READ_ONCE,
+    Passes,
+    PreparedMasks,
+    carry_states,
+    check_has_predecessor,
+    check_window,
+    column_lists,
+    gather_thoughts,
+    is_two_dimensional,
+    join_columns,
+    linked_thoughts,
+    noise_by_column,
+    split_latents,
+)
 
 
-# Arguments that have one entry a token, and the axis along which they have it; others go to every pass as they are.
-COLUMN_AXES = {"inputs_embeds": 1, "position_ids": -1, "token_type_ids": 1, "visual_pos_masks": 1}
-COLUMN_AXES |= {"per_layer_inputs": 1, "cross_attention_mask": 2, "full_text_row_masked_out_mask": 2}
-# Lists of features that have a row for each True of a mask of columns.
-ROWS_OF_MASKS = {"deepstack_visual_embeds": "visual_pos_masks"}
-# Read by the first pass alone, which leaves their keys in the cache.
-READ_ONCE = ("cross_attention_states",)
 # Layers that keep a state in the place of keys, by the names that transformers gives them in `config.layer_types`.
 RECURRENT_KINDS = ("linear_attention", "conv")
 CHECKPOINTED_PASSES = ("all", "first")
@@ -87,7 +78,7 @@ THOUGHTS: ContextVar = ContextVar("THOUGHTS", default=None)
 
 
 # --- the loop and its definition -------------------------------------------------------------------------------------
-def think(passes: "Passes", thoughts: "Thoughts") -> None:
+def think(passes: Passes, thoughts: "Thoughts") -> None:
     """Run every column once: a pass up to each latent column, whose last state is what is read there."""
     state = thoughts.state_before  # (B, D)
     for start, embeds, starts_at_latent in passes.pieces(thoughts.columns):  # (B, t, D)
@@ -170,7 +161,7 @@ class Thoughts:
 
     latents: torch.Tensor
     feed: Callable[[torch.Tensor], torch.Tensor]
-    schedule: Callable[["Passes", "Thoughts"], None] = think
+    schedule: Callable[[Passes, "Thoughts"], None] = think
     is_paused: bool = False
     noise: torch.Tensor | None = None
     row_mask: torch.Tensor | None = None
@@ -234,105 +225,6 @@ def thinking(thoughts: Thoughts) -> Iterator[Thoughts]:
         yield thoughts
     finally:
         THOUGHTS.reset(token)
-
-
-# --- the decoder's passes --------------------------------------------------------------------------------------------
-class Passes:
-    """The arguments of one call of a decoder, cut by column, and what its passes gave.
-
-    call_decoder: called with a cache and the arguments of one pass. cache: that the passes read and write.
-    inputs: keyword arguments of the call, inputs_embeds (B, T, D) among them.
-    keeps_cache: whether the cache outlives the call. may_move: whether columns may be laid out anew.
-    ends: of each pass, the column (B,) in it of every row's last token; None: the last column, whose state is not used
-        in rows that are padding there, as they have no latent next.
-    masks: where the model around the decoder made them for all columns. safe_ends: of each column the first from it on
-        before which the call may be cut; empty where it may be everywhere. held: a piece that ended elsewhere.
-    embeds_run: what each pass read, (B, t, D).
-    """
-
-    def __init__(self, call_decoder: Callable, cache: Cache | None, inputs: dict, *, keeps_cache: bool):
-        self.call_decoder, self.cache, self.inputs, self.keeps_cache = call_decoder, cache, inputs, keeps_cache
-        self.may_move, self.ends = False, None
-        self.masks, self.safe_ends, self.held = None, [], None
-        self.length = inputs["inputs_embeds"].shape[1]
-        self.outputs, self.embeds_run = [], []
-
-    def pieces(self, columns: list[int]) -> Iterator[tuple[int, torch.Tensor, bool]]:
-        """Give the first column of each piece, the piece (B, t, D), and whether it begins at one of these columns."""
-        # Not `start in columns` over `sorted({0, *columns})`: torch.compile takes it for False in later calls.
-        starts = [0, *(column for column in columns if column > 0)]
-        sizes = [end - start for start, end in pairwise([*starts, self.length])]
-        pieces = self.inputs["inputs_embeds"].split(sizes, dim=1)  # of which slices would each be a copy
-        for start, embeds in zip(starts, pieces):
-            yield start, embeds, start > 0 or len(starts) == len(columns)  # the latter only if 0 is one of them
-
-    def arguments_of(self, embeds: torch.Tensor, start: int) -> dict:
-        """Return the arguments of a pass over embeds (B, t, D) from column start on, but for the cache."""
-        end = start + embeds.shape[1]
-        given = {name: value for name, value in self.inputs.items() if value is not None}
-        by_column = given.keys() & COLUMN_AXES.keys() - {"inputs_embeds"}
-        cut = {name: given[name].narrow(COLUMN_AXES[name], start, end - start) for name in by_column}
-        for name, mask in ROWS_OF_MASKS.items():
-            if name in given:
-                cut[name] = cut_by_mask(given[name], given[mask], start, end)
-        if self.outputs:
-            cut |= dict.fromkeys(given.keys() & READ_ONCE)
-        if self.masks is not None:
-            cut["attention_mask"] = self.masks.of_columns(embeds, start, self.cache)
-        elif "attention_mask" in given and end < self.length:
-            cut["attention_mask"] = given["attention_mask"][:, : end - self.length]  # (B, past + end)
-        return {**self.inputs, **cut, "inputs_embeds": embeds}
-
-    def run(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
-        """Run the decoder over a piece (B, t, D) and keep what it gives; return each row's last state (B, D).
-
-        A piece that ends where the call may not be cut is held back, tried with the columns that it needs, and run
-        together with the next one.
-        """
-        if self.held is not None:
-            (start, before), self.held = self.held, None
-            embeds = torch.cat([before, embeds], dim=1)
-        if self.safe_ends and self.safe_ends[start + embeds.shape[1]] > start + embeds.shape[1]:
-            self.held = start, embeds
-            return self.states_of(embeds, start)[:, -1]
-        if self.outputs:
-            self.cache = next_pass(self.cache)
-        output = self.call_decoder(self.cache, **self.arguments_of(embeds, start))
-        states = output.last_hidden_state  # (B, t, D)
-        self.outputs.append(output)
-        self.embeds_run.append(embeds)
-        if self.ends is None:
-            return states[:, -1]
-        rows = torch.arange(len(states), device=states.device)  # (B,)
-        return states[rows, self.ends[len(self.outputs) - 1]]
-
-    def states_of(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the states (B, t, D) of a piece that will be run again; the cache stays as it is."""
-        length, end = embeds.shape[1], start + embeds.shape[1]
-        if self.safe_ends:
-            embeds = torch.cat([embeds, self.inputs["inputs_embeds"][:, end : self.safe_ends[end]]], dim=1)
-        inputs = self.arguments_of(embeds, start)
-        return self.call_decoder(throwaway(self.cache), **inputs).last_hidden_state[:, :length]
-
-    def joined(self):
-        """Return the output of the call, of all columns, in the decoder's own class."""
-        first, joined = self.outputs[0], {CACHE: self.cache if self.keeps_cache else None}
-        if len(self.outputs) == 1:
-            return type(first)(**{**first, **joined})
-        joined["last_hidden_state"] = join_columns([output.last_hidden_state for output in self.outputs])
-        if first.get("hidden_states") is not None:
-            layers = zip(*(output.hidden_states for output in self.outputs))
-            joined["hidden_states"] = tuple(join_columns(layer) for layer in layers)
-        if first.get("attentions") is not None:
-            past_length = int(self.cache.get_seq_length()) - self.length
-            joined["attentions"] = join_attentions([output.attentions for output in self.outputs], past_length)
-        if first.get("router_logits") is not None:
-            layers, rows = zip(*(output.router_logits for output in self.outputs)), self.embeds_run[0].shape[0]
-            joined["router_logits"] = tuple(join_tokens(layer, rows) for layer in layers)
-        if first.get("cross_attentions") is not None:
-            layers = zip(*(output.cross_attentions for output in self.outputs))
-            joined["cross_attentions"] = tuple(torch.cat(layer, dim=2) for layer in layers)
-        return type(first)(**joined)
 
 
 # --- the decoder -----------------------------------------------------------------------------------------------------

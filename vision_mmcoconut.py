@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple
 
+from .caches_mmcoconut import ThoughtState
 from .compat_mmcoconut import hidden_states_to_return
 from .configuration_mmcoconut import (
     PREFIX_PROJECTORS,
@@ -25,7 +26,6 @@ from .configuration_mmcoconut import (
     MMCoconutConfig,
     shuffle_factor,
 )
-from .passes_mmcoconut import ThoughtState
 
 
 def _vision_width_of(config: MMCoconutConfig) -> int:

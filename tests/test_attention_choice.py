@@ -19,6 +19,7 @@ from tiny import (
 from transformers import DiffLlamaConfig
 from transformers.cache_utils import DynamicCache
 
+from mmcoconut.caches_mmcoconut import PassCache
 from mmcoconut.kernels import latent
 from mmcoconut.kernels.latent import (
     LATENT_WHERE_LEANER,
@@ -30,7 +31,6 @@ from mmcoconut.kernels.latent import (
     chooses_latent_attention,
 )
 from mmcoconut.kernels.private import attention_of
-from mmcoconut.passes_mmcoconut import PassCache
 from mmcoconut.thinking_mmcoconut import ThinkingDecoder
 
 

@@ -26,11 +26,12 @@ from tiny import (
 from transformers import CompileConfig, DynamicCache, GenerationConfig, TextIteratorStreamer, TextStreamer
 
 from mmcoconut.build.tokens import add_special_tokens
+from mmcoconut.caches_mmcoconut import text_cache
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
 from mmcoconut.kernels import latent
 from mmcoconut.kernels.latent import MAX_QUERIES, SplitCache
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.passes_mmcoconut import column_lists, text_cache
+from mmcoconut.passes_mmcoconut import column_lists
 
 
 NEW_TOKENS = 8

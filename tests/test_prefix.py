@@ -21,8 +21,8 @@ from tiny import (
 )
 from transformers import CompileConfig, GPT2Config
 
+from mmcoconut.caches_mmcoconut import ThoughtState, text_cache
 from mmcoconut.compat_mmcoconut import RELEASE
-from mmcoconut.passes_mmcoconut import ThoughtState, text_cache
 
 
 EXACTLY = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}

@@ -27,7 +27,8 @@ from transformers.cache_utils import DynamicCache, QuantizedCache
 
 from mmcoconut.kernels.latent import SplitCache
 from mmcoconut.kernels.shared_columns import COLUMNS_OF_A_PASS, ShareColumns, can_move_keys, layout_of
-from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think
+from mmcoconut.passes_mmcoconut import Passes
+from mmcoconut.thinking_mmcoconut import Thoughts, think
 
 
 @pytest.fixture

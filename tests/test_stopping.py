@@ -24,10 +24,11 @@ from tiny import (
 )
 from transformers import DynamicCache, StaticCache
 
+from mmcoconut.caches_mmcoconut import ThoughtState
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.data.conversations import further_turn
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
-from mmcoconut.passes_mmcoconut import ThoughtState, carry_states, packed
+from mmcoconut.passes_mmcoconut import carry_states, packed
 from mmcoconut.rl.stops import first_thoughts, stop_log_probs
 from mmcoconut.schedules_mmcoconut import INITIAL_BIAS, first_latents
 

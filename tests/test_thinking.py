@@ -9,8 +9,9 @@ from tiny import CROSS_DECODERS, TEXT_CONFIGS, batch_of, max_difference, mistral
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
+from mmcoconut.caches_mmcoconut import ThoughtState
 from mmcoconut.compat_mmcoconut import CACHE
-from mmcoconut.passes_mmcoconut import ThoughtState, column_lists
+from mmcoconut.passes_mmcoconut import column_lists
 from mmcoconut.thinking_mmcoconut import ThinkingDecoder, Thoughts, give_thoughts, think_uncached, thinking
 
 

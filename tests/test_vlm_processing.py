@@ -17,14 +17,16 @@ from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from mmcoconut.build import processor_from_vlm, set_image_options
+from mmcoconut.build import from_vlm, processor_from_vlm, set_image_options
 from mmcoconut.build.processors import PLAIN_TEMPLATE, with_thoughts
+from mmcoconut.build.tiny_models import tiny_vlm
 from mmcoconut.build.tiny_processors import NoTinyProcessorError, tiny_vlm_processor
 from mmcoconut.build.tokens import add_special_tokens
 from mmcoconut.chat_template_mmcoconut import user_message
 from mmcoconut.configuration_mmcoconut import THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
+from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.models import load_processor
 from mmcoconut.training.collator import CurriculumCollator, encode_size, usual_image_length
 from mmcoconut.training.curriculum import Curriculum
@@ -454,8 +456,8 @@ HARD = {
     "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text }}{% endfor %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}[assistant]<think>\n\n</think>\n\n{% endif %}",
     "trims": "{% for m in messages %}[{{ m.role }}]{% if m.content is string %}{{ m.content | trim }}{% else %}"
-    "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text | trim }}{% endfor %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}\n",
+    "{% for p in m.content %}{{ '<image>' if p.type == 'image' else p.text | trim }}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}\n",
     "plain": PLAIN_TEMPLATE.replace("IMAGE", "<image>").replace("BOS", "''"),
 }
 
@@ -475,3 +477,28 @@ def test_thoughts_stand_directly_before_the_answer(kind):
         own.chat_template = template
         plain = own.apply_chat_template(chat, add_generation_prompt=True)
         assert plain == text.replace(thoughts, "")
+
+
+SCORED = ("qwen2_5_vl", "paligemma", "mllama", "idefics3", "gemma3", "llava_next")
+
+
+@pytest.mark.parametrize("model_type", SCORED)
+@pytest.mark.parametrize("num_latents", [0, 2])
+def test_choices_are_scored_with_their_images_as_each_one_alone(model_type, num_latents):
+    """Tensors have one entry a patch, a row or an image; all choices of a row are scored together."""
+    vlm, own = tiny_vlm(model_type)
+    model = from_vlm(vlm, processor=own, check=False)
+    processor = processor_from_vlm(own, config=model.config, markers="both" if num_latents else "none")
+    answerer = Answerer(model, processor, num_latents=num_latents, stop_threshold=None)
+    [row, _] = rows_of([[WIDE, TALL] if model_type != "paligemma" else [WIDE], [SMALL]])
+    together = answerer.choice_log_probs({**row, "choices": ["red", "green", "a cube"]})
+    for choice, (found, count) in zip(["red", "green", "a cube"], together):
+        [(expected, same)] = answerer.choice_log_probs({**row, "choices": [choice]})
+        assert abs(found - expected) <= 1e-3
+        assert count == same
+    begun = Answerer(model, processor, num_latents=num_latents, begin_with="###").inputs([row])
+    for name in processor.column_names:
+        assert begun[name].shape[:2] == begun["input_ids"].shape
+        if model_type == "paligemma":
+            assert begun[name][0, -1] == 1
+    assert answerer.prompt_length(row) == answerer.inputs([row])["input_ids"].shape[1]

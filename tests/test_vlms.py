@@ -27,7 +27,7 @@ def types_of(names) -> list:
     return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
 
 
-@pytest.fixture(params=types_of(CLASS_NAMES))
+@pytest.fixture(params=types_of(CLASS_NAMES), scope="module")
 def each(request) -> Family:
     """A family of the registry; one that is not taken over is skipped with the reason, if it need not be."""
     found = family(request.param)

@@ -29,6 +29,7 @@ from mmcoconut.build import from_backbones, processor_from_backbones
 from mmcoconut.compat_mmcoconut import CACHE
 from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.passes_mmcoconut import (
+    Passes,
     carry_states,
     column_lists,
     gather_thoughts,
@@ -36,7 +37,7 @@ from mmcoconut.passes_mmcoconut import (
     noise_by_column,
 )
 from mmcoconut.schedules_mmcoconut import think_together_uncached
-from mmcoconut.thinking_mmcoconut import Passes, Thoughts, think_uncached
+from mmcoconut.thinking_mmcoconut import Thoughts, think_uncached
 
 
 TEXTS = (

@@ -13,11 +13,14 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from tiny_composed import tiny_vlm_tokenizer
+from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASS_NAMES
 
 from mmcoconut.build import from_vlm, processor_from_vlm
-from mmcoconut.build.tiny_models import tiny_vlm
+from mmcoconut.build.tiny_models import tiny_vlm, tiny_weights
 from mmcoconut.build.tiny_processors import NoTinyProcessorError
+from mmcoconut.build.tiny_vlms import tiny_vlm_config
 
 
 # Towers that compute in float32 whatever they are asked for; the decoder behind them is in float64 all the same.
@@ -50,6 +53,23 @@ def without_float32():
         torch.Tensor.float, torch.Tensor.to = own_float, own_to
 
 
+def pixtral_images(model, rows) -> dict:
+    """Return what Mistral 3 reads of pictures of whole patches, whose processor needs torchvision."""
+    side, merge = model.config.vision_config.patch_size, model.config.spatial_merge_size
+    sizes = [[edge // (side * merge) * side * merge for edge in reversed(size)] for size, *_ in rows]
+    pixels = torch.zeros(len(rows), 3, *map(max, zip(*sizes)))
+    for image, (height, width) in zip(pixels, sizes):
+        image[:, :height, :width] = torch.randn(
+            3, height, width, generator=torch.Generator().manual_seed(height * width)
+        )
+    counts = [height * width // (side * merge) ** 2 for height, width in sizes]
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}, counts
+
+
+# What stands in for a processor that cannot be made here: pixels, and the placeholders of each row's picture.
+IMAGES_BY_HAND = {"mistral3": pixtral_images}
+
+
 @dataclass
 class Family:
     """A thinking model, its plain class with the same weights, and their processor."""
@@ -61,15 +81,32 @@ class Family:
 
     def inputs(self, rows=ROWS, latents: bool = True) -> dict:
         """Return a left-padded batch of questions about a picture each; latents=False leaves the thoughts out."""
-        images = [[picture(size, seed=size[0])] for size, *_ in rows]
-        counts = [count * latents for *_, count in rows]
-        texts = [text for _, text, _ in rows]
-        batch = self.processor(images=images, text=texts, num_latents=counts, return_tensors="pt", padding=True)
+        batch = self.by_hand(rows, latents) if self.processor is None else self.by_processor(rows, latents)
         dtype = next(self.model.get_input_embeddings().parameters()).dtype
         if self.model_type in FLOAT_TOWERS:
             dtype = torch.float32
         floats = {name: value.to(dtype) for name, value in batch.items() if value.is_floating_point()}
         return {**batch, **floats}
+
+    def by_processor(self, rows, latents: bool) -> dict:
+        images = [[picture(size, seed=size[0])] for size, *_ in rows]
+        counts = [count * latents for *_, count in rows]
+        texts = [text for _, text, _ in rows]
+        return dict(self.processor(images=images, text=texts, num_latents=counts, return_tensors="pt", padding=True))
+
+    def by_hand(self, rows, latents: bool) -> dict:
+        """Return a batch of ids without a processor, of text alone if there is no stand-in for its pictures."""
+        config, ids = self.model.config, []
+        make = IMAGES_BY_HAND.get(self.model_type, lambda model, rows: ({}, [0] * len(rows)))
+        images, placeholders = make(self.model, rows)
+        for (_, text, count), number in zip(rows, placeholders):
+            words = [20 + sum(map(ord, word)) % 200 for word in text.split()]
+            thoughts = [config.start_latent_token_id, *[config.latent_token_id] * count, config.end_latent_token_id]
+            ids.append([*[config.image_token_id] * number, *words, *(thoughts if latents else [])])
+        longest = max(map(len, ids))
+        padded = torch.tensor([[0] * (longest - len(row)) + row for row in ids])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids])
+        return {"input_ids": padded, "attention_mask": mask, **images}
 
     @property
     def row_tolerance(self) -> float:
@@ -80,20 +117,29 @@ class Family:
         return batch["input_ids"] == self.model.config.latent_token_id  # (B, T)
 
 
+def tiny_pair(model_type: str) -> tuple:
+    """Return a tiny plain model and its processor; where that cannot be made here a tokenizer with an image token."""
+    try:
+        return tiny_vlm(model_type)
+    except NoTinyProcessorError:
+        tokenizer = tiny_vlm_tokenizer("internvl")
+        image = {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
+        return tiny_weights(tiny_vlm_config(model_type, len(tokenizer), **image)), tokenizer
+
+
 @lru_cache(maxsize=1)
 def family(model_type: str) -> "Family | str":
     """Return the family of a model type, or the reason why there is none here."""
     try:
-        vlm, own = tiny_vlm(model_type)
-    except NoTinyProcessorError as error:
-        return f"not built here: {error}"
-    except Exception as error:  # of a configuration that default sizes do not fit
+        vlm, own = tiny_pair(model_type)
+    except Exception as error:  # of a configuration that tiny sizes do not fit, or a library that is missing
         return f"not built here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     for config in (vlm.config, vlm.config.get_text_config()):
         config._experts_implementation = "eager"  # the grouped one knows no float64
     try:
-        model = from_vlm(vlm, processor=own, check=False)
-        processor = processor_from_vlm(own, config=model.config)
+        is_tokenizer = isinstance(own, PreTrainedTokenizerFast)
+        model = from_vlm(vlm, check=False, **{"tokenizer" if is_tokenizer else "processor": own})
+        processor = None if is_tokenizer else processor_from_vlm(own, config=model.config)
     except ValueError as error:
         return str(error)
     plain = getattr(transformers, CLASS_NAMES[model_type])(model.config).eval()

@@ -33,6 +33,7 @@ TINY_TEXT = {
     "num_attention_heads": 4,
     "max_position_embeddings": 1024,
 }
+TINY_DECODER = {**TINY_TEXT, "intermediate_size": 64, "num_key_value_heads": 2}
 TINY_ENCODER_DECODER = {
     "d_model": 32,
     "encoder_layers": 2,

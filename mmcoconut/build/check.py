@@ -13,8 +13,8 @@ from PIL import Image
 from transformers.modeling_utils import PreTrainedModel
 
 from mmcoconut.build.processors import processor_from_vlm
-from mmcoconut.passes_mmcoconut import column_lists
-from mmcoconut.thinking_mmcoconut import COLUMN_AXES, READ_ONCE, ROWS_OF_MASKS, Passes, Thoughts, think, think_uncached
+from mmcoconut.passes_mmcoconut import COLUMN_AXES, READ_ONCE, ROWS_OF_MASKS, Passes, column_lists
+from mmcoconut.thinking_mmcoconut import Thoughts, think, think_uncached
 from mmcoconut.vlm_mmcoconut import asking
 
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import ProcessorMixin
 
-from mmcoconut.build.tiny_processors import tiny_vlm_processor
+from mmcoconut.build.tiny_processors import image_token_id_of, tiny_vlm_processor
 from mmcoconut.build.tiny_vlms import PATCH, SIDE, tiny_vlm_config
 from mmcoconut.build.tokens import SPARE_TOKENS
 
@@ -35,6 +36,8 @@ def token_ids_of(model_type: str, processor: ProcessorMixin) -> dict[str, int]:
         known = [token for token in tokens if token in tokenizer.get_vocab()]
         if known:
             ids[field] = tokenizer.get_vocab()[known[0]]
+        if name == "image":
+            ids[field] = image_token_id_of(processor)
     return ids
 
 
@@ -55,12 +58,17 @@ def tiny_vlm(model_type: str, *, seed: int = 0, **fields) -> tuple[PreTrainedMod
     if grids is not None:
         fields = {"image_grid_pinpoints": grids, **fields}
     config = tiny_vlm_config(model_type, len(processor.tokenizer), **ids, **fields)
+    return tiny_weights(config, seed=seed), processor
+
+
+@torch.no_grad()
+def tiny_weights(config: PreTrainedConfig, *, seed: int = 0) -> PreTrainedModel:
+    """Return the vision-language model of a configuration with random weights."""
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += SPREAD * torch.randn_like(parameter)
-    return model, processor
+    for parameter in model.parameters():
+        parameter += SPREAD * torch.randn_like(parameter)
+    return model
 
 
 def write_tiny_vlm(folder: Path, model_type: str) -> None:

@@ -4,16 +4,20 @@ Which special tokens a processor needs is read from its class: the strings in it
 of its tokenizer. Its image processor gets small sizes by the names of its fields.
 """
 
+import copy
 import inspect
 import re
+from collections import Counter
 
 import transformers
+from PIL import Image
 from transformers import ImageProcessingMixin, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.build.tiny_vlms import PATCH, SIDE
+from mmcoconut.build.tokens import add_special_tokens
 from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.vlm_processing_mmcoconut import NotLoaded, thinking_processor_class
 
@@ -22,11 +26,12 @@ TEXTS = ("What colour is the left square?\nred\ngreen\n### red", "user assistant
 SPECIAL_STRING = re.compile(r"""["'](<[^\s"'<>{}]+>|\[[A-Z_]+\])["']""")
 MISSING = re.compile(r"attribute '?(\w+?_token)(?:_id)?\b")
 BOS, EOS, PAD, UNKNOWN = "<|bos|>", "<|im_end|>", "<|pad|>", "<|unk|>"
-# ChatML, as Qwen, InternVL and SmolVLM have it, with IMAGE where an image stands.
+# ChatML, as Qwen, InternVL and SmolVLM have it, with IMAGE where an image stands; some models cannot tell images apart
+# between which nothing stands.
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ 'IMAGE' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
+    "{% if part['type'] == 'image' %}{{ 'IMAGE\n' }}{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
     "{% endfor %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -39,14 +44,24 @@ IMAGE_FIELDS |= {"min_pixels": 16 * 16, "max_pixels": 64 * 64, "pan_and_scan_min
 PROCESSOR_FIELDS = {"patch_size": PATCH, "image_seq_length": 4, "image_seq_len": 4, "num_image_tokens": 4}
 PROCESSOR_FIELDS |= {"vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
 PROCESSOR_FIELDS |= {"img_size": SIDE}
-# What the names alone do not settle, by the processor's class: `image`, fields of the image processor; `named`, tokens
-# that it asks of its tokenizer when it is called; `tokens`, others; `placed`, what a chat template
-# has where an image stands, if not the image token; None: there is no template.
+# What the names alone do not settle, by the processor's class: `image`, fields of the image processor; `own`, of the
+# processor; `named`, tokens that it asks of its tokenizer when it is called; `tokens`, others; `placed`, what a chat
+# template has where an image stands, if not the image token; None: there is no template.
 SPECIAL: dict[str, dict] = {
     "PaliGemmaProcessor": {"image": {"image_seq_length": (SIDE // PATCH) ** 2}, "placed": None},
-    "Ovis2Processor": {"tokens": [f"<IMG_{name}>" for name in ("START", "ATOM", "GRID", "COL", "ROW", "END")]},
+    "AyaVisionProcessor": {"own": {"downsample_factor": 2}},
+    "Ovis2Processor": {
+        "own": {"image_seq_length": (SIDE // PATCH) ** 2},
+        "tokens": [f"<IMG_{name}>" for name in ("START", "ATOM", "GRID", "COL", "ROW", "END")],
+    },
     "MllamaProcessor": {"tokens": [f"<|reserved_special_token_{number}|>" for number in (10, 11, 12)]},
     "Gemma4Processor": {"named": ("audio_token", "boa_token", "eoa_token")},
+    "Idefics2Processor": {"own": {"image_seq_len": 64}},  # of its resampler
+    "GraniteDoclingProcessor": {"own": {"image_seq_len": 1}},
+    **dict.fromkeys(
+        ("JanusProcessor", "DeepseekVLProcessor", "DeepseekVLHybridProcessor"),
+        {"own": {"num_image_tokens": (SIDE // PATCH) ** 2}},
+    ),
     "VideoLlavaProcessor": {"image": {name: {"height": SIDE, "width": SIDE} for name in ("size", "crop_size")}},
 }
 FRAMED = {"placed": "<|vision_start|><|image_pad|><|vision_end|>"}
@@ -126,7 +141,11 @@ def tiny_vlm_processor(model_type: str, *, image_fields: dict | None = None, **f
     special = SPECIAL.get(own_class.__name__, {})
     image_processor = tiny_image_processor(model_type, **{**special.get("image", {}), **(image_fields or {})})
     parameters = inspect.signature(own_class.__init__).parameters
-    values = {name: value for name, value in {**PROCESSOR_FIELDS, **fields}.items() if name in parameters}
+    values = {
+        name: value
+        for name, value in {**PROCESSOR_FIELDS, **special.get("own", {}), **fields}.items()
+        if name in parameters
+    }
     source = "".join(inspect.getsource(each) for each in own_class.__mro__ if "processing_" in each.__module__)
     strings = [
         *special.get("tokens", ()),
@@ -153,3 +172,13 @@ def tiny_vlm_processor(model_type: str, *, image_fields: dict | None = None, **f
     placed = special.get("placed", made.image_token)
     made.chat_template = placed and TEMPLATE.replace("IMAGE", placed)
     return made
+
+
+def image_token_id_of(processor: ProcessorMixin) -> int:
+    """Return the id at which a model puts an image's features: its processor's, or what mostly stands for an image."""
+    asked = copy.deepcopy(processor)
+    asked.__class__ = thinking_processor_class(type(processor))
+    add_special_tokens(asked.tokenizer, asked.image_token)
+    [[ids]] = asked.encode_images([[Image.new("RGB", (SIDE, SIDE))]])[1]
+    named = processor.image_token_ids[0]
+    return named if named in ids else Counter(ids).most_common(1)[0][0]

@@ -122,7 +122,7 @@ def sees_pictures(config) -> bool:
     """Return True if a checkpoint was made for pictures: the tower of one for text alone has a single patch."""
     vision = getattr(config, "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
-    return size is None or size != patch  # of timm towers, and of those for any size, not known
+    return size is None or size != patch  # Qwen2-VL's and others read pictures of any size
 
 
 def model_index(evidence: Evidence, task: str) -> list[EvalResult]:

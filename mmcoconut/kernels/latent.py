@@ -34,13 +34,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import logging
 
+from mmcoconut.caches_mmcoconut import CHOOSE_CACHE, ChosenCache
 from mmcoconut.compat_mmcoconut import CACHE
 from mmcoconut.kernels.private import attention_of, current_backward_pass
 from mmcoconut.kernels.triton_kernels import attention_forward as triton_attention_forward
 from mmcoconut.kernels.triton_kernels import key_backward as triton_key_backward
 from mmcoconut.kernels.triton_kernels import query_backward as triton_query_backward
 from mmcoconut.kernels.triton_kernels import reason_against
-from mmcoconut.passes_mmcoconut import CHOOSE_CACHE, ChosenCache
 
 
 logger = logging.get_logger(__name__)

@@ -10,15 +10,9 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from mmcoconut.passes_mmcoconut import (
-    ChosenCache,
-    PassCache,
-    is_two_dimensional,
-    join_columns,
-    take_columns,
-    text_cache,
-)
-from mmcoconut.thinking_mmcoconut import CHOOSE_SCHEDULE, COLUMN_AXES, Passes, Thoughts, think
+from mmcoconut.caches_mmcoconut import ChosenCache, PassCache, text_cache
+from mmcoconut.passes_mmcoconut import COLUMN_AXES, Passes, is_two_dimensional, join_columns, take_columns
+from mmcoconut.thinking_mmcoconut import CHOOSE_SCHEDULE, Thoughts, think
 
 
 # A latent step costs what about so many columns of a long pass cost (benchmarks/LOG.md, n = 0 and 8).

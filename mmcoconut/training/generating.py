@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from mmcoconut.passes_mmcoconut import ThoughtState
+from mmcoconut.caches_mmcoconut import ThoughtState
 
 
 def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
