@@ -45,6 +45,7 @@ from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RESULTS_FILE, write_json
 from mmcoconut.rl.stop_distillation import StopDistiller
+from mmcoconut.rl.stops import check_can_stop
 from mmcoconut.statistics import percent
 from mmcoconut.tables import SPEED, stage_rows, stage_table
 from mmcoconut.training.collator import CurriculumCollator
@@ -56,6 +57,7 @@ from mmcoconut.training.parts import nearest_part, parameters_named, paths_named
 from mmcoconut.training.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
 from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths, timed
 from mmcoconut.training.trainer import CurriculumTrainer
+from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
 
 logger = logging.getLogger("mmcoconut")
@@ -206,6 +208,8 @@ def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None
         model, processor = build_from_vlm(model_args)
     else:
         model, processor = build_from_backbones(model_args, train_set, checkpoint)
+    if model.config.stop_head and isinstance(model, ThinkingVLM):
+        check_can_stop(model, processor)
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
     model.bptt_thoughts = model_args.bptt_thoughts
     processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"
