@@ -34,7 +34,7 @@ from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_featur
 from mmcoconut.data.images import open_images
 from mmcoconut.data.scoring import REFERENCES, default_metric, figures_of, references_of, score
 from mmcoconut.data.tokenizer import train_tokenizer
-from mmcoconut.errors import run_command
+from mmcoconut.errors import UsageError, run_command
 from mmcoconut.evaluation.compare import compare
 from mmcoconut.hub.uploads import quiet_requests
 from mmcoconut.images_mmcoconut import makes_tiles
@@ -192,7 +192,7 @@ def freeze(model, names: list[str]) -> None:
     """Stop the gradients of parts named by the end of their path or by their role, such as vision_tower."""
     for name in names:
         if not paths_named(model, name):
-            raise ValueError(f"freeze: the model has no sub-module {name!r}: {nearest_part(model, name)}")
+            raise UsageError(f"freeze: the model has no sub-module {name!r}: {nearest_part(model, name)}")
         for parameter in parameters_named(model, name).values():
             parameter.requires_grad_(False)
 
