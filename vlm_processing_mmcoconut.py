@@ -10,6 +10,7 @@ without this code the own processor opens, whose chat template then writes no th
 """
 
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
 from itertools import pairwise
@@ -19,6 +20,7 @@ import transformers
 from transformers import AutoImageProcessor, AutoTokenizer, BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .chat_template_mmcoconut import QUOTES
 from .configuration_mmcoconut import LATENT_TOKEN, START_LATENT_TOKEN, THOUGHT_TOKENS
 from .images_mmcoconut import flat_images
 from .processing_mmcoconut import ThinkingProcessor, check_markers
@@ -74,6 +76,7 @@ COLUMNS: dict[str, str | Callable] = {
 }
 BY_ROW = ("MllamaProcessor",)  # whose tensors have an entry for each row, also for rows without images
 FLAT = ("GotOcr2Processor",)  # which read no lists of lists of images
+SHARED_FRAMES = ("Idefics2Processor",)  # one frame between neighbours, and a space between an image and a word
 
 
 class ThinkingVLMProcessor(ThinkingProcessor):
@@ -191,11 +194,12 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         """Return the ids of each image of a row, without a bos token, which is of the text."""
         mark, bos = self.tokenizer.convert_tokens_to_ids(START_LATENT_TOKEN), self.tokenizer.bos_token_id
         places = [place for place, token_id in enumerate(ids) if token_id == mark]
-        if len(places) != num_images + 1:
-            problem = (
-                f"{self.own_class.__name__} wrote {len(places)} of {num_images + 1} marks around {num_images} images"
+        outside = {*ids[: places[0]], *ids[places[-1] + 1 :]} if places else set()
+        if len(places) != num_images + 1 or outside & {*self.image_token_ids}:
+            found = (
+                f"{self.own_class.__name__} moved or dropped marks around {num_images} images, or put images elsewhere"
             )
-            raise ValueError(f"{problem}, so what stands for each is unknown: this processor cannot have thoughts.")
+            raise ValueError(f"{found}, so what stands for each is unknown: this processor cannot have thoughts.")
         return [tuple(i for i in ids[start + 1 : end] if i != bos) for start, end in pairwise(places)]
 
     @staticmethod
@@ -211,6 +215,19 @@ class ThinkingVLMProcessor(ThinkingProcessor):
             remedy = "give what encode_images returned, for the size of an image says what stands for it"
             raise ValueError(f"num_tiles={num_tiles!r} are no ids of an image: {remedy}.")
         return num_tiles
+
+    def encode_rendered(self, chat: str, num_tiles: Sequence[tuple], spans: Sequence = ()) -> tuple[list, list]:
+        """Return the ids of a rendered chat with images, and 1 at those in its spans, as in ThinkingProcessor."""
+        if type(self).__name__ in SHARED_FRAMES:
+            image = f"(?<!{QUOTES[0]}){re.escape(self.image_token)}"
+            places = [found.end() for found in re.finditer(f"{image}(?=[^\\s<{QUOTES[0]}])", chat)]
+            ends = [found.span() for found in re.finditer(image, chat)]
+            follows = [False, *(end == start for (_, end), (start, _) in pairwise(ends))]
+            num_tiles = [ids[is_next:] for ids, is_next in zip(num_tiles, follows)] + [*num_tiles[len(ends) :]]
+            spans = [tuple(edge + sum(place < edge for place in places) for edge in span) for span in spans]
+            cuts = pairwise([0, *places, len(chat)])
+            chat = " ".join(chat[start:end] for start, end in cuts)
+        return super().encode_rendered(chat, num_tiles, spans)
 
     def column_inputs(self, input_ids, attention_mask, images: dict | None = None, written=None) -> dict:
         """Return what the model reads beside the ids of a batch with one entry a token, as in ThinkingProcessor."""

@@ -13,7 +13,7 @@ import inspect
 from pathlib import Path
 
 import mmcoconut
-from mmcoconut import convert_coconut, prepare_flickr30k, publish, serve
+from mmcoconut import convert_coconut, convert_vlm, prepare_flickr30k, publish, serve
 from mmcoconut.arguments.choices import CHOICES
 from mmcoconut.arguments.fields import CLASSES
 from mmcoconut.audit import command
@@ -54,6 +54,7 @@ COMMANDS = (
     ("python -m mmcoconut.audit", command.__doc__, [asking.EvaluationArguments, command.AuditArguments]),
     ("python -m mmcoconut.prepare_flickr30k", prepare_flickr30k.__doc__, [prepare_flickr30k.PreparationArguments]),
     ("python -m mmcoconut.convert_coconut", convert_coconut.__doc__, [convert_coconut.ConversionArguments]),
+    ("python -m mmcoconut.convert_vlm", convert_vlm.__doc__, [convert_vlm.ConversionArguments]),
     ("python -m mmcoconut.publish", publish.__doc__, [publish.PublishArguments]),
     ("python -m mmcoconut.demo", demo_page.__doc__, [demo_page.DemoArguments]),
     ("python -m mmcoconut.serve", serve.__doc__, []),

@@ -27,6 +27,8 @@ PUBLIC_NAMES = {
     "CurriculumCollator": "training.collator",
     "CurriculumTrainer": "training.trainer",
     "Example": "data",
+    "composed_from_vlm": "build",
+    "composed_processor_from_vlm": "build",
     "load_examples": "data",
     "from_backbones": "build",
     "from_vlm": "build",

@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from transformers.utils.import_utils import is_serve_available
 
 from mmcoconut.auto_classes import BOTH
+from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.errors import run_command
 from mmcoconut.evaluation.asking import NEW_TOKENS
-from mmcoconut.models import read_config
+from mmcoconut.models import CheckpointError, read_config
 from mmcoconut.training.layout import recipe_of
 
 
@@ -37,6 +38,19 @@ def new_tokens_of(model: str) -> int:
     """How many tokens a checkpoint, `name` or `name@revision`, writes where a request does not say."""
     name, _, revision = model.partition("@")
     return recipe_of(name, revision or None).get("max_new_tokens") or NEW_TOKENS
+
+
+@lru_cache
+def check_served(model: str) -> None:
+    """Raise ValueError for a checkpoint, `name` or `name@revision`, that the server would open as the plain model."""
+    name, _, revision = model.partition("@")
+    config = read_config(name, revision=revision or None)
+    if not isinstance(config, MMCoconutConfig):
+        raise CheckpointError(
+            f"{model} is a {config.model_type} in its own class, which `transformers serve` would open without its "
+            "thoughts: ask it in Python, or serve an InternVL or LLaVA converted by `python -m mmcoconut.convert_vlm "
+            "… --to composed`."
+        )
 
 
 def check_template_options(options) -> None:
@@ -63,6 +77,8 @@ class CheckedHandler:
     async def handle_request(self, body: dict, request_id: str):
         check_template_options(body.get("chat_template_kwargs", {}))
         model = body.get("model") or self.pinned
+        if model is not None:
+            check_served(model)
         if model is not None and not body.keys() & ANY_LENGTH:
             body = {**body, self.length: new_tokens_of(model)}
         return await self.handler.handle_request(body, request_id)
@@ -96,8 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     if not is_serve_available():
         raise SystemExit("The server needs fastapi, uvicorn and openai: pip install mmcoconut[serve]")
     if argv and not argv[0].startswith("-"):  # the model that it is pinned to
-        name, _, revision = argv[0].partition("@")
-        read_config(name, revision=revision or None)
+        check_served(argv[0])
     for model_class in BOTH:
         setattr(transformers, model_class.__name__, model_class)
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_class.__name__] = model_class.__name__

@@ -38,6 +38,12 @@ def slow_in_products(items) -> list:
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-vlm-table", action="store_true", help="Write docs/backbones.md's table; see vlm_table.py."
+    )
+
+
 def pytest_collection_modifyitems(items):
     starting = [item for item in items if SLOW_FIXTURES & set(getattr(item, "fixturenames", ()))]
     for item in [*starting, *slow_in_products(items)]:

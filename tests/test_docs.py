@@ -42,6 +42,7 @@ TINY_COMPARISON = ["--compare", "coconut", "--seeds", "1"]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 # The blocks that cannot run, with why; whoever adds one says so here too.
 REASONS = {
+    "docs/backbones.md": ["it takes the checkpoint of a run of that recipe"],
     "docs/publishing.md": [
         "it uploads; tests/test_publish.py publishes to a server of its own",
         "it uploads; tests/test_demo.py uploads a Space to a server of its own",

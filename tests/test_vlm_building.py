@@ -22,10 +22,12 @@ from transformers import (
 
 from mmcoconut.build import check as checks
 from mmcoconut.build import from_vlm, reason_against
+from mmcoconut.build.tiny_models import tiny_vlm as tiny_vlm_and_processor
 from mmcoconut.build.tokens import SPARE_TOKENS
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.errors import UsageError
 from mmcoconut.models import load_model, read_config
+from mmcoconut.serve import check_served
 from mmcoconut.thinking_mmcoconut import ThinkingDecoder
 from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
@@ -378,6 +380,25 @@ def test_an_unknown_argument_with_an_entry_a_token_is_named():
         checks.check_thoughts(model, prompt_of(model, tokenizer))
 
 
+def test_a_folder_without_a_processor_is_checked_by_a_text(tmp_path, caplog):
+    for part in tiny_vlm():
+        part.save_pretrained(tmp_path)
+    assert isinstance(from_vlm(str(tmp_path)), ThinkingVLM)
+    assert "not checked, for there is no processor" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl", "smolvlm", "paligemma"])
+def test_a_processor_has_thoughts_behind_an_image_checked(model_type, dtype, caplog, monkeypatch):
+    asked, check = [], checks.check_thoughts
+    monkeypatch.setattr("mmcoconut.build.vlms.check_thoughts", lambda *given: (asked.append(given), check(*given)))
+    vlm, processor = tiny_vlm_and_processor(model_type)
+    from_vlm(vlm, processor=processor, dtype=dtype)
+    ((model, inputs),) = asked
+    assert "pixel_values" in inputs and int((inputs["input_ids"] == model.config.latent_token_id).sum()) == 2
+    assert "not checked" not in caplog.text
+
+
 def test_the_check_can_be_left_out(monkeypatch):
     def refuse(*args):
         raise AssertionError("checked")
@@ -394,3 +415,9 @@ def test_a_model_that_rounding_turns_around_is_not_judged(caplog, monkeypatch):
     monkeypatch.setattr(checks, "TOO_MUCH", 0.0)
     checks.check_thoughts(model, inputs)
     assert "cannot be told in float32" in caplog.text
+
+
+def test_the_server_refuses_what_it_would_open_without_thoughts(tmp_path):
+    thinking().save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="is a llava in its own class, .* without its thoughts: .* --to composed"):
+        check_served(str(tmp_path))

@@ -28,7 +28,7 @@ from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.models import load_processor
-from mmcoconut.training.collator import CurriculumCollator, encode_size, usual_image_length
+from mmcoconut.training.collator import CurriculumCollator, encode_size, encode_target, usual_image_length
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.vlm_processing_mmcoconut import COLUMNS, NotLoaded, thinking_processor_class
 
@@ -72,6 +72,7 @@ NEEDED += (
 REFUSED = {
     "florence2": "total number of <|image_token|> tokens",  # an encoder-decoder, whose processor places the image
     "hunyuan_vl": "image placeholders must be formatted as",
+    "pi0": "moved or dropped marks around 1 images, or put images elsewhere",  # puts images where it likes
     "qianfan_ocr": "total number of <image> tokens",  # its template writes another token than the one it counts
     "shieldgemma2": None,  # a classifier
 }
@@ -491,14 +492,38 @@ def test_choices_are_scored_with_their_images_as_each_one_alone(model_type, num_
     processor = processor_from_vlm(own, config=model.config, markers="both" if num_latents else "none")
     answerer = Answerer(model, processor, num_latents=num_latents, stop_threshold=None)
     [row, _] = rows_of([[WIDE, TALL] if model_type != "paligemma" else [WIDE], [SMALL]])
-    together = answerer.choice_log_probs({**row, "choices": ["red", "green", "a cube"]})
-    for choice, (found, count) in zip(["red", "green", "a cube"], together):
-        [(expected, same)] = answerer.choice_log_probs({**row, "choices": [choice]})
-        assert abs(found - expected) <= 1e-3
-        assert count == same
+    row |= {"choices": ["red", "green", "a cube"]}
+    for choice, (found, count) in zip(row["choices"], answerer.choice_log_probs(row), strict=True):
+        inputs = answerer.inputs([row])
+        target = torch.tensor([encode_target(processor, [], choice)])
+        said = torch.cat([torch.zeros_like(inputs["input_ids"]), torch.ones_like(target)], dim=1).bool()
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], target], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs.update(processor.column_inputs(inputs["input_ids"], inputs["attention_mask"], inputs, said))
+        with torch.no_grad():
+            log_probs = model(**inputs).logits[:, -count - 1 : -1].log_softmax(dim=-1)  # (1, count, V)
+        assert count == target.shape[1]
+        assert abs(log_probs.gather(2, target[..., None]).sum().item() - found) <= 1e-3
     begun = Answerer(model, processor, num_latents=num_latents, begin_with="###").inputs([row])
     for name in processor.column_names:
         assert begun[name].shape[:2] == begun["input_ids"].shape
         if model_type == "paligemma":
             assert begun[name][0, -1] == 1
     assert answerer.prompt_length(row) == answerer.inputs([row])["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("groups", [[[WIDE, TALL]], [[SMALL]], [[WIDE, TALL], [SMALL]]])
+def test_neighbours_of_idefics2_share_their_frame(groups):
+    own, _ = own_and_thinking("idefics2")
+    own.chat_template = own.chat_template.replace("<image>\\n", "<image>").replace("<image>\n", "<image>")
+    processor = processor_from_vlm(own, config=config_for(own, "idefics2"), markers="none")
+    chats = [chat_of(QUESTION, len(group)) for group in groups]
+    rendered = processor.apply_chat_template(chats, add_generation_prompt=True)
+    found = processor(images=groups, text=[QUESTION] * len(groups), rendered=False, padding=True, return_tensors="pt")
+    assert_same(found, own_call(own, rendered, groups))
+    answered = [[*chat, {"role": "assistant", "content": "red"}] for chat in chats]
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    for chat, group in zip(answered, groups):
+        batch = processor.apply_chat_template([chat], processor_kwargs={"images": [group]}, **options)
+        said = [token for token, mask in zip(batch["input_ids"][0], batch["assistant_masks"][0]) if mask]
+        assert processor.tokenizer.decode(said) == f"red{own.tokenizer.eos_token}"

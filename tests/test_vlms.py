@@ -1,7 +1,14 @@
 """Any vision-language model of transformers with thoughts, over the registry; see vlm_families.py."""
 
+import copy
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from tiny import max_difference
+from transformers import AutoModelForImageTextToText
 from vlm_families import (
     CLASS_NAMES,
     ROWS,
@@ -14,11 +21,16 @@ from vlm_families import (
     relative_difference,
     without_float32,
 )
+from vlm_table import Table
+
+from mmcoconut.build.tokens import SPARE_TOKENS
+from mmcoconut.models import load_model
 
 
 # These must be taken over, whatever else is.
 WANTED = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
 WANTED += ("qwen3_5", "smolvlm", "idefics3", "gemma3", "paligemma", "mllama", "glm4v")
+OF_EXPERTS = 1e-5  # in float32, in which a loaded model runs its experts in another order than one made for float64
 FAST = ("qwen2_5_vl", "gemma3", "smolvlm")
 
 
@@ -27,12 +39,22 @@ def types_of(names) -> list:
     return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
 
 
+@pytest.fixture(scope="session")
+def table(request) -> Table:
+    """The page's table, written at the end of a run with --write-vlm-table."""
+    table = Table(writes=request.config.getoption("--write-vlm-table"))
+    yield table
+    if table.writes:
+        table.write()
+
+
 @pytest.fixture(params=types_of(CLASS_NAMES), scope="module")
-def each(request) -> Family:
+def each(request, table) -> Family:
     """A family of the registry; one that is not taken over is skipped with the reason, if it need not be."""
     found = family(request.param)
     if isinstance(found, str):
         assert request.param not in WANTED, found
+        table.left_out(request.param, found)
         pytest.skip(found)
     found.model.eval()
     return found
@@ -45,7 +67,7 @@ def test_without_latents_it_is_the_plain_model(each):
         assert torch.equal(each.model(**batch).logits, each.plain(**batch).logits)
 
 
-def test_values_and_gradients_equal_the_definition_also_checkpointed(each):
+def test_values_and_gradients_equal_the_definition_also_checkpointed(each, table):
     batch = each.inputs()
     latents, real = each.latents_of(batch), batch["attention_mask"].bool()
     assert latents.sum() == sum(count for *_, count in ROWS)
@@ -69,17 +91,104 @@ def test_values_and_gradients_equal_the_definition_also_checkpointed(each):
     assert relative_difference(gradients, of_plain) <= TOLERANCE
     assert (checkpointed - expected)[real].abs().max() <= TOLERANCE
     assert relative_difference(again, of_plain) <= TOLERANCE
+    table.found(each.model_type, "matches the definition", each.how_images_are_read)
 
 
-def test_a_ragged_batch_with_images_of_different_sizes_equals_its_rows_and_uncached_generation(each):
+def test_a_ragged_batch_with_images_of_different_sizes_equals_its_rows(each, table):
     batch = each.inputs()
     real = batch["attention_mask"].bool()
     with torch.no_grad(), without_float32():
         logits, new_tokens = each.model(**batch).logits, answers(each.model, batch)
-        assert torch.equal(answers(each.model, batch, use_cache=False), new_tokens)
-        beams = answers(each.model, batch, num_beams=2)
-        assert torch.equal(answers(each.model, batch, num_beams=2, use_cache=False), beams)
         for row in range(len(ROWS)):
             alone = each.inputs(ROWS[row : row + 1])
             assert (each.model(**alone).logits[0] - logits[row, real[row]]).abs().max() <= each.row_tolerance
             assert torch.equal(answers(each.model, alone)[0], new_tokens[row])
+    table.found(each.model_type, "batches")
+
+
+def test_cached_greedy_and_beam_search_equal_uncached(each, table):
+    batch, without = each.inputs(), each.inputs(latents=False)
+    with without_float32():
+        for options in ({}, {"num_beams": 2}):
+            plainly = [answers(each.plain, without, use_cache=use_cache, **options) for use_cache in (True, False)]
+            if not torch.equal(*plainly):
+                table.found(each.model_type, "beams", "the plain class differs too")
+                pytest.skip("the plain class does not answer so with and without a cache")
+            cached = answers(each.model, batch, **options)
+            assert torch.equal(answers(each.model, batch, use_cache=False, **options), cached)
+    table.found(each.model_type, "beams")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_longer_vocabulary_is_saved_and_opens_with_thoughts_and_as_the_plain_class(each, tied, table, tmp_path):
+    """Tied and untied; of a plain class of this release that cannot read its own longer vocabulary back, as it is."""
+    model = copy.deepcopy(each.model).float()
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = tied
+    head = model.get_output_embeddings()
+    if tied and not model._tied_weights_keys:
+        pytest.skip("its class does not tie them")
+    elif tied and head.weight.shape == model.get_input_embeddings().weight.shape:
+        head.weight = model.get_input_embeddings().weight
+    elif tied:
+        pytest.skip("its head has other rows than its embeddings")
+    else:
+        head.weight = torch.nn.Parameter(head.weight.detach() + 0.01)
+    if each.model_type not in SPARE_TOKENS:
+        model.resize_token_embeddings(model.get_input_embeddings().weight.shape[0] + 5)
+    model.save_pretrained(tmp_path)
+    batch = {name: value.float() if value.is_floating_point() else value for name, value in each.inputs().items()}
+    without = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in each.inputs(latents=False).items()
+    }
+    thinking = load_model(str(tmp_path), dtype=torch.float32).eval()
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert type(plain).__module__.startswith("transformers.") and type(plain).__name__ == type(model).__name__
+    with torch.no_grad():
+        assert max_difference(thinking(**batch).logits, model(**batch).logits) <= OF_EXPERTS
+        assert max_difference(plain(**without).logits, model(**without).logits) <= OF_EXPERTS
+        assert max_difference(plain(**batch).logits, model(**batch).logits) > 100 * OF_EXPERTS
+    table.found(each.model_type, "saved, resized")
+
+
+REMOTE = """
+import sys, torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+folder = sys.argv[1]
+batch = torch.load(f"{folder}/batch.pt")
+model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+assert type(model).__module__.startswith("transformers_modules.") and "mmcoconut" not in sys.modules
+with torch.no_grad():
+    assert (model(**batch["inputs"]).logits - batch["logits"]).abs().max() <= batch["tolerance"]
+assert torch.equal(model.generate(**batch["inputs"], max_new_tokens=3, do_sample=False), batch["answers"])
+"""
+
+
+@pytest.mark.slow
+def test_a_fresh_process_opens_a_checkpoint_with_remote_code(each, tmp_path):
+    model = copy.deepcopy(each.model).float()
+    inputs = {name: value.float() if value.is_floating_point() else value for name, value in each.inputs().items()}
+    with torch.no_grad():
+        batch = {"inputs": inputs, "logits": model(**inputs).logits, "tolerance": OF_EXPERTS}
+    batch["answers"] = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    model.save_pretrained(tmp_path / "checkpoint")
+    torch.save(batch, tmp_path / "checkpoint" / "batch.pt")
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HF_HOME")}
+    environment |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
+    command = [sys.executable, "-c", REMOTE, str(tmp_path / "checkpoint")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_hidden_states_are_those_of_all_columns(each):
+    batch = each.inputs()
+    with torch.no_grad():
+        outputs = each.model(**batch, output_hidden_states=True, output_thoughts=True)
+    columns = batch["input_ids"].shape[1]
+    assert all(states is None or states.shape[-2] == columns for states in outputs.hidden_states)
+    counts = outputs.thought_mask.sum(dim=1).tolist()
+    assert counts == [count for *_, count in ROWS]

@@ -21,13 +21,15 @@ from mmcoconut.build import from_vlm, processor_from_vlm
 from mmcoconut.build.tiny_models import tiny_vlm, tiny_weights
 from mmcoconut.build.tiny_processors import NoTinyProcessorError
 from mmcoconut.build.tiny_vlms import tiny_vlm_config
+from mmcoconut.compat_mmcoconut import RELEASE
 
 
 # Towers that compute in float32 whatever they are asked for; the decoder behind them is in float64 all the same.
 FLOAT_TOWERS = ("glm4v", "glm46v", "glm4v_moe", "gemma4")
 ROWS = (((40, 30), "What colour is the left square?", 2), ((30, 60), "red?", 3), ((64, 64), "green red", 1))
 NEW_TOKENS = 4
-TOLERANCE = 1e-6  # of float64, in which norms, rotations and routers still round to float32
+# Of float64, in which routers still round to float32, and before transformers 5.24 norms and rotations too.
+TOLERANCE = 1e-6 if RELEASE >= (5, 24) else 5e-5
 
 
 def picture(size: tuple[int, int], seed: int) -> Image.Image:
@@ -38,6 +40,9 @@ def picture(size: tuple[int, int], seed: int) -> Image.Image:
 @contextlib.contextmanager
 def without_float32():
     """Let norms and rotations of a float64 model compute in float64, whose rounding would else hide differences."""
+    if RELEASE < (5, 24):  # whose code mixes these with float32 made elsewhere
+        yield
+        return
     own_float, own_to = torch.Tensor.float, torch.Tensor.to
 
     def to(self, *args, **kwargs):
@@ -109,6 +114,13 @@ class Family:
         return {"input_ids": padded, "attention_mask": mask, **images}
 
     @property
+    def how_images_are_read(self) -> str:
+        """Return `yes`, or what stands in for a processor that cannot be made here."""
+        if self.processor is not None:
+            return "yes"
+        return "yes, images by hand" if self.model_type in IMAGES_BY_HAND else "text alone"
+
+    @property
     def row_tolerance(self) -> float:
         """How much logits of a row may differ in a batch and alone: a tower in float32 sums in another order there."""
         return 1e-4 if self.model_type in FLOAT_TOWERS else TOLERANCE
@@ -127,13 +139,17 @@ def tiny_pair(model_type: str) -> tuple:
         return tiny_weights(tiny_vlm_config(model_type, len(tokenizer), **image)), tokenizer
 
 
+def first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
 @lru_cache(maxsize=1)
 def family(model_type: str) -> "Family | str":
     """Return the family of a model type, or the reason why there is none here."""
     try:
         vlm, own = tiny_pair(model_type)
     except Exception as error:  # of a configuration that tiny sizes do not fit, or a library that is missing
-        return f"not built here: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        return f"not built here: {type(error).__name__}: {first_line(error)}"
     for config in (vlm.config, vlm.config.get_text_config()):
         config._experts_implementation = "eager"  # the grouped one knows no float64
     try:
@@ -148,7 +164,13 @@ def family(model_type: str) -> "Family | str":
         parts = (each.get_decoder(), each.get_output_embeddings()) if model_type in FLOAT_TOWERS else (each,)
         for part in parts:
             part.double()
-    return Family(model_type, model, plain, processor)
+    made = Family(model_type, model, plain, processor)
+    try:
+        with torch.no_grad():
+            plain(**made.inputs(ROWS[:1], latents=False))
+    except Exception as error:  # of a tower that tiny sizes do not fit
+        return f"not built here: its plain class reads no tiny image ({type(error).__name__}: {first_line(error)})"
+    return made
 
 
 def by_definition(plain, latents: torch.Tensor, **inputs) -> torch.Tensor:

@@ -85,7 +85,11 @@ def inputs_of_check(model: PreTrainedModel, source, tokenizer) -> dict:
     if source is None:
         logger.warning("Thoughts behind an image are not checked, for there is a tokenizer alone: give processor=….")
         return {"input_ids": torch.tensor([_text_prompt(model, tokenizer)])}
-    processor = processor_from_vlm(source, config=model.config, tokenizer=tokenizer)
+    try:
+        processor = processor_from_vlm(source, config=model.config, tokenizer=tokenizer)
+    except OSError as error:
+        logger.warning("Thoughts behind an image are not checked, for there is no processor: %s", error)
+        return {"input_ids": torch.tensor([_text_prompt(model, tokenizer)])}
     image = Image.new("RGB", (SIDE, SIDE))
     return processor(images=[[image]], text=[QUESTION], num_latents=NUM_LATENTS, return_tensors="pt")
 

@@ -11,6 +11,7 @@ from collections import Counter
 
 import transformers
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ImageProcessingMixin, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
@@ -18,7 +19,6 @@ from transformers.processing_utils import ProcessorMixin
 
 from mmcoconut.build.tiny_vlms import PATCH, SIDE
 from mmcoconut.build.tokens import add_special_tokens
-from mmcoconut.data.tokenizer import train_tokenizer
 from mmcoconut.vlm_processing_mmcoconut import NotLoaded, thinking_processor_class
 
 
@@ -55,7 +55,9 @@ SPECIAL: dict[str, dict] = {
         "tokens": [f"<IMG_{name}>" for name in ("START", "ATOM", "GRID", "COL", "ROW", "END")],
     },
     "MllamaProcessor": {"tokens": [f"<|reserved_special_token_{number}|>" for number in (10, 11, 12)]},
-    "Gemma4Processor": {"named": ("audio_token", "boa_token", "eoa_token")},
+    **dict.fromkeys(
+        ("Gemma4Processor", "Gemma4UnifiedProcessor"), {"named": ("audio_token", "boa_token", "eoa_token")}
+    ),
     "Idefics2Processor": {"own": {"image_seq_len": 64}},  # of its resampler
     "GraniteDoclingProcessor": {"own": {"image_seq_len": 1}},
     **dict.fromkeys(
@@ -114,8 +116,14 @@ def tiny_image_processor(model_type: str, **fields):
 
 
 def _tokenizer_with(strings: list[str], named: dict[str, str]) -> PreTrainedTokenizerFast:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(TEXTS, vocab_size=300).backend_tokenizer,
+        tokenizer_object=bpe,
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
@@ -160,15 +168,18 @@ def tiny_vlm_processor(model_type: str, *, image_fields: dict | None = None, **f
             parts.setdefault(name, NotLoaded())
         try:
             made = made_class(**parts, **values)
-            break
+            image_token = getattr(made, "image_token", None)
+            if not isinstance(image_token, str):
+                raise ValueError("it has no token that stands for an image in text")
+            if image_token in tokenizer.get_vocab():
+                break
+            strings.append(image_token)
         except (AttributeError, ImportError, KeyError, TypeError, ValueError) as error:
             found = MISSING.search(str(error))
             if found is None or found[1] in named:
                 raise NoTinyProcessorError(f"{own_class.__name__} cannot be made: {error}".strip()) from error
             named[found[1]] = f"<|{found[1]}|>"
     made.__class__ = own_class
-    if not isinstance(getattr(made, "image_token", None), str):
-        raise NoTinyProcessorError(f"{own_class.__name__} has no token that stands for an image in text")
     placed = special.get("placed", made.image_token)
     made.chat_template = placed and TEMPLATE.replace("IMAGE", placed)
     return made

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from mmcoconut.compat_mmcoconut import whole_tensor
 from mmcoconut.data.images import content_keys, open_images
 from mmcoconut.images_mmcoconut import makes_tiles
+from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
 
 logger = logging.getLogger("mmcoconut")
@@ -149,7 +150,12 @@ class ImageFeatures:
 
 
 def check_frozen(model) -> None:
-    """Features of a tower that is trained would be those of an earlier one."""
+    """Features of a tower that is trained would be those of an earlier one, and a VLM's own class reads pixels."""
+    if isinstance(model, ThinkingVLM):
+        raise ValueError(
+            f"precompute_image_features caches what a composed model reads, and this is a {type(model).__name__}: "
+            "remove this key, or convert an InternVL or LLaVA with `python -m mmcoconut.convert_vlm … --to composed`."
+        )
     trained = [name for name, parameter in model.vision_tower.named_parameters() if parameter.requires_grad]
     if trained:
         raise ValueError(

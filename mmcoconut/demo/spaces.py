@@ -26,16 +26,14 @@ APP = '''"""A page that asks {model}, shows its thoughts, and replaces them."""
 
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
-
 from mmcoconut.demo.one_question import Asker, read_examples
 from mmcoconut.demo.page import build_page, launch
+from mmcoconut.evaluation.answering import load_checkpoint
 
 
 MODEL, REVISION = {model!r}, {revision!r}
 
-model = AutoModel.from_pretrained(MODEL, revision=REVISION)
-processor = AutoProcessor.from_pretrained(MODEL, revision=REVISION)
+model, processor = load_checkpoint(MODEL, revision=REVISION)
 examples = read_examples(Path(__file__).with_name({examples!r}))
 asker = Asker(model, processor, examples, max_new_tokens={max_new_tokens}, num_beams={num_beams}, seed={seed})
 page = build_page(asker, name=MODEL, num_latents={num_latents})

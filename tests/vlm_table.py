@@ -1,0 +1,61 @@
+"""The table of vision-language models in docs/backbones.md: written by the tests that prove it, and held to them.
+
+    python -m pytest tests/test_vlms.py -m "" -n 0 --write-vlm-table
+
+writes what passed; every other run fails where the page says something else than what the run found.
+"""
+
+import re
+from pathlib import Path
+
+import transformers
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "backbones.md"
+COLUMNS = ("matches the definition", "batches", "beams", "saved, resized", "LoRA", "GRPO", "audit")
+BEGIN, END = "<!-- written by tests/test_vlms.py: begin -->", "<!-- written by tests/test_vlms.py: end -->"
+RELEASE = re.compile(r"transformers (\d+\.\d+)\.")
+
+
+class Table:
+    """What each model type does, {type: {column: "yes" or why not}}, and why the others are not in it."""
+
+    def __init__(self, writes: bool):
+        self.writes, self.rows, self.reasons = writes, {}, {}
+        text = PAGE.read_text(encoding="utf-8")
+        _, _, rest = text.partition(BEGIN)
+        self.text = rest.partition(END)[0]
+        lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in self.text.splitlines()]
+        self.known = {cells[0].strip("`"): cells[1:] for cells in lines if len(cells) == len(COLUMNS) + 1}
+        written_for = RELEASE.search(self.text)
+        self.is_of_this_release = bool(written_for) and transformers.__version__.startswith(f"{written_for[1]}.")
+
+    def found(self, model_type: str, column: str, value: str = "yes") -> None:
+        """Note what a test found of a type; fail if the page says otherwise for this release of transformers."""
+        self.rows.setdefault(model_type, {})[column] = value
+        if not self.writes and self.is_of_this_release:
+            said = dict(zip(COLUMNS, self.known.get(model_type, ()))).get(column)
+            assert said == value, f"docs/backbones.md says {said!r} of {column} of {model_type}, and it is {value!r}"
+
+    def left_out(self, model_type: str, reason: str) -> None:
+        self.reasons[model_type] = reason
+
+    def write(self) -> None:
+        """Put the table into the page."""
+        head = ["", "| model type | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+        body = []
+        for model_type in sorted(self.rows):
+            cells = (self.rows[model_type].get(column, "not run") for column in COLUMNS)
+            body.append(f"| `{model_type}` | " + " | ".join(cells) + " |")
+        release = ".".join(transformers.__version__.split(".")[:2])
+        others = [
+            "",
+            f"Of the types of transformers {release}.x these are left out:",
+            "",
+            "| model type | reason |",
+            "|---|---|",
+        ]
+        others += [f"| `{name}` | {reason.replace('|', '/')} |" for name, reason in sorted(self.reasons.items())]
+        table = "\n".join([*head, *body, *others, ""])
+        text = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(text.replace(self.text, f"\n{table}\n"), encoding="utf-8")
