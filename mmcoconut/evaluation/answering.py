@@ -17,7 +17,7 @@ from mmcoconut.errors import UsageError
 from mmcoconut.models import load_model, load_processor
 from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.training.collator import align_rows, encode_target
-from mmcoconut.training.generating import count_generated, generate_and_count, keeping
+from mmcoconut.training.generating import count_generated, generate_and_count
 
 
 def image_key(image: Mapping) -> str:
@@ -181,11 +181,13 @@ class Answerer:
         )
         inputs.update({ids: batch["input_ids"], mask: batch["attention_mask"], **columns})
         labels = nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]  # (B, T)
-        labelled = labels != -100
-        columns = labelled.any(dim=0).nonzero()[:, 0]  # (c,)
-        kept = keeping(self.model, columns)
-        logits = self.model(**inputs, **kept).logits  # (B, c or T, V)
-        log_probs = logits[labelled[:, columns] if kept else labelled].float().log_softmax(dim=-1)  # (labelled, V)
+        labelled = labels != -100  # (B, T)
+        columns = labelled.any(dim=0).nonzero()[:, 0]  # (kept,)
+        if getattr(self.model, "keeps_logits", True):
+            logits = self.model(**inputs, logits_to_keep=columns).logits  # (B, kept, V)
+        else:  # a vision-language model that gives all
+            logits = self.model(**inputs).logits[:, columns]
+        log_probs = logits[labelled[:, columns]].float().log_softmax(dim=-1)  # (labelled, V)
         of_labels = torch.zeros(labels.shape, device=log_probs.device)
         of_labels[labelled] = log_probs.gather(1, labels[labelled][:, None])[:, 0]
         return list(zip(of_labels.sum(dim=1).tolist(), labelled.sum(dim=1).tolist()))
