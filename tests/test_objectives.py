@@ -220,7 +220,9 @@ def test_a_part_is_the_most_specific_name_in_the_path():
     tower = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "embeddings": torch.nn.Linear(2, 2)})
     model = torch.nn.ModuleDict({"vision_tower": tower, "my_vision_tower": torch.nn.Linear(2, 2)})
     parts = parts_of_parameters(model, ["vision_tower", "vision_tower.encoder"])
-    assert parts[tower["embeddings"].weight] == "vision_tower" and parts[tower["encoder"].bias] == "vision_tower.encoder"
+    assert (
+        parts[tower["embeddings"].weight] == "vision_tower" and parts[tower["encoder"].bias] == "vision_tower.encoder"
+    )
     assert model["my_vision_tower"].weight not in parts
 
 

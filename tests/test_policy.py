@@ -166,7 +166,11 @@ def test_gradients_of_the_likelihood_go_through_the_thoughts(family):
     with uncached(model):
         ids_name, mask_name = processor.prompt_names
         inputs = joined([r.prompt for r in rollouts], processor, **batch)
-        inputs |= {ids_name: batch["ids"], mask_name: batch["mask"], "thought_noise": torch.stack([r.noise for r in rollouts])}
+        inputs |= {
+            ids_name: batch["ids"],
+            mask_name: batch["mask"],
+            "thought_noise": torch.stack([r.noise for r in rollouts]),
+        }
         model.zero_grad(set_to_none=True)
         logits = model(**inputs, use_cache=False).logits[:, -batch["num_written"] - 1 : -1]
         tokens = batch["ids"][:, -batch["num_written"] :, None]

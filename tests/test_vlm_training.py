@@ -3,23 +3,31 @@
 The slow tests go through all families that must be taken over, and through the commands as a user would.
 """
 
-import copy
+import json
+import os
+import subprocess
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 import torch
+from hub import Hub
+from safetensors.torch import load_file
 from test_conversations import rows_of
-from tiny import checkpoint_activations, max_difference
-from vlm_families import relative_difference, without_float32
-
+from test_train import ROOT, launch, losses
+from tiny import checkpoint_activations, max_difference, tiny_image
 from transformers import AutoModelForImageTextToText
+from vlm_families import relative_difference
 
 import train_hf
+from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.build import from_vlm, processor_from_vlm
-from mmcoconut.build.tiny_models import tiny_vlm
-from mmcoconut.errors import UsageError
+from mmcoconut.build.tiny_models import tiny_vlm, write_tiny_vlm
+from mmcoconut.errors import RecipeError, UsageError
 from mmcoconut.evaluation.answering import load_checkpoint
-from mmcoconut.rl.policy import Rollout, Sampling, joined, likelihood, read_prompts, sample
+from mmcoconut.hub.card import Evidence, model_card
+from mmcoconut.rl.policy import Rollout, Sampling, likelihood, read_prompts, sample
 from mmcoconut.rl.stops import check_can_stop
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
@@ -33,8 +41,8 @@ SLOW = ("llava", "llava_next", "llava_onevision", "internvl", "idefics3", "gemma
 SLOW += ("qwen2_vl", "qwen3_vl", "qwen3_5")
 FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 NUM_LATENTS = 2
-# Their decoders keep a state, or are given masks or images for all columns of a call.
-NEVER_STOP = ("gemma3", "paligemma", "mllama", "qwen3_5")
+# Their decoders keep a state, or are given masks for all columns of a call.
+NEVER_STOP = ("gemma3", "paligemma", "qwen3_5")
 
 
 def new_pair(model_type: str, **fields):
@@ -96,7 +104,9 @@ def test_names_of_parts_come_before_roles_and_unknown_ones_are_refused_with_thos
     rates = {weight: group["lr"] for group in optimizer.param_groups for weight in group["params"]}
     expected = {"visual.merger.mlp.0.weight": 0.2, "visual.patch_embed.proj.weight": 0.1, "lm_head.weight": 1.0}
     expected |= {"language_model.norm.weight": 0.3}
-    found = {name.removeprefix("model."): rates[weight] for name, weight in model.named_parameters() if weight in rates}
+    found = {
+        name.removeprefix("model."): rates[weight] for name, weight in model.named_parameters() if weight in rates
+    }
     assert {name: found[name] for name in expected} == expected
 
 
@@ -109,7 +119,10 @@ def training_batch(model, processor) -> dict:
 def test_adapters_learn_are_saved_and_merged_into_a_model_that_opens_as_the_plain_one(model_type, tmp_path):
     """With activation checkpointing; only adapters of the decoder and the rows of the thoughts' tokens change."""
     model, processor = new_pair(model_type)
-    batch, before = training_batch(model, processor), {name: weight.clone() for name, weight in model.state_dict().items()}
+    batch, before = (
+        training_batch(model, processor),
+        {name: weight.clone() for name, weight in model.state_dict().items()},
+    )
     labels = batch.pop("labels")
     with torch.no_grad():
         logits = model(**batch).logits
@@ -191,7 +204,7 @@ def alone(model, processor, rollout: Rollout, ids, mask, num_written: int) -> to
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_log_probabilities_and_their_gradients_are_those_of_single_rows(model_type):
     """Rows with no, one and two pictures of which one recurs; where rows can stop thinking, some did."""
-    stops = model_type not in NEVER_STOP
+    stops = model_type not in (*NEVER_STOP, "mllama")
     model, processor = new_pair(model_type, stop_head=stops)
     if stops:
         check_can_stop(model, processor)
@@ -218,3 +231,204 @@ def test_a_stop_head_is_refused_where_rows_cannot_stop(model_type):
     model, processor = new_pair(model_type, stop_head=True)
     with pytest.raises(UsageError, match=f"stop_head: true does not work with a {model_type}: remove `stop_head`"):
         check_can_stop(model, processor)
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+RECIPE = """
+vlm: vlm
+freeze: [vision_tower]
+dataset: arrow_mazes
+dataset_options: {grid_size: 3, max_hops: 2, num_rows: {train: 16, validation: 8}, cell_size: 8}
+max_new_tokens: 4
+max_latent_stage: 1
+epochs_per_stage: 1
+num_train_epochs: 2
+per_device_train_batch_size: 8
+learning_rate: 3.0e-3
+learning_rates: {multi_modal_projector: 1.0e-3}
+logging_steps: 1
+save_strategy: epoch
+use_cpu: true
+disable_tqdm: true
+dataloader_pin_memory: false
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with a tiny vision-language model and a recipe, in which the test runs."""
+    write_tiny_vlm(tmp_path / "vlm", "qwen2_5_vl")
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(name: str, *options: str) -> dict:
+    return train_hf.main(["tiny.yaml", "--output_dir", name, *options])
+
+
+def test_accumulated_batches_are_one_batch(folder):
+    """Although the plain class asks the trainer for means of each batch, which have other numbers of tokens."""
+    options = ["--num_train_epochs", "1", "--max_train_samples", "8", "--max_eval_samples", "2"]
+    run("one", *options)
+    run("parts", *options, "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4")
+    assert losses(folder / "one") == pytest.approx(losses(folder / "parts"), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_no_way_to_save_memory_and_no_interruption_changes_a_run(folder):
+    run("run")
+    expected = losses(folder / "run")
+    assert len(expected) == 4
+    grouped = ["--train_sampling_strategy", "group_by_length"]
+    checkpointing = ["--activation_checkpointing", "true"]
+    for name, options in {
+        "checkpointed": checkpointing,
+        "first": [*checkpointing, "--checkpointed_passes", "first"],
+        "deferred": ["--defer_weight_gradients", "true"],
+    }.items():
+        run(name, *options)
+        assert losses(folder / name) == pytest.approx(expected, abs=1e-4), name
+    run("run", "--resume_from_checkpoint", str(folder / "run" / "checkpoint-2"))
+    assert losses(folder / "run") == pytest.approx(expected, abs=1e-6)
+    run("grouped", *grouped)
+    assert len(losses(folder / "grouped")) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does(folder):
+    run("one", "--lora", "{r: 4}")
+    launch("tiny.yaml", "--output_dir", "two", "--lora", "{r: 4}", "--per_device_train_batch_size", "4", folder=folder)
+    assert losses(folder / "two") == pytest.approx(losses(folder / "one"), abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["grpo", "rloo"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_rewards_change_a_model_but_for_what_is_frozen(objective, lora, folder):
+    """The reward of short answers differs from answer to answer, whatever these are."""
+    options = ["--objective", objective, "--rewards", "{length: -1.0}", "--thought_noise", "0.2"]
+    options += ["--rl", "{num_generations: 4, beta: 0.01}", *(["--lora", "{r: 4}"] if lora else [])]
+    run("run", *options, "--hub_strategy", "end")
+    before, after = load_file(folder / "vlm" / "model.safetensors"), load_file(folder / "run" / "model.safetensors")
+    changed = {
+        name for name in before if before[name].shape != after[name].shape or (before[name] != after[name]).any()
+    }
+    assert any("language_model.layers" in name for name in changed)
+    assert any("visual.merger" in name for name in changed) != lora
+    assert not any("visual.blocks" in name for name in changed)
+
+
+@pytest.mark.slow
+def test_a_stop_head_is_distilled_and_modes_are_compared(folder):
+    results = train_hf.main(
+        [
+            "tiny.yaml",
+            "--output_dir",
+            "compared",
+            "--compare",
+            "coconut,no_thoughts,pause,cot",
+            "--save_strategy",
+            "no",
+        ]
+    )
+    assert [record["mode"] for record in results["modes"]] == ["coconut", "no_thoughts", "pause", "cot"]
+    run("run")
+    (folder / "stops.yaml").write_text(
+        RECIPE.replace("vlm: vlm", "model: run").replace("freeze: [vision_tower]", "objective: distill_stops")
+        + "stop_head: true\n"
+    )
+    options = ["--output_dir", "stops", "--learning_rates", "null", "--num_train_epochs", "1"]
+    before = load_file(folder / "run" / "model.safetensors")
+    train_hf.main(["stops.yaml", *options])
+    after = load_file(folder / "stops" / "model.safetensors")
+    assert after.keys() - before.keys() == {"model.stop_head.weight", "model.stop_head.bias"}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert after["model.stop_head.weight"].any()
+
+
+def test_what_needs_a_model_of_parts_is_refused_before_anything_is_loaded(folder):
+    with pytest.raises(RecipeError, match="align_weight = 0.1: a vlm has no single vector of an image.*join"):
+        parse_recipe(["tiny.yaml", "--output_dir", "run", "--align_weight", "0.1"])
+    model, processor = new_pair("qwen2_5_vl")
+    for part in (model, processor):
+        part.save_pretrained("saved")
+    (folder / "tiny.yaml").write_text(RECIPE.replace("vlm: vlm", "model: saved"))
+    with pytest.raises(RecipeError) as caught:
+        run("run", "--align_weight", "0.1", "--precompute_image_features", "true", "--mode", "coconut")
+    assert [problem[0] for problem in caught.value.problems] == ["precompute_image_features", "align_weight"]
+    assert "convert_vlm" in str(caught.value)
+
+
+def test_the_card_says_how_it_opens_with_thoughts_and_without():
+    model, processor = pair_of("qwen2_5_vl")
+    model.config.architectures = [type(model).__name__]
+    evidence = Evidence(recipe={"vlm": "Qwen/Qwen2.5-VL-7B-Instruct", "mode": "coconut"})
+    card = model_card("user/name", evidence, config=model.config, processor=processor)
+    assert card.data.base_model == ["Qwen/Qwen2.5-VL-7B-Instruct"] and card.data.pipeline_tag == "image-text-to-text"
+    assert "A `Qwen2_5_VLForConditionalGeneration` of transformers" in card.text
+    with_thoughts, plain = (
+        "from_pretrained(name, **options)",
+        "plain = AutoModelForImageTextToText.from_pretrained(name)",
+    )
+    assert f"AutoModelForImageTextToText.{with_thoughts}" in card.text and plain in card.text
+
+
+# --- as a user would -------------------------------------------------------------------------------------------------
+LOAD = """
+import sys
+sys.modules["mmcoconut"] = None  # importing the repository's package is an error from here on
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+image, name, found = Image.open("image.png"), "user/vlm", {}
+for remote in (True, False):
+    model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=remote).eval()
+    found[remote] = {"module": type(model).__module__, "class": type(model).__name__}
+    if remote:
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=True, backend="pil")
+        inputs = processor(images=[[image]], text=["Which colour?"], return_tensors="pt")
+        unthought = processor(images=[[image]], text=["Which colour?"], num_latents=0, return_tensors="pt")
+        tokens = model.generate(**inputs, max_new_tokens=3)
+        found["answers"] = processor.decode_answers(tokens, inputs)
+        found["latents"] = int((inputs["input_ids"] == model.config.latent_token_id).sum())
+    with torch.no_grad():
+        found[remote]["logits"] = model(**unthought).logits
+torch.save(found, "found.pt")
+"""
+
+
+@pytest.mark.slow
+def test_a_recipe_trains_evaluates_audits_and_publishes_a_model_that_opens_both_ways(tmp_path):
+    with Hub() as hub:
+        environment = {**os.environ, **hub.environment(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+
+        def start(*words: str, path: str = str(ROOT)) -> None:
+            command = [sys.executable, "-P", *words]
+            variables = {**environment, "PYTHONPATH": path}
+            done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=240)
+            assert done.returncode == 0, done.stderr[-3000:]
+
+        recipe, data = (
+            str(ROOT / "recipes" / "qwen2_5_vl_coconut.yaml"),
+            ["--model", "run-smoke", "--split", "validation"],
+        )
+        start(str(ROOT / "train_hf.py"), recipe, "--smoke_test", "true", "--output_dir", "run")
+        start("-m", "mmcoconut.evaluation", *data, "--output_dir", "evaluated")
+        start("-m", "mmcoconut.audit", *data, "--output_dir", "audited", "--max_samples", "4", "--num_shown", "1")
+        measured = ["--evaluation", "evaluated", "--audit", "audited"]
+        start("-m", "mmcoconut.publish", "--model", "run-smoke", "--repo_id", "user/vlm", *measured)
+        files = hub.files("user/vlm")
+        assert {"vlm_mmcoconut.py", "vlm_processing_mmcoconut.py", "model.safetensors", "thoughts.png"} <= files.keys()
+        config = json.loads(files["config.json"])
+        assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"] and config["latent_token_id"]
+        card = files["README.md"].decode()
+        assert "## Evaluation" in card and "plain = AutoModelForImageTextToText" in card
+        tiny_image().save(tmp_path / "image.png")
+        start("-c", LOAD, path="")
+    found = torch.load(tmp_path / "found.pt", weights_only=True)
+    assert found[True]["module"].startswith("transformers_modules.") and found["latents"] > 0
+    assert found[False]["module"] == "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
+    assert torch.equal(found[True]["logits"], found[False]["logits"]) and len(found["answers"]) == 1

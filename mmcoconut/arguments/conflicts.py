@@ -82,7 +82,11 @@ def needs_parts(values: dict):
     """What needs a model of parts, and is not for a checkpoint that is a vision-language model's own class."""
     if values["precompute_image_features"]:
         remedy = "a vlm's own class encodes its images itself: remove this key, or convert the checkpoint first "
-        yield "precompute_image_features", True, remedy + "(python -m mmcoconut.convert_vlm … --to composed: InternVL, LLaVA)"
+        yield (
+            "precompute_image_features",
+            True,
+            remedy + "(python -m mmcoconut.convert_vlm … --to composed: InternVL, LLaVA)",
+        )
     if values["align_weight"]:
         yield "align_weight", values["align_weight"], NO_ALIGNMENT
 

@@ -44,6 +44,8 @@ def check_can_stop(model, processor) -> None:
         model.eval()(**inputs, stop_threshold=0.0)
     except ValueError as error:
         remedy = "remove `stop_head` and train it to think a fixed number of thoughts"
-        raise UsageError(f"stop_head: true does not work with a {model.config.model_type}: {remedy}. {error}") from error
+        raise UsageError(
+            f"stop_head: true does not work with a {model.config.model_type}: {remedy}. {error}"
+        ) from error
     finally:
         model.train(training)
