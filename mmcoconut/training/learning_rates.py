@@ -9,7 +9,7 @@ from mmcoconut.training.parts import nearest_part, parameters_named
 
 
 def parts_of_parameters(model: nn.Module, names) -> dict[nn.Parameter, str]:
-    """Return of each parameter that lies in a named part the most specific of them, which has the fewest parameters."""
+    """Return the part of each parameter that lies in one of these; in several, the one with the fewest parameters."""
     found = {name: parameters_named(model, name) for name in names}
     order = sorted(found, key=lambda name: (-len(found[name]), len(name)))
     return {parameter: name for name in order for parameter in found[name].values()}
@@ -24,7 +24,9 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates
     part = parts_of_parameters(model, rates)
     trained = {part.get(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name in rates.keys() - trained:
-        raise ValueError(f"learning_rates: no trained parameter lies in {name!r}: {nearest_part(model, name)}")
+        frozen = "all are frozen: remove it here or from `freeze`; with `lora` name it in lora.modules_to_save"
+        remedy = frozen if parameters_named(model, name) else nearest_part(model, name)
+        raise ValueError(f"learning_rates: no trained parameter lies in {name!r}: {remedy}")
     groups = []
     for group in optimizer.param_groups:
         for name in dict.fromkeys(part.get(parameter) for parameter in group["params"]):

@@ -1,4 +1,4 @@
-"""Parts of a model by the names that recipes use: the ends of their paths, and in any vision-language model their role.
+"""Parts of a model by the names that recipes use: the end of a path or, in a vision-language model, a role.
 
     vision_tower             what encodes images, without the projector, which some towers have inside
     multi_modal_projector    what makes embeddings of the tower's features
@@ -29,7 +29,7 @@ def is_named(path: str, name: str) -> bool:
 
 
 def _projector_paths(model: ThinkingVLM, tower: nn.Module | None) -> list[str]:
-    """What stands in the base model beside tower and decoder, or else inside the tower under one of the usual names."""
+    """What stands in the base model beside tower and decoder, or else in the tower under one of the usual names."""
     others = {tower, model.get_decoder(), model.get_output_embeddings()}
     beside = [
         child
@@ -57,7 +57,7 @@ def roles_of(model) -> dict[str, list[str]]:
 
 
 def paths_named(model, name: str) -> list[str]:
-    """Return the paths of what a name means: modules whose path it ends, or else the role; empty where there is none."""
+    """Return the paths of what a name means: modules whose path it ends, or else a role; empty for no part."""
     own = [path for path, _ in model.named_modules() if path and is_named(path, name)]
     return own or roles_of(model).get(name, [])
 
