@@ -330,7 +330,7 @@ def test_a_stop_head_is_distilled_and_modes_are_compared(folder):
             "--output_dir",
             "compared",
             "--compare",
-            "coconut,no_thoughts,pause,cot",
+            "coconut,pause",
             "--save_strategy",
             "no",
         ]
