@@ -169,6 +169,25 @@ def test_adapters_learn_are_saved_and_merged_into_a_model_that_opens_as_the_plai
         assert max_difference(plain(**thoughtless).logits, loaded(**thoughtless).logits) == 0
 
 
+@pytest.mark.parametrize("model_type", ["qwen2_5_vl"])
+def test_the_projector_is_trained_in_full_by_its_role(model_type):
+    model, processor = new_pair(model_type)
+    add_lora(model, {"r": 4, "modules_to_save": ["multi_modal_projector"]})
+    assert "model.visual.merger" in describe_adapters(model)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad and "visual" in name}
+    assert trained and all(".merger.modules_to_save." in name for name in trained)
+    set_learning_rates(
+        optimizer := torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=1.0),
+        model,
+        {"multi_modal_projector": 0.1},
+    )
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [0.1, 1.0]
+    model.train()(**training_batch(model, processor)).loss.backward()
+    optimizer.step()
+    merged, before = merged_model(model).state_dict(), new_pair(model_type)[0].state_dict()
+    assert not torch.equal(merged["model.visual.merger.mlp.0.weight"], before["model.visual.merger.mlp.0.weight"])
+
+
 # --- rewards ---------------------------------------------------------------------------------------------------------
 def rollouts_of(model, processor, *, noise: float = 0.5) -> tuple[list[Rollout], dict]:
     """Answers to rows, and the batch that trl makes of them: prompts padded in front, answers behind."""
