@@ -16,6 +16,7 @@ from vlm_families import (
     Family,
     answers,
     by_definition,
+    checkpointing,
     family,
     gradients_of,
     relative_difference,
@@ -71,26 +72,24 @@ def test_values_and_gradients_equal_the_definition_also_checkpointed(each, table
     batch = each.inputs()
     latents, real = each.latents_of(batch), batch["attention_mask"].bool()
     assert latents.sum() == sum(count for *_, count in ROWS)
+    with torch.no_grad():
+        without = each.plain(**batch).logits
     with without_float32():
         expected = by_definition(each.plain, latents, **batch)
         of_plain = gradients_of(each.plain, expected, real)
+        assert (without - expected)[real].abs().max() > 1e-2  # thoughts matter
         found = each.model(**batch).logits
-        gradients = gradients_of(each.model, found, real)
-        each.model.train()
-        for module in each.model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        each.model.gradient_checkpointing_enable({"use_reentrant": False})
-        checkpointed = each.model(**batch).logits
-        again = gradients_of(each.model, checkpointed, real)
-        each.model.gradient_checkpointing_disable()
-    with torch.no_grad():
-        without = each.plain(**batch).logits
-    assert (without - expected)[real].abs().max() > 1e-2  # thoughts matter
-    assert (found - expected)[real].abs().max() <= TOLERANCE
-    assert relative_difference(gradients, of_plain) <= TOLERANCE
-    assert (checkpointed - expected)[real].abs().max() <= TOLERANCE
-    assert relative_difference(again, of_plain) <= TOLERANCE
+        assert (found - expected)[real].abs().max() <= TOLERANCE
+        assert relative_difference(gradients_of(each.model, found, real), of_plain) <= TOLERANCE
+        with checkpointing(each.model):
+            try:
+                found = each.model(**batch).logits
+            except ValueError as error:  # a kind of cache that no pass can read again
+                assert each.model_type not in WANTED and "cannot be read again" in str(error)
+                table.found(each.model_type, "matches the definition", f"{each.how_images_are_read}, not checkpointed")
+                return
+            assert (found - expected)[real].abs().max() <= TOLERANCE
+            assert relative_difference(gradients_of(each.model, found, real), of_plain) <= TOLERANCE
     table.found(each.model_type, "matches the definition", each.how_images_are_read)
 
 

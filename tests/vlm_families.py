@@ -154,12 +154,15 @@ def family(model_type: str) -> "Family | str":
         config._experts_implementation = "eager"  # the grouped one knows no float64
     try:
         is_tokenizer = isinstance(own, PreTrainedTokenizerFast)
-        model = from_vlm(vlm, check=False, **{"tokenizer" if is_tokenizer else "processor": own})
+        model = from_vlm(vlm, **{"tokenizer" if is_tokenizer else "processor": own})
         processor = None if is_tokenizer else processor_from_vlm(own, config=model.config)
     except ValueError as error:
         return str(error)
     plain = getattr(transformers, CLASS_NAMES[model_type])(model.config).eval()
-    plain.load_state_dict(model.state_dict())
+    try:
+        plain.load_state_dict(model.state_dict())
+    except RuntimeError as error:
+        return f"its plain class does not open a checkpoint whose vocabulary has grown ({first_line(error)})"
     for each in (model, plain):
         parts = (each.get_decoder(), each.get_output_embeddings()) if model_type in FLOAT_TOWERS else (each,)
         for part in parts:
@@ -219,6 +222,21 @@ def relative_difference(found: dict, expected: dict) -> float:
     assert found.keys() == expected.keys()
     largest = max(gradient.abs().max().item() for gradient in expected.values())
     return max((found[name] - expected[name]).abs().max().item() for name in found) / largest
+
+
+@contextlib.contextmanager
+def checkpointing(model):
+    """Inside, a model trains with gradient checkpointing, and nothing is dropped out."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
 
 
 def answers(model, batch: dict, **options) -> torch.Tensor:
