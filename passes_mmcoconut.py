@@ -158,23 +158,29 @@ def cut_by_mask(values: list[torch.Tensor], mask: torch.Tensor, start: int, end:
     return [value[kept] for value in values]
 
 
-def join_attentions(pieces: list[tuple[torch.Tensor, ...]], past_length: int) -> tuple[torch.Tensor, ...]:
+def join_attentions(
+    pieces: list[tuple[torch.Tensor, ...]], past_length: int, reads_images: bool = False
+) -> tuple[torch.Tensor, ...]:
     """Return attention maps (B, H, t, keys) of the pieces as (B, H, T, all keys).
 
     Zeros stand for what a piece does not see: later keys, and earlier ones that a sliding window has let go. An
-    attention implementation that makes no maps, as sdpa, leaves () of them.
+    attention implementation that makes no maps, as sdpa, leaves () of them. reads_images: some layers look at images
+    beside the text (mllama), and their keys are the same in every piece.
     """
     if not pieces[0]:
         return pieces[0]
     ends = list(accumulate((piece[0].shape[2] for piece in pieces), initial=past_length))[1:]
-    num_keys = max(ends[-1], *(attention.shape[-1] for attention in pieces[-1]))
-    layers = []
-    for layer in zip(*pieces):
-        gone = [max(0, end - attention.shape[-1]) for end, attention in zip(ends, layer)]
-        rest = [num_keys - left - attention.shape[-1] for left, attention in zip(gone, layer)]
-        padded = [nn.functional.pad(attention, sides) for attention, *sides in zip(layer, gone, rest)]
-        layers.append(torch.cat(padded, dim=2))  # (B, H, T, keys)
-    return tuple(layers)
+    layers = list(zip(*pieces))
+    beside = [reads_images and len({attention.shape[-1] for attention in layer}) == 1 for layer in layers]
+    num_keys = max(ends[-1], *(layer[-1].shape[-1] for layer, apart in zip(layers, beside) if not apart))
+    joined = []
+    for layer, apart in zip(layers, beside):
+        if not apart:
+            gone = [max(0, end - attention.shape[-1]) for end, attention in zip(ends, layer)]
+            rest = [num_keys - left - attention.shape[-1] for left, attention in zip(gone, layer)]
+            layer = [nn.functional.pad(attention, sides) for attention, *sides in zip(layer, gone, rest)]
+        joined.append(torch.cat(layer, dim=2))  # (B, H, T, keys)
+    return tuple(joined)
 
 
 # --- masks and positions ---------------------------------------------------------------------------------------------
@@ -307,12 +313,17 @@ def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tenso
         )
 
 
-def check_window(sees_all_columns: bool, window: int | None, num_columns: int) -> None:
+def check_window(keeps_all_keys: bool, window: int | None, num_columns: int) -> None:
     """Raise where latents that are left out would push columns of a longer sequence out of a sliding window."""
-    if not sees_all_columns and (window is None or num_columns > window):
+    if not keeps_all_keys and (window is None or num_columns > window):
+        what = (
+            "go into what some layers keep in the place of keys"
+            if window is None
+            else f"stand in a window of {window}"
+        )
         raise ValueError(
-            f"Rows leave latents out, whose columns would stand in a window of {window}, and the sequence has "
-            f"{num_columns} columns: take a decoder with full attention, or leave the latents out of the prompt."
+            f"Rows leave latents out, whose columns would {what}, and the sequence has {num_columns} columns: take a "
+            "decoder with full attention, or leave the latents out of the prompt."
         )
 
 
@@ -395,8 +406,9 @@ class Passes:
             (start, before), self.held = self.held, None
             embeds = torch.cat([before, embeds], dim=1)
         if self.safe_ends and self.safe_ends[start + embeds.shape[1]] > start + embeds.shape[1]:
+            state = self.states_of(embeds, start)[:, -1]
             self.held = start, embeds
-            return self.states_of(embeds, start)[:, -1]
+            return state
         if self.outputs:
             self.cache = next_pass(self.cache)
         output = self.call_decoder(self.cache, **self.arguments_of(embeds, start))
@@ -411,10 +423,14 @@ class Passes:
     def states_of(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
         """Return the states (B, t, D) of a piece that will be run again; the cache stays as it is."""
         length, end = embeds.shape[1], start + embeds.shape[1]
+        if self.held is not None:  # not in the cache yet
+            start, before = self.held
+            embeds = torch.cat([before, embeds], dim=1)
         if self.safe_ends:
             embeds = torch.cat([embeds, self.inputs["inputs_embeds"][:, end : self.safe_ends[end]]], dim=1)
         inputs = self.arguments_of(embeds, start)
-        return self.call_decoder(throwaway(self.cache), **inputs).last_hidden_state[:, :length]
+        states = self.call_decoder(throwaway(self.cache), **inputs).last_hidden_state
+        return states[:, end - start - length : end - start]
 
     def joined(self):
         """Return the output of the call, of all columns, in the decoder's own class."""
@@ -427,7 +443,11 @@ class Passes:
             joined["hidden_states"] = tuple(join_columns(layer) for layer in layers)
         if first.get("attentions") is not None:
             past_length = int(self.cache.get_seq_length()) - self.length
-            joined["attentions"] = join_attentions([output.attentions for output in self.outputs], past_length)
+            maps, reads_images = (
+                [output.attentions for output in self.outputs],
+                not self.inputs.keys().isdisjoint(READ_ONCE),
+            )
+            joined["attentions"] = join_attentions(maps, past_length, reads_images)
         if first.get("router_logits") is not None:
             layers, rows = zip(*(output.router_logits for output in self.outputs)), self.embeds_run[0].shape[0]
             joined["router_logits"] = tuple(join_tokens(layer, rows) for layer in layers)

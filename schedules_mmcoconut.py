@@ -195,7 +195,9 @@ def _whole_mask(passes: Passes, latents: torch.Tensor) -> torch.Tensor:
         length = int(passes.cache.get_seq_length()) + passes.length
         return latents.new_ones(len(latents), length, dtype=torch.long)
     if not is_two_dimensional(attention_mask):
-        raise ValueError("stop_threshold needs a 2-D attention_mask (B, T), not one made for a single pass.")
+        problem = "and this model makes its decoder's masks itself, or was given one that is made for a single pass"
+        remedy = "pass a 2-D one, or stop_threshold=None to think at all latents"
+        raise ValueError(f"stop_threshold needs a 2-D attention_mask (B, T), {problem}: {remedy}.")
     return attention_mask
 
 

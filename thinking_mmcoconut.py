@@ -325,10 +325,13 @@ class ThinkingDecoder(PutInFront):
 
     @cached_property
     def sees_all_columns(self) -> bool:
-        """Whether all layers attend to all columns, and none to a window; the cache that transformers makes tells."""
-        reads_images = not {*READ_ONCE}.isdisjoint(self.own_arguments)  # in layers between those of the text
-        layers = DynamicCache(config=self.config).layers
-        return not reads_images and all(type(layer) is DynamicLayer for layer in layers)
+        """Whether all layers attend to all columns, and none to images beside them."""
+        return self.keeps_all_keys and {*READ_ONCE}.isdisjoint(self.own_arguments)
+
+    @cached_property
+    def keeps_all_keys(self) -> bool:
+        """Whether no layer lets keys go, as a sliding window does; the cache that transformers makes tells."""
+        return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
 
     @cached_property
     def is_recurrent(self) -> bool:
@@ -398,7 +401,7 @@ class ThinkingDecoder(PutInFront):
         states = carry_states(outputs.last_hidden_state, thoughts.left_out, thoughts.state_before)
         outputs.last_hidden_state = states  # (B, T, D)
         window = getattr(self.config, "sliding_window", None)
-        check_window(self.sees_all_columns, window, thoughts.attention_mask.shape[1])
+        check_window(self.keeps_all_keys, window, thoughts.attention_mask.shape[1])
 
 
 @contextmanager

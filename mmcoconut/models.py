@@ -26,6 +26,11 @@ def model_class(image_fusion: str) -> type[MMCoconutForConditionalGeneration]:
     return MMCoconutForSeq2SeqLM if image_fusion == "encoder" else MMCoconutForConditionalGeneration
 
 
+def is_composed(config: PreTrainedConfig) -> bool:
+    """Whether a model is one of the two public classes, and no vision-language model's own class with thoughts."""
+    return config.model_type == MMCoconutConfig.model_type
+
+
 class CheckpointError(UsageError):
     """A name at which there is no checkpoint of the kind that is wanted."""
 

@@ -1,7 +1,8 @@
 """`transformers serve` for a checkpoint of mmcoconut: `python -m mmcoconut.serve outputs/quickstart --port 8000`.
 
 The options are those of `transformers serve`, which looks for a model's class, and for what it reads, by names in
-transformers only; so the classes are put there, and its command is called. A request sets the number of thoughts with
+transformers only; so the classes are put there, and its command is called. A vision-language model in its own class is
+loaded with its thoughts, which the server's Auto classes would leave out. A request sets the number of thoughts with
 `"chat_template_kwargs": {"num_latents": 3}`, the server its default by `--chat-template-kwargs` with such JSON. A
 request that says no length gets that of the checkpoint's recipe, and a mistake in a request is answered with status
 400 and what is wrong.
@@ -10,17 +11,19 @@ request that says no length gets that of the checkpoint's recipe, and a mistake 
 import logging
 import sys
 from functools import lru_cache
+from types import SimpleNamespace
 
 import transformers
 from jinja2 import TemplateError
+from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
 from mmcoconut.auto_classes import BOTH
-from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut.configuration_mmcoconut import THOUGHT_TOKENS
 from mmcoconut.errors import run_command
 from mmcoconut.evaluation.asking import NEW_TOKENS
-from mmcoconut.models import CheckpointError, read_config
+from mmcoconut.models import CheckpointError, class_of, is_composed, load_processor, read_config
 from mmcoconut.training.layout import recipe_of
 
 
@@ -38,19 +41,6 @@ def new_tokens_of(model: str) -> int:
     """How many tokens a checkpoint, `name` or `name@revision`, writes where a request does not say."""
     name, _, revision = model.partition("@")
     return recipe_of(name, revision or None).get("max_new_tokens") or NEW_TOKENS
-
-
-@lru_cache
-def check_served(model: str) -> None:
-    """Raise ValueError for a checkpoint, `name` or `name@revision`, that the server would open as the plain model."""
-    name, _, revision = model.partition("@")
-    config = read_config(name, revision=revision or None)
-    if not isinstance(config, MMCoconutConfig):
-        raise CheckpointError(
-            f"{model} is a {config.model_type} in its own class, which `transformers serve` would open without its "
-            "thoughts: ask it in Python, or serve an InternVL or LLaVA converted by `python -m mmcoconut.convert_vlm "
-            "… --to composed`."
-        )
 
 
 def check_template_options(options) -> None:
@@ -77,8 +67,6 @@ class CheckedHandler:
     async def handle_request(self, body: dict, request_id: str):
         check_template_options(body.get("chat_template_kwargs", {}))
         model = body.get("model") or self.pinned
-        if model is not None:
-            check_served(model)
         if model is not None and not body.keys() & ANY_LENGTH:
             body = {**body, self.length: new_tokens_of(model)}
         return await self.handler.handle_request(body, request_id)
@@ -107,15 +95,61 @@ def with_clear_errors(build_server):
     return build
 
 
+def config_of_vlm(name: str, options: dict) -> PreTrainedConfig | None:
+    """The configuration of a vision-language model's own class with thoughts; None where a name is another model's.
+
+    options: those with which it is loaded, its revision among them.
+    """
+    try:
+        config = read_config(name, revision=options.get("revision"))
+    except CheckpointError:
+        return None
+    return None if is_composed(config) else config
+
+
+def begin_answers_behind_thoughts(processor, config: PreTrainedConfig) -> None:
+    """Let the server take no thoughts at the end of a prompt for the beginning of the answer."""
+    from transformers.cli.serving.utils import get_response_template
+
+    template = get_response_template(processor, SimpleNamespace(config=config)) or {}
+    if "start_anchor" in template:
+        own = template["start_anchor"]
+        anchors = [*([own] if isinstance(own, str) else own), *THOUGHT_TOKENS]
+        processor.tokenizer.response_template = {**template, "start_anchor": anchors}
+
+
+def let_vlms_think() -> None:
+    """Let the Auto classes that the server asks give vision-language models with their thoughts."""
+    own_model, own_processor = AutoModelForMultimodalLM.from_pretrained, AutoProcessor.from_pretrained
+
+    def model_of(name: str, **options):
+        config = config_of_vlm(name, options)
+        if config is None:
+            return own_model(name, **options)
+        return class_of(config).from_pretrained(name, **{**options, "trust_remote_code": False})
+
+    def processor_of(name: str, **options):
+        config = config_of_vlm(name, options)
+        if config is None:
+            return own_processor(name, **options)
+        processor = load_processor(name, **{**options, "trust_remote_code": False})
+        begin_answers_behind_thoughts(processor, config)
+        return processor
+
+    AutoModelForMultimodalLM.from_pretrained, AutoProcessor.from_pretrained = model_of, processor_of
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not is_serve_available():
         raise SystemExit("The server needs fastapi, uvicorn and openai: pip install mmcoconut[serve]")
     if argv and not argv[0].startswith("-"):  # the model that it is pinned to
-        check_served(argv[0])
+        name, _, revision = argv[0].partition("@")
+        read_config(name, revision=revision or None)
     for model_class in BOTH:
         setattr(transformers, model_class.__name__, model_class)
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_class.__name__] = model_class.__name__
+    let_vlms_think()
     from transformers.cli.serving import server  # which needs what was asked for above
     from transformers.cli.transformers import app
 

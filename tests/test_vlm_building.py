@@ -27,7 +27,6 @@ from mmcoconut.build.tokens import SPARE_TOKENS
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.errors import UsageError
 from mmcoconut.models import load_model, read_config
-from mmcoconut.serve import check_served
 from mmcoconut.thinking_mmcoconut import ThinkingDecoder
 from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
@@ -415,9 +414,3 @@ def test_a_model_that_rounding_turns_around_is_not_judged(caplog, monkeypatch):
     monkeypatch.setattr(checks, "TOO_MUCH", 0.0)
     checks.check_thoughts(model, inputs)
     assert "cannot be told in float32" in caplog.text
-
-
-def test_the_server_refuses_what_it_would_open_without_thoughts(tmp_path):
-    thinking().save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="is a llava in its own class, .* without its thoughts: .* --to composed"):
-        check_served(str(tmp_path))

@@ -19,9 +19,10 @@ from PIL import Image
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
+from mmcoconut.audit.image_grids import maps_of
 from mmcoconut.audit.interventions import Outcome, Study, images_key, knock_outs, other_counts, replacements, swaps
 from mmcoconut.audit.report import card_of, interventions_figure, report_of
-from mmcoconut.audit.thought_pictures import geometry_figure, probe_figure, thought_strip, why_no_map
+from mmcoconut.audit.thought_pictures import geometry_figure, probe_figure, side_by_side
 from mmcoconut.audit.thoughts import (
     Readings,
     geometry,
@@ -78,7 +79,7 @@ class Shown:
     """One row of the report: what was asked and answered, what its thoughts decode to and where they look.
 
     lens: for each of the N thoughts and the text that follows them, and each layer, the likeliest tokens with their
-    probabilities. strip: the heat maps, None for a row without images or of features that make no square.
+    probabilities. strip: the heat maps; None where no_map says why.
     """
 
     row_id: str
@@ -88,6 +89,7 @@ class Shown:
     lens: list[list[list[tuple[str, float]]]]
     image_share: list[float] | None
     strip: Image.Image | None
+    no_map: str | None
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
@@ -117,16 +119,6 @@ def draw_rows(rows, count: int | None, seed: int):
     return rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))
 
 
-def strip_of(readings: Readings, pixels, *, projector_type: str, captions: list[str]) -> Image.Image | None:
-    """The heat maps of readings of one row; None where there is nothing to draw on."""
-    if len(pixels) == 0:
-        return None
-    maps = readings.image_map(0)  # (N, I · P)
-    if why_no_map(projector_type, maps.shape[1] // len(pixels)) is not None:
-        return None
-    return thought_strip(pixels, maps, captions)
-
-
 def decoded(readings: Readings, tokenizer, row: int) -> list[list[list[tuple[str, float]]]]:
     """The lens of one row: for each state and layer the likeliest tokens as text, with their probabilities."""
     tokens, probabilities = readings.tokens[row].tolist(), readings.probabilities[row].tolist()
@@ -146,6 +138,7 @@ def show(study: Study, count: int, top_k: int) -> list[Shown]:
         reads = lens_text(readings, tokenizer, 0)
         captions = [f"thought {j + 1} · reads: {text}" for j, text in enumerate(reads[: answerer.num_latents])]
         has_images = len(row["images"]) > 0
+        maps, no_map = maps_of(model, answerer.processor, row, inputs, readings)
         shown.append(
             Shown(
                 row_id=row["row_id"],
@@ -154,12 +147,8 @@ def show(study: Study, count: int, top_k: int) -> list[Shown]:
                 answer=study.untouched.texts[index],
                 lens=decoded(readings, tokenizer, 0),
                 image_share=readings.image_share(0).tolist() if has_images else None,
-                strip=strip_of(
-                    readings,
-                    inputs.get("pixel_values", ()),
-                    projector_type=model.config.projector_type,
-                    captions=captions,
-                ),
+                strip=None if maps is None else side_by_side(maps, captions),
+                no_map=no_map if has_images else None,
             )
         )
     return shown
@@ -186,6 +175,7 @@ def intervene(study: Study) -> tuple[dict[str, Outcome], list[str]]:
 def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_run: list[str]) -> dict:
     """audit.json, all but what the thoughts hold."""
     model, untouched = study.answerer.model, study.untouched
+    embeddings = model.get_input_embeddings()
     return {
         **{key: getattr(arguments, key) for key in ("model", "revision", "dataset", "dataset_options", "split")},
         "metric": study.metric,
@@ -197,7 +187,7 @@ def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_r
         "margin": arguments.margin,
         "interventions": {name: outcome.asdict() for name, outcome in outcomes.items()},
         "not_run": not_run,
-        "geometry": geometry(untouched.thoughts, model.get_input_embeddings().weight),
+        "geometry": geometry(untouched.thoughts, embeddings.weight * getattr(embeddings, "embed_scale", 1.0)),
         "probe": probe(study),
         "seed": study.seed,
         "batch_size": study.batch_size,

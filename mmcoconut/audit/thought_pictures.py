@@ -109,8 +109,12 @@ def heat_map(picture: torch.Tensor, weights: torch.Tensor, *, top: float | None 
         ValueError: features that make no square, see `picture_grid`.
     """
     grid = grid_of(weights)  # (rows, columns)
-    top = float(grid.max()) if top is None else top
-    pixels = enlarge(pixels_of(picture), MIN_SIDE)  # (H, W, 3)
+    return blend(pixels_of(picture), grid, float(grid.max()) if top is None else top)
+
+
+def blend(pixels: np.ndarray, grid: np.ndarray, top: float) -> Image.Image:
+    """Pixels (H, W, 3) in 0 … 255, faded, under a grid (rows, columns) of weights, as in `heat_map`."""
+    pixels = enlarge(pixels, MIN_SIDE)  # (H, W, 3)
     height, width = pixels.shape[:2]
     rows = np.arange(height) * grid.shape[0] // height  # (H,), the cell of each line
     columns = np.arange(width) * grid.shape[1] // width  # (W,)
@@ -178,6 +182,16 @@ def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Imag
         strip.paste(panel, (left, 0))
         canvas.multiline_text((left, height + GAP), caption, fill="black", font=font)
     return strip
+
+
+def stacked(panels: Sequence[Image.Image]) -> Image.Image:
+    """Panels one below the other on white."""
+    height = sum(panel.height + GAP for panel in panels) - GAP
+    stack, top = Image.new("RGB", (max(panel.width for panel in panels), height), "white"), 0
+    for panel in panels:
+        stack.paste(panel, (0, top))
+        top += panel.height + GAP
+    return stack
 
 
 def new_figure(height: float):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mmcoconut.models import is_composed
 from mmcoconut.passes_mmcoconut import take_columns
 
 
@@ -126,12 +127,29 @@ def modules_outside_the_layers(module: nn.Module) -> Iterator[nn.Module]:
             yield from modules_outside_the_layers(child)
 
 
+@contextmanager
+def decoder_outputs(model) -> Iterator[list]:
+    """Inside, every output of the decoder is appended to the list: a vision-language model may keep parts of it."""
+    outputs = []
+    hook = model.get_decoder().register_forward_hook(lambda _, __, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        hook.remove()
+
+
+def some_text(model, rows: int, columns: int) -> dict:
+    """The inputs of a text (rows, columns) without images and thoughts, for a vision-language model."""
+    ids = torch.full((rows, columns), model.config.start_latent_token_id, device=model.device)
+    return {"input_ids": ids, "use_cache": False}
+
+
 @torch.no_grad()
-def final_norm(decoder) -> nn.Module:
+def final_norm(decoder, around=None) -> nn.Module:
     """What the decoder applies to its last layer's output: the first module whose output is the last hidden state.
 
-    Found by running one random state. Post-norm decoders normalise inside their layers: nothing is left to apply, and
-    the identity is returned.
+    Found by running one random state, or, where a decoder reads more than states, a token through the model around it.
+    Post-norm decoders normalise inside their layers: nothing is left to apply, and the identity is returned.
     """
     outputs = []
     modules = list(modules_outside_the_layers(decoder))
@@ -140,7 +158,12 @@ def final_norm(decoder) -> nn.Module:
     ]
     state = torch.randn(1, 1, decoder.config.hidden_size, generator=torch.Generator().manual_seed(0))
     try:
-        last = decoder(inputs_embeds=state.to(decoder.device, decoder.dtype)).last_hidden_state  # (1, 1, D)
+        if around is None:
+            last = decoder(inputs_embeds=state.to(decoder.device, decoder.dtype)).last_hidden_state  # (1, 1, D)
+        else:
+            with decoder_outputs(around) as whole:
+                around(**some_text(around, 1, 1))
+            last = whole[0].last_hidden_state
     finally:
         for hook in hooks:
             hook.remove()
@@ -157,7 +180,8 @@ class Readings:
         the second axis is the state that becomes thought j, index N the state at the prompt's last column, which
         writes the first token. Layer 0 is what the decoder's first layer reads, layer L the model's own output.
     image_attention: for each row (L, N, P), how much the latent column of thought j looks at each image feature, mean
-        over heads; P = 0 for a row without images. None where it was not asked for.
+        over heads; P = 0 for a row without images. Layers are those that make maps; of a model that looks at images
+        beside its text, those that do. None where it was not asked for.
     """
 
     thoughts: torch.Tensor
@@ -202,14 +226,33 @@ def read_columns(mask: torch.Tensor, latent_columns: torch.Tensor) -> torch.Tens
     return torch.cat([latent_columns - 1, last], dim=1)
 
 
+def logits_of(states: torch.Tensor, model) -> torch.Tensor:
+    """The logits (n, M, V) that a model makes of last hidden states (n, M, D) of its decoder.
+
+    What a vision-language model does to them beside its head (bounds, scales) stands in its own forward, which is run
+    over as many tokens of text, with these states in the place of its decoder's.
+    """
+    if is_composed(model.config):
+        return model.get_output_embeddings()(states)
+
+    def put_states(decoder, _, output):
+        return type(output)(**{**output, "last_hidden_state": states})
+
+    hook = model.get_decoder().register_forward_hook(put_states)
+    try:
+        return model(**some_text(model, *states.shape[:2])).logits
+    finally:
+        hook.remove()
+
+
 def logit_lens(states: Sequence[torch.Tensor], model, *, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and probabilities (n, M, layers, k) of states (n, M, D), one tensor a layer: softmax(head(norm(h))).
+    """Tokens and probabilities (n, M, layers, k) of states (n, M, D), one tensor a layer: softmax(logits(norm(h))).
 
     The last layer's states are normed already. Layer by layer, because logits of all layers at once are large.
     """
-    norm, head = final_norm(model.get_decoder()), model.get_output_embeddings()
+    norm = final_norm(model.get_decoder(), None if is_composed(model.config) else model)
     normed = [*map(norm, states[:-1]), states[-1]]
-    best = [head(layer).float().softmax(dim=-1).topk(top_k) for layer in normed]  # (n, M, k) each
+    best = [logits_of(layer, model).float().softmax(dim=-1).topk(top_k) for layer in normed]  # (n, M, k) each
     tokens = torch.stack([layer.indices for layer in best], dim=2)  # (n, M, layers, k)
     probabilities = torch.stack([layer.values for layer in best], dim=2)  # (n, M, layers, k)
     return tokens.cpu(), probabilities.cpu()
@@ -226,15 +269,34 @@ def attention_to_images(attentions, latent_columns: torch.Tensor, *, image_mask:
     return [row[..., mask] for row, mask in zip(maps, image_mask.cpu())]
 
 
-def image_keys(inputs: Mapping, outputs, image_token_id: int) -> torch.Tensor:
-    """(n, keys), True where attention looks at a row's images: in the text, or first among what is read beside it."""
-    image_mask = inputs["input_ids"] == image_token_id  # (n, T)
-    if not outputs.cross_attentions:
-        return image_mask
-    num_keys = outputs.cross_attentions[0].shape[-1]
-    hidden_size = outputs.last_hidden_state.shape[-1]
-    num_features = outputs.image_hidden_states[0].shape[-1] // hidden_size if outputs.image_hidden_states else 0
-    return torch.arange(num_keys, device=image_mask.device) < num_features * image_mask.sum(dim=1, keepdim=True)
+def image_maps(model, inputs: Mapping, outputs) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
+    """The attention (n, H, T, keys) of each layer that looks at images, and (n, keys), True at the images of a row.
+
+    Images stand in the text, or first among what is read beside it. outputs: of the model, or of its decoder.
+    """
+    image_mask = inputs["input_ids"] == model.config.image_token_id  # (n, T)
+    beside = getattr(model.get_decoder().config, "cross_attention_layers", ())
+    if beside and "cross_attention_mask" in inputs:  # (n, T, images, tiles); of the images each has as many features
+        maps = [outputs.attentions[layer] for layer in beside]
+        num_features = maps[0].shape[-1] // inputs["cross_attention_mask"].shape[2]
+    elif outputs.get("cross_attentions"):
+        maps, hidden_size = outputs.cross_attentions, outputs.last_hidden_state.shape[-1]
+        num_features = outputs.image_hidden_states[0].shape[-1] // hidden_size if outputs.image_hidden_states else 0
+    else:
+        return outputs.attentions, image_mask
+    keys = torch.arange(maps[0].shape[-1], device=image_mask.device)
+    return maps, keys < num_features * image_mask.sum(dim=1, keepdim=True)
+
+
+def read_decoder(model, inputs: Mapping, **asked) -> tuple:
+    """What the decoder gives for prompts with all that is asked for, and their thoughts (n, N, D)."""
+    if is_composed(model.config):
+        outputs = model.base_model(**inputs, **asked)
+        return outputs, outputs.thoughts
+    kept = {"logits_to_keep": 1} if model.keeps_logits else {}  # of all columns they are large
+    with decoder_outputs(model) as outputs:
+        thoughts = model(**inputs, **asked, **kept).thoughts
+    return outputs[0], thoughts
 
 
 @torch.no_grad()
@@ -246,8 +308,8 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
     model looks at while it holds the thought.
 
     Args:
-        model: an MMCoconut model in eval mode, on the device of the inputs.
-        inputs: as the processor returns them: input_ids, attention_mask (n, T), pixel_values of all rows' images, and
+        model: a model with thoughts in eval mode, on the device of the inputs.
+        inputs: as the processor returns them: input_ids, attention_mask (n, T), the tensors of all rows' images, and
             of an encoder-decoder the decoder's ids and mask.
         attention: also return image_attention; runs the language model under eager attention for this call.
 
@@ -260,24 +322,17 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
     latent_columns = columns_of_latents(input_ids == model.config.latent_token_id)  # (n, N)
     asked = {"output_hidden_states": True, "output_attentions": attention, "output_thoughts": True}
     with eager_attention(model.get_decoder()) if attention else nullcontext():
-        outputs = model.base_model(**inputs, **asked)
+        outputs, thoughts = read_decoder(model, inputs, **asked)
     columns = read_columns(mask, latent_columns)  # (n, N + 1)
     hidden_states = outputs.decoder_hidden_states if model.config.is_encoder_decoder else outputs.hidden_states
-    layers = (*hidden_states[:-1], outputs.last_hidden_state)  # (n, T, D) each
+    # Gemma 3n's layers have several states a column, which no head reads.
+    layers = [*(layer for layer in hidden_states[:-1] if layer.ndim == 3), outputs.last_hidden_state]  # (n, T, D) each
     tokens, probabilities = logit_lens([take_columns(layer, columns) for layer in layers], model, top_k=top_k)
-    maps = outputs.cross_attentions or outputs.get("attentions")
-    return Readings(
-        thoughts=outputs.thoughts.cpu(),
-        tokens=tokens,
-        probabilities=probabilities,
-        image_attention=(
-            attention_to_images(
-                maps, latent_columns, image_mask=image_keys(inputs, outputs, model.config.image_token_id)
-            )
-            if attention
-            else None
-        ),
-    )
+    image_attention = None
+    if attention:
+        maps, image_mask = image_maps(model, inputs, outputs)
+        image_attention = attention_to_images(maps, latent_columns, image_mask=image_mask)
+    return Readings(thoughts.cpu(), tokens, probabilities, image_attention)
 
 
 def visible(text: str) -> str:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from mmcoconut.audit.command import decoded
+from mmcoconut.audit.image_grids import maps_of
 from mmcoconut.audit.interventions import (
     ReplaceOf,
     Table,
@@ -30,8 +31,7 @@ from mmcoconut.audit.interventions import (
     with_other_counts,
     with_question_of,
 )
-from mmcoconut.audit.thought_pictures import heat_maps, why_no_map
-from mmcoconut.audit.thoughts import Readings, read_thoughts, visible
+from mmcoconut.audit.thoughts import read_thoughts, visible
 from mmcoconut.data import json_steps, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.evaluation.answering import Answerer
@@ -187,15 +187,6 @@ def variant_of(asked: Asked, name: str, description: str, line: Mapping, donor_a
     )
 
 
-def maps_of(readings: Readings, pixels, projector_type: str) -> tuple[list[Image.Image] | None, str | None]:
-    """Heat maps of readings of one row, or why there are none."""
-    if len(pixels) == 0:
-        return None, "the question has no picture"
-    maps = readings.image_map(0)  # (N, I · P)
-    reason = why_no_map(projector_type, maps.shape[1] // len(pixels))
-    return (None, reason) if reason is not None else (heat_maps(pixels, maps), None)
-
-
 class Asker:
     """A checkpoint that is asked one question at a time, and the examples whose thoughts a question may be given.
 
@@ -252,7 +243,7 @@ class Asker:
         inputs = asked.answerer.inputs([asked.row])
         readings = read_thoughts(self.model, inputs, top_k=top_k)
         *lens, last = [state[-1] for state in decoded(readings, self.processor.tokenizer, 0)]
-        maps, reason = maps_of(readings, inputs.get("pixel_values", ()), self.model.config.projector_type)
+        maps, reason = maps_of(self.model, self.processor, asked.row, inputs, readings)
         shares = readings.image_share(0).tolist() if asked.row["images"] else [None] * len(lens)
         thoughts = [
             Thought([(visible(text), p) for text, p in tokens], share, None if maps is None else maps[j])
