@@ -65,6 +65,7 @@ from .passes_mmcoconut import (
     join_columns,
     linked_thoughts,
     noise_by_column,
+    positions_from_mask,
     split_latents,
 )
 
@@ -295,6 +296,8 @@ class ThinkingDecoder(PutInFront):
             )
         keeps_cache = past_key_values is not None or bool(use_cache and not replays)
         thoughts.locate(inputs.get("attention_mask"), past_key_values, self)
+        if thoughts.left_out is not None and inputs.get("position_ids") is None:  # which pass over what is left out
+            inputs["position_ids"] = positions_from_mask(thoughts.attention_mask, thoughts.latents.shape[1])  # (B, T)
         if past_key_values is None and (keeps_cache or thoughts.columns):
             past_key_values = self.fresh_cache(thoughts, keeps_cache=keeps_cache, replays=replays)
         if past_key_values is not None and inputs.get("encoder_hidden_states") is not None:

@@ -28,13 +28,13 @@ from mmcoconut.build import (
     set_tiles,
 )
 from mmcoconut.build.gguf import load_tokenizer
-from mmcoconut.data import drop_unreadable, history_of, load_examples, nearest, question_text
+from mmcoconut.data import drop_unreadable, history_of, load_examples, question_text
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
 from mmcoconut.data.images import open_images
 from mmcoconut.data.scoring import REFERENCES, default_metric, figures_of, references_of, score
 from mmcoconut.data.tokenizer import train_tokenizer
-from mmcoconut.errors import run_command
+from mmcoconut.errors import UsageError, run_command
 from mmcoconut.evaluation.compare import compare
 from mmcoconut.hub.uploads import quiet_requests
 from mmcoconut.images_mmcoconut import makes_tiles
@@ -45,6 +45,7 @@ from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RESULTS_FILE, write_json
 from mmcoconut.rl.stop_distillation import StopDistiller
+from mmcoconut.rl.stops import check_can_stop
 from mmcoconut.statistics import percent
 from mmcoconut.tables import SPEED, stage_rows, stage_table
 from mmcoconut.training.collator import CurriculumCollator
@@ -52,9 +53,11 @@ from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.deferred import defer_weight_gradients
 from mmcoconut.training.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
 from mmcoconut.training.lora import add_lora, describe_adapters
+from mmcoconut.training.parts import nearest_part, parameters_named, paths_named
 from mmcoconut.training.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
 from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths, timed
 from mmcoconut.training.trainer import CurriculumTrainer
+from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
 
 logger = logging.getLogger("mmcoconut")
@@ -186,15 +189,12 @@ def build_from_checkpoint(model_args):
 
 
 def freeze(model, names: list[str]) -> None:
-    """Stop the gradients of sub-modules named by the end of their path, such as vision_tower."""
-    modules = dict(model.named_modules())
+    """Stop the gradients of parts named by the end of their path or by their role, such as vision_tower."""
     for name in names:
-        found = [module for path, module in modules.items() if path == name or path.endswith(f".{name}")]
-        if not found:
-            parts = [part for part, _ in model.model.named_children()]
-            raise ValueError(f"freeze: the model has no sub-module {name!r}: {nearest(name, parts)}")
-        for module in found:
-            module.requires_grad_(False)
+        if not paths_named(model, name):
+            raise UsageError(f"freeze: the model has no sub-module {name!r}: {nearest_part(model, name)}")
+        for parameter in parameters_named(model, name).values():
+            parameter.requires_grad_(False)
 
 
 def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None):
@@ -208,6 +208,8 @@ def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None
         model, processor = build_from_vlm(model_args)
     else:
         model, processor = build_from_backbones(model_args, train_set, checkpoint)
+    if model.config.stop_head and isinstance(model, ThinkingVLM):
+        check_can_stop(model, processor)
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
     model.bptt_thoughts = model_args.bptt_thoughts
     processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"

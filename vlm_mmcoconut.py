@@ -111,6 +111,8 @@ class ReadsLatents(PutInFront, HasThinkingDecoder):
 class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
     """What `thinking_class` puts in front of the class of a vision-language model with a head."""
 
+    accepts_loss_kwargs = True  # the loss is `run_own_forward`'s, over the tokens of all batches of an update
+
     def __init__(self, config, *args, **kwargs):
         check_thought_fields(config)
         super().__init__(config, *args, **kwargs)

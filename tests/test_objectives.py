@@ -19,7 +19,7 @@ from mmcoconut.models import load_model
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
-from mmcoconut.training.learning_rates import part_of, set_learning_rates
+from mmcoconut.training.learning_rates import parts_of_parameters, set_learning_rates
 
 
 TINY = """
@@ -217,10 +217,13 @@ def test_accumulated_batches_give_the_update_of_one_large_batch(recipe, tmp_path
 
 
 def test_a_part_is_the_most_specific_name_in_the_path():
-    parts = ["vision_tower", "vision_tower.encoder", "language_model"]
-    assert part_of("model.vision_tower.embeddings.weight", parts) == "vision_tower"
-    assert part_of("model.vision_tower.encoder.layer.weight", parts) == "vision_tower.encoder"
-    assert part_of("model.my_vision_tower.weight", parts) is None
+    tower = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 2), "embeddings": torch.nn.Linear(2, 2)})
+    model = torch.nn.ModuleDict({"vision_tower": tower, "my_vision_tower": torch.nn.Linear(2, 2)})
+    parts = parts_of_parameters(model, ["vision_tower", "vision_tower.encoder"])
+    assert (
+        parts[tower["embeddings"].weight] == "vision_tower" and parts[tower["encoder"].bias] == "vision_tower.encoder"
+    )
+    assert model["my_vision_tower"].weight not in parts
 
 
 def test_parts_get_their_rates_and_groups_keep_what_else_they_have():

@@ -96,7 +96,9 @@ def plain_log_probs(model, processor, rollout: Rollout, answer: list[int], tempe
     thought = iter(rollout.thought)
     kept = [token for token in rollout.prompt.begun if token != processor.latent_token_id or next(thought)]
     ids = torch.tensor([[*kept, *answer]])
-    inputs = {**joined([rollout.prompt], processor.tokenizer), ids_name: ids, mask_name: torch.ones_like(ids)}
+    mask = torch.ones_like(ids)
+    read = joined([rollout.prompt], processor, ids=ids, mask=mask, num_written=len(answer))
+    inputs = {**read, ids_name: ids, mask_name: mask}
     if rollout.noise is not None:
         inputs["thought_noise"] = rollout.noise[: len(rollout.thought)][rollout.thought][None]
     with torch.no_grad():
@@ -163,8 +165,12 @@ def test_gradients_of_the_likelihood_go_through_the_thoughts(family):
     found = gradients()
     with uncached(model):
         ids_name, mask_name = processor.prompt_names
-        inputs = {**joined([r.prompt for r in rollouts], processor.tokenizer), ids_name: batch["ids"]}
-        inputs |= {mask_name: batch["mask"], "thought_noise": torch.stack([r.noise for r in rollouts])}
+        inputs = joined([r.prompt for r in rollouts], processor, **batch)
+        inputs |= {
+            ids_name: batch["ids"],
+            mask_name: batch["mask"],
+            "thought_noise": torch.stack([r.noise for r in rollouts]),
+        }
         model.zero_grad(set_to_none=True)
         logits = model(**inputs, use_cache=False).logits[:, -batch["num_written"] - 1 : -1]
         tokens = batch["ids"][:, -batch["num_written"] :, None]

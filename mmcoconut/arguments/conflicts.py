@@ -35,6 +35,12 @@ from mmcoconut.errors import is_missing_folder
 from mmcoconut.objectives.alignment import ALIGNMENT_TARGETS
 
 
+NO_ALIGNMENT = (
+    "a vlm has no single vector of an image, and no text encoder to align it with: remove this key, or join "
+    "`vision_model` and `text_model` by a prefix projector and `image_fusion: encoder`"
+)
+
+
 def lora_fields() -> set[str]:
     """Return what a recipe's `lora` may set."""
     from peft import LoraConfig  # here, because peft is an optional extra
@@ -70,6 +76,19 @@ def _vlm_conflicts(values: dict):
         yield key, values[key], "the `vlm` brings its own: remove this key"
     if None not in (values["min_tiles"], values["max_tiles"]) and values["min_tiles"] > values["max_tiles"]:
         yield "min_tiles", values["min_tiles"], f"`max_tiles` is {values['max_tiles']}: set it to no more than that"
+
+
+def needs_parts(values: dict):
+    """What needs a model of parts, and is not for a checkpoint that is a vision-language model's own class."""
+    if values["precompute_image_features"]:
+        remedy = "a vlm's own class encodes its images itself: remove this key, or convert the checkpoint first "
+        yield (
+            "precompute_image_features",
+            True,
+            remedy + "(python -m mmcoconut.convert_vlm … --to composed: InternVL, LLaVA)",
+        )
+    if values["align_weight"]:
+        yield "align_weight", values["align_weight"], NO_ALIGNMENT
 
 
 def _schedule(values: dict, modes: list[str]):
@@ -173,6 +192,9 @@ def _alignment(values: dict):
     if values["align_weight"] == 0:
         if values["align_warmup_epochs"]:
             yield "align_warmup_epochs", values["align_warmup_epochs"], "there is no alignment: set `align_weight` too"
+        return
+    if values["vlm"] is not None:
+        yield "align_weight", values["align_weight"], NO_ALIGNMENT
         return
     if values["model"] is None and values["projector_type"] not in PREFIX_PROJECTORS:
         remedy = f"an alignment needs one vector an image: set one of {', '.join(PREFIX_PROJECTORS)}"

@@ -29,6 +29,7 @@ from mmcoconut.vlm_mmcoconut import ThinkingVLM, give_thoughts_to_vlm
 
 logger = logging.getLogger("mmcoconut")
 
+OTHER_PLACEHOLDERS = ("video_token_id", "audio_token_id")
 CHOSEN_FIELDS = tuple(name for name in THOUGHT_FIELDS if name not in TOKEN_ID_FIELDS)
 JOIN_INSTEAD = "take another vision-language model, or join a vision tower and a language model with from_backbones"
 
@@ -170,7 +171,9 @@ def from_vlm(
     token_ids = _add_tokens(model, tokenizer, new_token_init)
     for name, value in {**THOUGHT_FIELDS, **token_ids, **thought_fields, "mmcoconut_version": VERSION}.items():
         setattr(model.config, name, value)
-    suppressed = [*(model.generation_config.suppress_tokens or ()), *token_ids.values()]
+    others = (getattr(model.config, name, None) for name in OTHER_PLACEHOLDERS)  # which no answer may hold either
+    others = [number for number in others if number is not None and number < len(tokenizer)]
+    suppressed = [*(model.generation_config.suppress_tokens or ()), *token_ids.values(), *others]
     give_thoughts_to_vlm(model)
     model.generation_config = generation_config_of(model, tokenizer, list(dict.fromkeys(suppressed)))
     if dtype is not None:

@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardDat
 
 import mmcoconut
 from mmcoconut.arguments.choices import OF_REWARDS, REWARDED
+from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.records import markdown_table
 from mmcoconut.statistics import Estimate, percent
 from mmcoconut.tables import intervals, main_table, stage_table
@@ -271,6 +272,7 @@ def model_card(
     pictures = sees_pictures(config)
     title = name.rstrip("/").rpartition("/")[-1]
     results, recipe = evidence.results, evidence.recipe
+    own_class = None if isinstance(config, MMCoconutConfig) else (config.architectures or [config.model_type])[0]
     mode = (results or recipe).get("mode", "coconut" if config.thought_mode == "feedback" else "pause")
     card = ModelCard.from_template(
         card_data(title, evidence, license, PIPELINE if pictures else TEXT_PIPELINE),
@@ -283,6 +285,8 @@ def model_card(
         processor=processor,
         layout=layout(processor, pictures),
         pictures=pictures,
+        own_class=own_class,
+        auto_class="AutoModelForImageTextToText" if own_class else "AutoModel",
         times=times(processor.num_latents, stops=config.stop_head),
         base_model=base_models(recipe),
         dataset=f"`{dataset_name(evidence)}`" if dataset_name(evidence) else "its data",

@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mmcoconut.data import open_images
 from mmcoconut.passes_mmcoconut import take_columns
 from mmcoconut.rl.stops import stop_log_probs
 from mmcoconut.training.collator import CurriculumCollator
-from mmcoconut.training.generating import count_generated, thought_latents
+from mmcoconut.training.generating import count_generated, keeping, thought_latents
+from mmcoconut.vlm_processing_mmcoconut import ThinkingVLMProcessor
 
 
 @dataclass
@@ -29,13 +31,15 @@ class Prompt:
     """What the model reads of a row before it writes.
 
     ids: all of it; begun: the part that thoughts stand in and the answer follows; encoded: of an encoder-decoder what
-    its encoder reads, else empty. pixels: the tensors of this row's pictures, by the model's arguments.
+    its encoder reads, else empty. pixels: the tensors of this row's pictures, by the model's arguments. images: these
+    pictures, of a vision-language model in its own class, whose processor says how several rows' are batched.
     """
 
     ids: list[int]
     begun: list[int]
     encoded: list[int]
     pixels: dict[str, torch.Tensor]
+    images: list = field(default_factory=list)
 
 
 @dataclass
@@ -98,17 +102,36 @@ def read_prompts(collator: CurriculumCollator, rows: Sequence[Mapping]) -> list[
             row, collator.longest_part(ids, collator.max_new_tokens), "the prompt with max_new_tokens"
         )
         encoded, begun = collator.processor.split_prompt(ids)
-        known[row["index"]] = Prompt(ids, begun, encoded, pixels)
+        images = open_images(row) if isinstance(collator.processor, ThinkingVLMProcessor) else []
+        known[row["index"]] = Prompt(ids, begun, encoded, pixels, images)
     return [known[row["index"]] for row in rows]
 
 
-def joined(prompts: Sequence[Prompt], tokenizer) -> dict[str, torch.Tensor]:
-    """What the model reads beside the tokens that thoughts stand in: pixels of all rows, and encoders' ids (B, S)."""
+def joined_pixels(prompts: Sequence[Prompt], processor) -> dict[str, torch.Tensor]:
+    """The tensors of all rows' pictures.
+
+    Those of a vision-language model in its own class are joined where all have the same kinds and sizes; else they are
+    encoded anew together, as only its processor knows what it pads, and what stands for a row without pictures.
+    """
+    kinds = {tuple((name, tensor.shape[1:]) for name, tensor in prompt.pixels.items()) for prompt in prompts}
+    if len(kinds) > 1 and isinstance(processor, ThinkingVLMProcessor):
+        return processor.encode_images([prompt.images for prompt in prompts], return_tensors="pt")[0]
     names = dict.fromkeys(name for prompt in prompts for name in prompt.pixels)
-    inputs = {name: torch.cat([prompt.pixels[name] for prompt in prompts if name in prompt.pixels]) for name in names}
+    return {name: torch.cat([prompt.pixels[name] for prompt in prompts if name in prompt.pixels]) for name in names}
+
+
+def joined(
+    prompts: Sequence[Prompt], processor, *, ids: torch.Tensor, mask: torch.Tensor, num_written: int = 0
+) -> dict[str, torch.Tensor]:
+    """What the model reads beside ids and mask (B, T): pixels of all rows, what has an entry for each of these ids, of
+    which the last num_written are an answer's, and encoders' ids (B, S)."""
+    inputs = joined_pixels(prompts, processor)
+    written = torch.zeros_like(mask, dtype=torch.bool)  # (B, T)
+    written[:, written.shape[1] - num_written :] = True
+    inputs |= processor.column_inputs(ids, mask, inputs, written)
     if prompts[0].encoded:
         encoded = {"input_ids": [prompt.encoded for prompt in prompts]}
-        inputs |= tokenizer.pad(encoded, padding_side="right", return_tensors="pt")
+        inputs |= processor.tokenizer.pad(encoded, padding_side="right", return_tensors="pt")
     return inputs
 
 
@@ -129,10 +152,11 @@ def sample(model, processor, prompts: Sequence[Prompt], sampling: Sampling) -> t
     ids_name, mask_name = processor.prompt_names
     batch = placed(processor.pad_prompts([prompt.ids for prompt in prompts], padding=True, return_tensors="pt"), model)
     latent_mask = batch[ids_name] == model.config.latent_token_id  # (B, P)
-    inputs = {**batch, **placed(joined(prompts, processor.tokenizer), model)}
+    read = joined(prompts, processor, ids=batch[ids_name], mask=batch[mask_name])
+    inputs = {**batch, **placed(read, model)}
     shape, noise = (len(prompts), int(latent_mask.sum(dim=1).max())), None
     if sampling.thought_noise and shape[1]:
-        width = model.config.text_config.hidden_size
+        width = model.config.get_text_config(decoder=True).hidden_size
         noise = sampling.thought_noise * torch.randn(*shape, width, device=model.device)  # (B, N, D)
         inputs["thought_noise"] = noise
     if model.config.stop_head:
@@ -188,15 +212,16 @@ def likelihood(
     latent_mask = (ids == own.config.latent_token_id) & mask.bool()  # (B, P + C)
     latent_mask[:, -num_written:] = False
     thought = where_thought(rollouts, latent_mask)  # (B, P + C)
-    inputs = placed(joined([rollout.prompt for rollout in rollouts], processor.tokenizer), own)
+    prompts = [rollout.prompt for rollout in rollouts]
+    inputs = placed(joined(prompts, processor, ids=ids, mask=mask, num_written=num_written), own)
     inputs |= {ids_name: ids, mask_name: mask.masked_fill(latent_mask & ~thought, 0)}
     if rollouts[0].noise is not None:
         most = int(latent_mask.sum(dim=1).max())  # of these rows, which may be fewer than of those sampled together
         inputs["thought_noise"] = torch.stack([rollout.noise[:most] for rollout in rollouts])  # (B, N, D)
     if own.config.stop_head:
         inputs["output_stop_logits"] = True
-    outputs = model(**inputs, logits_to_keep=num_written + 1)
-    log_probs = (outputs.logits[:, :-1].float() / temperature).log_softmax(dim=-1)  # (B, C, V)
+    outputs = model(**inputs, **keeping(own, num_written + 1))
+    log_probs = (outputs.logits[:, -num_written - 1 : -1].float() / temperature).log_softmax(dim=-1)  # (B, C, V)
     of_tokens = log_probs.gather(2, ids[:, -num_written:, None])[..., 0]  # (B, C)
     if not entropy_gradients:
         log_probs = log_probs.detach()

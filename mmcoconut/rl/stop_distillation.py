@@ -19,6 +19,7 @@ from mmcoconut.data.scoring import score
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.rl.stops import first_thoughts, stop_log_probs
 from mmcoconut.training.collator import CurriculumCollator
+from mmcoconut.training.generating import keeping
 from mmcoconut.training.trainer import CurriculumTrainer
 
 
@@ -81,7 +82,7 @@ class StopDistiller(CurriculumTrainer):
 
     def __init__(self, *, model, **kwargs):
         model.requires_grad_(False)
-        model.model.stop_head.requires_grad_(True)
+        model.base_model.stop_head.requires_grad_(True)
         super().__init__(model=model, **kwargs)
         self.data_collator = StopCollator(self.curriculum_collator)
 
@@ -99,6 +100,6 @@ class StopDistiller(CurriculumTrainer):
         ids = inputs[self.processing_class.prompt_names[0]]
         latent_mask = ids == self.curriculum_collator.processor.latent_token_id  # (B, P)
         model.eval()  # as when it answered, and as when it will stop
-        outputs = model(**inputs, output_stop_logits=True, logits_to_keep=1)
+        outputs = model(**inputs, output_stop_logits=True, **keeping(self.model, 1))
         loss = -stop_log_probs(outputs.stop_logits, first_thoughts(latent_mask, targets), latent_mask).mean()
         return (loss, outputs) if return_outputs else loss

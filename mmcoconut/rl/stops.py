@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N latents.
 import torch
 from torch import nn
 
+from mmcoconut.errors import UsageError
 from mmcoconut.passes_mmcoconut import packed
 from mmcoconut.schedules_mmcoconut import first_latents
 
@@ -28,3 +29,23 @@ def stop_log_probs(stop_logits: torch.Tensor, kept: torch.Tensor, latents: torch
     thinks = nn.functional.logsigmoid(-stop_logits) * (decides & thought)
     stops = nn.functional.logsigmoid(stop_logits) * (decides & ~thought)
     return (thinks + stops).sum(dim=1)
+
+
+@torch.no_grad()
+def check_can_stop(model, processor) -> None:
+    """Raise unless rows of a vision-language model can stop thinking; found by letting a short text stop at once.
+
+    Raises:
+        UsageError: of decoders that keep a state of all columns, or whose masks are made for all of a sequence.
+    """
+    inputs = processor(text=["a"], num_latents=2, return_tensors="pt").to(model.device)
+    training = model.training
+    try:
+        model.eval()(**inputs, stop_threshold=0.0)
+    except ValueError as error:
+        remedy = "remove `stop_head` and train it to think a fixed number of thoughts"
+        raise UsageError(
+            f"stop_head: true does not work with a {model.config.model_type}: {remedy}. {error}"
+        ) from error
+    finally:
+        model.train(training)

@@ -17,6 +17,11 @@ def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
     return ends[0] + 1 if ends else len(tokens)
 
 
+def keeping(model, columns: int | torch.Tensor) -> dict:
+    """The argument by which a model forms logits of these columns alone; empty for one that always forms all."""
+    return {"logits_to_keep": columns} if getattr(model, "keeps_logits", True) else {}
+
+
 def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
     """At which of the latents (B, P) of their prompts rows thought, (B, P), by what a filled cache says."""
     stopped = ThoughtState.of(past_key_values).attention_mask

@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 from transformers.utils import cached_file, has_file
 
 from mmcoconut.arguments.choices import NEW_MODEL, STAGED_MODES, THINKING_MODES
-from mmcoconut.arguments.conflicts import layout_problems
+from mmcoconut.arguments.conflicts import layout_problems, needs_parts
 from mmcoconut.arguments.recipes import read_recipe, warn_of_idle
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
 from mmcoconut.errors import RecipeError
@@ -52,13 +52,15 @@ COUNTS = ("c_thought", "max_latent_stage", "thoughts_per_turn")
 class Layout:
     """The settings of a checkpoint, by the keys of a recipe; a key is missing where its files do not say it.
 
-    num_latents: of its prompts. counts_known: whether a recipe beside the weights says how they came about.
+    num_latents: of its prompts. counts_known: whether a recipe beside the weights says how they came about. composed:
+    whether it is a model of parts, not a vision-language model's own class.
     """
 
     name: str
     num_latents: int
     values: dict = field(default_factory=dict)
     counts_known: bool = False
+    composed: bool = True
 
     @property
     def thinks(self) -> bool:
@@ -117,7 +119,7 @@ def read_layout(name: str, *, revision: str | None = None) -> Layout:
     known = len(counts) == len(COUNTS)
     if not known and mode in THINKING_MODES and num_latents:
         counts = {"c_thought": 1, "max_latent_stage": num_latents, "thoughts_per_turn": 0}
-    return Layout(name, num_latents, {**values, **counts}, counts_known=known)
+    return Layout(name, num_latents, {**values, **counts}, counts_known=known, composed=composed)
 
 
 def stages_with(curriculum: Curriculum, num_latents: int) -> list[int]:
@@ -208,9 +210,10 @@ def settle(arguments: tuple, recipe: str) -> tuple:
         return arguments
     layout = read_layout(model_args.model)
     said = {**vars(model_args), **vars(curriculum_args)}
+    own_class = [] if layout.composed else needs_parts({**said, **vars(data_args)})
     if run_args.compare is not None:
         said["mode"] = None  # each run has its own, and is settled by itself
-    problems = _fixed(said, layout) if run_args.do_train else refused(said, layout)
+    problems = [*own_class, *(_fixed(said, layout) if run_args.do_train else refused(said, layout))]
     if not problems and said["mode"] is None and run_args.compare is None and "mode" not in layout.values:
         remedy = f"the checkpoint {layout.name} has no thoughts, and nothing says how it was trained"
         problems = [("mode", None, f"{remedy}: set it to cot, no_cot or no_thoughts, or to a mode with thoughts")]

@@ -5,17 +5,14 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from mmcoconut.data import nearest
+from mmcoconut.training.parts import nearest_part, parameters_named
 
 
-def part_of(path: str, parts) -> str | None:
-    """The most specific of the named parts that a parameter's path lies in; a part is named by the end of its path.
-
-    >>> part_of("model.vision_tower.encoder.weight", ["vision_tower", "vision_tower.encoder"])
-    'vision_tower.encoder'
-    """
-    found = [part for part in parts if f".{part}." in f".{path}."]
-    return max(found, key=len, default=None)
+def parts_of_parameters(model: nn.Module, names) -> dict[nn.Parameter, str]:
+    """Return the part of each parameter that lies in one of these; in several, the one with the fewest parameters."""
+    found = {name: parameters_named(model, name) for name in names}
+    order = sorted(found, key=lambda name: (-len(found[name]), len(name)))
+    return {parameter: name for name in order for parameter in found[name].values()}
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
@@ -24,14 +21,15 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates
     Raises:
         ValueError: a part that no trained parameter lies in.
     """
-    part = {parameter: part_of(path, rates) for path, parameter in model.named_parameters()}
-    trained = {part[parameter] for group in optimizer.param_groups for parameter in group["params"]}
+    part = parts_of_parameters(model, rates)
+    trained = {part.get(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name in rates.keys() - trained:
-        parts = [path for path, _ in model.base_model.named_children()]
-        raise ValueError(f"learning_rates: no trained parameter lies in {name!r}: {nearest(name, parts)}")
+        frozen = "all are frozen: remove it here or from `freeze`; with `lora` name it in lora.modules_to_save"
+        remedy = frozen if parameters_named(model, name) else nearest_part(model, name)
+        raise ValueError(f"learning_rates: no trained parameter lies in {name!r}: {remedy}")
     groups = []
     for group in optimizer.param_groups:
-        for name in dict.fromkeys(part[parameter] for parameter in group["params"]):
-            parameters = [parameter for parameter in group["params"] if part[parameter] == name]
+        for name in dict.fromkeys(part.get(parameter) for parameter in group["params"]):
+            parameters = [parameter for parameter in group["params"] if part.get(parameter) == name]
             groups.append({**group, "params": parameters, "lr": rates.get(name, group["lr"])})
     optimizer.param_groups[:] = groups

@@ -20,7 +20,9 @@ from transformers.utils import is_peft_available
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
 from mmcoconut.data import nearest
 from mmcoconut.records import read_json
+from mmcoconut.training.parts import is_named, path_of, paths_named
 from mmcoconut.training.saving import ordinary_model
+from mmcoconut.vlm_mmcoconut import THOUGHT_MODULES, ThinkingVLM
 
 
 if is_peft_available():  # an optional extra; recipes with `lora` are refused without it
@@ -36,16 +38,12 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NAME = "default"
 # What peft's files put before every name, as if the model stood inside a PeftModel.
 FILE_PREFIX = "base_model.model."
-# Parts that no pretrained backbone brings.
-NEW_PARTS = ("multi_modal_projector", "thought_feed", "stop_head")
+# Parts that no pretrained backbone brings; a vision-language model in its own class has a projector.
+NEW_PARTS = ("multi_modal_projector", *THOUGHT_MODULES)
 ALL_LINEAR = "all-linear"
 # Of an adapter's configuration, what decides its weights and how they are read.
 SHAPING = ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices")
 SHAPING += ("bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
-
-
-def path_of(model, part: nn.Module) -> str:
-    return next(path for path, module in model.named_modules() if module is part)
 
 
 def linear_layers(model) -> dict[str, nn.Module]:
@@ -53,11 +51,6 @@ def linear_layers(model) -> dict[str, nn.Module]:
     prefix, decoder = path_of(model, model.get_decoder()), model.get_decoder()
     layers = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     return {f"{prefix}.{path}": module for path, module in layers.items()}
-
-
-def is_named(path: str, name: str) -> bool:
-    """Return True if a name is the end of a path, in whole parts."""
-    return path == name or path.endswith(f".{name}")
 
 
 def targets(model, wanted: str | list[str] | None) -> dict:
@@ -120,8 +113,8 @@ def token_rows(model, fields: dict, *, whole: bool, tied: bool) -> list[int] | N
         )
     if whole:
         return list(range(num_rows)) if tied else None
-    special = sorted(getattr(model.config, field) for field in TOKEN_ID_FIELDS)
-    return fields.get("trainable_token_indices", special)
+    new = TOKEN_ID_FIELDS[1:] if isinstance(model, ThinkingVLM) else TOKEN_ID_FIELDS  # it has an image's token
+    return fields.get("trainable_token_indices", sorted(getattr(model.config, field) for field in new))
 
 
 def trained_in_full(model, fields: dict) -> dict:
@@ -130,13 +123,16 @@ def trained_in_full(model, fields: dict) -> dict:
     Raises:
         ValueError: a name that no module has.
     """
-    wanted = fields.get("modules_to_save") or []
-    paths = [path for path, _ in model.named_modules() if path]
-    for name in wanted:
-        if not any(is_named(path, name) for path in paths):
+    wanted, paths = [], [path for path, _ in model.named_modules() if path]
+    for name in fields.get("modules_to_save") or []:
+        known = any(is_named(path, name) for path in paths)
+        found = [name] if known else [path for path in paths_named(model, name) if path in paths]
+        if not found:
             raise ValueError(f"lora.modules_to_save: no module {name!r}: {nearest(name, names_of_modules(paths))}")
-    parts = dict(model.model.named_children())
-    new = [part for part in NEW_PARTS if part in parts and any(p.requires_grad for p in parts[part].parameters())]
+        wanted += found
+    parts = dict(model.base_model.named_children())
+    names = THOUGHT_MODULES if isinstance(model, ThinkingVLM) else NEW_PARTS
+    new = [part for part in names if part in parts and any(p.requires_grad for p in parts[part].parameters())]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head.weight is embedding.weight
     tables = [path_of(model, embedding), *([path_of(model, head)] if tied else [])]
@@ -172,7 +168,7 @@ def describe_adapters(model) -> str:
     found, whole = {}, []
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            part = next((name for name, _ in model.model.named_children() if f".{name}." in f".{path}."), "model")
+            part = next((name for name, _ in model.base_model.named_children() if f".{name}." in f".{path}."), "model")
             found.setdefault(part, Counter())[path.rpartition(".")[2]] += 1
         elif isinstance(module, ModulesToSaveWrapper | TrainableTokensLayer):
             whole.append(describe_trained(path, module))
