@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 from tiny import max_difference
-from vlm_families import by_definition, picture
+from vlm_families import OTHERS, by_definition, picture
 
 from mmcoconut import serve
 from mmcoconut.audit import command as audit
@@ -31,7 +31,8 @@ def fast_and_slow(fast: str, slow: str) -> list:
     return [*fast.split(), *(pytest.param(name, marks=pytest.mark.slow) for name in slow.split())]
 
 
-READ = fast_and_slow("qwen2_5_vl gemma3 mllama", "qwen3_vl qwen3_5 internvl llava_next smolvlm paligemma gemma4 glm4v")
+SLOW = "qwen3_vl qwen3_5 internvl llava llava_next llava_onevision smolvlm idefics3 paligemma glm4v qwen2_vl"
+READ = fast_and_slow("qwen2_5_vl gemma3 mllama", " ".join((SLOW, *OTHERS)))
 ROWS = (((60, 40), "What?", 2), ((30, 50), "a longer question?", 2))
 
 

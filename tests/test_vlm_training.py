@@ -18,7 +18,7 @@ from test_conversations import rows_of
 from test_train import ROOT, launch, losses
 from tiny import checkpoint_activations, max_difference, tiny_image
 from transformers import AutoModelForImageTextToText
-from vlm_families import relative_difference
+from vlm_families import OTHERS, relative_difference
 
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
@@ -38,7 +38,7 @@ from mmcoconut.training.parts import parameters_named, roles_of
 
 FAST = ("qwen2_5_vl", "smolvlm")
 SLOW = ("llava", "llava_next", "llava_onevision", "internvl", "idefics3", "gemma3", "paligemma", "mllama", "glm4v")
-SLOW += ("qwen2_vl", "qwen3_vl", "qwen3_5")
+SLOW += ("qwen2_vl", "qwen3_vl", "qwen3_5", *OTHERS)
 FAMILIES = [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 NUM_LATENTS = 2
 # Their decoders keep a state, or are given masks for all columns of a call.
