@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from vlm_table import Table
 
 
 torch.set_num_threads(1)
@@ -62,3 +63,12 @@ def fresh_compiler():
     torch._dynamo.utils.counters.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def table(request) -> Table:
+    """The page's table, written at the end of a run with --write-vlm-table."""
+    table = Table(writes=request.config.getoption("--write-vlm-table"))
+    yield table
+    if table.writes:
+        table.write()

@@ -22,7 +22,6 @@ from vlm_families import (
     relative_difference,
     without_float32,
 )
-from vlm_table import Table
 
 from mmcoconut.build.tokens import SPARE_TOKENS
 from mmcoconut.models import load_model
@@ -39,15 +38,6 @@ FAST = ("qwen2_5_vl", "gemma3", "smolvlm")
 def types_of(names) -> list:
     """Return the model types as parameters, those that take the fast suite's time marked slow."""
     return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
-
-
-@pytest.fixture(scope="session")
-def table(request) -> Table:
-    """The page's table, written at the end of a run with --write-vlm-table."""
-    table = Table(writes=request.config.getoption("--write-vlm-table"))
-    yield table
-    if table.writes:
-        table.write()
 
 
 @pytest.fixture(params=types_of(CLASS_NAMES), scope="module")

@@ -28,7 +28,7 @@ from mmcoconut.compat_mmcoconut import RELEASE
 FLOAT_TOWERS = ("glm4v", "glm46v", "glm4v_moe", "gemma4")
 # Types that are taken over here with their own processors, beside those that must be.
 OTHERS = ("aya_vision", "cosmos3_edge", "deepseek_vl", "exaone4_5", "gemma4", "glm46v", "glm4v_moe", "granite_docling")
-OTHERS += ("hyperclovax_vision_v2", "idefics2", "janus", "lfm3_vl", "lighton_ocr", "llava_next_video", "minicpmv4_6")
+OTHERS += ("hyperclovax_vision_v2", "idefics2", "janus", "lfm3_vl", "lighton_ocr", "llava_next_video")
 OTHERS += ("ovis2", "paddleocr_vl", "qwen3_5_moe", "qwen3_vl_moe", "video_llama_3", "video_llava")
 ROWS = (((40, 30), "What colour is the left square?", 2), ((30, 60), "red?", 3), ((64, 64), "green red", 1))
 NEW_TOKENS = 4

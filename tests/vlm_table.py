@@ -1,6 +1,6 @@
 """The table of vision-language models in docs/backbones.md: written by the tests that prove it, and held to them.
 
-    python -m pytest tests/test_vlms.py -m "" -n 0 --write-vlm-table
+    python -m pytest tests/test_vlms.py tests/test_vlm_training.py tests/test_vlm_audit.py -m "" -n 0 --write-vlm-table
 
 writes what passed; every other run fails where the page says something else than what the run found.
 """
