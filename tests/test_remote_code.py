@@ -223,3 +223,17 @@ def test_saved_files_name_their_classes_without_a_repository(folder, results):
         assert config["auto_map"]["AutoModel"] == "modeling_mmcoconut.MMCoconutForConditionalGeneration"
         assert processor["auto_map"]["AutoProcessor"] == "processing_mmcoconut.MMCoconutProcessor"
         assert processor["num_latents"] == NUM_LATENTS
+
+
+@pytest.mark.parametrize(
+    "entries, num_files, num_lines",
+    [
+        (("vlm_mmcoconut.py", "vlm_processing_mmcoconut.py"), 12, 3600),
+        (("modeling_mmcoconut.py", "processing_mmcoconut.py"), 13, 4100),
+        (("seq2seq_mmcoconut.py", "processing_mmcoconut.py"), 14, 4400),
+    ],
+)
+def test_a_checkpoint_ships_little_code(entries, num_files, num_lines):
+    """What a reader of a checkpoint has to trust; no file is longer than 500 lines."""
+    lengths = [len((ROOT / file).read_text().splitlines()) for file in closure({*entries})]
+    assert len(lengths) <= num_files and sum(lengths) <= num_lines and max(lengths) <= 500
