@@ -496,7 +496,7 @@ def test_resuming_with_another_tower_is_refused(frozen, tmp_path):
     [
         ("captioner_flickr30k", ["--mode", "coconut", "--max_latent_stage", "1"]),
         ("gpt2_clip_aokvqa", []),
-        ("internvl3_coconut", []),
+        ("internvl3_coconut", ["--composed", "true"]),
         ("jepa_pathvqa", ["--freeze", "[vision_tower, language_model.encoder]", "--learning_rates", "null"]),
     ],
 )
