@@ -193,6 +193,17 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         logits = outputs.logits[:, returned[columns]] if returned.any() else None
         return type(outputs)(**{**outputs, "loss": loss, "logits": logits})
 
+    def generate(self, *args, prefix=None, **kwargs):
+        """Generate as transformers does; see ThinkingGenerationMixin.generate."""
+        return super().generate(*args, **kwargs) if prefix is None else self.prefill()
+
+    def prefill(self, *args, **kwargs):
+        """Refuse to make a prefix, whose padding would stand among positions that the model gives to its images."""
+        raise NotImplementedError(
+            f"{type(self).__name__} has no prefixes: pass whole prompts, or past_key_values of transformers; "
+            "InternVL and LLaVA have them in their composed form (`composed_from_vlm`)."
+        )
+
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under their present names, the code of the thoughts, and which class of it opens them."""
         self.config.auto_map = dict.fromkeys(AUTO_CLASSES, f"vlm_mmcoconut.{type(self).__name__}")

@@ -414,3 +414,12 @@ def test_a_model_that_rounding_turns_around_is_not_judged(caplog, monkeypatch):
     monkeypatch.setattr(checks, "TOO_MUCH", 0.0)
     checks.check_thoughts(model, inputs)
     assert "cannot be told in float32" in caplog.text
+
+
+def test_prefixes_are_refused_with_what_to_do_instead():
+    model = thinking("llava")
+    for call in (lambda: model.prefill(some_ids()), lambda: model.generate(some_ids(), prefix=object())):
+        with pytest.raises(
+            NotImplementedError, match="LlavaForConditionalGeneration has no prefixes.*composed_from_vlm"
+        ):
+            call()

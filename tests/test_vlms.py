@@ -13,6 +13,7 @@ from vlm_families import (
     CLASS_NAMES,
     ROWS,
     TOLERANCE,
+    VARIANTS,
     Family,
     answers,
     by_definition,
@@ -29,7 +30,7 @@ from mmcoconut.models import load_model
 
 # These must be taken over, whatever else is.
 WANTED = ("llava", "llava_next", "llava_onevision", "internvl", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-WANTED += ("qwen3_5", "smolvlm", "idefics3", "gemma3", "paligemma", "mllama", "glm4v")
+WANTED += ("qwen3_5", "smolvlm", "idefics3", "gemma3", "paligemma", "mllama", "glm4v", *VARIANTS)
 PLAIN_TOO = "no, nor the plain class"
 OF_EXPERTS = 1e-5  # in float32, in which a loaded model runs its experts in another order than one made for float64
 FAST = ("qwen2_5_vl", "gemma3", "smolvlm")
@@ -40,7 +41,7 @@ def types_of(names) -> list:
     return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
 
 
-@pytest.fixture(params=types_of(CLASS_NAMES), scope="module")
+@pytest.fixture(params=types_of([*CLASS_NAMES, *VARIANTS]), scope="module")
 def each(request, table) -> Family:
     """A family of the registry; one that is not taken over is skipped with the reason, if it need not be."""
     found = family(request.param)

@@ -30,6 +30,11 @@ FLOAT_TOWERS = ("glm4v", "glm46v", "glm4v_moe", "gemma4")
 OTHERS = ("aya_vision", "cosmos3_edge", "deepseek_vl", "exaone4_5", "gemma4", "glm46v", "glm4v_moe", "granite_docling")
 OTHERS += ("hyperclovax_vision_v2", "idefics2", "janus", "lfm3_vl", "lighton_ocr", "llava_next_video")
 OTHERS += ("ovis2", "paddleocr_vl", "qwen3_5_moe", "qwen3_vl_moe", "video_llama_3", "video_llava")
+# Types whose published checkpoints have other parts than their defaults.
+GEMMA_2 = {"model_type": "gemma2", "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 30.0}
+GEMMA_2 |= {"attn_logit_softcapping": 50.0, "layer_types": ["sliding_attention", "full_attention"]}
+VARIANTS = {"paligemma (2)": ("paligemma", {"text_config": GEMMA_2})}
+VARIANTS |= {"internvl (3.5)": ("internvl", {"text_config": {"model_type": "qwen3"}})}
 ROWS = (((40, 30), "What colour is the left square?", 2), ((30, 60), "red?", 3), ((64, 64), "green red", 1))
 NEW_TOKENS = 4
 # Of float64, in which routers still round to float32, and before transformers 5.24 norms and rotations too.
@@ -146,10 +151,10 @@ class Family:
         return batch["input_ids"] == self.model.config.latent_token_id  # (B, T)
 
 
-def tiny_pair(model_type: str) -> tuple:
+def tiny_pair(model_type: str, fields: dict) -> tuple:
     """Return a tiny plain model and its processor; where that cannot be made here a tokenizer with an image token."""
     try:
-        return tiny_vlm(model_type)
+        return tiny_vlm(model_type, **fields)
     except NoTinyProcessorError:
         tokenizer = tiny_vlm_tokenizer("internvl")
         image = {"image_token_id": tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")}
@@ -161,10 +166,11 @@ def first_line(error: Exception) -> str:
 
 
 @lru_cache(maxsize=1)
-def family(model_type: str) -> "Family | str":
-    """Return the family of a model type, or the reason why there is none here."""
+def family(name: str) -> "Family | str":
+    """Return the family of a model type or one of VARIANTS, or the reason why there is none here."""
+    model_type, fields = VARIANTS.get(name, (name, {}))
     try:
-        vlm, own = tiny_pair(model_type)
+        vlm, own = tiny_pair(model_type, fields)
     except Exception as error:  # of a configuration that tiny sizes do not fit, or a library that is missing
         return f"not built here: {type(error).__name__}: {first_line(error)}"
     for config in (vlm.config, vlm.config.get_text_config()):
@@ -186,7 +192,7 @@ def family(model_type: str) -> "Family | str":
         parts = (each.get_decoder(), each.get_output_embeddings()) if model_type in FLOAT_TOWERS else (each,)
         for part in parts:
             part.double()
-    made = Family(model_type, model, plain, processor)
+    made = Family(name, model, plain, processor)
     try:
         with torch.no_grad():
             plain(**made.inputs(ROWS[:1], latents=False))

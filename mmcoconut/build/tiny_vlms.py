@@ -127,10 +127,10 @@ def _shrunk(values: dict, vocab_size: int) -> dict:
     return small
 
 
-def tiny_vlm_config(model_type: str, vocab_size: int = 300, **token_ids: int) -> PreTrainedConfig:
+def tiny_vlm_config(model_type: str, vocab_size: int = 300, **fields) -> PreTrainedConfig:
     """Return a tiny configuration of a vision-language model.
 
-    token_ids: of its own fields, such as image_token_id; those inside the vocabulary.
+    fields: of its own, such as image_token_id; those of a dictionary, such as text_config, over the tiny ones in it.
     """
     own_class = CONFIG_MAPPING[model_type]
     values = own_class().to_dict()
@@ -138,7 +138,7 @@ def tiny_vlm_config(model_type: str, vocab_size: int = 300, **token_ids: int) ->
     if values.get("vision_config", tower) is None:  # which reads no images by default
         values["vision_config"] = tower().to_dict()
     values = _shrunk(values, vocab_size)
-    return own_class.from_dict({**_merged(values, FIELDS.get(model_type, {})), **token_ids})
+    return own_class.from_dict(_merged(_merged(values, FIELDS.get(model_type, {})), fields))
 
 
 def _merged(values: dict, others: dict) -> dict:
