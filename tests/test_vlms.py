@@ -104,7 +104,8 @@ def test_cached_greedy_and_beam_search_equal_uncached(each, table):
     batch, without = each.inputs(), each.inputs(latents=False)
     with without_float32():
         for options in ({}, {"num_beams": 2}):
-            plainly = [answers(each.plain, without, use_cache=use_cache, **options) for use_cache in (True, False)]
+            plain_options = {**options, "suppress_tokens": each.model.generation_config.suppress_tokens}  # no images
+            plainly = [answers(each.plain, without, use_cache=cached, **plain_options) for cached in (True, False)]
             if not torch.equal(*plainly):
                 table.found(each.model_type, "beams", PLAIN_TOO)
                 pytest.skip("the plain class does not answer so with and without a cache")
