@@ -100,6 +100,31 @@ def test_a_ragged_batch_with_images_of_different_sizes_equals_its_rows(each, tab
     table.found(each.model_type, "batches")
 
 
+@pytest.mark.parametrize("model_type", types_of(["gemma3", "paligemma", "paligemma (2)", "gemma4"]))
+def test_a_latent_may_stand_in_another_rows_two_way_block(model_type):
+    """The pass up to it is tried with the whole block, and run again: as the definition, and as the row alone."""
+    found = family(model_type)
+    seen = found.inputs(ROWS[:1])
+    images = (seen["input_ids"][0] == found.model.config.image_token_id).nonzero()[:, 0]
+    text = torch.randint(20, 60, seen["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    text[0, images[1:3]] = found.model.config.latent_token_id
+    ids = torch.cat([text, seen["input_ids"]])
+    written = torch.zeros_like(ids, dtype=torch.bool)
+    pixels = {name: value for name, value in seen.items() if name not in ("input_ids", "attention_mask")}
+    batch = {**pixels, **inputs_of(found.processor, ids, pixels, written)}
+    alone = inputs_of(found.processor, text, {}, written[:1])
+    with torch.no_grad(), without_float32():
+        expected = by_definition(found.plain, found.latents_of(batch), **batch)
+        logits = found.model(**batch).logits
+        assert (logits - expected).abs().max() <= TOLERANCE
+        assert (logits[:1] - found.model(**alone).logits).abs().max() <= TOLERANCE
+
+
+def inputs_of(processor, ids: torch.Tensor, pixels: dict, written: torch.Tensor) -> dict:
+    mask = torch.ones_like(ids)
+    return {"input_ids": ids, "attention_mask": mask, **processor.column_inputs(ids, mask, pixels, written)}
+
+
 def test_cached_greedy_and_beam_search_equal_uncached(each, table):
     batch, without = each.inputs(), each.inputs(latents=False)
     with without_float32():
