@@ -236,7 +236,7 @@ def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None,
         if given:
             raise ValueError(
                 f"{type(image_processor).__name__} cuts no tiles, so image_size={image_size}, min_tiles={min_tiles} "
-                f"and max_tiles={max_tiles} have no effect: leave them out, or set up its own sizes and give it."
+                f"and max_tiles={max_tiles} have no effect: leave them out (a vlm may have image_options)."
             )
         return
     image_processor.crop_to_patches = True
@@ -316,7 +316,8 @@ def own_processor(vlm, model_type: str) -> ProcessorMixin:
             processor = getattr(vlm_processing_mmcoconut, str(name)).from_pretrained(vlm)
         except AttributeError:
             raise error from None
-        logger.warning("%s of %s reads images alone: %s", name, vlm, str(error).strip().splitlines()[0])
+        reason = str(error).strip().splitlines()[0]
+        logger.warning("%s of %s is loaded for images alone, without videos and sound: %s", name, vlm, reason)
     if not isinstance(processor, ProcessorMixin):
         raise ValueError(f"{vlm} has a {type(processor).__name__} and no processor: give the processor itself.")
     return processor
@@ -379,7 +380,7 @@ def processor_from_vlm(
     except (AttributeError, KeyError, TypeError) as error:
         problem = f"{own_class.__name__} cannot read an image ({type(error).__name__}: {error})"
         raise ValueError(
-            f"{problem}: give the processor itself, with all its fields set, such as patch_size."
+            f"{problem}: correct image_options, or give the processor itself with all its fields, such as patch_size."
         ) from error
     return processor
 

@@ -164,8 +164,8 @@ class CurriculumCollator:
             raise ValueError(
                 f"{row['row_id']}: {what} takes {length} tokens, images and latents included, and the language "
                 f"model, or max_length, has {self.max_length} positions: shorten the question or the steps, use "
-                "fewer latents or image tokens, lower max_new_tokens, take a language model with more positions, or "
-                "set `long_rows: cut`."
+                "fewer latents or image tokens, lower max_new_tokens, raise max_length or take a language model "
+                "with more positions, or set `long_rows: cut`."
             )
 
     def check_turns(self, row: dict) -> None:
