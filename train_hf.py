@@ -18,6 +18,7 @@ from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.build import (
+    check_image_options,
     composed_from_vlm,
     composed_processor_from_vlm,
     from_backbones,
@@ -154,6 +155,7 @@ def build_from_vlm(model_args):
     fields["new_token_init"] = model_args.new_token_init
     options = {"min_tiles": model_args.min_tiles, "max_tiles": model_args.max_tiles, "markers": model_args.markers}
     if not model_args.composed:
+        check_image_options(model_args.vlm, model_args.image_options)  # before large weights are loaded
         model = from_vlm(model_args.vlm, check=model_args.check_vlm, **fields)
         options["image_options"] = model_args.image_options
         return model, processor_from_vlm(model_args.vlm, config=model.config, **options)

@@ -5,6 +5,7 @@ of its thoughts in config.json tell.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.processing_utils import ProcessorMixin
@@ -42,6 +43,11 @@ def _found(key: str, name: str, read: Callable):
         CheckpointError: they are not there, or cannot be reached.
     """
     remedy = "Give an existing folder or a Hub id."
+    if (Path(name) / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{key} = {name!r}: it holds adapters alone. Give the whole model that the run wrote, its output_dir or "
+            "stages/stage-s in it, or go on with the run by `resume_from_checkpoint`."
+        )
     try:
         found = read()
     except OSError as error:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from tiny import SPREAD, max_difference
+from tiny import SPREAD, max_difference, tiny_tokenizer
 from tiny_composed import tiny_vlm_tokenizer
 from transformers import (
     AutoConfig,
@@ -15,14 +15,17 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BlipConfig,
+    CLIPVisionConfig,
+    GPT2Config,
     Kosmos2Config,
     PreTrainedTokenizerFast,
     Qwen2_5_VLForConditionalGeneration,
 )
 
 from mmcoconut.build import check as checks
-from mmcoconut.build import from_vlm, reason_against
+from mmcoconut.build import from_backbones, from_vlm, reason_against
 from mmcoconut.build.tiny_models import tiny_vlm as tiny_vlm_and_processor
+from mmcoconut.build.tiny_models import write_tiny_vlm
 from mmcoconut.build.tokens import SPARE_TOKENS
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, THOUGHT_TOKENS, TOKEN_ID_FIELDS
 from mmcoconut.errors import UsageError
@@ -423,3 +426,12 @@ def test_prefixes_are_refused_with_what_to_do_instead():
             NotImplementedError, match="LlavaForConditionalGeneration has no prefixes.*composed_from_vlm"
         ):
             call()
+
+
+def test_a_whole_vision_language_model_is_no_backbone(tmp_path):
+    write_tiny_vlm(tmp_path / "vlm", "gemma3")
+    text = {"text_config": GPT2Config(n_embd=32, n_layer=1, n_head=2), "tokenizer": tiny_tokenizer()}
+    with pytest.raises(ValueError, match="lacks .* weights of .*from_vlm"):
+        from_backbones(str(tmp_path / "vlm"), vision_feature_select_strategy="full", **text)
+    with pytest.raises(ValueError, match="is a gemma3, of which the language model is a part.*from_vlm"):
+        from_backbones(vision_config=CLIPVisionConfig(hidden_size=48), text=str(tmp_path / "vlm"))

@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from mmcoconut.build import from_vlm, processor_from_vlm, set_image_options
 from mmcoconut.build.processors import PLAIN_TEMPLATE, with_thoughts
-from mmcoconut.build.tiny_models import tiny_vlm
+from mmcoconut.build.tiny_models import tiny_vlm, write_tiny_vlm
 from mmcoconut.build.tiny_processors import NoTinyProcessorError, tiny_vlm_processor
 from mmcoconut.build.tokens import add_special_tokens
 from mmcoconut.chat_template_mmcoconut import user_message
@@ -527,3 +527,22 @@ def test_neighbours_of_idefics2_share_their_frame(groups):
         batch = processor.apply_chat_template([chat], processor_kwargs={"images": [group]}, **options)
         said = [token for token, mask in zip(batch["input_ids"][0], batch["assistant_masks"][0]) if mask]
         assert processor.tokenizer.decode(said) == f"red{own.tokenizer.eos_token}"
+
+
+def test_settings_of_videos_are_kept_where_their_part_cannot_be_loaded(tmp_path):
+    """As the plain processor needs them on a machine that can read videos; from whichever file they stand in."""
+    write_tiny_vlm(tmp_path / "plain", "qwen2_5_vl")
+    path = tmp_path / "plain" / "processor_config.json"
+    settings = {name: value for name, value in json.loads(path.read_text()).items() if name != "video_processor"}
+    path.write_text(json.dumps(settings))
+    of_videos = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 3}
+    (tmp_path / "plain" / "video_preprocessor_config.json").write_text(json.dumps(of_videos))
+    model = from_vlm(str(tmp_path / "plain"), check=False)
+    processor = processor_from_vlm(str(tmp_path / "plain"), config=model.config)
+    if not isinstance(processor.video_processor, NotLoaded):
+        pytest.skip("videos can be read here")
+    processor.save_pretrained(tmp_path / "once")
+    load_processor(str(tmp_path / "once")).save_pretrained(tmp_path / "again")
+    for folder in ("once", "again"):
+        saved = json.loads((tmp_path / folder / "processor_config.json").read_text())
+        assert of_videos.items() <= saved["video_processor"].items()

@@ -125,7 +125,7 @@ def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
             (folder / OPTIONS_FILE).write_text(json.dumps(options, default=str))
         options = json.loads((folder / OPTIONS_FILE).read_text())
     tiny = {"vlm": str(folder / "vlm"), "image_size": None} if from_vlm else tiny_backbones(model_args)
-    model_args = replace(model_args, model=None, new_token_init=None, image_options=None, **tiny)
+    model_args = replace(model_args, model=None, new_token_init=None, **tiny)
     data_args = replace(data_args, dataset_options=options, max_new_tokens=4, eval_split="validation")
     if data_args.precompute_image_features:
         data_args = replace(data_args, image_features_cache=str(folder / "image_features"))

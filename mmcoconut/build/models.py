@@ -169,7 +169,16 @@ def load_vision_tower(name_or_path: str) -> PreTrainedModel:
     """The vision part of a pretrained checkpoint: of CLIP and SigLIP only the image tower is built and loaded."""
     config = load_config(name_or_path, "vision tower")
     vision_config = getattr(config, "vision_config", config)
-    return AutoModel.from_pretrained(name_or_path, config=vision_config, dtype=torch.get_default_dtype())
+    options = {"config": vision_config, "dtype": torch.get_default_dtype()}
+    tower, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    if len(missing) > len(tower.state_dict()) // 2:  # some checkpoints lack a pooler, which is not read
+        raise ValueError(
+            f"{name_or_path} lacks {len(missing)} of {len(tower.state_dict())} weights of {type(tower).__name__}, "
+            f"{missing[0]} the first: name a checkpoint of a vision tower; a whole vision-language model is taken by "
+            "from_vlm (`vlm` in a recipe)."
+        )
+    return tower
 
 
 def new_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
@@ -251,6 +260,11 @@ def load_language_model(
     """
     of_file = {} if gguf_file is None else {"gguf_file": gguf_file}
     config = load_config(name_or_path, "language model", **of_file)
+    if config.get_text_config() is not config and not config.is_encoder_decoder:
+        raise ValueError(
+            f"{name_or_path} is a {config.model_type}, of which the language model is a part: name a checkpoint of a "
+            "language model; a whole vision-language model is taken by from_vlm (`vlm` in a recipe)."
+        )
     check_has_encoder(config, image_fusion)
     settle_decoder(config, image_fusion)
     options = {"config": config, "dtype": torch.get_default_dtype()}

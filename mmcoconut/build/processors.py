@@ -3,13 +3,15 @@
 A checkpoint's own processor is loaded with `from_pretrained`, which needs none of this.
 """
 
+import contextlib
 import copy
 import logging
 
 from jinja2 import TemplateError
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.processing_utils import ProcessorMixin
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from mmcoconut import vlm_processing_mmcoconut
 from mmcoconut.build.gguf import load_tokenizer
@@ -147,6 +149,13 @@ def plain_template_for(processor) -> str:
     """Return a chat template for a vision-language model's processor that has none."""
     bos = "bos_token" if type(processor).__name__ in BOS_BEHIND_IMAGES else "''"
     return PLAIN_TEMPLATE.replace("IMAGE", processor.image_token).replace("BOS", bos)
+
+
+def check_image_options(vlm: str, options: dict | None) -> None:
+    """Raise ValueError for a setting that the image processor of a vision-language model does not know."""
+    if options:
+        image_class = type(own_processor(vlm, AutoConfig.from_pretrained(vlm).model_type).image_processor)
+        check_names(options, f"option of {image_class.__name__}", image_class.valid_kwargs.__annotations__)
 
 
 def set_image_options(processor, options: dict) -> None:
@@ -323,6 +332,18 @@ def own_processor(vlm, model_type: str) -> ProcessorMixin:
     return processor
 
 
+def keep_video_settings(processor: ProcessorMixin, vlm) -> None:
+    """Keep the settings of a part for videos that is not loaded, so that the own processor opens where it can be.
+
+    Older checkpoints have them in the image processor's file, where transformers looks for them too.
+    """
+    part = getattr(processor, "video_processor", None)
+    if isinstance(vlm, ProcessorMixin) or not isinstance(part, vlm_processing_mmcoconut.NotLoaded) or part:
+        return
+    with contextlib.suppress(OSError):  # a checkpoint without any
+        part.update(BaseVideoProcessor.get_video_processor_dict(vlm)[0])
+
+
 def processor_from_vlm(
     vlm,
     *,
@@ -354,6 +375,7 @@ def processor_from_vlm(
             thoughts, with the reason.
     """
     processor = own_processor(vlm, config.model_type)
+    keep_video_settings(processor, vlm)
     if tokenizer is not None:
         processor.tokenizer = tokenizer
     own_class, tokenizer = getattr(processor, "own_class", type(processor)), processor.tokenizer

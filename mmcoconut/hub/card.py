@@ -204,7 +204,7 @@ def limits(evidence: Evidence, mode: str | None, num_latents: int, *, stops: boo
         "One seed of each control: another may differ by more than the intervals say.": seeds == 1,
         "It was not audited: whether its answers depend on its thoughts is not known.": thinks
         and evidence.audit is None,
-        "Loading it runs the code in this repository: read it, and pin a `revision`.": True,
+        "Loading it with thoughts runs the code in this repository: read it, and pin a `revision`.": True,
     }
     return [limit for limit, holds in possible.items() if holds]
 
