@@ -262,6 +262,16 @@ def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
 
 
+def check_positions(position_ids: torch.Tensor | None, num_columns: int) -> None:
+    """Raise for positions (…, T) of another number of columns than a call has."""
+    if position_ids is not None and position_ids.shape[-1] != num_columns:
+        raise ValueError(
+            f"position_ids are of {position_ids.shape[-1]} columns, and this call has {num_columns}; some models, as "
+            "Qwen2.5-VL, make such of the attention_mask (B, past + T) of a call over past_key_values: pass "
+            "position_ids (…, B, T) of these columns alone, or use generate()."
+        )
+
+
 def position_limit(decoder: nn.Module) -> int | None:
     """Return how many positions a decoder's table of positions has; None where there is no such table.
 
