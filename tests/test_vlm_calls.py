@@ -130,3 +130,27 @@ def test_newer_code_is_warned_of_and_a_saved_model_has_the_version_of_its_code(t
     assert len(said) == 1 and "99.0.0" in said[0] and VERSION in said[0]
     model.save_pretrained(tmp_path)
     assert model.config.mmcoconut_version == VERSION
+
+
+@pytest.mark.parametrize("model_type", ["paligemma", "gemma3"])
+def test_a_latent_beside_another_rows_image_is_read_over_a_static_cache_or_refused(model_type):
+    """Tokens of an image see both ways, so the call cannot be cut there; what is tried is run over a copy."""
+    model, processor = thinking_pair(model_type)
+    seen = prompt(processor)
+    with_image = seen["input_ids"][0]
+    first = int((with_image == model.config.image_token_id).nonzero()[0])
+    text = torch.arange(20, 20 + len(with_image))
+    text[first + 1 : first + 3] = model.config.latent_token_id
+    ids = torch.stack([text, with_image])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": seen["pixel_values"]}
+    written = torch.zeros_like(ids)
+    written[0, first:] = 1
+    batch |= processor.column_inputs(ids, batch["attention_mask"], written=written)
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(**batch, **options)
+    if model_type == "gemma3":  # whose layers with windows keep no keys to be read again
+        with pytest.raises(ValueError, match="cannot be read again from a StaticSlidingWindowLayer.*a dynamic cache"):
+            model.generate(**batch, cache_implementation="static", **options)
+        return
+    found = model.generate(**batch, cache_implementation="static", **options)
+    assert max_difference(torch.stack(found.logits), torch.stack(expected.logits)) <= 1e-5
