@@ -154,3 +154,18 @@ def test_a_latent_beside_another_rows_image_is_read_over_a_static_cache_or_refus
         return
     found = model.generate(**batch, cache_implementation="static", **options)
     assert max_difference(torch.stack(found.logits), torch.stack(expected.logits)) <= 1e-5
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "gemma3"])
+def test_generation_begins_with_embeddings_as_with_ids(model_type):
+    model, processor = thinking_pair(model_type)
+    with torch.no_grad():
+        weight = model.get_input_embeddings().weight
+        weight += 0.1 * torch.randn_like(weight)
+        batch = prompt(processor, images=0)
+        ids = batch.pop("input_ids")
+        options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        expected = model.generate(input_ids=ids, **batch, **options)
+        found = model.generate(inputs_embeds=model.get_input_embeddings()(ids), **batch, **options)
+    assert torch.equal(found.sequences, expected.sequences[:, ids.shape[1] :])
+    assert max_difference(torch.stack(found.logits), torch.stack(expected.logits)) <= 1e-5
