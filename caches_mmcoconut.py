@@ -130,9 +130,13 @@ def _copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
         return copied
     if type(layer) is not StaticLayer:
         raise ValueError(
-            f"The keys of the text before cannot be read again from a {type(layer).__name__}: use "
-            "thought_schedule='sequential', or full attention with a dynamic or static cache."
+            f"The keys of the text before cannot be read again from a {type(layer).__name__}, as "
+            "thought_schedule='jacobi' does, and a row with latents beside another row's image that is read both "
+            "ways: use full attention with a dynamic or static cache; or thought_schedule='sequential', and a dynamic "
+            "cache or prompts one at a time."
         )
+    if not layer.is_initialized:  # nothing has been written
+        return DynamicLayer()
     copied, length = DynamicLayer(), int(layer.get_seq_length())
     copied.lazy_initialization(layer.keys, layer.values)
     copied.keys, copied.values = layer.keys[:, :, :length], layer.values[:, :, :length]  # the rest is still empty

@@ -27,10 +27,10 @@ CHOICES = {
     "thought_schedule": ("sequential", "jacobi"),
 }
 TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id", "end_latent_token_id")
-# Image features are read beside the text, not in it: one placeholder says which row an image belongs to.
 # What a vision-language model's own configuration is given beside its own fields, and the defaults.
 THOUGHT_FIELDS = {**dict.fromkeys(TOKEN_ID_FIELDS[1:]), "thought_mode": "feedback", "thought_norm": "none"}
 THOUGHT_FIELDS |= {"thought_schedule": "sequential", "jacobi_iterations": None, "stop_head": False}
+# Image features are read beside the text, not in it: one placeholder says which row an image belongs to.
 READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
 # They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
 PREFIX_PROJECTORS = ("pooled_prefix", "attention_prefix")
@@ -111,10 +111,7 @@ class MMCoconutConfig(PreTrainedConfig):
         self.vision_config = _as_config(self.vision_config, "clip_vision_model")
         self.text_config = _as_config(self.text_config, "gpt2")
         super().__post_init__(**kwargs)
-        written, known = (tuple(map(int, version.split("."))) for version in (self.mmcoconut_version, VERSION))
-        if written > known:  # by code that may have meant something else by a field
-            remedy = "update this code, or load with trust_remote_code=True where mmcoconut is not imported"
-            logger.warning_once(f"Written by mmcoconut {self.mmcoconut_version}, and this is {VERSION}: {remedy}.")
+        _warn_of_newer(self.mmcoconut_version)
         self.is_encoder_decoder = self.image_fusion == "encoder"
         own_class, model_class = SEQ2SEQ_CLASSES if self.is_encoder_decoder else DECODER_CLASSES
         self.auto_map = {"AutoConfig": "configuration_mmcoconut.MMCoconutConfig"}
@@ -137,6 +134,14 @@ class MMCoconutConfig(PreTrainedConfig):
     def get_text_config(self, decoder=None, encoder=None):
         """Return the language model's configuration; of an encoder-decoder the side that is asked for."""
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
+
+
+def _warn_of_newer(version: str) -> None:
+    """Warn of a checkpoint written by newer code, which may have meant something else by a field."""
+    written, known = (tuple(map(int, each.split("."))) for each in (version, VERSION))
+    if written > known:
+        remedy = "update this code, or load with trust_remote_code=True where mmcoconut is not imported"
+        logger.warning_once(f"Written by mmcoconut {version}, and this is {VERSION}: {remedy}.")
 
 
 def _as_config(values: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
@@ -191,9 +196,15 @@ def check_thought_fields(config) -> None:
     if missing:
         lacks = f"The configuration of this {config.model_type} lacks {', '.join(missing)}"
         raise ValueError(f"{lacks}: give the model thoughts with mmcoconut.build.from_vlm.")
+    _warn_of_newer(getattr(config, "mmcoconut_version", VERSION))
+    check_thought_values(config)
+    _check_token_ids(config, TOKEN_ID_FIELDS[1:])  # Llama 3.2's image token has a row of its own, behind the others
+
+
+def check_thought_values(config) -> None:
+    """Refuse unknown values of THOUGHT_FIELDS, and those that do not go together; token ids are not looked at."""
     _check_choices(config, CHOICES.keys() & THOUGHT_FIELDS.keys())
     check_schedule(config)
-    _check_token_ids(config, TOKEN_ID_FIELDS[1:])  # Llama 3.2's image token has a row of its own, behind the others
 
 
 def _check_choices(config, fields=CHOICES):

@@ -55,10 +55,10 @@ class ThinkingGenerationMixin(GenerationMixin):
         self.settle_stopping(kwargs)
         return super().generate(inputs, *args, **kwargs)
 
-    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs) -> dict:
-        """Prepare a step without latents that rows left out."""
+    def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
+        """Prepare a step without latents that rows left out; `generate` looks for inputs_embeds by this name."""
         self.leave_out_of_step(kwargs)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
         """Let transformers make the cache, and put the chosen kind in place of a growing one."""

@@ -262,6 +262,16 @@ def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -num_columns:]
 
 
+def check_positions(position_ids: torch.Tensor | None, num_columns: int) -> None:
+    """Raise for positions (…, T) of another number of columns than a call has."""
+    if position_ids is not None and position_ids.shape[-1] != num_columns:
+        raise ValueError(
+            f"position_ids are of {position_ids.shape[-1]} columns, and this call has {num_columns}; some models, as "
+            "Qwen2.5-VL, make such of the attention_mask (B, past + T) of a call over past_key_values: pass "
+            "position_ids (…, B, T) of these columns alone, or use generate()."
+        )
+
+
 def position_limit(decoder: nn.Module) -> int | None:
     """Return how many positions a decoder's table of positions has; None where there is no such table.
 
@@ -379,8 +389,8 @@ class Passes:
         for start, embeds in zip(starts, pieces):
             yield start, embeds, start > 0 or len(starts) == len(columns)  # the latter only if 0 is one of them
 
-    def arguments_of(self, embeds: torch.Tensor, start: int) -> dict:
-        """Return the arguments of a pass over embeds (B, t, D) from column start on, but for the cache."""
+    def arguments_of(self, embeds: torch.Tensor, start: int, cache: Cache | None) -> dict:
+        """Return the arguments of a pass over embeds (B, t, D) from column start on, but for the cache it is with."""
         end = start + embeds.shape[1]
         given = {name: value for name, value in self.inputs.items() if value is not None}
         by_column = given.keys() & COLUMN_AXES.keys() - {"inputs_embeds"}
@@ -391,7 +401,7 @@ class Passes:
         if self.outputs:
             cut |= dict.fromkeys(given.keys() & READ_ONCE)
         if self.masks is not None:
-            cut["attention_mask"] = self.masks.of_columns(embeds, start, self.cache)
+            cut["attention_mask"] = self.masks.of_columns(embeds, start, cache)
         elif "attention_mask" in given and end < self.length:
             cut["attention_mask"] = given["attention_mask"][:, : end - self.length]  # (B, past + end)
         return {**self.inputs, **cut, "inputs_embeds": embeds}
@@ -411,7 +421,7 @@ class Passes:
             return state
         if self.outputs:
             self.cache = next_pass(self.cache)
-        output = self.call_decoder(self.cache, **self.arguments_of(embeds, start))
+        output = self.call_decoder(self.cache, **self.arguments_of(embeds, start, self.cache))
         states = output.last_hidden_state  # (B, t, D)
         self.outputs.append(output)
         self.embeds_run.append(embeds)
@@ -428,8 +438,8 @@ class Passes:
             embeds = torch.cat([before, embeds], dim=1)
         if self.safe_ends:
             embeds = torch.cat([embeds, self.inputs["inputs_embeds"][:, end : self.safe_ends[end]]], dim=1)
-        inputs = self.arguments_of(embeds, start)
-        states = self.call_decoder(throwaway(self.cache), **inputs).last_hidden_state
+        cache = throwaway(self.cache)  # of a static one as long as what it holds
+        states = self.call_decoder(cache, **self.arguments_of(embeds, start, cache)).last_hidden_state
         return states[:, end - start - length : end - start]
 
     def join_states(self, pieces: tuple) -> torch.Tensor | None:

@@ -298,10 +298,11 @@ class MakesThoughts:
         """
         if input_ids is not None:
             return input_ids == token_id
-        embeddings = self.get_input_embeddings().weight  # (V, D)
-        token_mask = (inputs_embeds == embeddings[token_id]).all(-1)  # (B, T)
-        special = embeddings[[getattr(self.config, field) for field in TOKEN_ID_FIELDS]]
-        if token_mask.any() and (special == embeddings[token_id]).all(-1).sum() > 1:
+        # Not the rows of the weight, which Gemma scales before they are read.
+        ids = [token_id, *(getattr(self.config, field) for field in TOKEN_ID_FIELDS)]
+        wanted, *special = self.get_input_embeddings()(torch.tensor(ids, device=inputs_embeds.device))  # (D,) each
+        token_mask = (inputs_embeds == wanted).all(-1)  # (B, T)
+        if token_mask.any() and sum(torch.equal(each, wanted) for each in special) > 1:
             raise ValueError(
                 "Special tokens have the same embedding, as new ones have before training, so inputs_embeds do not "
                 "tell where the images and the latents are: pass input_ids."

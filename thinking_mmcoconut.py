@@ -58,6 +58,7 @@ from .passes_mmcoconut import (
     PreparedMasks,
     carry_states,
     check_has_predecessor,
+    check_positions,
     check_window,
     column_lists,
     gather_thoughts,
@@ -294,12 +295,21 @@ class ThinkingDecoder(PutInFront):
                 "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
                 "gradient_checkpointing off, or pass the whole sequence."
             )
+        if use_cache is None:  # an unused cache would copy all keys and values in training
+            use_cache = getattr(self.config, "use_cache", False) and not torch.is_grad_enabled()
         keeps_cache = past_key_values is not None or bool(use_cache and not replays)
+        check_positions(inputs.get("position_ids"), thoughts.latents.shape[1])
         thoughts.locate(inputs.get("attention_mask"), past_key_values, self)
         if thoughts.left_out is not None and inputs.get("position_ids") is None:  # which pass over what is left out
             inputs["position_ids"] = positions_from_mask(thoughts.attention_mask, thoughts.latents.shape[1])  # (B, T)
         if past_key_values is None and (keeps_cache or thoughts.columns):
             past_key_values = self.fresh_cache(thoughts, keeps_cache=keeps_cache, replays=replays)
+        if any(thoughts.columns) and keeps_cache and self.is_recurrent and torch.is_grad_enabled():
+            raise ValueError(
+                f"use_cache={use_cache} with gradients, and the recurrent layers of this {type(self).__name__} write "
+                "each pass over what gradients need of the one before: pass use_cache=False and no past_key_values, "
+                "or call it under torch.no_grad()."
+            )
         if past_key_values is not None and inputs.get("encoder_hidden_states") is not None:
             past_key_values = with_cross_attention(past_key_values, self.config)
         # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.

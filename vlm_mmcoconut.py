@@ -22,12 +22,13 @@ from functools import cache
 
 import torch
 import transformers
+from torch import nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .compat_mmcoconut import CACHE, PutInFront, in_front, rename_cache, takes_arguments_of
-from .configuration_mmcoconut import check_thought_fields
+from .configuration_mmcoconut import VERSION, check_thought_fields
 from .generation_mmcoconut import ThinkingGenerationMixin
 from .passes_mmcoconut import is_two_dimensional, with_mask_of_left_out
 from .schedules_mmcoconut import MakesThoughts, check_none_missed
@@ -95,6 +96,10 @@ class HasThinkingDecoder(MakesThoughts):
         own = self.__dict__.get("thinking_decoder")
         return super().get_decoder(*args, **kwargs) if own is None else own
 
+    def thought_modules(self) -> list[nn.Module]:
+        """Return what `add_thought_modules` has added."""
+        return [module for name, module in self.named_children() if name in THOUGHT_MODULES]
+
 
 class ReadsLatents(PutInFront, HasThinkingDecoder):
     """What is put in front of a vision-language model's base class."""
@@ -128,6 +133,8 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
             reader.own_arguments = tuple(inspect.signature(reader.forward).parameters)
             reader.__class__ = in_front(ReadsLatents, type(reader))
         reader.add_thought_modules(self.config.get_text_config().hidden_size)
+        for module in reader.thought_modules():  # the model's own weights are initialized by now
+            module.apply(self._init_weights)
         self.suppress_placeholders()
 
     def think_forward(
@@ -175,7 +182,7 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
             def run(**given):
                 return run_with_latents(self, own_forward, given)
 
-        if targets is None or inputs.get("output_router_logits"):  # whose own loss has a part of the router's
+        if targets is None:
             return run(**inputs, return_dict=True)
         given = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         kept, labelled = given.pop("logits_to_keep", None), targets != -100  # (B, T)
@@ -190,6 +197,8 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         logits, wanted = outputs.logits[labelled], targets[:, columns][labelled]  # (n, V), (n,)
         sizes = {"vocab_size": logits.shape[-1], "num_items_in_batch": inputs.get("num_items_in_batch")}
         loss = self.loss_function(logits=logits, labels=None, shift_labels=wanted, **sizes)
+        if outputs.get("aux_loss") is not None:  # of routers
+            loss = loss + self.config.get_text_config().router_aux_loss_coef * outputs.aux_loss.to(loss.device)
         logits = outputs.logits[:, returned[columns]] if returned.any() else None
         return type(outputs)(**{**outputs, "loss": loss, "logits": logits})
 
@@ -206,6 +215,7 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save weights under their present names, the code of the thoughts, and which class of it opens them."""
+        self.config.mmcoconut_version = VERSION
         self.config.auto_map = dict.fromkeys(AUTO_CLASSES, f"vlm_mmcoconut.{type(self).__name__}")
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
@@ -228,9 +238,8 @@ def give_thoughts_to_vlm(vlm: PreTrainedModel) -> ThinkingVLM:
     check_thought_fields(vlm.config)
     vlm.__class__ = thinking_class(type(vlm))
     vlm.begin_to_think()
-    for name, module in vlm.base_model.named_children():
-        if name in THOUGHT_MODULES:
-            module.apply(vlm._init_weights).to(vlm.device, vlm.dtype)
+    for module in vlm.base_model.thought_modules():
+        module.to(vlm.device, vlm.dtype)
     return vlm
 
 

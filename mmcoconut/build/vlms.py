@@ -7,6 +7,7 @@ code here; `reason_against` says what one lacks. What cannot be asked is found b
 import difflib
 import inspect
 import logging
+from types import SimpleNamespace
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -23,7 +24,13 @@ from mmcoconut.build.models import (
     start_rows,
 )
 from mmcoconut.build.tokens import add_special_tokens, image_token_of
-from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, THOUGHT_TOKENS, TOKEN_ID_FIELDS, VERSION
+from mmcoconut.configuration_mmcoconut import (
+    THOUGHT_FIELDS,
+    THOUGHT_TOKENS,
+    TOKEN_ID_FIELDS,
+    VERSION,
+    check_thought_values,
+)
 from mmcoconut.vlm_mmcoconut import ThinkingVLM, give_thoughts_to_vlm
 
 
@@ -91,8 +98,8 @@ def _check_takes(vlm: PreTrainedConfig | PreTrainedModel) -> None:
         raise ValueError(f"from_vlm cannot take over a {config.model_type}: {reason}; {JOIN_INSTEAD}.")
 
 
-def _check_fields(names) -> None:
-    for name in names:
+def _check_fields(fields: dict) -> None:
+    for name in fields:
         if name in CHOSEN_FIELDS:
             continue
         if name in ("image_size", "min_tiles", "max_tiles", "use_thumbnail"):
@@ -103,6 +110,7 @@ def _check_fields(names) -> None:
             close = difflib.get_close_matches(name, CHOSEN_FIELDS, n=1)
             remedy = f"did you mean {close[0]!r}?" if close else f"what it takes are {', '.join(CHOSEN_FIELDS)}"
         raise ValueError(f"from_vlm takes no {name!r}: {remedy}.")
+    check_thought_values(SimpleNamespace(**{**THOUGHT_FIELDS, **fields}))  # before tokenizer and model are changed
 
 
 def _load(vlm: str | PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
