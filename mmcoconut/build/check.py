@@ -115,12 +115,7 @@ def check_thoughts(model: PreTrainedModel, inputs) -> None:
     Raises:
         ValueError: states that differ, or pieces that do not run; with what differed, and what may be the reason.
     """
-    config = model.config
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-    given = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in tensors.items()
-    }
+    config, given = model.config, _as_read_by(model, inputs)
     definition, columns = ThinkByDefinition(), column_lists(given["input_ids"] == config.latent_token_id)[0]
     errors = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
     try:
@@ -155,6 +150,15 @@ def check_thoughts(model: PreTrainedModel, inputs) -> None:
         raise _rejected(model, failed, definition.unknown)
 
 
+def _as_read_by(model: PreTrainedModel, inputs) -> dict[str, torch.Tensor]:
+    """The tensors of inputs on a model's device, with its dtype where they are no numbers of tokens."""
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in tensors.items()
+    }
+
+
 def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
@@ -181,5 +185,5 @@ def _rejected(model: PreTrainedModel, failed: str, unknown: list[str]) -> ValueE
     return ValueError(
         f"This {type(model).__name__} does not think in pieces what it thinks by the definition: {failed}.{found} "
         "Take another vision-language model or another release of transformers; check=False (`check_vlm: false` in a "
-        "recipe) takes it as it is."
+        "recipe) takes it as it is. A model that was given as an object has its new tokens already: load it again."
     )

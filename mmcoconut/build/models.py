@@ -188,6 +188,17 @@ def new_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
     return AutoModel.from_config(vision_config)
 
 
+def vision_tower_for(
+    vision: str | None, vision_config: PreTrainedConfig | None, config_kwargs: dict
+) -> PreTrainedModel:
+    """Return the vision tower, pretrained by name or with random weights, whose features are a row of tokens."""
+    vision_tower = load_vision_tower(vision) if vision else new_vision_tower(vision_config)
+    if vision_tower.config.model_type == TIMM_MODEL_TYPE:
+        settle_timm(vision_tower, config_kwargs)
+    check_has_tokens(vision_tower.config)
+    return vision_tower
+
+
 def check_has_tokens(vision_config: PreTrainedConfig) -> None:
     """Raise a ValueError for a tower that has no width and depth of its own, such as a convolutional network."""
     for name in ("hidden_size", "num_hidden_layers"):
@@ -435,10 +446,8 @@ def from_backbones(
 
     Args:
         vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
-            "openai-community/gpt2"; or
-        vision_config, text_config: configurations, for random weights.
-        gguf_file: the file of `text` that holds its weights and tokenizer as GGUF; needs the package gguf. Quantized
-            weights are unpacked.
+            "openai-community/gpt2"; or vision_config, text_config: configurations, for random weights.
+        gguf_file: the file of `text` that holds its weights and tokenizer as GGUF, which are unpacked.
         tokenizer: the language model's, loaded from `text` by default; it gets the four special tokens where it lacks
             them, and the embeddings grow to its length.
         new_token_init: a token whose embedding the new ones start from (the paper: "<<"); None: the old ones' mean.
@@ -456,14 +465,11 @@ def from_backbones(
     dtype = as_dtype(dtype)
     if gguf_file is not None:
         find_gguf(text, gguf_file)
-    image_fusion = config_kwargs.get("image_fusion", MMCoconutConfig.image_fusion)
     tokenizer = tokenizer or load_tokenizer(text, gguf_file)
     num_known = len(tokenizer)
     add_special_tokens(tokenizer)
-    vision_tower = load_vision_tower(vision) if vision else new_vision_tower(vision_config)
-    if vision_tower.config.model_type == TIMM_MODEL_TYPE:
-        settle_timm(vision_tower, config_kwargs)
-    check_has_tokens(vision_tower.config)
+    vision_tower = vision_tower_for(vision, vision_config, config_kwargs)
+    image_fusion = config_kwargs.get("image_fusion", MMCoconutConfig.image_fusion)
     causal_lm = language_model_for(image_fusion, text, text_config, tokenizer, gguf_file)
     if text:
         grow_embeddings(causal_lm, tokenizer, num_known, new_token_init=new_token_init)

@@ -344,6 +344,37 @@ def keep_video_settings(processor: ProcessorMixin, vlm) -> None:
         part.update(BaseVideoProcessor.get_video_processor_dict(vlm)[0])
 
 
+def settle_text(processor: ProcessorMixin, config, chat_template: str | None) -> None:
+    """Give a processor the template with thoughts, and its tokenizer the tokens of the model's configuration.
+
+    Raises:
+        ValueError: a processor without a token for images, a template or a tokenizer that does not fit.
+    """
+    tokenizer = processor.tokenizer
+    if not isinstance(getattr(processor, "image_token", None), str):
+        problem = f"{type(processor).__name__} has no token that stands for an image in text"
+        raise ValueError(f"{problem}: this vision-language model cannot have thoughts.")
+    chat_template = chat_template or processor.chat_template or plain_template_for(processor)
+    processor.chat_template = with_thoughts(chat_template, tokenizer, processor.image_token, if_asked=True)
+    placeholder = image_token_of(tokenizer, config.image_token_id)
+    add_special_tokens(tokenizer, placeholder, model_type=config.model_type)
+    check_tokenizer(tokenizer, config, placeholder)
+    if processor.image_token not in tokenizer.get_vocab():  # which no model reads: other ids stand for it
+        tokens = {"extra_special_tokens": [processor.image_token]}
+        tokenizer.add_special_tokens(tokens, replace_extra_special_tokens=False)
+
+
+def check_reads_images(processor) -> None:
+    """Raise ValueError unless a processor with thoughts can read an image, and makes nothing that is not known."""
+    try:
+        processor.column_inputs([[0]], [[1]])
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"{type(processor).__name__} cannot read an image ({type(error).__name__}: {error})"
+        raise ValueError(
+            f"{problem}: correct image_options, or give the processor itself with all its fields, such as patch_size."
+        ) from error
+
+
 def processor_from_vlm(
     vlm,
     *,
@@ -378,32 +409,14 @@ def processor_from_vlm(
     keep_video_settings(processor, vlm)
     if tokenizer is not None:
         processor.tokenizer = tokenizer
-    own_class, tokenizer = getattr(processor, "own_class", type(processor)), processor.tokenizer
-    if not isinstance(getattr(processor, "image_token", None), str):
-        problem = f"{own_class.__name__} has no token that stands for an image in text"
-        raise ValueError(f"{problem}: this vision-language model cannot have thoughts.")
-    chat_template = chat_template or processor.chat_template or plain_template_for(processor)
-    processor.chat_template = with_thoughts(chat_template, tokenizer, processor.image_token, if_asked=True)
-    placeholder = image_token_of(tokenizer, config.image_token_id)
-    add_special_tokens(tokenizer, placeholder, model_type=config.model_type)
-    check_tokenizer(tokenizer, config, placeholder)
-    if processor.image_token not in tokenizer.get_vocab():  # which no model reads: other ids stand for it
-        tokenizer.add_special_tokens(
-            {"extra_special_tokens": [processor.image_token]}, replace_extra_special_tokens=False
-        )
-    processor.__class__ = thinking_processor_class(own_class)
+    settle_text(processor, config, chat_template)
+    processor.__class__ = thinking_processor_class(getattr(processor, "own_class", type(processor)))
     processor.set_up(num_latents, markers)
     if image_options:
         set_image_options(processor, image_options)
     if (min_tiles, max_tiles, image_size) != (None, None, None):
         set_tiles(processor.image_processor, image_size=image_size, min_tiles=min_tiles, max_tiles=max_tiles)
-    try:
-        processor.column_inputs([[0]], [[1]])
-    except (AttributeError, KeyError, TypeError) as error:
-        problem = f"{own_class.__name__} cannot read an image ({type(error).__name__}: {error})"
-        raise ValueError(
-            f"{problem}: correct image_options, or give the processor itself with all its fields, such as patch_size."
-        ) from error
+    check_reads_images(processor)
     return processor
 
 
