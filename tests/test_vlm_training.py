@@ -228,11 +228,12 @@ def test_log_probabilities_and_their_gradients_are_those_of_single_rows(model_ty
     """Rows with no, one and two pictures of which one recurs; where rows can stop thinking, some did."""
     stops = model_type not in (*NEVER_STOP, "mllama")
     model, processor = new_pair(model_type, stop_head=stops)
-    try:
-        check_can_stop(model, processor)
-    except UsageError:
-        assert model_type in OTHERS
-        stops, (model, processor) = False, new_pair(model_type)
+    if stops:
+        try:
+            check_can_stop(model, processor)
+        except UsageError:
+            assert model_type in OTHERS
+            stops, (model, processor) = False, new_pair(model_type)
     if stops:
         torch.nn.init.constant_(model.base_model.stop_head.bias, 0.0)
     rollouts, batch = rollouts_of(model, processor)

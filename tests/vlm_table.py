@@ -14,7 +14,15 @@ import transformers
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "backbones.md"
 COLUMNS = ("matches the definition", "batches", "beams", "saved, resized", "LoRA", "GRPO", "audit")
 BEGIN, END = "<!-- written by tests/test_vlms.py: begin -->", "<!-- written by tests/test_vlms.py: end -->"
+LONGEST = 160  # of a reason
 RELEASE = re.compile(r"transformers (\d+\.\d+)\.")
+
+
+def shortened(reason: str) -> str:
+    """Return what a cell of a table says of a reason: no advice, no tokens."""
+    text = re.sub(r"^from_vlm cannot take over a [^:]+: ", "", reason).partition("; take another")[0]
+    text = re.sub(r"[<|>]+", "", text.partition(" Give the processor")[0].partition(" Take another")[0])
+    return text if len(text) <= LONGEST else f"{text[:LONGEST].rsplit(' ', 1)[0]} …"
 
 
 class Table:
@@ -23,11 +31,11 @@ class Table:
     def __init__(self, writes: bool):
         self.writes, self.rows, self.reasons = writes, {}, {}
         text = PAGE.read_text(encoding="utf-8")
-        _, _, rest = text.partition(BEGIN)
-        self.text = rest.partition(END)[0]
-        lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in self.text.splitlines()]
+        self.before, _, rest = text.partition(BEGIN)
+        table, _, self.behind = rest.partition(END)
+        lines = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in table.splitlines()]
         self.known = {cells[0].strip("`"): cells[1:] for cells in lines if len(cells) == len(COLUMNS) + 1}
-        written_for = RELEASE.search(self.text)
+        written_for = RELEASE.search(table)
         self.is_of_this_release = bool(written_for) and transformers.__version__.startswith(f"{written_for[1]}.")
 
     def found(self, model_type: str, column: str, value: str = "yes") -> None:
@@ -55,7 +63,6 @@ class Table:
             "| model type | reason |",
             "|---|---|",
         ]
-        others += [f"| `{name}` | {reason.replace('|', '/')} |" for name, reason in sorted(self.reasons.items())]
+        others += [f"| `{name}` | {shortened(reason)} |" for name, reason in sorted(self.reasons.items())]
         table = "\n".join([*head, *body, *others, ""])
-        text = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(text.replace(self.text, f"\n{table}\n"), encoding="utf-8")
+        PAGE.write_text(f"{self.before}{BEGIN}\n{table}\n{END}{self.behind}", encoding="utf-8")
