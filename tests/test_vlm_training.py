@@ -117,7 +117,7 @@ def training_batch(model, processor) -> dict:
     return collator_of(processor)(some_rows(model.config.model_type))
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize("model_type", [name for name in FAMILIES if "glm4v_moe" not in str(name)])
 def test_adapters_learn_are_saved_and_merged_into_a_model_that_opens_as_the_plain_one(model_type, table, tmp_path):
     """With activation checkpointing; only adapters of the decoder and the rows of the thoughts' tokens change."""
     model, processor = new_pair(model_type)
