@@ -55,6 +55,7 @@ def weights_of(folder) -> dict:
     return load_model(str(folder)).state_dict()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["--lora.r", "4"]], ids=["whole", "adapters"])
 def test_a_run_resumed_inside_a_stage_continues_exactly(recipe, more, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
@@ -83,6 +84,7 @@ def test_a_checkpoint_goes_on_with_a_stop_head_and_is_evaluated(tmp_path):
     assert found["n"] == 4
 
 
+@pytest.mark.slow
 def test_checkpointed_activations_change_no_update(tmp_path):
     recipe = written("qwen2_5_vl", tmp_path)
     runs = {"plain": [], "checkpointed": ["--activation_checkpointing", "true"]}
