@@ -58,8 +58,8 @@ class Table:
         release = ".".join(transformers.__version__.split(".")[:2])
         others = [
             "",
-            f"Of the types of transformers {release}.x these are left out. `not built here` is what transformers says when",
-            "a tiny one is made of the type's defaults; whether such a model can think is not known.",
+            f"Of the types of transformers {release}.x these are left out. `not built here` is what transformers says",
+            "when a tiny one is made of the type's defaults; whether such a model can think is not known.",
             "",
             "| model type | reason |",
             "|---|---|",
