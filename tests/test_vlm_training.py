@@ -250,7 +250,9 @@ def test_log_probabilities_and_their_gradients_are_those_of_single_rows(model_ty
         assert max_difference(found.log_probs[row, : len(expected)], expected) <= 1e-4, row
         expected.sum().backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    assert relative_difference({name: gradients[name] for name in expected}, expected) <= 5e-4
+    assert relative_difference({name: gradients[name] for name in expected}, expected) <= (
+        5e-4 if model_type == "qwen3_5" else 1e-4
+    )
     table.found(model_type, "GRPO")
 
 

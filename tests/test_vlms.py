@@ -46,7 +46,8 @@ def each(request, table) -> Family:
     """A family of the registry; one that is not taken over is skipped with the reason, if it need not be."""
     found = family(request.param)
     if isinstance(found, str):
-        assert request.param not in WANTED, found
+        is_claimed = not table.writes and table.is_of_this_release and request.param in table.known
+        assert request.param not in WANTED and not is_claimed, found
         table.left_out(request.param, found)
         pytest.skip(found)
     found.model.eval()
@@ -206,7 +207,7 @@ def test_a_fresh_process_opens_a_checkpoint_with_remote_code(each, tmp_path):
     inputs = {name: value.float() if value.is_floating_point() else value for name, value in each.inputs().items()}
     with torch.no_grad():
         logits = model(**inputs).logits
-    batch = {"inputs": inputs, "logits": logits, "tolerance": OF_EXPERTS * max(1.0, logits.abs().max().item())}
+    batch = {"inputs": inputs, "logits": logits, "tolerance": OF_EXPERTS}
     batch["threads"] = torch.get_num_threads()  # others sum in another order
     batch["answers"] = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     model.save_pretrained(tmp_path / "checkpoint")
