@@ -12,6 +12,7 @@ Shapes: B batch, T tokens, N latents, I images, P features an image, W width of 
 vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +41,13 @@ from .configuration_mmcoconut import (
 )
 from .passes_mmcoconut import masks_of_call
 from .prompt_images_mmcoconut import PromptImagesGenerationMixin
-from .schedules_mmcoconut import MakesThoughts, check_none_missed
+from .schedules_mmcoconut import RETURNED, MakesThoughts, check_none_missed
 from .thinking_mmcoconut import (
     give_thoughts,
     takes_no_thoughts,
     thinking,
 )
+from .views_mmcoconut import ThoughtView
 from .vision_mmcoconut import (
     IMAGE_FUSIONS,
     MMCoconutImageOutput,
@@ -63,6 +65,7 @@ class ThoughtFields(CacheByEitherName):
     image_hidden_states: projected features, one (P, D) an image, or (tiles · P, D); for cross-attention (1, P · D).
     thoughts (B, N, D), thought_mask (B, N): what was read at the latents, packed to the left; with
     `output_thoughts=True`.
+    view: the thoughts as objectives see them, a ThoughtView; with `output_view=True`.
     stop_logits (B, N): the stop head's, before each latent; with `output_stop_logits=True`.
     attention_mask (B, past + T): where latents were left out, the mask with 0 at them; pass it to every later call
     over this cache.
@@ -73,6 +76,7 @@ class ThoughtFields(CacheByEitherName):
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
     thoughts: torch.Tensor | None = None
     thought_mask: torch.Tensor | None = None
+    view: ThoughtView | None = None
     stop_logits: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
     image_outputs: MMCoconutImageOutput | None = None
@@ -151,14 +155,14 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         latents: torch.Tensor,
         inputs: dict,
         *,
-        stop_threshold: float | torch.Tensor | None = None,
-        thought_noise: torch.Tensor | None = None,
-        output_thoughts: bool = False,
-        output_stop_logits: bool = False,
+        image_mask: torch.Tensor | None = None,
+        returned: dict,
+        **options,
     ) -> tuple[BaseModelOutputWithPast, dict]:
         """Run the decoder with thoughts at the latents (B, T); return its output, and what was thought by field.
 
-        inputs: of the decoder; without use_cache a cache is made where nobody trains.
+        inputs: of the decoder; without use_cache a cache is made where nobody trains. image_mask (B, T): where image
+        features are read. options: of `thoughts_of_call`; returned: of `fields_of`.
         """
         decoder = self.get_decoder()
         if inputs["use_cache"] is None:  # in training, an unused cache would copy all keys and values
@@ -166,10 +170,12 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         if takes_no_thoughts(latents.shape[1]):
             check_none_missed(latents, inputs[CACHE])
             return decoder(**inputs, return_dict=True), {}
-        thoughts = self.thoughts_of_call(latents, stop_threshold, thought_noise)
+        thoughts = self.thoughts_of_call(latents, image_mask, **options)
         with thinking(thoughts):
             outputs = decoder(**inputs, return_dict=True)
-        fields = self.fields_of(thoughts, output_thoughts, output_stop_logits)
+        fields = self.fields_of(thoughts, **returned)
+        if "view" in fields:
+            fields["view"].hidden_states = outputs.get("hidden_states")
         return outputs, fields
 
     @takes_cache_by_either_name
@@ -188,7 +194,9 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         use_cache: bool | None = None,
         stop_threshold: float | torch.Tensor | None = None,
         thought_noise: torch.Tensor | None = None,
+        given_thoughts: Callable | None = None,
         output_thoughts: bool = False,
+        output_view: bool = False,
         output_stop_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutModelOutputWithPast:
@@ -201,7 +209,9 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         past_key_values: any cache of transformers; a latent may stand first if it was filled by this model.
         stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N).
         thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
-        output_thoughts, output_stop_logits: also return what was read, or the stop head says, at each latent.
+        given_thoughts: what latents read in the place of states, see `given` in Thoughts.
+        output_thoughts, output_view, output_stop_logits: also return what was read at each latent, a view of the
+            thoughts (ThoughtView), or what the stop head says.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -210,15 +220,23 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         images = {"pixel_values": pixel_values, "image_features": image_features}
         image_outputs = self.image_outputs_of(images, num_tiles, mm_encoder_outputs, **asked_outputs(kwargs))
         fused = self.fuse_images(input_ids, inputs_embeds, image_outputs, past_key_values)
-        if image_outputs is not None and not mm_encoder_outputs:  # which may be of a part of the prompts
+        image_mask = None
+        if image_outputs is not None or output_view or given_thoughts is not None:
             image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)  # (B, T)
+        if image_outputs is not None and not mm_encoder_outputs:  # which may be of a part of the prompts
             check_whole_images(image_mask, num_tiles, self.config)
         latents = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
         masks = masks_of_call(self.get_decoder(), latents.shape[1], attention_mask, position_ids, past_key_values)
         inputs = {**kwargs, **masks, CACHE: past_key_values, "use_cache": use_cache, **fused}
-        thought_options = {"stop_threshold": stop_threshold, "thought_noise": thought_noise}
-        thought_options |= {"output_thoughts": output_thoughts, "output_stop_logits": output_stop_logits}
-        outputs, fields = self.run_decoder(latents, inputs, **thought_options)
+        outputs, fields = self.run_decoder(
+            latents,
+            inputs,
+            image_mask=None if self.cross_attends else image_mask,
+            stop_threshold=stop_threshold,
+            thought_noise=thought_noise,
+            given_thoughts=given_thoughts,
+            returned=dict(zip(RETURNED, (output_thoughts, output_view, output_stop_logits))),
+        )
         names = ("last_hidden_state", CACHE, "hidden_states", "attentions", "cross_attentions")
         fields |= {name: outputs.get(name) for name in names}
         image_states = None if image_outputs is None else tuple(image_outputs.pooler_output)
@@ -347,6 +365,8 @@ class MMCoconutForConditionalGeneration(PromptImagesGenerationMixin, MMCoconutPr
         outputs = self.model(**inputs, **kwargs)
         loss, logits = self.loss_and_logits(outputs.last_hidden_state, targets, logits_to_keep, **kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        if "view" in fields:
+            fields["view"].head = self.lm_head
         return MMCoconutCausalLMOutputWithPast(loss=loss, logits=logits, **fields)
 
 

@@ -47,14 +47,24 @@ def take_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return values.gather(1, columns.view(*columns.shape, *[1] * (values.ndim - 2)).expand(shape))
 
 
-def gather_thoughts(inputs_embeds: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what was read at each row's latents, packed to the left, (B, N, D), and the mask (B, N) of real ones."""
+def columns_of(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the columns of each row's latents (B, T), packed to the left, (B, N), and the mask (B, N) of real ones."""
     counts = latents.sum(dim=1)  # (B,)
     num_latents = int(counts.max())
     columns = torch.argsort(~latents, dim=1, stable=True)[:, :num_latents]  # (B, N)
-    thoughts = take_columns(inputs_embeds, columns)  # (B, N, D)
-    mask = torch.arange(num_latents, device=counts.device) < counts[:, None]  # (B, N)
-    return thoughts * mask[..., None], mask
+    return columns, torch.arange(num_latents, device=counts.device) < counts[:, None]
+
+
+def gather_thoughts(inputs_embeds: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what was read at each row's latents, packed to the left, (B, N, D), and the mask (B, N) of real ones."""
+    columns, mask = columns_of(latents)  # (B, N) each
+    return take_columns(inputs_embeds, columns) * mask[..., None], mask
+
+
+def spread(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    """Return values (B, N, …) of each row's latents, in their order, at their columns: (B, T, …), others anywhere."""
+    order = (latents.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
+    return take_columns(values, order)
 
 
 def packed(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -70,8 +80,7 @@ def noise_by_column(noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
             f"thought_noise is of {noise.shape[0]} rows with {noise.shape[1]} thoughts, and this call has {rows} rows "
             f"with up to {most} latents: give noise (B, N, D) of the whole prompts, without prefill_chunk_size."
         )
-    order = (latents.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
-    return take_columns(noise, order) * latents[..., None]  # (B, T, D)
+    return spread(noise, latents) * latents[..., None]  # (B, T, D)
 
 
 def carry_states(states: torch.Tensor, skipped: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:

@@ -27,6 +27,7 @@ from .compat_mmcoconut import assert_without_waiting, is_sharded, keep_cache_in_
 from .configuration_mmcoconut import TOKEN_ID_FIELDS, check_schedule
 from .passes_mmcoconut import Passes, check_thoughts_matter, is_two_dimensional, packed, states_before
 from .thinking_mmcoconut import CHOOSE_SCHEDULE, ThoughtFeed, Thoughts, put_first, think
+from .views_mmcoconut import ThoughtView
 
 
 # --- parallel thoughts -----------------------------------------------------------------------------------------------
@@ -252,6 +253,10 @@ def _setting_of_decoder(name: str) -> property:
     )
 
 
+# What a call may be asked to return of its thoughts.
+RETURNED = ("output_thoughts", "output_view", "output_stop_logits")
+
+
 class MakesThoughts:
     """The part of a model that makes the `Thoughts` of a call out of its configuration and of what a call asks for."""
 
@@ -345,21 +350,35 @@ class MakesThoughts:
         return targets
 
     def thoughts_of_call(
-        self, latents: torch.Tensor, stop_threshold=None, thought_noise=None, row_mask=None, schedule=None
+        self,
+        latents: torch.Tensor,
+        image_mask: torch.Tensor | None = None,
+        *,
+        stop_threshold=None,
+        thought_noise=None,
+        given_thoughts=None,
+        row_mask=None,
+        schedule=None,
     ) -> Thoughts:
-        """Return the thoughts of a call with these latents (B, T); the other arguments are as in `forward`."""
+        """Return the thoughts of a call with these latents and images (B, T); the others are as in `forward`."""
         return Thoughts(
             latents,
             self.feed_of_call(),
             schedule=schedule or self.schedule_of_call(stop_threshold),
             is_paused=self.config.thought_mode == "pause",
             noise=thought_noise,
+            given=given_thoughts,
+            image_mask=image_mask,
             row_mask=row_mask,
         )
 
-    def fields_of(self, thoughts: Thoughts, output_thoughts: bool, output_stop_logits: bool) -> dict:
+    def fields_of(
+        self, thoughts: Thoughts, *, output_thoughts=False, output_view=False, output_stop_logits=False
+    ) -> dict:
         """Return what a call's output says of its thoughts."""
         fields = {"attention_mask": thoughts.attention_mask}
+        if output_view:
+            fields["view"] = ThoughtView.of(thoughts)
         if output_thoughts:
             fields |= thoughts.gathered()
         if output_stop_logits:

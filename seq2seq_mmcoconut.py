@@ -8,6 +8,7 @@ The encoder is also the teacher of an alignment: one vector a picture is drawn t
 Shapes: B batch, S tokens of the encoder, T of the decoder, I images, E visual tokens and states of a row, D hidden.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from .compat_mmcoconut import CACHE, rename_cache, takes_arguments_of, takes_cac
 from .configuration_mmcoconut import MMCoconutConfig
 from .modeling_mmcoconut import MMCoconutForConditionalGeneration, MMCoconutModel, ThoughtFields
 from .passes_mmcoconut import check_thoughts_matter, masks_of_call, position_limit, positions_from_mask
+from .schedules_mmcoconut import RETURNED
 from .vision_mmcoconut import asked_outputs, check_whole_images
 
 
@@ -144,7 +146,9 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         use_cache: bool | None = None,
         stop_threshold: float | torch.Tensor | None = None,
         thought_noise: torch.Tensor | None = None,
+        given_thoughts: Callable | None = None,
         output_thoughts: bool = False,
+        output_view: bool = False,
         output_stop_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutSeq2SeqModelOutput:
@@ -169,10 +173,14 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         inputs |= {"inputs_embeds": inputs_embeds, CACHE: past_key_values, "use_cache": use_cache}
         inputs["encoder_hidden_states"] = encoder_outputs.last_hidden_state
         inputs["encoder_attention_mask"] = encoder_outputs.attention_mask
-        thought_options = {"stop_threshold": stop_threshold, "thought_noise": thought_noise}
-        thought_options |= {"output_thoughts": output_thoughts, "output_stop_logits": output_stop_logits}
-        latents = decoder_input_ids == self.config.latent_token_id  # (B, T)
-        outputs, thought_fields = self.run_decoder(latents, {**kwargs, **inputs}, **thought_options)
+        outputs, thought_fields = self.run_decoder(
+            decoder_input_ids == self.config.latent_token_id,  # (B, T)
+            {**kwargs, **inputs},
+            stop_threshold=stop_threshold,
+            thought_noise=thought_noise,
+            given_thoughts=given_thoughts,
+            returned=dict(zip(RETURNED, (output_thoughts, output_view, output_stop_logits))),
+        )
         return MMCoconutSeq2SeqModelOutput(
             **{name: outputs.get(name) for name in ("last_hidden_state", CACHE, "cross_attentions")},
             **{f"decoder_{name}": outputs.get(name) for name in names[1:]},
@@ -269,6 +277,8 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
             check_thoughts_matter(latents, kwargs.get("decoder_attention_mask"), labels != -100)
         outputs = self.model(input_ids, pixel_values, attention_mask, decoder_input_ids, **kwargs)
         fields = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        if "view" in fields:
+            fields["view"].head = self.lm_head
         if alignment_input_ids is not None:
             texts = (alignment_input_ids, alignment_attention_mask)
             fields["alignment_loss"] = self.align(outputs.image_embeds, *texts)

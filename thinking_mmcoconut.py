@@ -68,6 +68,7 @@ from .passes_mmcoconut import (
     noise_by_column,
     positions_from_mask,
     split_latents,
+    spread,
 )
 
 
@@ -150,6 +151,9 @@ class Thoughts:
         is_paused: latents keep the embedding of their token, and nothing is fed back.
         noise (B, N, D): added to the thoughts of each row in units of their own root mean square, by column (B, T, D)
             once these are known; None: nothing.
+        given: called with what the decoder is to read (B, T, D) and where images stand in it (B, T) or None, returns
+            vectors (B, N, D) and a mask (B, N) of the latents that read these, and no state (teacher forcing).
+        image_mask (B, T): where image features are read in the text; None where they are not.
 
     Set by the decoder:
         row_mask (B, past + T): where the decoder gets masks that a model made of it, this one; else None.
@@ -157,6 +161,7 @@ class Thoughts:
         linked (B, T): where gradients flow back to the state before; None: everywhere.
         sharded: whether other processes must make as many passes.
         inputs_embeds (B, T, D): what the decoder read. states (B, T, D): its last hidden states.
+        is_given (B, T): latents that read what they were given; they are no longer among `latents`.
         left_out (B, T): latents whose attention mask is 0: nothing is thought there.
         attention_mask (B, past + T): 0 at those too. Both None where there are none.
     """
@@ -166,6 +171,8 @@ class Thoughts:
     schedule: Callable[[Passes, "Thoughts"], None] = think
     is_paused: bool = False
     noise: torch.Tensor | None = None
+    given: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]] | None = None
+    image_mask: torch.Tensor | None = None
     row_mask: torch.Tensor | None = None
     columns: list[int] = field(default_factory=list)
     state_before: torch.Tensor | None = None
@@ -173,13 +180,31 @@ class Thoughts:
     sharded: bool = False
     inputs_embeds: torch.Tensor | None = None
     states: torch.Tensor | None = None
+    is_given: torch.Tensor | None = None
     left_out: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
 
     @property
     def thought_mask(self) -> torch.Tensor:
         """Where a thought was read in the place of a token, (B, T)."""
-        return self.latents if self.left_out is None else self.latents & ~self.left_out
+        latents = self.latents if self.is_given is None else self.latents | self.is_given
+        return latents if self.left_out is None else latents & ~self.left_out
+
+    def put_given(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Return what the decoder is to read (B, T, D), with the given vectors at their latents."""
+        vectors, where = self.given(inputs_embeds, self.image_mask)  # (B, N, D), (B, N)
+        most = int(self.latents.sum(dim=1).max())
+        if where.shape != (len(self.latents), most) or vectors.shape[:2] != where.shape:
+            raise ValueError(
+                f"given_thoughts returned vectors {(*vectors.shape,)} and a mask {(*where.shape,)}, and this call has "
+                f"{len(self.latents)} rows with up to {most} latents: return (B, N, D) and (B, N)."
+            )
+        if most == 0:
+            return inputs_embeds
+        self.is_given = spread(where, self.latents) & self.latents  # (B, T)
+        vectors = spread(vectors, self.latents).to(inputs_embeds.dtype)  # (B, T, D)
+        self.latents = self.latents & ~self.is_given
+        return torch.where(self.is_given[..., None], vectors, inputs_embeds)
 
     def from_states(self, states: torch.Tensor, columns: int | slice) -> torch.Tensor:
         """Return the thoughts that states (B, D) become at a column, or states (B, t, D) at a slice of columns."""
@@ -299,6 +324,8 @@ class ThinkingDecoder(PutInFront):
             use_cache = getattr(self.config, "use_cache", False) and not torch.is_grad_enabled()
         keeps_cache = past_key_values is not None or bool(use_cache and not replays)
         check_positions(inputs.get("position_ids"), thoughts.latents.shape[1])
+        if thoughts.given is not None:
+            inputs["inputs_embeds"] = thoughts.put_given(inputs["inputs_embeds"])  # (B, T, D)
         thoughts.locate(inputs.get("attention_mask"), past_key_values, self)
         if thoughts.left_out is not None and inputs.get("position_ids") is None:  # which pass over what is left out
             inputs["position_ids"] = positions_from_mask(thoughts.attention_mask, thoughts.latents.shape[1])  # (B, T)

@@ -30,21 +30,24 @@ from transformers.utils.generic import can_return_tuple
 from .compat_mmcoconut import CACHE, PutInFront, in_front, rename_cache, takes_arguments_of
 from .configuration_mmcoconut import VERSION, check_thought_fields
 from .generation_mmcoconut import ThinkingGenerationMixin
-from .passes_mmcoconut import is_two_dimensional, with_mask_of_left_out
-from .schedules_mmcoconut import MakesThoughts, check_none_missed
+from .passes_mmcoconut import READ_ONCE, is_two_dimensional, with_mask_of_left_out
+from .schedules_mmcoconut import RETURNED, MakesThoughts, check_none_missed
 from .thinking_mmcoconut import give_thoughts, takes_no_thoughts, thinking
 
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModel")
 THOUGHT_MODULES = ("thought_feed", "stop_head")
+# What a call may say of its thoughts, in the order of ThinkingVLM.think_forward.
+OF_THOUGHTS = ("stop_threshold", "thought_noise", "given_thoughts", *RETURNED)
+# Fields of configurations that hold a placeholder of image features.
+IMAGE_TOKENS = ("image_token_id", "image_token_index")
 
 
 @dataclass
 class Asked:
     """What a call asks of the thoughts in it, and afterwards the fields of its output that answer.
 
-    options: stop_threshold, thought_noise, output_thoughts, output_stop_logits, as in ThinkingVLM.forward; or
-        schedule, in the place of the configured one.
+    options: those in OF_THOUGHTS, as in ThinkingVLM.forward; or schedule, in the place of the configured one.
     """
 
     options: dict
@@ -78,8 +81,10 @@ def run_with_latents(model: MakesThoughts, own_forward: Callable, inputs: dict):
     if mask is None or is_two_dimensional(mask):
         inputs["attention_mask"] = mask = with_mask_of_left_out(mask, inputs.get(CACHE))
     options = {**asked.options}
-    returned = {name: options.pop(name, False) for name in ("output_thoughts", "output_stop_logits")}
-    thoughts = model.thoughts_of_call(latents, row_mask=mask if is_two_dimensional(mask) else None, **options)
+    returned = {name: options.pop(name) for name in RETURNED if name in options}
+    image_mask = model.image_columns(inputs.get("input_ids"), read)
+    options["row_mask"] = mask if is_two_dimensional(mask) else None
+    thoughts = model.thoughts_of_call(latents, image_mask, **options)
     with thinking(thoughts):
         outputs = own_forward(**inputs)
     if thoughts.inputs_embeds is None:
@@ -95,6 +100,13 @@ class HasThinkingDecoder(MakesThoughts):
         """Return the thinking decoder; before there is one, the model's own."""
         own = self.__dict__.get("thinking_decoder")
         return super().get_decoder(*args, **kwargs) if own is None else own
+
+    def image_columns(self, input_ids: torch.Tensor | None, read: torch.Tensor) -> torch.Tensor | None:
+        """Return where image features are read in the text, (B, T); None without such placeholders, or without ids."""
+        ids = {getattr(self.config, name, None) for name in IMAGE_TOKENS} - {None}
+        if input_ids is None or not ids or not {*READ_ONCE}.isdisjoint(self.get_decoder().own_arguments):
+            return None
+        return torch.isin(input_ids, torch.tensor([*ids], device=input_ids.device))
 
     def thought_modules(self) -> list[nn.Module]:
         """Return what `add_thought_modules` has added."""
@@ -141,7 +153,9 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         self,
         stop_threshold=None,
         thought_noise=None,
+        given_thoughts=None,
         output_thoughts: bool = False,
+        output_view: bool = False,
         output_stop_logits: bool = False,
         **kwargs,
     ):
@@ -150,25 +164,28 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         Args:
             stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N).
             thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
-            output_thoughts, output_stop_logits: also return `thoughts` (B, N, D) with their `thought_mask` (B, N), or
-                `stop_logits` (B, N).
+            given_thoughts: what latents read in the place of states, see `given` in Thoughts.
+            output_thoughts, output_view, output_stop_logits: also return `thoughts` (B, N, D) with their
+                `thought_mask` (B, N), a `view`, see ThoughtView, or `stop_logits` (B, N).
             shift_labels (B, T): what each column is to predict, in the place of labels.
             The rest as in the model's own forward. In training the head runs on labelled columns alone, and logits
             are None.
 
         Where latents were left out, the output's attention_mask (B, past + T) is 0 at them; pass it to later calls.
         """
-        options = {"stop_threshold": stop_threshold, "thought_noise": thought_noise}
-        options |= {"output_thoughts": output_thoughts, "output_stop_logits": output_stop_logits}
+        values = (stop_threshold, thought_noise, given_thoughts, output_thoughts, output_view, output_stop_logits)
+        options = {name: value for name, value in zip(OF_THOUGHTS, values) if value is not None and value is not False}
         if (outer := ASKED.get()) is not None:
-            given = {name: value for name, value in options.items() if value is not None and value is not False}
-            options = {**outer.options, **given}
+            options = {**outer.options, **options}
         return_dict = kwargs.pop("return_dict", None)
         with asking(**options) as asked:
             outputs = self.run_own_forward(self.own_class.forward.__get__(self), kwargs)
         for name, value in asked.fields.items():
             if value is not None:
                 outputs[name] = value
+        if output_view:
+            outputs["view"].head = self.get_output_embeddings()
+            outputs["view"].hidden_states = outputs.get("hidden_states")
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return outputs.to_tuple() if as_tuple else outputs
 

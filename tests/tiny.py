@@ -36,7 +36,7 @@ from mmcoconut.passes_mmcoconut import (
     linked_thoughts,
     noise_by_column,
 )
-from mmcoconut.schedules_mmcoconut import think_together_uncached
+from mmcoconut.schedules_mmcoconut import RETURNED, think_together_uncached
 from mmcoconut.thinking_mmcoconut import Thoughts, think_uncached
 
 
@@ -350,10 +350,10 @@ def uncached(model):
     """
     base = model.model
 
-    def run_definition(
-        latents, inputs, *, stop_threshold=None, thought_noise=None, output_thoughts=False, output_stop_logits=False
-    ):
-        assert stop_threshold is None and not output_stop_logits, "the definition is told how many thoughts there are"
+    def run_definition(latents, inputs, *, returned, stop_threshold=None, thought_noise=None, **others):
+        unknown = {name for name in RETURNED if returned[name]} - {"output_thoughts"}
+        unknown |= {name for name, value in others.items() if value is not None} - {"image_mask"}
+        assert stop_threshold is None and not unknown, f"the definition does not know {unknown}"
         kwargs = {name: value for name, value in inputs.items() if name not in ("inputs_embeds", "use_cache")}
         assert kwargs.pop(CACHE) is None and not inputs["use_cache"], "it has no cache: pass use_cache=False"
         attention_mask, decoder = kwargs["attention_mask"], base.get_decoder()
@@ -374,7 +374,7 @@ def uncached(model):
         fields = {"attention_mask": attention_mask if skipped.any() else None}
         if skipped.any():
             outputs.last_hidden_state = carry_states(states, skipped)
-        if output_thoughts:
+        if returned["output_thoughts"]:
             fields |= dict(zip(("thoughts", "thought_mask"), gather_thoughts(read, thoughts.latents)))
         return outputs, fields
 

@@ -1,0 +1,64 @@
+"""What the thoughts of a call were, for whoever supervises or examines them.
+
+    view = model(**inputs, output_view=True).view
+    loss = (1 - cosine_similarity(view.before, targets, dim=-1))[view.mask].mean()
+
+Shapes: B batch, T tokens of the call, N latents of the row with most, P image features, D hidden.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .passes_mmcoconut import columns_of, gather_thoughts, states_before, take_columns
+from .thinking_mmcoconut import Thoughts
+
+
+@dataclass
+class ThoughtView:
+    """The thoughts of a call, with their gradients; those of each row packed to the left, zeros behind them.
+
+    before (B, N, D): the state one column before each latent, which a thought is made of.
+    thoughts (B, N, D): what the latent read. after (B, N, D): the state at the latent.
+    mask (B, N): True where a row has so many latents. columns (B, N): where they stand among the T of the call.
+    read (B, T, D): all that the decoder read, image features included. states (B, T, D): its last hidden states.
+    image_mask (B, T): where image features are read in the text; None where they are not.
+    hidden_states: (B, T, D) before the first layer and after each, with output_hidden_states=True.
+    head: last hidden states (…, D) → logits (…, V); None of a model without one.
+    """
+
+    before: torch.Tensor
+    thoughts: torch.Tensor
+    after: torch.Tensor
+    mask: torch.Tensor
+    columns: torch.Tensor
+    read: torch.Tensor
+    states: torch.Tensor
+    image_mask: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    head: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @classmethod
+    def of(cls, thoughts: Thoughts) -> "ThoughtView":
+        """Return the view of a call that has ended."""
+        latents, states = thoughts.thought_mask, thoughts.states  # (B, T), (B, T, D)
+        columns, mask = columns_of(latents)  # (B, N) each
+        before = states_before(states, thoughts.state_before)  # (B, T, D)
+        packed = (
+            take_columns(values, columns) * mask[..., None] for values in (before, thoughts.inputs_embeds, states)
+        )
+        return cls(*packed, mask, columns, thoughts.inputs_embeds, states, thoughts.image_mask)
+
+    def image_features(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return each row's image features as the decoder read them, in reading order, (B, P, D), and a mask (B, P).
+
+        Raises:
+            ValueError: images that are not read in the text.
+        """
+        if self.image_mask is None:
+            raise ValueError(
+                "This model does not read its images in the text (cross-attention or an encoder does), so there are "
+                "no image features among its columns: take image_fusion 'replace' or 'add'."
+            )
+        return gather_thoughts(self.read, self.image_mask)
