@@ -48,7 +48,7 @@ def take_columns(values: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def columns_of(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns of each row's latents (B, T), packed to the left, (B, N), and the mask (B, N) of real ones."""
+    """Return the columns of each row's latents (B, T), packed to the left, (B, N), and a mask (B, N) of real ones."""
     counts = latents.sum(dim=1)  # (B,)
     num_latents = int(counts.max())
     columns = torch.argsort(~latents, dim=1, stable=True)[:, :num_latents]  # (B, N)
