@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from zlib import crc32
 
 import numpy as np
 import yaml
@@ -58,7 +57,6 @@ STYLES = {
     "markers": {"color": "#E69F00", "marker": "D"},
     "pause": {"color": "#CC79A7", "marker": "D"},
 }
-OBJECTIVE_MARKERS = "PX*hpd8>H"
 
 
 @dataclass(frozen=True)
@@ -283,11 +281,9 @@ def error_bars(estimates: list[dict]) -> np.ndarray:
 
 
 def style_of(name: str) -> dict:
-    """Return colour and marker of a variant: the colour of its mode, and with objectives a marker of their own."""
+    """Return colour and marker of a variant: the mode's own, and with objectives a plus."""
     start, _, objectives = name.partition("+")
-    if not objectives:
-        return STYLES[start]
-    return STYLES[start] | {"marker": OBJECTIVE_MARKERS[crc32(objectives.encode()) % len(OBJECTIVE_MARKERS)]}
+    return STYLES[start] | ({"marker": "P"} if objectives else {})
 
 
 def draw_modes(axes, records: list[dict], commonest: dict) -> None:
@@ -318,7 +314,7 @@ def draw_steps(axes, records: list[dict]) -> None:
         axes.text(column, line, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
     axes.set_xticks(range(len(steps)), steps)
     axes.tick_params(left=False, labelleft=False)
-    axes.set_xlabel("accuracy, %, by written steps of a row")
+    axes.set_xlabel("accuracy, %, by written steps")
 
 
 def draw(summary: dict, file: Path) -> None:
