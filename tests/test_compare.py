@@ -26,10 +26,12 @@ from mmcoconut.evaluation import compare, matched_runs
 from mmcoconut.evaluation.compare import Finished
 from mmcoconut.evaluation.matched_runs import ComparisonError, Run, Runner
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.models import load_processor
 from mmcoconut.tables import main_table
 from mmcoconut.training.checkpoints import describe
 from mmcoconut.training.collator import IGNORED, CurriculumCollator, encode_target
 from mmcoconut.training.curriculum import Curriculum
+from mmcoconut.training.layout import read_layout
 
 
 EPOCHS = range(5)  # stages 0 to 3 of a curriculum with max_latent_stage 2, the last one twice
@@ -183,6 +185,10 @@ def test_all_modes_start_from_the_same_weights_and_train_on_the_same_rows_in_the
         assert other_weights.keys() == weights.keys()
         for name, weight in weights.items():
             torch.testing.assert_close(other_weights[name], weight, atol=0, rtol=0, msg=f"{mode}: {name}")
+    layouts = {mode: read_layout(str(tmp_path / mode)) for mode in MODES}
+    assert {mode: layout.values["mode"] for mode, layout in layouts.items()} == {mode: mode for mode in MODES}
+    written = {mode: load_processor(str(tmp_path / mode)).markers for mode in MODES}
+    assert written == {mode: "both" if mode in ("coconut", "pause", "markers") else "none" for mode in MODES}
 
 
 def test_order_of_rows_does_not_depend_on_the_mode_with_a_worker_either(recipe, tmp_path, monkeypatch):

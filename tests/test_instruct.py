@@ -109,6 +109,18 @@ def instruct_pair(kind: str, *, chat_template=None, **options):
     )
 
 
+@pytest.mark.parametrize("markers, ending", [("both", ("start", "end")), ("start", ("start",)), ("none", ())])
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+def test_markers_stand_in_prompts_without_latents(kind, markers, ending):
+    own = "chatml" if kind == "plain" else kind
+    _, processor = instruct_pair(own, chat_template="plain" if kind == "plain" else None, markers=markers)
+    ids = processor.encode_prompt("What?", num_latents=0)
+    wanted = processor.tokenizer.convert_tokens_to_ids([f"<|{side}-latent|>" for side in ending])
+    assert ids[len(ids) - len(wanted) :] == wanted and processor.latent_token_id not in ids
+    both = {*processor.tokenizer.convert_tokens_to_ids(["<|start-latent|>", "<|end-latent|>"])}
+    assert len([token for token in ids if token in both]) == len(ending)
+
+
 @pytest.fixture(params=KINDS)
 def kind(request):
     return request.param

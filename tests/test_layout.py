@@ -181,7 +181,7 @@ def test_coconut_starts_from_a_cot_checkpoint_with_its_runs_layout(recipe, cot, 
 
 def test_a_checkpoint_without_thoughts_or_recipe_wants_a_mode(recipe, cot, tmp_path):
     folder = shutil.copytree(cot, tmp_path / "bare", ignore=shutil.ignore_patterns("recipe.yaml"))
-    assert "set it to cot, no_cot or no_thoughts" in problems(recipe, folder)[0][2]
+    assert "set it to cot, no_cot, no_thoughts or icot" in problems(recipe, folder)[0][2]
     assert settled(recipe, folder, "--mode", "no_cot", "--do_train", "false")["mode"] == "no_cot"
     assert problems(recipe, folder, "--mode", "coconut", "--do_train", "false")[0][0] == "mode"
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import pytest
 import torch
 from PIL import Image
 from tiny import TEXT_CONFIGS, tiny_model
+from transformers import TrainerCallback
 
 import train_hf
-from mmcoconut.arguments.choices import MODES
 from mmcoconut.arguments.fields import CurriculumArguments, DataArguments
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.build.tiny_models import write_tiny_vlm
@@ -379,22 +380,44 @@ def test_recipe_of_the_original_code_runs(tmp_path):
     assert (tmp_path / "gsm-smoke" / "results.json").exists()
 
 
-def test_control_without_thoughts_has_no_marker_and_pause_feeds_nothing_back(recipe, tmp_path):
-    settings = {}
-    for mode in MODES:
-        options = ["--output_dir", str(tmp_path / mode), "--mode", mode, "--max_steps", "1"]
-        train_hf.main([recipe, *options])
-        model = MMCoconutForConditionalGeneration.from_pretrained(tmp_path / mode)
-        settings[mode] = (model.config.thought_mode, MMCoconutProcessor.from_pretrained(tmp_path / mode).markers)
-    assert settings == {
-        "coconut": ("feedback", "both"),
-        "pause": ("pause", "both"),
-        "markers": ("feedback", "both"),
-        "no_thoughts": ("feedback", "none"),
-        "icot": ("feedback", "none"),
-        "cot": ("feedback", "none"),
-        "no_cot": ("feedback", "none"),
-    }
+def test_icot_forgets_the_moments_of_the_optimizer_whenever_more_steps_go(recipe, tmp_path, monkeypatch):
+    ages = {}
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            weights = getattr(optimizer, "optimizer", optimizer).state.values()
+            ages[state.global_step] = max(int(values["step"]) for values in weights)
+
+    init = trainer.CurriculumTrainer.__init__
+
+    def watched(self, **kwargs):
+        init(self, **kwargs)
+        self.add_callback(Watch())
+
+    monkeypatch.setattr(trainer.CurriculumTrainer, "__init__", watched)
+    options = ["--output_dir", str(tmp_path / "run"), "--mode", "icot", "--max_eval_samples", "2"]
+    results = train_hf.main([recipe, *options, "--save_strategy", "no"])
+    per_stage = results["train_steps"] // 3
+    assert [ages[step] for step in sorted(ages)] == [*range(1, per_stage + 1)] * 3
+    assert [row["num_latents"] for row in results["stages"]] == [0, 0, 0]
+
+
+def test_seconds_of_an_update_leave_out_evaluations_and_checkpoints(recipe, tmp_path, monkeypatch):
+    """Evaluations that sleep make training longer, and not its updates."""
+    evaluation_loop = trainer.CurriculumTrainer.evaluation_loop
+
+    def slow(self, *args, **kwargs):
+        time.sleep(0.5)
+        return evaluation_loop(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.CurriculumTrainer, "evaluation_loop", slow)
+    results = train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--max_eval_samples", "2"])
+    spent = results["seconds_per_update"] * results["train_steps"]
+    assert 0 < spent < results["train_seconds"] - 1.4  # half a second after each of the three stages
+    assert results["peak_memory_mb"] > 100
+    folder = tmp_path / "run"
+    again = train_hf.main([str(folder / "recipe.yaml"), "--resume_from_checkpoint", str(folder / "checkpoint-18")])
+    assert (again["train_steps"], again["seconds_per_update"]) == (18, None)
 
 
 def test_test_split_is_evaluated_once_at_the_last_stage(recipe, tmp_path):

@@ -350,6 +350,19 @@ def test_a_fresh_process_opens_it_with_remote_code(model_type, tmp_path):
     assert (tmp_path / "again" / "vlm_processing_mmcoconut.py").exists()
 
 
+def test_markers_stand_in_prompts_without_latents(pair):
+    _, processor = pair
+    before = processor.markers
+    ids = {}
+    for processor.markers in ("both", "none"):
+        ids[processor.markers] = processor.encode_prompt("What?", num_images=0, num_latents=0)
+    processor.markers = before
+    wanted = processor.tokenizer.convert_tokens_to_ids(["<|start-latent|>", "<|end-latent|>"])
+    where = [index for index, token in enumerate(ids["both"]) if token in wanted]
+    assert [ids["both"][index] for index in where] == wanted and where[1] == where[0] + 1
+    assert ids["both"][: where[0]] + ids["both"][where[1] + 1 :] == ids["none"]
+
+
 @pytest.mark.parametrize("markers, written", [("both", (1, 2, 1)), ("start", (1, 2, 0)), ("none", (0, 2, 0))])
 def test_markers_and_number_of_latents(markers, written):
     _, processor = own_and_thinking("qwen2_vl", num_latents=2, markers=markers)
