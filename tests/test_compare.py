@@ -579,6 +579,31 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
     assert len(files_of(out)) == 10
 
 
+@pytest.mark.slow
+def test_comparison_of_variants_side_by_side_is_extended_by_further_ones(recipe, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "out"
+    command = [recipe, "--output_dir", str(out), "--jobs", "2", "--seed", "1"]
+    first = train_hf.main([*command, "--compare", "jacobi,markers"])
+    assert [record["mode"] for record in first["modes"]] == ["jacobi", "markers"]
+    kept = files_of(out)
+    assert len(kept) == 4  # no audit of either
+
+    result = train_hf.main([*command, "--compare", "markers,pause,icot,coconut,jacobi"])
+    assert kept.items() <= files_of(out).items() and len(files_of(out)) == 11
+    assert "(2 of 5 runs done)" in capsys.readouterr().out
+    records = {record["mode"]: record for record in result["modes"]}
+    assert [*records] == ["markers", "pause", "icot", "coconut", "jacobi"]
+    assert {name: record["num_latents"] for name, record in records.items()} == {
+        **{"markers": 0, "pause": 2, "icot": 0, "coconut": 2, "jacobi": 2},
+    }
+    assert {name for name, record in records.items() if record["verdicts"]} == {"coconut"}
+    assert all(record["seconds_per_update"] > 0 < record["train_peak_memory_mb"] for record in records.values())
+    assert records["jacobi"]["settings"]["jacobi_iterations"] == 3
+    assert {record["train_steps"] for record in records.values()} == {18}
+    assert "jacobi_iterations" not in result["recipe"]
+
+
 def test_run_of_an_older_version_is_not_another_recipe_for_the_keys_it_lacks(recipe, tmp_path):
     """A key that came later and has its default changes nothing; another value of it does."""
     run = planned(recipe, "--output_dir", str(tmp_path / "out"))[0]
