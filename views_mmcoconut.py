@@ -72,6 +72,6 @@ class ThoughtView:
         return gather_thoughts(self.read, self.image_mask)
 
     def answer_states(self) -> torch.Tensor:
-        """Return the states before the answer, (B, L + 1, D): the embedding and each layer's output at answer_column."""
+        """Return the embedding and each layer's output at answer_column, before the answer: (B, L + 1, D)."""
         rows = torch.arange(len(self.answer_column), device=self.answer_column.device)  # (B,)
         return torch.stack([layer[rows, self.answer_column] for layer in self.hidden_states], dim=1)
