@@ -8,18 +8,17 @@ import torch
 from PIL import Image
 
 from mmcoconut.arguments.choices import STAGED_MODES, THINKING_MODES
-from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, messages_of
+from mmcoconut.chat_template_mmcoconut import messages_of
 from mmcoconut.data import history_of, open_images, question_text
 from mmcoconut.data.image_features import ImageFeatures
+from mmcoconut.data.targets import IGNORED, RECURRING_TEXTS, encode_answer, encode_step, encode_target
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.training.curriculum import Curriculum, RowPlan
 
 
-IGNORED = -100
 # What the model reads before it writes, and what it is to write: ids.
 Turn = tuple[Sequence[int], Sequence[int]]
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
-RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an image's
 USUAL_SIZE = (448, 448)  # of a picture, in pixels
 
 
@@ -101,23 +100,6 @@ def encode_turns(
         turns.append((tuple(whole[start:first]), tuple(whole[first:end])))
         start = end
     return tuple(turns), tuple(whole[start:])
-
-
-@lru_cache(maxsize=RECURRING_TEXTS)
-def encode_step(processor, step: str) -> tuple:
-    """Return the ids of a written step, on its line, once for steps that recur."""
-    return tuple(processor.encode_text(f"{step}\n"))
-
-
-@lru_cache(maxsize=RECURRING_TEXTS)
-def encode_answer(processor, answer: str) -> tuple:
-    """Return the ids of `### answer`, eos, once for answers that recur."""
-    return (*processor.encode_text(f"{ANSWER_MARKER} {answer}"), processor.tokenizer.eos_token_id)
-
-
-def encode_target(processor, steps: Sequence[str], answer: str) -> list[int]:
-    """Return the ids of steps on their lines, `### answer`, eos; tokenized apart, as in the paper."""
-    return [*chain(*(encode_step(processor, step) for step in steps)), *encode_answer(processor, answer)]
 
 
 class CurriculumCollator:
