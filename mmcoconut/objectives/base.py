@@ -11,7 +11,7 @@ Shapes: B rows, N latents, D hidden.
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from mmcoconut.data.targets import RowPlan
 from mmcoconut.views_mmcoconut import ThoughtView
 
 
@@ -39,7 +40,7 @@ class RowsOfBatch:
     steps: torch.Tensor
     places: torch.Tensor
     processor: object
-    labelled: Callable[[Callable], dict]
+    labelled: Callable[[Callable[[Mapping], RowPlan]], dict]
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,13 @@ class Objective(nn.Module):
 
         What needs no picture is checked by fields alone: rows without one of these are refused for it.
         """
+
+    def plans(self, plan: RowPlan, num_steps: int) -> Iterable[RowPlan]:
+        """Return the other plans that `encode` lays a row of num_steps steps out by, where its stage has `plan`.
+
+        Rows are measured under these too before training, so that none is too long in the middle of a run.
+        """
+        return ()
 
     def encode(self, batch: RowsOfBatch) -> dict:
         """Return what `loss` reads of a batch's rows beside the view: tensors with the rows first."""
