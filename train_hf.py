@@ -59,7 +59,7 @@ from mmcoconut.training.lora import add_lora, describe_adapters
 from mmcoconut.training.losses import name_of_term
 from mmcoconut.training.parts import nearest_part, parameters_named, paths_named
 from mmcoconut.training.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
-from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths, timed
+from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths, check_objectives, timed
 from mmcoconut.training.trainer import CurriculumTrainer
 from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
@@ -350,12 +350,17 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
     with timed("Scoring every row's own answer"):
         for rows in splits.values():
             check_answers(rows, metric)
+    with timed("Checking what objectives need of each row"):
+        for rows in splits.values():
+            check_objectives(rows, collator.objectives)
     check_best_metric(run_args, metric, splits["eval"], collator)
     trainer_class, options = CurriculumTrainer, {}
     if curriculum_args.objective in REWARDED and run_args.do_train:
         trainer_class, options = rewarded_trainer(curriculum_args, metric, splits["train"])
     elif curriculum_args.objective == "distill_stops":
         trainer_class = StopDistiller
+    elif collator.objectives:
+        options = {"log_gradient_cosine": curriculum_args.log_gradient_cosine}
     return trainer_class(
         **options,
         model=model,

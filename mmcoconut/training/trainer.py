@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
 
 from mmcoconut.arguments.recipes import read_recipe
 from mmcoconut.chat_template_mmcoconut import parse_answer
@@ -21,8 +21,10 @@ from mmcoconut.objectives.attach import (
     FOLDER,
     LOSSES,
     NAME,
+    Objectives,
     attached_to,
     load_weights,
+    own_weights,
     save_weights,
     without_objectives,
 )
@@ -32,6 +34,7 @@ from mmcoconut.training.callbacks import CurriculumCallback, ShardingCallback
 from mmcoconut.training.checkpoints import ASIDE, describe, put_in_place, rotate, start_aside
 from mmcoconut.training.collator import IGNORED, CurriculumCollator
 from mmcoconut.training.generating import count_generated, generate_and_count
+from mmcoconut.training.gradient_cosines import GradientCosines
 from mmcoconut.training.grouping import StageGroupedSampler
 from mmcoconut.training.learning_rates import set_learning_rates
 from mmcoconut.training.lora import check_whole_model, has_lora, load_adapter, merged_model, save_adapter
@@ -66,6 +69,23 @@ def check_sharding(plugin, *, adapted: bool) -> None:
         raise ValueError("`lora` is not merged from sharded weights: use DDP, or remove `lora`.")
 
 
+def check_sharded_objectives(objectives: Objectives | None, *, compares_gradients: bool) -> None:
+    """Refuse what objectives cannot do under FSDP.
+
+    Raises:
+        ValueError: objectives with weights of their own, or gradients that are compared, of which each process would
+            have a part.
+    """
+    weighty = [name for name, objective in (objectives or {}).items() if [*objective.parameters()]]
+    if weighty:
+        raise ValueError(
+            f"objectives.{weighty[0]} has weights of its own, and checkpoints of sharded ones would lack them: use "
+            "DDP, or remove it."
+        )
+    if objectives and compares_gradients:
+        raise ValueError("`log_gradient_cosine` needs whole gradients, which FSDP shards: use DDP, or remove it.")
+
+
 class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
@@ -82,6 +102,7 @@ class CurriculumTrainer(Trainer):
         metric: a name in mmcoconut.data.scoring.REFERENCES.
         num_beams: of the search that evaluation generates by.
         reset_optimizer: see CurriculumCallback.
+        log_gradient_cosine: log `cosine_<name>` of objectives in training, see GradientCosines.
         data_collator: a CurriculumCollator, which brings processor and schedule.
         kwargs: of the library's Trainer.
     """
@@ -97,6 +118,7 @@ class CurriculumTrainer(Trainer):
         metric: str = "exact_match",
         num_beams: int = 1,
         reset_optimizer: bool = False,
+        log_gradient_cosine: bool = False,
         **kwargs,
     ):
         kwargs.setdefault("processing_class", data_collator.processor)
@@ -106,6 +128,7 @@ class CurriculumTrainer(Trainer):
         self.model_class = type(self.model)  # before it is sharded, which changes it
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator.state.fsdp_plugin, adapted=has_lora(self.model))
+            check_sharded_objectives(attached_to(self.model), compares_gradients=log_gradient_cosine)
             self.add_callback(ShardingCallback())
         self.compute_metrics = self.score_answers
         self.curriculum_collator, self.metric, self.num_beams = data_collator, metric, num_beams
@@ -113,8 +136,10 @@ class CurriculumTrainer(Trainer):
         self.objectives = attached_to(self.model)
         self.terms = Terms(["ce_loss", "align_loss", *(name_of_term(each.name) for each in data_collator.objectives)])
         self.has_terms = self.alignment is not None or self.objectives is not None
+        self.gradient_cosines: GradientCosines | None = None
         if self.objectives is not None:
             self.objectives.autocast = self.accelerator.autocast
+            self.gradient_cosines = GradientCosines(own_weights(self.model)) if log_gradient_cosine else None
         self.curriculum_callback = CurriculumCallback(data_collator, reset_optimizer=reset_optimizer)
         self.add_callback(self.curriculum_callback)
         if is_tracked(self.args):
@@ -149,9 +174,22 @@ class CurriculumTrainer(Trainer):
         loss = ce_loss
         if self.alignment is not None:
             loss = self.alignment.total(ce_loss, None if align_loss is None else align_loss / steps)
+        if terms and self.compares_gradients:
+            self.gradient_cosines.add(self.state.global_step, ce_loss, terms)
         weights = self.curriculum_collator.weights()
         loss = sum((weights[name] * term / steps for name, term in terms.items()), loss)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def compares_gradients(self) -> bool:
+        """Whether this is an update that will be logged, of a run that compares gradients."""
+        args, update = self.args, self.state.global_step + 1
+        if self.gradient_cosines is None or not self.model.training:
+            return False
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            return update % self.curriculum_callback.updates_per_epoch == 0
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS and update % self.state.logging_steps == 0
+        return by_steps or (args.logging_first_step and update == 1)
 
     def set_initial_training_values(self, *args, **kwargs):
         """Tell the callback by how many updates transformers counts an epoch."""
@@ -492,4 +530,7 @@ class CurriculumTrainer(Trainer):
         """Every record carries the stage, so that trackers show where it changed, and the parts of the loss."""
         if "loss" in logs and self.has_terms:
             logs = {**logs, **self.terms.means(self.accelerator)}
+        if "loss" in logs and self.gradient_cosines is not None:
+            cosines = self.gradient_cosines.cosines(self.accelerator)
+            logs |= {f"cosine_{name}": cosine for name, cosine in cosines.items()}
         super().log({**logs, "stage": self.curriculum_collator.stage}, *args, **kwargs)
