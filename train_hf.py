@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 
-from mmcoconut.arguments.choices import REWARDED, THINKING_MODES
+from mmcoconut.arguments.choices import MARKED_MODES, REWARDED
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.build import (
@@ -45,7 +45,7 @@ from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.objectives.attach import attach, attached_to, own_weights
 from mmcoconut.objectives.registry import make_objectives
 from mmcoconut.passes_mmcoconut import position_limit
-from mmcoconut.provenance import provenance
+from mmcoconut.provenance import peak_memory_mb, provenance
 from mmcoconut.records import RESULTS_FILE, write_json
 from mmcoconut.rl.stop_distillation import StopDistiller
 from mmcoconut.rl.stops import check_can_stop
@@ -217,7 +217,7 @@ def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None
         check_can_stop(model, processor)
     model.config.thought_mode = "pause" if curriculum_args.mode == "pause" else "feedback"
     model.bptt_thoughts = model_args.bptt_thoughts
-    processor.markers = model_args.markers if curriculum_args.mode in THINKING_MODES else "none"
+    processor.markers = model_args.markers if curriculum_args.mode in MARKED_MODES else "none"
     if model_args.attn_implementation is None:
         choose_attention(model)
     else:
@@ -370,7 +370,7 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
         eval_dataset=splits["eval"],
         metric=metric,
         num_beams=data_args.num_beams,
-        reset_optimizer=curriculum_args.reset_optimizer,
+        reset_optimizer=curriculum_args.reset_optimizer or collator.curriculum.resets_optimizer,
     )
 
 
@@ -443,6 +443,8 @@ def save_results(trainer, *, arguments, test: dict, train_seconds: float, skippe
         "dtype": str(trainer.model.dtype).removeprefix("torch."),
         "train_seconds": round(train_seconds, 1),
         "train_steps": trainer.state.global_step,
+        "seconds_per_update": trainer.seconds_per_update(train_seconds),
+        "peak_memory_mb": round(peak_memory_mb(trainer.args.device), 1),
         "unreadable_images": skipped,
         "long_rows": cut,
         **count_parameters(trainer.model),

@@ -175,10 +175,14 @@ def of_another_recipe(compare: Mapping, evidence: Evidence) -> str | None:
     """Why a comparison does not say anything of this model; None where nothing speaks against it."""
     remedy = "give the comparison of its own recipe"
     there, here = compare["recipe"], evidence.recipe
-    for key in [key for names in NAMES[:3] for key in names if key not in NOT_SHARED] if here else ():
+    varied = compare["modes"][0].get("settings", {})
+    for key in [key for names in NAMES[:3] for key in names if key not in {*NOT_SHARED, *varied}] if here else ():
         found = there.get(key, default_of(key)), here.get(key, default_of(key))
         if found[0] != found[1]:
             return f"its runs have {key} = {reprlib.repr(found[0])}, the model {reprlib.repr(found[1])}: {remedy}"
+    own = {key: here.get(key, default_of(key)) for key in varied if key not in NOT_SHARED}
+    if here and own and not any(own.items() <= record["settings"].items() for record in compare["modes"]):
+        return f"none of its variants has {reprlib.repr(own)}, as the model: {remedy}"
     updates = {record["train_steps"] for record in compare["modes"]}
     if evidence.results is not None and evidence.results["train_steps"] not in updates:
         return f"its runs made {updates.pop()} updates, the model {evidence.results['train_steps']}: {remedy}"

@@ -1,6 +1,7 @@
 """Tables of results in Markdown: stages of a run, modes of a comparison."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from mmcoconut.records import markdown_table
 from mmcoconut.statistics import Estimate, percent, points
@@ -35,27 +36,54 @@ def against_baseline(difference: dict | None) -> str:
     return "" if difference is None else points(Estimate.of(difference))
 
 
+def seconds_text(record: Mapping) -> str:
+    seconds = record["train_seconds"]
+    return "resumed" if seconds is None else f"{seconds:.1f}"
+
+
+# Of a table of modes: head of the column, the text of a record in it, the key that a record of it has.
+MAIN_COLUMNS = (
+    ("mode", lambda record: f"`{record['mode']}`", "mode"),
+    ("accuracy", lambda record: str(Estimate.of(record["accuracy"])), "accuracy"),
+    ("by seed, %", lambda record: " / ".join(f"{100 * x:.1f}" for x in record["accuracy_by_seed"].values()), "mode"),
+    ("against `coconut`", lambda record: against_baseline(record["difference_to_coconut"]), "mode"),
+    ("tokens written", lambda record: f"{record['generated_tokens']:.1f}", "mode"),
+    ("latents", lambda record: f"{record['num_latents']:g}", "mode"),
+    ("decoder passes", lambda record: f"{record['decoder_passes']:.1f}", "mode"),
+    ("s an answer", lambda record: f"{record['seconds_per_answer']:.4f}", "mode"),
+    ("updates", lambda record: str(record["train_steps"]), "mode"),
+    ("s of training", seconds_text, "mode"),
+    ("s an update", lambda record: f"{record['seconds_per_update']:.4f}", "seconds_per_update"),
+    ("MB in training", lambda record: f"{record['train_peak_memory_mb']:.0f}", "train_peak_memory_mb"),
+    ("answer on thoughts", lambda record: counted(record["verdicts"]), "verdicts"),
+    ("thoughts alone", lambda record: necessity_text(record["necessity"]), "necessity"),
+    ("probe", lambda record: percent(record["probe_accuracy"]), "probe_accuracy"),
+)
+
+
+def counted(labels: Sequence[str]) -> str:
+    """Return how often each label was given, where there are several.
+
+    >>> counted(["depends", "depends", "cannot be told"]), counted(["depends"])
+    ('depends (2), cannot be told (1)', 'depends')
+    """
+    counts = Counter(labels)
+    if len(labels) == 1:
+        return labels[0]
+    return ", ".join(f"{label} ({number})" for label, number in counts.items())
+
+
+def necessity_text(necessity: Mapping) -> str:
+    """Accuracy of answers that see the thoughts alone, where it was measured, and what the audit says of it."""
+    accuracy = necessity["accuracy"]
+    return ": ".join([*([] if accuracy is None else [percent(accuracy)]), counted(necessity["labels"])])
+
+
 def main_table(records: list[dict]) -> str:
-    header = ["mode", "accuracy", "by seed, %", "against `coconut`", "tokens written", "latents"]
-    header += ["decoder passes", "s an answer", "updates", "s of training"]
-    rows = []
-    for record in records:
-        seconds = record["train_seconds"]
-        rows.append(
-            [
-                f"`{record['mode']}`",
-                str(Estimate.of(record["accuracy"])),
-                " / ".join(f"{100 * accuracy:.1f}" for accuracy in record["accuracy_by_seed"].values()),
-                against_baseline(record["difference_to_coconut"]),
-                f"{record['generated_tokens']:.1f}",
-                f"{record['num_latents']:g}",
-                f"{record['decoder_passes']:.1f}",
-                f"{record['seconds_per_answer']:.4f}",
-                str(record["train_steps"]),
-                "resumed" if seconds is None else f"{seconds:.1f}",
-            ]
-        )
-    return markdown_table(header, rows)
+    """A line a mode; records of older comparisons lack some columns, which are left out where none has them."""
+    columns = [column for column in MAIN_COLUMNS if any(record.get(column[2]) is not None for record in records)]
+    rows = [[text(record) if record.get(key) is not None else "–" for _, text, key in columns] for record in records]
+    return markdown_table([head for head, _, _ in columns], rows)
 
 
 def intervals(num_seeds: int) -> str:

@@ -10,9 +10,10 @@ import yaml
 
 from mmcoconut.arguments.choices import LIMITS
 from mmcoconut.arguments.coconut_recipes import translate_coconut_keys
-from mmcoconut.arguments.fields import CLASSES, RunArguments, compared_modes
+from mmcoconut.arguments.fields import CLASSES, RunArguments
 from mmcoconut.arguments.recipe_files import read_recipe_file
 from mmcoconut.arguments.recipes import parse_recipe, read_recipe, save_recipe
+from mmcoconut.arguments.variants import compared_modes
 from mmcoconut.errors import RecipeError, run_command
 
 
@@ -304,7 +305,12 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("do_train: false", "model", None, "nothing to evaluate: name a checkpoint"),
         ("compare: cot,coconot", "compare", "coconot", "did you mean `coconut`?"),
         ("compare: [cot, nocot]", "compare", "nocot", "did you mean `no_cot`?"),
-        ("compare: []", "compare", "", "choose from coconut, cot, no_cot, no_thoughts, pause"),
+        ("compare: []", "compare", "", "choose from coconut, cot, no_cot, no_thoughts, markers, pause, icot, jacobi"),
+        ("compare: jacoby", "compare", "jacoby", "did you mean `jacobi`?"),
+        ("compare: cot,coconut,cot", "compare", "cot", "it is `cot` again: name it once"),
+        ("compare: coconut+codi", "compare", "coconut+codi", "no objective 'codi': choose from"),
+        ("{mode: markers, markers: none}", "markers", "none", "set both or start, or `mode: no_thoughts`"),
+        ("jobs: 2", "jobs", 2, "only a comparison has several runs"),
         ("compare: 3", "compare", 3, "expected str | list[str] | None"),
         ("{compare: cot, seeds: 0}", "seeds", 0, "between 1 and inf"),
         ("num_train_epochs: 0", "num_train_epochs", 0, "nothing would be trained: set more than 0"),

@@ -18,13 +18,15 @@ from test_train import TINY
 from tiny import tiny_model, tiny_processor
 
 import train_hf
-from mmcoconut.arguments.choices import MODES, THINKING_MODES
+from mmcoconut.arguments.choices import MARKED_MODES, MODES
 from mmcoconut.arguments.recipes import parse_recipe
+from mmcoconut.arguments.variants import variant_of
 from mmcoconut.data import load_examples
 from mmcoconut.evaluation import compare, matched_runs
 from mmcoconut.evaluation.compare import Finished
 from mmcoconut.evaluation.matched_runs import ComparisonError, Run, Runner
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
+from mmcoconut.tables import main_table
 from mmcoconut.training.checkpoints import describe
 from mmcoconut.training.collator import IGNORED, CurriculumCollator, encode_target
 from mmcoconut.training.curriculum import Curriculum
@@ -56,7 +58,7 @@ def batch(request, model, rows):
     """Makes the training batch of a mode in an epoch, with the markers that train_hf.py gives the mode."""
 
     def make(mode: str, epoch: int, **curriculum) -> dict:
-        processor = tiny_processor(model, markers=request.param if mode in THINKING_MODES else "none")
+        processor = tiny_processor(model, markers=request.param if mode in MARKED_MODES else "none")
         collator = CurriculumCollator(Curriculum(mode=mode, max_latent_stage=2, c_thought=2, **curriculum), processor)
         collator.epoch = epoch
         return collator(rows)
@@ -96,6 +98,26 @@ def test_pause_has_the_batches_of_coconut(batch, epoch, schedule):
     assert all(torch.equal(pause[key], coconut[key]) for key in coconut)
 
 
+@pytest.mark.parametrize("schedule", [{}, {"uniform_prob": 0.5}, {"pad_latent_to_max": False}])
+@pytest.mark.parametrize("epoch", EPOCHS)
+def test_markers_is_coconut_without_latents(batch, model, epoch, schedule):
+    config = model.config
+    markers, coconut = batch("markers", epoch, **schedule), batch("coconut", epoch, **schedule)
+    assert sequences(markers) == sequences(coconut, leave_out={config.latent_token_id})
+    assert (markers["input_ids"] == config.start_latent_token_id).sum(1).tolist() == [1] * 12
+
+
+def test_icot_is_no_thoughts_with_more_steps_removed_from_a_few_rows(batch):
+    """Of 20 · 12 rows some four lose more steps than stage 1 does: exp(-4) of them."""
+    moved, fewer = 0, sequences(batch("no_thoughts", 1))
+    for seed in range(20):
+        for (ids, labels), (others, _) in zip(sequences(batch("icot", 1, seed=seed)), fewer):
+            moved += ids != others
+            answer = [label for label in labels if label != IGNORED]
+            assert others[-len(answer) :] == answer
+    assert 1 <= moved <= 12
+
+
 @pytest.mark.parametrize("epoch", EPOCHS)
 def test_cot_is_stage_0_of_no_thoughts_in_every_epoch(batch, epoch):
     assert sequences(batch("cot", epoch, uniform_prob=0.5)) == sequences(batch("no_thoughts", 0))
@@ -115,7 +137,7 @@ def test_no_cot_is_the_question_and_the_answer(batch, model, rows, epoch):
 @pytest.mark.parametrize("epoch", EPOCHS)
 def test_modes_of_a_stage_supervise_the_same_tokens_and_all_modes_the_answer(batch, rows, epoch):
     found = {mode: targets(batch(mode, epoch)) for mode in MODES}
-    assert found["coconut"] == found["pause"] == found["no_thoughts"]
+    assert found["coconut"] == found["pause"] == found["no_thoughts"] == found["markers"]
     for index in range(len(rows)):
         answer = found["no_cot"][index]
         assert all(found[mode][index][-len(answer) :] == answer for mode in MODES)
@@ -141,6 +163,7 @@ def trained(recipe: str, folder: Path, mode: str, monkeypatch, *options: str) ->
 
     monkeypatch.setattr(CurriculumCollator, "__call__", recorded)
     command = [recipe, "--output_dir", str(folder), "--mode", mode, "--learning_rate", "0.0", "--seed", "7"]
+    command += ["--max_eval_samples", "2", "--save_strategy", "no"]
     results = train_hf.main([*command, *options])
     monkeypatch.undo()
     weights = MMCoconutForConditionalGeneration.from_pretrained(folder).state_dict()
@@ -178,12 +201,31 @@ def planned(recipe: str, *options: str) -> list[Run]:
 
 def test_runs_differ_in_mode_seed_folder_and_name_only(recipe, tmp_path):
     runs = planned(recipe, "--seeds", "2", "--output_dir", str(tmp_path / "out"), "--run_name", "mine")
-    assert [(run.mode, run.seed) for run in runs] == [("cot", 3), ("coconut", 3), ("cot", 4), ("coconut", 4)]
+    assert [(run.variant.name, run.seed) for run in runs] == [("cot", 3), ("coconut", 3), ("cot", 4), ("coconut", 4)]
     recipes = [yaml.safe_load(run.recipe) for run in runs]
     for run, values in zip(runs, recipes):
-        name = f"{run.mode}-seed{run.seed}"
-        own = {"mode": run.mode, "seed": run.seed, "output_dir": str(tmp_path / "out" / name)}
+        name = f"{run.variant.name}-seed{run.seed}"
+        own = {"mode": run.variant.mode, "seed": run.seed, "output_dir": str(tmp_path / "out" / name)}
         assert values == {**recipes[0], **own, "run_name": f"mine-{name}"}
+
+
+def test_variants_differ_in_mode_schedule_and_objectives_only(recipe):
+    names = "jacobi,coconut,pause"
+    runs = matched_runs.plan_runs(*parse_recipe([recipe, "--compare", names, "--jacobi_iterations", "2"]))
+    assert [run.folder.name for run in runs] == ["jacobi-seed42", "coconut-seed42", "pause-seed42"]
+    jacobi, coconut, pause = (yaml.safe_load(run.recipe) for run in runs)
+    assert (jacobi["mode"], jacobi["thought_schedule"], jacobi["jacobi_iterations"]) == ("coconut", "jacobi", 2)
+    assert (coconut["mode"], coconut["thought_schedule"], coconut["jacobi_iterations"]) == (
+        "coconut",
+        "sequential",
+        None,
+    )
+    own = {"mode", "thought_schedule", "jacobi_iterations", "output_dir", "run_name"}
+    assert {key for key in jacobi if jacobi[key] != coconut[key]} == own - {"mode"}
+    assert {key for key in pause if pause[key] != coconut[key]} == {"mode", "output_dir", "run_name"}
+    assert [run.has_thoughts for run in runs] == [False, True, False]
+    (default,) = matched_runs.plan_runs(*parse_recipe([recipe, "--compare", "jacobi"]))
+    assert yaml.safe_load(default.recipe)["jacobi_iterations"] == 3
 
 
 def test_recipe_of_a_run_means_the_same_when_it_is_saved_by_the_run(recipe, tmp_path):
@@ -283,6 +325,34 @@ def test_interrupt_stops_the_children_and_theirs_and_starts_no_more(recipe, tmp_
     assert capsys.readouterr().out == "cot seed 3: training … (0 of 2 runs done)\n"
 
 
+def test_jobs_run_at_a_time_and_an_interrupt_ends_all(recipe, tmp_path, monkeypatch):
+    """Each run waits for the other's log, so that they end only side by side; the third and fourth are interrupted."""
+    runs = planned(recipe, "--seeds", "2", "--output_dir", str(tmp_path))
+    wait = "import sys, time; from pathlib import Path\nwhile not Path(sys.argv[1]).exists(): time.sleep(0.02)"
+    partner = {runs[0]: runs[1].log, runs[1]: runs[0].log, runs[2]: tmp_path / "never", runs[3]: tmp_path / "never"}
+    monkeypatch.setattr(Runner, "train_command", lambda self, run: [sys.executable, "-c", wait, str(partner[run])])
+    monkeypatch.setattr(Runner, "evaluation_command", lambda self, run: [sys.executable, "-c", ""])
+    monkeypatch.setattr(Run, "is_audited", True)
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupt():
+        while not (runs[2].log.exists() and runs[3].log.exists()):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Thread(target=interrupt, daemon=True)
+    timer.start()
+    runner = Runner("train_hf.py", options=[], device="", jobs=2)
+    began = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runner.finish_all(runs)
+    finally:
+        signal.signal(signal.SIGINT, earlier)
+    assert time.monotonic() - began < 30
+    assert runner.num_done == 2 and runner.processes == set()
+
+
 def outcome(mode: str, seed: int, scores, *, num_steps=None, **results) -> Finished:
     """A finished run with these scores, the gold answers taken in turn from red, blue, red."""
     rows = [
@@ -294,7 +364,12 @@ def outcome(mode: str, seed: int, scores, *, num_steps=None, **results) -> Finis
     evaluated = {"generated_tokens": 3.0, "num_latents": 2, "decoder_passes": 5.0, "seconds_per_answer": 0.5}
     evaluated |= {"peak_memory_mb": 1.0, "dataset": "mazes", "split": "test", "metric": "exact_match", "n": len(rows)}
     return Finished(
-        run=Run(mode, seed, Path("out", f"{mode}-seed{seed}"), f"mode: {mode}\nseed: {seed}\nlearning_rate: 0.1\n"),
+        run=Run(
+            variant_of(mode),
+            seed,
+            Path("out", f"{mode}-seed{seed}"),
+            f"mode: {mode}\nseed: {seed}\nlearning_rate: 0.1\n",
+        ),
         results={**trained, **shared, **results},
         evaluation={**evaluated, **shared},
         predictions=[{**row, "score": float(score)} for row, score in zip(rows, scores)],
@@ -370,6 +445,58 @@ def test_markdown_says_what_the_figures_were_made_with(outcomes):
     assert text.endswith("```bash\npython train_hf.py\n```\n")
 
 
+def audit(label: str, accuracy, **more) -> dict:
+    return {"verdict": {"label": label, **more}, "probe": {"accuracy": accuracy}}
+
+
+def test_table_says_what_the_audits_found(outcomes):
+    found = {"label": "do not suffice", "accuracy": {"mean": 0.25, "low": 0.0, "high": 0.5}}
+    outcomes[1] = replace(outcomes[1], audit=audit("depends", [[0.5, None], [0.25, 0.75]], necessity=found))
+    outcomes[3] = replace(outcomes[3], audit=audit("cannot be told", [[None, None], [0.5, 0.5]]))
+    cot, coconut = summary(outcomes)["modes"]
+    assert (cot["verdicts"], cot["necessity"], cot["probe_accuracy"]) == (None, None, None)
+    assert coconut["verdicts"] == ["depends", "cannot be told"]
+    assert coconut["necessity"] == {"labels": ["do not suffice"], "accuracy": 0.25}
+    assert coconut["probe_accuracy"] == (0.625 + 0.5) / 2
+    text = compare.markdown(summary(outcomes))
+    assert "| depends (1), cannot be told (1) | 25.0 %: do not suffice | 56.2 % |" in text
+    assert "| – | – | – |" in text and "Audits of 300 rows" in text
+
+
+def test_table_of_an_older_comparison_has_the_columns_that_it_knows(outcomes):
+    old = summary(outcomes)["modes"]
+    newer = ("seconds_per_update", "train_peak_memory_mb", "settings", "verdicts", "necessity", "probe_accuracy")
+    old = [{key: record[key] for key in record if key not in newer} for record in old]
+    header, _, cot, _ = main_table(old).splitlines()
+    assert header.endswith("| updates | s of training |") and cot.endswith("| 18 | 15.0 |")
+
+
+def test_time_of_an_update_and_memory_of_training_are_means_over_runs(outcomes):
+    steps = [1, 1, 2, 2]
+    for place, seconds in ((0, 0.5), (2, 0.25)):
+        outcomes[place] = outcome(
+            "cot", place, [1] * 4, num_steps=steps, seconds_per_update=seconds, peak_memory_mb=100.0
+        )
+    cot, coconut = summary(outcomes)["modes"]
+    assert (cot["seconds_per_update"], cot["train_peak_memory_mb"]) == (0.375, 100)
+    assert coconut["seconds_per_update"] is None
+
+
+@pytest.mark.parametrize("number", [1, 13])
+def test_picture_has_a_line_for_each_variant_with_a_style_of_its_mode(outcomes, tmp_path, number):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    found = summary(outcomes)
+    names = [*compare.STYLES, "coconut+a", "coconut+b", "jacobi+a", "pause+a", "coconut+a+b"][:number]
+    found["modes"] = [{**found["modes"][0], "mode": name} for name in names]
+    compare.draw(found, tmp_path / "compare.png")
+    width, height = image.open(tmp_path / "compare.png").size
+    assert width == 1600 and height == round(200 * (1.4 + 0.3 * max(number, 3)))
+    assert {*MODES, "jacobi"} == {*compare.STYLES}
+    assert len({tuple(style.values()) for style in compare.STYLES.values()}) == len(compare.STYLES)
+    assert compare.style_of("jacobi+a") == {**compare.STYLES["jacobi"], "marker": "P"}
+
+
 def test_runs_of_different_numbers_of_updates_do_not_compare(outcomes):
     outcomes.append(outcome("pause", 1, [1, 1, 1, 1], num_steps=[1, 1, 2, 2], train_steps=17))
     with pytest.raises(ValueError, match="cot seed 1 made 18 updates and pause seed 1 made 17"):
@@ -384,8 +511,8 @@ def test_runs_evaluated_on_different_rows_do_not_compare(outcomes):
 
 
 def files_of(out: Path) -> dict[str, int]:
-    """When the results and evaluations of all runs were written."""
-    files = [*out.glob("*/results.json"), *out.glob("*/evaluation/evaluation.json")]
+    """When the results, evaluations and audits of all runs were written."""
+    files = [*out.glob("*/results.json"), *out.glob("*/*/evaluation.json"), *out.glob("*/*/audit.json")]
     return {str(file.relative_to(out)): file.stat().st_mtime_ns for file in files}
 
 
@@ -408,7 +535,7 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
     assert "(3 of 4 runs done)" in capsys.readouterr().out
     assert blocker.exists() and not (out / "compare.json").exists()
     finished = files_of(out)
-    assert len(finished) == 6
+    assert len(finished) == 8
 
     shutil.rmtree(blocker.parent)
     result = train_hf.main(command)
@@ -419,7 +546,7 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
         "cot seed 1: done (4 of 4 runs done)",
     ]
     everything = files_of(out)
-    assert len(everything) == 8 and finished.items() <= everything.items()
+    assert len(everything) == 10 and finished.items() <= everything.items()
     assert json.loads((out / "compare.json").read_text()) == result
     assert [record["mode"] for record in result["modes"]] == ["cot", "coconut"]
     assert [(record["train_steps"], record["num_latents"]) for record in result["modes"]] == [(18, 0), (18, 2)]
@@ -435,14 +562,15 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
     resumed = train_hf.main(command)
     assert "coconut seed 2: training on from checkpoint-18 … (3 of 4 runs done)" in capsys.readouterr().out
     changed = {name for name, written in files_of(out).items() if written != everything[name]}
-    assert changed == {"coconut-seed2/results.json", "coconut-seed2/evaluation/evaluation.json"}
+    files = ("results.json", "evaluation/evaluation.json", "audit/audit.json")
+    assert changed == {f"coconut-seed2/{file}" for file in files}
     assert [record["accuracy"] for record in resumed["modes"]] == [record["accuracy"] for record in result["modes"]]
 
     with pytest.raises(ValueError) as refused:
         train_hf.main([*command, "--learning_rate", "0.5"])
     runs = "cot-seed1, coconut-seed1, cot-seed2, coconut-seed2"
     assert f"- learning_rate: 0.003 there, 0.5 now ({runs})\nGive --overwrite true" in str(refused.value)
-    assert len(files_of(out)) == 8
+    assert len(files_of(out)) == 10
 
 
 def test_run_of_an_older_version_is_not_another_recipe_for_the_keys_it_lacks(recipe, tmp_path):

@@ -1,5 +1,6 @@
 """Stage arithmetic, the collator's layout and the callback's schedule."""
 
+import math
 import re
 
 import pytest
@@ -75,6 +76,8 @@ def test_modes_differ_in_steps_and_latents_only_as_named():
         "coconut": RowPlan(2, 2),
         "pause": RowPlan(2, 2),
         "no_thoughts": RowPlan(2, 0),
+        "markers": RowPlan(2, 0),
+        "icot": RowPlan(2, 0),
         "cot": RowPlan(0, 0),
         "no_cot": RowPlan(3, 0),
     }
@@ -87,6 +90,18 @@ def test_uniform_prob_draws_each_stage_equally_often_and_the_same_in_every_worke
     assert draws == [curriculum.training_stage(9, num_steps=3, epoch=1, index=index) for index in range(4000)]
     shares = [draws.count(stage) / len(draws) for stage in (0, 1, 2, 3, 9)]
     assert shares == pytest.approx([0.125, 0.125, 0.125, 0.125, 0.5], abs=0.025)
+
+
+def test_removal_smoothing_takes_rows_of_icot_further_with_the_probabilities_of_the_paper():
+    curriculum = Curriculum(mode="icot", max_latent_stage=3)
+    draws = [curriculum.training_stage(1, num_steps=3, epoch=1, index=index) for index in range(40_000)]
+    assert draws == [curriculum.training_stage(1, num_steps=3, epoch=1, index=index) for index in range(40_000)]
+    shares = [sum(draw >= stage for draw in draws) / len(draws) for stage in (1, 2, 3)]
+    assert shares[0] == 1 and max(draws) <= curriculum.last_stage == 4
+    assert shares[1] == pytest.approx(math.exp(-4), rel=0.1)
+    assert shares[2] == pytest.approx(math.exp(-8), abs=3e-4)
+    assert {curriculum.training_stage(4, num_steps=3, epoch=1, index=index) for index in range(1000)} == {4}
+    assert curriculum.resets_optimizer and not Curriculum(mode="no_thoughts").resets_optimizer
 
 
 def test_first_latents_share_a_column_and_only_targets_are_labelled(processor, rows):

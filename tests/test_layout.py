@@ -192,6 +192,19 @@ def test_a_pause_checkpoint_is_evaluated_as_one(recipe, tmp_path):
     assert problems(recipe, folder, "--do_train", "false", "--mode", "coconut")[0][:2] == ("mode", "coconut")
 
 
+def test_a_markers_checkpoint_is_evaluated_as_one(recipe, tmp_path):
+    folder = train(tmp_path / "markers", TINY, "--mode", "markers", "--max_steps", "1")
+    assert settled(recipe, folder, "--do_train", "false")["mode"] == "markers"
+    assert settled(recipe, folder, "--do_train", "false")["markers"] == "both"
+    assert problems(recipe, folder, "--do_train", "false", "--mode", "coconut")[0][:2] == ("mode", "coconut")
+    assert problems(recipe, folder, "--do_train", "false", "--markers", "start")[0][:2] == ("markers", "start")
+    options = ["--model", str(folder), "--do_train", "false", "--output_dir", str(tmp_path / "evaluated")]
+    assert train_hf.main([recipe, *options])["eval_num_latents"] == 0
+    bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("recipe.yaml"))
+    assert settled(recipe, bare, "--do_train", "false", "--mode", "markers")["mode"] == "markers"
+    assert settled(recipe, bare, "--do_train", "false")["mode"] == "coconut"
+
+
 def test_the_number_of_thoughts_alone_tells_what_an_evaluation_needs(recipe, bare, tmp_path):
     assert read_layout(str(bare)).num_latents == 4
     metrics = train_hf.main([recipe, "--model", str(bare), "--do_train", "false", "--output_dir", str(tmp_path / "e")])

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import TEXT_CONFIGS, tiny_model
 
 import train_hf
+from mmcoconut.arguments.choices import MODES
 from mmcoconut.arguments.fields import CurriculumArguments, DataArguments
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.build.tiny_models import write_tiny_vlm
@@ -380,7 +381,7 @@ def test_recipe_of_the_original_code_runs(tmp_path):
 
 def test_control_without_thoughts_has_no_marker_and_pause_feeds_nothing_back(recipe, tmp_path):
     settings = {}
-    for mode in ("coconut", "pause", "no_thoughts", "cot", "no_cot"):
+    for mode in MODES:
         options = ["--output_dir", str(tmp_path / mode), "--mode", mode, "--max_steps", "1"]
         train_hf.main([recipe, *options])
         model = MMCoconutForConditionalGeneration.from_pretrained(tmp_path / mode)
@@ -388,7 +389,9 @@ def test_control_without_thoughts_has_no_marker_and_pause_feeds_nothing_back(rec
     assert settings == {
         "coconut": ("feedback", "both"),
         "pause": ("pause", "both"),
+        "markers": ("feedback", "both"),
         "no_thoughts": ("feedback", "none"),
+        "icot": ("feedback", "none"),
         "cot": ("feedback", "none"),
         "no_cot": ("feedback", "none"),
     }

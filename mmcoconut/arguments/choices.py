@@ -11,10 +11,11 @@ from mmcoconut.data.scoring import REFERENCES
 from mmcoconut.thinking_mmcoconut import CHECKPOINTED_PASSES
 
 
-# Modes without a curriculum stay at stage 0; modes without thoughts have neither latents nor markers.
-STAGED_MODES = ("coconut", "pause", "no_thoughts")
+# Modes without a curriculum stay at stage 0; others than thinking ones have no latents, than marked ones no markers.
+STAGED_MODES = ("coconut", "pause", "markers", "no_thoughts", "icot")
 THINKING_MODES = ("coconut", "pause")
-MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause")
+MARKED_MODES = (*THINKING_MODES, "markers")
+MODES = ("coconut", "cot", "no_cot", "no_thoughts", "markers", "pause", "icot")
 
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
@@ -37,7 +38,7 @@ AT_LEAST_1 = ("epochs_per_stage", "max_train_samples", "max_eval_samples", "max_
 AT_LEAST_1 += ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 AT_LEAST_1 += ("max_length",)
 AT_LEAST_1 += ("num_visual_tokens", "projector_num_heads", "num_beams", "jacobi_iterations")
-AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "top_k", "image_size", "min_tiles", "max_tiles")
+AT_LEAST_1 += ("max_samples", "batch_size", "seeds", "jobs", "top_k", "image_size", "min_tiles", "max_tiles")
 FRACTIONS = ("uniform_prob", "margin", "stop_threshold", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 LIMITS = (
     dict.fromkeys(AT_LEAST_0, (0, math.inf))

@@ -15,7 +15,6 @@ from mmcoconut.arguments.choices import (
     IN_A_CHECKPOINT,
     IN_A_VLM,
     JOINED_IN_A_VLM,
-    MODES,
     NOT_COMPARED,
     NOT_REWARDED,
     OF_A_COMPOSED_VLM,
@@ -27,8 +26,15 @@ from mmcoconut.arguments.choices import (
     STAGED_MODES,
     THINKING_MODES,
 )
-from mmcoconut.arguments.fields import DEFAULTS, NAMES, CurriculumArguments, RunArguments, compared_modes, default_of
+from mmcoconut.arguments.fields import DEFAULTS, NAMES, CurriculumArguments, RunArguments, default_of
 from mmcoconut.arguments.typed import did_you_mean, typed_value
+from mmcoconut.arguments.variants import (
+    compared_modes,
+    compares_jacobi,
+    known_objectives,
+    variant_names,
+    variant_problems,
+)
 from mmcoconut.arguments.without_effect import without_effect
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
 from mmcoconut.errors import is_missing_folder
@@ -96,14 +102,18 @@ def needs_parts(values: dict):
 def _schedule(values: dict, modes: list[str]):
     """What a schedule of thoughts needs, and where there is none."""
     schedule, iterations = values["thought_schedule"], values["jacobi_iterations"]
+    has_own = compares_jacobi(values.get("compare"))
     if schedule is None:
         return
     if schedule != "jacobi":
-        if iterations is not None:
+        if iterations is not None and not has_own:
             yield "jacobi_iterations", iterations, "it belongs to another schedule: set `thought_schedule: jacobi` too"
         return
     if iterations is None:
         yield "jacobi_iterations", None, "`thought_schedule: jacobi` needs it: set 1 or more, at most all thoughts"
+    if has_own and "coconut" in {*variant_names(values["compare"])}:
+        remedy = "`coconut` and `jacobi` would be the same runs: set sequential, or compare one of them"
+        yield "thought_schedule", schedule, remedy
     if "pause" in modes:
         yield "thought_schedule", schedule, "`mode: pause` feeds no thought back: set sequential, or another mode"
 
@@ -121,6 +131,8 @@ def _layout(values: dict):
     yield from _schedule(values, modes)
     thinking = [mode for mode in modes if mode in THINKING_MODES]
     yield from _per_turn(values)
+    if "markers" in modes and values["markers"] == "none":
+        yield "markers", "none", "`mode: markers` is about them: set both or start, or `mode: no_thoughts`"
     for key in ("c_thought", "max_latent_stage") if thinking and not values["thoughts_per_turn"] else ():
         if values[key] == 0:
             yield key, 0, f"`mode: {thinking[0]}` would have no latents: set 1 or more, or `mode: no_thoughts`"
@@ -228,7 +240,7 @@ def _objective(values: dict):
         yield from _distilled(values)
     elif objective == "supervised" and values["stop_head"] and values["model"] is None:
         yield "stop_head", True, "nothing trains it here: set `objective: distill_stops` or grpo, or remove this key"
-    if values["stop_head"] and values["thought_schedule"] == "jacobi":
+    if values["stop_head"] and (values["thought_schedule"] == "jacobi" or compares_jacobi(values.get("compare"))):
         yield "stop_head", True, "parallel thoughts do not follow each other: set `thought_schedule: sequential`"
     modes = compared_modes(values.get("compare")) or [values["mode"]]
     for mode in [mode for mode in modes if mode not in (None, "coconut")] if values["stop_head"] else []:
@@ -297,13 +309,13 @@ def _comparison(values: dict):
     """What is wrong with `compare`, and what does not go with it or without it."""
     compare = values.get("compare")
     if compare is None:
-        if values.get("seeds") not in (None, 1):
-            remedy = "only a comparison has several runs: set `compare` to its modes, or remove it"
-            yield "seeds", values["seeds"], remedy
+        for key in ("seeds", "jobs"):
+            if values.get(key) not in (None, 1):
+                remedy = "only a comparison has several runs: set `compare` to its modes, or remove it"
+                yield key, values[key], remedy
         return
-    for mode in compared_modes(compare) or [""]:
-        if mode not in MODES:
-            yield "compare", mode, f"choose from {', '.join(MODES)}{did_you_mean(mode, MODES)}"
+    for name, remedy in variant_problems(compare, known_objectives()):
+        yield "compare", name, remedy
     for key in NOT_COMPARED:
         if values.get(key):
             yield key, values[key], NOT_COMPARED[key]

@@ -138,8 +138,11 @@ class RunArguments(TrainingArguments):
     license: str | None = HfArg(default=None, help="Of the weights, in the model card: an id such as mit.")
     remove_unused_columns: bool = HfArg(default=False, help="Always false: the collator needs the images.")
     resume_from_checkpoint: bool | str | None = HfArg(default=None, help="Folder, or true: the newest whole one.")
-    compare: str | list[str] | None = HfArg(default=None, help="Modes to train and compare: cot,no_cot,coconut ...")
+    compare: str | list[str] | None = HfArg(
+        default=None, help="What to train and compare, mode[+objective]: cot,coconut,jacobi,coconut+step_tokens ..."
+    )
     seeds: int = HfArg(default=1, help="Runs of each compared mode, with the seeds seed, seed + 1, ...")
+    jobs: int = HfArg(default=1, help="Runs of a comparison at a time, which share the processor's cores.")
 
 
 CLASSES = (ModelArguments, DataArguments, CurriculumArguments, RunArguments)
@@ -175,13 +178,3 @@ def completed_for_a_new_model(values: dict) -> dict:
         left_open += ("use_thumbnail",)
     said = {key: value for key, value in values.items() if value is not None or key not in NEW_MODEL}
     return {key: value for key, value in NEW_MODEL.items() if key not in left_open} | said
-
-
-def compared_modes(compare: str | list[str] | None) -> list[str]:
-    """The modes that `compare` names, each once and in order.
-
-    >>> compared_modes("cot, coconut,cot"), compared_modes(["cot", "no_cot"]), compared_modes(None)
-    (['cot', 'coconut'], ['cot', 'no_cot'], [])
-    """
-    names = compare.split(",") if isinstance(compare, str) else compare or []
-    return list(dict.fromkeys(name.strip() for name in names))

@@ -23,7 +23,6 @@ from mmcoconut.arguments.fields import (
     DataArguments,
     ModelArguments,
     RunArguments,
-    compared_modes,
     completed_for_a_new_model,
 )
 from mmcoconut.arguments.recipe_files import (
@@ -38,6 +37,7 @@ from mmcoconut.arguments.recipe_files import (
     read_recipe_file,
 )
 from mmcoconut.arguments.typed import as_types, typed_value
+from mmcoconut.arguments.variants import compared_modes
 from mmcoconut.arguments.without_effect import idle_keys
 from mmcoconut.errors import RecipeError
 from mmcoconut.records import write_whole
@@ -53,7 +53,7 @@ NOT_SAVED = ("local_rank", "hub_token")
 if not RENAMED:  # saved under their new name
     NOT_SAVED += ("gradient_checkpointing", "gradient_checkpointing_kwargs")
 # About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
-NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds")
+NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "jobs")
 # What TrainingArguments, and trl's, raise for values that they refuse or packages that are not there.
 REFUSALS = (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError)
 # What TrainingArguments makes of a field that was not given.

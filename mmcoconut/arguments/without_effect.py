@@ -7,7 +7,7 @@ idle is a warning, because matched controls and runs that follow each other shar
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mmcoconut.arguments.choices import STAGED_MODES, THINKING_MODES
+from mmcoconut.arguments.choices import MARKED_MODES, STAGED_MODES, THINKING_MODES
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
 
 
@@ -32,11 +32,11 @@ OF_MODES = {
     "c_thought": THINKING_MODES,
     "pad_latent_to_max": THINKING_MODES,
     "thoughts_per_turn": THINKING_MODES,
-    "markers": THINKING_MODES,
+    "markers": MARKED_MODES,
     "max_latent_stage": STAGED_MODES,
     "epochs_per_stage": STAGED_MODES,
     "uniform_prob": STAGED_MODES,
-    "reset_optimizer": STAGED_MODES,
+    "reset_optimizer": tuple(mode for mode in STAGED_MODES if mode != "icot"),  # which does it anyway
     "start_epoch": STAGED_MODES,
     "thought_norm": ("coconut",),
     "thought_schedule": ("coconut",),

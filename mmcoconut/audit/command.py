@@ -20,7 +20,17 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.audit.image_grids import maps_of
-from mmcoconut.audit.interventions import Outcome, Study, images_key, knock_outs, other_counts, replacements, swaps
+from mmcoconut.audit.interventions import (
+    SWAPS,
+    Outcome,
+    Study,
+    images_key,
+    knock_outs,
+    other_counts,
+    replacements,
+    shuffled,
+    swaps,
+)
 from mmcoconut.audit.report import card_of, interventions_figure, report_of
 from mmcoconut.audit.thought_pictures import geometry_figure, probe_figure, side_by_side
 from mmcoconut.audit.thoughts import (
@@ -70,6 +80,7 @@ class AuditArguments(EvaluationArguments):
     overwrite: bool = HfArg(default=False, help="Delete an earlier audit in output_dir.")
     stop_threshold: float = HfArg(default=1.0, help="Leave it: all thoughts of a stop head's checkpoint are audited.")
     margin: float = HfArg(default=MARGIN, help="A smaller difference in accuracy is taken for none.")
+    brief: bool = HfArg(default=False, help="Only what the verdict rests on: `shuffled`, `mean`, `zero` and `noise`.")
     num_shown: int = HfArg(default=4, help="Rows whose thoughts are drawn and decoded one by one.")
     top_k: int = HfArg(default=5, help="Tokens that are listed for each thought and layer.")
 
@@ -161,14 +172,14 @@ def probe(study: Study) -> dict:
     return linear_probe(study.untouched.thoughts, targets, names=names, groups=groups, seed=study.seed)
 
 
-def intervene(study: Study) -> tuple[dict[str, Outcome], list[str]]:
-    """Every intervention by name, and why some were not run."""
+def intervene(study: Study, *, brief: bool = False) -> tuple[dict[str, Outcome], list[str]]:
+    """Every intervention by name, or those that the verdict rests on, and why some were not run."""
     outcomes = []
-    for what in (replacements, knock_outs, other_counts):
+    for what in (replacements,) if brief else (replacements, knock_outs, other_counts):
         logger.info("interventions: %s", what.__name__.replace("_", " "))
         outcomes += what(study)
     logger.info("interventions: thoughts of other rows")
-    swapped, reasons = swaps(study)
+    swapped, reasons = swaps(study, (shuffled,) if brief else SWAPS)
     return {outcome.name: outcome for outcome in [*swapped, *outcomes]}, reasons
 
 
@@ -269,7 +280,7 @@ def main(argv: list[str] | None = None) -> dict:
     logger.info("answering %d rows untouched", len(rows))
     study = Study(answerer, rows, metric=metric, batch_size=arguments.batch_size, seed=arguments.seed)
     shown = show(study, arguments.num_shown, arguments.top_k)
-    outcomes, not_run = intervene(study)
+    outcomes, not_run = intervene(study, brief=arguments.brief)
     record = record_of(study, outcomes, arguments=arguments, not_run=not_run)
     pictures = pictures_of(record, outcomes, shown)
     write(folder, record, pictures=pictures, lines=answer_lines(study, outcomes), shown=shown)

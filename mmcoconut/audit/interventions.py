@@ -360,9 +360,12 @@ def other_question(study: Study) -> Outcome | str:
     return swapped(study, "other_question", "the thoughts on another question about this image", donors)
 
 
-def swaps(study: Study) -> tuple[list[Outcome], list[str]]:
+SWAPS = (shuffled, other_image, other_question)
+
+
+def swaps(study: Study, which: Sequence[Callable] = SWAPS) -> tuple[list[Outcome], list[str]]:
     """Thoughts of other rows: what was run, and why something could not be."""
-    results = [shuffled(study), other_image(study), other_question(study)]
+    results = [swap(study) for swap in which]
     outcomes = [result for result in results if isinstance(result, Outcome)]
     return outcomes, [result for result in results if isinstance(result, str)]
 

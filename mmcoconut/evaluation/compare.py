@@ -1,12 +1,15 @@
-"""Compare modes: train each with each seed on the same rows, order and updates, evaluate each, write one table.
+"""Compare modes and objectives: train each with each seed on the same rows, order and updates, and write one table.
 
-`python train_hf.py recipe.yaml --compare cot,no_cot,coconut --seeds 3` makes below the recipe's output_dir
+`python train_hf.py recipe.yaml --compare cot,no_cot,coconut,coconut+step_tokens --seeds 3` makes below the recipe's
+output_dir
 
-    coconut-seed1/              a run of train_hf.py like any other, and in evaluation/ what mmcoconut.evaluation wrote
+    coconut-seed1/              a run of train_hf.py like any other; in evaluation/ what mmcoconut.evaluation wrote, in
+                                audit/ a brief audit of its thoughts
     coconut-seed1.yaml, .log    the recipe it was started with, and what it printed
     compare.json, .md, .png     the table, as figures, for a README and as a picture
 
-Called again, it repeats only what is not finished. Shapes: S runs of a mode, one a seed; n examples.
+Called again, also with further variants, it repeats only what is not finished. Shapes: S runs of a variant, one a
+seed; n examples.
 """
 
 import json
@@ -23,6 +26,7 @@ import yaml
 from mmcoconut.data.scoring import commonest_answer
 from mmcoconut.evaluation.evaluate import PREDICTIONS_FILE, RECORD_FILE
 from mmcoconut.evaluation.matched_runs import (
+    AUDITED_ROWS,
     Run,
     Runner,
     check_finished,
@@ -39,24 +43,31 @@ from mmcoconut.tables import intervals, main_table
 
 
 BASELINE = "coconut"
+AUDIT_FILE = "audit.json"
+# Keys of a recipe in which variants differ.
+VARIED = ("mode", "thought_schedule", "jacobi_iterations", "objectives")
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a marker: a mode has the same in every plot.
 STYLES = {
     "coconut": {"color": "#0072B2", "marker": "o"},
+    "jacobi": {"color": "#56B4E9", "marker": "o"},
     "cot": {"color": "#000000", "marker": "v"},
     "no_cot": {"color": "#D55E00", "marker": "s"},
     "no_thoughts": {"color": "#009E73", "marker": "^"},
+    "icot": {"color": "#009E73", "marker": "<"},
+    "markers": {"color": "#E69F00", "marker": "D"},
     "pause": {"color": "#CC79A7", "marker": "D"},
 }
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run left: results.json, evaluation.json, and its predictions by index."""
+    """What a finished run left: results.json, evaluation.json, its predictions by index, and audit.json, or None."""
 
     run: Run
     results: dict
     evaluation: dict
     predictions: list[dict]
+    audit: dict | None = None
 
     @cached_property
     def rows(self) -> list[tuple]:
@@ -74,6 +85,7 @@ def read_outcome(run: Run) -> Finished:
         results=read_json(run.folder / RESULTS_FILE),
         evaluation=read_json(run.evaluation / RECORD_FILE),
         predictions=sorted(read_lines(run.evaluation / PREDICTIONS_FILE), key=lambda row: row["index"]),
+        audit=read_json(run.audit / AUDIT_FILE) if (run.audit / AUDIT_FILE).exists() else None,
     )
 
 
@@ -109,21 +121,59 @@ def training_seconds(outcomes: list[Finished]) -> float | None:
     return float(np.mean([outcome.results["train_seconds"] for outcome in whole])) if whole else None
 
 
+def mean_known(values) -> float | None:
+    """The mean of those that are no None.
+
+    >>> mean_known([1.0, None, 2.0]), mean_known([None])
+    (1.5, None)
+    """
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def probe_accuracy(audit: dict) -> float | None:
+    """The mean over thoughts of the best target that a linear probe reads in each; None where it could not be made."""
+    best = [max((value for value in row if value is not None), default=None) for row in audit["probe"]["accuracy"]]
+    return mean_known(best)
+
+
+def audited(outcomes: list[Finished]) -> dict:
+    """What the audits of a variant's runs say: verdicts, and of older or other audits None."""
+    audits = [outcome.audit for outcome in outcomes if outcome.audit is not None]
+    findings = [found for audit in audits if (found := necessity_of(audit)) is not None]
+    accuracy = mean_known((found.get("accuracy") or {}).get("mean") for found in findings)
+    return {
+        "verdicts": [audit["verdict"]["label"] for audit in audits] or None,
+        "necessity": {"labels": [found["label"] for found in findings], "accuracy": accuracy} if findings else None,
+        "probe_accuracy": mean_known(map(probe_accuracy, audits)),
+    }
+
+
+def necessity_of(audit: dict) -> dict | None:
+    """What an audit says of answers that see the thoughts alone."""
+    return audit.get("necessity") or audit["verdict"].get("necessity")
+
+
 def mode_record(outcomes: list[Finished], baseline: list[Finished] | None) -> dict:
-    """All figures of a mode, from its runs; `baseline` holds those of coconut with the same seeds."""
+    """All figures of a variant, from its runs; `baseline` holds those of coconut with the same seeds."""
     scores = np.array([outcome.scores for outcome in outcomes])  # (S, n)
     num_steps = np.array([row["num_steps"] for row in outcomes[0].predictions])  # (n,)
     groups = {str(number): scores[:, num_steps == number] for number in np.unique(num_steps)}
     by_steps = {number: {**bootstrap_runs(group).asdict(), "n": group.shape[1]} for number, group in groups.items()}
+    results = [outcome.results for outcome in outcomes]
     record = {
-        "mode": outcomes[0].run.mode,
+        "mode": outcomes[0].run.variant.name,
         "accuracy": bootstrap_runs(scores).asdict(),
         "accuracy_by_seed": {str(outcome.run.seed): float(np.mean(outcome.scores)) for outcome in outcomes},
         "difference_to_coconut": None,
         "by_num_steps": by_steps,
-        "train_steps": outcomes[0].results["train_steps"],
+        "train_steps": results[0]["train_steps"],
         "train_seconds": training_seconds(outcomes),
-        "parameters": outcomes[0].results["parameters"],
+        "seconds_per_update": mean_known(result.get("seconds_per_update") for result in results),
+        "train_peak_memory_mb": mean_known(result.get("peak_memory_mb") for result in results),
+        "parameters": results[0]["parameters"],
+        "settings": settings_of(outcomes[0].run),
+        **audited(outcomes),
     }
     if baseline is not None and record["mode"] != BASELINE:
         base = [outcome.scores for outcome in baseline]
@@ -138,17 +188,23 @@ def distinct(values) -> list:
     return [json.loads(text) for text in dict.fromkeys(json.dumps(value) for value in values)]
 
 
+def settings_of(run: Run) -> dict:
+    """Return the keys of a recipe in which variants differ, with the run's values."""
+    values = yaml.safe_load(run.recipe)
+    return {key: values.get(key) for key in VARIED}
+
+
 def shared_recipe(run: Run) -> dict:
     """Return what all runs have in common."""
-    own = ("mode", "seed", "output_dir", "run_name")
+    own = ("seed", "output_dir", "run_name", *VARIED)
     return {key: value for key, value in yaml.safe_load(run.recipe).items() if key not in own}
 
 
 def summarise(outcomes: list[Finished], *, command: str) -> dict:
-    """compare.json: a record a mode, in the order given, and what the figures were made with."""
+    """compare.json: a record a variant, in the order given, and what the figures were made with."""
     by_mode: dict[str, list[Finished]] = {}
     for outcome in outcomes:
-        by_mode.setdefault(outcome.run.mode, []).append(outcome)
+        by_mode.setdefault(outcome.run.variant.name, []).append(outcome)
     evaluations = [outcome.evaluation for outcome in outcomes]
     return {
         "modes": [mode_record(some, by_mode.get(BASELINE)) for some in by_mode.values()],
@@ -186,16 +242,30 @@ def listed(values) -> str:
     return "; ".join(parts)
 
 
+def audit_notes(summary: dict) -> list[str]:
+    """What the columns of the audits mean, where there is one."""
+    if not any(record.get("verdicts") for record in summary["modes"]):
+        return []
+    return [
+        f"Audits of {AUDITED_ROWS} rows or fewer a run. Whether the answer depends on the thoughts is told by giving "
+        "rows the thoughts of others. Thoughts alone: the accuracy where the answer sees nothing else. Probe: what a "
+        "linear classifier reads in a thought on held-out rows, of the best written step, a mean over thoughts. "
+        "Modes that feed back no thought, or all together, are not audited."
+    ]
+
+
 def markdown(summary: dict) -> str:
     """compare.md: the table, accuracy by number of steps, and below what they were made with."""
     commonest = summary["commonest_answer"]
     seeds = ", ".join(map(str, summary["seeds"]))
     notes = [
-        f"{summary['n']} rows of `{summary['dataset']}` ({summary['split']}), metric `{summary['metric']}`. Each mode "
+        f"{summary['n']} rows of `{summary['dataset']}` ({summary['split']}), metric `{summary['metric']}`. Each line "
         f"was trained on the same rows in the same order, with the seeds: {seeds}. "
         f"{intervals(len(summary['seeds']))} Always answering `{commonest['answer']}`, the commonest answer, gives "
         f"{percent(commonest['accuracy'])}.",
-        "Seconds of training hold the evaluation at the end of each stage, and depend on what ran beside.",
+        "Seconds of training hold the evaluation at the end of each stage, those of an update do not; both depend on "
+        "what ran beside. MB: the most memory of the training process.",
+        *audit_notes(summary),
         f"Trained on {listed(summary['machine'])}; evaluated on {listed(summary['evaluation_machine'])}; "
         f"{listed(summary['versions'])}; commit {listed(summary['commit'])}; {summary['date']}:",
     ]
@@ -210,55 +280,61 @@ def error_bars(estimates: list[dict]) -> np.ndarray:
     return 100 * np.maximum([below, above], 0)
 
 
+def style_of(name: str) -> dict:
+    """Return colour and marker of a variant: the mode's own, and with objectives a plus."""
+    start, _, objectives = name.partition("+")
+    return STYLES[start] | ({"marker": "P"} if objectives else {})
+
+
 def draw_modes(axes, records: list[dict], commonest: dict) -> None:
-    """Accuracy of each mode with its interval, the first on top, and a line where the commonest answer is."""
+    """Accuracy of each variant with its interval and, smaller, its seeds; a line where the commonest answer is."""
     for place, record in enumerate(records):
-        mean, bars = 100 * record["accuracy"]["mean"], error_bars([record["accuracy"]])
-        axes.errorbar(mean, place, xerr=bars, markersize=7, capsize=4, **STYLES[record["mode"]])
+        style, accuracy = style_of(record["mode"]), record["accuracy"]
+        bars = error_bars([accuracy])
+        axes.errorbar(100 * accuracy["mean"], place, xerr=bars, markersize=6, capsize=3, **style)
+        seeds = [100 * share for share in record["accuracy_by_seed"].values()]
+        axes.plot(seeds, [place + 0.27] * len(seeds), linestyle="", marker="|", color=style["color"], markersize=5)
     axes.axvline(100 * commonest["accuracy"], color="grey", linestyle=":", label="commonest answer")
     axes.set_yticks(range(len(records)), [record["mode"] for record in records])
     axes.set_ylim(len(records) - 0.5, -0.5)
     axes.set_xlim(-3, 103)
-    axes.set_xlabel("accuracy, %")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.14), frameon=False)
+    axes.set_xlabel("accuracy, %, its interval and its seeds")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
 
 
 def draw_steps(axes, records: list[dict]) -> None:
-    """Accuracy over the number of written steps, a line a mode; moved apart a little, so that none covers another."""
-    steps = [int(number) for number in records[0]["by_num_steps"]]
-    for place, record in enumerate(records):
-        groups = list(record["by_num_steps"].values())
-        moved = [number + 0.05 * (place - (len(records) - 1) / 2) for number in steps]
-        means = [100 * group["mean"] for group in groups]
-        style = {**STYLES[record["mode"]], "label": record["mode"], "capsize": 2, "elinewidth": 0.8}
-        axes.errorbar(moved, means, yerr=error_bars(groups), **style)
-    axes.set_xticks(steps)
-    axes.set_ylim(-3, 103)
-    axes.set_xlabel("written steps of a row")
-    axes.set_ylabel("accuracy, %")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    """Accuracy by the number of written steps as colours and figures, a line a variant, in the lines beside it."""
+    steps = list(records[0]["by_num_steps"])
+    shares = np.array([[100 * group["mean"] for group in record["by_num_steps"].values()] for record in records])
+    axes.imshow(shares, vmin=0, vmax=100, cmap="Blues", aspect="auto")
+    for (line, column), share in np.ndenumerate(shares):
+        colour = "white" if share > 60 else "black"
+        axes.text(column, line, f"{share:.0f}", ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(range(len(steps)), steps)
+    axes.tick_params(left=False, labelleft=False)
+    axes.set_xlabel("accuracy, %, by written steps")
 
 
 def draw(summary: dict, file: Path) -> None:
-    """compare.png, 1600 pixels wide, to be shown at 800."""
+    """compare.png, 1600 pixels wide and as high as its lines need, to be shown at half of that."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 3.4), dpi=200, layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_modes(left, summary["modes"], summary["commonest_answer"])
-    draw_steps(right, summary["modes"])
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
+    records = summary["modes"]
+    figure = Figure(figsize=(8, 1.4 + 0.3 * max(len(records), 3)), dpi=200, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"width_ratios": [3, 2]})
+    draw_steps(right, records)
+    draw_modes(left, records, summary["commonest_answer"])
     figure.savefig(file)
 
 
 def check_start(runs: list[Run], *, overwrite: bool) -> None:
     """What would stop the comparison in the end stops it now."""
-    if find_spec("matplotlib") is None:
-        raise ImportError(
-            "A comparison draws its table with matplotlib, which is missing: pip install mmcoconut[audit]"
-        )
+    needed = {"matplotlib": "draws its table", "sklearn": "audits thoughts"}
+    for name, does in needed.items():
+        if find_spec(name) is None:
+            raise ImportError(f"A comparison {does} with {name}, which is missing: pip install mmcoconut[audit]")
     if "LOCAL_RANK" in os.environ:
         raise ValueError("A comparison launches its runs itself: start it with `python train_hf.py`, in one process.")
     if overwrite:
@@ -267,7 +343,7 @@ def check_start(runs: list[Run], *, overwrite: bool) -> None:
 
 
 def compare(model_args, data_args, curriculum_args, run_args, *, script: str, argv: list[str]) -> dict:
-    """Train, evaluate and tabulate every mode in `run_args.compare`; returns what compare.json holds.
+    """Train, evaluate, audit and tabulate every variant in `run_args.compare`; returns what compare.json holds.
 
     Args:
         script: path of train_hf.py, which trains a run.
@@ -282,7 +358,7 @@ def compare(model_args, data_args, curriculum_args, run_args, *, script: str, ar
     check_start(runs, overwrite=run_args.overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     options = evaluation_options(data_args, run_args)
-    runner = Runner(script, options=options, device=device_of_runs(run_args.device))
+    runner = Runner(script, options=options, device=device_of_runs(run_args.device), jobs=run_args.jobs)
     check_finished(runner.finish_all(runs), len(runs))
     outcomes = [read_outcome(run) for run in runs]
     check_matched(outcomes)

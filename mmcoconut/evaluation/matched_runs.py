@@ -1,7 +1,7 @@
-"""The runs of a comparison: a mode and a seed each, trained and evaluated one after the other, in own processes.
+"""The runs of a comparison: a variant and a seed each, trained, evaluated and audited in processes of their own.
 
-A run is finished when its results.json and its evaluation.json are there. What is finished is never repeated; what has
-a checkpoint goes on from it.
+A run is finished when its results.json and evaluation.json are there and, where its thoughts are audited, its
+audit.json. What is finished is never repeated; what has a checkpoint goes on from it.
 """
 
 import copy
@@ -11,16 +11,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
+from threading import Lock
+from typing import TextIO
 
 import torch
 import yaml
 
-from mmcoconut.arguments.fields import compared_modes, default_of
+from mmcoconut.arguments.fields import default_of
 from mmcoconut.arguments.recipes import recipe_text
-from mmcoconut.records import RECIPE_FILE, RESULTS_FILE
+from mmcoconut.arguments.variants import Variant, known_objectives, variants_of
+from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 from mmcoconut.training.checkpoints import newest_whole
 
 
@@ -28,6 +33,7 @@ from mmcoconut.training.checkpoints import newest_whole
 LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1")
 LAUNCH += ("--gpu_ids", "all", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
 LOG_LINES = 8
+AUDITED_ROWS = 300
 
 
 class ComparisonError(RuntimeError):
@@ -36,15 +42,15 @@ class ComparisonError(RuntimeError):
 
 @dataclass(frozen=True)
 class Run:
-    """One mode with one seed: its folder, and the recipe that makes it."""
+    """One variant with one seed: its folder, and the recipe that makes it."""
 
-    mode: str
+    variant: Variant
     seed: int
     folder: Path
     recipe: str
 
     def __str__(self) -> str:
-        return f"{self.mode} seed {self.seed}"
+        return f"{self.variant.name} seed {self.seed}"
 
     @property
     def recipe_file(self) -> Path:
@@ -67,23 +73,52 @@ class Run:
         return self.is_trained and (self.evaluation / "evaluation.json").exists()
 
     @property
+    def audit(self) -> Path:
+        return self.folder / "audit"
+
+    @cached_property
+    def has_thoughts(self) -> bool:
+        """Whether an audit can replace thoughts: they are fed back one after the other, before a single answer."""
+        values = yaml.safe_load(self.recipe)
+        schedule, per_turn = values.get("thought_schedule"), values.get("thoughts_per_turn")
+        return values["mode"] == "coconut" and schedule != "jacobi" and not per_turn
+
+    @property
+    def is_audited(self) -> bool:
+        """Whether there is an audit, or cannot be one, as where training ended before the first thought."""
+        if not self.has_thoughts or (self.audit / "audit.json").exists():
+            return True
+        return self.is_trained and read_json(self.folder / "processor_config.json").get("num_latents", 0) == 0
+
+    @property
+    def is_finished(self) -> bool:
+        return self.is_evaluated and self.is_audited
+
+    @property
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that training can go on from exactly."""
         return newest_whole(self.folder)
 
 
+def with_fields(part, values: dict):
+    """Return a dataclass with those of the values that are fields of it."""
+    return replace(part, **{each.name: values[each.name] for each in fields(part) if each.name in values})
+
+
 def plan_runs(model_args, data_args, curriculum_args, run_args) -> list[Run]:
-    """Every mode with every seed, one seed after the other; the runs differ in mode, seed and folder."""
+    """Every variant with every seed, one seed after the other; the runs differ in these and in their folder."""
     runs = []
+    given = {**vars(model_args), **vars(curriculum_args)}
     for seed in range(run_args.seed, run_args.seed + run_args.seeds):
-        for mode in compared_modes(run_args.compare):
-            name = f"{mode}-seed{seed}"
+        for variant in variants_of(run_args.compare, known_objectives()):
+            name = f"{variant.name}-seed{seed}"
+            model, curriculum = (with_fields(part, variant.settings(given)) for part in (model_args, curriculum_args))
             own = copy.copy(run_args)  # not dataclasses.replace, which would set up the device again
             own.seed, own.output_dir = seed, str(Path(run_args.output_dir, name))
             own.run_name = "-".join(filter(None, [run_args.run_name, name]))
             own.disable_tqdm, own.smoke_test = True, False
-            recipe = recipe_text(model_args, data_args, replace(curriculum_args, mode=mode), own)
-            runs.append(Run(mode, seed, Path(own.output_dir), recipe))
+            recipe = recipe_text(model, data_args, curriculum, own)
+            runs.append(Run(variant, seed, Path(own.output_dir), recipe))
     return runs
 
 
@@ -95,6 +130,12 @@ def evaluation_options(data_args, run_args) -> list[str]:
         "batch_size": run_args.per_device_eval_batch_size,
     }
     return [word for key, value in options.items() if value is not None for word in (f"--{key}", str(value))]
+
+
+def without(options: list[str], key: str) -> list[str]:
+    """Return words of a command line, pairs of a key and a value, without those of a key."""
+    pairs = zip(options[::2], options[1::2])
+    return [word for pair in pairs if pair[0] != key for word in pair]
 
 
 def differences(run: Run) -> list[str]:
@@ -154,18 +195,20 @@ def terminated_as_interrupted():
 
 
 class Runner:
-    """Takes runs through training and evaluation, one after the other, each in processes of its own.
+    """Takes runs through training, evaluation and audit, `jobs` of them at a time, each in processes of its own.
 
     Args:
         script: path of train_hf.py.
         options: of the evaluations.
         device: CUDA_VISIBLE_DEVICES of the runs.
+        jobs: runs at a time; the threads of this process are shared among them.
     """
 
-    def __init__(self, script: str, *, options: list[str], device: str):
-        self.script, self.options, self.device = script, options, device
-        self.threads = str(torch.get_num_threads())
+    def __init__(self, script: str, *, options: list[str], device: str, jobs: int = 1):
+        self.script, self.options, self.device, self.jobs = script, options, device, jobs
+        self.threads = str(max(1, torch.get_num_threads() // jobs))
         self.num_done = self.num_runs = 0
+        self.lock, self.processes, self.is_ended = Lock(), set(), False
 
     def train_command(self, run: Run) -> list[str]:
         checkpoint = run.checkpoint
@@ -178,63 +221,101 @@ class Runner:
         command += ["--recipe", str(run.folder / RECIPE_FILE), "--output_dir", str(run.evaluation)]
         return [*command, *self.options]
 
+    def audit_command(self, run: Run) -> list[str]:
+        """Of as few rows and interventions as the table needs; an audit that was cut short is made anew."""
+        command = [sys.executable, "-m", "mmcoconut.audit", "--model", str(run.folder), "--output_dir", str(run.audit)]
+        command += ["--brief", "true", "--num_shown", "0", "--overwrite", "true"]
+        return [*command, *without(self.options, "--max_samples"), "--max_samples", str(AUDITED_ROWS)]
+
     def environment(self) -> dict[str, str]:
         """This process's own, with the runs' device and threads, and the package that is running now."""
         paths = [str(Path(self.script).parent), os.environ.get("PYTHONPATH")]
         values = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": self.threads}
         return os.environ | values | {"CUDA_VISIBLE_DEVICES": self.device}
 
+    def start(self, command: list[str], log: TextIO) -> subprocess.Popen:
+        """Start a command, its words in the log.
+
+        Raises:
+            CancelledError: all commands were ended.
+        """
+        with self.lock:
+            if self.is_ended:
+                raise CancelledError
+            # A session of its own, so that a signal reaches the launcher's children too.
+            options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+            process = subprocess.Popen(command, env=self.environment(), **options)
+            self.processes.add(process)
+        return process
+
     def call(self, command: list[str], run: Run) -> None:
         """Run a command to its end, its words in the run's log.
 
         Raises:
-            CalledProcessError: it failed. Whatever else ends the call, such as Ctrl-C, ends the command too.
+            CalledProcessError: it failed.
         """
         with run.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(command)}\n")
             log.flush()
-            # A session of its own, so that a signal reaches the launcher's children too.
-            options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
-            process = subprocess.Popen(command, env=self.environment(), **options)
-            try:
-                status = process.wait()
-            except BaseException:
-                with suppress(ProcessLookupError):  # it ended at this moment
-                    os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-                raise
+            process = self.start(command, log)
+            status = process.wait()
+        with self.lock:
+            self.processes.discard(process)
         if status != 0:
             raise subprocess.CalledProcessError(status, command)
 
+    def end(self) -> None:
+        """End every command that runs, with its children, and let no other start."""
+        with self.lock:
+            self.is_ended = True
+            for process in self.processes:
+                with suppress(ProcessLookupError):  # it ended at this moment
+                    os.killpg(process.pid, signal.SIGTERM)
+
     def say(self, run: Run, what: str) -> None:
         """A line for a run whose state changed, with the number of runs that are done."""
-        print(f"{run}: {what} ({self.num_done} of {self.num_runs} runs done)", flush=True)
+        print(f"{run}: {what} ({self.num_done} of {self.num_runs} runs done)\n", end="", flush=True)
 
     def finish(self, run: Run) -> None:
-        """Train and evaluate a run where that is not done yet."""
+        """Train, evaluate and audit a run where that is not done yet."""
         if not run.is_trained:
             self.say(run, "training …" if run.checkpoint is None else f"training on from {run.checkpoint.name} …")
-            shutil.rmtree(run.evaluation, ignore_errors=True)  # it belongs to the weights that are replaced now
+            for folder in (run.evaluation, run.audit):  # they belong to the weights that are replaced now
+                shutil.rmtree(folder, ignore_errors=True)
             run.recipe_file.write_text(run.recipe, encoding="utf-8")
             self.call(self.train_command(run), run)
-        self.say(run, "evaluating …")
-        self.call(self.evaluation_command(run), run)
-        self.num_done += 1
+        if not run.is_evaluated:
+            self.say(run, "evaluating …")
+            self.call(self.evaluation_command(run), run)
+        if not run.is_audited:
+            self.say(run, "auditing …")
+            self.call(self.audit_command(run), run)
+        with self.lock:
+            self.num_done += 1
         self.say(run, "done")
 
+    def attempt(self, run: Run) -> int:
+        """Finish a run; the exit status of what failed, or 0."""
+        try:
+            self.finish(run)
+        except subprocess.CalledProcessError as error:
+            if not self.is_ended:
+                self.say(run, f"failed, see {run.log}")
+            return error.returncode
+        return 0
+
     def finish_all(self, runs: list[Run]) -> dict[Run, int]:
-        """Finish every run; those that failed, with their exit status. Ctrl-C ends the run that is going on."""
-        waiting = [run for run in runs if not run.is_evaluated]
+        """Finish every run; those that failed, with their exit status. Ctrl-C ends the runs that are going on."""
+        waiting = [run for run in runs if not run.is_finished]
         self.num_runs, self.num_done = len(runs), len(runs) - len(waiting)
-        failed = {}
-        with terminated_as_interrupted():
-            for run in waiting:
-                try:
-                    self.finish(run)
-                except subprocess.CalledProcessError as error:
-                    failed[run] = error.returncode
-                    self.say(run, f"failed, see {run.log}")
-        return failed
+        with terminated_as_interrupted(), ThreadPoolExecutor(self.jobs) as pool:
+            started = {run: pool.submit(self.attempt, run) for run in waiting}
+            try:
+                return {run: status for run, future in started.items() if (status := future.result()) != 0}
+            except BaseException:
+                self.end()
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def check_finished(failed: dict[Run, int], num_runs: int) -> None:

@@ -25,7 +25,7 @@ class CurriculumCallback(TrainerCallback):
     def __init__(self, collator: CurriculumCollator, *, reset_optimizer: bool = False):
         self.collator, self.reset_optimizer = collator, reset_optimizer
         self.updates_per_epoch: int | None = None
-        self.next_epoch = 0
+        self.next_epoch = self.first_update = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.dataloader_persistent_workers:
@@ -39,6 +39,7 @@ class CurriculumCallback(TrainerCallback):
         if state.is_world_process_zero and not args.smoke_test:  # which always stops early
             self.announce_last_stage(state.num_train_epochs)
         self.check_resumed(state)
+        self.first_update = state.global_step
         self.next_epoch = state.global_step // self.updates_per_epoch
         # A finished run that is resumed has no epoch left to begin.
         self.enter(min(self.next_epoch, state.num_train_epochs - 1))

@@ -9,14 +9,20 @@ At stage s the first s reasoning steps of a row are replaced by c_thought · s l
 A conversation has no steps and no stages: `thoughts_per_turn` latents stand before each of its answers, all of which
 are learnt.
 
-Source: Hao et al. 2024, https://arxiv.org/abs/2412.06769, section 3, and its published configurations.
+Source: Hao et al. 2024, https://arxiv.org/abs/2412.06769, section 3, and its published configurations. `icot`: Deng et
+al. 2024, https://arxiv.org/abs/2405.14838, section 3.
 """
 
+import math
 import random
 from dataclasses import dataclass
 
 from mmcoconut.arguments.choices import MODES, STAGED_MODES, THINKING_MODES
 from mmcoconut.data.targets import RowPlan
+
+
+# λ of the paper: of the rows of `icot`, exp(-λk) lose k steps or more beyond those of the stage.
+REMOVAL_SMOOTHING = 4.0
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,9 @@ class Curriculum:
 
     Args:
         mode: `coconut` and the matched controls `cot` (all steps written), `no_cot` (none), `no_thoughts` (curriculum,
-            no latents), `pause` (latents that feed nothing back).
+            no latents), `markers` (the same behind the markers of thoughts, with nothing between them), `pause`
+            (latents that feed nothing back); `icot` (implicit chain of thought: `no_thoughts` with removal smoothing,
+            and an optimizer that forgets its moments whenever more steps go).
         c_thought: latents for each replaced step.
         max_latent_stage: the last stage that adds latents; one stage later every remaining step goes too.
         epochs_per_stage: length of each stage, or one length a stage, the last one repeating.
@@ -73,6 +81,11 @@ class Curriculum:
         return self.last_stage
 
     @property
+    def resets_optimizer(self) -> bool:
+        """Return True for a mode whose paper resets the optimizer whenever more steps go."""
+        return self.mode == "icot"
+
+    @property
     def epochs_before_last_stage(self) -> int:
         """Epochs that all stages but the last take together."""
         lengths = self.stage_lengths
@@ -98,8 +111,14 @@ class Curriculum:
         return self.plan(stage, None).num_latents
 
     def training_stage(self, stage: int, *, num_steps: int, epoch: int, index: int) -> int:
-        """The stage of a row in an epoch: the run's, or with `uniform_prob` a uniform one; equal in every worker."""
+        """The stage of a row in an epoch, equal in every worker: the run's, or with `uniform_prob` a uniform one.
+
+        A row of `icot` may be some stages further, k or more with a probability of exp(-4 k), so that the next removal
+        is no surprise.
+        """
         draw = random.Random(f"{self.seed} {epoch} {index}")
         if self.mode in STAGED_MODES and draw.random() < self.uniform_prob:
             return draw.randint(0, num_steps)
-        return stage
+        if self.mode != "icot":
+            return stage
+        return min(stage + math.floor(-math.log(1 - draw.random()) / REMOVAL_SMOOTHING), max(stage, self.last_stage))

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import ProcessorMixin
 from transformers.utils import cached_file, has_file
 
-from mmcoconut.arguments.choices import NEW_MODEL, STAGED_MODES, THINKING_MODES
+from mmcoconut.arguments.choices import MARKED_MODES, NEW_MODEL, STAGED_MODES, THINKING_MODES
 from mmcoconut.arguments.conflicts import layout_problems, needs_parts
 from mmcoconut.arguments.recipes import read_recipe, warn_of_idle
 from mmcoconut.configuration_mmcoconut import MMCoconutConfig
@@ -52,13 +52,14 @@ COUNTS = ("c_thought", "max_latent_stage", "thoughts_per_turn")
 class Layout:
     """The settings of a checkpoint, by the keys of a recipe; a key is missing where its files do not say it.
 
-    num_latents: of its prompts. counts_known: whether a recipe beside the weights says how they came about. composed:
-    whether it is a model of parts, not a vision-language model's own class.
+    num_latents: of its prompts. recipe_known: whether there is a recipe beside the weights; counts_known: whether it
+    says how the latents came about. composed: whether it is a model of parts, not a vision-language model's own class.
     """
 
     name: str
     num_latents: int
     values: dict = field(default_factory=dict)
+    recipe_known: bool = False
     counts_known: bool = False
     composed: bool = True
 
@@ -87,6 +88,8 @@ def _mode_of(thought_mode: str, markers: str, num_latents: int, said: str | None
     """Return the mode of a checkpoint, as far as it can be told: from its files, then from its recipe."""
     if thought_mode == "pause":
         return "pause"
+    if said == "markers" and markers != "none" and num_latents == 0:  # as a stage 0 of coconut, but for its recipe
+        return said
     thinks = markers != "none" or num_latents > 0
     if said == "coconut" or (said not in (None, "pause") and not thinks):
         return said
@@ -114,12 +117,13 @@ def read_layout(name: str, *, revision: str | None = None) -> Layout:
     values["use_thumbnail"] = processor.get("use_thumbnail", True) if has_choice else None
     if mode is not None:
         values["mode"] = mode
-    values["markers"] = markers if mode in THINKING_MODES else recipe.get("markers")
+    values["markers"] = markers if mode in MARKED_MODES else recipe.get("markers")
     counts = {key: recipe[key] for key in COUNTS if recipe.get(key) is not None}
     known = len(counts) == len(COUNTS)
     if not known and mode in THINKING_MODES and num_latents:
         counts = {"c_thought": 1, "max_latent_stage": num_latents, "thoughts_per_turn": 0}
-    return Layout(name, num_latents, {**values, **counts}, counts_known=known, composed=composed)
+    known = {"recipe_known": bool(recipe), "counts_known": known}
+    return Layout(name, num_latents, {**values, **counts}, **known, composed=composed)
 
 
 def stages_with(curriculum: Curriculum, num_latents: int) -> list[int]:
@@ -130,16 +134,20 @@ def stages_with(curriculum: Curriculum, num_latents: int) -> list[int]:
 def differences(said: Mapping, layout: Layout) -> Iterator[tuple]:
     """Yield (key, value in the recipe, value in the checkpoint) where they differ; None in a recipe leaves a key open.
 
-    Markers and numbers of thoughts compare only where both think.
+    Markers compare only where both have them, numbers of thoughts where both think. Markers with nothing between them
+    may be a stage 0 of coconut or the mode `markers`, and nothing but a recipe beside the weights tells them apart.
     """
     mode = said.get("mode") or layout.values.get("mode")
     both_think = mode in THINKING_MODES and layout.thinks
+    both_marked = {mode, layout.values.get("mode")} <= {*MARKED_MODES}
+    empty = layout.thinks and not layout.num_latents and not layout.recipe_known
     for key in (*NEW_MODEL, "jacobi_iterations", "image_size", *TILES):
-        skipped = (key == "markers" and not both_think) or (key in COUNTS and not (both_think and layout.counts_known))
+        skipped = (key == "markers" and not both_marked) or (key == "mode" and empty and mode == "markers")
+        skipped |= key in COUNTS and not (both_think and layout.counts_known)
         if said.get(key) is None or skipped or key not in layout.values or said[key] == layout.values[key]:
             continue
         yield key, said[key], layout.values[key]
-    if "mode" not in layout.values and mode in THINKING_MODES:
+    if "mode" not in layout.values and mode in MARKED_MODES:
         yield "mode", mode, "a mode without thoughts"
 
 
@@ -215,8 +223,8 @@ def settle(arguments: tuple, recipe: str) -> tuple:
         said["mode"] = None  # each run has its own, and is settled by itself
     problems = [*own_class, *(_fixed(said, layout) if run_args.do_train else refused(said, layout))]
     if not problems and said["mode"] is None and run_args.compare is None and "mode" not in layout.values:
-        remedy = f"the checkpoint {layout.name} has no thoughts, and nothing says how it was trained"
-        problems = [("mode", None, f"{remedy}: set it to cot, no_cot or no_thoughts, or to a mode with thoughts")]
+        remedy = f"the checkpoint {layout.name} has no thoughts, and nothing says how it was trained: set it to "
+        problems = [("mode", None, f"{remedy}cot, no_cot, no_thoughts or icot, or to a mode with thoughts")]
     settled = _settled(said, layout, objective=curriculum_args.objective)
     if not problems and not run_args.do_train:
         problems = _unreached(settled, layout)

@@ -1,7 +1,9 @@
 """The library's Trainer with a curriculum: batches of the present stage, and evaluation by generating answers."""
 
 import math
+import time
 from collections.abc import Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -110,6 +112,7 @@ class CurriculumTrainer(Trainer):
     uploads: Uploads | None = None  # of the process that uploads, once it has a repository to name
     course: Mapping = {}  # what checkpoints say of how they were trained, see mmcoconut.training.resuming
     aside: Path | None = None  # where a checkpoint is being written
+    seconds_aside: float = 0.0  # of evaluations and checkpoints within training
 
     def __init__(
         self,
@@ -311,10 +314,28 @@ class CurriculumTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As the library's; within training the stage's best model so far is saved."""
-        metrics = super().evaluate(eval_dataset, *args, **kwargs)
-        if self.is_in_train:
-            self.keep_best_of_stage(metrics)
+        with self.aside_of_updates():
+            metrics = super().evaluate(eval_dataset, *args, **kwargs)
+            if self.is_in_train:
+                self.keep_best_of_stage(metrics)
         return metrics
+
+    def seconds_per_update(self, train_seconds: float) -> float | None:
+        """Return what an update took of the seconds of `train`, without evaluations and checkpoints within it.
+
+        None if there was none, as when a finished run is resumed.
+        """
+        updates = self.state.global_step - self.curriculum_callback.first_update
+        return round((train_seconds - self.seconds_aside) / updates, 6) if updates else None
+
+    @contextmanager
+    def aside_of_updates(self):
+        """Count the seconds inside, within training, as none of the updates'."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds_aside += (time.perf_counter() - began) * self.is_in_train
 
     def warmed_up(self, record: dict) -> bool:
         """Return True if the epoch that an evaluation stands at the end of, or within, learnt the answer."""
@@ -360,6 +381,11 @@ class CurriculumTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """Write a checkpoint aside, put it in place once it is whole, and only then upload and rotate."""
+        with self.aside_of_updates():
+            self.write_checkpoint(*args, **kwargs)
+
+    def write_checkpoint(self, *args, **kwargs) -> None:
+        """As `_save_checkpoint`, untimed."""
         self.aside = self.start_aside()
         try:
             super()._save_checkpoint(*args, **kwargs)
