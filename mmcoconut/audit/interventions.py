@@ -1,7 +1,8 @@
 """Interventions on thoughts at inference: the same questions, other thoughts, and what that does to the answers.
 
 A thought is what is read at a latent; an intervention puts another vector in its place and lets the model go on. Later
-thoughts are computed from what was put there, and are replaced in their turn where the intervention says so.
+thoughts are computed from what was put there, and are replaced in their turn where the intervention says so. What the
+answer may see beside the thoughts is the matter of mmcoconut/audit/necessity.py.
 
 Shapes: n rows of the data, B rows of a batch, N thoughts a row, D hidden.
 """
@@ -9,7 +10,7 @@ Shapes: n rows of the data, B rows of a batch, N thoughts a row, D hidden.
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -157,21 +158,24 @@ class Study:
         *,
         donors: Sequence[Mapping] | None = None,
         answerer: Answerer | None = None,
+        around: AbstractContextManager | None = None,
     ) -> Answers:
         """Answer all rows, or their donors; `replace_of` gives the replacement for the indices of a batch.
 
-        Without it the thoughts are not watched. answerer: another than the study's own.
+        Without it the thoughts are not watched. answerer: another than the study's own. around: what the model is
+        asked in, such as `seeing`.
         """
         rows, answerer = donors or self.rows, answerer or self.answerer
         lines, thoughts = [], []
-        for indices in self.batches():
-            batch, seen = [rows[index] for index in indices], []
-            if replace_of is None:
-                lines += answerer.answer(batch)
-                continue
-            with intervening(answerer.model, recording(replace_of(indices), seen)):
-                lines += answerer.answer(batch)
-            thoughts.append(torch.stack(seen, dim=1).cpu())  # (B, N, D)
+        with around or nullcontext():
+            for indices in self.batches():
+                batch, seen = [rows[index] for index in indices], []
+                if replace_of is None:
+                    lines += answerer.answer(batch)
+                    continue
+                with intervening(answerer.model, recording(replace_of(indices), seen)):
+                    lines += answerer.answer(batch)
+                thoughts.append(torch.stack(seen, dim=1).cpu())  # (B, N, D)
         texts, outputs = [line["answer"] for line in lines], [line["output"] for line in lines]
         scores = score(self.metric, outputs, texts, rows=rows)["scores"] if donors is None else None
         return Answers(
@@ -358,13 +362,6 @@ def other_question(study: Study) -> Outcome | str:
         return "other_question was not run: all rows ask the same question"
     donors = [with_question_of(row, study.rows[partner]) for row, partner in zip(study.rows, partners)]
     return swapped(study, "other_question", "the thoughts on another question about this image", donors)
-
-
-def swaps(study: Study) -> tuple[list[Outcome], list[str]]:
-    """Thoughts of other rows: what was run, and why something could not be."""
-    results = [shuffled(study), other_image(study), other_question(study)]
-    outcomes = [result for result in results if isinstance(result, Outcome)]
-    return outcomes, [result for result in results if isinstance(result, str)]
 
 
 def emptied(thoughts: torch.Tensor, seed: int) -> Table:
