@@ -213,6 +213,13 @@ def test_text_only_and_several_images_can_be_audited(checkpoint, tmp_path, image
     assert (folder / "pictures" / "row_0.png").exists() == (images == "several")
 
 
+def test_thoughts_that_are_updated_together_are_audited(tmp_path):
+    model = save_checkpoint(tmp_path / "jacobi", thought_schedule="jacobi", jacobi_iterations=1)
+    record = audit_parts(model, tmp_path / "audit", "verdict,interventions,geometry")
+    assert {"zero", "without_2", "count_4"} <= record["interventions"].keys()
+    assert len(record["geometry"]["norm_mean"]) == 2
+
+
 def test_pause_checkpoint_is_refused(tmp_path):
     model = save_checkpoint(tmp_path / "pause", thought_mode="pause")
     with pytest.raises(ValueError, match="feeds no hidden state back"):

@@ -17,6 +17,7 @@ from mmcoconut.audit.interventions import (
     given,
     images_key,
     intervening,
+    keep,
     knock_outs,
     mean_thought,
     noise_like,
@@ -25,6 +26,8 @@ from mmcoconut.audit.interventions import (
     other_image,
     other_question,
     other_rows,
+    read_last,
+    recording,
     replacements,
     room_for_more,
     shuffled,
@@ -35,6 +38,7 @@ from mmcoconut.audit.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, WOUL
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.passes_mmcoconut import column_lists
+from mmcoconut.schedules_mmcoconut import think_together_uncached
 from mmcoconut.statistics import Estimate, bootstrap_mean
 from mmcoconut.thinking_mmcoconut import Thoughts, think_uncached
 
@@ -83,6 +87,48 @@ def test_intervention_equals_its_definition(text, put):
     untouched = replaced_by_definition(model, inputs, lambda position, thought: thought)
     assert max_difference(logits[real], expected[real]) < 1e-4
     assert max_difference(untouched[real], expected[real]) > 1e-2
+
+
+def replaced_together_by_definition(model, inputs: dict, put) -> torch.Tensor:
+    """As `replaced_by_definition`, where all thoughts are updated together: the thoughts (B, N, D) and the logits."""
+    base, ids, mask = model.model, inputs["input_ids"], inputs["attention_mask"]
+    embeds = base.get_input_embeddings()(ids)
+    features = torch.cat(list(base.get_image_features(inputs["pixel_values"]).pooler_output))
+    read = base.fuse(embeds, features, ids == model.config.image_token_id)
+    latents = ids == model.config.latent_token_id
+    columns = column_lists(latents)[0]
+
+    def feed(states):
+        replaced = states.clone()
+        for j, column in enumerate(columns):
+            replaced[:, column] = put(j, states[:, column])
+        return replaced
+
+    with torch.no_grad():
+        masks = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        options = {"num_iterations": model.config.jacobi_iterations, **masks, **read}
+        embeds = options.pop("inputs_embeds")
+        hidden, embeds = think_together_uncached(base.language_model, embeds, Thoughts(latents, feed), **options)
+        return embeds[:, columns], model.lm_head(hidden)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("put", [zero, zero_at_1, keep], ids=["all", "one", "none"])
+def test_intervention_on_thoughts_that_are_updated_together_equals_its_definition(put, iterations):
+    """A thought is replaced in every update, so that the others are made from what was put there."""
+    model = tiny_model(thought_schedule="jacobi", jacobi_iterations=iterations)
+    inputs, seen = prompts(model), []
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad(), intervening(model, recording(put, seen)):
+        logits = model(**inputs).logits
+    thoughts, expected = replaced_together_by_definition(model, inputs, put)
+    assert max_difference(logits[real], expected[real]) < 1e-4
+    assert len(seen) == NUM_LATENTS * iterations
+    if put is keep:
+        assert max_difference(read_last(seen, NUM_LATENTS), thoughts) < 1e-4
+    else:
+        with torch.no_grad():
+            assert max_difference(model(**inputs).logits[real], expected[real]) > 1e-2
 
 
 def test_nothing_stays_behind_after_an_intervention():

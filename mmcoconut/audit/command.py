@@ -19,7 +19,6 @@ from PIL import Image
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
-from mmcoconut.arguments.fields import compared_modes
 from mmcoconut.arguments.typed import did_you_mean
 from mmcoconut.audit.controls import Control, beside, read_controls
 from mmcoconut.audit.image_grids import maps_of
@@ -100,7 +99,10 @@ class AuditArguments(EvaluationArguments):
 
     @property
     def asked_parts(self) -> list[str]:
-        return list(PARTS) if self.parts is None else compared_modes(self.parts)
+        """The names of the parts, in the order of PARTS as far as they are known, each once."""
+        names = self.parts.split(",") if isinstance(self.parts, str) else self.parts or PARTS
+        asked = dict.fromkeys(name.strip() for name in names)
+        return [part for part in PARTS if part in asked] + [name for name in asked if name not in PARTS]
 
 
 @dataclass

@@ -58,8 +58,8 @@ def evaluations_in(folder: Path, seed: int | None) -> list[Path]:
     found = [file.parent for mode in CONTROL_MODES for file in folder.glob(f"{mode}-{runs}/evaluation/{RECORD_FILE}")]
     if not found:
         raise UsageError(
-            f"controls: {folder} holds no {RECORD_FILE}, and no folder such as {CONTROL_MODES[-1]}-{runs} that does: give "
-            "that of an evaluation, of a run of mode markers or pause, or of a comparison."
+            f"controls: {folder} holds no {RECORD_FILE}, and no folder such as {CONTROL_MODES[-1]}-{runs} that does: "
+            "give that of an evaluation, of a run of mode markers or pause, or of a comparison."
         )
     return sorted(found)
 

@@ -35,23 +35,24 @@ Table = list[tuple[str, str, ReplaceOf]]
 def intervening(model, replace: Replace) -> Iterator[None]:
     """Inside, one call of `generate` or `forward` reads replace(j, thought) as its j-th thought, counted from 0.
 
+    Where thoughts are updated together, `thought_schedule: jacobi`, each is replaced in every update.
+
     Raises:
-        ValueError: a model that feeds nothing back, or all thoughts together.
+        ValueError: a model that feeds nothing back.
     """
     if model.config.thought_mode != "feedback":
         raise ValueError(
             f"thought_mode is {model.config.thought_mode!r}: this checkpoint feeds no hidden state back, so it has no "
             "thoughts to intervene on. Audit a checkpoint that was trained with mode: coconut."
         )
-    if model.config.thought_schedule != "sequential":
-        raise ValueError(
-            f"thought_schedule is {model.config.thought_schedule!r}: interventions take one thought after the other, "
-            "and this checkpoint computes them together. Audit a checkpoint with thought_schedule: sequential."
-        )
     positions = itertools.count()
-    hook = model.base_model.thought_feed.register_forward_hook(
-        lambda _, __, thought: replace(next(positions), thought)
-    )
+
+    def put(_, __, thought: torch.Tensor) -> torch.Tensor:
+        if thought.ndim == 2:
+            return replace(next(positions), thought)
+        return torch.stack([replace(j, one) for j, one in enumerate(thought.unbind(dim=1))], dim=1)  # (B, N, D)
+
+    hook = model.base_model.thought_feed.register_forward_hook(put)
     try:
         yield
     finally:
@@ -175,7 +176,7 @@ class Study:
                     continue
                 with intervening(answerer.model, recording(replace_of(indices), seen)):
                     lines += answerer.answer(batch)
-                thoughts.append(torch.stack(seen, dim=1).cpu())  # (B, N, D)
+                thoughts.append(read_last(seen, answerer.num_latents).cpu())  # (B, N, D)
         texts, outputs = [line["answer"] for line in lines], [line["output"] for line in lines]
         scores = score(self.metric, outputs, texts, rows=rows)["scores"] if donors is None else None
         return Answers(
@@ -230,6 +231,11 @@ def recording(replace: Replace, seen: list[torch.Tensor]) -> Replace:
         return replace(position, thought)
 
     return record
+
+
+def read_last(seen: list[torch.Tensor], num_latents: int) -> torch.Tensor:
+    """The thoughts (B, N, D) of a call among those that were recorded: of several updates the last."""
+    return torch.stack(seen[-num_latents:], dim=1)
 
 
 def noise_like(thought: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

@@ -41,6 +41,13 @@ def feeding_nothing(model) -> AbstractContextManager[None]:
 ONLY_THOUGHTS = ("only_thoughts", "the answer sees only the thoughts")
 
 
+def refusal(what: str, error: ValueError) -> str:
+    """Return what a model said that cannot hide something; raise any other error."""
+    if "answer_sees" not in str(error):
+        raise error
+    return f"{what}: {str(error).rstrip('.')}"
+
+
 def hidden(study: Study, name: str, description: str, *, sees: str) -> Outcome | str:
     """Return the outcome of answers that see only so much, or why the model cannot hide the rest.
 
@@ -51,9 +58,7 @@ def hidden(study: Study, name: str, description: str, *, sees: str) -> Outcome |
     try:
         answers = study.run(around=seeing(study.answerer.model, sees))
     except ValueError as error:
-        if "answer_sees" not in str(error):
-            raise
-        return f"{name} was not run: {str(error).rstrip('.')}"
+        return refusal(f"{name} was not run", error)
     return study.outcome(name, description, answers)
 
 
