@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessorPil, set_seed
 
-from mmcoconut.arguments.choices import MARKED_MODES, REWARDED
+from mmcoconut.arguments.choices import MARKED_MODES, REWARDED, THINKING_MODES
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.arguments.smoke import smoke_arguments
 from mmcoconut.build import (
