@@ -19,7 +19,6 @@ from measuring import fastest, write_results
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train_hf  # noqa: E402
-
 from mmcoconut.arguments.recipes import parse_recipe  # noqa: E402
 from mmcoconut.evaluation.matched_runs import Run, plan_runs  # noqa: E402
 from mmcoconut.objectives.attach import attach  # noqa: E402

@@ -77,7 +77,7 @@ def write_results(rows: list[dict], arguments, /, *, replaces: str | None = None
 
     Args:
         arguments: with `machine` and `gpu`.
-        replaces: a column of whole numbers or names; rows of the file with values that are not among the new ones stay.
+        replaces: a column of whole numbers or names; rows of the file whose value is not among the new ones stay.
     """
     script = Path(sys.argv[0]).stem
     file = RESULTS / f"{script}_{arguments.machine}.csv"
