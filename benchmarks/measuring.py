@@ -77,7 +77,7 @@ def write_results(rows: list[dict], arguments, /, *, replaces: str | None = None
 
     Args:
         arguments: with `machine` and `gpu`.
-        replaces: a column of whole numbers; rows of the file with values that are not among the new ones stay.
+        replaces: a column of whole numbers or names; rows of the file whose value is not among the new ones stay.
     """
     script = Path(sys.argv[0]).stem
     file = RESULTS / f"{script}_{arguments.machine}.csv"
@@ -91,9 +91,9 @@ def write_results(rows: list[dict], arguments, /, *, replaces: str | None = None
     }
     rows = [{**row, **made_with} for row in rows]
     if replaces is not None and file.exists():
-        measured = {row[replaces] for row in rows}
-        rows += [row for row in read_rows(file) if int(row[replaces]) not in measured]
-        rows.sort(key=lambda row: int(row[replaces]))
+        measured = {str(row[replaces]) for row in rows}
+        rows += [row for row in read_rows(file) if row[replaces] not in measured]
+        rows.sort(key=lambda row: (len(str(row[replaces])), str(row[replaces])))  # numbers by their size
     file.parent.mkdir(exist_ok=True)
     with file.open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=[*rows[0]])

@@ -13,11 +13,12 @@ from PIL import Image
 from tiny import tiny_image, tiny_model, tiny_processor
 
 from mmcoconut.audit import command as audit
+from mmcoconut.audit import necessity
 from mmcoconut.audit.report import card_of, probe_line
 from mmcoconut.audit.verdict import CANNOT_TELL
 from mmcoconut.data import load_examples
 from mmcoconut.errors import RecipeError
-from mmcoconut.evaluation import answering
+from mmcoconut.evaluation import answering, evaluate
 
 
 NUM_ROWS = 12
@@ -76,7 +77,8 @@ def test_report_is_one_whole_page_that_needs_no_network(audited):
     for reference in page.references:
         Image.open(io.BytesIO(base64.b64decode(reference.partition(",")[2]))).verify()
     words = " ".join(" ".join(page.words).split())
-    for said in (record["verdict"]["sentence"], *[o["description"] for o in record["interventions"].values()]):
+    findings = [record[part] for part in ("verdict", "necessity", "positions")] + [record["necessity"]["no_image"]]
+    for said in [f["sentence"] for f in findings] + [o["description"] for o in record["interventions"].values()]:
         assert said in words
 
 
@@ -91,10 +93,12 @@ def test_record_holds_every_intervention_and_what_it_was_made_with(audited):
     folder, record = audited
     saved = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
     assert saved == json.loads(json.dumps(record))
-    swaps, emptied = ["shuffled", "other_image", "other_question"], ["zero", "noise", "mean"]
+    asked, less = ["shuffled"], ["only_thoughts", "no_image", "own_embedding"]
+    swaps, emptied = ["other_image", "other_question"], ["zero", "noise", "mean"]
     counts = ["count_0", "count_1", "count_3", "count_4"]
     alone, at_once = ["without_1", "without_2"], ["count_0_at_once", "count_1_at_once"]
-    assert list(saved["interventions"]) == [*swaps, *emptied, *alone, *counts, *at_once]
+    assert list(saved["interventions"]) == [*asked, *less, *swaps, *emptied, *alone, *counts, *at_once]
+    assert saved["parts"] == list(audit.PARTS) and saved["not_run"] == []
     assert (saved["n"], saved["num_latents"], saved["metric"]) == (NUM_ROWS, 2, "exact_match")
     assert {"commit", "machine", "versions", "command", "date", "dtype", "seed"} <= saved.keys()
     assert len(saved["geometry"]["norm_mean"]) == 2
@@ -116,12 +120,23 @@ def test_random_weights_are_not_said_to_depend_on_their_thoughts(audited):
     assert record["verdict"]["label"] == CANNOT_TELL
 
 
+def test_random_weights_are_not_said_to_carry_anything_in_their_thoughts(audited):
+    _, record = audited
+    findings = (record["necessity"], record["necessity"]["no_image"], record["positions"])
+    assert [finding["label"] for finding in findings] == [CANNOT_TELL] * 3
+    for finding, name in zip(findings, ("only_thoughts", "no_image", "own_embedding")):
+        outcome = record["interventions"][name]
+        assert (finding["accuracy"], finding["difference"]) == (outcome["accuracy"], outcome["difference"])
+    assert record["positions"]["controls"] == []
+
+
 def test_card_section_states_verdict_and_figures(audited):
     folder, record = audited
     card = (folder / "card.md").read_text(encoding="utf-8")
     assert card == card_of(record)
     assert record["verdict"]["sentence"] in card
-    assert card.count("\n| ") == 8  # head, untouched, three swaps, three replacements
+    assert record["necessity"]["sentence"] in card and record["positions"]["sentence"] in card
+    assert card.count("\n| ") == 11  # head, untouched, three swaps, two that see less, positions, three replacements
     assert "`exact_match` on 12 rows of `arrow_mazes` (test)" in card
 
 
@@ -198,6 +213,13 @@ def test_text_only_and_several_images_can_be_audited(checkpoint, tmp_path, image
     assert (folder / "pictures" / "row_0.png").exists() == (images == "several")
 
 
+def test_thoughts_that_are_updated_together_are_audited(tmp_path):
+    model = save_checkpoint(tmp_path / "jacobi", thought_schedule="jacobi", jacobi_iterations=1)
+    record = audit_parts(model, tmp_path / "audit", "verdict,interventions,geometry")
+    assert {"zero", "without_2", "count_4"} <= record["interventions"].keys()
+    assert len(record["geometry"]["norm_mean"]) == 2
+
+
 def test_pause_checkpoint_is_refused(tmp_path):
     model = save_checkpoint(tmp_path / "pause", thought_mode="pause")
     with pytest.raises(ValueError, match="feeds no hidden state back"):
@@ -211,8 +233,80 @@ def test_pause_checkpoint_is_refused(tmp_path):
         (["--max_samples", "1"], "1 rows"),
         (["--score_by", "likelihood"], "reads what is written"),
         (["--margins", "0.1"], "did you mean `margin`"),
+        (["--parts", "verdict,neccessity"], "parts = 'neccessity'.*did you mean `necessity`"),
+        (["--parts", "verdict", "--controls", "there"], "leaves out positions"),
+        (["--controls", "there"], "there holds no evaluation.json"),
     ],
 )
 def test_what_could_not_be_judged_is_refused(checkpoint, tmp_path, words, message):
     with pytest.raises((ValueError, RecipeError), match=message):
         audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(tmp_path / "audit"), *words])
+
+
+def audit_parts(checkpoint: str, folder, parts: str) -> dict:
+    return audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(folder), "--parts", parts])
+
+
+def test_parts_are_all_that_is_asked_and_written(audited, checkpoint, tmp_path, monkeypatch):
+    """And the figures are those of a whole audit."""
+    monkeypatch.setattr(answering, "parse_answer", str.strip)
+    record, whole = audit_parts(checkpoint, tmp_path, "verdict,necessity,probe"), audited[1]
+    assert {path.name for path in tmp_path.iterdir()} == {"audit.json", "answers.jsonl", "card.md"}
+    assert list(record["interventions"]) == ["shuffled", "only_thoughts", "no_image"]
+    assert record["parts"] == ["verdict", "necessity", "probe"]
+    assert not record.keys() & {"positions", "geometry"}
+    for key in ("accuracy", "necessity", "probe"):
+        assert record[key] == whole[key]
+    assert record["verdict"]["sentence"] == whole["verdict"]["sentence"]
+    assert record["necessity"]["sentence"] in (tmp_path / "card.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("parts", ["geometry,report", "report"])
+def test_a_report_of_few_parts_is_whole(checkpoint, tmp_path, parts):
+    audit_parts(checkpoint, tmp_path, parts)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert Page(text).open == []
+    assert ("<h2>Geometry" in text) == ("geometry" in parts) and "<h2>Interventions" not in text
+    assert "Do the thoughts carry" not in text and "thought by thought" in text
+
+
+def refusing(message: str):
+    """A stand-in for `seeing` in a model that cannot hide, or that fails otherwise."""
+
+    def seeing(model, sees):
+        raise ValueError(message)
+
+    return seeing
+
+
+def test_a_model_that_cannot_hide_says_why(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(necessity, "seeing", refusing("answer_sees='x' needs keys: this model has recurrent layers."))
+    record = audit_parts(checkpoint, tmp_path, "necessity,report")
+    refusals = [
+        f"{name} was not run: answer_sees='x' needs keys: this model has recurrent layers"
+        for name in ("only_thoughts", "no_image")
+    ]
+    assert record["not_run"] == refusals and record["interventions"] == {}
+    assert record["necessity"]["label"] == CANNOT_TELL and record["necessity"]["accuracy"] is None
+    text = (tmp_path / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    assert text.count(refusals[0]) == 2 and text.count(refusals[1]) == 2  # the finding, and the list
+
+
+def test_other_errors_are_not_taken_for_a_refusal(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(necessity, "seeing", refusing("sizes do not fit"))
+    with pytest.raises(ValueError, match="sizes do not fit"):
+        audit_parts(checkpoint, tmp_path, "necessity")
+
+
+def test_controls_stand_beside_the_checkpoint(audited, checkpoint, tmp_path):
+    """The evaluation of the same checkpoint, said to be a control's, differs from it in nothing."""
+    control = tmp_path / "pause-seed1"
+    evaluate.main(["--model", checkpoint, *DATA, "--max_new_tokens", "3", "--output_dir", str(control)])
+    record = json.loads((control / "evaluation.json").read_text())
+    record["trained_with"] = {"mode": "pause", "seed": 1, "train_steps": 10}
+    (control / "evaluation.json").write_text(json.dumps(record))
+    options = ["--model", checkpoint, *OPTIONS, "--parts", "positions,report", "--controls", str(control)]
+    positions = audit.main([*options, "--output_dir", str(tmp_path / "audit")])["positions"]
+    assert [(c["mode"], c["seed"], c["difference"]["mean"]) for c in positions["controls"]] == [("pause", 1, 0)]
+    text = (tmp_path / "audit" / "report.html").read_text(encoding="utf-8")
+    assert "<td>pause, seed 1</td>" in text and "a run of mode pause, seed 1, has 0.0 %" in text

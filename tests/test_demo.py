@@ -18,9 +18,11 @@ from hub import Hub
 from tiny import max_difference, tiny_image, tiny_model, tiny_processor, tiny_seq2seq
 
 from mmcoconut.audit.interventions import given, intervening, zero
+from mmcoconut.audit.necessity import seeing
 from mmcoconut.audit.thoughts import lens_text, load_extra, read_thoughts
 from mmcoconut.data import load_examples
 from mmcoconut.data.arrow_mazes import png_bytes
+from mmcoconut.demo import one_question
 from mmcoconut.demo.one_question import Asker, answer_with, read_examples, row_of, think, write_examples
 from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation import answering, asking
@@ -130,10 +132,22 @@ def test_interventions_are_what_they_say(asker, examples):
     mean = given(thoughts.mean(dim=0, keepdim=True))
     assert variants["mean"].output == answer_with(asked.answerer, examples[0], mean)["output"]
     assert variants["count_1"].output == asker.ask(examples[0], 1).output
+    with seeing(asker.model, "thoughts"):
+        assert variants["only_thoughts"].output == asked.answerer.answer([examples[0]])[0]["output"]
     assert all(v.changed == ((v.answer or v.output.strip()) != asked.said) for v in variants.values())
     assert sum(variant.changed for variant in variants.values()) > 3
     names = {f"count_{count}" for count in (0, 1, 2, 4, 5, 6)} | {f"count_{count}_at_once" for count in range(3)}
-    assert names | {f"without_{j}" for j in (1, 2, 3)} | {"zero", "noise", "mean"} <= variants.keys()
+    assert names | {f"without_{j}" for j in (1, 2, 3)} | {"zero", "noise", "mean", "only_thoughts"} <= variants.keys()
+
+
+def test_a_model_that_cannot_hide_the_question_says_so(asker, examples, monkeypatch):
+    def refuse(model, sees):
+        raise ValueError(f"answer_sees={sees!r} needs keys.")
+
+    monkeypatch.setattr(one_question, "seeing", refuse)
+    variants = asker.intervene(asker.ask(examples[0], NUM_LATENTS))
+    assert "only_thoughts" not in by_name(variants)
+    assert "the answer sees only the thoughts: answer_sees='thoughts' needs keys" in variants.not_run
 
 
 def test_thoughts_of_an_example_come_from_one_with_another_answer(asker, examples):
@@ -159,7 +173,7 @@ def test_nothing_stays_behind_in_the_model(asker, examples):
 def test_without_examples_there_are_no_thoughts_of_others_and_no_mean(asker, examples):
     alone = asker_of(asker.model)
     variants = alone.intervene(alone.ask(row_of("Which?", None), NUM_LATENTS))
-    assert [variant.name for variant in variants.replaced] == ["zero", "noise"]
+    assert [variant.name for variant in variants.replaced] == ["zero", "noise", "only_thoughts"]
     assert variants.one_replaced == [] and len(variants.not_run) == 3
 
 
@@ -212,15 +226,16 @@ def test_without_thoughts_the_answer_stands_and_the_panels_say_why_they_are_empt
     assert "set their number to 1 or more" in thoughts and "set their number to 1 or more" in others
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [({"thought_mode": "pause"}, "feeds no hidden state back"), ({"thought_schedule": "jacobi"}, "one thought after")],
-)
-def test_checkpoints_whose_thoughts_cannot_be_replaced_say_so(config, message):
-    extra = {"jacobi_iterations": 1} if "thought_schedule" in config else {}
-    answer, thoughts, others = said(asker_of(tiny_model(**config, **extra)), None, "Which?")
+def test_a_checkpoint_whose_thoughts_cannot_be_replaced_says_so():
+    answer, thoughts, others = said(asker_of(tiny_model(thought_mode="pause")), None, "Which?")
     assert 'id="mmc-thoughts">3<' in answer and "thought 3" in thoughts
-    assert message in others and "Traceback" not in others
+    assert "feeds no hidden state back" in others and "Traceback" not in others
+
+
+def test_thoughts_that_are_updated_together_can_be_replaced():
+    model = tiny_model(thought_schedule="jacobi", jacobi_iterations=2)
+    answer, thoughts, others = said(asker_of(model), None, "Which?")
+    assert 'id="mmc-thoughts">3<' in answer and "thought 3" in thoughts and 'data-name="zero"' in others
 
 
 @pytest.mark.parametrize("content", [b"no picture", b""], ids=["text", "empty"])

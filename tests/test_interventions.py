@@ -17,21 +17,28 @@ from mmcoconut.audit.interventions import (
     given,
     images_key,
     intervening,
+    keep,
     knock_outs,
     mean_thought,
     noise_like,
     only_at,
     other_counts,
+    other_image,
+    other_question,
     other_rows,
+    read_last,
+    recording,
     replacements,
     room_for_more,
-    swaps,
+    shuffled,
     zero,
 )
-from mmcoconut.audit.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, verdict_of
+from mmcoconut.audit.necessity import feeding_nothing, own_embedding
+from mmcoconut.audit.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, WOULD_DO, positions_of, verdict_of
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.passes_mmcoconut import column_lists
+from mmcoconut.schedules_mmcoconut import think_together_uncached
 from mmcoconut.statistics import Estimate, bootstrap_mean
 from mmcoconut.thinking_mmcoconut import Thoughts, think_uncached
 
@@ -82,6 +89,48 @@ def test_intervention_equals_its_definition(text, put):
     assert max_difference(untouched[real], expected[real]) > 1e-2
 
 
+def replaced_together_by_definition(model, inputs: dict, put) -> torch.Tensor:
+    """As `replaced_by_definition`, where all thoughts are updated together: the thoughts (B, N, D) and the logits."""
+    base, ids, mask = model.model, inputs["input_ids"], inputs["attention_mask"]
+    embeds = base.get_input_embeddings()(ids)
+    features = torch.cat(list(base.get_image_features(inputs["pixel_values"]).pooler_output))
+    read = base.fuse(embeds, features, ids == model.config.image_token_id)
+    latents = ids == model.config.latent_token_id
+    columns = column_lists(latents)[0]
+
+    def feed(states):
+        replaced = states.clone()
+        for j, column in enumerate(columns):
+            replaced[:, column] = put(j, states[:, column])
+        return replaced
+
+    with torch.no_grad():
+        masks = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+        options = {"num_iterations": model.config.jacobi_iterations, **masks, **read}
+        embeds = options.pop("inputs_embeds")
+        hidden, embeds = think_together_uncached(base.language_model, embeds, Thoughts(latents, feed), **options)
+        return embeds[:, columns], model.lm_head(hidden)
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+@pytest.mark.parametrize("put", [zero, zero_at_1, keep], ids=["all", "one", "none"])
+def test_intervention_on_thoughts_that_are_updated_together_equals_its_definition(put, iterations):
+    """A thought is replaced in every update, so that the others are made from what was put there."""
+    model = tiny_model(thought_schedule="jacobi", jacobi_iterations=iterations)
+    inputs, seen = prompts(model), []
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad(), intervening(model, recording(put, seen)):
+        logits = model(**inputs).logits
+    thoughts, expected = replaced_together_by_definition(model, inputs, put)
+    assert max_difference(logits[real], expected[real]) < 1e-4
+    assert len(seen) == NUM_LATENTS * iterations
+    if put is keep:
+        assert max_difference(read_last(seen, NUM_LATENTS), thoughts) < 1e-4
+    else:
+        with torch.no_grad():
+            assert max_difference(model(**inputs).logits[real], expected[real]) > 1e-2
+
+
 def test_nothing_stays_behind_after_an_intervention():
     model = tiny_model()
     inputs = prompts(model)
@@ -97,6 +146,22 @@ def test_checkpoint_without_feedback_is_refused():
     model = tiny_model(thought_mode="pause")
     with pytest.raises(ValueError, match="'pause'.*mode: coconut"), intervening(model, zero):
         pass
+
+
+@pytest.mark.parametrize("text", DECODERS)
+def test_feeding_nothing_equals_its_definition(text):
+    """The latents read the embedding of their token, at the positions and in the columns of thoughts."""
+    model = tiny_model(text)
+    inputs, before = prompts(model), copy(model.config.to_dict())
+    real = inputs["attention_mask"].bool()
+    own = model.get_input_embeddings()(inputs["input_ids"].new_tensor([model.config.latent_token_id]))  # (1, D)
+    with torch.no_grad(), feeding_nothing(model):
+        logits = model(**inputs).logits
+    expected = replaced_by_definition(model, inputs, lambda position, thought: own.to(thought).expand_as(thought))
+    assert max_difference(logits[real], expected[real]) < 1e-4
+    assert model.config.to_dict() == before
+    with torch.no_grad():
+        assert max_difference(model(**inputs).logits[real], logits[real]) > 1e-2
 
 
 def test_noise_has_the_norm_of_the_thought_and_another_direction():
@@ -182,6 +247,13 @@ def deaf(monkeypatch) -> Study:
     return study_of(tiny_model(thought_norm="embedding"), num_rows=120)
 
 
+def swaps(study: Study) -> tuple[list, list[str]]:
+    """The thoughts of other rows: what was run, and why something was not."""
+    results = [shuffled(study), other_image(study), other_question(study)]
+    reasons = [result for result in results if isinstance(result, str)]
+    return [result for result in results if result not in reasons], reasons
+
+
 def outcomes_of(study: Study) -> dict:
     swapped, reasons = swaps(study)
     assert reasons == []
@@ -205,6 +277,19 @@ def test_model_that_does_not_read_its_thoughts_is_found_not_to_depend_on_them(de
     assert verdict.sentence.startswith("The answer does not depend on the thoughts")
     for outcome in outcomes.values():
         assert (outcome.difference.mean, outcome.changed.mean) == (0, 0), outcome.name
+
+
+def test_positions_do_for_a_model_that_does_not_read_its_thoughts(deaf):
+    outcome = own_embedding(deaf)
+    assert (outcome.difference.mean, outcome.changed.mean) == (0, 0)
+    assert positions_of(deaf, {outcome.name: outcome}).label == WOULD_DO
+
+
+def test_positions_alone_break_a_model_that_reads_its_thoughts(thinking):
+    outcome = own_embedding(thinking)
+    assert outcome.difference.high < 0 and outcome.changed.low > MARGIN
+    found = positions_of(thinking, {outcome.name: outcome})
+    assert found.label == CANNOT_TELL and "`--controls`" in found.notes[0]
 
 
 def test_too_few_rows_cannot_tell(deaf):

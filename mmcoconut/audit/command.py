@@ -1,8 +1,8 @@
 """Do the thoughts matter, and what do they hold? `python -m mmcoconut.audit --model … --dataset … [--split …]`.
 
-Answers the same questions again with other thoughts (mmcoconut/audit/interventions.py), reads the thoughts themselves
-(mmcoconut/audit/thoughts.py), and writes audit.json, answers.jsonl, report.html, card.md and pictures/ into
-`--output_dir`.
+Answers the same questions again with other thoughts (mmcoconut/audit/interventions.py) and with nothing but the
+thoughts (mmcoconut/audit/necessity.py), reads the thoughts themselves (mmcoconut/audit/thoughts.py), and writes
+audit.json, answers.jsonl, report.html, card.md and pictures/ into `--output_dir`.
 
 Shapes: n rows, N thoughts a row, D hidden.
 """
@@ -11,7 +11,7 @@ import logging
 import random
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,18 +19,21 @@ from PIL import Image
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
+from mmcoconut.arguments.typed import did_you_mean
+from mmcoconut.audit.controls import Control, beside, read_controls
 from mmcoconut.audit.image_grids import maps_of
 from mmcoconut.audit.interventions import (
-    SWAPS,
     Outcome,
     Study,
     images_key,
     knock_outs,
     other_counts,
+    other_image,
+    other_question,
     replacements,
     shuffled,
-    swaps,
 )
+from mmcoconut.audit.necessity import no_image, only_thoughts, own_embedding
 from mmcoconut.audit.report import card_of, interventions_figure, report_of
 from mmcoconut.audit.thought_pictures import geometry_figure, probe_figure, side_by_side
 from mmcoconut.audit.thoughts import (
@@ -42,7 +45,7 @@ from mmcoconut.audit.thoughts import (
     probe_targets,
     read_thoughts,
 )
-from mmcoconut.audit.verdict import MARGIN, verdict_of
+from mmcoconut.audit.verdict import MARGIN, image_finding, necessity_of, positions_of, verdict_of
 from mmcoconut.data import question_text
 from mmcoconut.data.scoring import default_metric
 from mmcoconut.errors import RecipeError
@@ -68,6 +71,15 @@ ANSWERS_FILE = "answers.jsonl"
 REPORT_FILE = "report.html"
 CARD_FILE = "card.md"
 PICTURES = "pictures"
+# What is asked, by the part of the audit that asks it; each gives an outcome, several of them, or why there is none.
+INTERVENTIONS: dict[str, tuple[Callable[[Study], Outcome | list[Outcome] | str], ...]] = {
+    "verdict": (shuffled,),
+    "necessity": (only_thoughts, no_image),
+    "positions": (own_embedding,),
+    "interventions": (other_image, other_question, replacements, knock_outs, other_counts),
+}
+# Each can be left out; `report` is the page with its pictures and with rows whose thoughts are read one by one.
+PARTS = (*INTERVENTIONS, "geometry", "probe", "report")
 OWN_NAMES = {RECORD_FILE, ANSWERS_FILE, REPORT_FILE, CARD_FILE, PICTURES}
 
 
@@ -79,10 +91,18 @@ class AuditArguments(EvaluationArguments):
     output_dir: str | None = HfArg(default=None, help="Default: outputs/audit/<model>-<dataset>-<split>.")
     overwrite: bool = HfArg(default=False, help="Delete an earlier audit in output_dir.")
     stop_threshold: float = HfArg(default=1.0, help="Leave it: all thoughts of a stop head's checkpoint are audited.")
+    parts: str | list[str] | None = HfArg(default=None, help=f"Only these of {','.join(PARTS)}; default: all.")
+    controls: list[str] | None = HfArg(default=None, help="Folders of matched runs of mode markers and pause.")
     margin: float = HfArg(default=MARGIN, help="A smaller difference in accuracy is taken for none.")
-    brief: bool = HfArg(default=False, help="Only what the verdict rests on: `shuffled`, `mean`, `zero` and `noise`.")
     num_shown: int = HfArg(default=4, help="Rows whose thoughts are drawn and decoded one by one.")
     top_k: int = HfArg(default=5, help="Tokens that are listed for each thought and layer.")
+
+    @property
+    def asked_parts(self) -> list[str]:
+        """The names of the parts, in the order of PARTS as far as they are known, each once."""
+        names = self.parts.split(",") if isinstance(self.parts, str) else self.parts or PARTS
+        asked = dict.fromkeys(name.strip() for name in names)
+        return [part for part in PARTS if part in asked] + [name for name in asked if name not in PARTS]
 
 
 @dataclass
@@ -172,34 +192,60 @@ def probe(study: Study) -> dict:
     return linear_probe(study.untouched.thoughts, targets, names=names, groups=groups, seed=study.seed)
 
 
-def intervene(study: Study, *, brief: bool = False) -> tuple[dict[str, Outcome], list[str]]:
-    """Every intervention by name, or those that the verdict rests on, and why some were not run."""
-    outcomes = []
-    for what in (replacements,) if brief else (replacements, knock_outs, other_counts):
-        logger.info("interventions: %s", what.__name__.replace("_", " "))
-        outcomes += what(study)
-    logger.info("interventions: thoughts of other rows")
-    swapped, reasons = swaps(study, (shuffled,) if brief else SWAPS)
-    return {outcome.name: outcome for outcome in [*swapped, *outcomes]}, reasons
+def intervene(study: Study, parts: Collection[str] = PARTS) -> tuple[dict[str, Outcome], list[str]]:
+    """Every intervention of these parts by name, and why some were not run."""
+    outcomes, reasons = [], []
+    for ask in (ask for part, asks in INTERVENTIONS.items() if part in parts for ask in asks):
+        logger.info("interventions: %s", ask.__name__.replace("_", " "))
+        result = ask(study)
+        if isinstance(result, str):
+            reasons.append(result)
+        else:
+            outcomes += result if isinstance(result, list) else [result]
+    return {outcome.name: outcome for outcome in outcomes}, reasons
 
 
-def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_run: list[str]) -> dict:
-    """audit.json, all but what the thoughts hold."""
+def findings(
+    study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_run: list[str], controls: Sequence[Control]
+) -> dict:
+    """What audit.json says of the parts that were asked, each by its name."""
+    embeddings, margin = study.answerer.model.get_input_embeddings(), arguments.margin
+
+    def necessity() -> dict:
+        found = necessity_of(study, outcomes, not_run, margin=margin)
+        return {**asdict(found), "no_image": asdict(image_finding(study, outcomes, not_run, margin=margin))}
+
+    def positions() -> dict:
+        compared = list(beside(controls, study.untouched.scores, seed=study.seed))
+        return asdict(positions_of(study, outcomes, compared, margin=margin))
+
+    makers = {
+        "verdict": lambda: asdict(verdict_of(study, outcomes, margin=margin)),
+        "necessity": necessity,
+        "positions": positions,
+        "geometry": lambda: geometry(
+            study.untouched.thoughts, embeddings.weight * getattr(embeddings, "embed_scale", 1.0)
+        ),
+        "probe": lambda: probe(study),
+    }
+    return {part: make() for part, make in makers.items() if part in arguments.asked_parts}
+
+
+def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, **found) -> dict:
+    """audit.json; `found` as in `findings`."""
     model, untouched = study.answerer.model, study.untouched
-    embeddings = model.get_input_embeddings()
     return {
         **{key: getattr(arguments, key) for key in ("model", "revision", "dataset", "dataset_options", "split")},
         "metric": study.metric,
         "n": len(study.rows),
         "num_latents": study.answerer.num_latents,
+        "parts": arguments.asked_parts,
         "accuracy": bootstrap_mean(untouched.scores, seed=study.seed).asdict(),
         "generated_tokens": untouched.generated_tokens,
-        "verdict": asdict(verdict_of(study, outcomes, margin=arguments.margin)),
         "margin": arguments.margin,
+        **findings(study, outcomes, arguments=arguments, **found),
         "interventions": {name: outcome.asdict() for name, outcome in outcomes.items()},
-        "not_run": not_run,
-        "geometry": geometry(untouched.thoughts, embeddings.weight * getattr(embeddings, "embed_scale", 1.0)),
-        "probe": probe(study),
+        "not_run": found["not_run"],
         "seed": study.seed,
         "batch_size": study.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -210,11 +256,12 @@ def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_r
 
 def pictures_of(record: dict, outcomes: Mapping[str, Outcome], shown: Sequence[Shown]) -> dict[str, Image.Image]:
     """Every picture of the report by its name."""
-    pictures = {
-        "interventions": interventions_figure(outcomes, record["accuracy"], num_rows=record["n"]),
-        "geometry": geometry_figure(record["geometry"]),
-    }
-    if any(reason is None for reason in record["probe"]["reasons"]):
+    pictures = {}
+    if outcomes:
+        pictures["interventions"] = interventions_figure(outcomes, record["accuracy"], num_rows=record["n"])
+    if "geometry" in record:
+        pictures["geometry"] = geometry_figure(record["geometry"])
+    if "probe" in record and any(reason is None for reason in record["probe"]["reasons"]):
         pictures["probe"] = probe_figure(record["probe"])
     strips = {f"row_{index}": row.strip for index, row in enumerate(shown) if row.strip is not None}
     return {**pictures, **strips}
@@ -235,28 +282,48 @@ def answer_lines(study: Study, outcomes: Mapping[str, Outcome]) -> list[dict]:
 
 
 def write(folder: Path, record: dict, *, pictures: Mapping[str, Image.Image], lines: list[dict], shown: list[Shown]):
-    """All files of the audit in the place of an earlier one's."""
+    """All files of the audit in the place of an earlier one's; page and pictures where the report was asked for."""
     clear(folder)
-    (folder / PICTURES).mkdir(parents=True)
-    for name, picture in pictures.items():
-        picture.save(folder / PICTURES / f"{name}.png")
+    folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / ANSWERS_FILE, lines)
-    (folder / REPORT_FILE).write_text(report_of(record, pictures, shown), encoding="utf-8")
+    if "report" in record["parts"]:
+        (folder / PICTURES).mkdir()
+        for name, picture in pictures.items():
+            picture.save(folder / PICTURES / f"{name}.png")
+        (folder / REPORT_FILE).write_text(report_of(record, pictures, shown), encoding="utf-8")
     (folder / CARD_FILE).write_text(card_of(record), encoding="utf-8")
     write_json(folder / RECORD_FILE, record)
 
 
 def check_start(arguments, state) -> None:
     """What would stop the audit in the end stops it now."""
+    parts = arguments.asked_parts
+    problems = [
+        ("parts", part, f"choose from {', '.join(PARTS)}{did_you_mean(part, PARTS)}")
+        for part in parts
+        if part not in PARTS
+    ]
     if arguments.score_by != "generation":
-        raise RecipeError("command line", [("score_by", arguments.score_by, "an audit reads what is written")])
+        problems.append(("score_by", arguments.score_by, "an audit reads what is written"))
     if arguments.stop_threshold != 1:
         remedy = "interventions replace all thoughts, so none is left out: remove this key"
-        raise RecipeError("command line", [("stop_threshold", arguments.stop_threshold, remedy)])
+        problems.append(("stop_threshold", arguments.stop_threshold, remedy))
+    if arguments.controls and "positions" not in parts:
+        problems.append(("controls", arguments.controls, "`parts` leaves out positions, which they belong to: add it"))
+    if problems:
+        raise RecipeError("command line", problems)
     if state.num_processes > 1:
         raise ValueError(f"An audit runs in one process, not in {state.num_processes}: start it without a launcher.")
-    for name in ("matplotlib", "sklearn"):
-        load_extra(name)
+    for part, name in (("report", "matplotlib"), ("probe", "sklearn")):
+        if part in parts:
+            load_extra(name)
+
+
+def controls_of(arguments, rows, metric: str) -> list[Control]:
+    """The matched controls that the command names, read before anything is answered."""
+    names = ("dataset", "dataset_options", "split", "score_by")
+    asked = {**{name: getattr(arguments, name) for name in names}, "metric": metric}
+    return read_controls(arguments.controls or (), rows, asked, trained_with(arguments.model))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -277,13 +344,15 @@ def main(argv: list[str] | None = None) -> dict:
     answerer = Answerer(model, processor, stop_threshold=None, **counts)
     rows = fit_to(answerer, rows, arguments)
     metric = arguments.metric or default_metric(arguments.dataset, rows[0])
+    controls = controls_of(arguments, rows, metric)
     logger.info("answering %d rows untouched", len(rows))
     study = Study(answerer, rows, metric=metric, batch_size=arguments.batch_size, seed=arguments.seed)
-    shown = show(study, arguments.num_shown, arguments.top_k)
-    outcomes, not_run = intervene(study, brief=arguments.brief)
-    record = record_of(study, outcomes, arguments=arguments, not_run=not_run)
-    pictures = pictures_of(record, outcomes, shown)
+    reports = "report" in arguments.asked_parts
+    shown = show(study, arguments.num_shown, arguments.top_k) if reports else []
+    outcomes, not_run = intervene(study, arguments.asked_parts)
+    record = record_of(study, outcomes, arguments=arguments, not_run=not_run, controls=controls)
+    pictures = pictures_of(record, outcomes, shown) if reports else {}
     write(folder, record, pictures=pictures, lines=answer_lines(study, outcomes), shown=shown)
     print(card_of(record))
-    print(f"written to {folder}: open {folder / REPORT_FILE}")
+    print(f"written to {folder}: open {folder / (REPORT_FILE if reports else RECORD_FILE)}")
     return record

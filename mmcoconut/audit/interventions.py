@@ -1,7 +1,8 @@
 """Interventions on thoughts at inference: the same questions, other thoughts, and what that does to the answers.
 
 A thought is what is read at a latent; an intervention puts another vector in its place and lets the model go on. Later
-thoughts are computed from what was put there, and are replaced in their turn where the intervention says so.
+thoughts are computed from what was put there, and are replaced in their turn where the intervention says so. What the
+answer may see beside the thoughts is the matter of mmcoconut/audit/necessity.py.
 
 Shapes: n rows of the data, B rows of a batch, N thoughts a row, D hidden.
 """
@@ -9,7 +10,7 @@ Shapes: n rows of the data, B rows of a batch, N thoughts a row, D hidden.
 import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -34,23 +35,24 @@ Table = list[tuple[str, str, ReplaceOf]]
 def intervening(model, replace: Replace) -> Iterator[None]:
     """Inside, one call of `generate` or `forward` reads replace(j, thought) as its j-th thought, counted from 0.
 
+    Where thoughts are updated together, `thought_schedule: jacobi`, each is replaced in every update.
+
     Raises:
-        ValueError: a model that feeds nothing back, or all thoughts together.
+        ValueError: a model that feeds nothing back.
     """
     if model.config.thought_mode != "feedback":
         raise ValueError(
             f"thought_mode is {model.config.thought_mode!r}: this checkpoint feeds no hidden state back, so it has no "
             "thoughts to intervene on. Audit a checkpoint that was trained with mode: coconut."
         )
-    if model.config.thought_schedule != "sequential":
-        raise ValueError(
-            f"thought_schedule is {model.config.thought_schedule!r}: interventions take one thought after the other, "
-            "and this checkpoint computes them together. Audit a checkpoint with thought_schedule: sequential."
-        )
     positions = itertools.count()
-    hook = model.base_model.thought_feed.register_forward_hook(
-        lambda _, __, thought: replace(next(positions), thought)
-    )
+
+    def put(_, __, thought: torch.Tensor) -> torch.Tensor:
+        if thought.ndim == 2:
+            return replace(next(positions), thought)
+        return torch.stack([replace(j, one) for j, one in enumerate(thought.unbind(dim=1))], dim=1)  # (B, N, D)
+
+    hook = model.base_model.thought_feed.register_forward_hook(put)
     try:
         yield
     finally:
@@ -157,21 +159,24 @@ class Study:
         *,
         donors: Sequence[Mapping] | None = None,
         answerer: Answerer | None = None,
+        around: AbstractContextManager | None = None,
     ) -> Answers:
         """Answer all rows, or their donors; `replace_of` gives the replacement for the indices of a batch.
 
-        Without it the thoughts are not watched. answerer: another than the study's own.
+        Without it the thoughts are not watched. answerer: another than the study's own. around: what the model is
+        asked in, such as `seeing`.
         """
         rows, answerer = donors or self.rows, answerer or self.answerer
         lines, thoughts = [], []
-        for indices in self.batches():
-            batch, seen = [rows[index] for index in indices], []
-            if replace_of is None:
-                lines += answerer.answer(batch)
-                continue
-            with intervening(answerer.model, recording(replace_of(indices), seen)):
-                lines += answerer.answer(batch)
-            thoughts.append(torch.stack(seen, dim=1).cpu())  # (B, N, D)
+        with around or nullcontext():
+            for indices in self.batches():
+                batch, seen = [rows[index] for index in indices], []
+                if replace_of is None:
+                    lines += answerer.answer(batch)
+                    continue
+                with intervening(answerer.model, recording(replace_of(indices), seen)):
+                    lines += answerer.answer(batch)
+                thoughts.append(read_last(seen, answerer.num_latents).cpu())  # (B, N, D)
         texts, outputs = [line["answer"] for line in lines], [line["output"] for line in lines]
         scores = score(self.metric, outputs, texts, rows=rows)["scores"] if donors is None else None
         return Answers(
@@ -226,6 +231,11 @@ def recording(replace: Replace, seen: list[torch.Tensor]) -> Replace:
         return replace(position, thought)
 
     return record
+
+
+def read_last(seen: list[torch.Tensor], num_latents: int) -> torch.Tensor:
+    """The thoughts (B, N, D) of a call among those that were recorded: of several updates the last."""
+    return torch.stack(seen[-num_latents:], dim=1)
 
 
 def noise_like(thought: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -358,16 +368,6 @@ def other_question(study: Study) -> Outcome | str:
         return "other_question was not run: all rows ask the same question"
     donors = [with_question_of(row, study.rows[partner]) for row, partner in zip(study.rows, partners)]
     return swapped(study, "other_question", "the thoughts on another question about this image", donors)
-
-
-SWAPS = (shuffled, other_image, other_question)
-
-
-def swaps(study: Study, which: Sequence[Callable] = SWAPS) -> tuple[list[Outcome], list[str]]:
-    """Thoughts of other rows: what was run, and why something could not be."""
-    results = [swap(study) for swap in which]
-    outcomes = [result for result in results if isinstance(result, Outcome)]
-    return outcomes, [result for result in results if isinstance(result, str)]
 
 
 def emptied(thoughts: torch.Tensor, seed: int) -> Table:

@@ -15,7 +15,8 @@ from mmcoconut.statistics import Estimate, percent, points
 
 TEMPLATE = Path(__file__).with_name("report.html")
 # What a model card shows of the interventions, in this order.
-IN_THE_CARD = ("shuffled", "other_image", "other_question", "mean", "zero", "noise")
+IN_THE_CARD = ("shuffled", "only_thoughts", "no_image", "own_embedding", "other_image", "other_question")
+IN_THE_CARD += ("mean", "zero", "noise")
 
 
 def interventions_figure(outcomes: Mapping[str, Outcome], accuracy: Mapping, *, num_rows: int) -> Image.Image:
@@ -69,11 +70,21 @@ def probe_line(probe: Mapping) -> str | None:
     return "; ".join(found) or None
 
 
+def said_of(record: Mapping) -> list[dict]:
+    """The findings beside the verdict, in the order of their questions; those whose run was refused are left out."""
+    necessity, positions = record.get("necessity"), record.get("positions")
+    found = [necessity, necessity["no_image"]] if necessity else []
+    return [finding for finding in [*found, *([positions] if positions else [])] if finding["accuracy"]]
+
+
 def card_of(record: Mapping) -> str:
     """A section for the model card: the verdict, and what each kind of intervention did to the accuracy."""
-    verdict, accuracy = record["verdict"], Estimate.of(record["accuracy"])
-    lines = ["## Do the thoughts matter?", "", f"**{verdict['sentence']}**", ""]
-    lines += [f"- {note}" for note in verdict["notes"]] + [""] * bool(verdict["notes"])
+    verdict, accuracy = record.get("verdict"), Estimate.of(record["accuracy"])
+    lines = ["## Do the thoughts matter?", ""]
+    if verdict:
+        lines += [f"**{verdict['sentence']}**", ""]
+    found = [f"- {said}" for said in (*(v["sentence"] for v in said_of(record)), *(verdict or {"notes": []})["notes"])]
+    lines += found + [""] * bool(found)
     lines += ["| thoughts | accuracy | difference | answers changed |", "|---|---|---|---|"]
     lines.append(f"| untouched: {record['num_latents']} | {accuracy} | | |")
     for name in IN_THE_CARD:
@@ -88,7 +99,7 @@ def card_of(record: Mapping) -> str:
         f"`{record['metric']}` on {record['n']} rows of `{record['dataset']}` ({record['split']}), in brackets",
     ]
     lines[-1] += " 95 % bootstrap intervals, paired for the differences."
-    held = probe_line(record["probe"])
+    held = probe_line(record["probe"]) if "probe" in record else None
     if held is not None:
         lines += ["", f"A linear probe reads, on held-out rows, at best: {held}."]
     return "\n".join(lines) + "\n"

@@ -1,18 +1,31 @@
-"""Does the answer depend on the thoughts? In three words, with the figures that they rest on."""
+"""Do the thoughts matter, do they carry the answer, would positions do? In a few words, with the figures behind them.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Three questions, answered apart, because each answer is compatible with each of the others: a model can need its
+thoughts and read the picture beside them, and one that needs them might have learnt as much with idle positions.
+"""
 
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mmcoconut.audit.controls import ControlOutcome
 from mmcoconut.audit.interventions import Answers, Outcome, Study
 from mmcoconut.data.scoring import commonest_answer
-from mmcoconut.statistics import percent, points, sign_test
+from mmcoconut.statistics import Estimate, percent, points, sign_test
 
 
 # A difference in accuracy, or a share of changed answers, that is smaller is taken for none.
 MARGIN = 0.05
 SIGNIFICANCE = 0.05
 MOSTLY = 0.5
-DEPENDS, DOES_NOT, CANNOT_TELL = "depends", "does not depend", "cannot be told"
+CANNOT_TELL = "cannot be told"
+DEPENDS, DOES_NOT = "depends", "does not depend"  # whether thoughts matter
+CARRY, DO_NOT_SUFFICE = "carry the answer", "do not suffice"  # whether thoughts are all that the answer needs
+KEPT, FALLS = "kept", "falls"  # accuracy, with the image out of the answer's sight
+WOULD_DO, WOULD_NOT_DO = "would do", "would not do"  # positions without thoughts
+NEVER_TRAINED = (
+    "The model was never trained with so little in sight, so the fall may come from that alone, as with zeros. "
+    "`answer_sees: {sees}` in a recipe trains a model of which it can be told."
+)
 
 
 @dataclass
@@ -24,17 +37,52 @@ class Verdict:
     notes: list[str]
 
 
-def in_words(swap: Outcome, untouched: Answers) -> str:
-    before, after = percent(sum(untouched.scores) / len(untouched.scores)), percent(swap.accuracy.mean)
+@dataclass
+class Finding(Verdict):
+    """As a verdict, on another question, with its own labels, and the figures of the run that it rests on.
+
+    accuracy: of that run; difference: to the untouched run, paired. None where it was not run.
+    """
+
+    accuracy: Estimate | None = None
+    difference: Estimate | None = None
+
+
+@dataclass
+class Positions(Finding):
+    """Whether extra positions would do: this checkpoint without feeding back, and the matched controls."""
+
+    controls: list[ControlOutcome] = field(default_factory=list)
+
+
+def is_kept(change: Outcome | ControlOutcome, margin: float) -> bool:
+    """Return True if accuracy surely falls by less than the margin."""
+    return change.difference.low > -margin
+
+
+def falls(change: Outcome | ControlOutcome, margin: float) -> bool:
+    """Return True if accuracy falls by the margin or more, and the interval and the sign test rule out an accident."""
+    no_accident = change.difference.high < 0 and sign_test(change.num_gained, change.num_lost) < SIGNIFICANCE
+    return no_accident and change.difference.mean <= -margin
+
+
+def moved(change: Outcome, untouched: Answers) -> str:
+    before, after = percent(sum(untouched.scores) / len(untouched.scores)), percent(change.accuracy.mean)
     return (
-        f"with the thoughts of rows that were answered otherwise, accuracy goes from {before} to {after} "
-        f"({points(swap.difference)}: {swap.num_lost} answers turn wrong, {swap.num_gained} right) and "
+        f"accuracy goes from {before} to {after} ({points(change.difference)}: {change.num_lost} answers turn wrong, "
+        f"{change.num_gained} right)"
+    )
+
+
+def in_words(swap: Outcome, untouched: Answers) -> str:
+    return (
+        f"with the thoughts of rows that were answered otherwise, {moved(swap, untouched)} and "
         f"{percent(swap.changed.mean)} of the answers change"
     )
 
 
 def note_on_removal(outcomes: Mapping[str, Outcome]) -> str | None:
-    """For a model that does not care whose thoughts it reads: whether it cares that there are any."""
+    """Say of a model that does not care whose thoughts it reads whether it cares that there are any."""
     hurt = [name for name in ("zero", "noise", "mean") if name in outcomes and outcomes[name].difference.high < 0]
     if not hurt:
         return None
@@ -42,7 +90,7 @@ def note_on_removal(outcomes: Mapping[str, Outcome]) -> str | None:
 
 
 def note_on_words(outcomes: Mapping[str, Outcome], untouched: Answers) -> str | None:
-    """Return True if the model, given fewer thoughts, goes on in words, and needs them."""
+    """Say whether the model, given fewer thoughts, goes on in words, and needs them."""
     fewer = [outcomes[name] for j in range(untouched.thoughts.shape[1]) if (name := f"count_{j}") in outcomes]
     longest = max(fewer, key=lambda outcome: outcome.generated_tokens, default=None)
     if longest is None or longest.generated_tokens < 1.1 * untouched.generated_tokens:
@@ -60,7 +108,7 @@ def note_on_words(outcomes: Mapping[str, Outcome], untouched: Answers) -> str | 
 
 
 def verdict_of(study: Study, outcomes: Mapping[str, Outcome], *, margin: float = MARGIN) -> Verdict:
-    """Return True if the answer depends on the thoughts, told by the shuffled run: real thoughts, of another answer.
+    """Tell whether the answer depends on the thoughts, by the shuffled run: real thoughts, of another answer.
 
     It depends if accuracy falls by the margin or more, and the fall is no accident (the interval of the difference
     lies below 0, and the exact sign test has p < 0.05). It does not if the difference and the share of changed answers
@@ -71,11 +119,10 @@ def verdict_of(study: Study, outcomes: Mapping[str, Outcome], *, margin: float =
     if swap is None:
         return Verdict(CANNOT_TELL, f"It cannot be told with {len(study.rows)} examples: all were answered alike.", [])
     empty = sum(text == "" for text in untouched.texts) / len(untouched.texts)
-    no_accident = swap.difference.high < 0 and sign_test(swap.num_gained, swap.num_lost) < SIGNIFICANCE
     label, start = CANNOT_TELL, f"It cannot be told with {len(study.rows)} examples"
-    if no_accident and swap.difference.mean <= -margin:
+    if falls(swap, margin):
         label, start = DEPENDS, "The answer depends on the thoughts"
-    elif swap.difference.low > -margin and max(swap.difference.high, swap.changed.high) < margin and empty < MOSTLY:
+    elif is_kept(swap, margin) and max(swap.difference.high, swap.changed.high) < margin and empty < MOSTLY:
         label, start = DOES_NOT, "The answer does not depend on the thoughts"
     answer, baseline = commonest_answer(study.rows, study.metric)
     notes = [
@@ -85,3 +132,122 @@ def verdict_of(study: Study, outcomes: Mapping[str, Outcome], *, margin: float =
         note_on_words(outcomes, untouched),
     ]
     return Verdict(label, f"{start}: {in_words(swap, untouched)}.", [note for note in notes if note is not None])
+
+
+def reason_of(name: str, not_run: Iterable[str]) -> str:
+    """Return why an intervention was not run."""
+    return next(reason for reason in not_run if reason.startswith(f"{name} "))
+
+
+def above_chance(outcome: Outcome | ControlOutcome, baseline: float) -> bool:
+    """Return True if accuracy is surely above that of the commonest answer, which needs no question."""
+    return outcome.accuracy.low > baseline
+
+
+def finding_of(
+    study: Study, outcome: Outcome, *, labels: tuple[str, str], starts: tuple[str, str, str], sees: str, margin: float
+) -> Finding:
+    """Tell whether accuracy is kept (the first label and start) with less in sight, falls, or cannot be told.
+
+    It is kept if the interval of the difference lies above minus the margin, in a run that is above chance.
+    """
+    answer, baseline = commonest_answer(study.rows, study.metric)
+    own, above = study.answerer.model.config.answer_sees, above_chance(outcome, baseline)
+    chance = f"Always answering {answer!r} would give {percent(baseline)}"
+    label, start, notes = CANNOT_TELL, f"{starts[2]} cannot be told with {len(study.rows)} examples", []
+    if is_kept(outcome, margin) and above:
+        label, start = labels[0], starts[0]
+    elif falls(outcome, margin):
+        label, start = labels[1], starts[1]
+        left = "part of what it takes is still there" if above else "nothing is seen to be left"
+        notes = [f"{chance}: {left}.", *[NEVER_TRAINED.format(sees=sees)] * (own == "all")]
+    elif not above:
+        notes = [f"{chance}, and accuracy is not surely above that."]
+    if own in (sees, "thoughts"):
+        notes.append(f"The checkpoint has answer_sees: {own}, so that its untouched answers see no more either.")
+    sentence = f"{start}: {moved(outcome, study.untouched)}."
+    return Finding(label, sentence, notes, accuracy=outcome.accuracy, difference=outcome.difference)
+
+
+def necessity_of(
+    study: Study, outcomes: Mapping[str, Outcome], not_run: Iterable[str], *, margin: float = MARGIN
+) -> Finding:
+    """Tell whether the thoughts carry the answer: all that it needs of question and image comes through them.
+
+    It rests on `only_thoughts`, where what is written behind the thoughts sees nothing else of what stands before.
+    """
+    whether = "Whether the thoughts carry the answer"
+    if "only_thoughts" not in outcomes:
+        return Finding(CANNOT_TELL, f"{whether} cannot be told: {reason_of('only_thoughts', not_run)}.", [])
+    starts = (
+        "The thoughts carry the answer, which sees nothing else here",
+        "The thoughts alone do not suffice: the answer reads more than them",
+        whether,
+    )
+    labels = CARRY, DO_NOT_SUFFICE
+    return finding_of(study, outcomes["only_thoughts"], labels=labels, starts=starts, sees="thoughts", margin=margin)
+
+
+def image_finding(
+    study: Study, outcomes: Mapping[str, Outcome], not_run: Iterable[str], *, margin: float = MARGIN
+) -> Finding:
+    """Tell whether accuracy is kept with the image out of the answer's sight (CVRR, https://arxiv.org/abs/2609.06746).
+
+    The answer still sees the question, whose columns have seen an image before them; `necessity_of` has no such way.
+    """
+    whether = "Whether the answer needs to see the image"
+    if "no_image" not in outcomes:
+        return Finding(CANNOT_TELL, f"{whether} cannot be told: {reason_of('no_image', not_run)}.", [])
+    starts = (
+        "The answer need not see the image",
+        "The answer reads the image itself, past the thoughts",
+        whether,
+    )
+    found = finding_of(
+        study, outcomes["no_image"], labels=(KEPT, FALLS), starts=starts, sees="no_image", margin=margin
+    )
+    if found.label == KEPT:
+        found.notes.append(
+            "What it needs of the image comes through the thoughts, or through the columns of the question, which saw "
+            "the image too."
+        )
+    return found
+
+
+def control_in_words(control: ControlOutcome) -> str:
+    seed = "" if control.seed is None else f", seed {control.seed},"
+    return f"a run of mode {control.mode}{seed} has {percent(control.accuracy.mean)} ({points(control.difference)})"
+
+
+def positions_of(
+    study: Study,
+    outcomes: Mapping[str, Outcome],
+    controls: Sequence[ControlOutcome] = (),
+    *,
+    margin: float = MARGIN,
+) -> Positions:
+    """Tell whether extra positions alone would do, by this checkpoint without feeding back and by matched controls.
+
+    They would if either has an accuracy above chance that is surely less than the margin below the untouched one.
+    They would not if all controls fall, `pause` among them, which has the positions, and this checkpoint as well. Its
+    fall alone says little: it has never read the embedding that stands there now.
+    """
+    answer, baseline = commonest_answer(study.rows, study.metric)
+    here = outcomes["own_embedding"]
+    trained_fail = any(control.mode == "pause" for control in controls)
+    trained_fail = trained_fail and all(falls(control, margin) for control in controls)
+    label, start = CANNOT_TELL, "Whether extra positions alone would do cannot be told"
+    if any(is_kept(change, margin) and above_chance(change, baseline) for change in (here, *controls)):
+        label, start = WOULD_DO, "Extra positions alone would do"
+    elif trained_fail and falls(here, margin):
+        label, start = WOULD_NOT_DO, "Extra positions alone would not do"
+    words = [f"with nothing fed back, {moved(here, study.untouched)}", *map(control_in_words, controls)]
+    if controls:
+        note = "Each control is one run: another seed may differ by more than the intervals say."
+    else:
+        note = (
+            "A fall without feedback says as little as with zeros, as this model never read the latent token's "
+            "embedding; `--controls` with matched runs of mode markers and pause can tell."
+        )
+    notes = [note, f"Always answering {answer!r} would give {percent(baseline)}."]
+    return Positions(label, f"{start}: {'; '.join(words)}.", notes, here.accuracy, here.difference, list(controls))

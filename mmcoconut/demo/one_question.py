@@ -26,11 +26,13 @@ from mmcoconut.audit.interventions import (
     intervening,
     keep,
     one_taken_out,
+    read_last,
     recording,
     with_images_of,
     with_other_counts,
     with_question_of,
 )
+from mmcoconut.audit.necessity import ONLY_THOUGHTS, refusal, seeing
 from mmcoconut.audit.thoughts import read_thoughts, visible
 from mmcoconut.data import json_steps, question_text
 from mmcoconut.data.images import open_images
@@ -171,7 +173,7 @@ def think(answerer: Answerer, rows: Sequence[Mapping]) -> tuple[list[dict], torc
     seen = []
     with intervening(answerer.model, recording(keep, seen)):
         lines = answerer.answer(rows)
-    return lines, torch.stack(seen, dim=1)
+    return lines, read_last(seen, answerer.num_latents)
 
 
 def answer_with(answerer: Answerer, row: Mapping, replace_of: ReplaceOf) -> dict:
@@ -296,7 +298,8 @@ class Asker:
         return emptied(thoughts, self.seed), one_taken_out(thoughts)
 
     def intervene(self, asked: Asked) -> Variants:
-        """The same question with other thoughts in the place of the model's, and with other numbers of thoughts.
+        """The same question with other thoughts in the place of the model's, with nothing else in the answer's sight,
+        and with other numbers of thoughts.
 
         Raises:
             ValueError: a row without thoughts; a checkpoint that does not think one thought after the other.
@@ -314,6 +317,11 @@ class Asker:
             for name, description, replace_of in table:
                 line = answer_with(answerer, asked.row, replace_of)
                 variants_of_table.append(variant_of(asked, name, description, line))
+        try:
+            with seeing(self.model, "thoughts"):
+                variants.replaced.append(variant_of(asked, *ONLY_THOUGHTS, answerer.answer([asked.row])[0]))
+        except ValueError as error:
+            variants.not_run.append(refusal(ONLY_THOUGHTS[1], error))
         for name, description, other in with_other_counts(answerer, [asked.row]):
             variants.counted.append(variant_of(asked, name, description, other.answer([asked.row])[0]))
         return variants

@@ -224,7 +224,7 @@ class Runner:
     def audit_command(self, run: Run) -> list[str]:
         """Of as few rows and interventions as the table needs; an audit that was cut short is made anew."""
         command = [sys.executable, "-m", "mmcoconut.audit", "--model", str(run.folder), "--output_dir", str(run.audit)]
-        command += ["--brief", "true", "--num_shown", "0", "--overwrite", "true"]
+        command += ["--parts", "verdict,necessity,positions,probe", "--overwrite", "true"]
         return [*command, *without(self.options, "--max_samples"), "--max_samples", str(AUDITED_ROWS)]
 
     def environment(self) -> dict[str, str]:

@@ -18,18 +18,11 @@ import random
 from dataclasses import dataclass
 
 from mmcoconut.arguments.choices import MODES, STAGED_MODES, THINKING_MODES
+from mmcoconut.data.targets import RowPlan
 
 
 # λ of the paper: of the rows of `icot`, exp(-λk) lose k steps or more beyond those of the stage.
 REMOVAL_SMOOTHING = 4.0
-
-
-@dataclass(frozen=True)
-class RowPlan:
-    """What a stage does to a row: how many of its first steps go, and how many latents come, in each turn."""
-
-    skipped_steps: int
-    num_latents: int
 
 
 @dataclass(frozen=True)
