@@ -229,9 +229,19 @@ def test_variants_differ_in_mode_schedule_and_objectives_only(recipe):
     own = {"mode", "thought_schedule", "jacobi_iterations", "output_dir", "run_name"}
     assert {key for key in jacobi if jacobi[key] != coconut[key]} == own - {"mode"}
     assert {key for key in pause if pause[key] != coconut[key]} == {"mode", "output_dir", "run_name"}
-    assert [run.has_thoughts for run in runs] == [False, True, False]
+    assert [run.has_thoughts for run in runs] == [True, True, False]
     (default,) = matched_runs.plan_runs(*parse_recipe([recipe, "--compare", "jacobi"]))
     assert yaml.safe_load(default.recipe)["jacobi_iterations"] == 3
+
+
+def test_variants_have_the_objectives_of_their_name_with_the_options_of_the_recipe(recipe):
+    def objectives(*options):
+        words = [recipe, "--compare", "coconut,coconut+step_tokens,jacobi+step_tokens,cot", *options]
+        return [yaml.safe_load(run.recipe)["objectives"] for run in matched_runs.plan_runs(*parse_recipe(words))]
+
+    own, given = {"step_tokens": {}}, {"step_tokens": 0.25}
+    assert objectives() == [None, own, own, None]
+    assert objectives("--objectives.step_tokens", "0.25") == [None, given, given, None]
 
 
 def test_recipe_of_a_run_means_the_same_when_it_is_saved_by_the_run(recipe, tmp_path):
@@ -452,7 +462,7 @@ def test_markdown_says_what_the_figures_were_made_with(outcomes):
 
 
 def audit(label: str, accuracy, **more) -> dict:
-    return {"verdict": {"label": label, **more}, "probe": {"accuracy": accuracy}}
+    return {"verdict": {"label": label}, "probe": {"accuracy": accuracy}, **more}
 
 
 def test_table_says_what_the_audits_found(outcomes):
@@ -587,17 +597,17 @@ def test_comparison_of_variants_side_by_side_is_extended_by_further_ones(recipe,
     first = train_hf.main([*command, "--compare", "jacobi,markers"])
     assert [record["mode"] for record in first["modes"]] == ["jacobi", "markers"]
     kept = files_of(out)
-    assert len(kept) == 4  # no audit of either
+    assert len(kept) == 5  # with one audit
 
     result = train_hf.main([*command, "--compare", "markers,pause,icot,coconut,jacobi"])
-    assert kept.items() <= files_of(out).items() and len(files_of(out)) == 11
+    assert kept.items() <= files_of(out).items() and len(files_of(out)) == 12
     assert "(2 of 5 runs done)" in capsys.readouterr().out
     records = {record["mode"]: record for record in result["modes"]}
     assert [*records] == ["markers", "pause", "icot", "coconut", "jacobi"]
     assert {name: record["num_latents"] for name, record in records.items()} == {
         **{"markers": 0, "pause": 2, "icot": 0, "coconut": 2, "jacobi": 2},
     }
-    assert {name for name, record in records.items() if record["verdicts"]} == {"coconut"}
+    assert {name for name, record in records.items() if record["verdicts"]} == {"coconut", "jacobi"}
     assert all(record["seconds_per_update"] > 0 < record["train_peak_memory_mb"] for record in records.values())
     assert records["jacobi"]["settings"]["jacobi_iterations"] == 3
     assert {record["train_steps"] for record in records.values()} == {18}

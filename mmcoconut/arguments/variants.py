@@ -10,9 +10,9 @@ Options of an objective come from the recipe's `objectives`, and which of them a
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
-from mmcoconut import objectives as plug_ins
 from mmcoconut.arguments.choices import MODES, THINKING_MODES
 from mmcoconut.arguments.typed import did_you_mean
+from mmcoconut.objectives import OBJECTIVES
 
 
 JACOBI = "jacobi"
@@ -50,13 +50,13 @@ class Variant:
             "mode": self.mode,
             "thought_schedule": schedule,
             "jacobi_iterations": iterations,
-            "objectives": {name: given.get(name, {}) for name in self.objectives},
+            "objectives": {name: given.get(name, {}) for name in self.objectives} or None,
         }
 
 
 def known_objectives() -> tuple[str, ...]:
     """Return the names of the objectives that there are."""
-    return tuple(getattr(plug_ins, "OBJECTIVES", ()))
+    return tuple(OBJECTIVES)
 
 
 def variant_names(compare: str | list[str] | None) -> list[str]:

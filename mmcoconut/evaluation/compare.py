@@ -138,20 +138,21 @@ def probe_accuracy(audit: dict) -> float | None:
 
 
 def audited(outcomes: list[Finished]) -> dict:
-    """What the audits of a variant's runs say: verdicts, and of older or other audits None."""
+    """What the audits of a variant's runs say, by seed or as means; None where none says it."""
     audits = [outcome.audit for outcome in outcomes if outcome.audit is not None]
     findings = [found for audit in audits if (found := necessity_of(audit)) is not None]
     accuracy = mean_known((found.get("accuracy") or {}).get("mean") for found in findings)
     return {
         "verdicts": [audit["verdict"]["label"] for audit in audits] or None,
         "necessity": {"labels": [found["label"] for found in findings], "accuracy": accuracy} if findings else None,
+        "positions": [audit["positions"]["label"] for audit in audits if "positions" in audit] or None,
         "probe_accuracy": mean_known(map(probe_accuracy, audits)),
     }
 
 
 def necessity_of(audit: dict) -> dict | None:
     """What an audit says of answers that see the thoughts alone."""
-    return audit.get("necessity") or audit["verdict"].get("necessity")
+    return audit.get("necessity")
 
 
 def mode_record(outcomes: list[Finished], baseline: list[Finished] | None) -> dict:
@@ -250,7 +251,7 @@ def audit_notes(summary: dict) -> list[str]:
         f"Audits of {AUDITED_ROWS} rows or fewer a run. Whether the answer depends on the thoughts is told by giving "
         "rows the thoughts of others. Thoughts alone: the accuracy where the answer sees nothing else. Probe: what a "
         "linear classifier reads in a thought on held-out rows, of the best written step, a mean over thoughts. "
-        "Modes that feed back no thought, or all together, are not audited."
+        "Modes that feed back no thought are not audited."
     ]
 
 

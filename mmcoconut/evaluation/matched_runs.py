@@ -78,10 +78,9 @@ class Run:
 
     @cached_property
     def has_thoughts(self) -> bool:
-        """Whether an audit can replace thoughts: they are fed back one after the other, before a single answer."""
+        """Whether an audit can replace thoughts: they are fed back, before a single answer."""
         values = yaml.safe_load(self.recipe)
-        schedule, per_turn = values.get("thought_schedule"), values.get("thoughts_per_turn")
-        return values["mode"] == "coconut" and schedule != "jacobi" and not per_turn
+        return values["mode"] == "coconut" and not values.get("thoughts_per_turn")
 
     @property
     def is_audited(self) -> bool:
