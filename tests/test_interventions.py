@@ -164,6 +164,17 @@ def test_feeding_nothing_equals_its_definition(text):
         assert max_difference(model(**inputs).logits[real], logits[real]) > 1e-2
 
 
+def test_feeding_nothing_is_the_same_where_thoughts_are_updated_together():
+    model = tiny_model()
+    inputs, logits = prompts(model), []
+    for schedule, iterations in (("sequential", None), ("jacobi", 2)):
+        model.config.thought_schedule, model.config.jacobi_iterations = schedule, iterations
+        with torch.no_grad(), feeding_nothing(model):
+            logits.append(model(**inputs).logits)
+        assert (model.config.thought_mode, model.config.thought_schedule) == ("feedback", schedule)
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+
+
 def test_noise_has_the_norm_of_the_thought_and_another_direction():
     thought = torch.randn(50, 64) * torch.linspace(0.1, 10, 50)[:, None]
     noise = noise_like(thought, torch.Generator().manual_seed(12345))

@@ -33,9 +33,14 @@ def seeing(model, sees: str) -> AbstractContextManager[None]:
     return with_field(model.config, "answer_sees", sees)
 
 
-def feeding_nothing(model) -> AbstractContextManager[None]:
-    """Inside, latents keep the embedding of their token and nothing is fed back, as with `thought_mode: pause`."""
-    return with_field(model.config, "thought_mode", "pause")
+@contextmanager
+def feeding_nothing(model) -> Iterator[None]:
+    """Inside, latents keep the embedding of their token and nothing is fed back, as with `thought_mode: pause`.
+
+    Thoughts that are updated together start as that embedding too, so the schedule makes no difference here.
+    """
+    with with_field(model.config, "thought_schedule", "sequential"), with_field(model.config, "thought_mode", "pause"):
+        yield
 
 
 ONLY_THOUGHTS = ("only_thoughts", "the answer sees only the thoughts")

@@ -250,7 +250,8 @@ def audit_notes(summary: dict) -> list[str]:
     return [
         f"Audits of {AUDITED_ROWS} rows or fewer a run. Whether the answer depends on the thoughts is told by giving "
         "rows the thoughts of others. Thoughts alone: the accuracy where the answer sees nothing else. Probe: what a "
-        "linear classifier reads in a thought on held-out rows, of the best written step, a mean over thoughts. "
+        "linear classifier reads in a thought on held-out rows, of the written step or answer that it reads best; the "
+        "mean over thoughts. "
         "Modes that feed back no thought are not audited."
     ]
 
