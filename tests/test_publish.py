@@ -380,6 +380,20 @@ def test_measurements_of_another_model_are_refused(checkpoint, tmp_path):
     assert not (tmp_path / "dry").exists()
 
 
+def test_comparison_of_variants_is_of_a_model_that_is_one_of_them():
+    compare = json.loads((MAZES / "compare.json").read_text())
+    schedules = {"thought_schedule": "sequential", "jacobi_iterations": None, "objectives": None}
+    updated = {"thought_schedule": "jacobi", "jacobi_iterations": 3, "objectives": None}
+    for record, own in zip(compare["modes"], (schedules, updated, *[schedules] * 3), strict=True):
+        record["settings"] = {"mode": record["mode"], **own}
+    compare["recipe"] = {key: value for key, value in compare["recipe"].items() if key not in schedules}
+    for own in (schedules, updated):
+        evidence = publish.Evidence(recipe={**compare["recipe"], **own})
+        assert publish.of_another_recipe(compare, evidence) is None
+    evidence = publish.Evidence(recipe={**compare["recipe"], **updated, "jacobi_iterations": 4})
+    assert publish.of_another_recipe(compare, evidence).startswith("none of its variants has {'jacobi_iterations': 4")
+
+
 @pytest.mark.parametrize("name", ["bad name!!", "a/b/c", "-x/y"])
 def test_a_name_that_the_hub_would_refuse_is_refused_before_anything_is_written(checkpoint, name, tmp_path):
     found = problems("--model", str(checkpoint), "--repo_id", name, "--dry_run", str(tmp_path / "dry"))
