@@ -18,7 +18,6 @@ from mmcoconut.data.scoring import figures_of, score
 from mmcoconut.hub.card import Evidence, model_card, write_card
 from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
 from mmcoconut.objectives.attach import (
-    FOLDER,
     LOSSES,
     NAME,
     Objectives,
@@ -28,7 +27,7 @@ from mmcoconut.objectives.attach import (
     save_weights,
     without_objectives,
 )
-from mmcoconut.records import ADAPTER_FOLDER, RECIPE_FILE, read_json, write_json
+from mmcoconut.records import ADAPTER_FOLDER, OBJECTIVES_FOLDER, RECIPE_FILE, read_json, write_json
 from mmcoconut.tables import stage_row, stage_rows
 from mmcoconut.training.callbacks import CurriculumCallback, ShardingCallback
 from mmcoconut.training.checkpoints import ASIDE, describe, put_in_place, rotate, start_aside
@@ -397,7 +396,7 @@ class CurriculumTrainer(Trainer):
             save_weights(objectives, folder)
         elif folder == Path(self.args.output_dir):
             for objective in objectives.values():
-                objective.save(folder / FOLDER)
+                objective.save(folder / OBJECTIVES_FOLDER)
 
     def save_without_objectives(self, folder: Path, state_dict: dict | None) -> None:
         """As `_save`, of a model that has no objectives."""
