@@ -6,6 +6,7 @@ Training learns it, and objectives take what a thought is to say from the same f
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, takewhile
 
@@ -16,6 +17,14 @@ from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER
 
 IGNORED = -100
 RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an image's
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What is done to a row: how many of its first steps go, and how many latents come, in each turn."""
+
+    skipped_steps: int
+    num_latents: int
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)

@@ -30,7 +30,8 @@ Inputs = Mapping[str, torch.Tensor]
 class RowsOfBatch:
     """What an objective encodes: the rows of a batch as the collator lays them out.
 
-    rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. processor: the layout.
+    rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. counts (B,): latents of each row.
+    processor: the layout.
     labelled: called with a function row → RowPlan, returns the same rows and images under other plans, as the model's
         labelled inputs.
     """
@@ -38,6 +39,7 @@ class RowsOfBatch:
     rows: Sequence[Mapping]
     steps: torch.Tensor
     places: torch.Tensor
+    counts: torch.Tensor
     processor: object
     labelled: Callable[[Callable], dict]
 
@@ -57,6 +59,12 @@ class Run:
     def __call__(self, inputs: Mapping):
         """Return the output of another forward of the same model, on inputs and the batch's images."""
         return self.forward(**self.images, **inputs)
+
+    @property
+    def without_logits(self) -> dict:
+        """The arguments of a forward that makes as few logits as the model can."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # of adapters
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def image_features(self, images: Inputs) -> torch.Tensor:
         """Return what the decoder would read of other images (F, D), in reading order; no gradients."""
