@@ -83,15 +83,12 @@ class ImageAlignment(Objective):
     paper: ClassVar[str] = "https://arxiv.org/abs/2506.17218"
     default_weight: ClassVar[float] = 0.1
     needs_images: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ("target", "distance", "latents_read")
 
     def __init__(self, weight=None, *, target: str = "boxes", distance: str = "cosine", latents_read: str = "state"):
         super().__init__(weight)
-        options = (
-            ("target", target, TARGETS),
-            ("distance", distance, DISTANCES),
-            ("latents_read", latents_read, READS),
-        )
-        for option, value, known in options:
+        given, choices = (target, distance, latents_read), (TARGETS, DISTANCES, READS)
+        for option, value, known in zip(self.options, given, choices):
             if value not in known:
                 raise ValueError(f"objectives.image_alignment.{option}={value!r} is not one of {', '.join(known)}.")
         self.target, self.distance, self.latents_read = target, distance, latents_read
@@ -100,7 +97,7 @@ class ImageAlignment(Objective):
 
     @property
     def settings(self) -> dict:
-        return {name: getattr(self, name) for name in ("target", "distance", "latents_read")}
+        return {name: getattr(self, name) for name in self.options}
 
     def build(self, model: nn.Module) -> None:
         self.layout = FeatureLayout.of(model)
