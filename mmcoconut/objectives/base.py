@@ -11,7 +11,7 @@ Shapes: B rows, N latents, D hidden.
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from mmcoconut.data.targets import RowPlan
 from mmcoconut.views_mmcoconut import ThoughtView
 
 
@@ -41,7 +42,7 @@ class RowsOfBatch:
     places: torch.Tensor
     counts: torch.Tensor
     processor: object
-    labelled: Callable[[Callable], dict]
+    labelled: Callable[[Callable[[Mapping], RowPlan]], dict]
 
 
 @dataclass(frozen=True)
@@ -145,8 +146,15 @@ class Objective(nn.Module):
     def check(self, row: Mapping) -> None:
         """Raise ValueError for a row, with its pictures, that this cannot learn from; asked of all before training.
 
-        What needs no picture is checked by fields alone: rows without one of these are refused for it.
+        That rows have its `fields` is checked without it.
         """
+
+    def plans(self, plan: RowPlan, num_steps: int) -> Iterable[RowPlan]:
+        """Return the other plans that `encode` lays a row of num_steps steps out by, where its stage has `plan`.
+
+        Rows are measured under these too before training, so that none is too long in the middle of a run.
+        """
+        return ()
 
     def encode(self, batch: RowsOfBatch) -> dict:
         """Return what `loss` reads of a batch's rows beside the view: tensors with the rows first."""

@@ -12,9 +12,7 @@ from mmcoconut.data.targets import IGNORED, RowPlan, answer_columns, predicted
 from mmcoconut.objectives.base import Objective, RowsOfBatch, mean_by_row
 
 
-def all_written(row) -> RowPlan:
-    """Return the plan of a row with all of its steps and no latents."""
-    return RowPlan(skipped_steps=0, num_latents=0)
+WRITTEN = RowPlan(skipped_steps=0, num_latents=0)
 
 
 def distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -64,8 +62,11 @@ class SelfDistillation(Objective):
     def settings(self) -> dict:
         return {"teacher_weight": self.teacher_weight}
 
+    def plans(self, plan: RowPlan, num_steps: int) -> list[RowPlan]:
+        return [WRITTEN] * (plan != WRITTEN)
+
     def encode(self, batch: RowsOfBatch) -> dict:
-        written = dict(batch.labelled(all_written))
+        written = dict(batch.labelled(lambda row: WRITTEN))
         targets = predicted(written.pop("labels"), batch.processor)  # (B, T)
         columns = answer_columns(batch.rows, targets, batch.processor)
         return {"written": written, "targets": targets, "answer_column": columns}

@@ -14,6 +14,7 @@ from datasets import Dataset
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, parse_answer
 from mmcoconut.data import image_counts, without_pictures
 from mmcoconut.data.scoring import REFERENCES, score
+from mmcoconut.objectives.base import Objective
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.grouping import token_counts
 
@@ -68,6 +69,29 @@ def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
                 f"{row_id}: the text to align its pictures with takes {lengths[text]} tokens, and the language model, "
                 f"or max_length, has {collator.max_length} positions: set alignment_target to a shorter one."
             )
+
+
+def check_objectives(rows: Dataset, objectives: Sequence[Objective]) -> None:
+    """Check that rows have what objectives need of them.
+
+    A row without steps has none that a thought could stand for, and only a split of such rows is refused.
+
+    Raises:
+        ValueError: names the first row that lacks a field, or that an objective cannot learn from.
+    """
+    for objective in objectives:
+        for name in objective.fields:
+            values = rows[name] if name in rows.column_names else [None] * len(rows)
+            lacking = [index for index, value in enumerate(values) if value is None or not len(value)]
+            if lacking and (name != "steps" or len(lacking) == len(rows)):
+                raise ValueError(
+                    f"{rows['row_id'][lacking[0]]}, field {name!r}: found none, and objectives.{objective.name} needs "
+                    f"it ({len(lacking)} of {len(rows)} rows lack it): take a data set whose rows have it, or remove "
+                    "the objective."
+                )
+        if type(objective).check is not Objective.check:
+            for row in rows:
+                objective.check(row)
 
 
 def distinct(rows: Dataset) -> list[dict]:
