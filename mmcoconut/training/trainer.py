@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Inter
 
 from mmcoconut.arguments.recipes import read_recipe
 from mmcoconut.chat_template_mmcoconut import parse_answer
+from mmcoconut.data import without_pictures
 from mmcoconut.data.scoring import figures_of, score
 from mmcoconut.hub.card import Evidence, model_card, write_card
 from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
@@ -293,7 +294,7 @@ class CurriculumTrainer(Trainer):
         if self.alignment is not None:
             loss = self.alignment.total(loss, terms.get("align_loss"))
         loss += sum(weight * terms[name_of_term(name)] for name, weight in weights.items())
-        rows = self.evaluated.remove_columns("images").select(indices)
+        rows = without_pictures(self.evaluated).select(indices)
         results = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))
         scores = results["scores"]
         return {
