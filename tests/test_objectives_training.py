@@ -23,6 +23,7 @@ from mmcoconut.hub.uploads import copy_model
 from mmcoconut.models import load_model
 from mmcoconut.objectives.attach import INPUTS, LOSSES, attach, attached_to, load_weights, own_weights
 from mmcoconut.objectives.registry import make_objective, make_objectives
+from mmcoconut.objectives.step_decoder import StepDecoder
 from mmcoconut.objectives.step_tokens import StepTokens
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
@@ -32,6 +33,8 @@ from mmcoconut.training.trainer import check_sharded_objectives
 
 
 TWO = ["--objectives.step_tokens", "0.5", "--objectives.guess", "0.3"]
+EVERY = ["--objectives", json.dumps({"step_tokens": 0.5, "step_decoder": 1, "self_distillation": 0.7, "guess": 0.3})]
+ALIGNED = ["--objectives.image_alignment.weight", "0.5", "--objectives.image_alignment.latents_read"]
 SHORT = ["--num_train_epochs", "2", "--max_latent_stage", "1"]
 RESUMED = ["--resume_from_checkpoint", "true"]
 
@@ -190,7 +193,9 @@ def test_checkpoint_without_the_objectives_weights_or_with_others_is_refused(fol
     options = [*TWO, "--save_strategy", "steps", "--save_steps", "4", *RESUMED]
     (stopped / "course.json").unlink()  # which would know that a file is missing
     (stopped / "objectives.safetensors").unlink()
-    with pytest.raises(ValueError, match="no readable objectives.safetensors, and step_tokens, guess have 2 weights in this"):
+    with pytest.raises(
+        ValueError, match="no readable objectives.safetensors, and step_tokens, guess have 2 weights in this"
+    ):
         run(folder, "bare", *options)
     with pytest.raises(ValueError, match="differ in 2, such as guess.layer.weight: set `objectives` as the run was"):
         load_weights(attached, both[0] / "checkpoint-4")  # of a model with other sizes
@@ -206,6 +211,24 @@ def test_run_with_other_objectives_is_not_resumed(options, folder, both):
     shutil.copytree(both[0] / "checkpoint-4", stopped / "checkpoint-4")
     with pytest.raises(ValueError, match=r"objectives.*0\.5.* in the checkpoint, .* now"):
         run(folder, "other", *options, "--save_strategy", "steps", "--save_steps", "4", *RESUMED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("read", ["state", "target"])
+def test_a_run_with_every_objective_resumes_and_leaves_the_decoder_of_steps(read, folder):
+    every = [*EVERY, *ALIGNED, read, "--log_gradient_cosine", "--save_strategy", "steps", "--save_steps", "4"]
+    results = run(folder, f"every {read}", *every)
+    whole, stopped = folder / f"every {read}", folder / f"every {read} stopped"
+    names = ("step_tokens", "step_decoder", "self_distillation", "guess", "image_alignment")
+    assert {f"{name}_loss" for name in names} < results["stages"][-1].keys()
+    latest = [record for record in history(whole) if "loss" in record][-1]
+    assert all(latest[f"{name}_loss"] > 0 and abs(latest[f"cosine_{name}"]) > 0 for name in names)
+    shutil.copytree(whole / "checkpoint-8", stopped / "checkpoint-8")
+    run(folder, stopped.name, *every, *RESUMED)
+    assert_equal_runs(stopped, whole)
+    files = sorted(path.name for path in (whole / "objectives").iterdir())
+    assert files == ["guess.json", "guess.safetensors", "step_decoder.json", "step_decoder.safetensors"]
+    assert StepDecoder.load(whole / "objectives").width == 16
 
 
 @pytest.mark.slow
@@ -490,9 +513,13 @@ def test_weights_of_objectives_are_not_sharded():
     check_sharded_objectives(None, compares_gradients=True)
     with pytest.raises(ValueError, match="`log_gradient_cosine` needs whole gradients, which FSDP shards: use DDP"):
         check_sharded_objectives(attached, compares_gradients=True)
-    attached = attach(tiny_model(), make_objectives({"guess": 1.0}), processor)
-    with pytest.raises(ValueError, match="objectives.guess has weights of its own, and .* use DDP"):
-        check_sharded_objectives(attached, compares_gradients=False)
+    for name, message in (
+        ("step_decoder", "has weights of its own"),
+        ("guess", "takes further forwards of the model"),
+    ):
+        attached = attach(tiny_model(), make_objectives({name: 1.0}), processor)
+        with pytest.raises(ValueError, match=f"objectives.{name} {message}, .* use DDP"):
+            check_sharded_objectives(attached, compares_gradients=False)
 
 
 def dataset_of(*steps: list[str]):

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from test_family_runs import FAMILIES, write_recipe
 from test_grouping import GROUPED
-from test_objectives_training import TWO, history
+from test_objectives_training import ALIGNED, EVERY, TWO, history
 from test_train import ROOT, launch, losses
 
 import train_hf
@@ -27,7 +27,7 @@ EQUAL = {
     "grouped": ("tiny", GROUPED, []),
     "cross_attention": ("cross_attention", [], []),
     "encoder": ("encoder", [], []),
-    "objectives": ("tiny", [*TWO, "--log_gradient_cosine"], ["--activation_checkpointing"]),
+    "objectives": ("tiny", [*EVERY, *ALIGNED, "state", "--log_gradient_cosine"], ["--activation_checkpointing"]),
     "objectives, encoder": ("encoder", TWO, []),
 }
 FROZEN = ["--num_train_epochs", "1", "--freeze", "vision_tower"]

@@ -73,9 +73,15 @@ def check_sharded_objectives(objectives: Objectives | None, *, compares_gradient
     """Refuse what objectives cannot do under FSDP.
 
     Raises:
-        ValueError: objectives with weights of their own, or gradients that are compared, of which each process would
-            have a part.
+        ValueError: objectives with weights of their own or further forwards of the model, in which shards are gathered
+            and processes must agree; or gradients that are compared, of which each process would have a part.
     """
+    for name, objective in (objectives or {}).items():
+        if objective.forwards:
+            raise ValueError(
+                f"objectives.{name} takes further forwards of the model, as many as its batch needs, and processes that "
+                "share its weights must take equally many: use DDP, or remove it."
+            )
     weighty = [name for name, objective in (objectives or {}).items() if [*objective.parameters()]]
     if weighty:
         raise ValueError(
