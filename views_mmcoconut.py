@@ -26,6 +26,11 @@ class ThoughtView:
     image_mask (B, T): where image features are read in the text; None where they are not.
     hidden_states: (B, T, D) before the first layer and after each, with output_hidden_states=True.
     head: last hidden states (…, D) → logits (…, V); None of a model without one.
+
+    Set by a trainer, which knows the rows:
+        step (B, N): which written step a latent stands for, from 0; -1 for none. place (B, N): the latent's place
+            among those of its step, from 0.
+        answer_column (B,): of the token before the answer's text.
     """
 
     before: torch.Tensor
@@ -38,6 +43,9 @@ class ThoughtView:
     image_mask: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     head: Callable[[torch.Tensor], torch.Tensor] | None = None
+    step: torch.Tensor | None = None
+    place: torch.Tensor | None = None
+    answer_column: torch.Tensor | None = None
 
     @classmethod
     def of(cls, thoughts: Thoughts) -> "ThoughtView":
@@ -62,3 +70,8 @@ class ThoughtView:
                 "no image features among its columns: take image_fusion 'replace' or 'add'."
             )
         return gather_thoughts(self.read, self.image_mask)
+
+    def answer_states(self) -> torch.Tensor:
+        """Return the embedding and each layer's output at answer_column, before the answer: (B, L + 1, D)."""
+        rows = torch.arange(len(self.answer_column), device=self.answer_column.device)  # (B,)
+        return torch.stack([layer[rows, self.answer_column] for layer in self.hidden_states], dim=1)

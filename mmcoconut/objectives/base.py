@@ -1,0 +1,111 @@
+"""What supervises a thought: the interface of objectives that are added to the loss of the answer.
+
+    loss = ce_loss + Σ weight · mean over the batch's rows of Objective.loss
+
+An objective is a loss on a view of the thoughts (ThoughtView). Where it needs more of a row than the model reads, it
+encodes that beside the batch; where it needs weights, they are its sub-modules: trained with the model, kept in its
+checkpoints, and never a part of the model that is saved.
+
+Shapes: B rows, N latents, D hidden.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from mmcoconut.views_mmcoconut import ThoughtView
+
+
+Inputs = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class RowsOfBatch:
+    """What an objective encodes: the rows of a batch as the collator lays them out.
+
+    rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. processor: the layout.
+    labelled: called with a function row → RowPlan, returns the same rows and images under other plans, as the model's
+        labelled inputs.
+    """
+
+    rows: Sequence[Mapping]
+    steps: torch.Tensor
+    places: torch.Tensor
+    processor: object
+    labelled: Callable[[Callable], dict]
+
+
+class Objective(nn.Module):
+    """A loss on the thoughts of a batch, beside the answer's.
+
+    Class attributes, of each objective:
+        name: in recipes. paper: its address.
+        fields: what a row must have, such as `steps` or `boxes`.
+        default_weight: the paper's.
+        needs_hidden_states: whether the view must hold those of all layers.
+        needs_images: whether it reads image features among the columns of the text.
+        forwards: further forward passes of the model in an update.
+
+    Args:
+        weight: of the term; a list gives one a stage, the last number repeating. 0: the term is not computed.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]] = ()
+    default_weight: ClassVar[float] = 1.0
+    needs_hidden_states: ClassVar[bool] = False
+    needs_images: ClassVar[bool] = False
+    forwards: ClassVar[int] = 0
+
+    def __init__(self, weight: float | Sequence[float] | None = None):
+        super().__init__()
+        weight = self.default_weight if weight is None else weight
+        self.weights = [weight] if isinstance(weight, (int, float)) else [*weight]
+        if not self.weights or min(self.weights) < 0:
+            raise ValueError(f"objectives.{self.name}.weight={weight} must be a number of at least 0, or one a stage.")
+
+    def weight_at(self, stage: int) -> float:
+        """Return the weight of the term at a stage.
+
+        >>> class Nothing(Objective):
+        ...     name = "nothing"
+        >>> [Nothing(weight=[0, 0.5]).weight_at(stage) for stage in range(4)], Nothing().weight_at(0)
+        ([0, 0.5, 0.5, 0.5], 1.0)
+        """
+        return self.weights[min(stage, len(self.weights) - 1)]
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the term has a weight at any stage."""
+        return max(self.weights) > 0
+
+    def build(self, model: nn.Module) -> None:
+        """Make the modules that the sizes of a model decide; drawn from a generator of their own."""
+
+    def encode(self, batch: RowsOfBatch) -> dict:
+        """Return what `loss` reads of a batch's rows beside the view: tensors with the rows first."""
+        return {}
+
+    def given(self, inputs: Inputs) -> Callable | None:
+        """Return what latents read in training in the place of states, `given_thoughts` of a model's forward."""
+        return None
+
+    def loss(self, view: ThoughtView, inputs: Inputs, run: Callable[[Mapping], object]) -> torch.Tensor:
+        """Return the loss of each row (B,): the mean over what it supervises there, 0 where that is nothing.
+
+        inputs: what `encode` gave. run: the same model's forward on other inputs, with this batch's images.
+        """
+        raise NotImplementedError
+
+
+def mean_by_row(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Return the means (B,) of values (B, N) where mask (B, N) is True; 0 where it is True nowhere.
+
+    >>> mean_by_row(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[True, True], [False, False]]))
+    tensor([2., 0.])
+    """
+    return torch.where(mask, values, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)
