@@ -29,7 +29,7 @@ from mmcoconut.build import (
     set_tiles,
 )
 from mmcoconut.build.gguf import load_tokenizer
-from mmcoconut.data import drop_unreadable, history_of, load_examples, question_text
+from mmcoconut.data import drop_unreadable, history_of, load_examples, question_text, without_pictures
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
 from mmcoconut.data.images import open_images
@@ -42,6 +42,8 @@ from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.kernels import choose_attention
 from mmcoconut.models import load_model, load_processor
 from mmcoconut.objectives.alignment import Alignment
+from mmcoconut.objectives.attach import attach, attached_to, own_weights
+from mmcoconut.objectives.registry import make_objectives
 from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.provenance import provenance
 from mmcoconut.records import RESULTS_FILE, write_json
@@ -54,9 +56,10 @@ from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.deferred import defer_weight_gradients
 from mmcoconut.training.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, settle, stages_with
 from mmcoconut.training.lora import add_lora, describe_adapters
+from mmcoconut.training.losses import name_of_term
 from mmcoconut.training.parts import nearest_part, parameters_named, paths_named
 from mmcoconut.training.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
-from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths, timed
+from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths, check_objectives, timed
 from mmcoconut.training.trainer import CurriculumTrainer
 from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
@@ -233,13 +236,23 @@ def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None
     return model, processor
 
 
-def check_best_metric(run_args, metric: str, rows, alignment) -> None:
-    """Whether evaluation will give `metric_for_best_model`; else a run would end at the end of its first epoch."""
+def objectives_of(curriculum_args) -> list:
+    """Return the objectives of a run; a mode without latents has none, as matched controls share a recipe."""
+    return make_objectives(curriculum_args.objectives) if curriculum_args.mode in THINKING_MODES else []
+
+
+def check_best_metric(run_args, metric: str, rows, collator: CurriculumCollator) -> None:
+    """Whether evaluation will give `metric_for_best_model` at every stage; else a run would end at one's end."""
     wanted = (run_args.metric_for_best_model or "accuracy").removeprefix("eval_")
-    terms = ("ce_loss", "align_loss") if alignment is not None else ()
+    terms = ["ce_loss"] * bool(collator.alignment or collator.objectives) + ["align_loss"] * bool(collator.alignment)
+    terms += [
+        name_of_term(objective.name)
+        for objective in collator.objectives
+        if all(objective.name in collator.weights(stage) for stage in collator.stages)
+    ]
     known = {"accuracy", "loss", "generated_tokens", *terms}
     if wanted not in known:
-        row = rows.remove_columns("images")[0]
+        row = without_pictures(rows)[0]
         known |= figures_of(score(metric, [row["answers"][0]], [row["answers"][0]], rows=[row])).keys()
     if wanted not in known:
         raise ValueError(f"metric_for_best_model is {wanted!r}: choose one of {', '.join(sorted(known))}.")
@@ -256,7 +269,15 @@ def max_length_of(model, max_length: int | None) -> int | None:
 def build_collator(model, processor, *, data_args, curriculum_args, run_args) -> CurriculumCollator:
     fields = asdict(curriculum_args)
     lengths = fields.pop("epochs_per_stage")
-    for field in ("objective", "rewards", "rl", "thought_noise", "reset_optimizer"):
+    for field in (
+        "objective",
+        "objectives",
+        "log_gradient_cosine",
+        "rewards",
+        "rl",
+        "thought_noise",
+        "reset_optimizer",
+    ):
         del fields[field]
     alignment = Alignment(
         align_weight=fields.pop("align_weight"),
@@ -278,6 +299,7 @@ def build_collator(model, processor, *, data_args, curriculum_args, run_args) ->
         max_new_tokens=data_args.max_new_tokens,
         alignment=alignment if alignment.align_weight else None,
         num_epochs=math.ceil(run_args.num_train_epochs) if run_args.do_train and run_args.max_steps <= 0 else None,
+        objectives=[*(attached_to(model) or {}).values()],
     )
 
 
@@ -317,7 +339,7 @@ def rewarded_trainer(curriculum_args, metric: str, train_set) -> tuple:
 
     rewards = curriculum_args.rewards or {metric: 1.0}
     for name in rewards.keys() & {*REFERENCES, "multiple_choice"}:  # fails now, not in an update
-        references_of("aokvqa_mc" if name == "multiple_choice" else name, train_set.remove_columns("images"))
+        references_of("aokvqa_mc" if name == "multiple_choice" else name, without_pictures(train_set))
     functions, _ = reward_functions(rewards)
     options = {"reward_funcs": functions, "thought_noise": curriculum_args.thought_noise}
     return POLICY_TRAINERS[curriculum_args.objective], options
@@ -328,12 +350,17 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
     with timed("Scoring every row's own answer"):
         for rows in splits.values():
             check_answers(rows, metric)
-    check_best_metric(run_args, metric, splits["eval"], collator.alignment)
+    with timed("Checking what objectives need of each row"):
+        for rows in splits.values():
+            check_objectives(rows, collator.objectives)
+    check_best_metric(run_args, metric, splits["eval"], collator)
     trainer_class, options = CurriculumTrainer, {}
     if curriculum_args.objective in REWARDED and run_args.do_train:
         trainer_class, options = rewarded_trainer(curriculum_args, metric, splits["train"])
     elif curriculum_args.objective == "distill_stops":
         trainer_class = StopDistiller
+    elif collator.objectives:
+        options = {"log_gradient_cosine": curriculum_args.log_gradient_cosine}
     return trainer_class(
         **options,
         model=model,
@@ -393,6 +420,16 @@ def check_reload(folder: str, rows) -> None:
     logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, prompt_length:]))
 
 
+def count_parameters(model) -> dict[str, int]:
+    """Return how many numbers a model has, how many are trained, and how many are its objectives', beside these."""
+    weights, attached = own_weights(model), attached_to(model)
+    counts = {"parameters": sum(weight.numel() for weight in weights)}
+    counts["trainable_parameters"] = sum(weight.numel() for weight in weights if weight.requires_grad)
+    if attached is not None:
+        counts["objective_parameters"] = sum(weight.numel() for weight in attached.parameters())
+    return counts
+
+
 def save_results(trainer, *, arguments, test: dict, train_seconds: float, skipped: list[str], cut: dict) -> dict:
     """results.json in the output folder: accuracy by stage, and what the numbers were made with."""
     _, data_args, curriculum_args, run_args = arguments
@@ -408,8 +445,7 @@ def save_results(trainer, *, arguments, test: dict, train_seconds: float, skippe
         "train_steps": trainer.state.global_step,
         "unreadable_images": skipped,
         "long_rows": cut,
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-        "trainable_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        **count_parameters(trainer.model),
         "processes": trainer.args.world_size,
         **provenance(trainer.args.device),
     }
@@ -448,6 +484,9 @@ def main(argv: list[str] | None = None) -> dict:
     if checkpoint is not None:
         check_course(checkpoint, course)
     model, processor = build(model_args, curriculum_args, splits.get("train"), checkpoint)
+    objectives = objectives_of(curriculum_args) if run_args.do_train else []
+    if objectives:
+        attach(model, objectives, processor)
     run = {"data_args": data_args, "curriculum_args": curriculum_args, "run_args": run_args}
     collator = build_collator(model, processor, **run)
     if not run_args.do_train:

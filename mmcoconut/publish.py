@@ -37,7 +37,7 @@ WROTE = {"audit": (AUDIT_FILE, "mmcoconut.audit"), "evaluation": (EVALUATION_FIL
 WROTE |= {"compare": (COMPARE_FILE, "train_hf.py --compare")}
 # Of the keys of a recipe that say what is learnt: those that compared runs differ in, or that change no result.
 NOT_SHARED = ("mode", "precompute_image_features", "image_features_cache", "attn_implementation")
-NOT_SHARED += ("checkpointed_passes", "defer_weight_gradients")
+NOT_SHARED += ("checkpointed_passes", "defer_weight_gradients", "log_gradient_cosine")
 
 
 @dataclass

@@ -105,6 +105,8 @@ def test_an_empty_field_keeps_its_default(recipe):
     assert (data.dataset, data.dataset_options, data.eval_split) == ("arrow_mazes", {}, "validation")
     assert dataclasses.asdict(curriculum) == {
         "objective": "supervised",
+        "objectives": None,
+        "log_gradient_cosine": False,
         "rewards": None,
         "rl": {},
         "thought_noise": 0.0,

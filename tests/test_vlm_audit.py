@@ -13,7 +13,6 @@ from vlm_families import OTHERS, by_definition, picture
 
 from mmcoconut import serve
 from mmcoconut.audit import command as audit
-from mmcoconut.audit.image_grids import View, counts_of, of_patches, of_runs, on_picture, rows_and_columns, views_of
 from mmcoconut.audit.interventions import given, intervening, with_images_of
 from mmcoconut.audit.thought_pictures import GAP
 from mmcoconut.audit.thoughts import read_thoughts
@@ -21,6 +20,7 @@ from mmcoconut.build import from_vlm, processor_from_vlm
 from mmcoconut.build.tiny_models import tiny_vlm
 from mmcoconut.configuration_mmcoconut import THOUGHT_TOKENS
 from mmcoconut.data.arrow_mazes import png_bytes
+from mmcoconut.data.image_grids import View, counts_of, of_patches, of_runs, on_picture, rows_and_columns, views_of
 from mmcoconut.demo.one_question import Asker
 from mmcoconut.evaluation import answering
 from mmcoconut.evaluation.answering import Answerer, load_checkpoint

@@ -33,8 +33,10 @@ from mmcoconut.arguments.without_effect import without_effect
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
 from mmcoconut.errors import is_missing_folder
 from mmcoconut.objectives.alignment import ALIGNMENT_TARGETS
+from mmcoconut.objectives.registry import make_objectives, objective_problems
 
 
+READ_BESIDE_THE_TEXT = ("cross_attention", "encoder")  # of the values of image_fusion
 NO_ALIGNMENT = (
     "a vlm has no single vector of an image, and no text encoder to align it with: remove this key, or join "
     "`vision_model` and `text_model` by a prefix projector and `image_fusion: encoder`"
@@ -233,6 +235,25 @@ def _objective(values: dict):
         yield "mode", mode, "`stop_head` ends thoughts that are fed back: set `mode: coconut`, or remove `stop_head`"
 
 
+def _objectives(values: dict):
+    """What is wrong with `objectives`, and with what stands beside them."""
+    objectives = values["objectives"]
+    if not objectives:
+        return
+    if values["objective"] != "supervised":
+        yield "objectives", objectives, f"`objective: {values['objective']}` has no answer to learn from: remove one"
+        return
+    problems = [*objective_problems(objectives)]
+    yield from problems
+    for objective in [] if problems else make_objectives(objectives):
+        key, setting = f"objectives.{objective.name}", objectives[objective.name]
+        if "steps" in objective.fields and values["thoughts_per_turn"]:
+            yield key, setting, "with `thoughts_per_turn` no thought stands for a written step: remove one of these"
+        fusion = values["image_fusion"]
+        if objective.needs_images and fusion in READ_BESIDE_THE_TEXT:
+            yield key, setting, f"`image_fusion: {fusion}` has no images among the text: set replace, or remove this"
+
+
 def _distilled(values: dict):
     """What is wrong with, or means nothing beside, a stop head that learns from a model which answers already."""
     if values["stop_head"] is False:
@@ -338,6 +359,7 @@ def problems_of(values: dict, wrong: Container[str]) -> list[tuple]:
     found = [*_conflicts(values), *_comparison(values), *_unknown_fields(values), *_lora(values)]
     found += [*without_effect(values, DEFAULTS), *_layout(values), *_alignment(values)]
     found += [*_objective(values)] if "objective" not in wrong else []
+    found += [*_objectives(values)] if not {"objective", "objectives"} & {*wrong} else []
     found += [] if values.get("smoke_test") else _missing(values)
     return [problem for problem in found if problem[0] not in wrong]
 
@@ -347,4 +369,4 @@ def layout_problems(arguments) -> list[tuple]:
     *parts, run = arguments
     values = {key: value for part in parts for key, value in vars(part).items()}
     values |= {key: getattr(run, key) for key in NAMES[-1]}
-    return [*_layout(values), *_objective(values)]
+    return [*_layout(values), *_objective(values), *_objectives(values)]

@@ -95,6 +95,12 @@ class CurriculumArguments:
 
     objective: str = HfArg(default="supervised", help="`grpo`, `rloo`: rewards; `distill_stops`: when to stop.")
     rewards: dict | None = HfArg(default=None, help="What answers are worth, {name: weight}; default: the metric.")
+    objectives: dict | None = HfArg(
+        default=None, help="What supervises thoughts: {name: weight, weights by stage or {weight: ..., ...}}."
+    )
+    log_gradient_cosine: bool = HfArg(
+        default=False, help="Log how gradients of objectives and answer agree, in [-1, 1]."
+    )
     rl: dict = HfArg(default_factory=dict, help="Fields of trl's GRPOConfig or RLOOConfig, {num_generations: 16}.")
     thought_noise: float = HfArg(default=0.0, help="Noise on sampled thoughts, in units of their root mean square.")
     mode: str | None = HfArg(default=None, help="Latent reasoning, or one of its controls.")

@@ -41,6 +41,8 @@ OF_MODES = {
     "thought_norm": ("coconut",),
     "thought_schedule": ("coconut",),
     "bptt_thoughts": ("coconut",),
+    "objectives": THINKING_MODES,
+    "log_gradient_cosine": THINKING_MODES,
 }
 OF_NEW_PARTS = ("tokenizer_vocab_size", "new_token_init")
 
@@ -67,6 +69,9 @@ def _of_training(values: Mapping, changed: set[str]) -> Iterator[Problem]:
     if values["checkpointed_passes"] != "all" and not any(values.get(key) for key in RECOMPUTING):
         remedy = "nothing is recomputed: set `activation_checkpointing: true`, or remove this key"
         yield "checkpointed_passes", values["checkpointed_passes"], remedy
+    if values["log_gradient_cosine"] and not values["objectives"]:
+        remedy = "there are no `objectives` whose gradients it could compare: set them, or remove this key"
+        yield "log_gradient_cosine", True, remedy
     if values["align_weight"] == 0 and values["objective"] not in ("grpo", "rloo"):  # which say it themselves
         for key in OF_ALIGNMENT:
             if key in changed:

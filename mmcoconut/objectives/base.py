@@ -9,13 +9,18 @@ checkpoints, and never a part of the model that is saved.
 Shapes: B rows, N latents, D hidden.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from mmcoconut.data.targets import RowPlan
 from mmcoconut.views_mmcoconut import ThoughtView
 
 
@@ -26,7 +31,8 @@ Inputs = Mapping[str, torch.Tensor]
 class RowsOfBatch:
     """What an objective encodes: the rows of a batch as the collator lays them out.
 
-    rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. processor: the layout.
+    rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. counts (B,): latents of each row.
+    processor: the layout.
     labelled: called with a function row → RowPlan, returns the same rows and images under other plans, as the model's
         labelled inputs.
     """
@@ -34,8 +40,43 @@ class RowsOfBatch:
     rows: Sequence[Mapping]
     steps: torch.Tensor
     places: torch.Tensor
+    counts: torch.Tensor
     processor: object
-    labelled: Callable[[Callable], dict]
+    labelled: Callable[[Callable[[Mapping], RowPlan]], dict]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an objective may ask of the model in training beside the view of the thoughts.
+
+    forward: the model's, called without what attaches objectives to it. images: what it reads of the batch's.
+    model: asked for features of other images.
+    """
+
+    model: nn.Module
+    forward: Callable
+    images: Inputs
+
+    def __call__(self, inputs: Mapping):
+        """Return the output of another forward of the same model, on inputs and the batch's images."""
+        return self.forward(**self.images, **inputs)
+
+    @property
+    def without_logits(self) -> dict:
+        """The arguments of a forward that makes as few logits as the model can."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # of adapters
+        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def image_features(self, images: Inputs) -> torch.Tensor:
+        """Return what the decoder would read of other images (F, D), in reading order; no gradients."""
+        read = self.model.get_image_features
+        taken = inspect.signature(read).parameters
+        with torch.no_grad():
+            features = read(**{name: value for name, value in images.items() if name in taken})
+        features = getattr(features, "pooler_output", features)
+        if not isinstance(features, torch.Tensor):
+            features = torch.cat([each.flatten(0, -2) for each in features])
+        return features.flatten(0, -2).detach()
 
 
 class Objective(nn.Module):
@@ -43,7 +84,7 @@ class Objective(nn.Module):
 
     Class attributes, of each objective:
         name: in recipes. paper: its address.
-        fields: what a row must have, such as `steps` or `boxes`.
+        fields: what a row must have, such as `steps` or `boxes`; an option may set it.
         default_weight: the paper's.
         needs_hidden_states: whether the view must hold those of all layers.
         needs_images: whether it reads image features among the columns of the text.
@@ -83,21 +124,50 @@ class Objective(nn.Module):
         """Whether the term has a weight at any stage."""
         return max(self.weights) > 0
 
+    @property
+    def settings(self) -> dict:
+        """Return the options that make it again, the weight aside; of one with modules with the sizes of these."""
+        return {}
+
     def build(self, model: nn.Module) -> None:
         """Make the modules that the sizes of a model decide; drawn from a generator of their own."""
+
+    def save(self, folder: Path) -> None:
+        """Write the modules of this objective into a folder, `<name>.safetensors` and its settings; nothing without.
+
+        They are for whoever examines a run, and never a part of the model.
+        """
+        if not (weights := self.state_dict()):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / f"{self.name}.safetensors")
+        (folder / f"{self.name}.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+
+    def check(self, row: Mapping) -> None:
+        """Raise ValueError for a row, with its pictures, that this cannot learn from; asked of all before training.
+
+        That rows have its `fields` is checked without it.
+        """
+
+    def plans(self, plan: RowPlan, num_steps: int) -> Iterable[RowPlan]:
+        """Return the other plans that `encode` lays a row of num_steps steps out by, where its stage has `plan`.
+
+        Rows are measured under these too before training, so that none is too long in the middle of a run.
+        """
+        return ()
 
     def encode(self, batch: RowsOfBatch) -> dict:
         """Return what `loss` reads of a batch's rows beside the view: tensors with the rows first."""
         return {}
 
-    def given(self, inputs: Inputs) -> Callable | None:
+    def given(self, inputs: Inputs, run: Run) -> Callable | None:
         """Return what latents read in training in the place of states, `given_thoughts` of a model's forward."""
         return None
 
-    def loss(self, view: ThoughtView, inputs: Inputs, run: Callable[[Mapping], object]) -> torch.Tensor:
+    def loss(self, view: ThoughtView, inputs: Inputs, run: Run) -> torch.Tensor:
         """Return the loss of each row (B,): the mean over what it supervises there, 0 where that is nothing.
 
-        inputs: what `encode` gave. run: the same model's forward on other inputs, with this batch's images.
+        inputs: what `encode` gave. run: the same model on other inputs.
         """
         raise NotImplementedError
 

@@ -1,42 +1,52 @@
-"""The state at a latent predicts, through the model's own head, a token of the step that it stands for (LOTUS)."""
+"""The state at a latent predicts, through the model's own head, tokens of the step that it stands for (LOTUS)."""
 
 from typing import ClassVar
 
 import torch
-from torch import nn
 
+from mmcoconut.data.targets import IGNORED, encode_step
 from mmcoconut.objectives.base import Objective, RowsOfBatch, mean_by_row
 
 
-IGNORED = -100
+TOKENS = ("in_order", "bag")
 
 
-def tokens_of_latents(batch: RowsOfBatch) -> torch.Tensor:
-    """Return the token that each latent is to predict, (B, N): the i-th of its step for the i-th latent of that.
+def tokens_of_latents(batch: RowsOfBatch, tokens: str) -> torch.Tensor:
+    """Return the tokens that each latent is to predict, (B, N, K), IGNORED behind a latent's last one.
 
-    IGNORED where a latent stands for no step, or its step has fewer tokens.
+    `in_order`: of a step with ids t₁ t₂ …, as the model would write it, its i-th latent has tᵢ, and none where the
+    step has fewer. `bag`: each latent of the step has every token of it, once.
     """
-    targets = torch.full_like(batch.steps, IGNORED)
-    for index, row in enumerate(batch.rows):
-        steps = [batch.processor.encode_text(step) for step in row["steps"]]
-        for latent, (step, place) in enumerate(zip(batch.steps[index].tolist(), batch.places[index].tolist())):
-            if step >= 0 and place < len(steps[step]):
-                targets[index, latent] = steps[step][place]
-    return targets
+    found = []
+    for row, steps, places in zip(batch.rows, batch.steps.tolist(), batch.places.tolist()):
+        ids = [encode_step(batch.processor, step) for step in row["steps"]]
+        of_row = [ids[step] if step >= 0 else () for step in steps]
+        if tokens == "bag":
+            found.append([[*dict.fromkeys(step)] for step in of_row])
+        else:
+            found.append([[*step[place : place + 1]] for step, place in zip(of_row, places)])
+    most = max((len(each) for row in found for each in row), default=0)
+    padded = [[each + [IGNORED] * (most - len(each)) for each in row] for row in found]
+    return torch.tensor(padded, dtype=torch.long).reshape(*batch.steps.shape, most)
 
 
 class StepTokens(Objective):
-    """Cross-entropy of the model's own head on the state at latent j against a token of the step it stands for.
+    """Cross-entropy of the model's own head on the state at latent j against tokens of the step that it stands for.
 
-    With c_thought latents a step, the i-th of them predicts the step's i-th token; further tokens are not supervised.
+        L = mean over latents j, mean over their tokens t:  -log softmax(head(after[j]))[t]
+
     Latents without a step, as of rows with fewer steps than the stage, are left alone.
 
-    Source: LOTUS, https://arxiv.org/abs/2606.31779.
+    Args:
+        tokens: `in_order`: with c_thought latents a step the i-th of them predicts the step's i-th token. `bag`: each
+            predicts all tokens of its step, for steps whose first tokens say little.
+
+    Source: LOTUS, https://arxiv.org/abs/2606.31779; the bag is ours.
 
     >>> from mmcoconut.views_mmcoconut import ThoughtView
     >>> view = ThoughtView(*[None] * 7, head=lambda states: states)
     >>> view.after = torch.tensor([[[2.0, 0.0], [0.0, 0.0]]])
-    >>> StepTokens().loss(view, {"targets": torch.tensor([[0, IGNORED]])}, None)  # log(1 + e^-2)
+    >>> StepTokens().loss(view, {"targets": torch.tensor([[[0], [IGNORED]]])}, None)  # log(1 + e^-2)
     tensor([0.1269])
     """
 
@@ -45,13 +55,20 @@ class StepTokens(Objective):
     fields: ClassVar[tuple[str, ...]] = ("steps",)
     default_weight: ClassVar[float] = 0.05
 
+    def __init__(self, weight=None, *, tokens: str = "in_order"):
+        super().__init__(weight)
+        if tokens not in TOKENS:
+            raise ValueError(f"objectives.step_tokens.tokens={tokens!r} is not one of {', '.join(TOKENS)}.")
+        self.tokens = tokens
+
     def encode(self, batch: RowsOfBatch) -> dict:
-        return {"targets": tokens_of_latents(batch)}
+        return {"targets": tokens_of_latents(batch, self.tokens)}
 
     def loss(self, view, inputs, run) -> torch.Tensor:
-        targets = inputs["targets"]  # (B, N)
-        known = targets != IGNORED  # (B, N)
-        losses = torch.zeros_like(targets, dtype=torch.float32)
-        logits = view.head(view.after[known]).float()  # (known, V)
-        losses[known] = nn.functional.cross_entropy(logits, targets[known], reduction="none")
-        return mean_by_row(losses, known)
+        targets = inputs["targets"]  # (B, N, K)
+        known = targets != IGNORED  # (B, N, K)
+        supervised = known.any(dim=-1)  # (B, N)
+        log_probs = view.head(view.after[supervised]).float().log_softmax(dim=-1)  # (n, V)
+        wanted, real = targets[supervised], known[supervised]  # (n, K)
+        losses = mean_by_row(-log_probs.gather(1, wanted.clamp(min=0)), real)  # (n,)
+        return mean_by_row(losses.new_zeros(supervised.shape).masked_scatter(supervised, losses), supervised)

@@ -8,18 +8,27 @@ import torch
 from PIL import Image
 
 from mmcoconut.arguments.choices import STAGED_MODES, THINKING_MODES
-from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, messages_of
+from mmcoconut.chat_template_mmcoconut import messages_of
 from mmcoconut.data import history_of, open_images, question_text
 from mmcoconut.data.image_features import ImageFeatures
+from mmcoconut.data.targets import (
+    IGNORED,
+    RECURRING_TEXTS,
+    answer_columns,
+    encode_answer,
+    encode_step,
+    encode_target,
+    predicted,
+)
 from mmcoconut.objectives.alignment import Alignment
+from mmcoconut.objectives.attach import INPUTS
+from mmcoconut.objectives.base import Objective, RowsOfBatch
 from mmcoconut.training.curriculum import Curriculum, RowPlan
 
 
-IGNORED = -100
 # What the model reads before it writes, and what it is to write: ids.
 Turn = tuple[Sequence[int], Sequence[int]]
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
-RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an image's
 USUAL_SIZE = (448, 448)  # of a picture, in pixels
 
 
@@ -103,23 +112,6 @@ def encode_turns(
     return tuple(turns), tuple(whole[start:])
 
 
-@lru_cache(maxsize=RECURRING_TEXTS)
-def encode_step(processor, step: str) -> tuple:
-    """Return the ids of a written step, on its line, once for steps that recur."""
-    return tuple(processor.encode_text(f"{step}\n"))
-
-
-@lru_cache(maxsize=RECURRING_TEXTS)
-def encode_answer(processor, answer: str) -> tuple:
-    """Return the ids of `### answer`, eos, once for answers that recur."""
-    return (*processor.encode_text(f"{ANSWER_MARKER} {answer}"), processor.tokenizer.eos_token_id)
-
-
-def encode_target(processor, steps: Sequence[str], answer: str) -> list[int]:
-    """Return the ids of steps on their lines, `### answer`, eos; tokenized apart, as in the paper."""
-    return [*chain(*(encode_step(processor, step) for step in steps)), *encode_answer(processor, answer)]
-
-
 class CurriculumCollator:
     """Rows of `mmcoconut.data` → batches of the present stage.
 
@@ -132,6 +124,7 @@ class CurriculumCollator:
         max_new_tokens: what evaluation will add to a prompt.
         alignment: what the rows' pictures are aligned with, if anything.
         num_epochs: epochs of the run, where known; stages that it does not reach are not measured.
+        objectives: of the thoughts; what they need of rows is in batches under `objective_inputs`.
 
     With `image_features` batches hold these in the place of pixels. What a processor says of an image, the number of
     its tiles or the ids that stand for it, is called num_tiles.
@@ -146,10 +139,11 @@ class CurriculumCollator:
         max_new_tokens: int = 0,
         alignment: Alignment | None = None,
         num_epochs: int | None = None,
+        objectives: Sequence[Objective] = (),
     ):
         self.curriculum, self.processor = curriculum, processor
         self.max_length, self.max_new_tokens = max_length, max_new_tokens
-        self.alignment, self.num_epochs = alignment, num_epochs
+        self.alignment, self.num_epochs, self.objectives = alignment, num_epochs, objectives
         self.epoch = 0
         self.fixed_stage: int | None = None
         self.image_features: ImageFeatures | None = None
@@ -158,6 +152,12 @@ class CurriculumCollator:
     def stage(self) -> int:
         """The stage of the present epoch, unless one was fixed, as for evaluating a trained checkpoint."""
         return self.curriculum.stage_at(self.epoch) if self.fixed_stage is None else self.fixed_stage
+
+    def weights(self, stage: int | None = None) -> dict[str, float]:
+        """Return the weights of the objectives that have one at a stage, by default the present one, by name."""
+        stage = self.stage if stage is None else stage
+        weights = {objective.name: objective.weight_at(stage) for objective in self.objectives}
+        return {name: weight for name, weight in weights.items() if weight > 0}
 
     def check_length(self, row: dict, length: int, what: str) -> None:
         if self.max_length is not None and length > self.max_length:
@@ -245,7 +245,14 @@ class CurriculumCollator:
         curriculum, (steps, answer) = self.curriculum, self.target_lengths(row)
         plans = {stage: curriculum.plan(stage, len(steps)) for stage in self.stages}
         latents = {stage: curriculum.num_latents(stage) if room else plan.num_latents for stage, plan in plans.items()}
-        most = max(latents.values())
+        others = [
+            (f"{form} for objectives.{objective.name}", other)
+            for stage, plan in plans.items()
+            for form, objective in ((f"the sequence of stage {stage}", each) for each in self.objectives)
+            if objective.name in self.weights(stage)
+            for other in objective.plans(RowPlan(plan.skipped_steps, latents[stage]), len(steps))
+        ]
+        most = max([*latents.values(), *(other.num_latents for _, other in others)])
         turns, prompt = self.encode_turns(row, num_tiles, most)
         encoder, decoder = self.processor.split_prompt([*chain(*chain(*turns)), *prompt])
         forms = [(len(encoder), "the question")]
@@ -253,6 +260,9 @@ class CurriculumCollator:
             begun = len(decoder) - most + latents[stage]
             forms.append((begun + sum(steps[plan.skipped_steps :]) + answer, f"the sequence of stage {stage}"))
             forms.append((begun + room, f"the prompt of stage {stage} with {room} new tokens (max_new_tokens)"))
+        for form, other in others:
+            begun = len(decoder) - most + other.num_latents
+            forms.append((begun + sum(steps[other.skipped_steps :]) + answer, form))
         return max(forms, key=lambda form: form[0])
 
     def target_lengths(self, row: dict) -> tuple[list[int], int]:
@@ -315,6 +325,35 @@ class CurriculumCollator:
             **self.processor.tokenizer.pad({"input_ids": encoder}, padding_side="right", return_tensors="pt"),
         }
 
+    def steps_of_latents(self, rows: Sequence[dict], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which written step each latent of ids (B, T) stands for, -1 for none, and its place in it, (B, N)."""
+        counts = (ids == self.processor.latent_token_id).sum(dim=1)  # (B,)
+        known = torch.tensor([len(row["steps"]) for row in rows])  # (B,)
+        per_step = self.curriculum.thoughts_per_turn or self.curriculum.c_thought
+        latents = torch.arange(int(counts.max())).expand(len(rows), -1)  # (B, N)
+        steps = latents // per_step
+        stands_for_one = (latents < counts[:, None]) & (steps < known[:, None])
+        return torch.where(stands_for_one, steps, -1), latents % per_step
+
+    def for_objectives(self, rows: Sequence[dict], batch: dict, tiles: Sequence[Sequence], images: dict) -> dict:
+        """Return what the objectives of this stage read beside labelled inputs of the rows; empty without any."""
+        present = [objective for objective in self.objectives if objective.name in self.weights()]
+        if not present:
+            return {}
+        ids = batch[self.processor.prompt_names[0]]  # (B, T)
+        steps, places = self.steps_of_latents(rows, ids)
+        of_batch = RowsOfBatch(
+            rows,
+            steps,
+            places,
+            counts=(ids == self.processor.latent_token_id).sum(dim=1),
+            processor=self.processor,
+            labelled=lambda plan_of: self.supervised(rows, plan_of, tiles, images),
+        )
+        columns = answer_columns(rows, predicted(batch["labels"], self.processor), self.processor)  # (B,)
+        encoded = {objective.name: objective.encode(of_batch) for objective in present}
+        return {INPUTS: {"steps": steps, "places": places, "answer_column": columns, **encoded}}
+
     def aligned(self, rows: Sequence[dict]) -> dict:
         """alignment_input_ids and alignment_attention_mask (images, S): of each row's text, once for each picture."""
         texts = [self.alignment.text(row) for row in rows for _ in row["images"]]
@@ -333,7 +372,7 @@ class CurriculumCollator:
         pixels, tiles = self.pixels(rows)
         batch = {**self.supervised(rows, self.training_plan, tiles, pixels), **pixels}
         if self.alignment is None:
-            return batch
+            return {**batch, **self.for_objectives(rows, batch, tiles, pixels)}
         if self.alignment.warms_up(self.epoch):
             if not any(row["images"] for row in rows):
                 raise ValueError(
@@ -341,7 +380,8 @@ class CurriculumCollator:
                     f"{len(rows)} rows of this batch has one: set it to 0, or leave rows without pictures out."
                 )
             batch = {name: tensor for name, tensor in batch.items() if name not in ("labels", *DECODER_INPUTS)}
-        return {**batch, **self.aligned(rows)}
+            return {**batch, **self.aligned(rows)}
+        return {**batch, **self.for_objectives(rows, batch, tiles, pixels), **self.aligned(rows)}
 
     def prompts(self, rows: Sequence[dict]) -> dict:
         """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows.
@@ -355,6 +395,7 @@ class CurriculumCollator:
             length = self.longest_part(prompt, self.max_new_tokens)
             self.check_length(row, length, "the prompt with max_new_tokens")
         batch = self.processor.pad_prompts(prompts, padding=True, return_tensors="pt")
+        supervised = self.supervised(rows, self.evaluation_plan, tiles, pixels)
         ids, mask = (batch[name] for name in self.processor.prompt_names)
         return {
             **batch,
@@ -363,7 +404,8 @@ class CurriculumCollator:
             "index": torch.tensor([row["index"] for row in rows]),
             **({"num_images": torch.tensor([len(row["images"]) for row in rows])} if self.alignment else {}),
             "supervised": {
-                **self.supervised(rows, self.evaluation_plan, tiles, pixels),
+                **supervised,
+                **self.for_objectives(rows, supervised, tiles, pixels),
                 **(self.aligned(rows) if self.alignment is not None else {}),
             },
         }

@@ -16,14 +16,7 @@ import random
 from dataclasses import dataclass
 
 from mmcoconut.arguments.choices import MODES, STAGED_MODES, THINKING_MODES
-
-
-@dataclass(frozen=True)
-class RowPlan:
-    """What a stage does to a row: how many of its first steps go, and how many latents come, in each turn."""
-
-    skipped_steps: int
-    num_latents: int
+from mmcoconut.data.targets import RowPlan
 
 
 @dataclass(frozen=True)

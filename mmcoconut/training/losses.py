@@ -1,6 +1,6 @@
 """The parts of a loss: by token, by row, and their running means."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -23,28 +23,37 @@ def loss_per_token(model) -> Iterator[None]:
         model.loss_function = mean
 
 
-def mean_losses(sums) -> dict[str, float]:
-    """Return ce_loss per labelled token and align_loss per picture from the sums (n, 4) of rows; without any, neither.
+def mean_losses(sums, objectives: Sequence[str] = ()) -> dict[str, float]:
+    """Return ce_loss per labelled token, align_loss per picture and of each objective its mean over rows.
 
-    >>> mean_losses([[2.0, 4, 0.0, 0], [1.0, 2, 0.0, 0]])
-    {'ce_loss': 0.5}
+    sums (n, 4 + objectives): of rows; without tokens or pictures there is no mean of theirs.
+
+    >>> mean_losses([[2.0, 4, 0.0, 0, 0.5], [1.0, 2, 0.0, 0, 0.0]], ["step_tokens"])
+    {'ce_loss': 0.5, 'step_tokens_loss': 0.25}
     """
-    ce_sum, num_tokens, align_sum, num_images = (float(sum(column)) for column in zip(*sums, strict=True))
+    ce_sum, num_tokens, align_sum, num_images, *others = (float(sum(column)) for column in zip(*sums, strict=True))
     pairs = {"ce_loss": (ce_sum, num_tokens), "align_loss": (align_sum, num_images)}
+    pairs |= {name_of_term(name): (total, len(sums)) for name, total in zip(objectives, others, strict=True)}
     return {name: total / count for name, (total, count) in pairs.items() if count}
 
 
+def name_of_term(objective: str) -> str:
+    """Return the name by which an objective's term is logged."""
+    return f"{objective}_loss"
+
+
 class Terms:
-    """Running means of the parts of the training loss, over all processes; empty where there is one part only."""
+    """Running means of the parts of the training loss, over all processes.
 
-    NAMES = ("ce_loss", "align_loss")
+    Args:
+        names: of all parts that batches of any process may have.
+    """
 
-    def __init__(self):
-        self.sums = {}
+    def __init__(self, names: Sequence[str]):
+        self.names, self.sums = tuple(names), {}
 
-    def add(self, *, ce_loss=None, align_loss=None, steps: int = 1) -> None:
-        """Count the losses () of a batch; ce_loss is that batch's part of an update of so many steps."""
-        losses = {"ce_loss": None if ce_loss is None else ce_loss * steps, "align_loss": align_loss}
+    def add(self, **losses: torch.Tensor | None) -> None:
+        """Count the losses () of a batch; None where it lacks a part."""
         for name, loss in losses.items():
             if loss is not None:
                 total, count = self.sums.get(name, (0.0, 0.0))
@@ -53,7 +62,7 @@ class Terms:
     def means(self, accelerator) -> dict[str, float]:
         """Means since the last call; every process must call it at the same time."""
         sums, self.sums = self.sums, {}
-        local = [float(number) for name in self.NAMES for number in sums.get(name, (0.0, 0.0))]
+        local = [float(number) for name in self.names for number in sums.get(name, (0.0, 0.0))]
         totals = accelerator.reduce(torch.tensor(local, device=accelerator.device), reduction="sum").tolist()
-        pairs = zip(self.NAMES, totals[::2], totals[1::2])
+        pairs = zip(self.names, totals[::2], totals[1::2])
         return {name: total / count for name, total, count in pairs if count}

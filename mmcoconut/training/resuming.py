@@ -42,7 +42,7 @@ HARMLESS += ("activation_checkpointing", "activation_checkpointing_kwargs", "gra
 HARMLESS += ("gradient_checkpointing_kwargs", "checkpointed_passes", "defer_weight_gradients", "attn_implementation")
 HARMLESS += ("torch_compile", "torch_compile_backend", "torch_compile_mode", "image_features_cache")
 HARMLESS += ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
-HARMLESS += ("ddp_backend", "ddp_timeout")
+HARMLESS += ("ddp_backend", "ddp_timeout", "log_gradient_cosine")
 # Harmless where the rows that they name are the same.
 NAME_ROWS = ("dataset", "dataset_options", "max_train_samples", "max_eval_samples", "unreadable_images")
 # Harmless where their product with the devices is the same.
@@ -165,7 +165,8 @@ def lengthens(change: Change, recipe: Mapping) -> bool:
 
 def splits_alike(recipe: Mapping) -> bool:
     """Return True if the loss of an update does not depend on how its rows are split into batches."""
-    return recipe.get("objective") == "supervised" and not recipe.get("align_weight")
+    terms = recipe.get("align_weight") or recipe.get("objectives")  # means of batches
+    return recipe.get("objective") == "supervised" and not terms
 
 
 def sort_changes(before: Mapping, now: Mapping) -> tuple[list[Change], list[Change]]:

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from datasets import Dataset
 
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, parse_answer
-from mmcoconut.data import image_counts
+from mmcoconut.data import image_counts, without_pictures
 from mmcoconut.data.scoring import REFERENCES, score
+from mmcoconut.objectives.base import Objective
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.grouping import token_counts
 
@@ -44,7 +45,7 @@ def check_lengths(rows: Dataset, collator: CurriculumCollator, *, room: int = 0)
     Raises:
         ValueError: a row that takes more than `collator.max_length` tokens, or whose turns cannot be laid out.
     """
-    for index, (row, num_images) in enumerate(zip(rows.remove_columns("images"), image_counts(rows), strict=True)):
+    for index, (row, num_images) in enumerate(zip(without_pictures(rows), image_counts(rows), strict=True)):
         collator.check_turns(row)
         if collator.max_length is not None:
             length, form = collator.measure(row, num_images, lambda index=index: rows[index], room=room)
@@ -59,7 +60,7 @@ def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
     """
     if collator.alignment is None:
         return
-    counts = zip(rows.remove_columns("images"), image_counts(rows), strict=True)
+    counts = zip(without_pictures(rows), image_counts(rows), strict=True)
     texts = [(row["row_id"], collator.alignment.text(row)) for row, num_images in counts if num_images]
     lengths = token_counts(collator.processor.tokenizer, [text for _, text in texts], add_special_tokens=True)
     for row_id, text in texts:
@@ -68,6 +69,29 @@ def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
                 f"{row_id}: the text to align its pictures with takes {lengths[text]} tokens, and the language model, "
                 f"or max_length, has {collator.max_length} positions: set alignment_target to a shorter one."
             )
+
+
+def check_objectives(rows: Dataset, objectives: Sequence[Objective]) -> None:
+    """Check that rows have what objectives need of them.
+
+    A row without steps has none that a thought could stand for, and only a split of such rows is refused.
+
+    Raises:
+        ValueError: names the first row that lacks a field, or that an objective cannot learn from.
+    """
+    for objective in objectives:
+        for name in objective.fields:
+            values = rows[name] if name in rows.column_names else [None] * len(rows)
+            lacking = [index for index, value in enumerate(values) if value is None or not len(value)]
+            if lacking and (name != "steps" or len(lacking) == len(rows)):
+                raise ValueError(
+                    f"{rows['row_id'][lacking[0]]}, field {name!r}: found none, and objectives.{objective.name} needs "
+                    f"it ({len(lacking)} of {len(rows)} rows lack it): take a data set whose rows have it, or remove "
+                    "the objective."
+                )
+        if type(objective).check is not Objective.check:
+            for row in rows:
+                objective.check(row)
 
 
 def distinct(rows: Dataset) -> list[dict]:

@@ -10,23 +10,36 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
 
 from mmcoconut.arguments.recipes import read_recipe
 from mmcoconut.chat_template_mmcoconut import parse_answer
+from mmcoconut.data import without_pictures
 from mmcoconut.data.scoring import figures_of, score
 from mmcoconut.hub.card import Evidence, model_card, write_card
 from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
+from mmcoconut.objectives.attach import (
+    FOLDER,
+    LOSSES,
+    NAME,
+    Objectives,
+    attached_to,
+    load_weights,
+    own_weights,
+    save_weights,
+    without_objectives,
+)
 from mmcoconut.records import ADAPTER_FOLDER, RECIPE_FILE, read_json, write_json
 from mmcoconut.tables import stage_row, stage_rows
 from mmcoconut.training.callbacks import CurriculumCallback, ShardingCallback
 from mmcoconut.training.checkpoints import ASIDE, describe, put_in_place, rotate, start_aside
 from mmcoconut.training.collator import IGNORED, CurriculumCollator
 from mmcoconut.training.generating import count_generated, generate_and_count
+from mmcoconut.training.gradient_cosines import GradientCosines
 from mmcoconut.training.grouping import StageGroupedSampler
 from mmcoconut.training.learning_rates import set_learning_rates
 from mmcoconut.training.lora import check_whole_model, has_lora, load_adapter, merged_model, save_adapter
-from mmcoconut.training.losses import Terms, loss_per_token, mean_losses
+from mmcoconut.training.losses import Terms, loss_per_token, mean_losses, name_of_term
 from mmcoconut.training.saving import ordinary_model
 from mmcoconut.training.tracking import TrackingCallback, is_tracked
 
@@ -57,6 +70,23 @@ def check_sharding(plugin, *, adapted: bool) -> None:
         raise ValueError("`lora` is not merged from sharded weights: use DDP, or remove `lora`.")
 
 
+def check_sharded_objectives(objectives: Objectives | None, *, compares_gradients: bool) -> None:
+    """Refuse what objectives cannot do under FSDP.
+
+    Raises:
+        ValueError: objectives with weights of their own, or gradients that are compared, of which each process would
+            have a part.
+    """
+    weighty = [name for name, objective in (objectives or {}).items() if [*objective.parameters()]]
+    if weighty:
+        raise ValueError(
+            f"objectives.{weighty[0]} has weights of its own, and checkpoints of sharded ones would lack them: use "
+            "DDP, or remove it."
+        )
+    if objectives and compares_gradients:
+        raise ValueError("`log_gradient_cosine` needs whole gradients, which FSDP shards: use DDP, or remove it.")
+
+
 class CurriculumTrainer(Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
@@ -64,7 +94,8 @@ class CurriculumTrainer(Trainer):
     `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean of new tokens an answer, its eos included), `loss` (mean over
     the labelled tokens of the whole split, whatever the batches), `stage`, `num_latents`, `n`, and of a model with a
     stop head `num_thoughts` (mean). With an alignment `loss` is the weighted sum of that mean, `ce_loss`, and of
-    `align_loss`, the mean over pictures; both are logged too. The best model of stage s
+    `align_loss`, the mean over pictures; both are logged too. With objectives their weighted terms are a part of it,
+    each logged as `<name>_loss`, the mean over rows. The best model of stage s
     by `metric_for_best_model`, by default accuracy, is kept in <output_dir>/stages/stage-s; epochs of alignment alone
     do not count.
 
@@ -72,6 +103,7 @@ class CurriculumTrainer(Trainer):
         metric: a name in mmcoconut.data.scoring.REFERENCES.
         num_beams: of the search that evaluation generates by.
         reset_optimizer: see CurriculumCallback.
+        log_gradient_cosine: log `cosine_<name>` of objectives in training, see GradientCosines.
         data_collator: a CurriculumCollator, which brings processor and schedule.
         kwargs: of the library's Trainer.
     """
@@ -87,6 +119,7 @@ class CurriculumTrainer(Trainer):
         metric: str = "exact_match",
         num_beams: int = 1,
         reset_optimizer: bool = False,
+        log_gradient_cosine: bool = False,
         **kwargs,
     ):
         kwargs.setdefault("processing_class", data_collator.processor)
@@ -96,11 +129,18 @@ class CurriculumTrainer(Trainer):
         self.model_class = type(self.model)  # before it is sharded, which changes it
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator.state.fsdp_plugin, adapted=has_lora(self.model))
+            check_sharded_objectives(attached_to(self.model), compares_gradients=log_gradient_cosine)
             self.add_callback(ShardingCallback())
         self.compute_metrics = self.score_answers
         self.curriculum_collator, self.metric, self.num_beams = data_collator, metric, num_beams
         self.alignment = data_collator.alignment
-        self.training_terms = Terms()
+        self.objectives = attached_to(self.model)
+        self.terms = Terms(["ce_loss", "align_loss", *(name_of_term(each.name) for each in data_collator.objectives)])
+        self.has_terms = self.alignment is not None or self.objectives is not None
+        self.gradient_cosines: GradientCosines | None = None
+        if self.objectives is not None:
+            self.objectives.autocast = self.accelerator.autocast
+            self.gradient_cosines = GradientCosines(own_weights(self.model)) if log_gradient_cosine else None
         self.curriculum_callback = CurriculumCallback(data_collator, reset_optimizer=reset_optimizer)
         self.add_callback(self.curriculum_callback)
         if is_tracked(self.args):
@@ -115,8 +155,8 @@ class CurriculumTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As the library's; with an alignment the weighted sum of both losses, or in its warm-up of that alone."""
-        if self.alignment is None:
+        """As the library's plus weighted terms of objectives and of an alignment, or in its warm-up that alone."""
+        if not self.has_terms:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         ce_loss, steps = None, 1
         if "labels" in inputs:
@@ -125,10 +165,32 @@ class CurriculumTrainer(Trainer):
             outputs = model(**inputs)
         if num_items_in_batch is not None:  # then the labels' loss is divided by all batches of an update already
             steps = self.current_gradient_accumulation_steps
-        self.training_terms.add(ce_loss=ce_loss, align_loss=outputs.alignment_loss, steps=steps)
-        align_loss = None if outputs.alignment_loss is None else outputs.alignment_loss / steps
-        loss = self.alignment.total(ce_loss, align_loss)
+        terms = {name: rows.mean() for name, rows in (outputs.get(LOSSES) or {}).items()}
+        align_loss = outputs.get("alignment_loss")
+        self.terms.add(
+            ce_loss=None if ce_loss is None else ce_loss * steps,
+            align_loss=align_loss,
+            **{name_of_term(name): term for name, term in terms.items()},
+        )
+        loss = ce_loss
+        if self.alignment is not None:
+            loss = self.alignment.total(ce_loss, None if align_loss is None else align_loss / steps)
+        if terms and self.compares_gradients:
+            self.gradient_cosines.add(self.state.global_step, ce_loss, terms)
+        weights = self.curriculum_collator.weights()
+        loss = sum((weights[name] * term / steps for name, term in terms.items()), loss)
         return (loss, outputs) if return_outputs else loss
+
+    @property
+    def compares_gradients(self) -> bool:
+        """Whether this is an update that will be logged, of a run that compares gradients."""
+        args, update = self.args, self.state.global_step + 1
+        if self.gradient_cosines is None or not self.model.training:
+            return False
+        if args.logging_strategy == IntervalStrategy.EPOCH:
+            return update % self.curriculum_callback.updates_per_epoch == 0
+        by_steps = args.logging_strategy == IntervalStrategy.STEPS and update % self.state.logging_steps == 0
+        return by_steps or (args.logging_first_step and update == 1)
 
     def set_initial_training_values(self, *args, **kwargs):
         """Tell the callback by how many updates transformers counts an epoch."""
@@ -165,7 +227,8 @@ class CurriculumTrainer(Trainer):
         return self.prompt_dataloader(super().get_test_dataloader, test_dataset)
 
     def row_losses(self, model, supervised: dict, pixels: dict, num_images: torch.Tensor | None) -> torch.Tensor:
-        """Return for each row (B, 4): the sum of its tokens' losses, their number, and the same of its pictures.
+        """Return for each row (B, 4 + objectives): the sum of its tokens' losses, their number, and the same of its
+        pictures; then the losses of the objectives of this stage.
 
         num_images (B,): of each row, where pictures are aligned with texts.
         """
@@ -185,12 +248,12 @@ class CurriculumTrainer(Trainer):
             rows = torch.arange(len(labels), device=labels.device).repeat_interleave(num_images)  # (I,)
             sums[:, 2].index_add_(0, rows, distances.float())
             sums[:, 3] = num_images
-        return sums
+        return torch.cat([sums, *(rows[:, None].float() for rows in (outputs.get(LOSSES) or {}).values())], dim=1)
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return no loss, new tokens (B, up to max_new_tokens), and of the rows index and thoughts (B, 2) and the sums
-        (B, 4) of `row_losses`, so that the loss does not depend on how rows were put into batches."""
+        of `row_losses`, so that the loss does not depend on how rows were put into batches."""
         inputs = self._prepare_input(inputs)
         index, supervised, num_images = inputs.pop("index"), inputs.pop("supervised"), inputs.pop("num_images", None)
         processor = self.processing_class
@@ -216,7 +279,7 @@ class CurriculumTrainer(Trainer):
 
     def score_answers(self, prediction) -> dict[str, float]:
         """Metrics of generated ids (n, new tokens) padded with -100, and for each the index into the evaluation data
-        and the number of thoughts, (n, 2), and the sums (n, 4) of its losses."""
+        and the number of thoughts, (n, 2), and the sums (n, 4 + objectives) of its losses."""
         processor, collator = self.processing_class, self.curriculum_collator
         tokens = torch.as_tensor(prediction.predictions)
         eos = self.model.generation_config.eos_token_id
@@ -226,16 +289,18 @@ class CurriculumTrainer(Trainer):
         texts = processor.tokenizer.batch_decode(written, skip_special_tokens=True)
         counted, sums = prediction.label_ids
         indices, num_thoughts = counted.T.tolist()
-        terms = mean_losses(sums)
+        weights = collator.weights()
+        terms = mean_losses(sums, [*weights])
         loss = terms["ce_loss"]
         if self.alignment is not None:
             loss = self.alignment.total(loss, terms.get("align_loss"))
-        rows = self.evaluated.remove_columns("images").select(indices)
+        loss += sum(weight * terms[name_of_term(name)] for name, weight in weights.items())
+        rows = without_pictures(self.evaluated).select(indices)
         results = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))
         scores = results["scores"]
         return {
             **figures_of(results),
-            **(terms if self.alignment is not None else {}),
+            **(terms if self.has_terms else {}),
             "loss": loss,
             "accuracy": sum(scores) / len(scores),
             "generated_tokens": sum(counts) / len(counts),
@@ -319,13 +384,29 @@ class CurriculumTrainer(Trainer):
         """As the library's, but always an ordinary model: of one with an adapter, the merged one and, in a folder
         inside, the adapter; of a sharded one, its own class, whose code goes with it, with the gathered weights.
 
-        Only what a run with an adapter resumes from, checkpoint-n, is the adapter alone.
+        Only what a run with an adapter resumes from, checkpoint-n, is the adapter alone. Objectives are never a part
+        of the model: what a run resumes from has their weights beside it, and the run's folder a file of each.
         """
-        trained, folder = self.model, Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        if state_dict is not None:
+            state_dict = {name: value for name, value in state_dict.items() if not name.startswith(f"{NAME}.")}
+        with without_objectives(self.model) as objectives:
+            self.save_without_objectives(folder, state_dict)
+        if objectives is None or not self.args.should_save:
+            return
+        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):
+            save_weights(objectives, folder)
+        elif folder == Path(self.args.output_dir):
+            for objective in objectives.values():
+                objective.save(folder / FOLDER)
+
+    def save_without_objectives(self, folder: Path, state_dict: dict | None) -> None:
+        """As `_save`, of a model that has no objectives."""
+        trained = self.model
         adapted, sharded = has_lora(trained), type(trained) is not self.model_class
         resumed_from = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
         if not self.args.should_save or not (sharded or adapted):
-            return super()._save(output_dir, state_dict)
+            return super()._save(str(folder), state_dict)
         if adapted and resumed_from:
             save_adapter(trained, folder)
             self.processing_class.save_pretrained(folder)
@@ -337,16 +418,19 @@ class CurriculumTrainer(Trainer):
         else:
             self.model = ordinary_model(self.model_class, trained, state_dict)
         try:
-            super()._save(output_dir)
+            super()._save(str(folder))
         finally:
             self.model = trained
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        if has_lora(self.model):
-            load_adapter(self.model, resume_from_checkpoint)
-        else:
-            check_whole_model(resume_from_checkpoint)
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with without_objectives(self.model):
+            if has_lora(self.model):
+                load_adapter(self.model, resume_from_checkpoint)
+            else:
+                check_whole_model(resume_from_checkpoint)
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.objectives is not None:
+            load_weights(self.objectives, Path(resume_from_checkpoint))
         if self.curriculum_collator.image_features is not None:
             self.curriculum_collator.image_features.check_tower(self.model)
 
@@ -445,6 +529,9 @@ class CurriculumTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Every record carries the stage, so that trackers show where it changed, and the parts of the loss."""
-        if "loss" in logs and self.alignment is not None:
-            logs = {**logs, **self.training_terms.means(self.accelerator)}
+        if "loss" in logs and self.has_terms:
+            logs = {**logs, **self.terms.means(self.accelerator)}
+        if "loss" in logs and self.gradient_cosines is not None:
+            cosines = self.gradient_cosines.cosines(self.accelerator)
+            logs |= {f"cosine_{name}": cosine for name, cosine in cosines.items()}
         super().log({**logs, "stage": self.curriculum_collator.stage}, *args, **kwargs)
