@@ -33,7 +33,7 @@ from mmcoconut.audit.interventions import (
     shuffled,
     zero,
 )
-from mmcoconut.audit.necessity import feeding_nothing, own_embedding, seeing
+from mmcoconut.audit.necessity import feeding_nothing, only_thoughts, own_embedding, seeing
 from mmcoconut.audit.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, WOULD_DO, positions_of, verdict_of
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.evaluation.answering import Answerer
@@ -313,6 +313,24 @@ def test_positions_alone_break_a_model_that_reads_its_thoughts(thinking):
     assert outcome.difference.high < 0 and outcome.changed.low > MARGIN
     found = positions_of(thinking, {outcome.name: outcome})
     assert found.label == CANNOT_TELL and "`--controls`" in found.notes[0]
+
+
+def test_answers_that_lose_their_form_alone_are_begun(thinking, monkeypatch):
+    """A stand-in breaks what is written where nothing was begun; what is begun is answered under the mask."""
+    study = copy(thinking)
+    study.answerer = thinking.answerer.with_count(NUM_LATENTS)  # begins with nothing
+    free, expected = Answerer.answer, thinking.run(around=seeing(thinking.answerer.model, "thoughts")).texts
+
+    def answer(self, rows):
+        lines = free(thinking.answerer, rows)
+        return lines if self.begin_with else [{**line, "answer": "", "output": "babble"} for line in lines]
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    outcome = only_thoughts(study)
+    assert outcome.description == "the answer sees only the thoughts and is begun with ###"
+    assert outcome.texts == expected and all(expected)
+    monkeypatch.setattr(study, "untouched", replace(study.untouched, texts=[""] * len(study.rows)))
+    assert only_thoughts(study).description == "the answer sees only the thoughts"
 
 
 def test_too_few_rows_cannot_tell(deaf):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mmcoconut.audit.controls import ControlOutcome
-from mmcoconut.audit.interventions import Answers, Outcome, Study
+from mmcoconut.audit.interventions import MOSTLY, Answers, Outcome, Study
 from mmcoconut.data.scoring import commonest_answer
 from mmcoconut.statistics import Estimate, percent, points, sign_test
 
@@ -16,7 +16,6 @@ from mmcoconut.statistics import Estimate, percent, points, sign_test
 # A difference in accuracy, or a share of changed answers, that is smaller is taken for none.
 MARGIN = 0.05
 SIGNIFICANCE = 0.05
-MOSTLY = 0.5
 CANNOT_TELL = "cannot be told"
 DEPENDS, DOES_NOT = "depends", "does not depend"  # whether thoughts matter
 CARRY, DO_NOT_SUFFICE = "carry the answer", "do not suffice"  # whether thoughts are all that the answer needs
@@ -115,7 +114,7 @@ def verdict_of(study: Study, outcomes: Mapping[str, Outcome], *, margin: float =
     untouched, swap = study.untouched, outcomes.get("shuffled")
     if swap is None:
         return Verdict(CANNOT_TELL, f"It cannot be told with {len(study.rows)} examples: all were answered alike.", [])
-    empty = sum(text == "" for text in untouched.texts) / len(untouched.texts)
+    empty = untouched.share_empty
     label, start = CANNOT_TELL, f"It cannot be told with {len(study.rows)} examples"
     if falls(swap, margin):
         label, start = DEPENDS, "The answer depends on the thoughts"
@@ -147,7 +146,6 @@ def finding_of(
     *,
     labels: tuple[str, str],
     starts: tuple[str, str, str],
-    hides: str,
     sees: str,
     margin: float,
 ) -> Finding:
@@ -156,7 +154,7 @@ def finding_of(
     It is kept if the interval of the difference lies above minus the margin, in a run that is above chance.
 
     Args:
-        starts: what each label means, and what cannot be told. hides: how the sentence goes on. sees: of the run.
+        starts: what each label means, and what cannot be told. sees: of the run.
     """
     answer, baseline = commonest_answer(study.rows, study.metric)
     own, above = study.answerer.model.config.answer_sees, above_chance(outcome, baseline)
@@ -178,7 +176,11 @@ def finding_of(
     if own in (sees, "thoughts"):
         notes.append(f"The checkpoint has answer_sees: {own}, so that its untouched answers see no more either.")
     return Finding(
-        label, f"{start}: {hides}, {sentence}.", notes, accuracy=outcome.accuracy, difference=outcome.difference
+        label,
+        f"{start}: where {outcome.description}, {sentence}.",
+        notes,
+        accuracy=outcome.accuracy,
+        difference=outcome.difference,
     )
 
 
@@ -197,7 +199,6 @@ def necessity_of(
         outcomes["only_thoughts"],
         labels=(CARRY, DO_NOT_SUFFICE),
         starts=("The thoughts carry the answer", "The thoughts alone do not suffice", whether),
-        hides="with nothing else in the answer's sight",
         sees="thoughts",
         margin=margin,
     )
@@ -218,7 +219,6 @@ def image_finding(
         outcomes["no_image"],
         labels=(KEPT, FALLS),
         starts=("The answer need not see the image", "The answer is worse without sight of the image", whether),
-        hides="with the image hidden from it",
         sees="no_image",
         margin=margin,
     )
