@@ -64,12 +64,17 @@ class Run:
     @property
     def without_logits(self) -> dict:
         """The arguments of a forward that makes as few logits as the model can."""
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # of adapters
-        return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        taken = inspect.signature(self.without_adapters.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+
+    @property
+    def without_adapters(self) -> nn.Module:
+        """The model in its own class."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def image_features(self, images: Inputs) -> torch.Tensor:
         """Return what the decoder would read of other images (F, D), in reading order; no gradients."""
-        read = self.model.get_image_features
+        read = self.without_adapters.base_model.get_image_features
         taken = inspect.signature(read).parameters
         with torch.no_grad():
             features = read(**{name: value for name, value in images.items() if name in taken})
