@@ -341,7 +341,7 @@ def test_too_few_rows_cannot_tell(deaf):
 
 
 def test_verdict_says_that_something_must_stand_there(deaf):
-    outcomes = outcomes_of(deaf)
+    outcomes = {outcome.name: outcome for outcome in [shuffled(deaf), *replacements(deaf)]}
     outcomes["zero"] = replace(outcomes["zero"], difference=Estimate(-0.5, -0.6, -0.4))
     verdict = verdict_of(deaf, outcomes)
     assert verdict.label == DOES_NOT
