@@ -317,6 +317,9 @@ def test_a_whole_audit(model_type, tmp_path):
     assert (folder / "pictures" / "row_0.png").is_file()
     assert json.loads((folder / "audit.json").read_text())["n"] == 4
     assert "No heat map" not in (folder / "report.html").read_text()
+    hides = record["interventions"].keys() & {"only_thoughts", "no_image"}
+    refused = [reason for reason in record["not_run"] if "answer_sees" in reason]
+    assert (len(hides), len(refused)) == ((0, 2) if model_type == "mllama" else (2, 0))
 
 
 def test_one_question_with_two_pictures(monkeypatch):
