@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .caches_mmcoconut import ThoughtState, next_pass, throwaway
+from .caches_mmcoconut import ThoughtState, next_pass, text_cache, throwaway
 from .compat_mmcoconut import CACHE
 from .hiding_mmcoconut import Hiding
 
@@ -223,6 +223,7 @@ class PreparedMasks:
     def sizes(self, kind: str | None, cache: Cache, length: int) -> tuple[int, int]:
         """Return how many keys a pass of so many columns sees in layers of a kind, and which is the first."""
         slides = any(word in (kind or "") for word in ("sliding", "chunked"))
+        cache = text_cache(cache)
         layers = [isinstance(layer, CacheLayerMixin) and layer.is_sliding == slides for layer in cache.layers]
         return cache.get_mask_sizes(length, layers.index(True) if True in layers else 0)
 
@@ -336,20 +337,6 @@ def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tenso
             f"The sequence has {length} tokens, images and latents included, but the language model has {limit} "
             "positions: shorten the question or the steps, use fewer latents or image tokens, or take a language "
             "model with more positions."
-        )
-
-
-def check_window(keeps_all_keys: bool, window: int | None, num_columns: int) -> None:
-    """Raise where latents that are left out would push columns of a longer sequence out of a sliding window."""
-    if not keeps_all_keys and (window is None or num_columns > window):
-        what = (
-            "go into what some layers keep in the place of keys"
-            if window is None
-            else f"stand in a window of {window}"
-        )
-        raise ValueError(
-            f"Rows leave latents out, whose columns would {what}, and the sequence has {num_columns} columns: take a "
-            "decoder with full attention, or leave the latents out of the prompt."
         )
 
 

@@ -29,7 +29,7 @@ from mmcoconut.build import (
     set_tiles,
 )
 from mmcoconut.build.gguf import load_tokenizer
-from mmcoconut.data import drop_unreadable, history_of, load_examples, question_text
+from mmcoconut.data import drop_unreadable, history_of, load_examples, question_text, without_pictures
 from mmcoconut.data.conversations import fit_rows
 from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_features
 from mmcoconut.data.images import open_images
@@ -252,7 +252,7 @@ def check_best_metric(run_args, metric: str, rows, collator: CurriculumCollator)
     ]
     known = {"accuracy", "loss", "generated_tokens", *terms}
     if wanted not in known:
-        row = rows.remove_columns("images")[0]
+        row = without_pictures(rows)[0]
         known |= figures_of(score(metric, [row["answers"][0]], [row["answers"][0]], rows=[row])).keys()
     if wanted not in known:
         raise ValueError(f"metric_for_best_model is {wanted!r}: choose one of {', '.join(sorted(known))}.")
@@ -339,7 +339,7 @@ def rewarded_trainer(curriculum_args, metric: str, train_set) -> tuple:
 
     rewards = curriculum_args.rewards or {metric: 1.0}
     for name in rewards.keys() & {*REFERENCES, "multiple_choice"}:  # fails now, not in an update
-        references_of("aokvqa_mc" if name == "multiple_choice" else name, train_set.remove_columns("images"))
+        references_of("aokvqa_mc" if name == "multiple_choice" else name, without_pictures(train_set))
     functions, _ = reward_functions(rewards)
     options = {"reward_funcs": functions, "thought_noise": curriculum_args.thought_noise}
     return POLICY_TRAINERS[curriculum_args.objective], options

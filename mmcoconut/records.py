@@ -10,6 +10,8 @@ RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"  # of a training run, beside its weights
 COURSE_FILE = "course.json"  # of a checkpoint: how it was trained
 ADAPTER_FOLDER = "adapter"  # beside the merged weights
+OBJECTIVES_FILE = "objectives.safetensors"  # of a checkpoint: weights of its run's objectives
+OBJECTIVES_FOLDER = "objectives"  # of a training run: those of each, for reading its thoughts
 
 
 def sync(path: Path) -> None:

@@ -10,6 +10,7 @@ import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from guess import Guess  # noqa: F401  (importing it registers this objective)
 
 import train_hf
 

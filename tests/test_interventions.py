@@ -33,7 +33,7 @@ from mmcoconut.audit.interventions import (
     shuffled,
     zero,
 )
-from mmcoconut.audit.necessity import feeding_nothing, own_embedding
+from mmcoconut.audit.necessity import feeding_nothing, only_thoughts, own_embedding, seeing
 from mmcoconut.audit.verdict import CANNOT_TELL, DEPENDS, DOES_NOT, MARGIN, WOULD_DO, positions_of, verdict_of
 from mmcoconut.data import load_examples, question_text
 from mmcoconut.evaluation.answering import Answerer
@@ -146,6 +146,33 @@ def test_checkpoint_without_feedback_is_refused():
     model = tiny_model(thought_mode="pause")
     with pytest.raises(ValueError, match="'pause'.*mode: coconut"), intervening(model, zero):
         pass
+
+
+@pytest.mark.parametrize("sees", ["no_image", "thoughts"])
+def test_seeing_less_equals_its_definition(sees):
+    """One pass over the model's own thoughts, under a mask that hides the rest from what stands behind the last."""
+    model = tiny_model()
+    inputs = prompts(model)
+    more = torch.tensor([words(3, 5), words(3, 6)])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], more], dim=1)
+    inputs["attention_mask"] = nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
+    base, ids, mask = model.model, inputs["input_ids"], inputs["attention_mask"].bool()
+    latents, last = ids == model.config.latent_token_id, ids.shape[1] - 4
+    hidden = ids == model.config.image_token_id if sees == "no_image" else ~latents  # (B, T)
+    columns = torch.arange(ids.shape[1])
+    visible = (columns[:, None] >= columns) & mask[:, None]  # (B, T, T)
+    visible &= ~((columns[:, None] > last) & (hidden & (columns < last))[:, None])
+    with torch.no_grad():
+        own = model(**inputs, output_view=True)
+        embeds = {"inputs_embeds": own.view.read, "position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+        expected = model.lm_head(base.language_model(**embeds, attention_mask=visible[:, None]).last_hidden_state)
+        with seeing(model, sees):
+            found = model(**inputs).logits
+    assert max_difference(found[mask], expected[mask]) < 1e-4
+    upto = mask[:, : last + 1]  # which the thoughts themselves end
+    assert max_difference(found[:, : last + 1][upto], own.logits[:, : last + 1][upto]) < 1e-5
+    assert max_difference(found[:, -3:], own.logits[:, -3:]) > 1e-3
+    assert model.config.answer_sees == "all"
 
 
 @pytest.mark.parametrize("text", DECODERS)
@@ -268,7 +295,8 @@ def swaps(study: Study) -> tuple[list, list[str]]:
 def outcomes_of(study: Study) -> dict:
     swapped, reasons = swaps(study)
     assert reasons == []
-    return {outcome.name: outcome for outcome in [*swapped, *replacements(study), *knock_outs(study)]}
+    others = [own_embedding(study), *replacements(study), *knock_outs(study)]
+    return {outcome.name: outcome for outcome in [*swapped, *others]}
 
 
 def test_model_that_reads_its_thoughts_is_found_to_depend_on_them(thinking):
@@ -288,12 +316,7 @@ def test_model_that_does_not_read_its_thoughts_is_found_not_to_depend_on_them(de
     assert verdict.sentence.startswith("The answer does not depend on the thoughts")
     for outcome in outcomes.values():
         assert (outcome.difference.mean, outcome.changed.mean) == (0, 0), outcome.name
-
-
-def test_positions_do_for_a_model_that_does_not_read_its_thoughts(deaf):
-    outcome = own_embedding(deaf)
-    assert (outcome.difference.mean, outcome.changed.mean) == (0, 0)
-    assert positions_of(deaf, {outcome.name: outcome}).label == WOULD_DO
+    assert positions_of(deaf, outcomes).label == WOULD_DO  # nobody fed anything back before either
 
 
 def test_positions_alone_break_a_model_that_reads_its_thoughts(thinking):
@@ -301,6 +324,24 @@ def test_positions_alone_break_a_model_that_reads_its_thoughts(thinking):
     assert outcome.difference.high < 0 and outcome.changed.low > MARGIN
     found = positions_of(thinking, {outcome.name: outcome})
     assert found.label == CANNOT_TELL and "`--controls`" in found.notes[0]
+
+
+def test_answers_that_lose_their_form_alone_are_begun(thinking, monkeypatch):
+    """A stand-in breaks what is written where nothing was begun; what is begun is answered under the mask."""
+    study = copy(thinking)
+    study.answerer = thinking.answerer.with_count(NUM_LATENTS)  # begins with nothing
+    free, expected = Answerer.answer, thinking.run(around=seeing(thinking.answerer.model, "thoughts")).texts
+
+    def answer(self, rows):
+        lines = free(thinking.answerer, rows)
+        return lines if self.begin_with else [{**line, "answer": "", "output": "babble"} for line in lines]
+
+    monkeypatch.setattr(Answerer, "answer", answer)
+    outcome = only_thoughts(study)
+    assert outcome.description == "the answer sees only the thoughts and is begun with ###"
+    assert outcome.texts == expected and all(expected)
+    monkeypatch.setattr(study, "untouched", replace(study.untouched, texts=[""] * len(study.rows)))
+    assert only_thoughts(study).description == "the answer sees only the thoughts"
 
 
 def test_too_few_rows_cannot_tell(deaf):
@@ -311,7 +352,7 @@ def test_too_few_rows_cannot_tell(deaf):
 
 
 def test_verdict_says_that_something_must_stand_there(deaf):
-    outcomes = outcomes_of(deaf)
+    outcomes = {outcome.name: outcome for outcome in [shuffled(deaf), *replacements(deaf)]}
     outcomes["zero"] = replace(outcomes["zero"], difference=Estimate(-0.5, -0.6, -0.4))
     verdict = verdict_of(deaf, outcomes)
     assert verdict.label == DOES_NOT

@@ -134,7 +134,7 @@ def sharded(tmp_path_factory):
 
     train_hf.main(run("started", [*qwen2, "--max_steps", "1"]))
     ragged = ["--uniform_prob", "0.5", "--pad_latent_to_max", "false", "--thought_norm", "embedding", *qwen2]
-    ragged += ["--report_to", "tensorboard"]
+    ragged += ["--report_to", "tensorboard", "--objectives.step_tokens", "0.5"]
     kept = ["--model", str(folder / "started"), "--freeze", "vision_tower"]
     kept += [word for key in ("vision_config", "text_config", "tokenizer") for word in (f"--{key}", "null")]
     cases = {name: [*options, "--num_train_epochs", "2"] for name, options in (("ragged", ragged), ("kept", kept))}
@@ -162,6 +162,8 @@ def test_sharded_training_saves_and_resumes_and_equals_one_process(sharded, name
     assert thought_norms(folder) == pytest.approx(thought_norms(one), abs=1e-4)
     stages = [json.loads((run / "results.json").read_text())["stages"] for run in (folder, one)]
     assert [row["generated_tokens"] for row in stages[0]] == [row["generated_tokens"] for row in stages[1]]
+    terms = [[row["step_tokens_loss"] for row in rows] for rows in stages]
+    assert terms[0] == pytest.approx(terms[1], abs=2e-4) and terms[0][1] > 0
     expected = load_checkpoint(str(one))[0].state_dict()
     for weight_name, weight in load_checkpoint(str(folder))[0].state_dict().items():
         torch.testing.assert_close(weight, expected[weight_name], atol=1e-3, rtol=0, msg=weight_name)

@@ -24,7 +24,7 @@ from tiny import (
 )
 from transformers import AutoModel, OpenAIGPTConfig, OPTConfig
 
-from mmcoconut.audit.thought_pictures import HEAT, geometry_figure, heat_map, picture_grid, probe_figure, thought_strip
+from mmcoconut.audit.thought_pictures import HEAT, geometry_figure, heat_map, probe_figure, thought_strip
 from mmcoconut.audit.thoughts import (
     MAX_CLASSES,
     MIN_ROWS,
@@ -37,6 +37,7 @@ from mmcoconut.audit.thoughts import (
     read_thoughts,
     wilson_interval,
 )
+from mmcoconut.data.image_grids import picture_grid
 
 
 NUM_THOUGHTS = 3

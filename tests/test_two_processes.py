@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from test_family_runs import FAMILIES, write_recipe
 from test_grouping import GROUPED
+from test_objectives_training import ALIGNED, EVERY, TWO, history
 from test_train import ROOT, launch, losses
 
 import train_hf
@@ -26,6 +27,8 @@ EQUAL = {
     "grouped": ("tiny", GROUPED, []),
     "cross_attention": ("cross_attention", [], []),
     "encoder": ("encoder", [], []),
+    "objectives": ("tiny", [*EVERY, *ALIGNED, "state", "--log_gradient_cosine"], ["--activation_checkpointing"]),
+    "objectives, encoder": ("encoder", TWO, []),
 }
 FROZEN = ["--num_train_epochs", "1", "--freeze", "vision_tower"]
 
@@ -60,8 +63,12 @@ def test_two_processes_equal_one_with_twice_the_batch(name, of_two, tmp_path):
     stages = [json.loads((run / "results.json").read_text())["stages"] for run in (one, two)]
     for row, other in zip(*stages, strict=True):
         assert all(row[key] == other[key] for key in ("accuracy", "generated_tokens", "n"))
-        for key in ("loss", "align_loss"):
-            assert row.get(key) == pytest.approx(other.get(key), abs=1e-3)
+        for key in [key for key in row if key.endswith("loss")]:
+            assert row[key] == pytest.approx(other[key], abs=1e-3)
+    records, others = ([record for record in history(run) if "loss" in record] for run in (one, two))
+    for record, other in zip(records, others, strict=True):
+        for key in [key for key in record if key.endswith("_loss") or key.startswith("cosine_")]:
+            assert record[key] == pytest.approx(other[key], abs=1e-3)
 
 
 def test_two_processes_share_the_pictures_and_equal_one(of_two, tmp_path):

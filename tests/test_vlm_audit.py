@@ -13,7 +13,6 @@ from vlm_families import OTHERS, by_definition, picture
 
 from mmcoconut import serve
 from mmcoconut.audit import command as audit
-from mmcoconut.audit.image_grids import View, counts_of, of_patches, of_runs, on_picture, rows_and_columns, views_of
 from mmcoconut.audit.interventions import given, intervening, with_images_of
 from mmcoconut.audit.thought_pictures import GAP
 from mmcoconut.audit.thoughts import read_thoughts
@@ -21,6 +20,7 @@ from mmcoconut.build import from_vlm, processor_from_vlm
 from mmcoconut.build.tiny_models import tiny_vlm
 from mmcoconut.configuration_mmcoconut import THOUGHT_TOKENS
 from mmcoconut.data.arrow_mazes import png_bytes
+from mmcoconut.data.image_grids import View, counts_of, of_patches, of_runs, on_picture, rows_and_columns, views_of
 from mmcoconut.demo.one_question import Asker
 from mmcoconut.evaluation import answering
 from mmcoconut.evaluation.answering import Answerer, load_checkpoint
@@ -317,6 +317,9 @@ def test_a_whole_audit(model_type, tmp_path):
     assert (folder / "pictures" / "row_0.png").is_file()
     assert json.loads((folder / "audit.json").read_text())["n"] == 4
     assert "No heat map" not in (folder / "report.html").read_text()
+    hides = record["interventions"].keys() & {"only_thoughts", "no_image"}
+    refused = [reason for reason in record["not_run"] if "answer_sees" in reason]
+    assert (len(hides), len(refused)) == ((0, 2) if model_type == "mllama" else (2, 0))
 
 
 def test_one_question_with_two_pictures(monkeypatch):

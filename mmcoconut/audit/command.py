@@ -35,6 +35,7 @@ from mmcoconut.audit.interventions import (
 )
 from mmcoconut.audit.necessity import no_image, only_thoughts, own_embedding
 from mmcoconut.audit.report import card_of, interventions_figure, report_of
+from mmcoconut.audit.step_reader import StepReader
 from mmcoconut.audit.thought_pictures import geometry_figure, probe_figure, side_by_side
 from mmcoconut.audit.thoughts import (
     Readings,
@@ -110,7 +111,8 @@ class Shown:
     """One row of the report: what was asked and answered, what its thoughts decode to and where they look.
 
     lens: for each of the N thoughts and the text that follows them, and each layer, the likeliest tokens with their
-    probabilities. strip: the heat maps; None where no_map says why.
+    probabilities. strip: the heat maps; None where no_map says why. steps: what the run's step decoder reads in the
+    thoughts; None where it has none.
     """
 
     row_id: str
@@ -121,6 +123,7 @@ class Shown:
     image_share: list[float] | None
     strip: Image.Image | None
     no_map: str | None
+    steps: list[str] | None
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
@@ -159,8 +162,8 @@ def decoded(readings: Readings, tokenizer, row: int) -> list[list[list[tuple[str
     ]
 
 
-def show(study: Study, count: int, top_k: int) -> list[Shown]:
-    """The first rows of the study, each read by itself."""
+def show(study: Study, count: int, top_k: int, reader: StepReader | None = None) -> list[Shown]:
+    """The first rows of the study, each read by itself, also by a step decoder where there is one."""
     answerer, shown = study.answerer, []
     model, tokenizer = answerer.model, answerer.processor.tokenizer
     for index, row in enumerate(study.rows[:count]):
@@ -180,6 +183,7 @@ def show(study: Study, count: int, top_k: int) -> list[Shown]:
                 image_share=readings.image_share(0).tolist() if has_images else None,
                 strip=None if maps is None else side_by_side(maps, captions),
                 no_map=no_map if has_images else None,
+                steps=None if reader is None else reader.read(readings.thoughts[0], tokenizer),
             )
         )
     return shown
@@ -348,7 +352,8 @@ def main(argv: list[str] | None = None) -> dict:
     logger.info("answering %d rows untouched", len(rows))
     study = Study(answerer, rows, metric=metric, batch_size=arguments.batch_size, seed=arguments.seed)
     reports = "report" in arguments.asked_parts
-    shown = show(study, arguments.num_shown, arguments.top_k) if reports else []
+    reader = StepReader.beside(arguments.model)
+    shown = show(study, arguments.num_shown, arguments.top_k, reader) if reports else []
     outcomes, not_run = intervene(study, arguments.asked_parts)
     record = record_of(study, outcomes, arguments=arguments, not_run=not_run, controls=controls)
     pictures = pictures_of(record, outcomes, shown) if reports else {}

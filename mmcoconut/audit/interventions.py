@@ -27,6 +27,7 @@ from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
 Replace = Callable[[int, torch.Tensor], torch.Tensor]
 # Indices of the rows in a batch → its replacement.
 ReplaceOf = Callable[[list[int]], Replace]
+MOSTLY = 0.5  # a larger share of empty answers is no way to answer
 # Name, description and replacement of interventions.
 Table = list[tuple[str, str, ReplaceOf]]
 
@@ -73,6 +74,10 @@ class Answers:
     scores: list[float] | None
     generated_tokens: float
     thoughts: torch.Tensor | None
+
+    @property
+    def share_empty(self) -> float:
+        return sum(text == "" for text in self.texts) / len(self.texts)
 
 
 @dataclass

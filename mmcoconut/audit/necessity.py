@@ -7,7 +7,8 @@ question and image to the answer closed, and whether their columns would do with
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-from mmcoconut.audit.interventions import Outcome, Study
+from mmcoconut.audit.interventions import MOSTLY, Outcome, Study
+from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER
 
 
 @contextmanager
@@ -56,12 +57,17 @@ def refusal(what: str, error: ValueError) -> str:
 def hidden(study: Study, name: str, description: str, *, sees: str) -> Outcome | str:
     """Return the outcome of answers that see only so much, or why the model cannot hide the rest.
 
-    Where the untouched answers see no more either, these are they.
+    Where the untouched answers see no more either, these are they. Where the model only loses its form, so that most
+    rows have no answer that had one, each answer is begun for it: what is asked is what it knows.
     """
     if study.answerer.model.config.answer_sees in (sees, "thoughts"):
         return study.outcome(name, description, study.untouched)
     try:
         answers = study.run(around=seeing(study.answerer.model, sees))
+        if answers.share_empty > max(MOSTLY, study.untouched.share_empty):
+            begun = study.answerer.with_count(study.answerer.num_latents, begin_with=ANSWER_MARKER)
+            answers = study.run(around=seeing(study.answerer.model, sees), answerer=begun)
+            description += f" and is begun with {ANSWER_MARKER}"
     except ValueError as error:
         return refusal(f"{name} was not run", error)
     return study.outcome(name, description, answers)

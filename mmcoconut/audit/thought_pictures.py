@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmcoconut.audit.thoughts import COLLAPSED_COSINE, load_extra
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
+from mmcoconut.data.image_grids import picture_grid
 
 
 MIN_SIDE = 240  # pixels of a heat map's shorter side
@@ -29,19 +30,6 @@ FONT_SIZE = 15
 DOTS_PER_INCH = 100  # figures are 8 inches, so 800 pixels, wide
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 BASELINES = ("shuffled labels", "majority class")
-
-
-def picture_grid(num_features: int) -> tuple[int, int] | None:
-    """(rows, columns) of an image's features in reading order: a square, also behind one class token, else None.
-
-    >>> picture_grid(9), picture_grid(50), picture_grid(12)
-    ((3, 3), (7, 7), None)
-    """
-    for patches in (num_features, num_features - 1):
-        side = math.isqrt(max(patches, 0))
-        if side > 0 and side * side == patches:
-            return side, side
-    return None
 
 
 def why_no_map(projector_type: str, num_features: int) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mmcoconut.audit.controls import ControlOutcome
-from mmcoconut.audit.interventions import Answers, Outcome, Study
+from mmcoconut.audit.interventions import MOSTLY, Answers, Outcome, Study
 from mmcoconut.data.scoring import commonest_answer
 from mmcoconut.statistics import Estimate, percent, points, sign_test
 
@@ -16,16 +16,12 @@ from mmcoconut.statistics import Estimate, percent, points, sign_test
 # A difference in accuracy, or a share of changed answers, that is smaller is taken for none.
 MARGIN = 0.05
 SIGNIFICANCE = 0.05
-MOSTLY = 0.5
 CANNOT_TELL = "cannot be told"
 DEPENDS, DOES_NOT = "depends", "does not depend"  # whether thoughts matter
 CARRY, DO_NOT_SUFFICE = "carry the answer", "do not suffice"  # whether thoughts are all that the answer needs
 KEPT, FALLS = "kept", "falls"  # accuracy, with the image out of the answer's sight
 WOULD_DO, WOULD_NOT_DO = "would do", "would not do"  # positions without thoughts
-NEVER_TRAINED = (
-    "The model was never trained with so little in sight, so the fall may come from that alone, as with zeros. "
-    "`answer_sees: {sees}` in a recipe trains a model of which it can be told."
-)
+UNUSED_TO_IT = "It was not trained with so little in sight, which may be the only reason"
 
 
 @dataclass
@@ -118,7 +114,7 @@ def verdict_of(study: Study, outcomes: Mapping[str, Outcome], *, margin: float =
     untouched, swap = study.untouched, outcomes.get("shuffled")
     if swap is None:
         return Verdict(CANNOT_TELL, f"It cannot be told with {len(study.rows)} examples: all were answered alike.", [])
-    empty = sum(text == "" for text in untouched.texts) / len(untouched.texts)
+    empty = untouched.share_empty
     label, start = CANNOT_TELL, f"It cannot be told with {len(study.rows)} examples"
     if falls(swap, margin):
         label, start = DEPENDS, "The answer depends on the thoughts"
@@ -145,28 +141,47 @@ def above_chance(outcome: Outcome | ControlOutcome, baseline: float) -> bool:
 
 
 def finding_of(
-    study: Study, outcome: Outcome, *, labels: tuple[str, str], starts: tuple[str, str, str], sees: str, margin: float
+    study: Study,
+    outcome: Outcome,
+    *,
+    labels: tuple[str, str],
+    starts: tuple[str, str, str],
+    sees: str,
+    margin: float,
 ) -> Finding:
     """Tell whether accuracy is kept (the first label and start) with less in sight, falls, or cannot be told.
 
     It is kept if the interval of the difference lies above minus the margin, in a run that is above chance.
+
+    Args:
+        starts: what each label means, and what cannot be told. sees: of the run.
     """
     answer, baseline = commonest_answer(study.rows, study.metric)
     own, above = study.answerer.model.config.answer_sees, above_chance(outcome, baseline)
     chance = f"Always answering {answer!r} would give {percent(baseline)}"
     label, start, notes = CANNOT_TELL, f"{starts[2]} cannot be told with {len(study.rows)} examples", []
+    sentence = moved(outcome, study.untouched)
     if is_kept(outcome, margin) and above:
         label, start = labels[0], starts[0]
     elif falls(outcome, margin):
         label, start = labels[1], starts[1]
+        empty = sum(text == "" for text in outcome.texts) / len(outcome.texts)
         left = "part of what it takes is still there" if above else "nothing is seen to be left"
-        notes = [f"{chance}: {left}.", *[NEVER_TRAINED.format(sees=sees)] * (own == "all")]
+        notes = [f"{chance}: {left}.", *[f"{percent(empty)} of these answers are empty."] * (empty > 0)]
+        if own == "all":
+            sentence += f". {UNUSED_TO_IT}"
+            notes.append(f"`answer_sees: {sees}` in a recipe trains a model of which it can be told.")
     elif not above:
         notes = [f"{chance}, and accuracy is not surely above that."]
     if own in (sees, "thoughts"):
         notes.append(f"The checkpoint has answer_sees: {own}, so that its untouched answers see no more either.")
-    sentence = f"{start}: {moved(outcome, study.untouched)}."
-    return Finding(label, sentence, notes, accuracy=outcome.accuracy, difference=outcome.difference)
+    return Finding(
+        label,
+        f"{start}: where {outcome.description}, {sentence}.",
+        notes,
+        accuracy=outcome.accuracy,
+        difference=outcome.difference,
+    )
 
 
 def necessity_of(
@@ -179,13 +194,14 @@ def necessity_of(
     whether = "Whether the thoughts carry the answer"
     if "only_thoughts" not in outcomes:
         return Finding(CANNOT_TELL, f"{whether} cannot be told: {reason_of('only_thoughts', not_run)}.", [])
-    starts = (
-        "The thoughts carry the answer, which sees nothing else here",
-        "The thoughts alone do not suffice: the answer reads more than them",
-        whether,
+    return finding_of(
+        study,
+        outcomes["only_thoughts"],
+        labels=(CARRY, DO_NOT_SUFFICE),
+        starts=("The thoughts carry the answer", "The thoughts alone do not suffice", whether),
+        sees="thoughts",
+        margin=margin,
     )
-    labels = CARRY, DO_NOT_SUFFICE
-    return finding_of(study, outcomes["only_thoughts"], labels=labels, starts=starts, sees="thoughts", margin=margin)
 
 
 def image_finding(
@@ -198,13 +214,13 @@ def image_finding(
     whether = "Whether the answer needs to see the image"
     if "no_image" not in outcomes:
         return Finding(CANNOT_TELL, f"{whether} cannot be told: {reason_of('no_image', not_run)}.", [])
-    starts = (
-        "The answer need not see the image",
-        "The answer reads the image itself, past the thoughts",
-        whether,
-    )
     found = finding_of(
-        study, outcomes["no_image"], labels=(KEPT, FALLS), starts=starts, sees="no_image", margin=margin
+        study,
+        outcomes["no_image"],
+        labels=(KEPT, FALLS),
+        starts=("The answer need not see the image", "The answer is worse without sight of the image", whether),
+        sees="no_image",
+        margin=margin,
     )
     if found.label == KEPT:
         found.notes.append(

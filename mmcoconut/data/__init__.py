@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
@@ -47,6 +48,8 @@ FEATURES = Features(
         "history": List({"question": Value("string"), "answer": Value("string")}),
     }
 )
+# What objectives read of a row; only the data sets that have some have the column.
+OPTIONAL_FEATURES = Features({"boxes": List(List(Value("float64"))), "helper_image": Image(decode=False)})
 
 
 @dataclass
@@ -62,6 +65,9 @@ class Example:
     row_id: where the row comes from, for error messages: `"train.json row 17"`, counted from 0.
     history: of a conversation the turns before the question, `{"question": ..., "answer": ...}` each, to which the
         pictures and all answers are given; the other fields are its last turn, which has no steps.
+    boxes: of each written step the part of the first picture that it is about, [left, top, right, bottom] in pixels
+        from its upper left corner, or None; no boxes at all where nothing is known.
+    helper_image: a picture that shows the way to the answer, for training alone; stored as images are, or None.
     """
 
     images: list[dict]
@@ -71,8 +77,12 @@ class Example:
     answers: list[str]
     row_id: str
     history: list[dict] = field(default_factory=list)
+    boxes: list[list[float] | None] = field(default_factory=list)
+    helper_image: dict | None = None
 
     def __post_init__(self):
+        if self.boxes:
+            check_boxes(self.boxes, self.steps, self.row_id)
         if not self.answers or not all(answer.strip() for answer in self.answers):
             raise ValueError(
                 f"{self.row_id}, field 'answers': found {self.answers!r}; give at least one answer and no empty ones"
@@ -84,6 +94,28 @@ class Example:
             raise ValueError(
                 f"{self.row_id}, field 'steps': found {self.steps!r} behind {len(self.history)} earlier turns; a "
                 "conversation has no steps: write them into the answers, or leave the earlier turns out"
+            )
+
+
+def check_boxes(boxes: Sequence[Sequence[float] | None], steps: Sequence[str], row_id: str) -> None:
+    """Check that each step has a box or None, and that a box is one.
+
+    Raises:
+        ValueError: another number of boxes than of steps; a box without four numbers in their order, or below 0.
+    """
+    if len(boxes) != len(steps):
+        raise ValueError(
+            f"{row_id}, field 'boxes': found {len(boxes)} for {len(steps)} steps; give one for each step, null where "
+            "there is none, or leave the field out"
+        )
+    for number, box in enumerate(boxes):
+        if box is None:
+            continue
+        is_box = len(box) == 4 and 0 <= box[0] < box[2] < math.inf and 0 <= box[1] < box[3] < math.inf
+        if not is_box:
+            raise ValueError(
+                f"{row_id}, field 'boxes': found {list(box)!r} for step {number}; write [left, top, right, bottom] in "
+                "pixels of the first picture, from 0, with left < right and top < bottom"
             )
 
 
@@ -122,9 +154,16 @@ def split_of(content: bytes, fractions: Sequence[float]) -> str:
 
 
 def to_dataset(examples: Iterable[Example]) -> Dataset:
-    """A `datasets.Dataset` with `FEATURES` from examples."""
+    """A `datasets.Dataset` with `FEATURES` from examples, and those of OPTIONAL_FEATURES that any of them has."""
     rows = [asdict(example) for example in examples]
-    return Dataset.from_dict({column: [row[column] for row in rows] for column in FEATURES}, features=FEATURES)
+    optional = {name: kind for name, kind in OPTIONAL_FEATURES.items() if any(row[name] for row in rows)}
+    features = Features({**FEATURES, **optional})
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in features}, features=features)
+
+
+def without_pictures(rows: Dataset) -> Dataset:
+    """Return rows with what is asked, written and answered alone, which costs little to read."""
+    return rows.remove_columns([name for name in ("images", *OPTIONAL_FEATURES) if name in rows.column_names])
 
 
 def question_text(row: Mapping[str, Any]) -> str:

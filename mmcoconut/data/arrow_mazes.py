@@ -37,6 +37,7 @@ FRACTIONS = (0.8, 0.1, 0.1)  # of all possible grids, by hash; the rows asked fo
 
 MAX_GRID_SIZE = 26  # columns are named by letters
 MIN_CELL_SIZE = 8  # pixels; below, the four arrows are no longer distinct beside the mark
+GREY = (128, 128, 128)  # of a cell beside the way
 PATH_SCALE = 8  # how many times larger `draw_path` shows the picture
 
 Cell = tuple[int, int]  # (row, column), from 0 at the top left
@@ -149,6 +150,27 @@ def draw_path(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
     return picture
 
 
+def draw_way(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
+    """The picture of a maze with the cells of the way alone, the others grey: what a helper image shows."""
+    picture = draw(maze, cell_size)
+    way = set(maze.path(hops))
+    for row in range(maze.grid_size):
+        for column in range(maze.grid_size):
+            if (row, column) not in way:
+                picture.paste(GREY, box_of((row, column), cell_size))
+    return picture
+
+
+def box_of(cell: Cell, cell_size: int) -> tuple[int, int, int, int]:
+    """A cell's left, top, right and bottom in pixels of the picture.
+
+    >>> box_of((2, 1), 16)
+    (16, 32, 32, 48)
+    """
+    row, column = cell
+    return column * cell_size, row * cell_size, (column + 1) * cell_size, (row + 1) * cell_size
+
+
 def png_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", compress_level=1)  # a third of the default's time, for these few pixels
@@ -225,8 +247,9 @@ def question_of(hops: int) -> str:
     return f"Start at the marked cell and follow {hops} {arrows}. Which color do you stand on?"
 
 
-def _example(maze: Maze, hops: int, *, cell_size: int, row_id: str) -> Example:
+def _example(maze: Maze, hops: int, *, cell_size: int, helper_image: bool, row_id: str) -> Example:
     cells = maze.path(hops)
+    helper = {"bytes": png_bytes(draw_way(maze, hops, cell_size)), "path": None} if helper_image else None
     return Example(
         images=[{"bytes": png_bytes(draw(maze, cell_size)), "path": None}],
         question=question_of(hops),
@@ -234,6 +257,8 @@ def _example(maze: Maze, hops: int, *, cell_size: int, row_id: str) -> Example:
         steps=[cell_name(cell) for cell in cells],
         answers=[maze.color_at(cells[-1])],
         row_id=row_id,
+        boxes=[list(box_of(cell, cell_size)) for cell in cells],
+        helper_image=helper,
     )
 
 
@@ -252,12 +277,13 @@ def load(
     min_hops: int = 1,
     max_hops: int = 3,
     cell_size: int = 16,
+    helper_image: bool = False,
 ) -> Dataset:
     """The rows of a split: one picture, an open question, hops + 1 steps (the cells stood on), the colour's
-    name.
+    name; and the box of each step's cell.
 
     num_rows: for every split, or for each by name. min_hops, max_hops: the number of arrows is uniform between them.
-    cell_size: pixels of a cell's side.
+    cell_size: pixels of a cell's side. helper_image: also a picture of the way's cells alone (`draw_way`).
     """
     puzzles = generate(
         split,
@@ -269,6 +295,6 @@ def load(
         max_hops=max_hops,
     )
     return to_dataset(
-        _example(maze, hops, cell_size=cell_size, row_id=f"arrow_mazes {split} row {index}")
+        _example(maze, hops, cell_size=cell_size, helper_image=helper_image, row_id=f"arrow_mazes {split} row {index}")
         for index, (maze, hops) in enumerate(puzzles)
     )

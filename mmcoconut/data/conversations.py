@@ -18,8 +18,7 @@ from mmcoconut.data import FEATURES
 
 
 LONG_ROWS = ("error", "cut")
-PICTURES = ["images", "row_id"]
-TEXTS = [column for column in FEATURES if column not in PICTURES]
+TEXTS = [column for column in FEATURES if column not in ("images", "row_id")]
 
 
 @dataclass
@@ -68,7 +67,7 @@ def fit_rows(rows: Dataset, length_of: Callable[[Mapping[str, Any]], int], limit
         return rows, cut
     features = Features({column: FEATURES[column] for column in TEXTS})
     shortened = Dataset.from_dict({column: [text[column] for text in texts] for column in TEXTS}, features=features)
-    return concatenate_datasets([rows.select(kept).select_columns(PICTURES), shortened], axis=1), cut
+    return concatenate_datasets([rows.select(kept).remove_columns(TEXTS), shortened], axis=1), cut
 
 
 def turn_behind_answer(processor, question: str, num_latents: int | None) -> list[int]:

@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import ExifTags, Image
 
-from mmcoconut.images_mmcoconut import UnreadableImageError, decode_image, open_file
+from mmcoconut.images_mmcoconut import READABLE_FORMATS, UnreadableImageError, decode_image, open_file
 
 
 REMEDY = "replace the file, or leave such rows out with `unreadable_images: skip` in the recipe"
+HELPER_REMEDY = "replace the file, or leave the field out"
+TURNED = (5, 6, 7, 8)  # of EXIF's orientations, those that lie on a side
 
 
 def _open_source(item: Mapping[str, Any], where: str) -> BinaryIO:
@@ -23,13 +25,13 @@ def _open_source(item: Mapping[str, Any], where: str) -> BinaryIO:
     return open_file(item["path"], where, REMEDY)
 
 
-def resolve_image_path(image_root: str | os.PathLike, relative: str, row_id: str) -> Path:
+def resolve_image_path(image_root: str | os.PathLike, relative: str, row_id: str, field: str = "image") -> Path:
     """The absolute path of `relative` under `image_root`.
 
     Raises ValueError when it leaves the root: a data file from elsewhere must not choose which files are read.
     """
     root = Path(os.path.realpath(image_root))
-    where = f"{row_id}, field 'image': found {relative!r}"
+    where = f"{row_id}, field {field!r}: found {relative!r}"
     remedy = f"write a path relative to the image root {str(root)!r} and keep the file inside it"
     if not relative.strip() or "\0" in relative:
         raise ValueError(f"{where}, which is no file name; {remedy}")
@@ -56,6 +58,36 @@ def content_keys(row: Mapping[str, Any]) -> list[str]:
         with _open_source(item, where) as source:
             keys.append(hashlib.sha256(source.read()).hexdigest())
     return keys
+
+
+def _size_of(source: BinaryIO, where: str) -> tuple[int, int]:
+    try:
+        image = Image.open(source, formats=READABLE_FORMATS)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in TURNED
+    except (OSError, SyntaxError, ValueError):  # which decoding names
+        return decode_image(source, where, REMEDY).size
+    return image.size[::-1] if turned else image.size
+
+
+def image_sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """Width and height in pixels of each picture of a row, upright, out of the heads of their files.
+
+    Raises:
+        UnreadableImageError: as `open_images`.
+    """
+    sizes = []
+    for item, where in _named_items(row):
+        with _open_source(item, where) as source:
+            sizes.append(_size_of(source, where))
+    return tuple(sizes)
+
+
+def open_helper_image(row: Mapping[str, Any]) -> Image.Image:
+    """The helper image of a row that has one, decoded as `open_images` does."""
+    item = row["helper_image"]
+    where = f"{row['row_id']}, field 'helper_image': image file {item['path'] or '(bytes in the data set)'}"
+    with _open_source(item, where) as source:
+        return decode_image(source, where, HELPER_REMEDY)
 
 
 def open_images(row: Mapping[str, Any]) -> list[Image.Image]:

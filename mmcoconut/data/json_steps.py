@@ -1,8 +1,9 @@
 """Loads questions with written steps from JSON or JSON Lines: `{"image", "question", "steps", "answer"}` a row.
 
 This is the format of the A-OKVQA files made for Coconut. There the choices stand in the question and the answer is the
-index of the right one: both are kept as they are. Optional fields: `choices`, a list, and `answers`, all accepted
-answers, repeated as people gave them.
+index of the right one: both are kept as they are. Optional fields: `choices`, a list; `answers`, all accepted
+answers, repeated as people gave them; and for objectives `boxes`, the part of the picture that each step is about, and
+`helper_image`, a picture that shows the way to the answer.
 """
 
 import difflib
@@ -20,7 +21,7 @@ from mmcoconut.data import SPLITS, Example, arrow_mazes, nearest, to_dataset
 from mmcoconut.data.images import resolve_image_path
 
 
-OPTIONAL_FIELDS = ("image", "choices", "answers")
+OPTIONAL_FIELDS = ("image", "choices", "answers", "boxes", "helper_image")
 FIELDS = ("question", "steps", "answer", *OPTIONAL_FIELDS)
 
 LARGEST_WHOLE = 2**53  # from here on a float stands for several whole numbers
@@ -121,12 +122,12 @@ def check_among(answer: str, choices: list[str], *, choices_field: str, row_id: 
         raise field_error(row_id, "answer", answer, remedy)
 
 
-def existing_image(image_root: str | os.PathLike, relative: Any, row_id: str) -> dict:
+def existing_image(image_root: str | os.PathLike, relative: Any, row_id: str, field: str = "image") -> dict:
     """The `images` item of a file under `image_root`, which must exist; it is not decoded."""
-    path = resolve_image_path(image_root, check_text(relative, "image", row_id), row_id)
+    path = resolve_image_path(image_root, check_text(relative, field, row_id), row_id, field)
     if not os.path.isfile(path):
         remedy = f"there is no file {str(path)!r}; correct the path or image_root, or put the file there"
-        raise field_error(row_id, "image", relative, remedy)
+        raise field_error(row_id, field, relative, remedy)
     return {"bytes": None, "path": str(path)}
 
 
@@ -150,6 +151,31 @@ def _images(row: Mapping[str, Any], image_root: str | os.PathLike | None, row_id
     return [existing_image(image_root, path, row_id) for path in ([image] if isinstance(image, str) else image)]
 
 
+def _helper_image(row: Mapping[str, Any], image_root: str | os.PathLike | None, row_id: str) -> dict | None:
+    helper = row.get("helper_image")
+    if helper is None:
+        return None
+    if not isinstance(helper, str):
+        raise field_error(row_id, "helper_image", helper, "write the path of one picture, or null for none")
+    if image_root is None:
+        remedy = "give the option image_root, or images_required: false for text only"
+        raise field_error(row_id, "helper_image", helper, remedy)
+    return existing_image(image_root, helper, row_id, "helper_image")
+
+
+def _boxes(row: Mapping[str, Any], images: list[dict], row_id: str) -> list:
+    boxes = [] if row.get("boxes") is None else check_list(row["boxes"], "boxes", row_id)
+    if boxes and not images:
+        raise field_error(row_id, "boxes", boxes, "the row has no picture that they could lie on; give `image`")
+    for box in boxes:
+        if box is None:
+            continue
+        for value in check_list(box, "boxes", row_id):
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise field_error(row_id, "boxes", box, "write four numbers, [left, top, right, bottom], or null")
+    return boxes
+
+
 def _answers(row: Mapping[str, Any], row_id: str) -> list[str]:
     """`answers` with `answer`, the target, in front; `answers` alone will do, and its first is the target.
 
@@ -168,7 +194,7 @@ def _answers(row: Mapping[str, Any], row_id: str) -> list[str]:
     return accepted
 
 
-def _example(row: Mapping[str, Any], images: list[dict], row_id: str) -> Example:
+def _example(row: Mapping[str, Any], images: list[dict], row_id: str, **fields) -> Example:
     choices = [] if row.get("choices") is None else check_list(row["choices"], "choices", row_id)
     choices = [answer_text(choice, "choices", row_id) for choice in choices]
     answers = _answers(row, row_id)
@@ -180,6 +206,7 @@ def _example(row: Mapping[str, Any], images: list[dict], row_id: str) -> Example
         steps=[check_text(s, "steps", row_id) for s in check_list(field_of(row, "steps", row_id), "steps", row_id)],
         answers=answers,
         row_id=row_id,
+        **fields,
     )
 
 
@@ -201,22 +228,28 @@ def _examples(rows: list[dict], file: Path, *, image_root: str | None, images_re
     for index, row in enumerate(rows):
         row_id = f"{file.name} row {index}"
         _check_spelling(row, row_id)
-        images = _images(row, image_root, row_id) if images_required else []
-        yield _example(row, images, row_id)
+        if not images_required:
+            yield _example(row, [], row_id)
+            continue
+        images = _images(row, image_root, row_id)
+        helper, boxes = _helper_image(row, image_root, row_id), _boxes(row, images, row_id)
+        yield _example(row, images, row_id, boxes=boxes, helper_image=helper)
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as `<split>.json` with their pictures; returns the options for `load`."""
+    """Writes `num_rows` arrow mazes a split as `<split>.json` with their pictures, boxes and helper images; returns
+    the options for `load`."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
         rows = []
-        for index, row in enumerate(arrow_mazes.load(split=split, num_rows=num_rows, seed=seed)):
-            name = f"{split}_{index:04d}.png"
+        mazes = arrow_mazes.load(split=split, num_rows=num_rows, seed=seed, helper_image=True)
+        for index, row in enumerate(mazes):
+            name, helper = f"{split}_{index:04d}.png", f"{split}_{index:04d}_way.png"
             (folder / "images" / name).write_bytes(row["images"][0]["bytes"])
-            rows.append(
-                {"image": name, "question": row["question"], "steps": row["steps"], "answer": row["answers"][0]}
-            )
+            (folder / "images" / helper).write_bytes(row["helper_image"]["bytes"])
+            texts = {"question": row["question"], "steps": row["steps"], "answer": row["answers"][0]}
+            rows.append({"image": name, **texts, "boxes": row["boxes"], "helper_image": helper})
         (folder / f"{split}.json").write_text(json.dumps(rows, indent=2), encoding="utf-8")
     return {"file": str(folder / "{split}.json"), "image_root": str(folder / "images")}
 

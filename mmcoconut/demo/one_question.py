@@ -33,6 +33,7 @@ from mmcoconut.audit.interventions import (
     with_question_of,
 )
 from mmcoconut.audit.necessity import ONLY_THOUGHTS, refusal, seeing
+from mmcoconut.audit.step_reader import StepReader
 from mmcoconut.audit.thoughts import read_thoughts, visible
 from mmcoconut.data import json_steps, question_text
 from mmcoconut.data.images import open_images
@@ -87,11 +88,15 @@ class Thought:
 
 @dataclass
 class Look:
-    """The N thoughts of a question, and the state behind them, which writes the first token; why there is no map."""
+    """The N thoughts of a question, and the state behind them, which writes the first token; why there is no map.
+
+    steps: what the run's step decoder reads in the thoughts; None where it has none.
+    """
 
     thoughts: list[Thought]
     writes: Thought
     no_map: str | None
+    steps: list[str] | None = None
 
 
 @dataclass
@@ -197,6 +202,7 @@ class Asker:
         examples: rows of `mmcoconut.data`; without any there are no thoughts of other rows and no mean.
         max_new_tokens, num_beams: of every answer.
         seed: of noise.
+        reader: the step decoder of the checkpoint's run.
     """
 
     def __init__(
@@ -208,11 +214,12 @@ class Asker:
         max_new_tokens: int = 64,
         num_beams: int = 1,
         seed: int = 0,
+        reader: StepReader | None = None,
     ):
         check_single_turns(examples)
         self.model, self.processor, self.examples = model.eval(), processor, list(examples)
         self.max_new_tokens, self.num_beams, self.seed = max_new_tokens, num_beams, seed
-        self.thoughts_of_examples = {}
+        self.thoughts_of_examples, self.reader = {}, reader
 
     def ask(self, row: Mapping, num_latents: int) -> Asked:
         """Answer a row, untouched, with so many thoughts."""
@@ -251,7 +258,10 @@ class Asker:
             Thought([(visible(text), p) for text, p in tokens], share, None if maps is None else maps[j])
             for j, (tokens, share) in enumerate(zip(lens, shares))
         ]
-        return Look(thoughts, Thought([(visible(text), p) for text, p in last]), reason)
+        writes = Thought([(visible(text), p) for text, p in last])
+        if self.reader is None:
+            return Look(thoughts, writes, reason)
+        return Look(thoughts, writes, reason, self.reader.read(readings.thoughts[0], self.processor.tokenizer))
 
     def of_examples(self, answerer: Answerer) -> tuple[list[dict], torch.Tensor]:
         """Answers and thoughts (n, N, D) of the examples, computed once for each of the last numbers of thoughts."""

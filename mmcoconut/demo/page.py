@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.audit.report import data_uri
+from mmcoconut.audit.step_reader import StepReader
 from mmcoconut.audit.thoughts import load_extra
 from mmcoconut.data.images import open_images
 from mmcoconut.demo.one_question import Asker, read_examples, row_of, write_examples
@@ -220,6 +221,7 @@ def serve(arguments: DemoArguments, rows: list[dict]) -> None:
             max_new_tokens=arguments.max_new_tokens,
             num_beams=arguments.num_beams,
             seed=arguments.seed,
+            reader=StepReader.beside(arguments.model),
         )
         page = build_page(asker, name=arguments.model.rstrip("/"), num_latents=arguments.num_latents)
         try:

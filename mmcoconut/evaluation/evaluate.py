@@ -17,6 +17,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import set_seed
 
+from mmcoconut.data import without_pictures
 from mmcoconut.data.scoring import default_metric, figures_of, score
 from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import Answerer, image_name, load_checkpoint
@@ -152,13 +153,13 @@ def answer_all(answerer: Answerer, rows, folder: Path, *, batch_size: int, score
 def check_references(rows, metric: str) -> None:
     """Raise ValueError for a row that the metric cannot score: before the rows are answered, not after."""
     nothing = [""] * len(rows)
-    score(metric, nothing, nothing, rows=rows.remove_columns("images"))
+    score(metric, nothing, nothing, rows=without_pictures(rows))
 
 
 def add_scores(lines: list[dict], rows, metric: str) -> dict:
     """Set `score` and `correct` of each line; the metric's other results."""
     outputs, answers = [line["output"] for line in lines], [line["answer"] for line in lines]
-    results = score(metric, outputs, answers, rows=rows.remove_columns("images"))
+    results = score(metric, outputs, answers, rows=without_pictures(rows))
     for line, value in zip(lines, results.pop("scores"), strict=True):
         line |= {"score": value, "correct": value == 1.0}
     return {key: value for key, value in results.items() if not isinstance(value, list)}
@@ -230,7 +231,7 @@ def hash_of_weights(model) -> str:
 
 def hash_of_rows(rows) -> str:
     """Changes with what is asked: of all but the pictures."""
-    return short_hash(json.dumps(rows.remove_columns("images")[:]).encode())
+    return short_hash(json.dumps(without_pictures(rows)[:]).encode())
 
 
 def settings_of(arguments, answerer: Answerer, rows) -> dict:

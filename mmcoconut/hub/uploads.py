@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
-from mmcoconut.records import ADAPTER_FOLDER, COURSE_FILE, RECIPE_FILE
+from mmcoconut.records import ADAPTER_FOLDER, COURSE_FILE, OBJECTIVES_FILE, RECIPE_FILE
 
 
 logger = logging.getLogger("mmcoconut")
@@ -28,7 +28,7 @@ logger = logging.getLogger("mmcoconut")
 PUBLISHED = ("*.json", "*.safetensors", "*.py", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.spm", RECIPE_FILE)
 # Weights of an earlier revision, which another number of shards would leave beside the new ones.
 STALE = ["model*.safetensors", "model.safetensors.index.json"]
-STATE_FILES = (TRAINER_STATE_NAME, COURSE_FILE)
+STATE_FILES = (TRAINER_STATE_NAME, COURSE_FILE, OBJECTIVES_FILE)
 LAST_CHECKPOINT = "last-checkpoint"
 MAIN = "main"
 NOT_ALLOWED = (401, 403)

@@ -21,6 +21,7 @@ from torch import nn
 
 from mmcoconut.objectives.base import Objective, Run
 from mmcoconut.passes_mmcoconut import READ_ONCE
+from mmcoconut.records import OBJECTIVES_FILE
 from mmcoconut.vlm_mmcoconut import IMAGE_TOKENS
 
 
@@ -28,8 +29,6 @@ NAME = "objectives"  # of the sub-module
 INPUTS = "objective_inputs"  # of a batch
 LOSSES = "objective_losses"  # of an output
 OF_ALL = ("steps", "places", "answer_column")  # of INPUTS, beside those by the objectives' names
-WEIGHTS_FILE = "objectives.safetensors"  # of a checkpoint that a run resumes from
-FOLDER = "objectives"  # beside a trained model, for reading its thoughts
 OF_A_CALL = ("num_items_in_batch", "logits_to_keep", "alignment_input_ids", "alignment_attention_mask")
 
 
@@ -191,10 +190,10 @@ def own_weights(model: nn.Module) -> list[nn.Parameter]:
 
 
 def save_weights(attached: Objectives, folder) -> None:
-    """Write the weights of all objectives into a checkpoint, WEIGHTS_FILE, if there are any."""
+    """Write the weights of all objectives into a checkpoint, OBJECTIVES_FILE, if there are any."""
     weights = {name: tensor.contiguous() for name, tensor in attached.state_dict().items()}
     if weights:
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(weights, folder / OBJECTIVES_FILE, metadata={"format": "pt"})
 
 
 def load_weights(attached: Objectives, folder) -> None:
@@ -203,7 +202,7 @@ def load_weights(attached: Objectives, folder) -> None:
     Raises:
         ValueError: a checkpoint without them, or with others.
     """
-    expected, file = attached.state_dict(), folder / WEIGHTS_FILE
+    expected, file = attached.state_dict(), folder / OBJECTIVES_FILE
     if not expected:
         return
     remedy = "set `objectives` as the run was started with, or start anew with --overwrite true"
@@ -211,8 +210,8 @@ def load_weights(attached: Objectives, folder) -> None:
         weights = load_file(file)
     except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(
-            f"{folder} has no readable {WEIGHTS_FILE}, and {', '.join(attached)} have {len(expected)} weights in this "
-            f"run: {remedy}."
+            f"{folder} has no readable {OBJECTIVES_FILE}, and {', '.join(attached)} have {len(expected)} weights in "
+            f"this run: {remedy}."
         ) from error
     other = sorted(weights.keys() ^ expected.keys())
     other = other or [name for name in expected if weights[name].shape != expected[name].shape]

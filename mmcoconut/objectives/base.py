@@ -31,7 +31,8 @@ Inputs = Mapping[str, torch.Tensor]
 class RowsOfBatch:
     """What an objective encodes: the rows of a batch as the collator lays them out.
 
-    rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. processor: the layout.
+    rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. counts (B,): latents of each row.
+    processor: the layout.
     labelled: called with a function row → RowPlan, returns the same rows and images under other plans, as the model's
         labelled inputs.
     """
@@ -39,6 +40,7 @@ class RowsOfBatch:
     rows: Sequence[Mapping]
     steps: torch.Tensor
     places: torch.Tensor
+    counts: torch.Tensor
     processor: object
     labelled: Callable[[Callable[[Mapping], RowPlan]], dict]
 
@@ -59,9 +61,20 @@ class Run:
         """Return the output of another forward of the same model, on inputs and the batch's images."""
         return self.forward(**self.images, **inputs)
 
+    @property
+    def without_logits(self) -> dict:
+        """The arguments of a forward that makes as few logits as the model can."""
+        taken = inspect.signature(self.without_adapters.forward).parameters
+        return {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+
+    @property
+    def without_adapters(self) -> nn.Module:
+        """The model in its own class."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
     def image_features(self, images: Inputs) -> torch.Tensor:
         """Return what the decoder would read of other images (F, D), in reading order; no gradients."""
-        read = self.model.get_image_features
+        read = self.without_adapters.base_model.get_image_features
         taken = inspect.signature(read).parameters
         with torch.no_grad():
             features = read(**{name: value for name, value in images.items() if name in taken})
@@ -138,7 +151,7 @@ class Objective(nn.Module):
     def check(self, row: Mapping) -> None:
         """Raise ValueError for a row, with its pictures, that this cannot learn from; asked of all before training.
 
-        What needs no picture is checked by fields alone: rows without one of these are refused for it.
+        That rows have its `fields` is checked without it.
         """
 
     def plans(self, plan: RowPlan, num_steps: int) -> Iterable[RowPlan]:

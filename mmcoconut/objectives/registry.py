@@ -1,6 +1,6 @@
 """The objectives by the names that recipes give them, and what a recipe's `objectives` becomes.
 
-objectives: {step_tokens: 0.05, step_decoder: {weight: [0, 1.0], num_layers: 1}}
+objectives: {step_tokens: 0.05, step_decoder: {weight: [0, 1.0], layers: 1}}
 """
 
 import inspect
@@ -9,10 +9,13 @@ from collections.abc import Iterator, Mapping
 
 from mmcoconut.data import nearest
 from mmcoconut.objectives.base import Objective
+from mmcoconut.objectives.image_alignment import ImageAlignment
+from mmcoconut.objectives.self_distillation import SelfDistillation
+from mmcoconut.objectives.step_decoder import StepDecoder
 from mmcoconut.objectives.step_tokens import StepTokens
 
 
-OBJECTIVES = {objective.name: objective for objective in (StepTokens,)}
+OBJECTIVES = {objective.name: objective for objective in (StepTokens, StepDecoder, SelfDistillation, ImageAlignment)}
 A_WEIGHT = "a weight is a finite number of at least 0, or a list of them, one a stage: write one, such as 1.0"
 
 

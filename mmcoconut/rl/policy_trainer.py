@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from trl import GRPOTrainer, RLOOTrainer
 
-from mmcoconut.data import question_text
+from mmcoconut.data import question_text, without_pictures
 from mmcoconut.rl.policy import Likelihood, Rollout, Sampling, likelihood, read_prompts, sample, stop_loss
 from mmcoconut.training.lora import has_lora, without_adapters
 from mmcoconut.training.trainer import CurriculumTrainer
@@ -192,7 +192,7 @@ class ThinkingPolicy:
         reference = reference_of(model) if beta else None
         without_dropout(model)
         super().__init__(
-            train_dataset=train_dataset.remove_columns("images"),  # trl would read them as its own
+            train_dataset=without_pictures(train_dataset),  # trl would read them as its own
             reward_funcs=[with_thoughts(reward) for reward in reward_funcs],
             **kwargs,
         )

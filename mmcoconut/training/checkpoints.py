@@ -24,7 +24,7 @@ logger = logging.getLogger("mmcoconut")
 ASIDE = ".saving"
 # What resuming reads, and the files that may hold it: one process, FSDP, DeepSpeed.
 STATE = {
-    "weights": ("*.safetensors", "pytorch_model*", "global_step*"),
+    "weights": ("*model*.safetensors", "pytorch_model*", "global_step*"),
     "optimizer.pt": ("optimizer*", "global_step*"),
     "scheduler.pt": ("scheduler.pt", "global_step*"),
     "rng_state.pth": ("rng_state*.pth",),

@@ -340,9 +340,15 @@ class CurriculumCollator:
         present = [objective for objective in self.objectives if objective.name in self.weights()]
         if not present:
             return {}
-        steps, places = self.steps_of_latents(rows, batch[self.processor.prompt_names[0]])
+        ids = batch[self.processor.prompt_names[0]]  # (B, T)
+        steps, places = self.steps_of_latents(rows, ids)
         of_batch = RowsOfBatch(
-            rows, steps, places, self.processor, lambda plan_of: self.supervised(rows, plan_of, tiles, images)
+            rows,
+            steps,
+            places,
+            counts=(ids == self.processor.latent_token_id).sum(dim=1),
+            processor=self.processor,
+            labelled=lambda plan_of: self.supervised(rows, plan_of, tiles, images),
         )
         columns = answer_columns(rows, predicted(batch["labels"], self.processor), self.processor)  # (B,)
         encoded = {objective.name: objective.encode(of_batch) for objective in present}

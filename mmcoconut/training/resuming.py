@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,9 @@ from mmcoconut.arguments.choices import DATA_PATHS, FOLDERS
 from mmcoconut.arguments.fields import TYPES, default_of
 from mmcoconut.arguments.recipe_files import RecipeLoader
 from mmcoconut.arguments.recipes import recipe_text, save_recipe
+from mmcoconut.data import OPTIONAL_FEATURES
 from mmcoconut.models import load_processor
+from mmcoconut.objectives.registry import make_objectives
 from mmcoconut.records import COURSE_FILE, RECIPE_FILE, read_json
 from mmcoconut.training.checkpoints import choose_checkpoint
 
@@ -84,15 +86,21 @@ def picture_mark(picture: Mapping) -> str:
     return hashlib.sha256(picture["bytes"]).hexdigest()
 
 
-def fingerprint(dataset) -> Rows:
+def fingerprint(dataset, fields: Collection[str] = ()) -> Rows:
     """Return the number of rows and a SHA-256 of their texts and pictures, in order.
 
     Pictures in files are known by their file name, and `row_id`, which may hold a path, is left out.
+
+    fields: of OPTIONAL_FEATURES, those that are read.
     """
+    left_out = {"row_id", "index", *OPTIONAL_FEATURES} - {*fields}
     digest = hashlib.sha256()
     for rows in dataset.iter(ROWS_AT_A_TIME):
         images = [[picture_mark(picture) for picture in pictures] for pictures in rows["images"]]
-        columns = {name: values for name, values in rows.items() if name not in ("row_id", "index")}
+        columns = {name: values for name, values in rows.items() if name not in left_out}
+        if "helper_image" in columns:
+            marks = [picture and picture_mark(picture) for picture in columns["helper_image"]]
+            columns["helper_image"] = marks
         digest.update(json.dumps({**columns, "images": images}, sort_keys=True).encode())
     return Rows(len(dataset), digest.hexdigest())
 
@@ -104,10 +112,11 @@ def recipe_of(arguments) -> dict:
 
 def course_of(arguments, splits: Mapping) -> dict:
     """Return the course of a run with these arguments and splits `train` and `eval`, as JSON holds it."""
-    run_args = arguments[-1]
+    _, _, curriculum_args, run_args = arguments
+    fields = {field for objective in make_objectives(curriculum_args.objectives) for field in objective.fields}
     return {
         "recipe": recipe_of(arguments),
-        "rows": {name: fingerprint(splits[name])._asdict() for name in ("train", "eval")},
+        "rows": {name: fingerprint(splits[name], fields)._asdict() for name in ("train", "eval")},
         "processes": run_args.world_size,
         ROWS_PER_UPDATE: run_args.train_batch_size * run_args.gradient_accumulation_steps * run_args.world_size,
     }

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datasets import Dataset
 
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, parse_answer
-from mmcoconut.data import image_counts
+from mmcoconut.data import image_counts, without_pictures
 from mmcoconut.data.scoring import REFERENCES, score
 from mmcoconut.objectives.base import Objective
 from mmcoconut.training.collator import CurriculumCollator
@@ -45,7 +45,7 @@ def check_lengths(rows: Dataset, collator: CurriculumCollator, *, room: int = 0)
     Raises:
         ValueError: a row that takes more than `collator.max_length` tokens, or whose turns cannot be laid out.
     """
-    for index, (row, num_images) in enumerate(zip(rows.remove_columns("images"), image_counts(rows), strict=True)):
+    for index, (row, num_images) in enumerate(zip(without_pictures(rows), image_counts(rows), strict=True)):
         collator.check_turns(row)
         if collator.max_length is not None:
             length, form = collator.measure(row, num_images, lambda index=index: rows[index], room=room)
@@ -60,7 +60,7 @@ def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
     """
     if collator.alignment is None:
         return
-    counts = zip(rows.remove_columns("images"), image_counts(rows), strict=True)
+    counts = zip(without_pictures(rows), image_counts(rows), strict=True)
     texts = [(row["row_id"], collator.alignment.text(row)) for row, num_images in counts if num_images]
     lengths = token_counts(collator.processor.tokenizer, [text for _, text in texts], add_special_tokens=True)
     for row_id, text in texts:

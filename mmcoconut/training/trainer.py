@@ -16,11 +16,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, Inter
 
 from mmcoconut.arguments.recipes import read_recipe
 from mmcoconut.chat_template_mmcoconut import parse_answer
+from mmcoconut.data import without_pictures
 from mmcoconut.data.scoring import figures_of, score
 from mmcoconut.hub.card import Evidence, model_card, write_card
 from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
 from mmcoconut.objectives.attach import (
-    FOLDER,
     LOSSES,
     NAME,
     Objectives,
@@ -30,7 +30,7 @@ from mmcoconut.objectives.attach import (
     save_weights,
     without_objectives,
 )
-from mmcoconut.records import ADAPTER_FOLDER, RECIPE_FILE, read_json, write_json
+from mmcoconut.records import ADAPTER_FOLDER, OBJECTIVES_FOLDER, RECIPE_FILE, read_json, write_json
 from mmcoconut.tables import stage_row, stage_rows
 from mmcoconut.training.callbacks import CurriculumCallback, ShardingCallback
 from mmcoconut.training.checkpoints import ASIDE, describe, put_in_place, rotate, start_aside
@@ -75,9 +75,15 @@ def check_sharded_objectives(objectives: Objectives | None, *, compares_gradient
     """Refuse what objectives cannot do under FSDP.
 
     Raises:
-        ValueError: objectives with weights of their own, or gradients that are compared, of which each process would
-            have a part.
+        ValueError: objectives with weights of their own or further forwards of the model, in which shards are gathered
+            and processes must agree; or gradients that are compared, of which each process would have a part.
     """
+    for name, objective in (objectives or {}).items():
+        if objective.forwards:
+            raise ValueError(
+                f"objectives.{name} takes further forwards of the model, as many as its batch needs, and processes "
+                "that share its weights must take equally many: use DDP, or remove it."
+            )
     weighty = [name for name, objective in (objectives or {}).items() if [*objective.parameters()]]
     if weighty:
         raise ValueError(
@@ -297,7 +303,7 @@ class CurriculumTrainer(Trainer):
         if self.alignment is not None:
             loss = self.alignment.total(loss, terms.get("align_loss"))
         loss += sum(weight * terms[name_of_term(name)] for name, weight in weights.items())
-        rows = self.evaluated.remove_columns("images").select(indices)
+        rows = without_pictures(self.evaluated).select(indices)
         results = score(self.metric, texts, [parse_answer(text) for text in texts], rows=list(rows))
         scores = results["scores"]
         return {
@@ -423,7 +429,7 @@ class CurriculumTrainer(Trainer):
             save_weights(objectives, folder)
         elif folder == Path(self.args.output_dir):
             for objective in objectives.values():
-                objective.save(folder / FOLDER)
+                objective.save(folder / OBJECTIVES_FOLDER)
 
     def save_without_objectives(self, folder: Path, state_dict: dict | None) -> None:
         """As `_save`, of a model that has no objectives."""

@@ -1,0 +1,191 @@
+"""The state before a latent is drawn to the features of what its step looks at (Mirage, LVR, Monet's first stage).
+
+Shapes: B rows, N latents, P features of a row's images, F of all helper images, D hidden.
+"""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from mmcoconut.data.image_grids import FeatureLayout, features_under, views_of_sizes
+from mmcoconut.data.images import image_sizes, open_helper_image
+from mmcoconut.objectives.base import Objective, RowsOfBatch, Run, mean_by_row
+from mmcoconut.passes_mmcoconut import gather_thoughts
+
+
+TARGETS = ("boxes", "helper_image")
+DISTANCES = {
+    "cosine": lambda states, targets: 1 - nn.functional.cosine_similarity(states, targets, dim=-1),
+    "mse": lambda states, targets: (states - targets).square().mean(dim=-1),
+}
+READS = ("state", "target")
+
+
+def in_groups(num_features: int, num_groups: int) -> np.ndarray:
+    """Return the weights (N, P) of means over N equal groups of P features in their order.
+
+    A group without features, of more groups than features, has weights of 0.
+
+    >>> in_groups(4, 2).tolist()
+    [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
+    """
+    group = np.arange(num_features) * num_groups // max(num_features, 1)  # (P,)
+    members = (np.arange(num_groups)[:, None] == group).astype(float)  # (N, P)
+    return members / members.sum(axis=1, keepdims=True).clip(min=1)
+
+
+def stacked_weights(weights: list[np.ndarray], num_latents: int) -> torch.Tensor:
+    """Return weights (N, P) of each row, of whatever sizes, as (B, N, P) with zeros elsewhere."""
+    most = max((each.shape[1] for each in weights), default=0)
+    found = torch.zeros(len(weights), num_latents, most)
+    for row, each in enumerate(weights):
+        found[row, : each.shape[0], : each.shape[1]] = torch.from_numpy(each)
+    return found
+
+
+class ImageAlignment(Objective):
+    """The distance of the state before latent j from the pooled features f_j of what its step looks at.
+
+        L = mean over latents j:  1 - cos(before[j], sg(f_j))       distance cosine
+                                  mean (before[j] - sg(f_j))²       distance mse
+
+    sg lets no gradient through: features teach states, not states features. With `boxes` f_j is the mean of the row's
+    own image features as the decoder read them, weighted by how much of the step's box lies under each. With
+    `helper_image` the helper image goes through the model's own tower and projector, its features are cut into as many
+    groups, in reading order, as the row has latents, and f_j is the mean of group j.
+
+    Args:
+        target: `boxes` | `helper_image`, the field of a row that says what its steps look at.
+        distance: `cosine` | `mse`.
+        latents_read: `state`: latents read the state before, as always. `target`: in training they read f_j, where
+            there is one, so all thoughts take one pass; evaluation and inference read states.
+
+    Raises:
+        ValueError: another value of an option; with boxes a model whose features lie nowhere on a picture.
+
+    Source: Mirage, https://arxiv.org/abs/2506.17218 (helper images, cosine); LVR, https://arxiv.org/abs/2509.24251
+    (regions, MSE, targets read); Monet, https://arxiv.org/abs/2511.21395.
+
+    >>> from mmcoconut.views_mmcoconut import ThoughtView
+    >>> read = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])  # two image features, and the latent's column
+    >>> view = ThoughtView(None, None, None, torch.tensor([[True]]), None, read, None)
+    >>> view.before, view.image_mask = torch.tensor([[[3.0, 3.0]]]), torch.tensor([[True, True, False]])
+    >>> weights = {"weights": torch.tensor([[[1.0, 0.0]]])}  # the first feature
+    >>> ImageAlignment().loss(view, weights, None), ImageAlignment(distance="mse").loss(view, weights, None)
+    (tensor([0.2929]), tensor([6.5000]))
+    """
+
+    name: ClassVar[str] = "image_alignment"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2506.17218"
+    default_weight: ClassVar[float] = 0.1
+    needs_images: ClassVar[bool] = True
+    options: ClassVar[tuple[str, ...]] = ("target", "distance", "latents_read")
+
+    def __init__(self, weight=None, *, target: str = "boxes", distance: str = "cosine", latents_read: str = "state"):
+        super().__init__(weight)
+        given, choices = (target, distance, latents_read), (TARGETS, DISTANCES, READS)
+        for option, value, known in zip(self.options, given, choices):
+            if value not in known:
+                raise ValueError(f"objectives.image_alignment.{option}={value!r} is not one of {', '.join(known)}.")
+        self.target, self.distance, self.latents_read = target, distance, latents_read
+        self.fields = (target,)
+        self.layout: FeatureLayout | None = None
+
+    @property
+    def settings(self) -> dict:
+        return {name: getattr(self, name) for name in self.options}
+
+    def build(self, model: nn.Module) -> None:
+        self.layout = FeatureLayout.of(model)
+        if self.target == "boxes" and self.layout.nowhere is not None:
+            raise ValueError(
+                f"objectives.image_alignment.target='boxes' needs to know which features lie under a box, and of this "
+                f"model {self.layout.nowhere}: take 'helper_image', or another projector."
+            )
+
+    def check(self, row: Mapping) -> None:
+        if self.target != "boxes" or not row.get("boxes"):
+            return
+        if not row["images"]:
+            raise ValueError(f"{row['row_id']}, field 'boxes': found {len(row['boxes'])}, and the row has no picture.")
+        width, height = image_sizes(row)[0]
+        for number, box in enumerate(row["boxes"]):
+            if box is not None and (box[2] > width or box[3] > height):
+                raise ValueError(
+                    f"{row['row_id']}, field 'boxes': found {[*box]} for step {number}, and the picture has {width} x "
+                    f"{height} pixels: write [left, top, right, bottom] in pixels of the first picture."
+                )
+
+    def encode(self, batch: RowsOfBatch) -> dict:
+        num_latents = batch.steps.shape[1]
+        if self.target == "helper_image":
+            return self._encode_helpers(batch, num_latents)
+        weights = [
+            self._under_boxes(row, steps, batch.processor) for row, steps in zip(batch.rows, batch.steps.tolist())
+        ]
+        return {"weights": stacked_weights(weights, num_latents)}
+
+    def _under_boxes(self, row: Mapping, steps: list[int], processor) -> np.ndarray:
+        """Return the weights (N, P) of the features under the box of each latent's step."""
+        boxes = row.get("boxes") or []
+        wanted = [boxes[step] if 0 <= step < len(boxes) else None for step in steps]
+        if not any(wanted):
+            return np.zeros((len(steps), 0))
+        sizes = image_sizes(row)
+        views = views_of_sizes(self.layout, processor, sizes)[0]
+        if isinstance(views, str):
+            raise ValueError(f"{row['row_id']}, field 'boxes': of its picture of {sizes[0]} pixels {views}.")
+        found = [None if box is None else features_under(box, views, sizes[0]) for box in wanted]
+        nothing = np.zeros(max(len(each) for each in found if each is not None))
+        return np.stack([nothing if each is None else each for each in found])
+
+    def _encode_helpers(self, batch: RowsOfBatch, num_latents: int) -> dict:
+        """Return the helper images' tensors, how many features each row has of them (B,), and weights."""
+        helpers = [[open_helper_image(row)] if row.get("helper_image") else [] for row in batch.rows]
+        images, handles = batch.processor.encode_images(helpers, return_tensors="pt")
+        counts = [
+            sum([*batch.processor.image_ids(handle)].count(self.layout.image_token_id) for handle in row)
+            for row in handles
+        ]
+        weights = [in_groups(*sizes) for sizes in zip(counts, batch.counts.tolist())]
+        return {"weights": stacked_weights(weights, num_latents), "counts": torch.tensor(counts), "images": images}
+
+    def _helper_features(self, inputs: dict, run: Run) -> torch.Tensor:
+        """Return the features (B, P, D) of each row's helper image, computed once a batch."""
+        if "features" not in inputs:
+            features = run.image_features(inputs["images"])  # (F, D)
+            inputs["features"] = pad_sequence(features.split(inputs["counts"].tolist()), batch_first=True)
+        return inputs["features"]
+
+    def _pooled(self, features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Return the detached means (B, N, D) of features (B, P, D) under weights (B, N, ≤ P)."""
+        features = features[:, : weights.shape[2]].detach()
+        return weights[:, :, : features.shape[1]].to(features.dtype) @ features
+
+    def given(self, inputs: dict, run: Run):
+        if self.latents_read == "state":
+            return None
+        where = inputs["weights"].any(dim=-1)  # (B, N)
+
+        def pooled_targets(read: torch.Tensor, image_mask: torch.Tensor | None):
+            if self.target == "helper_image":
+                features = self._helper_features(inputs, run) if where.any() else read[:, :0]
+            else:
+                features = gather_thoughts(read, image_mask)[0]  # (B, P, D)
+            return self._pooled(features, inputs["weights"]), where
+
+        return pooled_targets
+
+    def loss(self, view, inputs, run) -> torch.Tensor:
+        weights = inputs["weights"]  # (B, N, P)
+        known = view.mask & weights.any(dim=-1)  # (B, N)
+        if not known.any():
+            return torch.zeros(len(known), device=known.device)
+        helped = self.target == "helper_image"
+        features = self._helper_features(inputs, run) if helped else view.image_features()[0]  # (B, P, D)
+        targets = self._pooled(features, weights)  # (B, N, D)
+        return mean_by_row(DISTANCES[self.distance](view.before.float(), targets.float()), known)
