@@ -12,9 +12,8 @@ import torch
 
 from mmcoconut.arguments.fields import default_of
 from mmcoconut.arguments.recipes import read_recipe
-from mmcoconut.objectives.attach import FOLDER
 from mmcoconut.objectives.step_decoder import StepDecoder
-from mmcoconut.records import RECIPE_FILE
+from mmcoconut.records import OBJECTIVES_FOLDER, RECIPE_FILE
 
 
 @dataclass
@@ -27,7 +26,7 @@ class StepReader:
     @classmethod
     def beside(cls, model: str | Path) -> "StepReader | None":
         """Load the step decoder beside a checkpoint; None where its folder holds none, or it is on the Hub."""
-        folder, recipe = Path(model, FOLDER), Path(model, RECIPE_FILE)
+        folder, recipe = Path(model, OBJECTIVES_FOLDER), Path(model, RECIPE_FILE)
         if not (folder / f"{StepDecoder.name}.safetensors").is_file():
             return None
         said = read_recipe(recipe) if recipe.is_file() else {}
