@@ -23,12 +23,18 @@ from transformers.cache_utils import (
 )
 
 from .compat_mmcoconut import PutInFront, in_front
+from .hiding_mmcoconut import Hiding
 
 
 def text_cache(past_key_values: Cache) -> Cache:
     """Return the cache of the text alone, where there is another of encoder states beside it."""
     is_pair = isinstance(past_key_values, EncoderDecoderCache)
     return past_key_values.self_attention_cache if is_pair else past_key_values
+
+
+def length_of(past_key_values: Cache | None) -> int:
+    """Return how many columns a cache holds."""
+    return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 
 @dataclass
@@ -40,6 +46,7 @@ class ThoughtState:
     attention_mask (B, length): 0 also at latents that rows left out; None where they left out none.
     encoder_inputs: the states (B, E, D) and mask (B, E) whose keys a cache of encoder states holds.
     thoughts_end: the column behind the last thought that was updated together with others; None where none was.
+    hiding: what stands in the columns, where later ones are not to see some of them; else None.
     """
 
     last_state: torch.Tensor | None = None
@@ -47,6 +54,7 @@ class ThoughtState:
     attention_mask: torch.Tensor | None = None
     encoder_inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     thoughts_end: int | None = None
+    hiding: Hiding | None = None
 
     @classmethod
     def of(cls, past_key_values: Cache | None) -> "ThoughtState":
@@ -77,13 +85,15 @@ class ThoughtState:
         """Return the state of a cache that was cut to so many columns."""
         mask = None if self.attention_mask is None else self.attention_mask[:, :length]
         is_cut = self.thoughts_end is not None and self.thoughts_end > length
-        return replace(self, attention_mask=mask, thoughts_end=None if is_cut else self.thoughts_end)
+        hiding = None if self.hiding is None else self.hiding.cropped(length)
+        return replace(self, attention_mask=mask, thoughts_end=None if is_cut else self.thoughts_end, hiding=hiding)
 
     def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "ThoughtState":
         """Return the state of other rows, `pick` of each tensor's."""
         picked = {name: None if (value := getattr(self, name)) is None else pick(value) for name in OF_ROWS}
         encoder_inputs = {name: pick(value) for name, value in self.encoder_inputs.items()}
-        return replace(self, **picked, encoder_inputs=encoder_inputs)
+        hiding = None if self.hiding is None else self.hiding.of_rows(pick)
+        return replace(self, **picked, encoder_inputs=encoder_inputs, hiding=hiding)
 
 
 OF_ROWS = ("last_state", "attention_mask")

@@ -25,11 +25,14 @@ CHOICES = {
     "thought_mode": ("feedback", "pause"),
     "thought_norm": ("none", "embedding", "projection"),
     "thought_schedule": ("sequential", "jacobi"),
+    "answer_sees": ("all", "no_image", "thoughts"),
 }
 TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id", "end_latent_token_id")
 # What a vision-language model's own configuration is given beside its own fields, and the defaults.
 THOUGHT_FIELDS = {**dict.fromkeys(TOKEN_ID_FIELDS[1:]), "thought_mode": "feedback", "thought_norm": "none"}
 THOUGHT_FIELDS |= {"thought_schedule": "sequential", "jacobi_iterations": None, "stop_head": False}
+LATER_FIELDS = {"answer_sees": "all"}  # which checkpoints of earlier versions lack, and what they then mean
+THOUGHT_FIELDS |= LATER_FIELDS
 # Image features are read beside the text, not in it: one placeholder says which row an image belongs to.
 READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
 # They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
@@ -67,6 +70,8 @@ class MMCoconutConfig(PreTrainedConfig):
             the token embeddings; `projection`, a trained MLP and LayerNorm.
         thought_schedule (`str`): thoughts one after the other, `sequential`, or all together some times, `jacobi`.
         jacobi_iterations (`int`): how often, only with `jacobi`; as many as there are thoughts equal `sequential`.
+        answer_sees (`str`): what columns behind a row's last latent attend to: `all` before them; `no_image`, all but
+            image features; `thoughts`, of what stands before that latent only latents. Read at each call.
         stop_head (`bool`): whether a head reads from the state before a latent if a row should stop thinking.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
         mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
@@ -102,6 +107,7 @@ class MMCoconutConfig(PreTrainedConfig):
     thought_norm: str = "none"
     thought_schedule: str = "sequential"
     jacobi_iterations: int | None = None
+    answer_sees: str = "all"
     stop_head: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
@@ -190,7 +196,13 @@ def num_placeholders(config, num_patches: int) -> int:
 
 
 def check_thought_fields(config) -> None:
-    """Refuse a vision-language model's configuration without THOUGHT_FIELDS, or with values that cannot work."""
+    """Refuse a vision-language model's configuration without THOUGHT_FIELDS, or with values that cannot work.
+
+    Of LATER_FIELDS it is given the defaults.
+    """
+    for name, default in LATER_FIELDS.items():
+        if not hasattr(config, name):
+            setattr(config, name, default)
     missing = [field for field in THOUGHT_FIELDS if not hasattr(config, field)]
     missing += [field for field in TOKEN_ID_FIELDS if field not in missing and getattr(config, field, None) is None]
     if missing:

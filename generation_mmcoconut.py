@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin, GenerationMode
 
-from .caches_mmcoconut import ThoughtState, chosen_cache, text_cache
+from .caches_mmcoconut import ThoughtState, chosen_cache, length_of, text_cache
 from .compat_mmcoconut import CACHE, rename_cache
 from .configuration_mmcoconut import TOKEN_ID_FIELDS
 from .passes_mmcoconut import is_two_dimensional, position_limit, with_mask_of_left_out
@@ -58,6 +58,7 @@ class ThinkingGenerationMixin(GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
         """Prepare a step without latents that rows left out; `generate` looks for inputs_embeds by this name."""
         self.leave_out_of_step(kwargs)
+        self.hide_in_step(input_ids, kwargs)
         return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, num_read):
@@ -111,6 +112,19 @@ class ThinkingGenerationMixin(GenerationMixin):
         if kwargs.get(positions) is not None:
             kwargs[positions] = self.positions_without(kwargs[positions], mask, without)
         kwargs[self.mask_name] = without
+
+    def hide_in_step(self, input_ids: torch.Tensor, kwargs: dict) -> None:
+        """Set in the arguments of a step of one token, of which a ready mask will be made, a mask that hides.
+
+        Other calls hide what is to be hidden themselves; their positions count this mask's tokens.
+        """
+        past_key_values, mask = kwargs.get(CACHE), kwargs.get(self.mask_name)
+        hiding = ThoughtState.of(past_key_values).hiding
+        if hiding is None or not past_key_values.is_compileable or not is_two_dimensional(mask):
+            return
+        is_step = mask.shape[1] == length_of(past_key_values) + 1
+        if is_step and not (input_ids[:, -1] == self.config.latent_token_id).any():
+            kwargs[self.mask_name] = mask.masked_fill(hiding.hidden_to(mask.shape[1]), 0)
 
     def positions_without(self, position_ids: torch.Tensor, mask: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
         """Return the positions (…, B, T) of columns behind latents that a mask (B, T) has, and `without` has not.

@@ -221,7 +221,8 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         image_outputs = self.image_outputs_of(images, num_tiles, mm_encoder_outputs, **asked_outputs(kwargs))
         fused = self.fuse_images(input_ids, inputs_embeds, image_outputs, past_key_values)
         image_mask = None
-        if image_outputs is not None or output_view or given_thoughts is not None:
+        hides_images = self.config.answer_sees == "no_image"
+        if image_outputs is not None or output_view or hides_images or given_thoughts is not None:
             image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)  # (B, T)
         if image_outputs is not None and not mm_encoder_outputs:  # which may be of a part of the prompts
             check_whole_images(image_mask, num_tiles, self.config)

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from .caches_mmcoconut import ThoughtState, next_pass, throwaway
 from .compat_mmcoconut import CACHE
+from .hiding_mmcoconut import Hiding
 
 
 # Arguments that have one entry a token, and the axis along which they have it; others go to every pass as they are.
@@ -204,10 +205,12 @@ class PreparedMasks:
     masks: a tensor (B, 1 or H, T, keys), True or 0 where a query sees a key; or by the kind of layer such tensors,
         paddings (B, past + T), or None where sdpa needs no mask.
     make: called with the embeddings of a pass and its cache, makes these masks anew, where one is None.
+    hiding: what columns behind a row's last latent do not see; None: nothing is hidden.
     """
 
-    def __init__(self, masks, cache: Cache, length: int, make: Callable[[torch.Tensor, Cache], dict]):
+    def __init__(self, masks, cache: Cache, length: int, make: Callable[[torch.Tensor, Cache], dict], hiding=None):
         self.masks, self.make, self.length = masks if isinstance(masks, dict) else {None: masks}, make, length
+        self.hiding: Hiding | None = hiding
         unknown = [type(mask).__name__ for mask in self.masks.values() if not isinstance(mask, torch.Tensor | None)]
         if unknown:
             raise ValueError(
@@ -228,15 +231,19 @@ class PreparedMasks:
         end, made = start + embeds.shape[1], None
         cut = {}
         for kind, mask in self.masks.items():
-            if mask is None:
-                made = self.make(embeds, cache) if made is None else made
-                cut[kind] = made[kind] if isinstance(made, dict) else made
-            elif mask.ndim == 2:
+            if mask is not None and mask.ndim == 2:
                 cut[kind] = mask[:, mask.shape[1] - self.length :][:, start:end]
-            else:
-                num_keys, offset = self.sizes(kind, cache, end - start)
+                continue
+            num_keys, offset = self.sizes(kind, cache, end - start)
+            if mask is not None:
                 first = offset - self.offsets[kind]
                 cut[kind] = mask[:, :, start:end, first : first + num_keys]
+            elif self.hiding is None:
+                made = self.make(embeds, cache) if made is None else made
+                cut[kind] = made[kind] if isinstance(made, dict) else made
+            if self.hiding is not None:
+                columns = (self.past_length + start, self.past_length + end)
+                cut[kind] = self.hiding.prepared_mask(cut.get(kind), *columns, offset, num_keys)
         return cut.get(None) if None in cut else cut
 
     def safe_ends(self, latents: torch.Tensor) -> list[int]:
@@ -377,6 +384,7 @@ class Passes:
     keeps_cache: whether the cache outlives the call. may_move: whether columns may be laid out anew.
     ends: of each pass, the column (B,) in it of every row's last token; None: the last column, whose state is not used
         in rows that are padding there, as they have no latent next.
+    hiding: what columns behind a row's last latent do not see; None: nothing is hidden.
     masks: where the model around the decoder made them for all columns. safe_ends: of each column the first from it on
         before which the call may be cut; empty where it may be everywhere. held: a piece that ended elsewhere.
     embeds_run: what each pass read, (B, t, D).
@@ -384,19 +392,34 @@ class Passes:
 
     def __init__(self, call_decoder: Callable, cache: Cache | None, inputs: dict, *, keeps_cache: bool):
         self.call_decoder, self.cache, self.inputs, self.keeps_cache = call_decoder, cache, inputs, keeps_cache
-        self.may_move, self.ends = False, None
+        self.may_move, self.ends, self.hiding = False, None, None
         self.masks, self.safe_ends, self.held = None, [], None
         self.length = inputs["inputs_embeds"].shape[1]
         self.outputs, self.embeds_run = [], []
 
-    def pieces(self, columns: list[int]) -> Iterator[tuple[int, torch.Tensor, bool]]:
-        """Give the first column of each piece, the piece (B, t, D), and whether it begins at one of these columns."""
+    def pieces(self, columns: list[int], cuts: list[int] = ()) -> Iterator[tuple[int, torch.Tensor, bool]]:
+        """Give the first column of each piece, the piece (B, t, D), and whether it begins at one of these columns.
+
+        cuts: other columns at which a piece begins.
+        """
         # Not `start in columns` over `sorted({0, *columns})`: torch.compile takes it for False in later calls.
-        starts = [0, *(column for column in columns if column > 0)]
-        sizes = [end - start for start, end in pairwise([*starts, self.length])]
+        begins = [(0, False)]
+        for start, is_column in sorted([*((cut, False) for cut in cuts), *((column, True) for column in columns)]):
+            if start == begins[-1][0]:
+                begins.pop()
+            begins.append((start, is_column))
+        sizes = [end - start for start, end in pairwise([*(start for start, _ in begins), self.length])]
         pieces = self.inputs["inputs_embeds"].split(sizes, dim=1)  # of which slices would each be a copy
-        for start, embeds in zip(starts, pieces):
-            yield start, embeds, start > 0 or len(starts) == len(columns)  # the latter only if 0 is one of them
+        for (start, is_column), embeds in zip(begins, pieces):
+            yield start, embeds, is_column
+
+    def run_cut(self, embeds: torch.Tensor, start: int, cuts: list[int]) -> torch.Tensor:
+        """Run columns (B, t, D) from start on, in passes that begin at the cuts among them too; see `run`."""
+        end = start + embeds.shape[1]
+        starts = [start, *(cut for cut in cuts if start < cut < end), end]
+        for piece, (begin, _) in zip(embeds.split([b - a for a, b in pairwise(starts)], dim=1), pairwise(starts)):
+            state = self.run(piece, begin)
+        return state
 
     def arguments_of(self, embeds: torch.Tensor, start: int, cache: Cache | None) -> dict:
         """Return the arguments of a pass over embeds (B, t, D) from column start on, but for the cache it is with."""
@@ -409,8 +432,14 @@ class Passes:
                 cut[name] = cut_by_mask(given[name], given[mask], start, end)
         if self.outputs:
             cut |= dict.fromkeys(given.keys() & READ_ONCE)
+        if self.hiding is not None:
+            past_length = self.hiding.kinds.shape[1] - self.length
+            cut |= self.hiding.encoder_inputs(given, past_length + start)
         if self.masks is not None:
             cut["attention_mask"] = self.masks.of_columns(embeds, start, cache)
+        elif self.hiding is not None:
+            of_call = given.get("attention_mask")
+            cut["attention_mask"] = self.hiding.mask_of(of_call, past_length + start, past_length + end)
         elif "attention_mask" in given and end < self.length:
             cut["attention_mask"] = given["attention_mask"][:, : end - self.length]  # (B, past + end)
         return {**self.inputs, **cut, "inputs_embeds": embeds}

@@ -63,7 +63,7 @@ class ThinkTogether:
         check_can_update(passes.cache, thoughts.sharded)
         inputs_embeds, state = passes.inputs["inputs_embeds"], thoughts.state_before  # (B, T, D), (B, D)
         if first > 0:
-            state = passes.run(inputs_embeds[:, :first], 0)
+            state = passes.run_cut(inputs_embeds[:, :first], 0, thoughts.cuts)
         columns = slice(first, last + 1)
         block, latents = inputs_embeds[:, columns], thoughts.latents[:, columns]  # (B, L, D), (B, L)
         for _ in range(min(self.num_iterations, int(latents.sum(dim=1).max()))):
@@ -71,7 +71,7 @@ class ThinkTogether:
             if last > first:
                 states = torch.cat([states, passes.states_of(block[:, :-1], first)], dim=1)  # (B, L, D)
             block = _put_thoughts(block, latents, thoughts.from_states(states, columns))
-        passes.run(torch.cat([block, inputs_embeds[:, last + 1 :]], dim=1), first)
+        passes.run_cut(torch.cat([block, inputs_embeds[:, last + 1 :]], dim=1), first, thoughts.cuts)
         if passes.keeps_cache:
             end = int(passes.cache.get_seq_length()) - (passes.length - last - 1)
             ThoughtState.within(passes.cache).thoughts_end = end
@@ -245,6 +245,15 @@ def check_can_stop(config, decoder: nn.Module) -> None:
         )
 
 
+def check_sees_all(config) -> None:
+    """Raise where rows are to stop by themselves, so that nobody knows yet which latent is their last."""
+    if config.answer_sees != "all":
+        raise ValueError(
+            f"answer_sees={config.answer_sees!r} hides columns behind a row's last latent, and with a stop_threshold "
+            "rows find out on the way which that is: pass stop_threshold=None, or set answer_sees='all'."
+        )
+
+
 # --- the model around the decoder ------------------------------------------------------------------------------------
 def _setting_of_decoder(name: str) -> property:
     """Return a setting of the thinking decoder, read and written through the models around it."""
@@ -331,6 +340,7 @@ class MakesThoughts:
         """Return how the decoder's passes go: until rows stop, all latents together, or one after the other."""
         if stop_threshold is not None:
             check_can_stop(self.config, self.get_decoder())
+            check_sees_all(self.config)
             return StopEarly(self.stop_head, stop_threshold)
         if self.config.thought_schedule == "jacobi":
             check_schedule(self.config)
@@ -357,6 +367,7 @@ class MakesThoughts:
         stop_threshold=None,
         thought_noise=None,
         given_thoughts=None,
+        beside=None,
         row_mask=None,
         schedule=None,
     ) -> Thoughts:
@@ -369,6 +380,8 @@ class MakesThoughts:
             noise=thought_noise,
             given=given_thoughts,
             image_mask=image_mask,
+            answer_sees=self.config.answer_sees,
+            beside=beside,
             row_mask=row_mask,
         )
 

@@ -33,10 +33,14 @@ from .vision_mmcoconut import asked_outputs, check_whole_images
 
 @dataclass
 class MMCoconutEncoderOutput(ModelOutput):
-    """What the decoder reads: states and mask (B, E), visual tokens first; hidden_states (B, S, D) are of the text."""
+    """What the decoder reads: states and mask (B, E), visual tokens first; hidden_states (B, S, D) are of the text.
+
+    image_mask (B, E): True at the visual tokens.
+    """
 
     last_hidden_state: torch.Tensor | None = None
     attention_mask: torch.Tensor | None = None
+    image_mask: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     image_hidden_states: tuple[torch.Tensor, ...] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
@@ -63,6 +67,12 @@ def alignment_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> tor
     if len(image_embeds) != len(text_embeds):
         raise ValueError(f"{len(image_embeds)} images to be aligned with {len(text_embeds)} texts: give one for each.")
     return (1 - nn.functional.cosine_similarity(image_embeds, text_embeds, dim=-1)).mean()
+
+
+def visual_tokens_of(attention_mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Return where visual tokens stand in front of so many of a text, in the shape of the mask (B, E) of both."""
+    columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (columns < len(columns) - num_tokens).expand_as(attention_mask)
 
 
 class MMCoconutSeq2SeqModel(MMCoconutModel):
@@ -124,6 +134,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         return MMCoconutEncoderOutput(
             last_hidden_state=read["encoder_hidden_states"],
             attention_mask=read["encoder_attention_mask"],
+            image_mask=visual_tokens_of(read["encoder_attention_mask"], input_ids.shape[1]),
             image_embeds=images.get("image_embeds"),
             image_hidden_states=tuple(images["pooler_output"]) if images else None,
             **{name: outputs.get(name) for name in ("hidden_states", "attentions")},
@@ -176,6 +187,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         outputs, thought_fields = self.run_decoder(
             decoder_input_ids == self.config.latent_token_id,  # (B, T)
             {**kwargs, **inputs},
+            beside=encoder_outputs.image_mask,
             stop_threshold=stop_threshold,
             thought_noise=thought_noise,
             given_thoughts=given_thoughts,

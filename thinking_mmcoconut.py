@@ -47,11 +47,13 @@ from .caches_mmcoconut import (
     PassCache,
     ThoughtState,
     chosen_cache,
+    length_of,
     text_cache,
     with_cross_attention,
     writes_in_place,
 )
 from .compat_mmcoconut import CACHE, PutInFront, agreed_columns, in_front, is_checkpointing, is_sharded, rename_cache
+from .hiding_mmcoconut import ENCODER_INPUTS, Hiding, check_can_hide, check_one_turn, hidden_in_step, numbers_by_mask
 from .passes_mmcoconut import (
     READ_ONCE,
     Passes,
@@ -84,7 +86,7 @@ THOUGHTS: ContextVar = ContextVar("THOUGHTS", default=None)
 def think(passes: Passes, thoughts: "Thoughts") -> None:
     """Run every column once: a pass up to each latent column, whose last state is what is read there."""
     state = thoughts.state_before  # (B, D)
-    for start, embeds, starts_at_latent in passes.pieces(thoughts.columns):  # (B, t, D)
+    for start, embeds, starts_at_latent in passes.pieces(thoughts.columns, thoughts.cuts):  # (B, t, D)
         if starts_at_latent:
             thought = thoughts.from_states(state, start)  # (B, D)
             embeds = put_first(embeds, thoughts.latents[:, start], thought)  # (B, t, D)
@@ -154,10 +156,13 @@ class Thoughts:
         given: called with what the decoder is to read (B, T, D) and where images stand in it (B, T) or None, returns
             vectors (B, N, D) and a mask (B, N) of the latents that read these, and no state (teacher forcing).
         image_mask (B, T): where image features are read in the text; None where they are not.
+        answer_sees: what columns behind a row's last latent attend to, as in MMCoconutConfig.
+        beside (B, E): where image features are among the encoder states; None: everywhere, if there are any.
 
     Set by the decoder:
         row_mask (B, past + T): where the decoder gets masks that a model made of it, this one; else None.
-        columns: where any row thinks. state_before (B, D): of the column before the first, from the cache.
+        columns: where any row thinks. cuts: at which a pass begins too, because a row sees less from there
+            on. hiding: what it does not see; None: it sees everything. state_before (B, D): of the column before the first, from the cache.
         linked (B, T): where gradients flow back to the state before; None: everywhere.
         sharded: whether other processes must make as many passes.
         inputs_embeds (B, T, D): what the decoder read. states (B, T, D): its last hidden states.
@@ -173,8 +178,12 @@ class Thoughts:
     noise: torch.Tensor | None = None
     given: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]] | None = None
     image_mask: torch.Tensor | None = None
+    answer_sees: str = "all"
+    beside: torch.Tensor | None = None
     row_mask: torch.Tensor | None = None
     columns: list[int] = field(default_factory=list)
+    cuts: list[int] = field(default_factory=list)
+    hiding: Hiding | None = None
     state_before: torch.Tensor | None = None
     linked: torch.Tensor | None = None
     sharded: bool = False
@@ -220,22 +229,35 @@ class Thoughts:
         """Return the thoughts (B, N, D) of each row, packed to the left, and the thought_mask (B, N) of real ones."""
         return dict(zip(("thoughts", "thought_mask"), gather_thoughts(self.inputs_embeds, self.thought_mask)))
 
-    def locate(self, attention_mask, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
-        """Find the columns of the thoughts, under a mask (B, past + T) that leaves out those where it is 0."""
-        self.sharded, given = is_sharded(decoder), self.latents
+    def locate(self, inputs: dict, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
+        """Find the columns of the thoughts in a call with these arguments of the decoder.
+
+        A mask (B, past + T) among them leaves out those where it is 0.
+        """
+        self.sharded, given, attention_mask = is_sharded(decoder), self.latents, inputs.get("attention_mask")
         if not is_two_dimensional(attention_mask):
             attention_mask = self.row_mask
         self.latents, left_out = split_latents(self.latents, attention_mask)
-        columns, columns_left_out = column_lists(self.latents, left_out)
+        cuts = torch.zeros_like(left_out)
+        if self.answer_sees != "all":
+            read = self.latents if self.is_given is None else self.latents | self.is_given
+            read, not_read = split_latents(read, attention_mask)  # (B, T)
+            check_one_turn(read, left_out | not_read, self.answer_sees)
+            state, past_length = ThoughtState.of(past_key_values), length_of(past_key_values)
+            of_call = (read, self.image_mask, self.beside)
+            self.hiding = Hiding.of_call(self.answer_sees, *of_call, state.hiding, past_length)
+            cuts = self.hiding.cuts(read.shape[1], reads_beside=inputs.get("encoder_hidden_states") is not None)
+        columns, columns_left_out, cuts = column_lists(self.latents, left_out, cuts)
         if columns_left_out:
             self.left_out, self.attention_mask = left_out, attention_mask
         if columns or columns_left_out:
             self.state_before = ThoughtState.of(past_key_values).state_after(past_key_values)
         if self.is_paused:
             columns = []
-        if self.sharded and not self.is_paused:
-            columns = agreed_columns(columns, self.latents.shape[1], self.latents.device)
-        self.columns = columns
+        if self.sharded and (cuts or not self.is_paused or self.answer_sees != "all"):  # as if with a thought
+            starts = agreed_columns(sorted({*columns, *cuts}), self.latents.shape[1], self.latents.device)
+            columns, cuts = ([], starts) if self.is_paused else (starts, [])
+        self.columns, self.cuts = columns, cuts
         if not columns:
             return
         check_has_predecessor(self.latents, attention_mask, self.state_before is not None)
@@ -287,6 +309,9 @@ class ThinkingDecoder(PutInFront):
         read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         thoughts = None if read is None or takes_no_thoughts(read.shape[1]) else THOUGHTS.get()
         if thoughts is None:
+            hiding = ThoughtState.of(inputs.get(CACHE)).hiding
+            if hiding is not None and read is not None:
+                inputs = hidden_in_step(inputs, hiding, length_of(inputs[CACHE]) + read.shape[1])
             return self.own_forward(**inputs)
         if inputs.get("inputs_embeds") is None:
             inputs["inputs_embeds"] = self.get_input_embeddings()(inputs.pop("input_ids"))  # (B, T, D)
@@ -326,10 +351,12 @@ class ThinkingDecoder(PutInFront):
         check_positions(inputs.get("position_ids"), thoughts.latents.shape[1])
         if thoughts.given is not None:
             inputs["inputs_embeds"] = thoughts.put_given(inputs["inputs_embeds"])  # (B, T, D)
-        thoughts.locate(inputs.get("attention_mask"), past_key_values, self)
+        if thoughts.answer_sees != "all":
+            check_can_hide(self, thoughts.answer_sees)
+        thoughts.locate(inputs, past_key_values, self)
         if thoughts.left_out is not None and inputs.get("position_ids") is None:  # which pass over what is left out
             inputs["position_ids"] = positions_from_mask(thoughts.attention_mask, thoughts.latents.shape[1])  # (B, T)
-        if past_key_values is None and (keeps_cache or thoughts.columns):
+        if past_key_values is None and (keeps_cache or thoughts.columns or thoughts.cuts):
             past_key_values = self.fresh_cache(thoughts, keeps_cache=keeps_cache, replays=replays)
         if any(thoughts.columns) and keeps_cache and self.is_recurrent and torch.is_grad_enabled():
             raise ValueError(
@@ -344,11 +371,19 @@ class ThinkingDecoder(PutInFront):
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 0  # Gemma 4's decoder would leave out the columns before
         passes = Passes(self.pass_runner(thoughts), past_key_values, inputs, keeps_cache=keeps_cache)
-        if thoughts.columns and not is_two_dimensional(mask := inputs.get("attention_mask")) and mask is not None:
-            passes.masks = PreparedMasks(mask, past_key_values, passes.length, partial(self.masks_of_pass, None))
+        passes.hiding, mask = thoughts.hiding, inputs.get("attention_mask")
+        is_cut = past_key_values is not None and (thoughts.columns or thoughts.hiding is not None)
+        if is_cut and not is_two_dimensional(mask) and mask is not None:
+            make = partial(self.masks_of_pass, None)
+            passes.masks = PreparedMasks(mask, past_key_values, passes.length, make, thoughts.hiding)
             passes.safe_ends = passes.masks.safe_ends(thoughts.latents)
+        elif thoughts.hiding is not None and numbers_by_mask(self) and inputs.get("position_ids") is None:
+            whole = torch.ones_like(thoughts.hiding.kinds) if mask is None else mask  # without what is hidden
+            inputs["position_ids"] = positions_from_mask(whole, passes.length)  # (B, T)
         makes_maps = inputs.get("output_attentions") or self.config.output_attentions  # which have an axis of columns
-        passes.may_move = not (thoughts.sharded or makes_maps or passes.masks) and self.sees_all_columns
+        passes.may_move = (
+            not (thoughts.sharded or makes_maps or passes.masks or passes.hiding) and self.sees_all_columns
+        )
         schedule = thoughts.schedule if thoughts.columns else think
         schedule(passes, thoughts)
         outputs = passes.joined()
@@ -420,7 +455,7 @@ class ThinkingDecoder(PutInFront):
         def call(past_key_values, **inputs):
             return self.own_forward(**{CACHE: past_key_values}, **self.with_padding(inputs, past_key_values))
 
-        if not (self.training and thoughts.columns):
+        if not (self.training and (thoughts.columns or thoughts.cuts)):
             return call
         layers = [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
         around = self.around_passes()
@@ -460,8 +495,9 @@ def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tenso
     state.remember(last_state, past_key_values)
     if thoughts.left_out is not None:
         state.attention_mask = thoughts.attention_mask
-    names = ("encoder_hidden_states", "encoder_attention_mask")
-    state.encoder_inputs = {name: inputs[name] for name in names if inputs.get(name) is not None}
+    state.encoder_inputs = {name: inputs[name] for name in ENCODER_INPUTS if inputs.get(name) is not None}
+    if thoughts.hiding is not None:
+        state.hiding = thoughts.hiding.noted(bool(state.encoder_inputs))
 
 
 def give_thoughts(decoder: PreTrainedModel) -> PreTrainedModel:

@@ -352,7 +352,7 @@ def uncached(model):
 
     def run_definition(latents, inputs, *, returned, stop_threshold=None, thought_noise=None, **others):
         unknown = {name for name in RETURNED if returned[name]} - {"output_thoughts"}
-        unknown |= {name for name, value in others.items() if value is not None} - {"image_mask"}
+        unknown |= {name for name, value in others.items() if value is not None} - {"image_mask", "beside"}
         assert stop_threshold is None and not unknown, f"the definition does not know {unknown}"
         kwargs = {name: value for name, value in inputs.items() if name not in ("inputs_embeds", "use_cache")}
         assert kwargs.pop(CACHE) is None and not inputs["use_cache"], "it has no cache: pass use_cache=False"
