@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .caches_mmcoconut import ThoughtState, next_pass, throwaway
+from .caches_mmcoconut import ThoughtState, next_pass, text_cache, throwaway
 from .compat_mmcoconut import CACHE
 from .hiding_mmcoconut import Hiding
 
@@ -223,6 +223,7 @@ class PreparedMasks:
     def sizes(self, kind: str | None, cache: Cache, length: int) -> tuple[int, int]:
         """Return how many keys a pass of so many columns sees in layers of a kind, and which is the first."""
         slides = any(word in (kind or "") for word in ("sliding", "chunked"))
+        cache = text_cache(cache)
         layers = [isinstance(layer, CacheLayerMixin) and layer.is_sliding == slides for layer in cache.layers]
         return cache.get_mask_sizes(length, layers.index(True) if True in layers else 0)
 

@@ -5,12 +5,15 @@ Shapes: B batch, T tokens, V vocabulary.
 
 import pytest
 import torch
+from test_vlms import FAST, types_of
 from tiny import (
     TEXT_CONFIGS,
     TEXT_SIZES,
     batch_of,
     max_difference,
     mistral_config,
+    padded,
+    random_pixels,
     rows_alone,
     seq2seq_rows_alone,
     sliding_qwen2_config,
@@ -20,6 +23,7 @@ from tiny import (
 )
 from transformers import BioGptConfig, Gemma2Config
 from transformers.cache_utils import DynamicCache
+from vlm_families import ROWS, answers, family, without_float32
 
 from mmcoconut.caches_mmcoconut import text_cache
 from mmcoconut.compat_mmcoconut import CACHE
@@ -101,11 +105,11 @@ def gradients(model, loss) -> dict:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def assert_equals_definition(model, batch, sees, *, rows=None, **options) -> None:
+def assert_equals_definition(model, batch, sees, *, defined=definition, rows=None, **options) -> None:
     """A batch against its rows alone by definition, in values and gradients; hiding must change something."""
     alone = rows_alone(model, batch) if rows is None else rows
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
-    expected = [definition(model, row, sees, **options) for row in alone]
+    expected = [defined(model, row, sees, **options) for row in alone]
     of_definition = gradients(model, sum(weighted(logits, seed) for seed, logits in enumerate(expected)))
     model.config.answer_sees = sees
     logits, real = model(**batch).logits, batch[name].bool()
@@ -143,3 +147,376 @@ def test_a_ragged_batch_equals_the_definition(text, padding, sees):
 def test_every_way_to_think_equals_the_definition(config, sees):
     model = tiny_model("qwen2", **config)
     assert_equals_definition(model, batch_of(model, rows_of(model.config)), sees)
+
+
+def by_masks(model, alone: dict, sees: str, window: int) -> torch.Tensor:
+    """Return the logits (1, T, V) of a row alone in a decoder with windows, run anew for each thought under 4-D masks.
+
+    A window counts columns, hidden ones included.
+    """
+    ids, decoder, model.config.answer_sees = alone["input_ids"], model.get_decoder(), "all"
+    length, latents = ids.shape[1], (ids[0] == model.config.latent_token_id).nonzero()[:, 0].tolist()
+    embeds = model(**alone, output_view=True).view.read  # whose thoughts are written anew below
+    queries, keys = torch.arange(length)[:, None], torch.arange(length)[None]
+    visible = keys <= queries  # (T, T)
+    if latents:
+        kept = kept_columns(ids[0], model.config, sees, latents[-1])
+        hidden = [column not in kept for column in range(latents[-1] + 1)]
+        visible[latents[-1] + 1 :, : latents[-1] + 1] &= ~torch.tensor(hidden)
+    in_window = visible & (keys > queries - window)
+    masks = {"full_attention": visible[None, None], "sliding_attention": in_window[None, None]}
+    mask = masks if getattr(decoder.config, "layer_types", None) else masks["sliding_attention"]
+    for column in [*latents, length]:
+        states = decoder(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+        if column < length:
+            embeds = torch.cat([embeds[:, :column], states[:, column - 1 : column], embeds[:, column + 1 :]], dim=1)
+    return model.get_output_embeddings()(states)
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("window", [8, 14])
+@pytest.mark.parametrize("make", [mistral_config, sliding_qwen2_config])
+def test_sliding_windows_equal_the_definition(make, window, sees):
+    model = tiny_model(make(window))
+    batch = batch_of(model, rows_of(model.config))
+    assert_equals_definition(model, batch, sees, defined=by_masks, window=window)
+
+
+def alike_rows(config) -> list[list[int]]:
+    """Two rows whose last latents stand in the same column behind padding on the right, and see one image each."""
+    image, end = [config.image_token_id] * config.image_seq_length, config.end_latent_token_id
+    latent, start = config.latent_token_id, config.start_latent_token_id
+    return [
+        [*image, *words(4, 1), start, latent, latent, end, *words(4, 2)],
+        [*words(3, 3), *image, *words(2, 4), start, latent, end, *words(2, 5)],
+    ]
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("text", ["gpt2", "marian", "bart"])
+def test_a_decoder_that_reads_images_by_cross_attention_reads_none_behind_the_last_latent(text, sees):
+    model = tiny_model(text, image_fusion="cross_attention")
+    batch = batch_of(model, alike_rows(model.config), padding="right")
+    kept = "all" if sees == "no_image" else sees  # the placeholder is text
+    defined = lambda model, alone, sees: definition(model, alone, kept)  # noqa: E731
+    assert_equals_definition(model, batch, sees, defined=defined)
+
+
+@pytest.mark.parametrize("text", ["gpt2", "marian"])
+def test_rows_that_would_read_nothing_in_other_columns_are_refused(text):
+    model = tiny_model(text, image_fusion="cross_attention", answer_sees="no_image")
+    batch = batch_of(model, rows_of(model.config))
+    with pytest.raises(ValueError, match="batch rows whose last latents stand in the same column"):
+        model(**batch)
+    for row in rows_alone(model, batch):
+        model(**row)
+
+
+def seq2seq_of(config, prompts) -> dict:
+    """Return a batch of an encoder-decoder with an image in each question, and these prompts, padded behind."""
+    questions = [[config.image_token_id, *words(4 + row, row), 2] for row in range(len(prompts))]
+    pad = {"padding": "right", "pad_token_id": 1}
+    decoder = {f"decoder_{name}": value for name, value in padded(prompts, **pad).items()}
+    return {**padded(questions, **pad), **decoder, "pixel_values": random_pixels(len(prompts))}
+
+
+def encoder_left(model, alone: dict, sees: str) -> dict:
+    """Return what a row alone (1, T) of an encoder-decoder reads behind its last latent by cross-attention."""
+    if sees == "thoughts":
+        return {}
+    encoded = model.model.encode(*(alone[name] for name in ("input_ids", "attention_mask", "pixel_values")))
+    states, mask = encoded.last_hidden_state, encoded.attention_mask.clone()
+    mask[:, : model.config.num_visual_tokens] = 0
+    return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("text", ["bart", "marian"])
+def test_an_encoder_decoder_equals_the_definition(text, sees):
+    model = tiny_seq2seq(text=TEXTS[text]())
+    config = model.config
+    latent, start = config.latent_token_id, config.text_config.decoder_start_token_id
+    open_, close = config.start_latent_token_id, config.end_latent_token_id
+    prompts = [
+        [start, open_, latent, latent, close, *words(4, 1)],
+        [start, *words(1, 2), open_, latent, close, *words(2, 3)],
+    ]
+    if sees == "no_image":  # whose rows still read the question, and need not be alike
+        prompts = [*prompts, [start, open_, latent, latent, latent, close], [start, *words(5, 4)]]
+    batch = seq2seq_of(config, prompts)
+
+    def defined(model, alone, sees):
+        beside = encoder_left(model, alone, sees)
+        return definition(model, alone, "all" if sees == "no_image" else sees, beside)
+
+    assert_equals_definition(model, batch, sees, defined=defined, rows=seq2seq_rows_alone(model, batch))
+
+
+# --- what is kept in a cache -----------------------------------------------------------------------------------------
+NEW_TOKENS = 5
+CACHED = [
+    {},
+    {"num_beams": 3},
+    {"num_beams": 2, "num_return_sequences": 2},
+    {"cache_implementation": "static"},
+    {"cache_implementation": "static", "num_beams": 3},
+    {"prefill_chunk_size": 5},
+    {"prompt_lookup_num_tokens": 3},
+]
+
+
+def generate(model, batch, **options):
+    recorded = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "eos_token_id": None}
+    return model.generate(**batch, **{"max_new_tokens": NEW_TOKENS, **recorded, **options})
+
+
+def by_steps(model, alone: dict, sees: str) -> list[int]:
+    """Return the tokens that a row alone is answered with, each read off the definition of all before it."""
+    suppressed, new = model.generation_config.suppress_tokens, []
+    for _ in range(NEW_TOKENS):
+        logits = definition(model, alone, sees)[0, -1]
+        logits[suppressed] = -torch.inf
+        new.append(int(logits.argmax()))
+        ids = torch.cat([alone["input_ids"], torch.tensor([new[-1:]])], dim=1)
+        alone = {**alone, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return new
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("text", ["gpt2", "qwen2"])
+@torch.no_grad()
+def test_greedy_answers_equal_the_definition(text, sees):
+    model = tiny_model(text, seed=4)
+    batch = batch_of(model, rows_of(model.config))
+    expected = [by_steps(model, row, sees) for row in rows_alone(model, batch)]
+    model.config.answer_sees = sees
+    for options in ({}, {"use_cache": False}):
+        assert generate(model, batch, **options).sequences[:, batch["input_ids"].shape[1] :].tolist() == expected
+    model.config.answer_sees = "all"
+    assert generate(model, batch).sequences[:, batch["input_ids"].shape[1] :].tolist() != expected
+
+
+def assert_generates_as_without_cache(model, batch, **options):
+    names = ("num_beams", "num_return_sequences")
+    reference = {name: value for name, value in options.items() if name in names}
+    expected = generate(model, batch, use_cache=False, **reference)
+    found = generate(model, batch, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    for one, other in zip(found.logits, expected.logits):
+        assert max_difference(one, other) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("options", CACHED, ids=str)
+@pytest.mark.parametrize("text", ["gpt2", "qwen2", "sliding"])
+def test_every_cached_generation_equals_one_without_cache(text, options, sees):
+    model = tiny_model(sliding_qwen2_config(8) if text == "sliding" else text, seed=4, answer_sees=sees)
+    rows = rows_of(model.config)[: 1 if "prompt_lookup_num_tokens" in options else None]
+    assert_generates_as_without_cache(model, batch_of(model, rows), **options)
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("text", ["cross_attention", "encoder"])
+def test_cached_generation_beside_encoder_states_equals_one_without_cache(text, options, sees):
+    if text == "encoder":
+        model = tiny_seq2seq(answer_sees=sees)
+        config = model.config
+        thoughts = [config.start_latent_token_id, config.latent_token_id, config.end_latent_token_id]
+        batch = seq2seq_of(config, [[config.text_config.decoder_start_token_id, *thoughts]] * 2)
+    else:
+        model = tiny_model("gpt2", image_fusion="cross_attention", answer_sees=sees)
+        batch = batch_of(
+            model, [row[: row.index(model.config.end_latent_token_id)] for row in alike_rows(model.config)]
+        )
+    before = generate(model, batch).logits
+    assert_generates_as_without_cache(model, batch, **options)
+    model.config.answer_sees = "all"
+    assert max(max_difference(*pair) for pair in zip(generate(model, batch).logits, before)) > 1e-2
+
+
+def run_over(model, cache, ids: torch.Tensor, start: int) -> torch.Tensor:
+    """Return logits (1, t, V) of text alone at positions from start on, over a cache."""
+    positions = torch.arange(start, start + ids.shape[1])[None]
+    read = {"inputs_embeds": model.get_input_embeddings()(ids), "position_ids": positions, "use_cache": True}
+    return model.get_output_embeddings()(model.get_decoder()(**read, **{CACHE: cache}).last_hidden_state)
+
+
+@torch.no_grad()
+def turns_by_definition(model, turns: list[dict], sees: str) -> torch.Tensor:
+    """Return the logits of the last of some turns, whose latents see all of the turns before."""
+    model.config.answer_sees, before, cache = "all", torch.zeros(1, 0, dtype=torch.long), DynamicCache()
+    for turn in turns:
+        ids = turn["input_ids"]
+        end = int((ids[0] == model.config.latent_token_id).nonzero().max()) + 1
+        first = model(**{**turn, "input_ids": ids[:, :end], "attention_mask": None, CACHE: cache}, use_cache=True)
+        all_ids = torch.cat([before, ids], dim=1)
+        whole = [(layer.keys, layer.values) for layer in cache.layers]
+        kept = kept_columns(all_ids[0], model.config, sees, before.shape[1] + end - 1)
+        take_out(cache, kept)
+        rest = run_over(model, cache, ids[:, end:], before.shape[1] + end)
+        for layer, (keys, values) in zip(cache.layers, whole):
+            layer.keys = torch.cat([keys, layer.keys[:, :, len(kept) :]], dim=2)
+            layer.values = torch.cat([values, layer.values[:, :, len(kept) :]], dim=2)
+        before = all_ids
+    return torch.cat([first.logits, rest], dim=1)
+
+
+@pytest.mark.parametrize("sees", SEES)
+@torch.no_grad()
+def test_a_further_turn_hides_earlier_answers_too(sees):
+    model = tiny_model("qwen2")
+    config = model.config
+    latent, open_, close = config.latent_token_id, config.start_latent_token_id, config.end_latent_token_id
+    image = [config.image_token_id] * config.image_seq_length
+    rows = [
+        [[*image, *words(3, 1), open_, latent, latent, close, *words(3, 2)], [*words(4, 3), open_, latent, close, 7]],
+        [[*words(6, 4), open_, latent, close, *words(5, 5)], [*image, open_, latent, latent, close, 9]],
+    ]
+    batches = [batch_of(model, [row[turn] for row in rows]) for turn in (0, 1)]
+    turns = [rows_alone(model, batch) for batch in batches]
+    expected = [turns_by_definition(model, [of_row[row] for of_row in turns], sees) for row in (0, 1)]
+    config.answer_sees = sees
+    cache = DynamicCache()
+    model(**batches[0], **{CACHE: cache}, use_cache=True)
+    mask = torch.cat([batch["attention_mask"] for batch in batches], dim=1)
+    found = model(**{**batches[1], "attention_mask": mask, CACHE: cache}, use_cache=True).logits
+    real = batches[1]["attention_mask"].bool()
+    for row, logits in enumerate(expected):
+        assert max_difference(found[row, real[row]][None], logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sees", SEES)
+@torch.no_grad()
+def test_a_conversation_goes_on_in_generate_over_the_cache_of_the_turn_before(sees):
+    model = tiny_model("qwen2", seed=4)
+    config = model.config
+    row = batch_of(model, [rows_of(config)[0]])
+    latent, open_, close = config.latent_token_id, config.start_latent_token_id, config.end_latent_token_id
+    question = torch.tensor([[*words(3, 8), open_, latent, close]])
+    config.answer_sees = sees
+    first = generate(model, row)
+    ids = torch.cat([first.sequences, question], dim=1)
+    mask = torch.ones_like(ids)
+    second = generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=first.past_key_values)
+    new = second.sequences[0, ids.shape[1] :].tolist()
+    turn = {"input_ids": torch.cat([first.sequences[:, -1:], question, torch.tensor([new[:-1]])], dim=1)}
+    turn["attention_mask"] = torch.ones_like(turn["input_ids"])
+    before = {**row, "input_ids": first.sequences[:, :-1]}
+    logits = turns_by_definition(model, [before, turn], sees)[0, -NEW_TOKENS:]
+    assert max_difference(torch.cat(second.logits), logits) <= TOLERANCE
+
+
+@pytest.mark.parametrize("sees", SEES)
+def test_a_prefix_is_hidden_too(sees):
+    model = tiny_model("qwen2", answer_sees=sees)
+    batch = batch_of(model, [rows_of(model.config)[0]] * 2)
+    batch["pixel_values"] = batch["pixel_values"][:1].expand(2, -1, -1, -1)
+    prefix = model.prefill(**batch, num_tokens=7)
+    expected = generate(model, batch).sequences
+    ids = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(model.generate(**ids, prefix=prefix, max_new_tokens=NEW_TOKENS, eos_token_id=None), expected)
+    model.config.answer_sees = "all"
+    with pytest.raises(ValueError, match="whose answer_sees is 'all', not"):
+        model.generate(**ids, prefix=prefix)
+
+
+def test_a_cache_that_was_filled_without_notes_is_refused():
+    model = tiny_model("gpt2")
+    batch, cache = batch_of(model, [rows_of(model.config)[0]]), DynamicCache()
+    model(**batch, **{CACHE: cache}, use_cache=True)
+    model.config.answer_sees = "thoughts"
+    with pytest.raises(ValueError, match="of which nobody noted where images and thoughts stand"):
+        model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
+
+
+# --- vision-language models' own classes -----------------------------------------------------------------------------
+TAKEN = (
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "qwen2_vl",
+    "qwen3_vl",
+    "paligemma",
+    "idefics3",
+    "glm4v",
+)
+TAKEN += ("gemma4", "aya_vision", "internvl (3.5)", "paligemma (2)", "qwen3_vl_moe", "deepseek_vl", "ovis2", "janus")
+REFUSED = {"qwen3_5": "recurrent layers", "mllama": "layers of their own", "lfm3_vl": "recurrent layers"}
+
+
+def by_cutting(each, alone: dict, sees: str) -> torch.Tensor:
+    """Return the states (1, t, D) behind the last latent of a row alone, whose columns are taken out of the cache."""
+    model, ids, asked = each.model, alone["input_ids"], []
+    decoder, length = model.get_decoder(), ids.shape[1]
+    handle = decoder.register_forward_pre_hook(lambda _, args, given: asked.append(given), with_kwargs=True)
+    model(**alone)
+    handle.remove()
+    end = int(each.latents_of(alone)[0].nonzero().max()) + 1
+    cut = {name: value for name, value in alone.items() if value.ndim == 2 and value.shape[1] == length}
+    cut = {name: value[:, :end] for name, value in cut.items()}
+    cache = DynamicCache(config=decoder.config)
+    model(**{**alone, **cut, CACHE: cache}, use_cache=True)
+    take_out(cache, kept_columns(ids[0], model.config, sees, end - 1))
+    embeds, positions = asked[0].get("inputs_embeds"), asked[0].get("position_ids")
+    embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
+    positions = torch.arange(length)[None] if positions is None else positions
+    read = {"inputs_embeds": embeds[:, end:], "position_ids": positions[..., end:], "use_cache": True, CACHE: cache}
+    if asked[0].get("per_layer_inputs") is not None:
+        read["per_layer_inputs"] = asked[0]["per_layer_inputs"][:, end:]
+    return decoder(**read).last_hidden_state
+
+
+@pytest.fixture(params=types_of([*FAST, *TAKEN]), scope="module")
+def each(request):
+    found = family(request.param)
+    found.model.eval()
+    yield found
+    found.model.config.answer_sees = "all"
+
+
+@pytest.mark.parametrize("sees", SEES)
+def test_a_model_of_any_family_equals_the_definition(each, sees, monkeypatch):
+    if getattr(each.model.get_decoder().config, "sliding_window", None):  # which would count what is left in the cache
+        monkeypatch.setattr(each.model.get_decoder().config, "sliding_window", 1024)
+    batch, alone = each.inputs(), [each.inputs(ROWS[row : row + 1]) for row in range(len(ROWS))]
+    model = each.model
+    with without_float32():
+        model.config.answer_sees = "all"
+        expected = [by_cutting(each, row, sees) for row in alone]
+        of_definition = gradients(model, sum(weighted(states, seed) for seed, states in enumerate(expected)))
+        everything = model(**batch, output_view=True).view.states
+        model.config.answer_sees = sees
+        states = model(**batch, output_view=True).view.states
+        found = [states[row, -one.shape[1] :][None] for row, one in enumerate(expected)]
+        for one, other in zip(found, expected):
+            assert max_difference(one, other) <= each.row_tolerance
+        of_batch = gradients(model, sum(weighted(states, seed) for seed, states in enumerate(found)))
+    largest = max(gradient.abs().max().item() for gradient in of_definition.values())
+    assert of_batch.keys() == of_definition.keys()
+    differences = [max_difference(of_batch[name], of_definition[name]) for name in of_batch]
+    assert max(differences) <= each.row_tolerance * largest
+    assert max_difference(everything, states) > 1e-3
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
+def test_a_model_of_any_family_generates_as_without_a_cache(each, options, sees):
+    if each.model_type == "paligemma (2)" and "cache_implementation" in options:
+        pytest.skip("the plain class has no static cache of windows")
+    model, batch = each.model, each.inputs()
+    model.config.answer_sees = sees
+    beams = {name: value for name, value in options.items() if name == "num_beams"}
+    with without_float32():
+        expected = answers(model, batch, use_cache=False, **beams)
+        assert torch.equal(answers(model, batch, **options), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_a_model_that_cannot_hide_says_why(model_type, monkeypatch):
+    found = family(model_type)
+    monkeypatch.setattr(found.model.config, "answer_sees", "thoughts")
+    with pytest.raises(ValueError, match=REFUSED[model_type]):
+        found.model(**found.inputs())
