@@ -281,3 +281,17 @@ def with_cross_attention(past_key_values: Cache, config=None) -> EncoderDecoderC
     if isinstance(past_key_values, PassCache):
         return _PassCrossCache(past_key_values, PassCache(DynamicCache(config=config)), is_first=True)
     return EncoderDecoderCache(past_key_values, DynamicCache())
+
+
+def check_window(keeps_all_keys: bool, window: int | None, num_columns: int) -> None:
+    """Raise where latents that are left out would push columns of a longer sequence out of a sliding window."""
+    if not keeps_all_keys and (window is None or num_columns > window):
+        what = (
+            "go into what some layers keep in the place of keys"
+            if window is None
+            else f"stand in a window of {window}"
+        )
+        raise ValueError(
+            f"Rows leave latents out, whose columns would {what}, and the sequence has {num_columns} columns: take a "
+            "decoder with full attention, or leave the latents out of the prompt."
+        )

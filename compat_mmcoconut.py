@@ -6,6 +6,7 @@ fails by name when one of them moves.
 """
 
 import inspect
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache, wraps
 
@@ -124,6 +125,19 @@ def hidden_states_to_return(layers: int | list[int], wanted: bool | int | list[i
 def is_checkpointing(model: PreTrainedModel) -> bool:
     """Return True if any layer is checkpointed; the property's name changed with transformers 5.23."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@contextmanager
+def not_checkpointed(layers: list[GradientCheckpointingLayer]):
+    """Inside, these layers keep their activations."""
+    before = [layer.gradient_checkpointing for layer in layers]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before):
+            layer.gradient_checkpointing = flag
 
 
 def keep_cache_in_checkpoints(layer: GradientCheckpointingLayer, keep: bool) -> None:

@@ -19,6 +19,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from .compat_mmcoconut import CACHE
+
 
 TOKEN, IMAGE, LATENT = range(3)  # what stands in a column
 ENCODER_INPUTS = ("encoder_hidden_states", "encoder_attention_mask")
@@ -39,14 +41,15 @@ class Hiding:
     reads_nothing: bool = False
 
     @classmethod
-    def of_call(cls, answer_sees: str, latents: torch.Tensor, image_mask, beside, known, past_length: int) -> "Hiding":
+    def of_call(cls, answer_sees: str, latents, left_out, image_mask, beside, known, past_length: int) -> "Hiding":
         """Return what a call hides, with latents and images (B, T), over a cache of past_length columns.
 
-        known: the Hiding that was kept in the cache; None where there is none.
+        left_out (B, T): latents at which nothing is read. known: the Hiding that was kept in the cache, or None.
 
         Raises:
-            ValueError: a cache that was filled without taking note of what stands in it.
+            ValueError: text between the latents of a row; a cache that was filled without taking note of its columns.
         """
+        check_one_turn(latents, left_out, answer_sees)
         kinds = latents.byte() * LATENT
         if image_mask is not None:
             kinds = kinds.masked_fill(image_mask, IMAGE)
@@ -158,18 +161,19 @@ class Hiding:
         return replace(self, kinds=pick(self.kinds), beside=None if self.beside is None else pick(self.beside))
 
 
-def hidden_in_step(inputs: dict, hiding: Hiding | None, length: int) -> dict:
-    """Return the arguments of a decoder's step without thoughts, the last of `length` columns, over a noted cache.
+def hidden_in_step(inputs: dict, hiding: Hiding | None) -> dict:
+    """Return the arguments of a decoder's step without thoughts, over a cache that keeps this.
 
     A mask that was made for a single pass, 4-D, stays as it is: it was made of one that hides.
     """
     if hiding is None:
         return inputs
-    hidden, mask, changed = hiding.hidden_to(length), inputs.get("attention_mask"), {}
+    mask, changed = inputs.get("attention_mask"), {}
     if mask is None:
-        mask = torch.ones_like(hidden, dtype=torch.long)
+        read = next(inputs[name] for name in ("inputs_embeds", "input_ids") if inputs.get(name) is not None)
+        mask = hiding.kinds.new_ones(len(read), int(inputs[CACHE].get_seq_length()) + read.shape[1]).long()
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        changed["attention_mask"] = mask.masked_fill(hidden, 0)
+        changed["attention_mask"] = mask.masked_fill(hiding.hidden_to(mask.shape[1]), 0)
     states, of_states = (inputs.get(name) for name in ENCODER_INPUTS)
     if states is not None and hiding.reads_nothing:
         changed |= dict.fromkeys(ENCODER_INPUTS)

@@ -340,20 +340,6 @@ def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tenso
         )
 
 
-def check_window(keeps_all_keys: bool, window: int | None, num_columns: int) -> None:
-    """Raise where latents that are left out would push columns of a longer sequence out of a sliding window."""
-    if not keeps_all_keys and (window is None or num_columns > window):
-        what = (
-            "go into what some layers keep in the place of keys"
-            if window is None
-            else f"stand in a window of {window}"
-        )
-        raise ValueError(
-            f"Rows leave latents out, whose columns would {what}, and the sequence has {num_columns} columns: take a "
-            "decoder with full attention, or leave the latents out of the prompt."
-        )
-
-
 def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> torch.Tensor | None:
     """Return a mask (B, length) with 0 also at the latents that rows left out when the cache was filled.
 

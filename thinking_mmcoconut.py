@@ -46,14 +46,24 @@ from transformers.utils.generic import can_return_tuple
 from .caches_mmcoconut import (
     PassCache,
     ThoughtState,
+    check_window,
     chosen_cache,
     length_of,
     text_cache,
     with_cross_attention,
     writes_in_place,
 )
-from .compat_mmcoconut import CACHE, PutInFront, agreed_columns, in_front, is_checkpointing, is_sharded, rename_cache
-from .hiding_mmcoconut import ENCODER_INPUTS, Hiding, check_can_hide, check_one_turn, hidden_in_step, numbers_by_mask
+from .compat_mmcoconut import (
+    CACHE,
+    PutInFront,
+    agreed_columns,
+    in_front,
+    is_checkpointing,
+    is_sharded,
+    not_checkpointed,
+    rename_cache,
+)
+from .hiding_mmcoconut import ENCODER_INPUTS, Hiding, check_can_hide, hidden_in_step, numbers_by_mask
 from .passes_mmcoconut import (
     READ_ONCE,
     Passes,
@@ -61,7 +71,6 @@ from .passes_mmcoconut import (
     carry_states,
     check_has_predecessor,
     check_positions,
-    check_window,
     column_lists,
     gather_thoughts,
     is_two_dimensional,
@@ -161,8 +170,8 @@ class Thoughts:
 
     Set by the decoder:
         row_mask (B, past + T): where the decoder gets masks that a model made of it, this one; else None.
-        columns: where any row thinks. cuts: at which a pass begins too, because a row sees less from there
-            on. hiding: what it does not see; None: it sees everything. state_before (B, D): of the column before the first, from the cache.
+        columns: where any row thinks. state_before (B, D): of the column before the first, from the cache.
+        cuts: where a pass begins too, because a row sees less from there on. hiding: what it does not see.
         linked (B, T): where gradients flow back to the state before; None: everywhere.
         sharded: whether other processes must make as many passes.
         inputs_embeds (B, T, D): what the decoder read. states (B, T, D): its last hidden states.
@@ -238,23 +247,23 @@ class Thoughts:
         if not is_two_dimensional(attention_mask):
             attention_mask = self.row_mask
         self.latents, left_out = split_latents(self.latents, attention_mask)
-        cuts = torch.zeros_like(left_out)
+        cuts, read = torch.zeros_like(left_out), self.latents  # (B, T) each
         if self.answer_sees != "all":
-            read = self.latents if self.is_given is None else self.latents | self.is_given
-            read, not_read = split_latents(read, attention_mask)  # (B, T)
-            check_one_turn(read, left_out | not_read, self.answer_sees)
-            state, past_length = ThoughtState.of(past_key_values), length_of(past_key_values)
-            of_call = (read, self.image_mask, self.beside)
-            self.hiding = Hiding.of_call(self.answer_sees, *of_call, state.hiding, past_length)
+            read, not_read = split_latents(read if self.is_given is None else read | self.is_given, attention_mask)
+            of_call = (read, left_out | not_read, self.image_mask, self.beside)
+            known = ThoughtState.of(past_key_values).hiding
+            self.hiding = Hiding.of_call(self.answer_sees, *of_call, known, length_of(past_key_values))
             cuts = self.hiding.cuts(read.shape[1], reads_beside=inputs.get("encoder_hidden_states") is not None)
-        columns, columns_left_out, cuts = column_lists(self.latents, left_out, cuts)
+        columns, columns_left_out, cuts, columns_read = column_lists(self.latents, left_out, cuts, read)
+        if self.hiding is not None and columns_read:
+            check_can_hide(decoder, self.answer_sees)
         if columns_left_out:
             self.left_out, self.attention_mask = left_out, attention_mask
         if columns or columns_left_out:
             self.state_before = ThoughtState.of(past_key_values).state_after(past_key_values)
         if self.is_paused:
             columns = []
-        if self.sharded and (cuts or not self.is_paused or self.answer_sees != "all"):  # as if with a thought
+        if self.sharded and not (self.is_paused and self.hiding is None):  # where a pass may begin as with a thought
             starts = agreed_columns(sorted({*columns, *cuts}), self.latents.shape[1], self.latents.device)
             columns, cuts = ([], starts) if self.is_paused else (starts, [])
         self.columns, self.cuts = columns, cuts
@@ -309,10 +318,7 @@ class ThinkingDecoder(PutInFront):
         read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         thoughts = None if read is None or takes_no_thoughts(read.shape[1]) else THOUGHTS.get()
         if thoughts is None:
-            hiding = ThoughtState.of(inputs.get(CACHE)).hiding
-            if hiding is not None and read is not None:
-                inputs = hidden_in_step(inputs, hiding, length_of(inputs[CACHE]) + read.shape[1])
-            return self.own_forward(**inputs)
+            return self.own_forward(**hidden_in_step(inputs, ThoughtState.of(inputs.get(CACHE)).hiding))
         if inputs.get("inputs_embeds") is None:
             inputs["inputs_embeds"] = self.get_input_embeddings()(inputs.pop("input_ids"))  # (B, T, D)
         return self.forward_with_thoughts(thoughts, **rename_cache(inputs, "past_key_values"))
@@ -351,8 +357,6 @@ class ThinkingDecoder(PutInFront):
         check_positions(inputs.get("position_ids"), thoughts.latents.shape[1])
         if thoughts.given is not None:
             inputs["inputs_embeds"] = thoughts.put_given(inputs["inputs_embeds"])  # (B, T, D)
-        if thoughts.answer_sees != "all":
-            check_can_hide(self, thoughts.answer_sees)
         thoughts.locate(inputs, past_key_values, self)
         if thoughts.left_out is not None and inputs.get("position_ids") is None:  # which pass over what is left out
             inputs["position_ids"] = positions_from_mask(thoughts.attention_mask, thoughts.latents.shape[1])  # (B, T)
@@ -381,9 +385,8 @@ class ThinkingDecoder(PutInFront):
             whole = torch.ones_like(thoughts.hiding.kinds) if mask is None else mask  # without what is hidden
             inputs["position_ids"] = positions_from_mask(whole, passes.length)  # (B, T)
         makes_maps = inputs.get("output_attentions") or self.config.output_attentions  # which have an axis of columns
-        passes.may_move = (
-            not (thoughts.sharded or makes_maps or passes.masks or passes.hiding) and self.sees_all_columns
-        )
+        stays = thoughts.sharded or makes_maps or passes.masks or passes.hiding
+        passes.may_move = not stays and self.sees_all_columns
         schedule = thoughts.schedule if thoughts.columns else think
         schedule(passes, thoughts)
         outputs = passes.joined()
@@ -463,7 +466,7 @@ class ThinkingDecoder(PutInFront):
         def call_in_training(past_key_values, **inputs):
             if isinstance(text_cache(past_key_values), PassCache):
                 return call(past_key_values, **inputs)
-            with _not_checkpointed(layers), around:
+            with not_checkpointed(layers), around:
                 return call(past_key_values, **inputs)
 
         return call_in_training
@@ -476,19 +479,6 @@ class ThinkingDecoder(PutInFront):
         check_window(self.keeps_all_keys, window, thoughts.attention_mask.shape[1])
 
 
-@contextmanager
-def _not_checkpointed(layers: list[GradientCheckpointingLayer]):
-    """Inside, these layers keep their activations."""
-    before = [layer.gradient_checkpointing for layer in layers]
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer, flag in zip(layers, before):
-            layer.gradient_checkpointing = flag
-
-
 def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tensor, inputs: dict) -> None:
     """Note in a cache what later calls need: the state (B, D) of its last column, and what else there is."""
     state = ThoughtState.within(past_key_values)
@@ -496,8 +486,7 @@ def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tenso
     if thoughts.left_out is not None:
         state.attention_mask = thoughts.attention_mask
     state.encoder_inputs = {name: inputs[name] for name in ENCODER_INPUTS if inputs.get(name) is not None}
-    if thoughts.hiding is not None:
-        state.hiding = thoughts.hiding.noted(bool(state.encoder_inputs))
+    state.hiding = thoughts.hiding and thoughts.hiding.noted(reads_beside=bool(state.encoder_inputs))
 
 
 def give_thoughts(decoder: PreTrainedModel) -> PreTrainedModel:

@@ -85,7 +85,7 @@ def run_with_latents(model: MakesThoughts, own_forward: Callable, inputs: dict):
     image_mask = model.image_columns(inputs.get("input_ids"), read)
     if image_mask is None and model.config.answer_sees == "no_image":
         raise ValueError(
-            "answer_sees='no_image', and it is not known where the images stand: pass input_ids with a placeholder for "
+            "answer_sees='no_image', and nobody knows where the images stand: pass input_ids with a placeholder for "
             f"each image feature, which a {type(model).__name__} has if its configuration has an image_token_id; or "
             "set answer_sees to 'thoughts' or 'all'."
         )

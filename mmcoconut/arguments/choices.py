@@ -17,6 +17,7 @@ THINKING_MODES = ("coconut", "pause")
 MODES = ("coconut", "cot", "no_cot", "no_thoughts", "pause")
 
 CHOICES = {key: CONFIG_CHOICES[key] for key in ("image_fusion", "projector_type", "thought_norm", "thought_schedule")}
+CHOICES["answer_sees"] = CONFIG_CHOICES["answer_sees"]
 CHOICES |= {"vision_feature_select_strategy": CONFIG_CHOICES["vision_feature_select_strategy"], "markers": MARKERS}
 CHOICES |= {"dataset": tuple(DATASETS), "unreadable_images": ("error", "skip"), "mode": MODES}
 CHOICES |= {"long_rows": LONG_ROWS, "chat_template": CHAT_TEMPLATES}
@@ -95,6 +96,7 @@ NEW_MODEL = {
     "use_thumbnail": True,
     "thought_norm": "none",
     "thought_schedule": "sequential",
+    "answer_sees": "all",
     "stop_head": False,
     "markers": "both",
     "mode": "coconut",

@@ -106,6 +106,19 @@ def _schedule(values: dict, modes: list[str]):
         yield "thought_schedule", schedule, "`mode: pause` feeds no thought back: set sequential, or another mode"
 
 
+def _answer_sees(values: dict):
+    """What does not go with an answer that sees less than everything before it."""
+    sees = values["answer_sees"]
+    if sees in (None, "all"):
+        return
+    if values["thoughts_per_turn"]:
+        remedy = "`thoughts_per_turn` puts thoughts into every turn, and only what stands behind a row's last one sees"
+        yield "answer_sees", sees, f"{remedy} less: set `answer_sees: all`, or train on rows of one turn"
+    if values["stop_head"]:
+        remedy = "`stop_head` lets rows find out on the way which thought is their last: set `answer_sees: all`"
+        yield "answer_sees", sees, f"{remedy}, or remove `stop_head`"
+
+
 def _per_turn(values: dict):
     """What means nothing where every turn has as many thoughts."""
     for key in OF_STAGES if values["thoughts_per_turn"] else ():
@@ -119,6 +132,7 @@ def _layout(values: dict):
     yield from _schedule(values, modes)
     thinking = [mode for mode in modes if mode in THINKING_MODES]
     yield from _per_turn(values)
+    yield from _answer_sees(values)
     for key in ("c_thought", "max_latent_stage") if thinking and not values["thoughts_per_turn"] else ():
         if values[key] == 0:
             yield key, 0, f"`mode: {thinking[0]}` would have no latents: set 1 or more, or `mode: no_thoughts`"

@@ -56,6 +56,9 @@ class ModelArguments:
     thought_norm: str | None = HfArg(default=None, help="What is done to a thought before it is fed back.")
     thought_schedule: str | None = HfArg(default=None, help="`jacobi` updates all thoughts together.")
     jacobi_iterations: int | None = HfArg(default=None, help="How often `jacobi` updates them.")
+    answer_sees: str | None = HfArg(
+        default=None, help="What stands behind the last thought sees: `no_image`, or only `thoughts` of the prompt."
+    )
     stop_head: bool | None = HfArg(default=None, help="A head that ends thinking early, row by row; see objective.")
     bptt_thoughts: int | None = HfArg(default=None, help="Thoughts, from the last, that gradients link; default: all.")
     markers: str | None = HfArg(default=None, help="Which of <|start-latent|> and <|end-latent|> frame the thoughts.")

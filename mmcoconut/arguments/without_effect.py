@@ -40,6 +40,7 @@ OF_MODES = {
     "start_epoch": STAGED_MODES,
     "thought_norm": ("coconut",),
     "thought_schedule": ("coconut",),
+    "answer_sees": THINKING_MODES,
     "bptt_thoughts": ("coconut",),
 }
 OF_NEW_PARTS = ("tokenizer_vocab_size", "new_token_init")

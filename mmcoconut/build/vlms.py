@@ -160,8 +160,8 @@ def from_vlm(
         dtype: of all weights, e.g. torch.bfloat16; None: the model's own, or torch's default for one by name.
         check: whether thoughts behind a blank image are compared with their definition, which costs a few short
             passes; with a tokenizer alone those behind a text are.
-        thought_fields: thought_mode, thought_norm, thought_schedule, jacobi_iterations and stop_head, as in
-            MMCoconutConfig.
+        thought_fields: thought_mode, thought_norm, thought_schedule, jacobi_iterations, answer_sees and stop_head, as
+            in MMCoconutConfig.
 
     Raises:
         ValueError: a model that lacks a part, or that fails the check, with what differed; a model without its

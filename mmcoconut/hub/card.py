@@ -41,6 +41,7 @@ SETTINGS += (
     "thought_norm",
     "thought_schedule",
     "jacobi_iterations",
+    "answer_sees",
     "bptt_thoughts",
     "reset_optimizer",
     "freeze",

@@ -15,7 +15,7 @@ from transformers.utils import cached_file, has_file
 from mmcoconut.arguments.choices import NEW_MODEL, STAGED_MODES, THINKING_MODES
 from mmcoconut.arguments.conflicts import layout_problems, needs_parts
 from mmcoconut.arguments.recipes import read_recipe, warn_of_idle
-from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut.configuration_mmcoconut import LATER_FIELDS, MMCoconutConfig
 from mmcoconut.errors import RecipeError
 from mmcoconut.models import check_sources, read_config
 from mmcoconut.records import RECIPE_FILE
@@ -38,10 +38,11 @@ CONFIG_FIELDS = (
     "thought_norm",
     "thought_schedule",
     "jacobi_iterations",
+    "answer_sees",
     "stop_head",
 )
 # Of these, what training may change.
-HOW_THOUGHTS_ARE_FED_BACK = ("thought_norm", "thought_schedule", "jacobi_iterations", "stop_head")
+HOW_THOUGHTS_ARE_FED_BACK = ("thought_norm", "thought_schedule", "jacobi_iterations", "answer_sees", "stop_head")
 # The others, and what the number of placeholders depends on, are what the weights were trained for.
 FIXED = (*(name for name in CONFIG_FIELDS if name not in HOW_THOUGHTS_ARE_FED_BACK), "image_size")
 TILES = {"min_tiles": "min_patches", "max_tiles": "max_patches"}
@@ -104,7 +105,8 @@ def read_layout(name: str, *, revision: str | None = None) -> Layout:
     processor = ProcessorMixin.get_processor_dict(name, **options)[0]
     markers, num_latents = processor.get("markers", "both"), processor.get("num_latents", 0)
     mode = _mode_of(config.thought_mode, markers, num_latents, recipe.get("mode"))
-    values = {key: getattr(config, key, None) for key in CONFIG_FIELDS}  # None where the VLM's own class decides it
+    # None where the VLM's own class decides it.
+    values = {key: getattr(config, key, LATER_FIELDS.get(key)) for key in CONFIG_FIELDS}
     own_size = getattr(getattr(config, "vision_config", None), "image_size", None)
     values["image_size"] = getattr(config, "image_size", None) or own_size
     image_processor = processor.get("image_processor", {})
