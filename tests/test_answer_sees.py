@@ -10,9 +10,11 @@ from tiny import (
     TEXT_CONFIGS,
     TEXT_SIZES,
     batch_of,
+    checkpoint_activations,
     max_difference,
     mistral_config,
     padded,
+    ragged_batch,
     random_pixels,
     rows_alone,
     seq2seq_rows_alone,
@@ -21,12 +23,16 @@ from tiny import (
     tiny_seq2seq,
     words,
 )
-from transformers import BioGptConfig, Gemma2Config
+from transformers import BioGptConfig, FalconConfig, Gemma2Config
 from transformers.cache_utils import DynamicCache
 from vlm_families import ROWS, answers, family, without_float32
 
+from mmcoconut.build import from_vlm
+from mmcoconut.build.tiny_models import tiny_vlm
 from mmcoconut.caches_mmcoconut import text_cache
 from mmcoconut.compat_mmcoconut import CACHE
+from mmcoconut.configuration_mmcoconut import MMCoconutConfig
+from mmcoconut.training.deferred import defer_weight_gradients
 
 
 SEES = ("no_image", "thoughts")
@@ -105,12 +111,15 @@ def gradients(model, loss) -> dict:
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
-def assert_equals_definition(model, batch, sees, *, defined=definition, rows=None, **options) -> None:
-    """A batch against its rows alone by definition, in values and gradients; hiding must change something."""
+def assert_equals_definition(model, batch, sees, *, defined=definition, rows=None, owner=None, **options) -> None:
+    """A batch against its rows alone by definition, in values and gradients; hiding must change something.
+
+    owner: the model that the definition runs, if it is another one.
+    """
     alone = rows_alone(model, batch) if rows is None else rows
     name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
     expected = [defined(model, row, sees, **options) for row in alone]
-    of_definition = gradients(model, sum(weighted(logits, seed) for seed, logits in enumerate(expected)))
+    of_definition = gradients(owner or model, sum(weighted(logits, seed) for seed, logits in enumerate(expected)))
     model.config.answer_sees = sees
     logits, real = model(**batch).logits, batch[name].bool()
     found = [logits[row, real[row]][None] for row in range(len(alone))]
@@ -250,6 +259,95 @@ def test_an_encoder_decoder_equals_the_definition(text, sees):
         return definition(model, alone, "all" if sees == "no_image" else sees, beside)
 
     assert_equals_definition(model, batch, sees, defined=defined, rows=seq2seq_rows_alone(model, batch))
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "latent"])
+def test_every_attention_equals_the_definition(attention, sees):
+    model = tiny_model("llama")
+    model.get_decoder().set_attn_implementation(attention)
+    batch = batch_of(model, rows_of(model.config))
+    of_sdpa = tiny_model("llama")
+    defined = lambda _, row, sees: definition(of_sdpa, row, sees)  # noqa: E731
+    assert_equals_definition(model, batch, sees, defined=defined, owner=of_sdpa)
+
+
+def in_training(model, batch, sees, **options) -> dict:
+    """Return the gradients of the weighted logits of a batch in training mode."""
+    model.config.answer_sees = sees
+    logits = model.train()(**batch, **options).logits
+    return gradients(model, weighted(logits * batch["attention_mask"][..., None], 0))
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("linked", [None, 1])
+@pytest.mark.parametrize("passes", ["all", "first"])
+@pytest.mark.parametrize("config", [{}, {"thought_schedule": "jacobi", "jacobi_iterations": 2}], ids=str)
+def test_checkpointed_passes_give_the_same_gradients(config, passes, linked, sees):
+    model = tiny_model("gpt2", **config)
+    batch = batch_of(model, rows_of(model.config))
+    model.bptt_thoughts = linked
+    expected = in_training(model, batch, sees)
+    checkpoint_activations(model)
+    model.checkpointed_passes = passes
+    found = in_training(model, batch, sees)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert max(max_difference(found[name], expected[name]) for name in expected) <= TOLERANCE * largest
+    model.bptt_thoughts = 1 if linked is None else None
+    other = in_training(model, batch, sees)
+    assert max(max_difference(found[name], other[name]) for name in expected) > 1e-3 * largest
+
+
+@pytest.mark.parametrize("sees", SEES)
+def test_weight_gradients_formed_once_are_the_same(sees):
+    model = tiny_model("qwen2")
+    batch = batch_of(model, rows_of(model.config))
+    expected = in_training(model, batch, sees)
+    defer_weight_gradients(model, True)
+    found = in_training(model, batch, sees)
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    assert max(max_difference(found[name], expected[name]) for name in expected) <= TOLERANCE * largest
+
+
+@pytest.mark.parametrize("sees", SEES)
+def test_given_thoughts_hide_as_their_own_do_and_the_feed_is_called_once_a_column(sees):
+    model = tiny_model("qwen2", answer_sees=sees)
+    batch, calls = batch_of(model, rows_of(model.config)), []
+    handle = model.model.thought_feed.register_forward_hook(lambda *_: calls.append(1))
+    view = model(**batch, output_view=True).view
+    handle.remove()
+    assert len(calls) == (batch["input_ids"] == model.config.latent_token_id).any(dim=0).sum()
+    again = model(**batch, output_view=True, given_thoughts=lambda *_: (view.thoughts, view.mask)).view
+    real = batch["attention_mask"].bool()
+    assert max_difference(again.states[real], view.states[real]) <= TOLERANCE
+
+
+def test_what_cannot_be_hidden_is_refused():
+    model = tiny_model("qwen2", answer_sees="thoughts", stop_head=True)
+    batch = batch_of(model, rows_of(model.config))
+    with pytest.raises(ValueError, match="pass stop_threshold=None, or set answer_sees='all'"):
+        model(**batch, stop_threshold=0.5)
+    with pytest.raises(ValueError, match="Row 2 of the batch has text between its latents"):
+        model(**ragged_batch(model))
+    falcon = FalconConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True)
+    with pytest.raises(ValueError, match=r"counts distances by its attention mask \(ALiBi\): set answer_sees='all'"):
+        model = tiny_model(falcon, answer_sees="thoughts")
+        model(**batch_of(model, rows_of(model.config)))
+    without = batch_of(model, [rows_of(model.config)[3]])
+    assert model(**without).logits is not None  # where nothing is thought
+
+
+def test_an_older_configuration_sees_all():
+    assert MMCoconutConfig().answer_sees == "all"
+    with pytest.raises(ValueError, match="answer_sees='nothing' is not one of all, no_image, thoughts"):
+        MMCoconutConfig(answer_sees="nothing")
+    vlm, own = tiny_vlm("internvl")
+    model = from_vlm(vlm, processor=own, check=False)
+    del model.config.answer_sees
+    again = type(model)(model.config)
+    assert again.config.answer_sees == "all"
+    from_vlm_too = from_vlm(tiny_vlm("internvl")[0], processor=own, check=False, answer_sees="no_image")
+    assert from_vlm_too.config.answer_sees == "no_image"
 
 
 # --- what is kept in a cache -----------------------------------------------------------------------------------------

@@ -116,6 +116,7 @@ def test_evaluation_needs_no_layout_in_the_recipe_and_asks_with_the_checkpoints(
         ("mode", "cot", "coconut"),
         ("thought_norm", "none", "embedding"),
         ("jacobi_iterations", 3, 2),
+        ("answer_sees", "no_image", "all"),
         ("stop_head", True, False),
         ("projector_type", "linear", "mlp"),
         ("c_thought", 1, 2),
