@@ -385,8 +385,7 @@ class ThinkingDecoder(PutInFront):
             whole = torch.ones_like(thoughts.hiding.kinds) if mask is None else mask  # without what is hidden
             inputs["position_ids"] = positions_from_mask(whole, passes.length)  # (B, T)
         makes_maps = inputs.get("output_attentions") or self.config.output_attentions  # which have an axis of columns
-        stays = thoughts.sharded or makes_maps or passes.masks or passes.hiding
-        passes.may_move = not stays and self.sees_all_columns
+        passes.may_move = not (thoughts.sharded or makes_maps or passes.masks) and self.sees_all_columns
         schedule = thoughts.schedule if thoughts.columns else think
         schedule(passes, thoughts)
         outputs = passes.joined()

@@ -21,12 +21,14 @@ from tiny import (
     sliding_qwen2_config,
     tiny_model,
     tiny_seq2seq,
+    widths_of_passes,
     words,
 )
-from transformers import BioGptConfig, FalconConfig, Gemma2Config
+from transformers import BioGptConfig, CompileConfig, FalconConfig, Gemma2Config
 from transformers.cache_utils import DynamicCache
 from vlm_families import ROWS, answers, family, without_float32
 
+from mmcoconut import modeling_mmcoconut, thinking_mmcoconut
 from mmcoconut.build import from_vlm
 from mmcoconut.build.tiny_models import tiny_vlm
 from mmcoconut.caches_mmcoconut import text_cache
@@ -272,6 +274,20 @@ def test_every_attention_equals_the_definition(attention, sees):
     assert_equals_definition(model, batch, sees, defined=defined, owner=of_sdpa)
 
 
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_latents_share_columns_and_the_answers_run_in_one_pass_behind_them(padding, sees):
+    model = tiny_model("qwen2")
+    config, image = model.config, [model.config.image_token_id] * model.config.image_seq_length
+    latents = [config.start_latent_token_id, *[config.latent_token_id] * 3, config.end_latent_token_id]
+    rows = [[*words(row % 3, row), *image, *words(3 * row, row), *latents, *words(9 - 2 * row, 7)] for row in range(4)]
+    batch, widths = batch_of(model, [*rows, [*image, *words(6, 9)]], padding=padding), []
+    assert_equals_definition(model, batch, sees)
+    config.answer_sees, widths = sees, widths_of_passes(model)
+    model(**batch)
+    assert len(widths) == 1 + 3 + 1
+
+
 def in_training(model, batch, sees, **options) -> dict:
     """Return the gradients of the weighted logits of a batch in training mode."""
     model.config.answer_sees = sees
@@ -310,13 +326,15 @@ def test_weight_gradients_formed_once_are_the_same(sees):
 
 
 @pytest.mark.parametrize("sees", SEES)
-def test_given_thoughts_hide_as_their_own_do_and_the_feed_is_called_once_a_column(sees):
-    model = tiny_model("qwen2", answer_sees=sees)
-    batch, calls = batch_of(model, rows_of(model.config)), []
+def test_given_thoughts_hide_as_their_own_do_and_no_pass_behind_them_calls_the_feed(sees):
+    model, calls = tiny_model("qwen2"), []
+    batch = batch_of(model, rows_of(model.config))
     handle = model.model.thought_feed.register_forward_hook(lambda *_: calls.append(1))
+    model(**batch)
+    number, model.config.answer_sees = len(calls), sees
     view = model(**batch, output_view=True).view
     handle.remove()
-    assert len(calls) == (batch["input_ids"] == model.config.latent_token_id).any(dim=0).sum()
+    assert len(calls) == 2 * number
     again = model(**batch, output_view=True, given_thoughts=lambda *_: (view.thoughts, view.mask)).view
     real = batch["attention_mask"].bool()
     assert max_difference(again.states[real], view.states[real]) <= TOLERANCE
@@ -404,9 +422,10 @@ def assert_generates_as_without_cache(model, batch, **options):
         assert max_difference(one, other) <= TOLERANCE
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("options", CACHED, ids=str)
-@pytest.mark.parametrize("text", ["gpt2", "qwen2", "sliding"])
+@pytest.mark.parametrize("text", ["qwen2", "gpt2", "sliding"])
 def test_every_cached_generation_equals_one_without_cache(text, options, sees):
     model = tiny_model(sliding_qwen2_config(8) if text == "sliding" else text, seed=4, answer_sees=sees)
     rows = rows_of(model.config)[: 1 if "prompt_lookup_num_tokens" in options else None]
@@ -417,20 +436,51 @@ def test_every_cached_generation_equals_one_without_cache(text, options, sees):
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("text", ["cross_attention", "encoder"])
 def test_cached_generation_beside_encoder_states_equals_one_without_cache(text, options, sees):
-    if text == "encoder":
-        model = tiny_seq2seq(answer_sees=sees)
-        config = model.config
-        thoughts = [config.start_latent_token_id, config.latent_token_id, config.end_latent_token_id]
-        batch = seq2seq_of(config, [[config.text_config.decoder_start_token_id, *thoughts]] * 2)
-    else:
-        model = tiny_model("gpt2", image_fusion="cross_attention", answer_sees=sees)
-        batch = batch_of(
-            model, [row[: row.index(model.config.end_latent_token_id)] for row in alike_rows(model.config)]
-        )
+    model, batch = model_and_prompts(text, sees)
     before = generate(model, batch).logits
     assert_generates_as_without_cache(model, batch, **options)
     model.config.answer_sees = "all"
     assert max(max_difference(*pair) for pair in zip(generate(model, batch).logits, before)) > 1e-2
+
+
+def compiled_steps() -> dict:
+    """Return options of `generate` with compiled steps, which without them only an accelerator has."""
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": config}
+
+
+def model_and_prompts(text: str, sees: str) -> tuple:
+    """Return a model that reads images in its text, beside it or in an encoder, and prompts that end with thoughts."""
+    if text == "encoder":
+        model = tiny_seq2seq(answer_sees=sees)
+        config = model.config
+        thoughts = [config.start_latent_token_id, config.latent_token_id, config.end_latent_token_id]
+        return model, seq2seq_of(config, [[config.text_config.decoder_start_token_id, *thoughts]] * 2)
+    if text == "cross_attention":
+        model = tiny_model("gpt2", image_fusion="cross_attention", answer_sees=sees)
+        ends = model.config.end_latent_token_id
+        return model, batch_of(model, [row[: row.index(ends)] for row in alike_rows(model.config)])
+    model = tiny_model(sliding_qwen2_config(8) if text == "sliding" else text, seed=4, answer_sees=sees)
+    return model, batch_of(model, rows_of(model.config))
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("text", ["gpt2", "sliding", "cross_attention", "encoder"])
+def test_compiled_steps_hide_too(fresh_compiler, text, sees):
+    model, batch = model_and_prompts(text, sees)
+    assert_generates_as_without_cache(model, batch, **compiled_steps())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+@pytest.mark.parametrize("sees", SEES)
+@pytest.mark.parametrize("text", ["gpt2", "sliding", "cross_attention", "encoder"])
+def test_steps_that_a_user_compiled_hide_too(monkeypatch, text, sees):
+    """Over a growing cache, whose mask is 2-D: nobody tells the decoder of thoughts in such a step."""
+    model, batch = model_and_prompts(text, sees)
+    for module in (modeling_mmcoconut, thinking_mmcoconut):
+        monkeypatch.setattr(module, "takes_no_thoughts", lambda num_columns: num_columns == 1)
+    assert_generates_as_without_cache(model, batch)
 
 
 def run_over(model, cache, ids: torch.Tensor, start: int) -> torch.Tensor:

@@ -291,7 +291,6 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ),
         ("answer_sees: image", "answer_sees", "image", "choose one of all, no_image, thoughts"),
         ("{answer_sees: thoughts, thoughts_per_turn: 2}", "answer_sees", "thoughts", "train on rows of one turn"),
-        ("{answer_sees: no_image, stop_head: true}", "answer_sees", "no_image", "or remove `stop_head`"),
         ("bptt_thoughts: -1", "bptt_thoughts", -1, "between 0 and inf"),
         ("bptt_thought: 1", "bptt_thought", 1, "did you mean `bptt_thoughts`?"),
         ("unreadable_images: zeros", "unreadable_images", "zeros", "choose one of error, skip"),
@@ -463,6 +462,12 @@ def test_compared_controls_without_latents_may_have_no_latent_stage(recipe):
 def test_compared_modes_are_a_list_or_words_with_commas(recipe):
     for words in (["--compare=cot,coconut"], ["--compare=[cot, coconut]"], ["--compare", "cot", "coconut"]):
         assert compared_modes(parse_recipe([recipe(SCRATCH), *words])[3].compare) == ["cot", "coconut"]
+
+
+def test_an_answer_that_sees_less_and_rows_that_stop_are_refused(recipe):
+    found = problems(recipe(f"{SCRATCH}\nanswer_sees: no_image\nstop_head: true"))
+    assert ("answer_sees", "no_image") in [problem[:2] for problem in found]
+    assert "or remove `stop_head`" in next(remedy for key, _, remedy in found if key == "answer_sees")
 
 
 def test_all_problems_are_listed_at_once(recipe):

@@ -258,14 +258,16 @@ def test_resuming_a_finished_run_keeps_its_latents(recipe, tmp_path):
 
 
 def test_what_the_answer_sees_is_saved_with_the_weights_and_training_may_change_it(recipe, tmp_path):
-    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "2", "--answer_sees", "thoughts"])
+    train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "1", "--answer_sees", "thoughts"])
     assert json.loads((tmp_path / "run" / "config.json").read_text())["answer_sees"] == "thoughts"
     start = ["--model", str(tmp_path / "run"), "--vision_config", "null", "--text_config", "null"]
-    start += ["--tokenizer", "null", "--max_steps", "1"]
     for told, expected in (([], "thoughts"), (["--answer_sees", "no_image"], "no_image")):
-        folder = tmp_path / expected
-        train_hf.main([recipe, "--output_dir", str(folder), *start, *told])
-        assert json.loads((folder / "config.json").read_text())["answer_sees"] == expected
+        model_args, _, curriculum_args, _ = settle(
+            parse_recipe([recipe, *start, "--tokenizer", "null", "--output_dir", str(tmp_path / "again"), *told]),
+            recipe,
+        )
+        model, _ = train_hf.build(model_args, curriculum_args, None)
+        assert model.config.answer_sees == expected
 
 
 def test_schedule_is_saved_with_the_weights_and_truncation_with_the_recipe(recipe, tmp_path):

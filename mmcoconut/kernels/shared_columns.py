@@ -11,6 +11,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from mmcoconut.caches_mmcoconut import ChosenCache, PassCache, text_cache
+from mmcoconut.hiding_mmcoconut import TOKEN
 from mmcoconut.passes_mmcoconut import COLUMN_AXES, Passes, is_two_dimensional, join_columns, take_columns
 from mmcoconut.thinking_mmcoconut import CHOOSE_SCHEDULE, Thoughts, think
 
@@ -50,10 +51,11 @@ class Layout:
         return take_columns(values, self.target)
 
 
-def layout_of(latents: torch.Tensor, attention_mask: torch.Tensor | None) -> Layout:
+def layout_of(latents: torch.Tensor, attention_mask: torch.Tensor | None, *, apart: bool = False) -> Layout:
     """Return the layout with as many pieces as the row with the most latents has; both masks (B, T).
 
-    What follows a row's last latent goes into the last piece, so that the answers run together.
+    What follows a row's last latent goes into the last piece, so that the answers run together; `apart` from that
+    latent, in a piece of their own, where they see less than it.
     """
     num_columns = latents.shape[1]
     real = torch.ones_like(latents) if attention_mask is None else attention_mask.bool()  # (B, T)
@@ -61,8 +63,8 @@ def layout_of(latents: torch.Tensor, attention_mask: torch.Tensor | None) -> Lay
     counts = piece[:, -1:]  # (B, 1)
     most = counts.max()
     is_answer = (piece == counts) & ~latents & (counts > 0)
-    piece = torch.where(is_answer, most, piece)
-    in_piece = nn.functional.one_hot(piece, int(most) + 1) * real[..., None]  # (B, T, S)
+    piece = torch.where(is_answer, most + apart, piece)
+    in_piece = nn.functional.one_hot(piece, int(most) + 1 + apart) * real[..., None]  # (B, T, S)
     place = in_piece.cumsum(dim=1).gather(2, piece[..., None])[..., 0] - 1  # (B, T)
     lengths = in_piece.sum(dim=1)  # (B, S)
     *starts, length = accumulate(lengths.amax(dim=0).tolist(), initial=0)
@@ -105,7 +107,7 @@ class ShareColumns:
         if layout is None:
             return think(passes, thoughts)
         moved = moved_passes(passes, layout)
-        think(moved, moved_thoughts(thoughts, layout))
+        think(moved, moved_thoughts(thoughts, layout, apart=bool(thoughts.cuts)))
         passes.cache = moved.cache
         if passes.keeps_cache:
             move_back_keys(passes.cache, layout)
@@ -118,10 +120,11 @@ class ShareColumns:
         is_whole = mask is None or (is_two_dimensional(mask) and mask.shape == latents.shape)
         if len(columns) < 2 or not is_whole or not passes.may_move or not can_move_keys(passes.cache):
             return None
-        if len(columns) <= int(latents.sum(dim=1).max()):
+        if len(columns) <= int(latents.sum(dim=1).max()) or (thoughts.cuts and thoughts.is_given is not None):
             return None
-        layout = layout_of(latents, mask)
-        return layout if self.is_worth(layout, latents.shape[1], len(columns) + 1) else None
+        layout = layout_of(latents, mask, apart=bool(thoughts.cuts))
+        num_passes = len({0, *columns, *thoughts.cuts})
+        return layout if self.is_worth(layout, latents.shape[1], num_passes) else None
 
     def is_worth(self, layout: Layout, num_columns: int, num_passes: int) -> bool:
         """Return True if a layout of T' columns saves more in passes than it costs in columns, and fits the decoder.
@@ -143,6 +146,9 @@ def moved_passes(passes: Passes, layout: Layout) -> Passes:
     inputs["attention_mask"] = layout.real.long()  # (B, T')
     moved = Passes(passes.call_decoder, passes.cache, inputs, keeps_cache=passes.keeps_cache)
     moved.ends = layout.ends
+    if passes.hiding is not None:
+        kinds = layout.move(passes.hiding.kinds).masked_fill(~layout.real, TOKEN)  # (B, T')
+        moved.hiding = replace(passes.hiding, kinds=kinds)
     return moved
 
 
@@ -158,11 +164,13 @@ def moved_argument(name: str, value: torch.Tensor, layout: Layout, num_rows: int
     return moved & layout.real if value.dtype == torch.bool else moved
 
 
-def moved_thoughts(thoughts: Thoughts, layout: Layout) -> Thoughts:
-    """Return the thoughts of a call in another layout."""
+def moved_thoughts(thoughts: Thoughts, layout: Layout, *, apart: bool) -> Thoughts:
+    """Return the thoughts of a call in another layout, whose last piece begins at none if the answers are apart."""
+    end = len(layout.starts) - apart
     return replace(
         thoughts,
-        columns=layout.starts[1:],
+        columns=layout.starts[1:end],
+        cuts=layout.starts[end:],
         latents=layout.move(thoughts.latents) & layout.real,
         linked=None if thoughts.linked is None else layout.move(thoughts.linked),
         noise=None if thoughts.noise is None else layout.move(thoughts.noise),
