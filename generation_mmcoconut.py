@@ -120,11 +120,14 @@ class ThinkingGenerationMixin(GenerationMixin):
         """
         past_key_values, mask = kwargs.get(CACHE), kwargs.get(self.mask_name)
         hiding = ThoughtState.of(past_key_values).hiding
-        if hiding is None or not past_key_values.is_compileable or not is_two_dimensional(mask):
+        if hiding is None or not past_key_values.is_compileable or not (mask is None or is_two_dimensional(mask)):
             return
-        is_step = mask.shape[1] == length_of(past_key_values) + 1
+        length = length_of(past_key_values) + 1
+        if mask is None and kwargs.get("next_sequence_length") == 1:  # as generate hands on one without zeros
+            mask = torch.ones_like(hiding.hidden_to(length), dtype=torch.long)
+        is_step = mask is not None and mask.shape[1] == length
         if is_step and not (input_ids[:, -1] == self.config.latent_token_id).any():
-            kwargs[self.mask_name] = mask.masked_fill(hiding.hidden_to(mask.shape[1]), 0)
+            kwargs[self.mask_name] = mask.masked_fill(hiding.hidden_to(length), 0)
 
     def positions_without(self, position_ids: torch.Tensor, mask: torch.Tensor, without: torch.Tensor) -> torch.Tensor:
         """Return the positions (…, B, T) of columns behind latents that a mask (B, T) has, and `without` has not.
