@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
+from mmcoconut.compat_mmcoconut import CACHE
 from mmcoconut.data.targets import IGNORED, encode_step
 from mmcoconut.objectives.base import Objective, RowsOfBatch, mean_by_row
 from mmcoconut.passes_mmcoconut import positions_from_mask
@@ -184,8 +185,8 @@ class StepDecoder(Objective):
         """Return what the decoder writes, greedily, for each of S steps out of its C thoughts (S, C, D)."""
         embeds, cache, written = self.reader(thoughts.to(self.reader.weight)), None, []
         for _ in range(self.max_tokens):
-            outputs = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-            cache = outputs.past_key_values
+            outputs = self.decoder(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})
+            cache = outputs[CACHE]
             written.append(self.logits(outputs.last_hidden_state[:, -1]).argmax(dim=-1))  # (S,)
             embeds = self.decoder.embed_tokens(written[-1])[:, None]  # (S, 1, W)
             if (torch.stack(written) == self.end_id).any(dim=0).all():
