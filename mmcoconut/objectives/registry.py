@@ -17,6 +17,7 @@ from mmcoconut.objectives.step_tokens import StepTokens
 
 
 OBJECTIVES = {objective.name: objective for objective in (StepTokens, StepDecoder, SelfDistillation, ImageAlignment)}
+TAKEN = ("steps", "places", "answer_column", "ce", "align")  # by other parts of a batch or of the loss
 A_WEIGHT = "a weight is a finite number of at least 0, or a list of them, one a stage: write one, such as 1.0"
 
 
@@ -41,6 +42,8 @@ def objective_class(name: str) -> type[Objective]:
         raise ValueError(f"it cannot be imported ({error}): {remedy}") from error
     if not (inspect.isclass(found) and issubclass(found, Objective) and isinstance(getattr(found, "name", None), str)):
         raise ValueError("it is no subclass of mmcoconut.objectives.base.Objective with a `name`: make it one")
+    if "." in found.name or found.name in TAKEN:
+        raise ValueError(f"its name {found.name!r} has a dot or is one of {', '.join(TAKEN)}: give it another")
     return found
 
 
