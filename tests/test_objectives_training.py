@@ -14,6 +14,7 @@ from test_objectives import row_of
 from test_train import TINY, losses
 from test_vlm_calls import thinking_pair
 from tiny import tiny_model, tiny_processor, tiny_seq2seq
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
@@ -21,7 +22,7 @@ from mmcoconut.data import Example, to_dataset
 from mmcoconut.errors import RecipeError
 from mmcoconut.hub.uploads import copy_model
 from mmcoconut.models import load_model
-from mmcoconut.objectives.attach import INPUTS, LOSSES, attach, attached_to, load_weights, own_weights
+from mmcoconut.objectives.attach import INPUTS, LOSSES, Objectives, attach, attached_to, load_weights, own_weights
 from mmcoconut.objectives.registry import make_objective, make_objectives
 from mmcoconut.objectives.step_decoder import StepDecoder
 from mmcoconut.objectives.step_tokens import StepTokens
@@ -29,7 +30,7 @@ from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.gradient_cosines import GradientCosines
 from mmcoconut.training.row_checks import check_lengths, check_objectives
-from mmcoconut.training.trainer import check_sharded_objectives
+from mmcoconut.training.trainer import check_not_replicated, check_sharded_objectives
 
 
 OWN = "--objectives.guess:Guess"
@@ -340,6 +341,8 @@ def test_the_forward_gives_a_loss_a_row_and_the_rest_as_before(family, training)
     for index, row in enumerate(some_rows()):
         alone = torch.stack([*model(**collator([row]))[LOSSES].values()])  # (2, 1)
         torch.testing.assert_close(alone[:, 0], found[:, index], atol=1e-5, rtol=1e-4)
+    taken_apart, form = tree_flatten(outputs)  # as wrappers do
+    assert torch.equal(torch.stack([*tree_unflatten(taken_apart, form)[LOSSES].values()]), found)
     found.sum().backward()
     assert attached["guess"].layer.weight.grad.abs().max() > 0
     assert any(weight.grad is not None and weight.grad.abs().max() > 0 for weight in model.get_decoder().parameters())
@@ -524,6 +527,13 @@ def test_weights_of_objectives_are_not_sharded():
         attached = attach(tiny_model(), make_objectives({name: 1.0}), processor)
         with pytest.raises(ValueError, match=rf"objectives.\w+ {message}.* use DDP"):
             check_sharded_objectives(attached, compares_gradients=False)
+
+
+def test_objectives_in_several_gpus_need_a_process_for_each():
+    check_not_replicated(None, 2)
+    check_not_replicated(Objectives([Guess()]), 1)
+    with pytest.raises(ValueError, match="objectives guess need a process for each of the 2 GPUs: start the run by"):
+        check_not_replicated(Objectives([Guess()]), 2)
 
 
 def dataset_of(*steps: list[str]):
