@@ -1,6 +1,6 @@
 """An objective of the tests that uses all that one may: weights, another forward, states of all layers, thoughts.
 
-Importing this registers it. Shapes: B rows, N latents, D hidden.
+Recipes name it guess:Guess. Shapes: B rows, N latents, D hidden.
 """
 
 import torch
@@ -8,7 +8,6 @@ from torch import nn
 
 from mmcoconut.data.targets import RowPlan, answer_columns, predicted
 from mmcoconut.objectives.base import Objective, mean_by_row
-from mmcoconut.objectives.registry import OBJECTIVES
 
 
 class Guess(Objective):
@@ -63,6 +62,3 @@ class Guess(Objective):
         wanted = outputs.view.states[rows, inputs["column"]].detach()  # (B, D)
         distances = (self.layer(view.after) - wanted[:, None]).square().mean(dim=-1)  # (B, N)
         return mean_by_row(distances.float(), view.mask) + view.answer_states().float().square().mean(dim=(1, 2))
-
-
-OBJECTIVES[Guess.name] = Guess

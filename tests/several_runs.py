@@ -10,7 +10,6 @@ import sys
 
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from guess import Guess  # noqa: F401  (importing it registers this objective)
 
 import train_hf
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageFile
 
 from mmcoconut import data, images_mmcoconut
 from mmcoconut.data import arrow_mazes, json_steps
-from mmcoconut.data.images import open_images, resolve_image_path
+from mmcoconut.data.images import image_sizes, open_helper_image, open_images, resolve_image_path
 from mmcoconut.data.scoring import score
 from mmcoconut.images_mmcoconut import MAX_IMAGE_PIXELS, UnreadableImageError
 
@@ -318,6 +318,18 @@ def test_exif_orientation_is_applied(orientation):
     exif[0x0112] = orientation
     (opened,) = open_images(row_of(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif)))
     assert np.array_equal(np.asarray(opened), upright)
+    assert image_sizes(row_of(encoded(Image.fromarray(np.ascontiguousarray(stored)), exif=exif))) == ((3, 2),)
+
+
+def test_sizes_are_read_without_decoding_and_what_cannot_be_read_is_named(monkeypatch):
+    whole, cut = encoded(noise(40, 30)), encoded(noise())[:1000]
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+        assert image_sizes(row_of(whole, whole)) == ((40, 30), (40, 30))
+        assert image_sizes(row_of()) == ()
+        assert len(image_sizes(row_of(cut))) == 1
+    for content in (b"", b"hello, I am text", png_header(60_000, 60_000)):
+        error_of(lambda content=content: image_sizes(row_of(content)), "train.json row 17", kind=UnreadableImageError)
 
 
 def test_an_animation_gives_its_first_frame():
@@ -434,6 +446,58 @@ def test_text_only_reads_no_picture(load_rows):
 )
 def test_answers_are_strings_as_given_with_the_target_first(changes, answers, load_rows):
     assert load_rows([{**ROW, **changes}])["answers"][0] == answers
+
+
+def test_rows_have_boxes_and_a_helper_image_where_they_say_so(load_rows, tmp_path):
+    boxes = [[0, 0, 4.5, 8], None]
+    rows = load_rows([{**ROW, "boxes": boxes, "helper_image": "b.png"}, ROW])
+    assert rows["boxes"][:] == [boxes, []]
+    assert rows[0]["helper_image"] == {"bytes": None, "path": str(tmp_path.resolve() / "b.png")}
+    assert rows[1]["helper_image"] is None and open_helper_image(rows[0]).size == (5, 5)
+    assert data.without_pictures(rows).column_names == [name for name in data.FEATURES if name != "images"]
+    assert "boxes" not in load_rows([ROW]).features
+    text = load_rows([{**ROW, "boxes": boxes, "helper_image": "b.png"}], images_required=False, image_root=None)
+    assert text.features == data.FEATURES
+
+
+@pytest.mark.parametrize(
+    "changes, parts",
+    [
+        ({"boxes": [[0, 0, 4, 4]]}, ("'boxes'", "found 1 for 2 steps", "null where")),
+        ({"boxes": [[0, 0, 4, 4], [4, 0, 4, 4]]}, ("'boxes'", "[4, 0, 4, 4]", "step 1", "left < right")),
+        ({"boxes": [[0, -1, 4, 4], None]}, ("'boxes'", "[0, -1, 4, 4]", "step 0", "from 0")),
+        ({"boxes": [[0, 0, 4], None]}, ("'boxes'", "[0, 0, 4]", "[left, top, right, bottom]")),
+        ({"boxes": [[0, 0, "4", 4], None]}, ("'boxes'", "'4'", "four numbers")),
+        ({"boxes": [{"x": 1}, None]}, ("'boxes'", "{'x': 1}", "write a list")),
+        ({"boxes": "all"}, ("'boxes'", "'all'", "write a list")),
+        ({"boxes": [[0, 0, 4, 4], None], "image": None}, ("'boxes'", "no picture")),
+        ({"helper_image": ["b.png"]}, ("'helper_image'", "['b.png']", "the path of one picture")),
+        ({"helper_image": "gone.png"}, ("'helper_image'", "'gone.png'", "there is no file")),
+        ({"helper_image": "../b.png"}, ("'helper_image'", "'../b.png'", "climbs")),
+        ({"helper_images": "b.png"}, ("'helper_images'", "did you mean 'helper_image'")),
+    ],
+)
+def test_boxes_and_helper_images_that_cannot_be_are_refused(changes, parts, load_rows):
+    error_of(lambda: load_rows([ROW, {**ROW, **changes}]), "train.json row 1", *parts)
+
+
+def test_a_helper_image_that_cannot_be_read_is_named(tmp_path):
+    row = {"helper_image": {"bytes": b"hello, I am text", "path": None}, "row_id": "train.json row 17"}
+    error_of(lambda: open_helper_image(row), "train.json row 17, field 'helper_image'", "leave the field out")
+
+
+def test_mazes_know_where_each_step_is_and_show_the_way_when_asked():
+    options = {"num_rows": 4, "seed": 3, "cell_size": 8}
+    rows, plain = (arrow_mazes.load(split="train", helper_image=flag, **options) for flag in (True, False))
+    for row, same, (maze, hops) in zip(rows, plain, arrow_mazes.generate("train", num_rows=4, seed=3), strict=True):
+        assert "helper_image" not in same and same["images"] == row["images"] and same["boxes"] == row["boxes"]
+        picture, helper = np.asarray(open_images(row)[0]), np.asarray(open_helper_image(row))
+        shown = np.zeros(helper.shape[:2], dtype=bool)
+        for step, (left, top, right, bottom) in zip(row["steps"], row["boxes"], strict=True):
+            assert step == arrow_mazes.cell_name((int(top) // 8, int(left) // 8)) and right - left == bottom - top == 8
+            shown[int(top) : int(bottom), int(left) : int(right)] = True
+        assert shown.sum() == 64 * len(set(maze.path(hops)))
+        assert np.array_equal(helper[shown], picture[shown]) and (helper[~shown] == 128).all()
 
 
 def test_answers_alone_will_do(load_rows):

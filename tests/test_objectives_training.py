@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-import guess  # noqa: F401  (registers an objective)
+import guess
 import pytest
 import torch
 from guess import Guess
@@ -14,6 +14,7 @@ from test_objectives import row_of
 from test_train import TINY, losses
 from test_vlm_calls import thinking_pair
 from tiny import tiny_model, tiny_processor, tiny_seq2seq
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
@@ -21,7 +22,7 @@ from mmcoconut.data import Example, to_dataset
 from mmcoconut.errors import RecipeError
 from mmcoconut.hub.uploads import copy_model
 from mmcoconut.models import load_model
-from mmcoconut.objectives.attach import INPUTS, LOSSES, attach, attached_to, load_weights, own_weights
+from mmcoconut.objectives.attach import INPUTS, LOSSES, Objectives, attach, attached_to, load_weights, own_weights
 from mmcoconut.objectives.registry import make_objective, make_objectives
 from mmcoconut.objectives.step_decoder import StepDecoder
 from mmcoconut.objectives.step_tokens import StepTokens
@@ -29,11 +30,15 @@ from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.gradient_cosines import GradientCosines
 from mmcoconut.training.row_checks import check_lengths, check_objectives
-from mmcoconut.training.trainer import check_sharded_objectives
+from mmcoconut.training.trainer import check_not_replicated, check_sharded_objectives
 
 
-TWO = ["--objectives.step_tokens", "0.5", "--objectives.guess", "0.3"]
-EVERY = ["--objectives", json.dumps({"step_tokens": 0.5, "step_decoder": 1, "self_distillation": 0.7, "guess": 0.3})]
+OWN = "--objectives.guess:Guess"
+TWO = ["--objectives.step_tokens", "0.5", OWN, "0.3"]
+EVERY = [
+    "--objectives",
+    json.dumps({"step_tokens": 0.5, "step_decoder": 1, "self_distillation": 0.7, "guess:Guess": 0.3}),
+]
 ALIGNED = ["--objectives.image_alignment.weight", "0.5", "--objectives.image_alignment.latents_read"]
 SHORT = ["--num_train_epochs", "2", "--max_latent_stage", "1"]
 RESUMED = ["--resume_from_checkpoint", "true"]
@@ -91,13 +96,13 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("weight", ["0", pytest.param("[0, 0.0]", marks=pytest.mark.slow)])
 def test_weight_0_equals_the_run_without_to_the_bit(weight, folder, plain):
     name = f"weight {weight}"
-    results = run(folder, name, "--objectives.step_tokens", weight, "--objectives.guess", weight)
+    results = run(folder, name, "--objectives.step_tokens", weight, OWN, weight)
     assert_equal_runs(folder / name, plain)
     assert "objective_parameters" not in results
 
 
 def test_a_term_begins_with_the_stage_that_gives_it_a_weight(folder, plain):
-    run(folder, "later", "--objectives.guess", "[0, 1.0]")
+    run(folder, "later", OWN, "[0, 1.0]")
     assert [losses(folder / "later")[step] for step in range(1, 7)] == [losses(plain)[step] for step in range(1, 7)]
     records = [record for record in history(folder / "later") if "loss" in record]
     assert ["guess_loss" in record for record in records] == [record["stage"] == 1 for record in records]
@@ -187,15 +192,13 @@ def test_resumed_run_ends_as_the_one_that_was_never_stopped(cut, folder, both):
 
 def test_checkpoint_without_the_objectives_weights_or_with_others_is_refused(folder, both):
     trained = tiny_model()
-    attached = attach(trained, [make_objective("guess", 1.0)], tiny_processor(trained))
+    attached = attach(trained, [make_objective("guess:Guess", 1.0)], tiny_processor(trained))
     stopped = folder / "bare" / "checkpoint-4"
     shutil.copytree(both[0] / "checkpoint-4", stopped)
     options = [*TWO, "--save_strategy", "steps", "--save_steps", "4", *RESUMED]
     (stopped / "course.json").unlink()  # which would know that a file is missing
     (stopped / "objectives.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match="no readable objectives.safetensors, and step_tokens, guess have 2 weights in this"
-    ):
+    with pytest.raises(ValueError, match="no readable objectives.safetensors, and step_tokens, guess have 2"):
         run(folder, "bare", *options)
     with pytest.raises(ValueError, match="differ in 2, such as guess.layer.weight: set `objectives` as the run was"):
         load_weights(attached, both[0] / "checkpoint-4")  # of a model with other sizes
@@ -203,7 +206,7 @@ def test_checkpoint_without_the_objectives_weights_or_with_others_is_refused(fol
 
 @pytest.mark.parametrize(
     "options",
-    [["--objectives.step_tokens", "0.4", "--objectives.guess", "0.3"], ["--objectives.guess", "0.3"], []],
+    [["--objectives.step_tokens", "0.4", OWN, "0.3"], [OWN, "0.3"], []],
 )
 def test_run_with_other_objectives_is_not_resumed(options, folder, both):
     stopped = folder / "other"
@@ -222,7 +225,9 @@ def test_a_run_with_every_objective_resumes_and_leaves_the_decoder_of_steps(read
     names = ("step_tokens", "step_decoder", "self_distillation", "guess", "image_alignment")
     assert {f"{name}_loss" for name in names} < results["stages"][-1].keys()
     latest = [record for record in history(whole) if "loss" in record][-1]
-    assert all(latest[f"{name}_loss"] > 0 and abs(latest[f"cosine_{name}"]) > 0 for name in names)
+    assert all(latest[f"{name}_loss"] > 0 for name in names)
+    reach = {name for name in names if abs(latest.get(f"cosine_{name}", 0)) > 0}
+    assert {*names} - reach == ({"step_decoder"} if read == "target" else set())  # it reads thoughts that are given
     shutil.copytree(whole / "checkpoint-8", stopped / "checkpoint-8")
     run(folder, stopped.name, *every, *RESUMED)
     assert_equal_runs(stopped, whole)
@@ -275,7 +280,7 @@ def test_a_run_in_bfloat16_computes_its_terms_in_bfloat16_too(folder, both):
 
 @pytest.mark.slow
 def test_the_best_checkpoint_may_be_chosen_by_a_term_that_all_stages_have(folder):
-    options = ["--objectives.guess", "0.3", "--objectives.step_tokens", "[0, 1]"]
+    options = [OWN, "0.3", "--objectives.step_tokens", "[0, 1]"]
     run(folder, "best", *options, "--metric_for_best_model", "guess_loss")
     with pytest.raises(
         ValueError, match="'step_tokens_loss': choose one of accuracy, ce_loss, exact_match, generated"
@@ -287,7 +292,7 @@ def test_controls_without_latents_leave_objectives_out(folder, caplog):
     results = run(folder, "no_cot", *TWO, "--mode", "no_cot", "--num_train_epochs", "1")
     assert "step_tokens_loss" not in results["stages"][0] and "objective_parameters" not in results
     assert not list((folder / "no_cot").rglob("objectives*"))
-    assert "`mode: no_cot`: " in caplog.text and "objectives: {'step_tokens': 0.5, 'guess': 0.3}" in caplog.text
+    assert "`mode: no_cot`: " in caplog.text and "objectives: {'step_tokens': 0.5, 'guess:Guess': 0.3}" in caplog.text
 
 
 # --- a model with objectives -----------------------------------------------------------------------------------------
@@ -325,7 +330,7 @@ def test_the_forward_gives_a_loss_a_row_and_the_rest_as_before(family, training)
     model = copy.deepcopy(model).train(training)  # thinking_pair's is shared
     collator = collator_of(processor)
     expected = model(**collator(some_rows()))
-    collator.objectives = make_objectives({"step_tokens": 1.0, "guess": 1.0})
+    collator.objectives = make_objectives({"step_tokens": 1.0, "guess:Guess": 1.0})
     attached = attach(model, collator.objectives, processor)
     batch = collator(some_rows())
     outputs = model(**batch)
@@ -336,6 +341,8 @@ def test_the_forward_gives_a_loss_a_row_and_the_rest_as_before(family, training)
     for index, row in enumerate(some_rows()):
         alone = torch.stack([*model(**collator([row]))[LOSSES].values()])  # (2, 1)
         torch.testing.assert_close(alone[:, 0], found[:, index], atol=1e-5, rtol=1e-4)
+    taken_apart, form = tree_flatten(outputs)  # as wrappers do
+    assert torch.equal(torch.stack([*tree_unflatten(taken_apart, form)[LOSSES].values()]), found)
     found.sum().backward()
     assert attached["guess"].layer.weight.grad.abs().max() > 0
     assert any(weight.grad is not None and weight.grad.abs().max() > 0 for weight in model.get_decoder().parameters())
@@ -380,7 +387,7 @@ def test_given_thoughts_are_read_in_training_alone(monkeypatch):
     seen = []
     own = Guess.loss
     monkeypatch.setattr(Guess, "loss", lambda self, view, *args: seen.append(view.thoughts) or own(self, view, *args))
-    collator = collator_of(processor, make_objectives({"guess": {"gives": True}}))
+    collator = collator_of(processor, make_objectives({"guess:Guess": {"gives": True}}))
     attach(model, collator.objectives, processor)
     for training in (True, False):
         model.train(training)(**collator(some_rows()))
@@ -399,7 +406,7 @@ def test_a_copy_and_an_answer_know_nothing_of_objectives():
     prompts = {name: prompts[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     tokens = model.generate(**prompts, max_new_tokens=3, do_sample=False)
     names = [*model.state_dict()]
-    attach(model, make_objectives({"guess": 1.0}), processor)
+    attach(model, make_objectives({"guess:Guess": 1.0}), processor)
     assert [*model.state_dict()] != names
     assert torch.equal(model.generate(**prompts, max_new_tokens=3, do_sample=False), tokens)
     copied = copy.deepcopy(model)
@@ -462,7 +469,7 @@ def test_the_cosine_is_that_of_an_updates_gradients_over_the_weights_of_the_mode
 
 def test_the_logged_cosine_equals_one_of_two_backward_passes():
     model, processor = model_and_processor("gpt2")
-    collator = collator_of(processor, make_objectives({"guess": 1.0}))
+    collator = collator_of(processor, make_objectives({"guess:Guess": 1.0}))
     attach(model, collator.objectives, processor)
     gradients, cosines = [], GradientCosines(own_weights(model))
     for part in ("answer", "guess"):
@@ -484,14 +491,14 @@ def test_the_logged_cosine_equals_one_of_two_backward_passes():
     "options, key, remedy",
     [
         (["--objectives.step_token", "1"], "objectives.step_token", "no such objective; did you mean 'step_tokens'?"),
-        (["--objectives.guess.give", "1"], "objectives.guess.give", "no such option; did you mean 'gives'?"),
-        (["--objectives.guess", "much"], "objectives.guess", "a weight is a finite number of at least 0"),
-        (["--objectives.guess", "true"], "objectives.guess", "a weight is a finite number of at least 0"),
-        (["--objectives.guess.weight", "[1, -1]"], "objectives.guess.weight", "a weight is a finite number of"),
-        (["--objectives.guess", "[]"], "objectives.guess", "a weight is a finite number of at least 0, or a list"),
+        ([f"{OWN}.give", "1"], "objectives.guess:Guess.give", "no such option; did you mean 'gives'?"),
+        ([OWN, "much"], "objectives.guess:Guess", "a weight is a finite number of at least 0"),
+        ([OWN, "true"], "objectives.guess:Guess", "a weight is a finite number of at least 0"),
+        ([f"{OWN}.weight", "[1, -1]"], "objectives.guess:Guess.weight", "a weight is a finite number of at least 0"),
+        ([OWN, "[]"], "objectives.guess:Guess", "a weight is a finite number of at least 0, or a list"),
         (["--objectives.step_tokens.tokens", "all"], "objectives.step_tokens", "is not one of in_order, bag"),
         (["--objective", "distill_stops", *TWO], "objectives", "`objective: distill_stops` has no answer to learn"),
-        (["--thoughts_per_turn", "2", *TWO], "objectives.guess", "with `thoughts_per_turn` no thought stands for a"),
+        (["--thoughts_per_turn", "2", *TWO], "objectives.guess:Guess", "with `thoughts_per_turn` no thought stands"),
         (["--log_gradient_cosine"], "log_gradient_cosine", "there are no `objectives` whose gradients"),
     ],
 )  # fmt: skip
@@ -503,7 +510,7 @@ def test_recipe_with_objectives_that_cannot_be_is_refused(options, key, remedy, 
 
 def test_recipe_with_objectives_says_the_same_again(folder, both):
     again = parse_recipe([str(both[0] / "recipe.yaml")])[2].objectives
-    assert again == {"step_tokens": 0.5, "guess": 0.3}
+    assert again == {"step_tokens": 0.5, "guess:Guess": 0.3}
 
 
 def test_weights_of_objectives_are_not_sharded():
@@ -515,11 +522,18 @@ def test_weights_of_objectives_are_not_sharded():
         check_sharded_objectives(attached, compares_gradients=True)
     for name, message in (
         ("step_decoder", "has weights of its own"),
-        ("guess", "takes further forwards of the model"),
+        ("guess:Guess", "takes further forwards of the"),
     ):
         attached = attach(tiny_model(), make_objectives({name: 1.0}), processor)
-        with pytest.raises(ValueError, match=f"objectives.{name} {message}, .* use DDP"):
+        with pytest.raises(ValueError, match=rf"objectives.\w+ {message}.* use DDP"):
             check_sharded_objectives(attached, compares_gradients=False)
+
+
+def test_objectives_in_several_gpus_need_a_process_for_each():
+    check_not_replicated(None, 2)
+    check_not_replicated(Objectives([Guess()]), 1)
+    with pytest.raises(ValueError, match="objectives guess need a process for each of the 2 GPUs: start the run by"):
+        check_not_replicated(Objectives([Guess()]), 2)
 
 
 def dataset_of(*steps: list[str]):
@@ -529,17 +543,18 @@ def dataset_of(*steps: list[str]):
     )
 
 
-def test_rows_without_what_an_objective_needs_are_refused_by_the_first():
+def test_rows_without_what_an_objective_needs_are_refused_by_the_first(caplog):
     check_objectives(dataset_of([], ["red"]), [StepTokens()])
     with pytest.raises(ValueError, match=r"json row 0, field 'steps': found none, and objectives.step_tokens needs"):
         check_objectives(dataset_of([], []), [StepTokens()])
     boxed = type("Boxed", (Guess,), {"fields": ("boxes",)})()
     rows = dataset_of(["red"], ["red"])
-    with pytest.raises(ValueError, match=r"row 0, field 'boxes': found none, .* \(2 of 2 rows lack it\): take a data"):
+    with pytest.raises(ValueError, match=r"row 0, field 'boxes': found none, .* \(none of 2 rows has it\): take a"):
         check_objectives(rows, [boxed])
     check_objectives(rows.add_column("boxes", [[1], [2]]), [boxed])
-    with pytest.raises(ValueError, match=r"row 1, field 'boxes': found none, .* \(1 of 2 rows lack it\): take a data"):
+    with caplog.at_level("INFO", logger="mmcoconut"):
         check_objectives(rows.add_column("boxes", [[1], []]), [boxed])
+    assert "field boxes: 1 of 2 rows have none, and objectives.guess leaves them alone" in caplog.text
     picky = type("Picky", (Guess,), {"check": lambda self, row: 1 / 0})()
     with pytest.raises(ZeroDivisionError):
         check_objectives(rows, [picky])
@@ -548,7 +563,7 @@ def test_rows_without_what_an_objective_needs_are_refused_by_the_first():
 def test_rows_are_measured_as_objectives_lay_them_out():
     """At stage 3 all steps are gone, and the objective reads them written."""
     _, processor = model_and_processor("gpt2")
-    rows, objectives = dataset_of(["red blue green"] * 3), make_objectives({"guess": 1.0})
+    rows, objectives = dataset_of(["red blue green"] * 3), make_objectives({"guess:Guess": 1.0})
     collator = collator_of(processor, stage=3)
     short = collator.longest(rows[0])
     collator.objectives = objectives
@@ -560,5 +575,14 @@ def test_rows_are_measured_as_objectives_lay_them_out():
     collator.max_length = written - 1
     with pytest.raises(ValueError, match=f"the sequence of stage 3 for objectives.guess takes {written} tokens"):
         check_lengths(rows, collator)
-    collator.objectives = make_objectives({"guess": [1.0, 0]})
+    collator.objectives = make_objectives({"guess:Guess": [1.0, 0]})
     check_lengths(rows, collator)
+
+
+@pytest.mark.parametrize("name", ["steps", "ce", "a.b"])
+def test_an_objective_of_a_users_own_may_not_take_the_name_of_another_part(name, folder, monkeypatch):
+    monkeypatch.setattr(guess, "Taken", type("Taken", (Guess,), {"name": name}), raising=False)
+    recipe = folder / "taken.yaml"
+    recipe.write_text('base: tiny.yaml\nobjectives: {"guess:Taken": 1.0}\n')
+    with pytest.raises(RecipeError, match=f"its name '{name}' has a dot or is one of steps, places, answer_col"):
+        parse_recipe([str(recipe)])

@@ -21,7 +21,7 @@ from mmcoconut.data.targets import IGNORED, answer_columns, encode_step, encode_
 from mmcoconut.objectives.attach import INPUTS, attach
 from mmcoconut.objectives.base import Run
 from mmcoconut.objectives.image_alignment import ImageAlignment, in_groups, stacked_weights
-from mmcoconut.objectives.registry import OBJECTIVES
+from mmcoconut.objectives.registry import OBJECTIVES, make_objectives, objective_problems
 from mmcoconut.objectives.self_distillation import SelfDistillation, distance
 from mmcoconut.objectives.step_decoder import END, StepDecoder
 from mmcoconut.objectives.step_tokens import StepTokens
@@ -468,3 +468,54 @@ def test_an_objective_says_what_it_is(name):
     objective = OBJECTIVES[name]
     assert objective.name == name and objective.paper.startswith("https://arxiv.org/abs/")
     assert objective().fields and objective.paper in objective.__doc__
+
+
+# --- a user's own ----------------------------------------------------------------------------------------------------
+OWN = """
+import torch
+from mmcoconut.objectives.base import Objective
+
+
+class Small(Objective):
+    name = "small"
+
+    def loss(self, view, inputs, run):
+        return view.thoughts.square().mean(dim=(1, 2))
+
+
+class Tokens(Small):
+    name = "step_tokens"
+
+
+class Nameless(Objective):
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "my_objectives.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_recipe_names_a_class_of_ones_own(own):
+    [objective] = make_objectives({"my_objectives:Small": {"weight": [0, 2]}})
+    assert (objective.name, objective.weights) == ("small", [0, 2])
+    assert not [*objective_problems({"my_objectives:Small": 0.5, "step_tokens": 1.0})]
+
+
+@pytest.mark.parametrize(
+    "objectives, key, remedy",
+    [
+        ({"my_objectives:Smal": 1.0}, "objectives.my_objectives:Smal", "cannot be imported"),
+        ({"no_such_module:Small": 1.0}, "objectives.no_such_module:Small", "PYTHONPATH"),
+        ({"my_objectives:Nameless": 1.0}, "objectives.my_objectives:Nameless", "with a `name`"),
+        ({"my_objectives:torch": 1.0}, "objectives.my_objectives:torch", "no subclass of"),
+        ({"my_objectives:Small": {"size": 1}}, "objectives.my_objectives:Small.size", "no such option"),
+        ({"step_tokens": 1.0, "my_objectives:Tokens": 1.0}, "objectives.my_objectives:Tokens", "name of step_tokens"),
+        ({"step_token": 1.0}, "objectives.step_token", "package.module:Class"),
+    ],
+)
+def test_a_class_that_is_no_objective_is_refused(objectives, key, remedy, own):
+    [(found, value, said)] = objective_problems(objectives)
+    assert found == key and remedy in said

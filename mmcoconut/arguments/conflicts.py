@@ -39,7 +39,7 @@ from mmcoconut.arguments.without_effect import without_effect
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
 from mmcoconut.errors import is_missing_folder
 from mmcoconut.objectives.alignment import ALIGNMENT_TARGETS
-from mmcoconut.objectives.registry import make_objectives, objective_problems
+from mmcoconut.objectives.registry import make_objective, objective_problems
 
 
 READ_BESIDE_THE_TEXT = ("cross_attention", "encoder")  # of the values of image_fusion
@@ -271,8 +271,11 @@ def _objectives(values: dict):
         return
     problems = [*objective_problems(objectives)]
     yield from problems
-    for objective in [] if problems else make_objectives(objectives):
-        key, setting = f"objectives.{objective.name}", objectives[objective.name]
+    made = {} if problems else {name: make_objective(name, setting) for name, setting in objectives.items()}
+    for name, objective in made.items():
+        if not objective.is_used:
+            continue
+        key, setting = f"objectives.{name}", objectives[name]
         if "steps" in objective.fields and values["thoughts_per_turn"]:
             yield key, setting, "with `thoughts_per_turn` no thought stands for a written step: remove one of these"
         fusion = values["image_fusion"]

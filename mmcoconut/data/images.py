@@ -9,7 +9,14 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
-from mmcoconut.images_mmcoconut import READABLE_FORMATS, UnreadableImageError, decode_image, open_file
+from mmcoconut.images_mmcoconut import (
+    DAMAGE,
+    READABLE_FORMATS,
+    TOO_LARGE,
+    UnreadableImageError,
+    decode_image,
+    open_file,
+)
 
 
 REMEDY = "replace the file, or leave such rows out with `unreadable_images: skip` in the recipe"
@@ -64,7 +71,7 @@ def _size_of(source: BinaryIO, where: str) -> tuple[int, int]:
     try:
         image = Image.open(source, formats=READABLE_FORMATS)
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in TURNED
-    except (OSError, SyntaxError, ValueError):  # which decoding names
+    except (*TOO_LARGE, *DAMAGE):  # which decoding names
         return decode_image(source, where, REMEDY).size
     return image.size[::-1] if turned else image.size
 

@@ -3,6 +3,7 @@
 objectives: {step_tokens: 0.05, step_decoder: {weight: [0, 1.0], layers: 1}}
 """
 
+import importlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,34 @@ from mmcoconut.objectives.step_tokens import StepTokens
 
 
 OBJECTIVES = {objective.name: objective for objective in (StepTokens, StepDecoder, SelfDistillation, ImageAlignment)}
+TAKEN = ("steps", "places", "answer_column", "ce", "align")  # by other parts of a batch or of the loss
 A_WEIGHT = "a weight is a finite number of at least 0, or a list of them, one a stage: write one, such as 1.0"
+
+
+def objective_class(name: str) -> type[Objective]:
+    """Return the objective of a name in OBJECTIVES, or a user's own by `package.module:Class`.
+
+    >>> objective_class("step_tokens").__name__, objective_class("mmcoconut.objectives.step_tokens:StepTokens").name
+    ('StepTokens', 'step_tokens')
+
+    Raises:
+        ValueError: no such name, module or class, or a class that is no Objective with a name of its own.
+    """
+    if ":" not in name:
+        if name not in OBJECTIVES:
+            raise ValueError(f"no such objective; {nearest(name, OBJECTIVES)}; or name a class, package.module:Class")
+        return OBJECTIVES[name]
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        remedy = "write package.module:Class, of a module that Python finds from here (PYTHONPATH)"
+        raise ValueError(f"it cannot be imported ({error}): {remedy}") from error
+    if not (inspect.isclass(found) and issubclass(found, Objective) and isinstance(getattr(found, "name", None), str)):
+        raise ValueError("it is no subclass of mmcoconut.objectives.base.Objective with a `name`: make it one")
+    if "." in found.name or found.name in TAKEN:
+        raise ValueError(f"its name {found.name!r} has a dot or is one of {', '.join(TAKEN)}: give it another")
+    return found
 
 
 def options_of(setting) -> dict:
@@ -36,8 +64,8 @@ def is_weight(value) -> bool:
 
 
 def make_objective(name: str, setting) -> Objective:
-    """Return the objective of a name in OBJECTIVES with what a recipe says of it; its modules are not built."""
-    return OBJECTIVES[name](**options_of(setting))
+    """Return the objective of a name with what a recipe says of it; its modules are not built."""
+    return objective_class(name)(**options_of(setting))
 
 
 def make_objectives(objectives: Mapping | None) -> list[Objective]:
@@ -55,16 +83,30 @@ def objective_problems(objectives: Mapping) -> Iterator[tuple]:
     objectives.step_tokens.weight = 'much': a weight is a finite number of at least 0, ...
     """
     for name, setting in objectives.items():
-        if name in OBJECTIVES:
-            yield from _option_problems(name, setting)
+        try:
+            objective = objective_class(name)
+        except ValueError as error:
+            yield f"objectives.{name}", setting, str(error)
         else:
-            yield f"objectives.{name}", setting, f"no such objective; {nearest(name, OBJECTIVES)}"
+            yield from _option_problems(name, objective, setting)
+    names = [*objectives]
+    for name in names:
+        if ":" in name and (others := [other for other in names if other != name and same_name(name, other)]):
+            yield f"objectives.{name}", objectives[name], f"it has the name of {others[0]}: rename it, or keep one"
 
 
-def _option_problems(name: str, setting) -> Iterator[tuple]:
+def same_name(one: str, other: str) -> bool:
+    """Whether the objectives of two names of a recipe are logged by the same one."""
+    try:
+        return objective_class(one).name == objective_class(other).name
+    except ValueError:
+        return False
+
+
+def _option_problems(name: str, objective: type[Objective], setting) -> Iterator[tuple]:
     """Yield what is wrong with the weight and the options of one objective."""
     key, options = f"objectives.{name}", options_of(setting)
-    known = [*inspect.signature(OBJECTIVES[name]).parameters]
+    known = [*inspect.signature(objective).parameters]
     found = [
         (f"{key}.{option}", options[option], f"no such option; {nearest(option, known)}")
         for option in options

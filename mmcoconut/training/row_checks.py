@@ -74,21 +74,24 @@ def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
 def check_objectives(rows: Dataset, objectives: Sequence[Objective]) -> None:
     """Check that rows have what objectives need of them.
 
-    A row without steps has none that a thought could stand for, and only a split of such rows is refused.
+    A row without steps, or without boxes, has nothing that a thought could stand for: its loss is 0, and only a split
+    of such rows is refused.
 
     Raises:
-        ValueError: names the first row that lacks a field, or that an objective cannot learn from.
+        ValueError: names the first row of a split that lacks a field, or that an objective cannot learn from.
     """
     for objective in objectives:
         for name in objective.fields:
             values = rows[name] if name in rows.column_names else [None] * len(rows)
             lacking = [index for index, value in enumerate(values) if value is None or not len(value)]
-            if lacking and (name != "steps" or len(lacking) == len(rows)):
+            if len(lacking) == len(rows):
                 raise ValueError(
                     f"{rows['row_id'][lacking[0]]}, field {name!r}: found none, and objectives.{objective.name} needs "
-                    f"it ({len(lacking)} of {len(rows)} rows lack it): take a data set whose rows have it, or remove "
-                    "the objective."
+                    f"it (none of {len(rows)} rows has it): take a data set whose rows have it, or remove it."
                 )
+            if lacking:
+                found = (name, len(lacking), len(rows), objective.name)
+                logger.info("field %s: %d of %d rows have none, and objectives.%s leaves them alone", *found)
         if type(objective).check is not Objective.check:
             for row in rows:
                 objective.check(row)

@@ -81,7 +81,7 @@ def check_sharded_objectives(objectives: Objectives | None, *, compares_gradient
     for name, objective in (objectives or {}).items():
         if objective.forwards:
             raise ValueError(
-                f"objectives.{name} takes further forwards of the model, as many as its batch needs, and processes "
+                f"objectives.{name} takes further forwards of the model where its batch needs them, and processes "
                 "that share its weights must take equally many: use DDP, or remove it."
             )
     weighty = [name for name, objective in (objectives or {}).items() if [*objective.parameters()]]
@@ -92,6 +92,20 @@ def check_sharded_objectives(objectives: Objectives | None, *, compares_gradient
         )
     if objectives and compares_gradients:
         raise ValueError("`log_gradient_cosine` needs whole gradients, which FSDP shards: use DDP, or remove it.")
+
+
+def check_not_replicated(objectives: Objectives | None, num_gpus: int) -> None:
+    """Refuse objectives of a model that one process copies to several GPUs (DataParallel), as all copies would share
+    what the hooks know of a call.
+
+    Raises:
+        ValueError: more than one GPU of this process.
+    """
+    if objectives is not None and num_gpus > 1:
+        raise ValueError(
+            f"objectives {', '.join(objectives)} need a process for each of the {num_gpus} GPUs: start the run by "
+            "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+        )
 
 
 class CurriculumTrainer(Trainer):
@@ -143,6 +157,7 @@ class CurriculumTrainer(Trainer):
         self.curriculum_collator, self.metric, self.num_beams = data_collator, metric, num_beams
         self.alignment = data_collator.alignment
         self.objectives = attached_to(self.model)
+        check_not_replicated(self.objectives, self.args.n_gpu)
         self.terms = Terms(["ce_loss", "align_loss", *(name_of_term(each.name) for each in data_collator.objectives)])
         self.has_terms = self.alignment is not None or self.objectives is not None
         self.gradient_cosines: GradientCosines | None = None
