@@ -193,9 +193,7 @@ def test_checkpoint_without_the_objectives_weights_or_with_others_is_refused(fol
     options = [*TWO, "--save_strategy", "steps", "--save_steps", "4", *RESUMED]
     (stopped / "course.json").unlink()  # which would know that a file is missing
     (stopped / "objectives.safetensors").unlink()
-    with pytest.raises(
-        ValueError, match="no readable objectives.safetensors, and step_tokens, guess have 2 weights in this"
-    ):
+    with pytest.raises(ValueError, match="no readable objectives.safetensors, and step_tokens, guess have 2"):
         run(folder, "bare", *options)
     with pytest.raises(ValueError, match="differ in 2, such as guess.layer.weight: set `objectives` as the run was"):
         load_weights(attached, both[0] / "checkpoint-4")  # of a model with other sizes
@@ -222,7 +220,9 @@ def test_a_run_with_every_objective_resumes_and_leaves_the_decoder_of_steps(read
     names = ("step_tokens", "step_decoder", "self_distillation", "guess", "image_alignment")
     assert {f"{name}_loss" for name in names} < results["stages"][-1].keys()
     latest = [record for record in history(whole) if "loss" in record][-1]
-    assert all(latest[f"{name}_loss"] > 0 and abs(latest[f"cosine_{name}"]) > 0 for name in names)
+    assert all(latest[f"{name}_loss"] > 0 for name in names)
+    reach = {name for name in names if abs(latest.get(f"cosine_{name}", 0)) > 0}
+    assert {*names} - reach == ({"step_decoder"} if read == "target" else set())  # it reads thoughts that are given
     shutil.copytree(whole / "checkpoint-8", stopped / "checkpoint-8")
     run(folder, stopped.name, *every, *RESUMED)
     assert_equal_runs(stopped, whole)
@@ -513,12 +513,9 @@ def test_weights_of_objectives_are_not_sharded():
     check_sharded_objectives(None, compares_gradients=True)
     with pytest.raises(ValueError, match="`log_gradient_cosine` needs whole gradients, which FSDP shards: use DDP"):
         check_sharded_objectives(attached, compares_gradients=True)
-    for name, message in (
-        ("step_decoder", "has weights of its own"),
-        ("guess", "takes further forwards of the model"),
-    ):
+    for name, message in (("step_decoder", "has weights of its own"), ("guess", "takes further forwards of the")):
         attached = attach(tiny_model(), make_objectives({name: 1.0}), processor)
-        with pytest.raises(ValueError, match=f"objectives.{name} {message}, .* use DDP"):
+        with pytest.raises(ValueError, match=f"objectives.{name} {message}.* use DDP"):
             check_sharded_objectives(attached, compares_gradients=False)
 
 

@@ -79,8 +79,8 @@ def check_sharded_objectives(objectives: Objectives | None, *, compares_gradient
     for name, objective in (objectives or {}).items():
         if objective.forwards:
             raise ValueError(
-                f"objectives.{name} takes further forwards of the model, as many as its batch needs, and processes that "
-                "share its weights must take equally many: use DDP, or remove it."
+                f"objectives.{name} takes further forwards of the model where its batch needs them, and processes "
+                "that share its weights must take equally many: use DDP, or remove it."
             )
     weighty = [name for name, objective in (objectives or {}).items() if [*objective.parameters()]]
     if weighty:
