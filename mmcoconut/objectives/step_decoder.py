@@ -118,8 +118,8 @@ class StepDecoder(Objective):
         return self.decoder.embed_tokens.num_embeddings - 1
 
     def build(self, model: nn.Module) -> None:
-        embeddings = model.get_input_embeddings()
-        self.make(model.config.get_text_config().hidden_size, embeddings.num_embeddings).to(embeddings.weight.device)
+        config = model.config.get_text_config()
+        self.make(config.hidden_size, config.vocab_size)
 
     def make(self, hidden_size: int, vocab_size: int) -> "StepDecoder":
         """Make the decoder for thoughts of hidden_size and a vocabulary, with weights that are the same each time."""
