@@ -385,7 +385,7 @@ class Passes:
         self.outputs, self.embeds_run = [], []
 
     def pieces(self, columns: list[int], cuts: list[int] = ()) -> Iterator[tuple[int, torch.Tensor, bool]]:
-        """Give the first column of each piece, the piece (B, t, D), and whether it begins at a column or only a cut."""
+        """Give the first column of each piece, the piece (B, t, D), and if it begins at a column or only a cut."""
         # Not `start in columns` over `sorted({0, *columns})`: torch.compile takes it for False in later calls.
         begins = [(0, False)]
         for start, is_column in sorted([*((cut, False) for cut in cuts), *((column, True) for column in columns)]):
