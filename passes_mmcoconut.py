@@ -7,7 +7,7 @@ Shapes: B batch, T tokens of a call, t of a piece, N latents, F features, H head
 """
 
 from collections.abc import Callable, Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, zip_longest
 
 import torch
 from torch import nn
@@ -385,10 +385,7 @@ class Passes:
         self.outputs, self.embeds_run = [], []
 
     def pieces(self, columns: list[int], cuts: list[int] = ()) -> Iterator[tuple[int, torch.Tensor, bool]]:
-        """Give the first column of each piece, the piece (B, t, D), and whether it begins at one of these columns.
-
-        cuts: other columns at which a piece begins.
-        """
+        """Give the first column of each piece, the piece (B, t, D), and if it begins at a column or only a cut."""
         # Not `start in columns` over `sorted({0, *columns})`: torch.compile takes it for False in later calls.
         begins = [(0, False)]
         for start, is_column in sorted([*((cut, False) for cut in cuts), *((column, True) for column in columns)]):
@@ -473,6 +470,12 @@ class Passes:
         has_streams_last = pieces[0] is not None and [piece.shape[-2] for piece in pieces] != columns
         return torch.cat(pieces, dim=1) if has_streams_last else join_columns(pieces)
 
+    def join_maps_beside(self, pieces: tuple) -> torch.Tensor:
+        """Return maps (B, H, t, E) as (B, H, T, E), zeros for None, of a pass that read nothing beside the text."""
+        zeros = torch.zeros_like(pieces[0][:, :, :1]).expand  # (B, H, 1, E)
+        pairs = zip(pieces, self.embeds_run)
+        return torch.cat([zeros(-1, -1, e.shape[1], -1) if piece is None else piece for piece, e in pairs], dim=2)
+
     def joined(self):
         """Return the output of the call, of all columns, in the decoder's own class."""
         first, joined = self.outputs[0], {CACHE: self.cache if self.keeps_cache else None}
@@ -484,15 +487,12 @@ class Passes:
             joined["hidden_states"] = tuple(self.join_states(layer) for layer in layers)
         if first.get("attentions") is not None:
             past_length = int(self.cache.get_seq_length()) - self.length
-            maps, reads_images = (
-                [output.attentions for output in self.outputs],
-                not self.inputs.keys().isdisjoint(READ_ONCE),
-            )
-            joined["attentions"] = join_attentions(maps, past_length, reads_images)
+            reads_images = not self.inputs.keys().isdisjoint(READ_ONCE)
+            joined["attentions"] = join_attentions([out.attentions for out in self.outputs], past_length, reads_images)
         if first.get("router_logits") is not None:
             layers, rows = zip(*(output.router_logits for output in self.outputs)), self.embeds_run[0].shape[0]
             joined["router_logits"] = tuple(join_tokens(layer, rows) for layer in layers)
         if first.get("cross_attentions") is not None:
-            layers = zip(*(output.cross_attentions for output in self.outputs))
-            joined["cross_attentions"] = tuple(torch.cat(layer, dim=2) for layer in layers)
+            layers = zip_longest(*(output.cross_attentions for output in self.outputs))
+            joined["cross_attentions"] = tuple(self.join_maps_beside(layer) for layer in layers)
         return type(first)(**joined)

@@ -668,3 +668,14 @@ def test_a_model_that_cannot_hide_says_why(model_type, monkeypatch):
     monkeypatch.setattr(found.model.config, "answer_sees", "thoughts")
     with pytest.raises(ValueError, match=REFUSED[model_type]):
         found.model(**found.inputs())
+
+
+@pytest.mark.parametrize("text", ["gpt2", "bart"])
+def test_maps_of_what_is_read_beside_the_text_are_zero_behind_the_last_latent(text):
+    model = tiny_model(text, image_fusion="cross_attention", answer_sees="no_image")
+    model.get_decoder().set_attn_implementation("eager")
+    batch = batch_of(model, alike_rows(model.config), padding="right")
+    last = int((batch["input_ids"][0] == model.config.latent_token_id).nonzero().max())
+    for layer in model(**batch, output_attentions=True).cross_attentions:
+        assert layer.shape[2] == batch["input_ids"].shape[1]
+        assert (layer[:, :, : last + 1].sum(dim=-1) > 0.99).all() and not layer[:, :, last + 1 :].any()
