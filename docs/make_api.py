@@ -32,6 +32,7 @@ documented in that library.
 METHODS = ("forward", "generate", "prefill", "save_pretrained", "apply_chat_template")
 METHODS += ("decode_answers", "encode_images", "encode_prompt")
 METHODS += ("get_image_features", "stage_at", "last_stage", "plan", "num_latents", "stage", "prompts", "evaluate")
+METHODS += ("image_features", "answer_states", "build", "encode", "given", "loss", "check", "plans", "read", "load")
 METHODS += ("save_model", "create_model_card", "push_to_hub", "with_count", "answer", "choose")
 # What users import from modules, beside the names of the package itself; a test compares it with the pages.
 MODULES = {
@@ -41,6 +42,9 @@ MODULES = {
     "data.tokenizer": ("train_tokenizer",),
     "arguments.fields": ("RunArguments",),
     "arguments.recipes": ("parse_recipe",),
+    "views_mmcoconut": ("ThoughtView",),
+    "objectives.base": ("Objective", "Run", "RowsOfBatch", "mean_by_row"),
+    "objectives.step_decoder": ("StepDecoder",),
     "objectives.rewards": ("exact_match_reward", "format_reward", "judged_text", "ModelReward"),
     "evaluation.answering": ("load_checkpoint", "Answerer"),
     "audit.interventions": ("intervening",),

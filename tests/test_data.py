@@ -322,7 +322,7 @@ def test_exif_orientation_is_applied(orientation):
 
 
 def test_sizes_are_read_without_decoding_and_what_cannot_be_read_is_named(monkeypatch):
-    whole, cut = encoded(noise(40, 30)), encoded(noise())[:1000]
+    whole, cut = encoded(noise(40, 30), "JPEG"), encoded(noise(), "JPEG")[:1000]
     with monkeypatch.context() as patched:
         patched.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
         assert image_sizes(row_of(whole, whole)) == ((40, 30), (40, 30))

@@ -133,7 +133,10 @@ def scratch(tmp_path_factory):
     with contextlib.chdir(folder):
         for recipe in ("quickstart", "gpt2_clip_add_llava"):
             train_hf.main([f"recipes/{recipe}.yaml", *TINY])
-    (folder / "outputs/quickstart-smoke").rename(folder / "outputs/quickstart")
+        steps = ["--objectives.step_decoder", "1.0", "--output_dir", "outputs/steps"]
+        train_hf.main(["recipes/quickstart.yaml", *steps, *TINY])
+    for name in ("quickstart", "steps"):
+        (folder / f"outputs/{name}-smoke").rename(folder / "outputs" / name)
     return folder
 
 

@@ -463,6 +463,27 @@ def test_a_rows_loss_is_the_same_alone_and_in_any_batch(name):
     assert all(loss > 0 for loss in losses(rows))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "seq2seq", "qwen2_5_vl"])
+def test_every_objective_trains_every_family_in_every_precision(family, dtype):
+    if family == "qwen2_5_vl":
+        model, processor = thinking_pair(family)
+    else:
+        model = tiny_seq2seq() if family == "seq2seq" else tiny_model(family)
+        processor = tiny_processor(model)
+    model = model.to(dtype).train()
+    chosen = [OBJECTIVES[name]() for name in OBJECTIVES if family != "seq2seq" or name != "image_alignment"]
+    batch = batch_of(model, chosen, mazes(2), stage=2, processor=processor)
+    attached = attach(model, chosen, processor)
+    pixels = {name: value.to(dtype) for name, value in batch.items() if name == "pixel_values"}
+    losses = model(**{**batch, **pixels}).objective_losses
+    assert losses.keys() == {objective.name for objective in chosen}
+    for name, loss in losses.items():
+        assert loss.shape == (2,) and (loss > 0).all() and loss.isfinite().all(), name
+    sum(losses.values()).sum().backward()
+    assert all(weight.grad.isfinite().all() for weight in attached.parameters())
+
+
 @pytest.mark.parametrize("name", sorted(OBJECTIVES))
 def test_an_objective_says_what_it_is(name):
     objective = OBJECTIVES[name]

@@ -264,7 +264,7 @@ def _example(maze: Maze, hops: int, *, cell_size: int, helper_image: bool, row_i
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
     """The options for `num_rows` rows a split; no file is written, for the data set has none."""
-    return {"num_rows": num_rows, "seed": seed}
+    return {"num_rows": num_rows, "seed": seed, "helper_image": True}
 
 
 def load(

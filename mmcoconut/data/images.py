@@ -79,6 +79,8 @@ def _size_of(source: BinaryIO, where: str) -> tuple[int, int]:
 def image_sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """Width and height in pixels of each picture of a row, upright, out of the heads of their files.
 
+    Only a PNG is decoded, which may say behind its pixels how it is turned.
+
     Raises:
         UnreadableImageError: as `open_images`.
     """

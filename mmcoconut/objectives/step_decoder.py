@@ -87,8 +87,8 @@ class StepDecoder(Objective):
     >>> _ = nn.init.zeros_(objective.decoder.embed_tokens.weight)  # so all of 9 tokens and the end are equally likely
     >>> view = ThoughtView(*[None] * 7, step=torch.tensor([[0]]), place=torch.tensor([[0]]))
     >>> view.thoughts = torch.ones(1, 1, 4)
-    >>> objective.loss(view, {"targets": torch.tensor([[[3, 5, END]]])}, None).tolist()  # log 10
-    [2.3025851249694824]
+    >>> objective.loss(view, {"targets": torch.tensor([[[3, 5, END]]])}, None).detach()  # log 10
+    tensor([2.3026])
     """
 
     name: ClassVar[str] = "step_decoder"
@@ -118,8 +118,8 @@ class StepDecoder(Objective):
         return self.decoder.embed_tokens.num_embeddings - 1
 
     def build(self, model: nn.Module) -> None:
-        embeddings = model.get_input_embeddings()
-        self.make(model.config.get_text_config().hidden_size, embeddings.num_embeddings).to(embeddings.weight.device)
+        config = model.config.get_text_config()
+        self.make(config.hidden_size, config.vocab_size)
 
     def make(self, hidden_size: int, vocab_size: int) -> "StepDecoder":
         """Make the decoder for thoughts of hidden_size and a vocabulary, with weights that are the same each time."""
