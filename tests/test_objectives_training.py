@@ -217,11 +217,14 @@ def test_run_with_other_objectives_is_not_resumed(options, folder, both):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("read", ["state", "target"])
-def test_a_run_with_every_objective_resumes_and_leaves_the_decoder_of_steps(read, folder):
+@pytest.mark.parametrize("read, adapted", [("state", False), ("target", False), ("state", True)])
+def test_a_run_with_every_objective_resumes_and_leaves_the_decoder_of_steps(read, adapted, folder):
     every = [*EVERY, *ALIGNED, read, "--log_gradient_cosine", "--save_strategy", "steps", "--save_steps", "4"]
-    results = run(folder, f"every {read}", *every)
-    whole, stopped = folder / f"every {read}", folder / f"every {read} stopped"
+    if adapted:
+        pytest.importorskip("peft")
+        every += ["--lora.r", "4"]
+    whole, stopped = folder / f"every {read} {adapted}", folder / f"every {read} {adapted} stopped"
+    results = run(folder, whole.name, *every)
     names = ("step_tokens", "step_decoder", "self_distillation", "guess", "image_alignment")
     assert {f"{name}_loss" for name in names} < results["stages"][-1].keys()
     latest = [record for record in history(whole) if "loss" in record][-1]
