@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/, made from the CSV files in results/.
+"""The tables of README.md and docs/, made from the CSV files and the comparisons in results/.
 
     python benchmarks/tables.py [--check]
 
@@ -9,12 +9,21 @@ A table stands between two comments, of which the first says what it shows:
 
 rows: what names a line. Either pivot and value: a column for each value of the one, filled with the other; or show:
 columns of the file as they are. where=key:value keeps the lines with that value.
+
+A comparison is `compare.json`, as `train_hf.py --compare` writes it. Its table has a line a variant and the columns of
+COLUMNS that show names, of each folder that `in` names, with what the column's head calls it:
+
+    <!-- table: compare.json in=mazes:objectives_mazes,graphs:objectives_graphs show=accuracy,passes -->
 """
 
 import argparse
 import csv
+import json
 import re
 from pathlib import Path
+
+from mmcoconut.statistics import percent
+from mmcoconut.tables import counted
 
 
 HERE = Path(__file__).parent
@@ -51,12 +60,49 @@ def table_of(file: Path, *, rows: str, pivot: str = "", value: str = "", show: s
     return "\n".join(text) + "\n"
 
 
+def percent_of(share: float | None) -> str:
+    return "–" if share is None else percent(share)
+
+
+# Of a record of compare.json: what its column says.
+COLUMNS = {
+    "accuracy": lambda record: percent_of(record["accuracy"]["mean"]),
+    "seeds": lambda record: " / ".join(f"{100 * each:.1f}" for each in record["accuracy_by_seed"].values()),
+    "tokens": lambda record: f"{record['generated_tokens']:.1f}",
+    "passes": lambda record: f"{record['decoder_passes']:.1f}",
+    "thoughts": lambda record: counted(record["verdicts"] or ["–"]),
+    "alone": lambda record: percent_of((record["necessity"] or {}).get("accuracy")),
+    "probe": lambda record: percent_of(record["probe_accuracy"]),
+}
+HEADS = {"accuracy": "accuracy", "seeds": "by seed, %", "tokens": "tokens", "passes": "passes"}
+HEADS |= {"thoughts": "answer on thoughts", "alone": "thoughts alone", "probe": "probe"}
+
+
+def comparison_of(folder: Path, **options: str) -> str:
+    """A Markdown table of comparisons below a folder; see the top of this file."""
+    named = [part.partition(":")[::2] for part in options["in"].split(",")]
+    records = {
+        name: {record["mode"]: record for record in json.loads((folder / where / "compare.json").read_text())["modes"]}
+        for name, where in named
+    }
+    shown, names = options["show"].split(","), dict.fromkeys(mode for modes in records.values() for mode in modes)
+    heads = [f"{name}: {HEADS[column]}" if name else HEADS[column] for name, _ in named for column in shown]
+    lines = []
+    for mode in names:
+        cells = [
+            COLUMNS[column](modes[mode]) if mode in modes else "–" for modes in records.values() for column in shown
+        ]
+        lines.append(f"| `{mode}` | " + " | ".join(cells) + " |")
+    return "\n".join(["| | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|", *lines]) + "\n"
+
+
 def with_tables(text: str, folder: Path) -> str:
     """The text with all its tables made anew."""
 
     def made(match: re.Match) -> str:
         options = dict(option.split("=", 1) for option in match[3].split())
-        return match[1] + table_of(folder / match[2], **options) + match[4]
+        made_of = comparison_of(folder, **options) if match[2] == "compare.json" else None
+        return match[1] + (made_of or table_of(folder / match[2], **options)) + match[4]
 
     return TABLE.sub(made, text)
 

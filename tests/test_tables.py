@@ -1,5 +1,6 @@
 """Tables of the pages are those of the benchmarks' files."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,33 @@ def test_only_what_stands_between_the_comments_changes(folder):
 def test_a_column_that_is_not_there_is_named(folder):
     with pytest.raises(KeyError, match="seconds"):
         tables.table_of(folder / "bench.csv", rows="n", show="seconds")
+
+
+def test_a_comparison_has_a_line_a_variant_with_the_figures_of_each_task(tmp_path):
+    def record(mode: str, share: float, **others) -> dict:
+        found = {
+            "mode": mode,
+            "accuracy": {"mean": share},
+            "verdicts": None,
+            "necessity": None,
+            "probe_accuracy": None,
+        }
+        return {**found, **others}
+
+    audited = {"verdicts": ["depends", "depends", "cannot be told"], "necessity": {"accuracy": 0.25}}
+    files = {"a": [record("cot", 1.0), record("coconut", 0.5, **audited)], "b": [record("cot", 0.75)]}
+    for name, modes in files.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "compare.json").write_text(json.dumps({"modes": modes}))
+    text = tables.comparison_of(tmp_path, **{"in": "one:a,two:b", "show": "accuracy,alone"})
+    assert text.splitlines() == [
+        "| | one: accuracy | one: thoughts alone | two: accuracy | two: thoughts alone |",
+        "|---|---|---|---|---|",
+        "| `cot` | 100.0 % | – | 75.0 % | – |",
+        "| `coconut` | 50.0 % | 25.0 % | – | – |",
+    ]
+    shown = tables.comparison_of(tmp_path, **{"in": ":a", "show": "thoughts"}).splitlines()
+    assert shown[0] == "| | answer on thoughts |" and shown[-1] == "| `coconut` | depends (2), cannot be told (1) |"
 
 
 def test_the_pages_show_the_files_that_are_kept():
