@@ -127,6 +127,11 @@ def is_checkpointing(model: PreTrainedModel) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def takes_no_thoughts(num_columns: int) -> bool:
+    """Return True in a compiled step of one token and in `torch.export`, where passes cannot follow the ids."""
+    return torch.compiler.is_exporting() or (num_columns == 1 and torch.compiler.is_compiling())
+
+
 @contextmanager
 def not_checkpointed(layers: list[GradientCheckpointingLayer]):
     """Inside, these layers keep their activations."""

@@ -94,8 +94,8 @@ class Hiding:
     def cuts(self, num_columns: int, reads_beside: bool) -> torch.Tensor:
         """Return which of the last num_columns columns, (B, T), follow a row's last latent and begin to see less."""
         past_length = self.kinds.shape[1] - num_columns
-        behind = self.is_behind(past_length - 1, past_length + num_columns)  # (B, 1 + T)
-        begins = behind[:, 1:] & ~behind[:, :-1]  # (B, T)
+        behind = self.is_behind(past_length, past_length + num_columns)  # (B, T)
+        begins = behind & ~nn.functional.pad(behind, (1, -1), value=True)  # not in the first, where a pass begins
         return begins if reads_beside else begins & self.hidden.any(dim=1, keepdim=True)
 
     def mask_of(self, attention_mask: torch.Tensor | None, start: int, end: int) -> torch.Tensor:

@@ -32,6 +32,7 @@ from .compat_mmcoconut import (
     slice_columns,
     takes_arguments_of,
     takes_cache_by_either_name,
+    takes_no_thoughts,
 )
 from .configuration_mmcoconut import (
     READ_BY_CROSS_ATTENTION,
@@ -42,11 +43,7 @@ from .configuration_mmcoconut import (
 from .passes_mmcoconut import masks_of_call
 from .prompt_images_mmcoconut import PromptImagesGenerationMixin
 from .schedules_mmcoconut import RETURNED, MakesThoughts, check_none_missed
-from .thinking_mmcoconut import (
-    give_thoughts,
-    takes_no_thoughts,
-    thinking,
-)
+from .thinking_mmcoconut import give_thoughts, thinking
 from .views_mmcoconut import ThoughtView
 from .vision_mmcoconut import (
     IMAGE_FUSIONS,

@@ -62,6 +62,7 @@ from .compat_mmcoconut import (
     is_sharded,
     not_checkpointed,
     rename_cache,
+    takes_no_thoughts,
 )
 from .hiding_mmcoconut import ENCODER_INPUTS, Hiding, check_can_hide, hidden_in_step, numbers_by_mask
 from .passes_mmcoconut import (
@@ -239,40 +240,42 @@ class Thoughts:
         return dict(zip(("thoughts", "thought_mask"), gather_thoughts(self.inputs_embeds, self.thought_mask)))
 
     def locate(self, inputs: dict, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
-        """Find the columns of the thoughts in a call with these arguments of the decoder.
-
-        A mask (B, past + T) among them leaves out those where it is 0.
-        """
+        """Find the columns of the thoughts in a call of the decoder, whose mask leaves out those where it is 0."""
         self.sharded, given, attention_mask = is_sharded(decoder), self.latents, inputs.get("attention_mask")
         if not is_two_dimensional(attention_mask):
             attention_mask = self.row_mask
         self.latents, left_out = split_latents(self.latents, attention_mask)
-        cuts, read = torch.zeros_like(left_out), self.latents  # (B, T) each
-        if self.answer_sees != "all":
-            read, not_read = split_latents(read if self.is_given is None else read | self.is_given, attention_mask)
-            of_call = (read, left_out | not_read, self.image_mask, self.beside)
-            known = ThoughtState.of(past_key_values).hiding
-            self.hiding = Hiding.of_call(self.answer_sees, *of_call, known, length_of(past_key_values))
-            cuts = self.hiding.cuts(read.shape[1], reads_beside=inputs.get("encoder_hidden_states") is not None)
-        columns, columns_left_out, cuts, columns_read = column_lists(self.latents, left_out, cuts, read)
-        if self.hiding is not None and columns_read:
+        of_hiding = () if self.answer_sees == "all" else self.hide(inputs, attention_mask, left_out, past_key_values)
+        columns, columns_left_out, *of_hiding = column_lists(self.latents, left_out, *of_hiding)
+        self.cuts, columns_read = of_hiding or ([], [])
+        if columns_read:
             check_can_hide(decoder, self.answer_sees)
         if columns_left_out:
             self.left_out, self.attention_mask = left_out, attention_mask
         if columns or columns_left_out:
             self.state_before = ThoughtState.of(past_key_values).state_after(past_key_values)
-        if self.is_paused:
-            columns = []
-        if self.sharded and not (self.is_paused and self.hiding is None):  # where a pass may begin as with a thought
-            starts = agreed_columns(sorted({*columns, *cuts}), self.latents.shape[1], self.latents.device)
-            columns, cuts = ([], starts) if self.is_paused else (starts, [])
-        self.columns, self.cuts = columns, cuts
-        if not columns:
+        self.columns = [] if self.is_paused else columns
+        if self.sharded and (self.hiding is not None or not self.is_paused):  # else all is one pass
+            self.agree()
+        if not self.columns:
             return
         check_has_predecessor(self.latents, attention_mask, self.state_before is not None)
         self.linked = linked_thoughts(self.latents, decoder.bptt_thoughts)
         if self.noise is not None:
             self.noise = noise_by_column(self.noise, given)  # (B, T, D)
+
+    def hide(self, inputs: dict, attention_mask, left_out: torch.Tensor, past_key_values: Cache | None) -> tuple:
+        """Note what the call hides; return where rows begin to see less, and where a thought is read, (B, T) each."""
+        read, not_read = split_latents(self.thought_mask, attention_mask)  # (B, T) each
+        of_call = (read, left_out | not_read, self.image_mask, self.beside)
+        known = ThoughtState.of(past_key_values).hiding
+        self.hiding = Hiding.of_call(self.answer_sees, *of_call, known, length_of(past_key_values))
+        return self.hiding.cuts(read.shape[1], reads_beside=inputs.get(ENCODER_INPUTS[0]) is not None), read
+
+    def agree(self) -> None:
+        """Let all processes begin passes in the same columns, at a cut as at a latent that no row has."""
+        starts = agreed_columns(sorted({*self.columns, *self.cuts}), self.latents.shape[1], self.latents.device)
+        self.columns, self.cuts = ([], starts) if self.is_paused else (starts, [])
 
 
 @contextmanager
@@ -286,11 +289,6 @@ def thinking(thoughts: Thoughts) -> Iterator[Thoughts]:
 
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
-def takes_no_thoughts(num_columns: int) -> bool:
-    """Return True in a compiled step of one token and in `torch.export`, where passes cannot follow the ids."""
-    return torch.compiler.is_exporting() or (num_columns == 1 and torch.compiler.is_compiling())
-
-
 class ThinkingDecoder(PutInFront):
     """What `give_thoughts` puts in front of a decoder's class: outside `thinking`, `forward` is the decoder's own.
 
@@ -375,15 +373,7 @@ class ThinkingDecoder(PutInFront):
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 0  # Gemma 4's decoder would leave out the columns before
         passes = Passes(self.pass_runner(thoughts), past_key_values, inputs, keeps_cache=keeps_cache)
-        passes.hiding, mask = thoughts.hiding, inputs.get("attention_mask")
-        is_cut = past_key_values is not None and (thoughts.columns or thoughts.hiding is not None)
-        if is_cut and not is_two_dimensional(mask) and mask is not None:
-            make = partial(self.masks_of_pass, None)
-            passes.masks = PreparedMasks(mask, past_key_values, passes.length, make, thoughts.hiding)
-            passes.safe_ends = passes.masks.safe_ends(thoughts.latents)
-        elif thoughts.hiding is not None and numbers_by_mask(self) and inputs.get("position_ids") is None:
-            whole = torch.ones_like(thoughts.hiding.kinds) if mask is None else mask  # without what is hidden
-            inputs["position_ids"] = positions_from_mask(whole, passes.length)  # (B, T)
+        self.hide(passes, thoughts)
         makes_maps = inputs.get("output_attentions") or self.config.output_attentions  # which have an axis of columns
         passes.may_move = not (thoughts.sharded or makes_maps or passes.masks) and self.sees_all_columns
         schedule = thoughts.schedule if thoughts.columns else think
@@ -396,6 +386,17 @@ class ThinkingDecoder(PutInFront):
         if keeps_cache:
             remember(past_key_values, thoughts, outputs.last_hidden_state[:, -1], inputs)
         return outputs
+
+    def hide(self, passes: Passes, thoughts: Thoughts) -> None:
+        """Say in passes what they hide, and how masks that a model around made for all columns are cut for them."""
+        inputs, hiding, passes.hiding = passes.inputs, thoughts.hiding, thoughts.hiding
+        mask, is_cut = inputs.get("attention_mask"), bool(thoughts.columns) or hiding is not None
+        if is_cut and passes.cache is not None and mask is not None and not is_two_dimensional(mask):
+            passes.masks = PreparedMasks(mask, passes.cache, passes.length, partial(self.masks_of_pass, None), hiding)
+            passes.safe_ends = passes.masks.safe_ends(thoughts.latents)
+        elif hiding is not None and numbers_by_mask(self) and inputs.get("position_ids") is None:
+            whole = torch.ones_like(hiding.kinds) if mask is None else mask  # without what is hidden
+            inputs["position_ids"] = positions_from_mask(whole, passes.length)  # (B, T)
 
     @cached_property
     def sees_all_columns(self) -> bool:

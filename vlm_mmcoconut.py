@@ -27,12 +27,12 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .compat_mmcoconut import CACHE, PutInFront, in_front, rename_cache, takes_arguments_of
+from .compat_mmcoconut import CACHE, PutInFront, in_front, rename_cache, takes_arguments_of, takes_no_thoughts
 from .configuration_mmcoconut import VERSION, check_thought_fields
 from .generation_mmcoconut import ThinkingGenerationMixin
 from .passes_mmcoconut import READ_ONCE, is_two_dimensional, with_mask_of_left_out
 from .schedules_mmcoconut import RETURNED, MakesThoughts, check_none_missed
-from .thinking_mmcoconut import give_thoughts, takes_no_thoughts, thinking
+from .thinking_mmcoconut import give_thoughts, thinking
 
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModel")

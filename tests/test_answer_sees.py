@@ -483,6 +483,19 @@ def test_steps_that_a_user_compiled_hide_too(monkeypatch, text, sees):
     assert_generates_as_without_cache(model, batch)
 
 
+@pytest.mark.parametrize("sees", SEES)
+def test_a_latent_last_in_the_prompt_is_no_thought_of_the_next_call_of_several_processes(monkeypatch, sees):
+    """Where passes must begin in the same columns everywhere, a step behind it still begins as a step."""
+    model = tiny_model("gpt2", seed=4, answer_sees=sees)
+    batch = batch_of(model, [[model.config.image_token_id] * 4 + [*words(4, 1), model.config.latent_token_id]])
+    expected = generate(model, batch)
+    monkeypatch.setattr(thinking_mmcoconut, "is_sharded", lambda decoder: True)
+    monkeypatch.setattr(thinking_mmcoconut, "agreed_columns", lambda columns, num_columns, device: columns)
+    found = generate(model, batch)
+    for one, other in zip(found.logits, expected.logits):
+        assert max_difference(one, other) <= TOLERANCE
+
+
 def run_over(model, cache, ids: torch.Tensor, start: int) -> torch.Tensor:
     """Return logits (1, t, V) of text alone at positions from start on, over a cache."""
     positions = torch.arange(start, start + ids.shape[1])[None]
