@@ -10,6 +10,7 @@ from transformers.generation import GenerationMixin, GenerationMode
 from .caches_mmcoconut import ThoughtState, chosen_cache, length_of, text_cache
 from .compat_mmcoconut import CACHE, rename_cache
 from .configuration_mmcoconut import TOKEN_ID_FIELDS
+from .hiding_mmcoconut import check_one_turn
 from .passes_mmcoconut import is_two_dimensional, position_limit, with_mask_of_left_out
 
 
@@ -53,6 +54,7 @@ class ThinkingGenerationMixin(GenerationMixin):
         """
         rename_cache(kwargs)
         self.settle_stopping(kwargs)
+        self.check_chunks(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, *args, inputs_embeds=None, **kwargs) -> dict:
@@ -97,6 +99,23 @@ class ThinkingGenerationMixin(GenerationMixin):
             if kwargs.get(name, getattr(config, name, None)) is not None:
                 problem = f"{name} cuts the prompt in pieces, and rows of this model stop thinking by themselves"
                 raise ValueError(f"{problem}: leave it out, or pass stop_threshold=None to think at all latents.")
+
+    def check_chunks(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
+        """Raise where a prompt in chunks would hide from a turn's question what its answer alone is not to see."""
+        config = kwargs.get("generation_config") or self.generation_config
+        size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
+        if size is None or self.config.answer_sees == "all":
+            return
+        hiding = ThoughtState.of(kwargs.get(CACHE)).hiding
+        if hiding is not None and (hiding.last >= 0).any():
+            raise ValueError(
+                f"prefill_chunk_size={size} would cut a further turn in pieces, and with answer_sees="
+                f"{self.config.answer_sees!r} its question sees more than the answer before it only if its thoughts "
+                "stand in the same call: leave prefill_chunk_size out."
+            )
+        if input_ids is not None:
+            latents = input_ids == self.config.latent_token_id  # (B, T)
+            check_one_turn(latents, torch.zeros_like(latents), self.config.answer_sees)
 
     def leave_out_of_step(self, kwargs: dict) -> None:
         """Set in the arguments of a step the mask and positions behind a prefill in which latents were left out."""

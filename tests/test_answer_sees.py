@@ -569,6 +569,20 @@ def test_a_conversation_goes_on_in_generate_over_the_cache_of_the_turn_before(se
 
 
 @pytest.mark.parametrize("sees", SEES)
+def test_turns_in_chunks_are_refused_as_their_questions_would_see_less(sees):
+    model = tiny_model("qwen2", seed=4, answer_sees=sees)
+    latent, row = model.config.latent_token_id, rows_of(model.config)[0]
+    first = generate(model, batch_of(model, [row]), prefill_chunk_size=4)
+    question = torch.tensor([[*words(5, 8), latent, *words(1, 3)]])
+    ids = torch.cat([first.sequences, question], dim=1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with pytest.raises(ValueError, match="prefill_chunk_size=2 would cut a further turn"):
+        generate(model, batch, past_key_values=first.past_key_values, prefill_chunk_size=2)
+    with pytest.raises(ValueError, match="Row 0 of the batch has text between its latents"):
+        generate(model, batch, prefill_chunk_size=5)
+
+
+@pytest.mark.parametrize("sees", SEES)
 def test_a_prefix_is_hidden_too(sees):
     model = tiny_model("qwen2", answer_sees=sees)
     batch = batch_of(model, [rows_of(model.config)[0]] * 2)
