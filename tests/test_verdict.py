@@ -91,7 +91,7 @@ def necessity_notes(lost: int, *, right: int = RIGHT, sees: str = "all") -> str:
     study = study_of(right, sees)
     found = necessity_of(study, outcomes_with(study, "only_thoughts", lost, 0), [])
     assert ("not trained with so little in sight" in found.sentence) == (
-        found.label == DO_NOT_SUFFICE and sees == "all"
+        found.label == DO_NOT_SUFFICE
     )
     return " ".join(found.notes)
 
@@ -100,7 +100,7 @@ def test_a_fall_says_what_is_left_and_that_the_model_never_saw_so_little():
     assert "'red' would give 20.0 %: part of what it takes is still there" in necessity_notes(200)
     assert "nothing is seen to be left" in necessity_notes(300)
     assert "`answer_sees: thoughts` in a recipe" in necessity_notes(200)
-    assert "in a recipe" not in necessity_notes(200, sees="no_image")
+    assert "`answer_sees: thoughts` in a recipe" in necessity_notes(200, sees="no_image")  # which saw the question
     assert necessity_notes(0) == ""
 
 
@@ -162,6 +162,8 @@ def test_positions_follow_this_checkpoint_and_its_controls(lost, controls, label
     for mode, number in controls.items():
         assert f"a run of mode {mode}, seed 1, has {(RIGHT - number) / 5:.1f} %" in found.sentence
     assert ("`--controls`" in found.notes[0]) == (not controls)
+    no_positions = label == WOULD_DO and lost > 4 and controls["pause"] > 4  # only `markers` is as good
+    assert found.sentence.startswith("Not even extra positions are needed:") == no_positions
 
 
 def test_positions_do_nothing_for_a_model_at_chance():

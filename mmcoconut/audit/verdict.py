@@ -168,9 +168,8 @@ def finding_of(
         empty = sum(text == "" for text in outcome.texts) / len(outcome.texts)
         left = "part of what it takes is still there" if above else "nothing is seen to be left"
         notes = [f"{chance}: {left}.", *[f"{percent(empty)} of these answers are empty."] * (empty > 0)]
-        if own == "all":
-            sentence += f". {UNUSED_TO_IT}"
-            notes.append(f"`answer_sees: {sees}` in a recipe trains a model of which it can be told.")
+        sentence += f". {UNUSED_TO_IT}"  # as where it was, the untouched run is this one
+        notes.append(f"`answer_sees: {sees}` in a recipe trains a model of which it can be told.")
     elif not above:
         notes = [f"{chance}, and accuracy is not surely above that."]
     if own in (sees, "thoughts"):
@@ -245,16 +244,20 @@ def positions_of(
     """Tell whether extra positions alone would do, by this checkpoint without feeding back and by matched controls.
 
     They would if either has an accuracy above chance that is surely less than the margin below the untouched one.
-    They would not if all controls fall, `pause` among them, which has the positions, and this checkpoint as well. Its
-    fall alone says little: it has never read the embedding that stands there now.
+    A control of mode `markers` has not even these. They would not if all controls fall, `pause` among them, which has
+    the positions, and this checkpoint as well. Its fall alone says little: it has never read the embedding that stands
+    there now.
     """
     answer, baseline = commonest_answer(study.rows, study.metric)
     here = outcomes["own_embedding"]
     trained_fail = any(control.mode == "pause" for control in controls)
     trained_fail = trained_fail and all(falls(control, margin) for control in controls)
     label, start = CANNOT_TELL, "Whether extra positions alone would do cannot be told"
-    if any(is_kept(change, margin) and above_chance(change, baseline) for change in (here, *controls)):
+    enough = [change for change in (here, *controls) if is_kept(change, margin) and above_chance(change, baseline)]
+    if any(change is here or change.mode == "pause" for change in enough):
         label, start = WOULD_DO, "Extra positions alone would do"
+    elif enough:
+        label, start = WOULD_DO, "Not even extra positions are needed"
     elif trained_fail and falls(here, margin):
         label, start = WOULD_NOT_DO, "Extra positions alone would not do"
     words = [f"with nothing fed back, {moved(here, study.untouched)}", *map(control_in_words, controls)]

@@ -140,7 +140,7 @@ def probe_accuracy(audit: dict) -> float | None:
 def audited(outcomes: list[Finished]) -> dict:
     """What the audits of a variant's runs say, by seed or as means; None where none says it."""
     audits = [outcome.audit for outcome in outcomes if outcome.audit is not None]
-    findings = [found for audit in audits if (found := necessity_of(audit)) is not None]
+    findings = [audit["necessity"] for audit in audits if "necessity" in audit]
     accuracy = mean_known((found.get("accuracy") or {}).get("mean") for found in findings)
     return {
         "verdicts": [audit["verdict"]["label"] for audit in audits] or None,
@@ -148,11 +148,6 @@ def audited(outcomes: list[Finished]) -> dict:
         "positions": [audit["positions"]["label"] for audit in audits if "positions" in audit] or None,
         "probe_accuracy": mean_known(map(probe_accuracy, audits)),
     }
-
-
-def necessity_of(audit: dict) -> dict | None:
-    """What an audit says of answers that see the thoughts alone."""
-    return audit.get("necessity")
 
 
 def mode_record(outcomes: list[Finished], baseline: list[Finished] | None) -> dict:
@@ -249,7 +244,8 @@ def audit_notes(summary: dict) -> list[str]:
         return []
     return [
         f"Audits of {AUDITED_ROWS} rows or fewer a run. Whether the answer depends on the thoughts is told by giving "
-        "rows the thoughts of others. Thoughts alone: the accuracy where the answer sees nothing else. Probe: what a "
+        "rows the thoughts of others. Thoughts alone: the accuracy where the answer sees nothing else, on which a model "
+        "that was not trained so (`answer_sees: thoughts`) may fail for that reason only. Probe: what a "
         "linear classifier reads in a thought on held-out rows, of the written step or answer that it reads best; the "
         "mean over thoughts. "
         "Modes that feed back no thought are not audited."

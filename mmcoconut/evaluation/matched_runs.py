@@ -308,8 +308,8 @@ class Runner:
         waiting = [run for run in runs if not run.is_finished]
         self.num_runs, self.num_done = len(runs), len(runs) - len(waiting)
         with terminated_as_interrupted(), ThreadPoolExecutor(self.jobs) as pool:
-            started = {run: pool.submit(self.attempt, run) for run in waiting}
             try:
+                started = {run: pool.submit(self.attempt, run) for run in waiting}
                 return {run: status for run, future in started.items() if (status := future.result()) != 0}
             except BaseException:
                 self.end()
