@@ -267,6 +267,25 @@ def test_passes_of_parallel_thoughts_are_counted_as_they_are_made(loaded, rows, 
     assert [answer["decoder_passes"] for answer in answers] == [calls]
 
 
+@pytest.mark.parametrize("sees", ["no_image", "thoughts"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"thought_mode": "pause"}, {"thought_schedule": "jacobi", "jacobi_iterations": 2}], ids=str
+)
+def test_what_sees_less_takes_a_pass_of_its_own(loaded, rows, monkeypatch, changed, sees):
+    model, processor = loaded
+    for name, value in {**changed, "answer_sees": sees}.items():
+        monkeypatch.setattr(model.config, name, value)
+    row = {**rows[0], "choices": ["red", "yellow"]}
+    for markers, begin_with in (("both", ""), ("start", ""), ("start", "###")):
+        monkeypatch.setattr(processor, "markers", markers)
+        for asked in (row, {**row, "images": []}):
+            answerer = Answerer(model, processor, max_new_tokens=4, begin_with=begin_with)
+            for ask in (answerer.answer, partial(answerer.choose, per_token=False)):
+                answers = []
+                calls = decoder_calls(model, lambda ask=ask, asked=asked, found=answers: found.extend(ask([asked])))
+                assert [answer["decoder_passes"] for answer in answers] == [calls], (markers, begin_with, ask)
+
+
 def test_choosing_takes_one_pass_after_the_thoughts(loaded, rows):
     answerer = Answerer(*loaded)
     row, answers = {**rows[0], "choices": ["red", "yellow"]}, []

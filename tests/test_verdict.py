@@ -90,9 +90,7 @@ def test_sight_of_the_image_follows_size_and_certainty(right, lost, gained, labe
 def necessity_notes(lost: int, *, right: int = RIGHT, sees: str = "all") -> str:
     study = study_of(right, sees)
     found = necessity_of(study, outcomes_with(study, "only_thoughts", lost, 0), [])
-    assert ("not trained with so little in sight" in found.sentence) == (
-        found.label == DO_NOT_SUFFICE
-    )
+    assert ("not trained with so little in sight" in found.sentence) == (found.label == DO_NOT_SUFFICE)
     return " ".join(found.notes)
 
 

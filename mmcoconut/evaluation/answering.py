@@ -121,16 +121,18 @@ class Answerer:
         prompt = self.processor.encode_prompt(question_text(row), history=history_of(row), **layout)
         return len(self.processor.split_prompt(prompt)[1])
 
-    def decoder_passes(self, generated_tokens: int, num_thoughts: int) -> int:
+    def decoder_passes(self, row: Mapping, generated_tokens: int, num_thoughts: int) -> int:
         """Calls of the decoder, one after the other, that a row's answer needs: one a token, and one a thought, those
         of its earlier turns included, or, where thoughts are updated together, one an update and one for the text
-        before them."""
+        before them; and one for what stands behind the last thought, where that sees less."""
         config, fed_back = self.model.config, num_thoughts
         if config.thought_mode != "feedback":
             fed_back = 0
         elif config.thought_schedule == "jacobi" and fed_back > 1:
             fed_back = 1 + min(config.jacobi_iterations, fed_back)
-        return fed_back + max(1, generated_tokens)
+        hides = config.answer_sees == "thoughts" or (config.answer_sees == "no_image" and len(row["images"]) > 0)
+        is_behind = generated_tokens == 0 or self.processor.markers == "both" or self.begin_with != ""
+        return fed_back + max(1, generated_tokens) + (hides and is_behind and num_thoughts > 0)
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Mapping]) -> list[dict]:
@@ -154,9 +156,9 @@ class Answerer:
                 "answer": parse_answer(text),
                 "generated_tokens": count,
                 "num_thoughts": thoughts,
-                "decoder_passes": self.decoder_passes(count, thoughts),
+                "decoder_passes": self.decoder_passes(row, count, thoughts),
             }
-            for text, count, thoughts in zip(texts, counts, num_thoughts.tolist())
+            for row, text, count, thoughts in zip(rows, texts, counts, num_thoughts.tolist())
         ]
 
     @torch.no_grad()
@@ -205,8 +207,8 @@ class Answerer:
                     "output": f"### {best}",
                     "answer": best,
                     "generated_tokens": 0,
-                    "num_thoughts": self.num_latents * (1 + len(history_of(row))),
-                    "decoder_passes": self.decoder_passes(0, self.num_latents * (1 + len(history_of(row)))),
+                    "num_thoughts": (num_thoughts := self.num_latents * (1 + len(history_of(row)))),
+                    "decoder_passes": self.decoder_passes(row, 0, num_thoughts),
                     "log_probs": scores,
                 }
             )
