@@ -1,7 +1,8 @@
 """Matched controls of an audited checkpoint: runs trained with markers or idle positions in the place of thoughts.
 
-A run is matched if it made as many updates on the same data; it is read from what `mmcoconut.evaluation` wrote about
-it, and paired with the audited rows one by one.
+A run is read from what `mmcoconut.evaluation` wrote about it, and paired with the audited rows one by one. That it was
+asked the same and made as many updates is checked; that the rest of its recipe is the same, as within a comparison, is
+left to who names it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

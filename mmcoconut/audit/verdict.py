@@ -193,7 +193,7 @@ def necessity_of(
     whether = "Whether the thoughts carry the answer"
     if "only_thoughts" not in outcomes:
         return Finding(CANNOT_TELL, f"{whether} cannot be told: {reason_of('only_thoughts', not_run)}.", [])
-    return finding_of(
+    found = finding_of(
         study,
         outcomes["only_thoughts"],
         labels=(CARRY, DO_NOT_SUFFICE),
@@ -201,6 +201,12 @@ def necessity_of(
         sees="thoughts",
         margin=margin,
     )
+    if found.label == CARRY:
+        found.notes.append(
+            "The columns of the thoughts look at question and image themselves: whether it matters what is fed back to "
+            "them, the verdict tells."
+        )
+    return found
 
 
 def image_finding(
