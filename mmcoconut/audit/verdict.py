@@ -203,8 +203,8 @@ def necessity_of(
     )
     if found.label == CARRY:
         found.notes.append(
-            "The columns of the thoughts look at question and image themselves: whether it matters what is fed back to "
-            "them, the verdict tells."
+            "The columns of the thoughts look at question and image themselves: whether it matters what is fed back "
+            "to them, the verdict tells."
         )
     return found
 
