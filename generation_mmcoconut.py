@@ -102,20 +102,18 @@ class ThinkingGenerationMixin(GenerationMixin):
 
     def check_chunks(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         """Raise where a prompt in chunks would hide from a turn's question what its answer alone is not to see."""
-        config = kwargs.get("generation_config") or self.generation_config
-        size = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
-        if size is None or self.config.answer_sees == "all":
+        config, sees = kwargs.get("generation_config") or self.generation_config, self.config.answer_sees
+        if sees == "all" or kwargs.get("prefill_chunk_size", config.prefill_chunk_size) is None:
             return
         hiding = ThoughtState.of(kwargs.get(CACHE)).hiding
         if hiding is not None and (hiding.last >= 0).any():
             raise ValueError(
-                f"prefill_chunk_size={size} would cut a further turn in pieces, and with answer_sees="
-                f"{self.config.answer_sees!r} its question sees more than the answer before it only if its thoughts "
-                "stand in the same call: leave prefill_chunk_size out."
+                "prefill_chunk_size would cut a further turn's question off its thoughts, and with answer_sees="
+                f"{sees!r} it would see as little as the answer before it: leave prefill_chunk_size out."
             )
         if input_ids is not None:
             latents = input_ids == self.config.latent_token_id  # (B, T)
-            check_one_turn(latents, torch.zeros_like(latents), self.config.answer_sees)
+            check_one_turn(latents, torch.zeros_like(latents), sees)
 
     def leave_out_of_step(self, kwargs: dict) -> None:
         """Set in the arguments of a step the mask and positions behind a prefill in which latents were left out."""

@@ -576,7 +576,7 @@ def test_turns_in_chunks_are_refused_as_their_questions_would_see_less(sees):
     question = torch.tensor([[*words(5, 8), latent, *words(1, 3)]])
     ids = torch.cat([first.sequences, question], dim=1)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with pytest.raises(ValueError, match="prefill_chunk_size=2 would cut a further turn"):
+    with pytest.raises(ValueError, match="prefill_chunk_size would cut a further turn's question off"):
         generate(model, batch, past_key_values=first.past_key_values, prefill_chunk_size=2)
     with pytest.raises(ValueError, match="Row 0 of the batch has text between its latents"):
         generate(model, batch, prefill_chunk_size=5)
