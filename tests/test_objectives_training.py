@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 import train_hf
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.data import Example, to_dataset
-from mmcoconut.errors import RecipeError
+from mmcoconut.errors import RecipeError, UsageError, run_command
 from mmcoconut.hub.uploads import copy_model
 from mmcoconut.models import load_model
 from mmcoconut.objectives.attach import INPUTS, LOSSES, Objectives, attach, attached_to, load_weights, own_weights
@@ -548,11 +548,11 @@ def dataset_of(*steps: list[str]):
 
 def test_rows_without_what_an_objective_needs_are_refused_by_the_first(caplog):
     check_objectives(dataset_of([], ["red"]), [StepTokens()])
-    with pytest.raises(ValueError, match=r"json row 0, field 'steps': found none, and objectives.step_tokens needs"):
+    with pytest.raises(UsageError, match=r"json row 0, field 'steps': found none, and objectives.step_tokens needs"):
         check_objectives(dataset_of([], []), [StepTokens()])
     boxed = type("Boxed", (Guess,), {"fields": ("boxes",)})()
     rows = dataset_of(["red"], ["red"])
-    with pytest.raises(ValueError, match=r"row 0, field 'boxes': found none, .* \(none of 2 rows has it\): take a"):
+    with pytest.raises(UsageError, match=r"row 0, field 'boxes': found none, .* \(none of 2 rows has it\): take a"):
         check_objectives(rows, [boxed])
     check_objectives(rows.add_column("boxes", [[1], [2]]), [boxed])
     with caplog.at_level("INFO", logger="mmcoconut"):
@@ -561,6 +561,15 @@ def test_rows_without_what_an_objective_needs_are_refused_by_the_first(caplog):
     picky = type("Picky", (Guess,), {"check": lambda self, row: 1 / 0})()
     with pytest.raises(ZeroDivisionError):
         check_objectives(rows, [picky])
+
+
+def test_what_an_objective_refuses_of_a_row_is_said_without_a_traceback():
+    def refuse(self, row):
+        raise ValueError(f"{row['row_id']}: too short")
+
+    picky = type("Picky", (Guess,), {"check": refuse})()
+    with pytest.raises(SystemExit, match="train.json row 0: too short"):
+        run_command(lambda: check_objectives(dataset_of(["red"]), [picky]))
 
 
 def test_rows_are_measured_as_objectives_lay_them_out():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from test_train import ROOT, TINY, losses
 
 import train_hf
+from mmcoconut.errors import UsageError
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.records import write_json
 from mmcoconut.training.checkpoints import checkpoints_of, choose_checkpoint, damage, newest_whole, rotate
@@ -96,7 +97,7 @@ def test_checkpoint_with_any_file_removed_or_cut_is_passed_over(stopped, way, ca
         else:
             assert choose_checkpoint(stopped, True) == stopped / "checkpoint-6"
             assert "checkpoint-8: " in messages(caplog) and name in messages(caplog)
-            with pytest.raises(ValueError, match=rf"checkpoint-8 cannot be resumed from: .*{name}.*checkpoint-6"):
+            with pytest.raises(UsageError, match=rf"checkpoint-8 cannot be resumed from: .*{name}.*checkpoint-6"):
                 choose_checkpoint(stopped, str(newest))
         (newest / name).write_bytes(files[name])
     (newest / "course.json").unlink()
@@ -196,14 +197,14 @@ CHANGED = {
 def test_another_course_is_refused_with_both_values_and_overwrites_nothing(name, stopped):
     options, message = CHANGED[name]
     before = contents(stopped)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         run(stopped, *RESUMED, *options)
     assert "Set them as the checkpoint has them, or start another run from its weights: --model" in str(error.value)
     assert contents(stopped) == before
 
 
 def test_all_differences_are_said_at_once(stopped):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UsageError) as error:
         run(stopped, *RESUMED, "--learning_rate", "1e-3", "--mode", "cot", "--weight_decay", "0.1")
     assert all(f"- {key}: " in str(error.value) for key in ("learning_rate", "mode", "weight_decay"))
 
@@ -236,9 +237,9 @@ def test_checkpoint_of_an_earlier_version_is_compared_with_the_recipe_in_its_fol
     for checkpoint in checkpoints_of(stopped):
         (checkpoint / "course.json").unlink()
     before = contents(stopped)
-    with pytest.raises(ValueError, match="learning_rate: 0.003 in the checkpoint, 0.001 now"):
+    with pytest.raises(UsageError, match="learning_rate: 0.003 in the checkpoint, 0.001 now"):
         run(stopped, *RESUMED, "--learning_rate", "1e-3")
-    with pytest.raises(ValueError, match="max_train_samples: not set in the checkpoint, 40 now"):
+    with pytest.raises(UsageError, match="max_train_samples: not set in the checkpoint, 40 now"):
         run(stopped, *RESUMED, "--max_train_samples", "40")
     assert contents(stopped) == before
     run(stopped, *RESUMED)
@@ -255,7 +256,7 @@ def test_callback_refuses_a_checkpoint_that_counted_other_epochs(stopped):
     for checkpoint in checkpoints_of(stopped):
         (checkpoint / "course.json").unlink()
     (stopped / "recipe.yaml").unlink()
-    with pytest.raises(ValueError, match="after 8 updates, in its run 1.333 epochs, .* 3 updates per epoch 2.667"):
+    with pytest.raises(UsageError, match="after 8 updates, in its run 1.333 epochs, .* 3 updates per epoch 2.667"):
         run(stopped, *RESUMED, "--gradient_accumulation_steps", "2")
 
 
@@ -273,7 +274,7 @@ def test_another_tokenizer_is_refused_with_a_token_and_both_ids(stopped):
     other = MMCoconutProcessor.from_pretrained(stopped / "checkpoint-8").tokenizer
     other.add_tokens(["another"])
     message = f"of .*checkpoint-8 in 1 tokens, such as 'another', which has id None there and {len(other) - 1} now"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         train_hf.check_tokenizer(stopped / "checkpoint-8", other)
 
 
@@ -295,7 +296,7 @@ def test_finished_run_of_max_steps_keeps_its_last_stage(whole):
     ],
 )
 def test_adapter_of_other_settings_is_refused_with_both(options, message, adapted):
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         run(adapted, "--lora.r", "4", *RESUMED, *options)
     assert "--model" not in str(error.value)  # an adapter alone is nothing to start from
 
@@ -309,12 +310,12 @@ def adapted(whole):
 
 def test_overwriting_deletes_nothing_before_the_new_run_is_checked(stopped):
     before = contents(stopped)
-    with pytest.raises(ValueError, match="no sub-module 'vision_towr'"):
+    with pytest.raises(UsageError, match="no sub-module 'vision_towr'"):
         run(stopped, "--overwrite", "true", "--freeze", "vision_towr")
-    with pytest.raises(ValueError, match="the earlier run is resumed, not deleted"):
+    with pytest.raises(UsageError, match="the earlier run is resumed, not deleted"):
         run(stopped, "--overwrite", "true", *RESUMED)
     scratch = ["--vision_config", "null", "--text_config", "null", "--tokenizer", "null"]
-    with pytest.raises(ValueError, match="--overwrite would delete .*checkpoint-8, which `model` reads"):
+    with pytest.raises(UsageError, match="--overwrite would delete .*checkpoint-8, which `model` reads"):
         run(stopped, "--overwrite", "true", "--model", str(stopped / "checkpoint-8"), *scratch)
     assert contents(stopped) == before
 
@@ -323,7 +324,7 @@ def test_run_killed_before_its_first_checkpoint_is_told_to_start_anew(stopped):
     for checkpoint in checkpoints_of(stopped):
         (checkpoint / "scheduler.pt").unlink()
     message = r"no checkpoint to resume from(\n.*scheduler.pt is missing){3}\n.*--overwrite"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         run(stopped, *RESUMED)
 
 

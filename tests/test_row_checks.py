@@ -10,6 +10,7 @@ from mmcoconut.chat_template_mmcoconut import parse_answer
 from mmcoconut.data import Example, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.data.scoring import REFERENCES
+from mmcoconut.errors import UsageError
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.training.collator import CurriculumCollator, encode_target
 from mmcoconut.training.curriculum import Curriculum
@@ -53,7 +54,7 @@ def test_a_row_that_is_too_long_at_any_stage_is_refused_with_both_numbers(curric
     check_lengths(rows, made, room=room)
     made.max_length = longest - 1
     message = f"train.json row [01]: {form} takes {longest} tokens, .* has {longest - 1} positions: shorten .* fewer"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         check_lengths(rows, made, room=room)
 
 
@@ -62,7 +63,7 @@ def test_pictures_are_not_decoded_to_measure_rows_whose_tiles_do_not_depend_on_t
     made = collator(processor, max_length=40)
     check_lengths(to_dataset([row(images=broken[:1])]), made)
     made.max_length = made.longest(to_dataset([row(images=broken)])[0]) - 1
-    with pytest.raises(ValueError, match=f"takes {made.max_length + 1} tokens"):
+    with pytest.raises(UsageError, match=f"takes {made.max_length + 1} tokens"):
         check_lengths(to_dataset([row(images=broken)]), made)
 
 
@@ -77,7 +78,7 @@ def test_tiles_are_counted_and_only_where_the_most_of_them_would_be_too_long():
     check_lengths(to_dataset([row(images=[{"bytes": b"not decoded", "path": None}])]), made)
     made.max_length = exact
     check_lengths(rows, made)
-    with pytest.raises(ValueError, match=f"train.json row 1: the sequence of stage 0 takes {most} tokens"):
+    with pytest.raises(UsageError, match=f"train.json row 1: the sequence of stage 0 takes {most} tokens"):
         check_lengths(to_dataset([row(), row(1, images=[wide])]), made)
 
 
@@ -99,14 +100,14 @@ def test_an_answer_that_holds_the_marker_is_learnt_and_scored_whole(answer, proc
 def test_an_answer_that_begins_with_the_marker_is_refused_with_its_row(answer):
     rows = to_dataset([row(), row(1, answers=[answer])])
     message = f"train.json row 1, field 'answers': found {answer!r}, of which evaluation would find "
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UsageError, match=re.escape(message)):
         check_answers(rows, "exact_match")
 
 
 @pytest.mark.parametrize("step", ["### Look", "Look.\n#### 2", "###"])
 def test_a_step_that_would_be_read_as_the_answer_is_refused_with_its_row(step):
     rows = to_dataset([row(), row(1, steps=["Look.", step])])
-    with pytest.raises(ValueError, match=re.escape(f"train.json row 1, field 'steps': found {step!r}, and the first")):
+    with pytest.raises(UsageError, match=re.escape(f"train.json row 1, field 'steps': found {step!r}, and the first")):
         check_answers(rows, "exact_match")
 
 
@@ -118,9 +119,9 @@ def test_the_row_that_a_metric_cannot_read_is_named():
         r"train.json row 7, field 'answers': found \['seven'\], which the metric numeric_answer cannot read "
         r"\(the reference is 'seven'; give a number.*\): correct the row, leave it out, or set `metric` to another"
     )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         check_answers(rows, "numeric_answer")
-    with pytest.raises(ValueError, match="row 0, field 'answers': .* metric aokvqa_mc .* none of the choices"):
+    with pytest.raises(UsageError, match="row 0, field 'answers': .* metric aokvqa_mc .* none of the choices"):
         check_answers(rows, "aokvqa_mc")
 
 
@@ -132,7 +133,7 @@ def test_an_answer_with_space_around_it_scores_by_every_metric(metric):
 
 def test_an_answer_that_scores_nothing_is_refused(monkeypatch):
     monkeypatch.setitem(REFERENCES, "exact_match", lambda row: ["another"])
-    with pytest.raises(ValueError, match=r"row 0, field 'answers': found \['2'\], and the metric exact_match .* 0: "):
+    with pytest.raises(UsageError, match=r"row 0, field 'answers': found \['2'\], and the metric exact_match .* 0: "):
         check_answers(to_dataset([row()]), "exact_match")
 
 
@@ -143,7 +144,7 @@ def test_a_text_to_align_with_that_is_too_long_or_missing_is_refused_with_its_ro
     alignment = Alignment(align_weight=1.0, targets=("question",))
     rows = to_dataset([row(), row(1, images=[], question="red " * 40), row(2, question="red " * 40)])
     check_alignment_texts(rows, collator(processor, max_length=20))
-    with pytest.raises(ValueError, match="train.json row 2: the text .* takes 41 tokens, .* 20 positions: set align"):
+    with pytest.raises(UsageError, match="train.json row 2: the text .* takes 41 tokens, .* 20 positions: set align"):
         check_alignment_texts(rows, collator(processor, max_length=20, alignment=alignment))
-    with pytest.raises(ValueError, match="train.json row 0: nothing to align"):
+    with pytest.raises(UsageError, match="train.json row 0: nothing to align"):
         check_alignment_texts(to_dataset([row(question=" ")]), collator(processor, alignment=alignment))

@@ -49,7 +49,7 @@ from mmcoconut.audit.thoughts import (
 from mmcoconut.audit.verdict import MARGIN, image_finding, necessity_of, positions_of, verdict_of
 from mmcoconut.data import question_text
 from mmcoconut.data.scoring import default_metric
-from mmcoconut.errors import RecipeError
+from mmcoconut.errors import RecipeError, UsageError
 from mmcoconut.evaluation.answering import Answerer, load_checkpoint
 from mmcoconut.evaluation.asking import (
     EvaluationArguments,
@@ -134,9 +134,9 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     """
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if found and not overwrite:
-        raise ValueError(f"{folder} is not empty: give --overwrite true to replace an earlier audit, or another.")
+        raise UsageError(f"{folder} is not empty: give --overwrite true to replace an earlier audit, or another.")
     if found and not found & OWN_NAMES:
-        raise ValueError(f"{folder} holds {sorted(found)[0]} and no audit: give another --output_dir.")
+        raise UsageError(f"{folder} holds {sorted(found)[0]} and no audit: give another --output_dir.")
 
 
 def clear(folder: Path) -> None:
@@ -317,7 +317,7 @@ def check_start(arguments, state) -> None:
     if problems:
         raise RecipeError("command line", problems)
     if state.num_processes > 1:
-        raise ValueError(f"An audit runs in one process, not in {state.num_processes}: start it without a launcher.")
+        raise UsageError(f"An audit runs in one process, not in {state.num_processes}: start it without a launcher.")
     for part, name in (("report", "matplotlib"), ("probe", "sklearn")):
         if part in parts:
             load_extra(name)

@@ -18,6 +18,7 @@ import torch
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER
 from mmcoconut.data import history_of, question_text
 from mmcoconut.data.scoring import score
+from mmcoconut.errors import UsageError
 from mmcoconut.evaluation.answering import Answerer, image_key
 from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
@@ -42,7 +43,7 @@ def intervening(model, replace: Replace) -> Iterator[None]:
         ValueError: a model that feeds nothing back.
     """
     if model.config.thought_mode != "feedback":
-        raise ValueError(
+        raise UsageError(
             f"thought_mode is {model.config.thought_mode!r}: this checkpoint feeds no hidden state back, so it has no "
             "thoughts to intervene on. Audit a checkpoint that was trained with mode: coconut."
         )
@@ -116,7 +117,7 @@ def check_single_turns(rows: Sequence[Mapping]) -> None:
     """
     for row in rows:
         if history_of(row):
-            raise ValueError(
+            raise UsageError(
                 f"{row['row_id']}: a conversation of {1 + len(history_of(row))} turns has thoughts before each, "
                 "and interventions know those before one: set --dataset_options.max_turns 1."
             )
@@ -140,13 +141,13 @@ class Study:
         self, answerer: Answerer, rows: Sequence[Mapping], *, metric: str, batch_size: int = 32, seed: int = 0
     ):
         if len(rows) < 2:
-            raise ValueError(
+            raise UsageError(
                 f"An audit of {len(rows)} rows cannot give a row the thoughts of another: give more rows."
             )
         if answerer.model.config.stop_head and answerer.stop_threshold is not None:
-            raise ValueError("Rows of this checkpoint stop by themselves: give an Answerer(…, stop_threshold=None).")
+            raise UsageError("Rows of this checkpoint stop by themselves: give an Answerer(…, stop_threshold=None).")
         if answerer.num_latents == 0:
-            raise ValueError(
+            raise UsageError(
                 "The checkpoint has num_latents 0, so there are no thoughts to audit: pass --num_latents."
             )
         check_single_turns(rows)

@@ -5,6 +5,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, GgufConfig
 from transformers.utils import cached_file, is_gguf_available
 
+from mmcoconut.errors import UsageError
+
 
 def find_gguf(text: str | None, gguf_file: str) -> str:
     """Return the path of a GGUF file in a folder, or in a repository of the Hub, from where it is downloaded.
@@ -13,15 +15,15 @@ def find_gguf(text: str | None, gguf_file: str) -> str:
         ValueError: no folder is named; the file is not there; the package gguf is missing.
     """
     if text is None:
-        raise ValueError(f"gguf_file={gguf_file!r} is a file of a language model: name its folder or Hub id as text.")
+        raise UsageError(f"gguf_file={gguf_file!r} is a file of a language model: name its folder or Hub id as text.")
     if not is_gguf_available():
-        raise ValueError(f"gguf_file={gguf_file!r} needs the package gguf: pip install 'mmcoconut[gguf]'.")
+        raise UsageError(f"gguf_file={gguf_file!r} needs the package gguf: pip install 'mmcoconut[gguf]'.")
     try:
         return cached_file(text, gguf_file)
     except OSError as error:
         held = sorted(path.name for path in Path(text).glob("*.gguf")) if Path(text).is_dir() else []
         reason = f"it has {', '.join(held)}" if held else str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UsageError(
             f"gguf_file={gguf_file!r} is no file of the language model {text!r} ({reason}): correct one of them."
         ) from error
 

@@ -34,6 +34,7 @@ from mmcoconut.configuration_mmcoconut import (
     num_placeholders,
     settle_decoder,
 )
+from mmcoconut.errors import UsageError
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.schedules_mmcoconut import StopHead
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
@@ -63,7 +64,7 @@ DECIDED_BY_VLM = (*TOKEN_ID_FIELDS, *SHARED_FIELDS, *OF_VLM_PROJECTOR, "vision_c
 
 def check_convertible(config: PreTrainedConfig) -> None:
     if config.model_type not in VLM_FIELDS:
-        raise ValueError(
+        raise UsageError(
             f"composed_from_vlm cannot take apart a {config.model_type}, only {', '.join(VLM_FIELDS)}: take one of "
             "these, or give it thoughts in its own class with from_vlm."
         )
@@ -74,18 +75,18 @@ def check_fields(names, *, method: str, decided: tuple[str, ...] = TOKEN_ID_FIEL
     fields = [name for name in MMCoconutConfig.__dataclass_fields__ if not name.startswith("_")]
     for name in names:
         if name in decided:
-            raise ValueError(f"{method} takes no {name!r}, which follows from the parts that it joins: leave it out.")
+            raise UsageError(f"{method} takes no {name!r}, which follows from the parts that it joins: leave it out.")
         if name not in fields:
             close = difflib.get_close_matches(name, fields, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "what it takes are the fields of MMCoconutConfig."
-            raise ValueError(f"{method} takes no {name!r}: {hint}")
+            raise UsageError(f"{method} takes no {name!r}: {hint}")
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     """Return a torch dtype, given one or its name such as `bfloat16`."""
     named = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise ValueError(
+        raise UsageError(
             f"dtype={dtype!r} is not a type of weights: pass torch.bfloat16, torch.float16 or torch.float32."
         )
     return named
@@ -116,7 +117,7 @@ def load_config(name_or_path: str, part: str, **options) -> PreTrainedConfig:
             check_timm(f"The {part} {name_or_path!r}")
         return AutoConfig.from_pretrained(name_or_path, **options)
     except OSError as error:
-        raise ValueError(
+        raise UsageError(
             f"The {part} {name_or_path!r} is neither a folder that holds a config.json nor found on the Hub: give an "
             "existing folder, or a Hub id while there is a connection or a downloaded copy."
         ) from error
@@ -173,7 +174,7 @@ def load_vision_tower(name_or_path: str) -> PreTrainedModel:
     tower, info = AutoModel.from_pretrained(name_or_path, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if len(missing) > len(tower.state_dict()) // 2:  # some checkpoints lack a pooler, which is not read
-        raise ValueError(
+        raise UsageError(
             f"{name_or_path} lacks {len(missing)} of {len(tower.state_dict())} weights of {type(tower).__name__}, "
             f"{missing[0]} the first: name a checkpoint of a vision tower; a whole vision-language model is taken by "
             "from_vlm (`vlm` in a recipe)."
@@ -203,7 +204,7 @@ def check_has_tokens(vision_config: PreTrainedConfig) -> None:
     """Raise a ValueError for a tower that has no width and depth of its own, such as a convolutional network."""
     for name in ("hidden_size", "num_hidden_layers"):
         if getattr(vision_config, name, None) is None:
-            raise ValueError(
+            raise UsageError(
                 f"The vision tower {vision_config.model_type} has no {name}, so its features are no row of tokens of "
                 "one width: take a vision transformer (CLIP, SigLIP, ViT, DINOv2, …)."
             )
@@ -234,7 +235,7 @@ def start_rows(causal_lm: PreTrainedModel, new_ids, tokenizer, *, new_token_init
         ValueError: a `new_token_init` that the tokenizer lacks.
     """
     if new_token_init is not None and new_token_init not in tokenizer.get_vocab():
-        raise ValueError(
+        raise UsageError(
             f"new_token_init={new_token_init!r} is not a token of this tokenizer: name one of its tokens, or leave it "
             "out to start at the mean."
         )
@@ -255,7 +256,7 @@ def start_rows(causal_lm: PreTrainedModel, new_ids, tokenizer, *, new_token_init
 def check_has_encoder(text_config: PreTrainedConfig, image_fusion: str) -> None:
     """The fusion with a text encoder's states needs one; the library would list all encoder-decoders that it has."""
     if image_fusion == "encoder" and not text_config.is_encoder_decoder:
-        raise ValueError(
+        raise UsageError(
             f"image_fusion='encoder' needs a language model with an encoder, and {text_config.model_type} is a "
             "decoder alone: take BART, or another image_fusion."
         )
@@ -272,7 +273,7 @@ def load_language_model(
     of_file = {} if gguf_file is None else {"gguf_file": gguf_file}
     config = load_config(name_or_path, "language model", **of_file)
     if config.get_text_config() is not config and not config.is_encoder_decoder:
-        raise ValueError(
+        raise UsageError(
             f"{name_or_path} is a {config.model_type}, of which the language model is a part: name a checkpoint of a "
             "language model; a whole vision-language model is taken by from_vlm (`vlm` in a recipe)."
         )
@@ -285,7 +286,7 @@ def load_language_model(
         causal_lm, info = load_gguf(name_or_path, gguf_file, auto_class, **options)
     missing = sorted(name for name in info["missing_keys"] if "cross" not in name and "encoder_attn" not in name)
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{name_or_path} lacks {len(missing)} weights of {type(causal_lm).__name__}, {missing[0]} the first: name "
             "a checkpoint of a language model."
         )
@@ -322,7 +323,7 @@ def check_row_positions(decoder: PreTrainedModel) -> None:
     alone = decoder(inputs_embeds=embeds[:, 1:]).last_hidden_state  # (1, 2, D)
     decoder.train(training)
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3):
-        raise ValueError(
+        raise UsageError(
             f"{type(decoder).__name__} scales what it reads before it adds positions, so rows behind padding would be "
             "read wrongly: set scale_embedding=False in its configuration."
         )
@@ -336,7 +337,7 @@ def check_plain_head(causal_lm: PreTrainedModel) -> None:
         ValueError: a language model that shifts, scales or caps its logits, or has no part without its head.
     """
     if causal_lm.base_model is causal_lm:
-        raise ValueError(
+        raise UsageError(
             f"{type(causal_lm).__name__} has no part without its head, which thoughts are states of: take an "
             "encoder-decoder that has one (BART, mBART, Marian)."
         )
@@ -348,7 +349,7 @@ def check_plain_head(causal_lm: PreTrainedModel) -> None:
     plain = head.bias is None and torch.allclose(causal_lm(**inputs).logits, logits, rtol=1e-3, atol=1e-3)
     causal_lm.train(training)
     if not plain:
-        raise ValueError(
+        raise UsageError(
             f"The head of {type(causal_lm).__name__} has a bias, or scales or caps its logits, which would be lost: "
             "take a language model whose logits are its states times one matrix (GPT-2, Qwen2, Llama, …)."
         )
@@ -367,13 +368,13 @@ def count_placeholders(vision_tower: PreTrainedModel, config: MMCoconutConfig) -
     pixels = torch.zeros(2, vision_config.num_channels, height, width, dtype=vision_tower.dtype)
     num_images, num_tokens = vision_tower(pixels.to(vision_tower.device)).last_hidden_state.shape[:2]
     if num_images != 2:
-        raise ValueError(
+        raise UsageError(
             f"The vision tower {vision_config.model_type} gives {num_images} row of features for 2 images: take one "
             "that gives a row an image (CLIP, SigLIP, InternVL, …)."
         )
     leaves_out_first = config.vision_feature_select_strategy == "default"
     if leaves_out_first and num_tokens == num_patches_of(vision_config, "default"):
-        raise ValueError(
+        raise UsageError(
             f"vision_feature_select_strategy='default' leaves out the class token, and {vision_config.model_type} has "
             f"none among its {num_tokens} tokens: set vision_feature_select_strategy='full'."
         )
@@ -460,7 +461,7 @@ def from_backbones(
             such `gguf_file`; a language model whose head is more than a matrix.
     """
     if (vision is None) == (vision_config is None) or (text is None) == (text_config is None):
-        raise ValueError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
+        raise UsageError("Give exactly one of vision and vision_config, and exactly one of text and text_config.")
     check_fields(config_kwargs, method="from_backbones")
     dtype = as_dtype(dtype)
     if gguf_file is not None:
@@ -521,7 +522,7 @@ def composed_from_vlm(
             field, or one that the VLM decides.
     """
     if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
-        raise ValueError("A model does not bring its tokenizer: give tokenizer or processor as well.")
+        raise UsageError("A model does not bring its tokenizer: give tokenizer or processor as well.")
     check_fields(config_kwargs, method="composed_from_vlm", decided=DECIDED_BY_VLM)
     dtype = as_dtype(dtype)
     tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)

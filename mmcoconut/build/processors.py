@@ -27,6 +27,7 @@ from mmcoconut.configuration_mmcoconut import (
     THOUGHT_TOKENS,
     TOKEN_ID_FIELDS,
 )
+from mmcoconut.errors import UsageError
 from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.vlm_processing_mmcoconut import thinking_processor_class
@@ -111,7 +112,7 @@ def check_tokenizer(tokenizer, config, image_token: str) -> None:
     for field, token in zip(TOKEN_ID_FIELDS, (image_token, *THOUGHT_TOKENS)):
         token_id = tokenizer.convert_tokens_to_ids(token)
         if token_id != getattr(config, field):
-            raise ValueError(
+            raise UsageError(
                 f"The tokenizer has {token} at {token_id}, the model's {field} is {getattr(config, field)}: use "
                 "the tokenizer that the model was built with."
             )
@@ -131,10 +132,10 @@ def with_thoughts(chat_template: str | None, tokenizer, image_token: str, *, if_
     if isinstance(chat_template, dict):
         chat_template = chat_template.get("default")
     if not isinstance(chat_template, str):
-        raise ValueError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
+        raise UsageError(f"The chat template is {type(chat_template).__name__}, not text: give chat_template=….")
     sample = tokenizer.apply_chat_template([user_message("a", 1)], chat_template=chat_template, tokenize=False)
     if sample.count(image_token) != 1:
-        raise ValueError(
+        raise UsageError(
             f"The chat template writes {image_token} {sample.count(image_token)} times for an image, and once is "
             "wanted: give a chat_template=… that does."
         )
@@ -191,7 +192,7 @@ def check_turns(chat_template: str, tokenizer) -> None:
     }
     for problem, is_met in found.items():
         if is_met:
-            raise ValueError(
+            raise UsageError(
                 f"The tokenizer's chat template writes {problem}: give chat_template='plain', or another."
             )
 
@@ -206,7 +207,7 @@ def own_template(tokenizer) -> str:
         chat_template = with_thoughts(CONTENT_AS_TEXT + tokenizer.get_chat_template(), tokenizer, IMAGE_TOKEN)
         check_turns(chat_template, tokenizer)
     except TemplateError as error:
-        raise ValueError(
+        raise UsageError(
             f"The tokenizer's chat template refuses an ordinary chat ({error}): {OTHER_TEMPLATE}"
         ) from error
     return chat_template
@@ -223,7 +224,7 @@ def settle_template(chat_template: str | None, tokenizer) -> str:
     if chat_template not in (None, *CHAT_TEMPLATES):
         return chat_template
     if chat_template == "own" and tokenizer.chat_template is None:
-        raise ValueError("chat_template='own', but the tokenizer has none: give 'plain', or leave it out.")
+        raise UsageError("chat_template='own', but the tokenizer has none: give 'plain', or leave it out.")
     if chat_template == "plain" or tokenizer.chat_template is None:
         return chat_template_for(tokenizer)
     if SET_THOUGHTS in tokenizer.get_chat_template():  # the tokenizer of a checkpoint, which has the thoughts already
@@ -243,7 +244,7 @@ def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None,
     given = {name: value for name, value in settings.items() if value is not None}
     if not makes_tiles(image_processor):
         if given:
-            raise ValueError(
+            raise UsageError(
                 f"{type(image_processor).__name__} cuts no tiles, so image_size={image_size}, min_tiles={min_tiles} "
                 f"and max_tiles={max_tiles} have no effect: leave them out (a vlm may have image_options)."
             )
@@ -252,7 +253,7 @@ def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None,
     for name, value in given.items():
         setattr(image_processor, name, value)
     if not 1 <= image_processor.min_patches <= image_processor.max_patches:
-        raise ValueError(
+        raise UsageError(
             f"At least {image_processor.min_patches} and at most {image_processor.max_patches} tiles: set min_tiles "
             "and max_tiles so that 1 <= min_tiles <= max_tiles."
         )
@@ -328,7 +329,7 @@ def own_processor(vlm, model_type: str) -> ProcessorMixin:
         reason = str(error).strip().splitlines()[0]
         logger.warning("%s of %s is loaded for images alone, without videos and sound: %s", name, vlm, reason)
     if not isinstance(processor, ProcessorMixin):
-        raise ValueError(f"{vlm} has a {type(processor).__name__} and no processor: give the processor itself.")
+        raise UsageError(f"{vlm} has a {type(processor).__name__} and no processor: give the processor itself.")
     return processor
 
 
@@ -353,7 +354,7 @@ def settle_text(processor: ProcessorMixin, config, chat_template: str | None) ->
     tokenizer = processor.tokenizer
     if not isinstance(getattr(processor, "image_token", None), str):
         problem = f"{type(processor).__name__} has no token that stands for an image in text"
-        raise ValueError(f"{problem}: this vision-language model cannot have thoughts.")
+        raise UsageError(f"{problem}: this vision-language model cannot have thoughts.")
     chat_template = chat_template or processor.chat_template or plain_template_for(processor)
     processor.chat_template = with_thoughts(chat_template, tokenizer, processor.image_token, if_asked=True)
     placeholder = image_token_of(tokenizer, config.image_token_id)
@@ -370,7 +371,7 @@ def check_reads_images(processor) -> None:
         processor.column_inputs([[0]], [[1]])
     except (AttributeError, KeyError, TypeError) as error:
         problem = f"{type(processor).__name__} cannot read an image ({type(error).__name__}: {error})"
-        raise ValueError(
+        raise UsageError(
             f"{problem}: correct image_options, or give the processor itself with all its fields, such as patch_size."
         ) from error
 

@@ -10,6 +10,8 @@ from transformers import CLIPImageProcessorPil
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import is_timm_available
 
+from mmcoconut.errors import UsageError
+
 
 MODEL_TYPE = "timm_wrapper"
 # What timm takes where a checkpoint does not say.
@@ -21,7 +23,7 @@ RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "
 def check_timm(name: str) -> None:
     """Raise a ValueError that says what to install, unless timm can be used; name: of the tower that needs it."""
     if not is_timm_available():
-        raise ValueError(f"{name} is a timm backbone, which needs timm and torchvision: pip install timm torchvision.")
+        raise UsageError(f"{name} is a timm backbone, which needs timm and torchvision: pip install timm torchvision.")
 
 
 def input_size_of(config) -> tuple[int, int, int]:
@@ -44,19 +46,19 @@ def settle_timm(tower: PreTrainedModel, config_kwargs: dict) -> None:
     """
     layer, strategy = (config_kwargs.get(name) for name in ("vision_feature_layer", "vision_feature_select_strategy"))
     if layer not in (None, -1):
-        raise ValueError(f"vision_feature_layer={layer}, and a timm backbone gives its last layer alone: set -1.")
+        raise UsageError(f"vision_feature_layer={layer}, and a timm backbone gives its last layer alone: set -1.")
     config, name = tower.config, tower.config.architecture
     channels, height, width = input_size_of(config)
     pixels = torch.zeros(1, channels, height, width, dtype=tower.dtype, device=tower.device)
     features = tower.eval()(pixels, do_pooling=False).last_hidden_state  # (1, tokens, W)
     if features.dim() != 3:
-        raise ValueError(
+        raise UsageError(
             f"The timm backbone {name} gives features of shape {tuple(features.shape)}, not (images, tokens, width): "
             "take a vision transformer (vit_…, deit_…, eva…) in the place of a convolutional network."
         )
     has_prefix = getattr(tower.timm_model, "num_prefix_tokens", 0) > 0  # models without such tokens lack the name
     if not has_prefix and strategy in (None, "default"):
-        raise ValueError(
+        raise UsageError(
             f"vision_feature_select_strategy='default' leaves out the class token, and the timm backbone {name} has "
             "none: set vision_feature_select_strategy='full'."
         )
@@ -74,11 +76,11 @@ def timm_image_processor(config) -> CLIPImageProcessorPil:
     """
     settings = getattr(config, "pretrained_cfg", None)
     if settings is None:
-        raise ValueError(f"The timm backbone {config.architecture} is from no checkpoint: give image_processor=….")
+        raise UsageError(f"The timm backbone {config.architecture} is from no checkpoint: give image_processor=….")
     _, height, width = input_size_of(config)
     crop_mode, interpolation = settings.get("crop_mode") or "center", settings.get("interpolation") or "bicubic"
     if crop_mode not in ("center", "squash") or height != width or interpolation not in RESAMPLE:
-        raise ValueError(
+        raise UsageError(
             f"The timm backbone {config.architecture} wants crop_mode {crop_mode!r}, interpolation {interpolation!r} "
             f"and {height} × {width} pixels, which no image processor here does: give image_processor=…."
         )

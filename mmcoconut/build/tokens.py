@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from mmcoconut.chat_template_mmcoconut import control_tokens_of
 from mmcoconut.configuration_mmcoconut import IMAGE_TOKEN, PAD_TOKEN, THOUGHT_TOKENS
+from mmcoconut.errors import UsageError
 
 
 # By model type, spare tokens of a vision-language model's tokenizer that become THOUGHT_TOKENS, where no new ones fit.
@@ -33,7 +34,7 @@ def turn_end_of(tokenizer) -> str | None:
         following = tokenizer.apply_chat_template(chat, tokenize=False).rpartition(answer)[2]
     except TemplateError as error:
         remedy = "set tokenizer.chat_template = None, or chat_template: plain in a recipe, to leave it out"
-        raise ValueError(f"The tokenizer's chat template refuses an ordinary chat ({error}): {remedy}.") from error
+        raise UsageError(f"The tokenizer's chat template refuses an ordinary chat ({error}): {remedy}.") from error
     end = control_tokens_of(tokenizer, tokenizer.get_chat_template()).match(following)
     return end[0] if end and end[0] else tokenizer.eos_token
 
@@ -47,7 +48,7 @@ def image_token_of(tokenizer, image_token_id: int) -> str:
     image_token = tokenizer.convert_ids_to_tokens(image_token_id)
     if image_token is None:
         has_none = f"of {len(tokenizer)} tokens has none at the model's image_token_id={image_token_id}"
-        raise ValueError(f"The tokenizer {has_none}: use the tokenizer that the model was built with.")
+        raise UsageError(f"The tokenizer {has_none}: use the tokenizer that the model was built with.")
     return image_token
 
 
@@ -77,7 +78,7 @@ def rename_tokens(tokenizer, names: dict[str, str]) -> None:
     """
     lacking = [name for name in names if name not in tokenizer.get_vocab()]
     if lacking:
-        raise ValueError(f"The tokenizer has no {lacking[0]} to be renamed: use the one that the model came with.")
+        raise UsageError(f"The tokenizer has no {lacking[0]} to be renamed: use the one that the model came with.")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         for path in Path(folder).glob("*.json"):

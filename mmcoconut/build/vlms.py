@@ -31,6 +31,7 @@ from mmcoconut.configuration_mmcoconut import (
     VERSION,
     check_thought_values,
 )
+from mmcoconut.errors import UsageError
 from mmcoconut.vlm_mmcoconut import ThinkingVLM, give_thoughts_to_vlm
 
 
@@ -89,13 +90,13 @@ def reason_against(vlm: PreTrainedConfig | type[PreTrainedModel] | PreTrainedMod
 def _check_takes(vlm: PreTrainedConfig | PreTrainedModel) -> None:
     config = vlm if isinstance(vlm, PreTrainedConfig) else vlm.config
     if isinstance(vlm, ThinkingVLM) or getattr(config, "latent_token_id", None) is not None:
-        raise ValueError(
+        raise UsageError(
             f"from_vlm was given a {config.model_type} that has thoughts already: load it as it is, with "
             "mmcoconut.models.load_model or as `model` in a recipe."
         )
     reason = reason_against(vlm)
     if reason is not None:
-        raise ValueError(f"from_vlm cannot take over a {config.model_type}: {reason}; {JOIN_INSTEAD}.")
+        raise UsageError(f"from_vlm cannot take over a {config.model_type}: {reason}; {JOIN_INSTEAD}.")
 
 
 def _check_fields(fields: dict) -> None:
@@ -109,7 +110,7 @@ def _check_fields(fields: dict) -> None:
         else:
             close = difflib.get_close_matches(name, CHOSEN_FIELDS, n=1)
             remedy = f"did you mean {close[0]!r}?" if close else f"what it takes are {', '.join(CHOSEN_FIELDS)}"
-        raise ValueError(f"from_vlm takes no {name!r}: {remedy}.")
+        raise UsageError(f"from_vlm takes no {name!r}: {remedy}.")
     check_thought_values(SimpleNamespace(**{**THOUGHT_FIELDS, **fields}))  # before tokenizer and model are changed
 
 
@@ -126,7 +127,7 @@ def _add_tokens(vlm: PreTrainedModel, tokenizer, new_token_init: str | None) -> 
     """Give tokenizer and embeddings what thoughts need; return the ids by their fields in the configuration."""
     image_token_id = getattr(vlm.config, "image_token_id", None)
     if image_token_id is None:
-        raise ValueError(
+        raise UsageError(
             f"The configuration of this {vlm.config.model_type} has no image_token_id, by which images are found in "
             "a text: set it to that of its processor."
         )
@@ -168,7 +169,7 @@ def from_vlm(
             tokenizer; an unknown `new_token_init`, dtype or field.
     """
     if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
-        raise ValueError("A model does not bring its tokenizer: give processor or tokenizer as well.")
+        raise UsageError("A model does not bring its tokenizer: give processor or tokenizer as well.")
     _check_fields(thought_fields)
     dtype = as_dtype(dtype)
     source = vlm if processor is None and tokenizer is None else processor

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
 
 from mmcoconut.data.images import open_images
+from mmcoconut.errors import UsageError
 from mmcoconut.images_mmcoconut import UnreadableImageError
 
 
@@ -84,14 +85,14 @@ class Example:
         if self.boxes:
             check_boxes(self.boxes, self.steps, self.row_id)
         if not self.answers or not all(answer.strip() for answer in self.answers):
-            raise ValueError(
+            raise UsageError(
                 f"{self.row_id}, field 'answers': found {self.answers!r}; give at least one answer and no empty ones"
             )
         for turn in self.history:
             if turn.keys() != {"question", "answer"} or not all(text.strip() for text in turn.values()):
-                raise ValueError(f"{self.row_id}, field 'history': found {turn!r}; give a question and an answer each")
+                raise UsageError(f"{self.row_id}, field 'history': found {turn!r}; give a question and an answer each")
         if self.history and self.steps:
-            raise ValueError(
+            raise UsageError(
                 f"{self.row_id}, field 'steps': found {self.steps!r} behind {len(self.history)} earlier turns; a "
                 "conversation has no steps: write them into the answers, or leave the earlier turns out"
             )
@@ -104,7 +105,7 @@ def check_boxes(boxes: Sequence[Sequence[float] | None], steps: Sequence[str], r
         ValueError: another number of boxes than of steps; a box without four numbers in their order, or below 0.
     """
     if len(boxes) != len(steps):
-        raise ValueError(
+        raise UsageError(
             f"{row_id}, field 'boxes': found {len(boxes)} for {len(steps)} steps; give one for each step, null where "
             "there is none, or leave the field out"
         )
@@ -113,7 +114,7 @@ def check_boxes(boxes: Sequence[Sequence[float] | None], steps: Sequence[str], r
             continue
         is_box = len(box) == 4 and 0 <= box[0] < box[2] < math.inf and 0 <= box[1] < box[3] < math.inf
         if not is_box:
-            raise ValueError(
+            raise UsageError(
                 f"{row_id}, field 'boxes': found {list(box)!r} for step {number}; write [left, top, right, bottom] in "
                 "pixels of the first picture, from 0, with left < right and top < bottom"
             )
@@ -129,7 +130,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 def check_split(dataset: str, split: str) -> None:
     if split not in SPLITS:
-        raise ValueError(f"{dataset} has no split {split!r}; {nearest(split, SPLITS)}")
+        raise UsageError(f"{dataset} has no split {split!r}; {nearest(split, SPLITS)}")
 
 
 def rows_of_split(dataset: str, num_rows: int | Mapping[str, int], split: str) -> int:
@@ -137,10 +138,10 @@ def rows_of_split(dataset: str, num_rows: int | Mapping[str, int], split: str) -
     check_split(dataset, split)
     if isinstance(num_rows, Mapping):
         if split not in num_rows:
-            raise ValueError(f"num_rows has no entry for split {split!r}, only {sorted(num_rows)}; add it")
+            raise UsageError(f"num_rows has no entry for split {split!r}, only {sorted(num_rows)}; add it")
         num_rows = num_rows[split]
     if num_rows < 1:
-        raise ValueError(f"num_rows is {num_rows} for split {split!r}; ask for at least 1")
+        raise UsageError(f"num_rows is {num_rows} for split {split!r}; ask for at least 1")
     return num_rows
 
 
@@ -205,7 +206,7 @@ def loader_of(name: str) -> ModuleType:
     """The module of data set `name`: it has `load(*, split, **options)` and `write_sample(folder, *, num_rows, seed)`,
     which writes a few made-up rows in the data set's own format and returns the options that load them."""
     if name not in DATASETS:
-        raise ValueError(f"no data set is called {name!r}; {nearest(name, DATASETS)}")
+        raise UsageError(f"no data set is called {name!r}; {nearest(name, DATASETS)}")
     return importlib.import_module(DATASETS[name])
 
 
@@ -215,8 +216,11 @@ def load_examples(name: str, *, split: str, **options) -> Dataset:
     parameters = {key: value for key, value in inspect.signature(load).parameters.items() if key != "split"}
     for option in options:
         if option not in parameters:
-            raise ValueError(f"data set {name!r} has no option {option!r}; {nearest(option, parameters)}")
+            raise UsageError(
+                f"data set {name!r} has no option {option!r}; {nearest(option, parameters)}; remove it, or set it to "
+                "null where a recipe of another data set has it"
+            )
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
-            raise ValueError(f"data set {name!r} needs the option {option!r}; found {sorted(options)}; add it")
+            raise UsageError(f"data set {name!r} needs the option {option!r}; found {sorted(options)}; add it")
     return load(split=split, **options)

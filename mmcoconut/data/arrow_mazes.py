@@ -17,6 +17,7 @@ from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 
 from mmcoconut.data import SPLITS, Example, rows_of_split, split_of, to_dataset
+from mmcoconut.errors import UsageError
 
 
 # The first six, the default, are near the corners of the RGB cube; none is near the arrows' black or the mark's white.
@@ -111,7 +112,7 @@ def _tile(color: str, arrow: str, *, marked: bool, cell_size: int) -> Image.Imag
 def draw(maze: Maze, cell_size: int = 16) -> Image.Image:
     """The picture of a maze, `grid_size * cell_size` pixels square; the start wears a white and black frame."""
     if cell_size < MIN_CELL_SIZE:
-        raise ValueError(f"cell_size is {cell_size} pixels and an arrow needs {MIN_CELL_SIZE}; raise cell_size")
+        raise UsageError(f"cell_size is {cell_size} pixels and an arrow needs {MIN_CELL_SIZE}; raise cell_size")
     side = maze.grid_size * cell_size
     picture = Image.new("RGB", (side, side))
     for row in range(maze.grid_size):
@@ -179,16 +180,16 @@ def png_bytes(picture: Image.Image) -> bytes:
 
 def _check_shape(grid_size: int, num_colors: int, *, min_hops: int, max_hops: int) -> None:
     if not 1 <= grid_size <= MAX_GRID_SIZE:
-        raise ValueError(f"grid_size is {grid_size}; choose 1 to {MAX_GRID_SIZE}, columns being named by letters")
+        raise UsageError(f"grid_size is {grid_size}; choose 1 to {MAX_GRID_SIZE}, columns being named by letters")
     if not 2 <= num_colors <= len(PALETTE):
-        raise ValueError(f"num_colors is {num_colors}; choose 2 to {len(PALETTE)}, the colors in PALETTE")
+        raise UsageError(f"num_colors is {num_colors}; choose 2 to {len(PALETTE)}, the colors in PALETTE")
     if not 1 <= min_hops <= max_hops:
-        raise ValueError(f"min_hops is {min_hops} and max_hops is {max_hops}; choose 1 <= min_hops <= max_hops")
+        raise UsageError(f"min_hops is {min_hops} and max_hops is {max_hops}; choose 1 <= min_hops <= max_hops")
 
 
-def _too_small(num_rows: int, split: str, *, puzzles: int) -> ValueError:
+def _too_small(num_rows: int, split: str, *, puzzles: int) -> UsageError:
     share = FRACTIONS[SPLITS.index(split)]
-    return ValueError(
+    return UsageError(
         f"num_rows is {num_rows} for split {split!r}, whose {share:.0%} of all {puzzles} puzzles is too few to draw "
         "that many different ones (half of them can be drawn); lower num_rows, or raise grid_size or num_colors"
     )

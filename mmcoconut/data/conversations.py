@@ -15,6 +15,7 @@ from transformers import BatchFeature
 
 from mmcoconut.chat_template_mmcoconut import SAMPLE, control_tokens_of, encode_marked, messages_of, quoted, render
 from mmcoconut.data import FEATURES
+from mmcoconut.errors import UsageError
 
 
 LONG_ROWS = ("error", "cut")
@@ -62,7 +63,7 @@ def fit_rows(rows: Dataset, length_of: Callable[[Mapping[str, Any]], int], limit
             kept.append(index)
             texts.append({column: row[column] for column in TEXTS})
     if not kept:
-        raise ValueError(f"None of the {len(rows)} rows fits into {limit} tokens: raise max_length.")
+        raise UsageError(f"None of the {len(rows)} rows fits into {limit} tokens: raise max_length.")
     if not cut.rows:
         return rows, cut
     features = Features({column: FEATURES[column] for column in TEXTS})
@@ -82,7 +83,7 @@ def turn_behind_answer(processor, question: str, num_latents: int | None) -> lis
     chat, _ = render(processor.tokenizer, processor.chat_template, messages, variables)
     _, found, behind = chat.rpartition(SAMPLE)
     if not found:
-        raise ValueError("The chat template leaves earlier answers out: give one that keeps them, or ask anew.")
+        raise UsageError("The chat template leaves earlier answers out: give one that keeps them, or ask anew.")
     return encode_marked(processor.tokenizer, behind, follows=True)[0]
 
 
@@ -107,9 +108,9 @@ def further_turn(
         ValueError: sequences, masks and texts differ in number; an encoder-decoder.
     """
     if processor.decoder_start_token_id is not None:
-        raise ValueError("An encoder-decoder reads one question, and no further turn: ask anew.")
+        raise UsageError("An encoder-decoder reads one question, and no further turn: ask anew.")
     if not len(sequences) == len(attention_mask) == len(text):
-        raise ValueError(
+        raise UsageError(
             f"{len(sequences)} sequences, {len(attention_mask)} masks and {len(text)} texts: give one text a row, "
             "and one generated sequence (num_beams and num_return_sequences of 1)."
         )

@@ -23,6 +23,7 @@ from datasets import Dataset
 from mmcoconut.data import SPLITS, Example, nearest, rows_of_split, split_of, to_dataset
 from mmcoconut.data.prosqa import FILES
 from mmcoconut.data.public import save_json
+from mmcoconut.errors import UsageError
 
 
 NUM_ROWS = {"train": 15_000, "validation": 500, "test": 500}
@@ -119,7 +120,7 @@ def _random_edges(rng: random.Random, paths: tuple[Nodes, Nodes], *, num_nodes: 
         edges = _filled(rng, paths, num_nodes=num_nodes, num_edges=num_edges)
         if edges is not None:
             return edges
-    raise ValueError(
+    raise UsageError(
         f"num_edges is {num_edges}, and none of {MAX_DRAWS} random graphs of {num_nodes} nodes around two paths of "
         f"{len(paths[0]) - 1} hops had room for so many; lower num_edges, or raise num_nodes"
     )
@@ -181,17 +182,17 @@ def _random_puzzle(rng: random.Random, hops: int, *, num_nodes: int, num_edges: 
 
 def _check_shape(num_nodes: int, num_edges: int, *, min_hops: int, max_hops: int, wording: str) -> None:
     if wording not in WORDINGS:
-        raise ValueError(f"wording is {wording!r}; {nearest(wording, WORDINGS)}")
+        raise UsageError(f"wording is {wording!r}; {nearest(wording, WORDINGS)}")
     if not 1 <= min_hops <= max_hops:
-        raise ValueError(f"min_hops is {min_hops} and max_hops is {max_hops}; choose 1 <= min_hops <= max_hops")
+        raise UsageError(f"min_hops is {min_hops} and max_hops is {max_hops}; choose 1 <= min_hops <= max_hops")
     least, most = 2 * (max_hops + 1), MAX_NODES[wording]
     if not least <= num_nodes <= most:
-        raise ValueError(
+        raise UsageError(
             f"num_nodes is {num_nodes}; choose {least} to {most}: two paths of max_hops {max_hops} take {least} nodes "
             f"and wording {wording!r} has {most} different symbols; or lower max_hops"
         )
     if num_edges < num_nodes - 2:
-        raise ValueError(
+        raise UsageError(
             f"num_edges is {num_edges} and num_nodes is {num_nodes}; choose at least {num_nodes - 2} edges, one for "
             "each node but the two roots"
         )
@@ -230,7 +231,7 @@ def generate(
         yield puzzle
         if len(seen) == num_rows:
             return
-    raise ValueError(
+    raise UsageError(
         f"num_rows is {num_rows} for split {split!r}, and only {len(seen)} different puzzles of {num_nodes} nodes "
         "were found for it; lower num_rows, or raise num_nodes"
     )

@@ -14,6 +14,7 @@ from mmcoconut.data import FEATURES, nearest, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.data.json_steps import existing_image, field_error
 from mmcoconut.data.public import Examples, not_empty
+from mmcoconut.errors import UsageError
 
 
 PUBLISHED_NAMES = {"validation": ("validation", "valid", "val", "dev")}  # of our splits; the others have one
@@ -23,16 +24,16 @@ def published_splits(path: str | os.PathLike, config: str | None = None) -> list
     """The names of the splits at `path`, without loading them; ValueError where there is nothing to load."""
     path = str(path)
     if path.startswith((".", "/", "~")) and not os.path.isdir(path):
-        raise ValueError(f"{path}: there is no such folder; give the option path a folder or a Hub id")
+        raise UsageError(f"{path}: there is no such folder; give the option path a folder or a Hub id")
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         return list(load_from_disk(path))
     if os.path.isfile(os.path.join(path, "state.json")):
-        raise ValueError(f"{path}: holds one split without its name; save a datasets.DatasetDict there")
+        raise UsageError(f"{path}: holds one split without its name; save a datasets.DatasetDict there")
     try:
         return get_dataset_split_names(path, config)
     except (FileNotFoundError, ConnectionError) as error:
         remedy = "correct the option path, or download the data set where there is a network and give its folder"
-        raise ValueError(f"{path}: there is no such folder here, and the Hub does not give it; {remedy}") from error
+        raise UsageError(f"{path}: there is no such folder here, and the Hub does not give it; {remedy}") from error
 
 
 def read_published(path: str | os.PathLike, split: str, *, config: str | None = None) -> Dataset:
@@ -40,7 +41,7 @@ def read_published(path: str | os.PathLike, split: str, *, config: str | None = 
     names = published_splits(path, config)
     known = [name for name in PUBLISHED_NAMES.get(split, (split,)) if name in names]
     if not known:
-        raise ValueError(f"{path}: has no split {split!r}; {nearest(split, names)}")
+        raise UsageError(f"{path}: has no split {split!r}; {nearest(split, names)}")
     if os.path.isfile(os.path.join(path, "dataset_dict.json")):
         dataset = load_from_disk(str(path))[known[0]]
     else:

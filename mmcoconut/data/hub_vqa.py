@@ -14,6 +14,7 @@ from mmcoconut.data import SPLITS, Example, check_split, split_of
 from mmcoconut.data.hub import from_published, read_published, rows_name, save_published
 from mmcoconut.data.json_steps import answer_text, field_error, field_of
 from mmcoconut.data.public import sample_puzzles, text_of
+from mmcoconut.errors import UsageError
 
 
 def _examples(row: Mapping[str, Any], row_id: str) -> Iterator[Example]:
@@ -30,7 +31,7 @@ def _examples(row: Mapping[str, Any], row_id: str) -> Iterator[Example]:
 def _part(dataset: Dataset, split: str, *, validation_fraction: float, name: str) -> set[int]:
     """The rows of the published train split that are in `split`, by the hash of their pictures' bytes."""
     if not 0 < validation_fraction < 1:
-        raise ValueError(f"the option validation_fraction is {validation_fraction}; choose a number between 0 and 1")
+        raise UsageError(f"the option validation_fraction is {validation_fraction}; choose a number between 0 and 1")
     rows = set()
     for index, row in enumerate(dataset.select_columns(["image"])):
         if not row["image"] or row["image"]["bytes"] is None:

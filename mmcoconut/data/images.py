@@ -9,6 +9,7 @@ from typing import Any, BinaryIO
 
 from PIL import ExifTags, Image
 
+from mmcoconut.errors import UsageError
 from mmcoconut.images_mmcoconut import (
     DAMAGE,
     READABLE_FORMATS,
@@ -41,14 +42,14 @@ def resolve_image_path(image_root: str | os.PathLike, relative: str, row_id: str
     where = f"{row_id}, field {field!r}: found {relative!r}"
     remedy = f"write a path relative to the image root {str(root)!r} and keep the file inside it"
     if not relative.strip() or "\0" in relative:
-        raise ValueError(f"{where}, which is no file name; {remedy}")
+        raise UsageError(f"{where}, which is no file name; {remedy}")
     if Path(relative).is_absolute():
-        raise ValueError(f"{where}, an absolute path; {remedy}")
+        raise UsageError(f"{where}, an absolute path; {remedy}")
     if ".." in Path(relative).parts:
-        raise ValueError(f"{where}, which climbs with '..'; {remedy}")
+        raise UsageError(f"{where}, which climbs with '..'; {remedy}")
     path = Path(os.path.realpath(root / relative))
     if not path.is_relative_to(root):
-        raise ValueError(f"{where}, a link to {str(path)!r} outside the image root; {remedy}")
+        raise UsageError(f"{where}, a link to {str(path)!r} outside the image root; {remedy}")
     return path
 
 

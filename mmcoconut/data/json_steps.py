@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from mmcoconut.data import SPLITS, Example, arrow_mazes, nearest, to_dataset
 from mmcoconut.data.images import resolve_image_path
+from mmcoconut.errors import UsageError
 
 
 OPTIONAL_FIELDS = ("image", "choices", "answers", "boxes", "helper_image")
@@ -30,8 +31,8 @@ LARGEST_WHOLE = 2**53  # from here on a float stands for several whole numbers
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def field_error(row_id: str, field: str, found: Any, remedy: str) -> ValueError:
-    return ValueError(f"{row_id}, field {field!r}: found {repr(found)[:100]}; {remedy}")
+def field_error(row_id: str, field: str, found: Any, remedy: str) -> UsageError:
+    return UsageError(f"{row_id}, field {field!r}: found {repr(found)[:100]}; {remedy}")
 
 
 def _parse(text: str, file: Path, *, first_line: int, last: bool) -> Any:
@@ -46,21 +47,21 @@ def _parse(text: str, file: Path, *, first_line: int, last: bool) -> Any:
             remedy = "it looks truncated: copy or download the file again"
         else:
             remedy = "write one JSON list, or JSON Lines with one whole object a line"
-        raise ValueError(f"{at}: not valid JSON ({error.msg}); {remedy}") from error
+        raise UsageError(f"{at}: not valid JSON ({error.msg}); {remedy}") from error
 
 
 def read_text(file: Path) -> str:
     if not file.is_file():
-        raise ValueError(f"{file}: there is no such file; correct the path in the data set's options")
+        raise UsageError(f"{file}: there is no such file; correct the path in the data set's options")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{file}, byte {error.start}: not UTF-8 ({error.reason}); save it as UTF-8, or download it again if the "
             "file looks truncated there"
         ) from error
     if not text.strip():
-        raise ValueError(f"{file}: the file is empty; copy or download it again")
+        raise UsageError(f"{file}: the file is empty; copy or download it again")
     return text
 
 
@@ -75,10 +76,10 @@ def read_rows(file: str | os.PathLike) -> list[dict]:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         rows = [_parse(line, file, first_line=number, last=number == lines[-1][0]) for number, line in lines]
     if not rows:
-        raise ValueError(f"{file}: the list holds no rows; write at least one")
+        raise UsageError(f"{file}: the list holds no rows; write at least one")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"{file} row {index}: found {repr(row)[:100]}; write an object with the fields {FIELDS}")
+            raise UsageError(f"{file} row {index}: found {repr(row)[:100]}; write an object with the fields {FIELDS}")
     return rows
 
 
@@ -213,11 +214,11 @@ def _example(row: Mapping[str, Any], images: list[dict], row_id: str, **fields) 
 def _file_of_split(file: str | os.PathLike | Mapping[str, str], split: str) -> Path:
     if isinstance(file, Mapping):
         if split not in file:
-            raise ValueError(f"the option file has no entry for split {split!r}; {nearest(split, file)}")
+            raise UsageError(f"the option file has no entry for split {split!r}; {nearest(split, file)}")
         return Path(file[split])
     if "{split}" not in str(file):
         # One file for every split would put the training rows into the validation.
-        raise ValueError(
+        raise UsageError(
             f"the option file is {str(file)!r} for every split; write {{split}} in it where the split's name stands, "
             f"or map splits to files: {{{split!r}: {str(file)!r}}}"
         )
@@ -269,7 +270,7 @@ def load(
         `image` is a text row); False reads no picture at all and gives every row an empty list.
     """
     if image_root is not None and not images_required:
-        raise ValueError(
+        raise UsageError(
             f"images_required is False, so no picture would be read from image_root {str(image_root)!r}: remove one"
         )
     file = _file_of_split(file, split)
@@ -277,7 +278,7 @@ def load(
     if image_root is not None:
         image_root = str(image_root).replace("{split}", split)
     if images_required and not any(row.get("image") for row in rows):
-        raise ValueError(
+        raise UsageError(
             f"{file}: none of its {len(rows)} rows has a picture in the field 'image' (row 0 has {sorted(rows[0])}); "
             "correct the field's name, or set images_required: false for text only"
         )

@@ -32,6 +32,7 @@ from mmcoconut.data.public import (
     save_picture,
     text_of,
 )
+from mmcoconut.errors import UsageError
 
 
 FRACTIONS = (0.98, 0.01, 0.01)  # train, validation, test
@@ -177,7 +178,7 @@ def load(
     check_split("llava_instruct", split)
     check_fractions(fractions)
     if max_turns is not None and max_turns < 1:
-        raise ValueError(f"the option max_turns is {max_turns}; give 1 or more, or leave it out for all turns")
+        raise UsageError(f"the option max_turns is {max_turns}; give 1 or more, or leave it out for all turns")
     examples = partial(_examples, split=split, fractions=fractions, max_turns=max_turns)
     examples = partial(examples, image_root=image_root, images_required=images_required)
     file = Path(file)

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mmcoconut.data import SPLITS, Example, arrow_mazes, to_dataset
 from mmcoconut.data.json_steps import check_list, check_text, existing_image, field_error, field_of, read_text
+from mmcoconut.errors import UsageError
 
 
 # Words before a full stop that ends no sentence. A rule, not a parser: "George W. Bush" is cut in two.
@@ -33,7 +34,7 @@ FindImages = Callable[[Mapping[str, Any], str], list[dict]]
 
 def check_fractions(fractions: Sequence[float]) -> None:
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
-        raise ValueError(
+        raise UsageError(
             f"the option fractions is {list(fractions)}; write {len(SPLITS)} numbers, for {', '.join(SPLITS)}, that "
             "add up to 1"
         )
@@ -43,14 +44,14 @@ def check_source(dataset: str, **options: Any) -> None:
     """Exactly one of `options`, such as a folder of the original files and a Hub id, says where the rows are."""
     given = [option for option, value in options.items() if value is not None]
     if len(given) != 1:
-        raise ValueError(f"{dataset} was given {given or 'no source'}; give one of the options {', '.join(options)}")
+        raise UsageError(f"{dataset} was given {given or 'no source'}; give one of the options {', '.join(options)}")
 
 
 def check_not_beside_path(dataset: str, path: Any, **options: Any) -> None:
     """Refuse options about files on disk beside `path`, whose data set brings what they would say."""
     for option, value in options.items():
         if path is not None and value is not None:
-            raise ValueError(
+            raise UsageError(
                 f"{dataset}: the option {option} is {value!r}, and what path={str(path)!r} holds brings its own; "
                 "remove one of them"
             )
@@ -65,12 +66,12 @@ def read_object(file: Path) -> dict:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{file}, line {error.lineno}, character {error.colno}: not valid JSON ({error.msg}); it may be "
             "truncated: copy or download the file again"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file}: found {repr(content)[:100]}; the file must hold one JSON object, as published")
+        raise UsageError(f"{file}: found {repr(content)[:100]}; the file must hold one JSON object, as published")
     return content
 
 
@@ -81,7 +82,7 @@ def objects_in(content: Mapping[str, Any], field: str, where: str) -> list[dict]
         raise field_error(where, field, rows, "the list holds no rows; copy or download the file again")
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"{where} {field} row {index}: found {repr(row)[:100]}; write an object")
+            raise UsageError(f"{where} {field} row {index}: found {repr(row)[:100]}; write an object")
     return rows
 
 
@@ -98,7 +99,7 @@ def from_rows(named: Iterable[tuple[str, dict]], examples: Examples, *, source: 
 
 def not_empty(found: list, name: str) -> list:
     if not found:
-        raise ValueError(f"{name}: the options leave out every row of this split; change them")
+        raise UsageError(f"{name}: the options leave out every row of this split; change them")
     return found
 
 

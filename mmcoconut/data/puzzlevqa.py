@@ -26,6 +26,7 @@ from mmcoconut.data.json_steps import (
     field_of,
     read_rows,
 )
+from mmcoconut.errors import UsageError
 
 
 FRACTIONS = (0.8, 0.1, 0.1)  # train, validation, test
@@ -35,22 +36,22 @@ STEP_FIELDS = ("caption", "explanation", "deduction")
 def _files(folder: Path, kinds: Sequence[str] | None) -> list[Path]:
     found = {path.stem: path for path in sorted(folder.glob("*.json"))}
     if not found:
-        raise ValueError(f"{folder}: no *.json file in it; give the folder that holds one file a kind")
+        raise UsageError(f"{folder}: no *.json file in it; give the folder that holds one file a kind")
     if kinds is None:
         return list(found.values())
     if isinstance(kinds, str) or not kinds:
-        raise ValueError(f"the option kinds is {kinds!r}; write a list of kinds, or leave it out for all")
+        raise UsageError(f"the option kinds is {kinds!r}; write a list of kinds, or leave it out for all")
     for kind in kinds:
         if kind not in found:
-            raise ValueError(f"{folder}: no kind {kind!r}; {nearest(kind, found)}")
+            raise UsageError(f"{folder}: no kind {kind!r}; {nearest(kind, found)}")
     return [found[kind] for kind in dict.fromkeys(kinds)]
 
 
 def _check_split(split: str, fractions: Sequence[float]) -> None:
     if split not in SPLITS:
-        raise ValueError(f"puzzlevqa has no split {split!r}; {nearest(split, SPLITS)}")
+        raise UsageError(f"puzzlevqa has no split {split!r}; {nearest(split, SPLITS)}")
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
-        raise ValueError(
+        raise UsageError(
             f"the option fractions is {list(fractions)}; write {len(SPLITS)} numbers, for {', '.join(SPLITS)}, that "
             "add up to 1"
         )
@@ -133,7 +134,7 @@ def load(
     files = _files(Path(folder), kinds)
     examples = [example for file in files for example in _examples(file, split, fractions=fractions)]
     if not examples:
-        raise ValueError(
+        raise UsageError(
             f"{folder}: split {split!r} gets none of the rows at fractions {list(fractions)}; raise its fraction, or "
             "add kinds"
         )

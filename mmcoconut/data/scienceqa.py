@@ -33,6 +33,7 @@ from mmcoconut.data.public import (
     texts_of,
     with_context,
 )
+from mmcoconut.errors import UsageError
 
 
 FILES = {"train": "train", "validation": "val", "test": "test"}
@@ -121,7 +122,7 @@ def load(
     check_source("scienceqa", folder=folder, path=path)
     check_not_beside_path("scienceqa", path, image_root=image_root)
     if config is not None and path is None:
-        raise ValueError(f"scienceqa: the option config is {config!r}, and only path has several; remove it")
+        raise UsageError(f"scienceqa: the option config is {config!r}, and only path has several; remove it")
     examples = partial(_examples, images=no_images, split_sentences=split_sentences)
     if path is not None:
         images = "optional" if images_required else "none"

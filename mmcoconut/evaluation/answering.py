@@ -169,7 +169,7 @@ class Answerer:
             ValueError: a row without choices.
         """
         if not row["choices"]:
-            raise ValueError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
+            raise UsageError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
         targets = [encode_target(self.processor, [], choice) for choice in row["choices"]]
         # The row once for each choice, as each processor batches its images; only the prompts get longer.
         inputs = self.inputs([row] * len(targets), room=max(map(len, targets)))
@@ -200,7 +200,7 @@ class Answerer:
         for row in rows:
             scores = [total / (count if per_token else 1) for total, count in self.choice_log_probs(row)]
             if not all(map(math.isfinite, scores)):
-                raise ValueError(f"{row['row_id']}: log-probabilities {scores} are not finite: pass --dtype float32.")
+                raise UsageError(f"{row['row_id']}: log-probabilities {scores} are not finite: pass --dtype float32.")
             best = row["choices"][scores.index(max(scores))]
             answers.append(
                 {

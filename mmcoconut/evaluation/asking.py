@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 from mmcoconut.arguments.recipes import read_arguments, read_recipe
 from mmcoconut.data import drop_unreadable, load_examples
 from mmcoconut.data.conversations import LONG_ROWS, fit_rows
-from mmcoconut.errors import RecipeError, is_missing_folder
+from mmcoconut.errors import RecipeError, UsageError, is_missing_folder
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
@@ -135,7 +135,7 @@ def read_rows(arguments):
         for message in skipped:
             logger.warning("left out: %s", message)
     if len(rows) == 0:
-        raise ValueError(f"No row of {arguments.dataset} ({arguments.split}) is left to be answered: see the log.")
+        raise UsageError(f"No row of {arguments.dataset} ({arguments.split}) is left to be answered: see the log.")
     return rows
 
 

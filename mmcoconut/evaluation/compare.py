@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 
 from mmcoconut.data.scoring import commonest_answer
+from mmcoconut.errors import UsageError
 from mmcoconut.evaluation.evaluate import PREDICTIONS_FILE, RECORD_FILE
 from mmcoconut.evaluation.matched_runs import (
     AUDITED_ROWS,
@@ -95,13 +96,13 @@ def check_matched(outcomes: list[Finished]) -> None:
     for other in outcomes[1:]:
         steps = first.results["train_steps"], other.results["train_steps"]
         if steps[0] != steps[1]:
-            raise ValueError(
+            raise UsageError(
                 f"{first.run} made {steps[0]} updates and {other.run} made {steps[1]}, so they do not compare: did "
                 "the training data change between them? Repeat the comparison with --overwrite true."
             )
         if first.rows != other.rows:
             unpaired = sorted({*first.rows} ^ {*other.rows}, key=str)
-            raise ValueError(
+            raise UsageError(
                 f"{first.run} was evaluated on {len(first.rows)} rows and {other.run} on {len(other.rows)}; "
                 f"{len(unpaired)} of them are not the same, such as {unpaired[0]}: did the data change between them? "
                 f"Delete {first.run.evaluation} and {other.run.evaluation}, and repeat the command."
@@ -334,7 +335,7 @@ def check_start(runs: list[Run], *, overwrite: bool) -> None:
         if find_spec(name) is None:
             raise ImportError(f"A comparison {does} with {name}, which is missing: pip install mmcoconut[audit]")
     if "LOCAL_RANK" in os.environ:
-        raise ValueError("A comparison launches its runs itself: start it with `python train_hf.py`, in one process.")
+        raise UsageError("A comparison launches its runs itself: start it with `python train_hf.py`, in one process.")
     if overwrite:
         clear(runs)
     check_folders(runs)

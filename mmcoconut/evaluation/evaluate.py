@@ -19,7 +19,7 @@ from transformers import set_seed
 
 from mmcoconut.data import without_pictures
 from mmcoconut.data.scoring import default_metric, figures_of, score
-from mmcoconut.errors import RecipeError
+from mmcoconut.errors import RecipeError, UsageError
 from mmcoconut.evaluation.answering import Answerer, image_name, load_checkpoint
 from mmcoconut.evaluation.asking import (
     default_folder,
@@ -97,11 +97,11 @@ def check_settings(folder: Path, settings: dict) -> None:
     file = folder / SETTINGS_FILE
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no evaluation: give another --output_dir.")
+            raise UsageError(f"{folder} is not empty and holds no evaluation: give another --output_dir.")
         return
     changes = changed_settings(read_json(file), settings, may_change=MAY_CHANGE)
     if changes:
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds an evaluation with other settings ({changes}): give --overwrite true to delete it, or "
             "another --output_dir."
         )

@@ -25,6 +25,7 @@ import yaml
 from mmcoconut.arguments.fields import default_of
 from mmcoconut.arguments.recipes import recipe_text
 from mmcoconut.arguments.variants import Variant, known_objectives, variants_of
+from mmcoconut.errors import UsageError
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 from mmcoconut.training.checkpoints import newest_whole
 
@@ -154,14 +155,14 @@ def check_folders(runs: list[Run]) -> None:
     """
     folder = runs[0].folder.parent
     if (folder / RECIPE_FILE).exists():
-        raise ValueError(f"{folder} is the folder of a single run: give a comparison another --output_dir.")
+        raise UsageError(f"{folder} is the folder of a single run: give a comparison another --output_dir.")
     found = {}
     for run in runs:
         for difference in differences(run) if run.is_trained or run.checkpoint else ():
             found.setdefault(difference, []).append(run.folder.name)
     if found:
         lines = [f"{difference} ({', '.join(names)})" for difference, names in found.items()]
-        raise ValueError(
+        raise UsageError(
             "\n  - ".join([f"{folder} holds runs of another recipe:", *lines])
             + "\nGive --overwrite true to delete and repeat them, or another --output_dir."
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from mmcoconut.data import question_text
+from mmcoconut.errors import UsageError
 
 
 def all_text(row: Mapping) -> str:
@@ -54,7 +55,7 @@ class Alignment:
             text = ALIGNMENT_TARGETS[target](row)
             if text.strip():
                 return text
-        raise ValueError(
+        raise UsageError(
             f"{row['row_id']}: nothing to align its pictures with among {', '.join(self.targets)}: add a target to "
             "alignment_target, or leave the row out."
         )

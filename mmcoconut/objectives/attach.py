@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mmcoconut.errors import UsageError
 from mmcoconut.objectives.base import Objective, Run
 from mmcoconut.passes_mmcoconut import READ_ONCE
 from mmcoconut.records import OBJECTIVES_FILE
@@ -77,7 +78,7 @@ class Objectives(nn.ModuleDict):
         found = {each.name: each.given(call.inputs[each.name], call.run) for each in self.present(call.inputs)}
         found = {name: given for name, given in found.items() if given is not None}
         if len(found) > 1:
-            raise ValueError(
+            raise UsageError(
                 f"objectives {', '.join(found)} each give the thoughts that latents read in training: keep one of "
                 "them, or let the others leave the model's own thoughts in place."
             )
@@ -143,7 +144,7 @@ def check_images(model: nn.Module, objectives: Sequence[Objective]) -> None:
     """
     for objective in objectives:
         if objective.needs_images and not reads_images_in_text(model):
-            raise ValueError(
+            raise UsageError(
                 f"objectives.{objective.name} reads image features in the text, and this {type(model).__name__} reads "
                 "its images beside it (cross-attention or an encoder does): remove it, or take image_fusion 'replace'."
             )
@@ -209,14 +210,14 @@ def load_weights(attached: Objectives, folder) -> None:
     try:
         weights = load_file(file)
     except (FileNotFoundError, SafetensorError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{folder} has no readable {OBJECTIVES_FILE}, and {', '.join(attached)} have {len(expected)} weights in "
             f"this run: {remedy}."
         ) from error
     other = sorted(weights.keys() ^ expected.keys())
     other = other or [name for name in expected if weights[name].shape != expected[name].shape]
     if other:
-        raise ValueError(
+        raise UsageError(
             f"The objectives' weights in {file} and the recipe's differ in {len(other)}, such as {other[0]}: {remedy}."
         )
     attached.load_state_dict(weights)

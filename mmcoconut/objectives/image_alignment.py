@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mmcoconut.data.image_grids import FeatureLayout, features_under, views_of_sizes
 from mmcoconut.data.images import image_sizes, open_helper_image
+from mmcoconut.errors import UsageError
 from mmcoconut.objectives.base import Objective, RowsOfBatch, Run, mean_by_row
 from mmcoconut.passes_mmcoconut import gather_thoughts
 
@@ -90,7 +91,7 @@ class ImageAlignment(Objective):
         given, choices = (target, distance, latents_read), (TARGETS, DISTANCES, READS)
         for option, value, known in zip(self.options, given, choices):
             if value not in known:
-                raise ValueError(f"objectives.image_alignment.{option}={value!r} is not one of {', '.join(known)}.")
+                raise UsageError(f"objectives.image_alignment.{option}={value!r} is not one of {', '.join(known)}.")
         self.target, self.distance, self.latents_read = target, distance, latents_read
         self.fields = (target,)
         self.layout: FeatureLayout | None = None
@@ -102,7 +103,7 @@ class ImageAlignment(Objective):
     def build(self, model: nn.Module) -> None:
         self.layout = FeatureLayout.of(model)
         if self.target == "boxes" and self.layout.nowhere is not None:
-            raise ValueError(
+            raise UsageError(
                 f"objectives.image_alignment.target='boxes' needs to know which features lie under a box, and of this "
                 f"model {self.layout.nowhere}: take 'helper_image', or another projector."
             )
@@ -111,11 +112,11 @@ class ImageAlignment(Objective):
         if self.target != "boxes" or not row.get("boxes"):
             return
         if not row["images"]:
-            raise ValueError(f"{row['row_id']}, field 'boxes': found {len(row['boxes'])}, and the row has no picture.")
+            raise UsageError(f"{row['row_id']}, field 'boxes': found {len(row['boxes'])}, and the row has no picture.")
         width, height = image_sizes(row)[0]
         for number, box in enumerate(row["boxes"]):
             if box is not None and (box[2] > width or box[3] > height):
-                raise ValueError(
+                raise UsageError(
                     f"{row['row_id']}, field 'boxes': found {[*box]} for step {number}, and the picture has {width} x "
                     f"{height} pixels: write [left, top, right, bottom] in pixels of the first picture."
                 )
@@ -138,7 +139,7 @@ class ImageAlignment(Objective):
         sizes = image_sizes(row)
         views = views_of_sizes(self.layout, processor, sizes)[0]
         if isinstance(views, str):
-            raise ValueError(f"{row['row_id']}, field 'boxes': of its picture of {sizes[0]} pixels {views}.")
+            raise UsageError(f"{row['row_id']}, field 'boxes': of its picture of {sizes[0]} pixels {views}.")
         found = [None if box is None else features_under(box, views, sizes[0]) for box in wanted]
         nothing = np.zeros(max(len(each) for each in found if each is not None))
         return np.stack([nothing if each is None else each for each in found])

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from mmcoconut.errors import UsageError
 from mmcoconut.records import COURSE_FILE, read_json, sync, write_json
 
 
@@ -146,14 +147,14 @@ def choose_checkpoint(folder: Path, wanted: bool | str) -> Path:
         if found:
             whole = newest_whole(Path(wanted).parent)
             remedy = f"resume from {whole}" if whole else "take another checkpoint"
-            raise ValueError(f"{wanted} cannot be resumed from: {', '.join(found)}. Instead {remedy}.")
+            raise UsageError(f"{wanted} cannot be resumed from: {', '.join(found)}. Instead {remedy}.")
         return Path(wanted)
     chosen, found = newest_whole(folder), checkpoints_of(folder)
     newer = found if chosen is None else found[: found.index(chosen)]
     lines = report_of(newer, folder)
     if chosen is None:
         message = "\n  - ".join([f"{folder} holds no checkpoint to resume from", *lines])
-        raise ValueError(f"{message}\nStart anew with --overwrite true, which deletes what is there.")
+        raise UsageError(f"{message}\nStart anew with --overwrite true, which deletes what is there.")
     for line in lines:
         logger.warning("not resumed from: %s", line)
     return chosen

@@ -20,6 +20,7 @@ from mmcoconut.data.targets import (
     encode_target,
     predicted,
 )
+from mmcoconut.errors import UsageError
 from mmcoconut.objectives.alignment import Alignment
 from mmcoconut.objectives.attach import INPUTS
 from mmcoconut.objectives.base import Objective, RowsOfBatch
@@ -101,7 +102,7 @@ def encode_turns(
         same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, asked)))
         first = first_place(written, whole, start=max(start, same))
         if first < 0:
-            raise ValueError(
+            raise UsageError(
                 f"The chat template does not write the answer of turn {number}, {answer!r}, as the model does: "
                 "give a chat_template that keeps earlier answers, with no space added in front of them."
             )
@@ -161,7 +162,7 @@ class CurriculumCollator:
 
     def check_length(self, row: dict, length: int, what: str) -> None:
         if self.max_length is not None and length > self.max_length:
-            raise ValueError(
+            raise UsageError(
                 f"{row['row_id']}: {what} takes {length} tokens, images and latents included, and the language "
                 f"model, or max_length, has {self.max_length} positions: shorten the question or the steps, use "
                 "fewer latents or image tokens, lower max_new_tokens, raise max_length or take a language model "
@@ -184,7 +185,7 @@ class CurriculumCollator:
             remedy = f"with thoughts_per_turn={per_turn} no stage replaces its {len(row['steps'])} steps: set it to 0"
         else:
             return
-        raise ValueError(f"{row['row_id']}: a row of {num_turns} turn(s), and {remedy}.")
+        raise UsageError(f"{row['row_id']}: a row of {num_turns} turn(s), and {remedy}.")
 
     def training_plan(self, row: dict) -> RowPlan:
         num_steps = len(row["steps"])
@@ -362,7 +363,7 @@ class CurriculumCollator:
         tokenizer = self.processor.tokenizer
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", split_special_tokens=True)
         if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
-            raise ValueError(
+            raise UsageError(
                 f"A text to align a picture with takes {batch['input_ids'].shape[1]} tokens, and the language model "
                 f"has {self.max_length} positions: set alignment_target to a shorter one."
             )
@@ -375,7 +376,7 @@ class CurriculumCollator:
             return {**batch, **self.for_objectives(rows, batch, tiles, pixels)}
         if self.alignment.warms_up(self.epoch):
             if not any(row["images"] for row in rows):
-                raise ValueError(
+                raise UsageError(
                     f"{rows[0]['row_id']}: align_warmup_epochs learns from pictures alone, and none of the "
                     f"{len(rows)} rows of this batch has one: set it to 0, or leave rows without pictures out."
                 )

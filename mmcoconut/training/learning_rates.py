@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from mmcoconut.errors import UsageError
 from mmcoconut.training.parts import nearest_part, parameters_named
 
 
@@ -26,7 +27,7 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates
     for name in rates.keys() - trained:
         frozen = "all are frozen: remove it here or from `freeze`; with `lora` name it in lora.modules_to_save"
         remedy = frozen if parameters_named(model, name) else nearest_part(model, name)
-        raise ValueError(f"learning_rates: no trained parameter lies in {name!r}: {remedy}")
+        raise UsageError(f"learning_rates: no trained parameter lies in {name!r}: {remedy}")
     groups = []
     for group in optimizer.param_groups:
         for name in dict.fromkeys(part.get(parameter) for parameter in group["params"]):

@@ -19,6 +19,7 @@ from transformers.utils import is_peft_available
 
 from mmcoconut.configuration_mmcoconut import TOKEN_ID_FIELDS
 from mmcoconut.data import nearest
+from mmcoconut.errors import UsageError
 from mmcoconut.records import read_json
 from mmcoconut.training.parts import is_named, path_of, paths_named
 from mmcoconut.training.saving import ordinary_model
@@ -74,7 +75,7 @@ def targets(model, wanted: str | list[str] | None) -> dict:
     inside = [path for path in paths if path.startswith(f"{prefix}.")]
     for name in bare:
         if not any(is_named(path, name) for path in inside):
-            raise ValueError(
+            raise UsageError(
                 f"lora.target_modules: the language model has no layer {name!r}: {nearest(name, known)}. Layers of "
                 "other parts are reached by longer names, such as encoder.layers.0.self_attn.q_proj, or by a regular "
                 "expression."
@@ -107,7 +108,7 @@ def token_rows(model, fields: dict, *, whole: bool, tied: bool) -> list[int] | N
     """
     num_rows, named = len(model.get_input_embeddings().weight), fields.get("trainable_token_indices")
     if whole and named:
-        raise ValueError(
+        raise UsageError(
             f"lora.trainable_token_indices names {len(named)} rows of the embedding, and lora.modules_to_save = "
             f"{fields['modules_to_save']} trains all {num_rows}: remove one of the two."
         )
@@ -128,7 +129,7 @@ def trained_in_full(model, fields: dict) -> dict:
         known = any(is_named(path, name) for path in paths)
         found = [name] if known else [path for path in paths_named(model, name) if path in paths]
         if not found:
-            raise ValueError(f"lora.modules_to_save: no module {name!r}: {nearest(name, names_of_modules(paths))}")
+            raise UsageError(f"lora.modules_to_save: no module {name!r}: {nearest(name, names_of_modules(paths))}")
         wanted += found
     parts = dict(model.base_model.named_children())
     names = THOUGHT_MODULES if isinstance(model, ThinkingVLM) else NEW_PARTS
@@ -236,7 +237,7 @@ def check_adapter(model, folder: Path) -> None:
     keys = [key for key in SHAPING if saved[key] != present[key]]
     changed = [f"{key} is {saved[key]!r} there and {present[key]!r} here" for key in keys]
     if changed:
-        raise ValueError(
+        raise UsageError(
             f"The adapter in {folder} differs from the recipe's: {'; '.join(changed)}. Set `lora` and `freeze` as the "
             "run was started with."
         )
@@ -251,7 +252,7 @@ def check_whole_model(folder: str | Path) -> None:
     file = Path(folder, ADAPTER_CONFIG)
     if file.is_file():
         saved = read_json(file)
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds an adapter with r = {saved['r']}, lora_alpha = {saved['lora_alpha']}, and the recipe's "
             "`lora` is not set: set it as the run was started with."
         )
@@ -264,14 +265,14 @@ def load_adapter(model, folder: str | Path) -> None:
         ValueError: a folder without an adapter, or with one of other settings or layers.
     """
     if not Path(folder, ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{folder} holds no adapter: remove `lora` from the recipe, or resume a run that had it.")
+        raise UsageError(f"{folder} holds no adapter: remove `lora` from the recipe, or resume a run that had it.")
     check_adapter(model, Path(folder))
     saved = load_peft_weights(str(folder), device="cpu")
     weights = {name.removeprefix(FILE_PREFIX): weight for name, weight in saved.items()}
     expected = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False).keys()
     if weights.keys() != expected:
         other = sorted(weights.keys() ^ expected)
-        raise ValueError(
+        raise UsageError(
             f"The adapter in {folder} and the recipe's differ in {len(other)} weights, such as {other[0]}: set `lora` "
             "and `freeze` as the run was started with."
         )

@@ -20,6 +20,7 @@ from mmcoconut.arguments.fields import TYPES, default_of
 from mmcoconut.arguments.recipe_files import RecipeLoader
 from mmcoconut.arguments.recipes import recipe_text, save_recipe
 from mmcoconut.data import OPTIONAL_FEATURES
+from mmcoconut.errors import UsageError
 from mmcoconut.models import load_processor
 from mmcoconut.objectives.registry import make_objectives
 from mmcoconut.records import COURSE_FILE, RECIPE_FILE, read_json
@@ -221,7 +222,7 @@ def check_course(checkpoint: Path, course: Mapping) -> None:
     refused, adopted = sort_changes(before, json.loads(json.dumps(course)))
     if refused:
         lines = [f"{checkpoint} was trained otherwise than this run would go on", *map(str, refused)]
-        raise ValueError("\n  - ".join(lines) + f"\n{remedy_for(checkpoint)}")
+        raise UsageError("\n  - ".join(lines) + f"\n{remedy_for(checkpoint)}")
     adopted = [change for change in adopted if change.key != "output_dir"]
     if adopted:
         logger.info("resuming from %s with changes: %s", checkpoint, "; ".join(map(str, adopted)))
@@ -238,7 +239,7 @@ def check_tokenizer(checkpoint: Path, tokenizer) -> None:
     changed = sorted(token for token in saved.keys() | present.keys() if saved.get(token) != present.get(token))
     if changed:
         token = changed[0]
-        raise ValueError(
+        raise UsageError(
             f"The tokenizer differs from that of {checkpoint} in {len(changed)} tokens, such as {token!r}, which has "
             f"id {saved.get(token)} there and {present.get(token)} now: set `tokenizer` as the run was started with."
         )
@@ -254,7 +255,7 @@ def agree(choose: Callable[[], Path], run_args) -> Path:
             outcome = [None, str(error)]
     chosen, message = broadcast_object_list(outcome)
     if message is not None:
-        raise ValueError(message)
+        raise UsageError(message)
     return chosen
 
 
@@ -284,15 +285,15 @@ def check_output(arguments) -> Path | None:
     if not folder.exists() or not any(folder.iterdir()):
         return None
     if not run_args.overwrite:
-        raise ValueError(
+        raise UsageError(
             f"{folder} holds an earlier run: give --resume_from_checkpoint true to go on with it, --overwrite true to "
             "delete it, or another --output_dir."
         )
     if not (folder / RECIPE_FILE).exists():
-        raise ValueError(f"{folder} holds no {RECIPE_FILE}, so no run of this script: --overwrite does not delete it.")
+        raise UsageError(f"{folder} holds no {RECIPE_FILE}, so no run of this script: --overwrite does not delete it.")
     for key, path in read_paths(arguments).items():
         if Path(path).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--overwrite would delete {path}, which `{key}` reads: give another --output_dir.")
+            raise UsageError(f"--overwrite would delete {path}, which `{key}` reads: give another --output_dir.")
     return None
 
 

@@ -14,6 +14,7 @@ from datasets import Dataset
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, parse_answer
 from mmcoconut.data import image_counts, without_pictures
 from mmcoconut.data.scoring import REFERENCES, score
+from mmcoconut.errors import UsageError
 from mmcoconut.objectives.base import Objective
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.grouping import token_counts
@@ -65,7 +66,7 @@ def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
     lengths = token_counts(collator.processor.tokenizer, [text for _, text in texts], add_special_tokens=True)
     for row_id, text in texts:
         if collator.max_length is not None and lengths[text] > collator.max_length:
-            raise ValueError(
+            raise UsageError(
                 f"{row_id}: the text to align its pictures with takes {lengths[text]} tokens, and the language model, "
                 f"or max_length, has {collator.max_length} positions: set alignment_target to a shorter one."
             )
@@ -85,16 +86,20 @@ def check_objectives(rows: Dataset, objectives: Sequence[Objective]) -> None:
             values = rows[name] if name in rows.column_names else [None] * len(rows)
             lacking = [index for index, value in enumerate(values) if value is None or not len(value)]
             if len(lacking) == len(rows):
-                raise ValueError(
+                raise UsageError(
                     f"{rows['row_id'][lacking[0]]}, field {name!r}: found none, and objectives.{objective.name} needs "
-                    f"it (none of {len(rows)} rows has it): take a data set whose rows have it, or remove it."
+                    f"it (none of {len(rows)} rows has it): take a data set or dataset_options with it, "
+                    "or remove the objective."
                 )
             if lacking:
                 found = (name, len(lacking), len(rows), objective.name)
                 logger.info("field %s: %d of %d rows have none, and objectives.%s leaves them alone", *found)
         if type(objective).check is not Objective.check:
             for row in rows:
-                objective.check(row)
+                try:
+                    objective.check(row)
+                except ValueError as error:
+                    raise UsageError(str(error)) from error
 
 
 def distinct(rows: Dataset) -> list[dict]:
@@ -114,7 +119,7 @@ def check_steps(rows: Dataset) -> None:
     for row in rows.select_columns(SCORED):
         for step in row["steps"]:
             if ANSWER_LINE.search(step):
-                raise ValueError(
+                raise UsageError(
                     f"{row['row_id']}, field 'steps': found {step[:100]!r}, and the first line that begins with "
                     f"{ANSWER_MARKER} is read as the answer: write the step without {ANSWER_MARKER} at the beginning "
                     "of a line."
@@ -131,7 +136,7 @@ def check_beginnings(rows: Sequence[Mapping]) -> None:
         answer = row["answers"][0]
         found = parse_answer(f"{ANSWER_MARKER} {answer}")
         if found != answer.strip():
-            raise ValueError(
+            raise UsageError(
                 f"{row['row_id']}, field 'answers': found {answer!r}, of which evaluation would find {found!r}, as "
                 f"{ANSWER_MARKER} stands before every answer: write it without {ANSWER_MARKER} at its beginning."
             )
@@ -148,7 +153,7 @@ def own_scores(metric: str, rows: Sequence[Mapping]) -> list[float]:
         return score(metric, texts, [parse_answer(text) for text in texts], rows=rows)["scores"]
     except ValueError as error:  # raised anew for the row that it is about
         if len(rows) == 1:
-            raise ValueError(
+            raise UsageError(
                 f"{rows[0]['row_id']}, field 'answers': found {rows[0]['answers']!r}, which the metric {metric} "
                 f"cannot read ({str(error).removeprefix('row 0: ')}): correct the row, leave it out, or set `metric` "
                 f"to another one of {', '.join(REFERENCES)}."
@@ -169,7 +174,7 @@ def check_answers(rows: Dataset, metric: str) -> None:
     check_beginnings(answered)
     for row, value in zip(answered, own_scores(metric, answered), strict=True):
         if value <= 0:
-            raise ValueError(
+            raise UsageError(
                 f"{row['row_id']}, field 'answers': found {row['answers']!r}, and the metric {metric} gives the first "
                 f"one, which is learnt, {value:g}: correct the row, leave it out, or set `metric` to another one of "
                 f"{', '.join(REFERENCES)}."
