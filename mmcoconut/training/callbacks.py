@@ -2,6 +2,7 @@
 
 import logging
 
+from mmcoconut.errors import UsageError
 from transformers import TrainerCallback
 
 from mmcoconut.training.collator import CurriculumCollator
@@ -29,10 +30,10 @@ class CurriculumCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.dataloader_persistent_workers:
-            raise ValueError("dataloader_persistent_workers keeps the workers at the first stage: set it to false.")
+            raise UsageError("dataloader_persistent_workers keeps the workers at the first stage: set it to false.")
         alignment = self.collator.alignment
         if alignment is not None and alignment.warms_up(state.num_train_epochs - 1):
-            raise ValueError(
+            raise UsageError(
                 f"All {state.max_steps} updates of this run lie in the {alignment.warmup_epochs} epochs of "
                 "align_warmup_epochs, so that the answer is never learnt: set max_steps to more, or that to less."
             )
@@ -52,7 +53,7 @@ class CurriculumCallback(TrainerCallback):
         """
         saved, present = state.epoch or 0.0, state.global_step / self.updates_per_epoch
         if int(saved + 1e-6) != int(present) or abs(saved - present) > 1 / self.updates_per_epoch:
-            raise ValueError(
+            raise UsageError(
                 f"The checkpoint was saved after {state.global_step} updates, in its run {saved:.4g} epochs, and with "
                 f"this run's {self.updates_per_epoch} updates per epoch {present:.4g} epochs: take the rows, batch "
                 "size, gradient_accumulation_steps and number of processes that it was trained with."
