@@ -217,8 +217,8 @@ def load_examples(name: str, *, split: str, **options) -> Dataset:
     for option in options:
         if option not in parameters:
             raise UsageError(
-                f"data set {name!r} has no option {option!r}; {nearest(option, parameters)}; remove it, or set it to "
-                "null where a recipe of another data set has it"
+                f"data set {name!r} has no option {option!r}; {nearest(option, parameters)}; remove it, in a recipe "
+                "with a `base` that sets it by null"
             )
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:

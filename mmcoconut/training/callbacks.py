@@ -2,9 +2,9 @@
 
 import logging
 
-from mmcoconut.errors import UsageError
 from transformers import TrainerCallback
 
+from mmcoconut.errors import UsageError
 from mmcoconut.training.collator import CurriculumCollator
 
 
