@@ -18,6 +18,7 @@ from mmcoconut.arguments.recipes import read_recipe
 from mmcoconut.chat_template_mmcoconut import parse_answer
 from mmcoconut.data import without_pictures
 from mmcoconut.data.scoring import figures_of, score
+from mmcoconut.errors import UsageError
 from mmcoconut.hub.card import Evidence, model_card, write_card
 from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
 from mmcoconut.objectives.attach import (
@@ -62,13 +63,13 @@ def check_sharding(plugin, *, adapted: bool) -> None:
         ValueError: FSDP of version 1; weights that are not gathered for saving; FSDP with LoRA.
     """
     if plugin.fsdp_version != 2:
-        raise ValueError(f"fsdp_version is {plugin.fsdp_version}: set 2, or use DDP.")
+        raise UsageError(f"fsdp_version is {plugin.fsdp_version}: set 2, or use DDP.")
     if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise ValueError(
+        raise UsageError(
             f"fsdp_state_dict_type is {plugin.state_dict_type}, which leaves no model to load: set FULL_STATE_DICT."
         )
     if adapted:
-        raise ValueError("`lora` is not merged from sharded weights: use DDP, or remove `lora`.")
+        raise UsageError("`lora` is not merged from sharded weights: use DDP, or remove `lora`.")
 
 
 def check_sharded_objectives(objectives: Objectives | None, *, compares_gradients: bool) -> None:
@@ -80,18 +81,18 @@ def check_sharded_objectives(objectives: Objectives | None, *, compares_gradient
     """
     for name, objective in (objectives or {}).items():
         if objective.forwards:
-            raise ValueError(
+            raise UsageError(
                 f"objectives.{name} takes further forwards of the model where its batch needs them, and processes "
                 "that share its weights must take equally many: use DDP, or remove it."
             )
     weighty = [name for name, objective in (objectives or {}).items() if [*objective.parameters()]]
     if weighty:
-        raise ValueError(
+        raise UsageError(
             f"objectives.{weighty[0]} has weights of its own, and checkpoints of sharded ones would lack them: use "
             "DDP, or remove it."
         )
     if objectives and compares_gradients:
-        raise ValueError("`log_gradient_cosine` needs whole gradients, which FSDP shards: use DDP, or remove it.")
+        raise UsageError("`log_gradient_cosine` needs whole gradients, which FSDP shards: use DDP, or remove it.")
 
 
 def check_not_replicated(objectives: Objectives | None, num_gpus: int) -> None:
@@ -102,7 +103,7 @@ def check_not_replicated(objectives: Objectives | None, num_gpus: int) -> None:
         ValueError: more than one GPU of this process.
     """
     if objectives is not None and num_gpus > 1:
-        raise ValueError(
+        raise UsageError(
             f"objectives {', '.join(objectives)} need a process for each of the {num_gpus} GPUs: start the run by "
             "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
         )
@@ -370,7 +371,7 @@ class CurriculumTrainer(Trainer):
         """
         name = f"eval_{(self.args.metric_for_best_model or 'accuracy').removeprefix('eval_')}"
         if name not in metrics:
-            raise ValueError(f"metric_for_best_model is {name}: choose one of {', '.join(sorted(metrics))}.")
+            raise UsageError(f"metric_for_best_model is {name}: choose one of {', '.join(sorted(metrics))}.")
         sign = 1 if self.args.metric_for_best_model is None or self.args.greater_is_better else -1
         records = [record for record in self.state.log_history if record.get("eval_stage") == metrics["eval_stage"]]
         *earlier, latest = [(self.warmed_up(record), sign * record[name]) for record in records]
