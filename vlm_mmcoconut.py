@@ -41,6 +41,10 @@ THOUGHT_MODULES = ("thought_feed", "stop_head")
 OF_THOUGHTS = ("stop_threshold", "thought_noise", "given_thoughts", *RETURNED)
 # Fields of configurations that hold a placeholder of image features.
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
+# Model types that cap the logits of their head, where their configuration says so, and those that scale them by a
+# power of its logits_scaling.
+CAPPED = ("gemma3n", "gemma4", "gemma4_unified", "paligemma")
+SCALED = {"granite4_vision": -1, "granite_docling": -1, "hyperclovax_vision_v2": 1}
 
 
 @dataclass
@@ -190,10 +194,18 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
             if value is not None:
                 outputs[name] = value
         if output_view:
-            outputs["view"].head = self.get_output_embeddings()
+            outputs["view"].head = self.logits_of
             outputs["view"].hidden_states = outputs.get("hidden_states")
         as_tuple = not (self.config.return_dict if return_dict is None else return_dict)
         return outputs.to_tuple() if as_tuple else outputs
+
+    def logits_of(self, states: torch.Tensor) -> torch.Tensor:
+        """Return the logits (…, V) of last hidden states (…, D), scaled and capped as the own forward does."""
+        logits, config = self.get_output_embeddings()(states), self.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None) if self.config.model_type in CAPPED else None
+        if self.config.model_type in SCALED:
+            logits = logits * config.logits_scaling ** SCALED[self.config.model_type]
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def run_own_forward(self, own_forward: Callable, inputs: dict):
         """Run the own forward; the loss is of labelled columns, and in training the head runs on them alone."""

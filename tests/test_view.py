@@ -45,6 +45,18 @@ def test_a_view_holds_the_states_around_each_latent(name):
     assert torch.equal(view.head(view.states), model(**batch).logits)
 
 
+@pytest.mark.parametrize("model_type", ["gemma4", "paligemma", "granite_docling", "hyperclovax_vision_v2"])
+def test_a_views_head_caps_and_scales_logits_as_the_models_own_class_does(model_type):
+    model, processor = thinking_pair(model_type)
+    config = model.config.get_text_config()
+    config.final_logit_softcapping, config.logits_scaling = 0.05, 3.0
+    with torch.no_grad():
+        outputs = model(**prompt(processor), output_view=True)
+        plain = model.get_output_embeddings()(outputs.view.states)
+    assert max_difference(outputs.view.head(outputs.view.states), outputs.logits) < 1e-6
+    assert max_difference(plain, outputs.logits) > 1e-2
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_views_states_have_gradients(name):
     model, batch = model_and_batch(name)
