@@ -352,7 +352,7 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
             check_answers(rows, metric)
     with timed("Checking what objectives need of each row"):
         for rows in splits.values():
-            check_objectives(rows, collator.objectives)
+            check_objectives(rows, collator.objectives, collator.processor)
     check_best_metric(run_args, metric, splits["eval"], collator)
     trainer_class, options = CurriculumTrainer, {}
     if curriculum_args.objective in REWARDED and run_args.do_train:

@@ -16,7 +16,7 @@ from torch import nn
 
 from mmcoconut.data import load_examples, open_images
 from mmcoconut.data.arrow_mazes import png_bytes
-from mmcoconut.data.image_grids import View, features_under, tiles
+from mmcoconut.data.image_grids import FeatureLayout, View, features_under, tiles
 from mmcoconut.data.targets import IGNORED, answer_columns, encode_step, encode_target, predicted
 from mmcoconut.objectives.attach import INPUTS, attach
 from mmcoconut.objectives.base import Run
@@ -212,9 +212,24 @@ def test_it_reads_what_it_has_learnt_also_from_its_folder(tmp_path):
     assert loaded.read(thoughts, tokenizer) == [tokenizer.decode(each[:1]).strip() for each in ids]
 
 
-@pytest.mark.parametrize("options, found", [({"layers": 0}, "layers=0"), ({"width": 12, "heads": 4}, "width=12")])
+@pytest.mark.parametrize(
+    "options, found",
+    [
+        ({"layers": 0}, "layers=0"),
+        ({"layers": 1.5}, "layers=1.5"),
+        ({"heads": "two"}, "heads='two'"),
+        ({"max_tokens": True}, "max_tokens=True"),
+        ({"width": 0}, "width=0"),
+        ({"width": 12, "heads": 4}, "width=12"),
+    ],
+)
 def test_a_decoder_that_cannot_be_made_is_refused(options, found):
     error_of(lambda: StepDecoder(**options), f"objectives.step_decoder.{found}")
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.inf, math.nan, True])
+def test_a_weight_of_the_written_row_is_a_finite_number(weight):
+    error_of(lambda: SelfDistillation(teacher_weight=weight), f"self_distillation.teacher_weight={weight} must be")
 
 
 # --- the written row -------------------------------------------------------------------------------------------------
@@ -441,9 +456,44 @@ def test_features_that_lie_nowhere_have_no_boxes():
 
 def test_a_box_beside_the_picture_is_refused_before_training():
     row = {**mazes(1)[0], "boxes": [[0, 0, 16, 16], [40, 0, 50, 16]]}
-    error_of(lambda: ImageAlignment().check(row), row["row_id"], "'boxes'", "[40, 0, 50, 16]", "48 x 48", "step 1")
-    ImageAlignment().check(mazes(1)[0])
-    error_of(lambda: ImageAlignment().check({**row, "images": []}), row["row_id"], "no picture")
+    model, objective = tiny_model(), ImageAlignment()
+    objective.build(model)
+    processor = tiny_processor(model)
+    named = (row["row_id"], "'boxes'", "[40, 0, 50, 16]", "48 x 48", "step 1")
+    error_of(lambda: objective.check(row, processor), *named)
+    objective.check(mazes(1)[0], processor)
+    error_of(lambda: objective.check({**row, "images": []}, processor), row["row_id"], "no picture")
+
+
+def test_a_picture_whose_features_lie_nobody_knows_where_is_refused_before_training():
+    [row], model, objective = mazes(1), tiny_model(), ImageAlignment()
+    objective.layout = FeatureLayout(model.config.image_token_id, nowhere="3 image features make no square")
+    processor = tiny_processor(model)
+    objective.check({**row, "boxes": [None] * len(row["boxes"])}, processor)
+    named = (
+        row["row_id"],
+        "'boxes'",
+        "48 x 48 pixels nobody knows",
+        "as 3 image features make no square: take objectives",
+    )
+    error_of(lambda: objective.check(row, processor), *named)
+
+
+def test_a_helper_image_that_cannot_be_read_is_refused_before_training():
+    [row], objective = mazes(1, helper_image=True), ImageAlignment(target="helper_image")
+    objective.check(row, None)
+    objective.check({**row, "helper_image": None}, None)
+    row["helper_image"] = {"bytes": b"no picture", "path": None}
+    error_of(lambda: objective.check(row, None), row["row_id"], "'helper_image'", "replace the file")
+
+
+def test_a_model_that_gives_no_features_of_further_images_learns_from_no_helpers():
+    model, _ = thinking_pair("mllama")
+    error_of(
+        lambda: ImageAlignment(target="helper_image").build(model),
+        "MllamaFor",
+        "has no get_image_features: take 'boxes'",
+    )
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------

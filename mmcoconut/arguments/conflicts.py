@@ -39,7 +39,7 @@ from mmcoconut.arguments.without_effect import without_effect
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
 from mmcoconut.errors import is_missing_folder
 from mmcoconut.objectives.alignment import ALIGNMENT_TARGETS
-from mmcoconut.objectives.registry import make_objective, objective_problems
+from mmcoconut.objectives.registry import make_objective, objective_problems, pair_problems
 
 
 READ_BESIDE_THE_TEXT = ("cross_attention", "encoder")  # of the values of image_fusion
@@ -272,9 +272,14 @@ def _objectives(values: dict):
     problems = [*objective_problems(objectives)]
     yield from problems
     made = {} if problems else {name: make_objective(name, setting) for name, setting in objectives.items()}
+    for name, remedy in pair_problems(made):
+        yield f"objectives.{name}", objectives[name], remedy
     for name, objective in made.items():
         if not objective.is_used:
             continue
+        if objective.gives_thoughts and values["mode"] == "pause":
+            remedy = "`mode: pause` feeds nothing back, and this would feed what it gives: let latents read states"
+            yield f"objectives.{name}", objectives[name], f"{remedy}, or set `mode: coconut`"
         key, setting = f"objectives.{name}", objectives[name]
         if "steps" in objective.fields and values["thoughts_per_turn"]:
             yield key, setting, "with `thoughts_per_turn` no thought stands for a written step: remove one of these"

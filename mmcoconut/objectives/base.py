@@ -45,6 +45,16 @@ class RowsOfBatch:
     labelled: Callable[[Callable[[Mapping], RowPlan]], dict]
 
 
+def without_adapters(model: nn.Module) -> nn.Module:
+    """Return a model in its own class."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def features_reader(model: nn.Module) -> Callable | None:
+    """Return the method of a model, with or without adapters, that gives features of images; None without one."""
+    return getattr(without_adapters(model).base_model, "get_image_features", None)
+
+
 @dataclass(frozen=True)
 class Run:
     """What an objective may ask of the model in training beside the view of the thoughts.
@@ -64,17 +74,12 @@ class Run:
     @property
     def without_logits(self) -> dict:
         """The arguments of a forward that makes as few logits as the model can."""
-        taken = inspect.signature(self.without_adapters.forward).parameters
+        taken = inspect.signature(without_adapters(self.model).forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
-
-    @property
-    def without_adapters(self) -> nn.Module:
-        """The model in its own class."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     def image_features(self, images: Inputs) -> torch.Tensor:
         """Return what the decoder would read of other images (F, D), in reading order; no gradients."""
-        read = self.without_adapters.base_model.get_image_features
+        read = features_reader(self.model)
         taken = inspect.signature(read).parameters
         with torch.no_grad():
             features = read(**{name: value for name, value in images.items() if name in taken})
@@ -93,6 +98,7 @@ class Objective(nn.Module):
         default_weight: the paper's.
         needs_hidden_states: whether the view must hold those of all layers.
         needs_images: whether it reads image features among the columns of the text.
+        needs_own_thoughts: whether it teaches nothing where another objective gives what latents read.
         forwards: further forward passes of the model in an update.
 
     Args:
@@ -105,6 +111,7 @@ class Objective(nn.Module):
     default_weight: ClassVar[float] = 1.0
     needs_hidden_states: ClassVar[bool] = False
     needs_images: ClassVar[bool] = False
+    needs_own_thoughts: ClassVar[bool] = False
     forwards: ClassVar[int] = 0
 
     def __init__(self, weight: float | Sequence[float] | None = None):
@@ -130,6 +137,11 @@ class Objective(nn.Module):
         return max(self.weights) > 0
 
     @property
+    def gives_thoughts(self) -> bool:
+        """Whether latents read in training what `given` says, in the place of thoughts."""
+        return False
+
+    @property
     def settings(self) -> dict:
         """Return the options that make it again, the weight aside; of one with modules with the sizes of these."""
         return {}
@@ -148,10 +160,10 @@ class Objective(nn.Module):
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / f"{self.name}.safetensors")
         (folder / f"{self.name}.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
-    def check(self, row: Mapping) -> None:
+    def check(self, row: Mapping, processor) -> None:
         """Raise ValueError for a row, with its pictures, that this cannot learn from; asked of all before training.
 
-        That rows have its `fields` is checked without it.
+        That rows have its `fields` is checked without it. processor: the run's.
         """
 
     def plans(self, plan: RowPlan, num_steps: int) -> Iterable[RowPlan]:

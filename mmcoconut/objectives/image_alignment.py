@@ -3,7 +3,7 @@
 Shapes: B rows, N latents, P features of a row's images, F of all helper images, D hidden.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from mmcoconut.data.image_grids import FeatureLayout, features_under, views_of_sizes
 from mmcoconut.data.images import image_sizes, open_helper_image
 from mmcoconut.errors import UsageError
-from mmcoconut.objectives.base import Objective, RowsOfBatch, Run, mean_by_row
+from mmcoconut.objectives.base import Objective, RowsOfBatch, Run, features_reader, mean_by_row
 from mmcoconut.passes_mmcoconut import gather_thoughts
 
 
@@ -66,7 +66,8 @@ class ImageAlignment(Objective):
             there is one, so all thoughts take one pass; evaluation and inference read states.
 
     Raises:
-        ValueError: another value of an option; with boxes a model whose features lie nowhere on a picture.
+        ValueError: another value of an option; with boxes a model whose features lie nowhere on a picture, with helper
+            images one that gives no features of them.
 
     Source: Mirage, https://arxiv.org/abs/2506.17218 (helper images, cosine); LVR, https://arxiv.org/abs/2509.24251
     (regions, MSE, targets read); Monet, https://arxiv.org/abs/2511.21395.
@@ -95,6 +96,11 @@ class ImageAlignment(Objective):
         self.target, self.distance, self.latents_read = target, distance, latents_read
         self.fields = (target,)
         self.layout: FeatureLayout | None = None
+        self.knows_grid = False
+
+    @property
+    def gives_thoughts(self) -> bool:
+        return self.latents_read == "target"
 
     @property
     def settings(self) -> dict:
@@ -107,10 +113,23 @@ class ImageAlignment(Objective):
                 f"objectives.image_alignment.target='boxes' needs to know which features lie under a box, and of this "
                 f"model {self.layout.nowhere}: take 'helper_image', or another projector."
             )
+        if self.target == "helper_image" and features_reader(model) is None:
+            raise ValueError(
+                f"objectives.image_alignment.target='helper_image' asks the model for features of further images, and "
+                f"{type(model).__name__} has no get_image_features: take 'boxes', or another model."
+            )
 
-    def check(self, row: Mapping) -> None:
-        if self.target != "boxes" or not row.get("boxes"):
-            return
+    def check(self, row: Mapping, processor) -> None:
+        if self.target == "helper_image" and row.get("helper_image"):
+            open_helper_image(row)
+        if self.target == "boxes" and row.get("boxes"):
+            self._check_boxes(row, processor)
+
+    def _check_boxes(self, row: Mapping, processor) -> None:
+        """Check that boxes lie on the first picture and, of the first row alone, on which features they lie.
+
+        That costs a run of the image processor, and is a matter of the model far more than of a picture's size.
+        """
         if not row["images"]:
             raise UsageError(f"{row['row_id']}, field 'boxes': found {len(row['boxes'])}, and the row has no picture.")
         width, height = image_sizes(row)[0]
@@ -120,6 +139,9 @@ class ImageAlignment(Objective):
                     f"{row['row_id']}, field 'boxes': found {[*box]} for step {number}, and the picture has {width} x "
                     f"{height} pixels: write [left, top, right, bottom] in pixels of the first picture."
                 )
+        if not self.knows_grid:
+            self._under_boxes(row, range(len(row["boxes"])), processor)
+            self.knows_grid = any(row["boxes"])
 
     def encode(self, batch: RowsOfBatch) -> dict:
         num_latents = batch.steps.shape[1]
@@ -130,7 +152,7 @@ class ImageAlignment(Objective):
         ]
         return {"weights": stacked_weights(weights, num_latents)}
 
-    def _under_boxes(self, row: Mapping, steps: list[int], processor) -> np.ndarray:
+    def _under_boxes(self, row: Mapping, steps: Sequence[int], processor) -> np.ndarray:
         """Return the weights (N, P) of the features under the box of each latent's step."""
         boxes = row.get("boxes") or []
         wanted = [boxes[step] if 0 <= step < len(boxes) else None for step in steps]
@@ -139,7 +161,11 @@ class ImageAlignment(Objective):
         sizes = image_sizes(row)
         views = views_of_sizes(self.layout, processor, sizes)[0]
         if isinstance(views, str):
-            raise UsageError(f"{row['row_id']}, field 'boxes': of its picture of {sizes[0]} pixels {views}.")
+            raise UsageError(
+                f"{row['row_id']}, field 'boxes': on its picture of {sizes[0][0]} x {sizes[0][1]} pixels nobody knows "
+                f"which features lie under a box, as {views}: take objectives.image_alignment.target 'helper_image' or "
+                "another model, or leave the row's boxes out."
+            )
         found = [None if box is None else features_under(box, views, sizes[0]) for box in wanted]
         nothing = np.zeros(max(len(each) for each in found if each is not None))
         return np.stack([nothing if each is None else each for each in found])

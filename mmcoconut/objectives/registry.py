@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 from collections.abc import Iterator, Mapping
+from itertools import permutations
 
 from mmcoconut.data import nearest
 from mmcoconut.objectives.base import Objective
@@ -93,6 +94,26 @@ def objective_problems(objectives: Mapping) -> Iterator[tuple]:
     for name in names:
         if ":" in name and (others := [other for other in names if other != name and same_name(name, other)]):
             yield f"objectives.{name}", objectives[name], f"it has the name of {others[0]}: rename it, or keep one"
+
+
+def pair_problems(objectives: Mapping[str, Objective]) -> Iterator[tuple[str, str]]:
+    """Yield (name, remedy) for objectives by name of which one gives what latents read at a stage of another's.
+
+    >>> made = {"image_alignment": ImageAlignment([1, 0], latents_read="target"), "step_decoder": StepDecoder([0, 1])}
+    >>> [*pair_problems(made)]  # never at the same stage
+    []
+    >>> [name for name, remedy in pair_problems({**made, "step_decoder": StepDecoder(1.0)})]
+    ['step_decoder']
+    """
+    for (one, giver), (name, objective) in permutations(objectives.items(), 2):
+        stages = range(max(len(giver.weights), len(objective.weights)))
+        if not giver.gives_thoughts or not any(giver.weight_at(s) and objective.weight_at(s) for s in stages):
+            continue
+        if objective.needs_own_thoughts:
+            remedy = "let latents read states, give the two weights at other stages, or remove one"
+            yield name, f"with {one} latents read no thoughts in training, and it reaches a model by these: {remedy}"
+        elif objective.gives_thoughts and one < name:
+            yield name, f"{one} gives what latents read in training too: let one of them leave thoughts in place"
 
 
 def same_name(one: str, other: str) -> bool:

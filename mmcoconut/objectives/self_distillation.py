@@ -3,6 +3,7 @@
 Shapes: B rows, T tokens, L layers, D hidden, V vocabulary.
 """
 
+import math
 from typing import ClassVar
 
 import torch
@@ -32,8 +33,12 @@ class SelfDistillation(Objective):
         L = teacher_weight · CE(written row) + mean over layers l:  mean |h_l - sg(t_l)| / std(t_l)
 
     h_l, t_l are the states after layer l at the token before the answer's text, of the thinking row and of the written
-    one; sg lets no gradient through, so that the written row learns from its own cross-entropy alone. The paper takes
-    the standard deviation over the batch; here it is each state's own, so that a row's loss is the same in any batch.
+    one; sg lets no gradient through, so that the written row learns from its own cross-entropy alone.
+
+    Here std is over the D numbers of a row's own state, so that a row's loss is the same in any batch. The paper's is
+    of the teacher's states of a layer in the whole batch. Its code takes that, the smooth L1 distance (quadratic below
+    1) and the embeddings as a layer too; its scripts weigh the distance by 20 and the written row's part by 1, which
+    is `weight: 20, teacher_weight: 0.05` here.
 
     A row without latents is itself a written row: its loss is 0, and a batch of such rows takes no second forward.
 
@@ -54,8 +59,10 @@ class SelfDistillation(Objective):
 
     def __init__(self, weight=None, *, teacher_weight: float = 1.0):
         super().__init__(weight)
-        if teacher_weight < 0:
-            raise ValueError(f"objectives.self_distillation.teacher_weight={teacher_weight} must be at least 0.")
+        if isinstance(teacher_weight, bool) or not 0 <= teacher_weight < math.inf:
+            raise ValueError(
+                f"objectives.self_distillation.teacher_weight={teacher_weight} must be a finite number of at least 0."
+            )
         self.teacher_weight = teacher_weight
 
     @property

@@ -78,7 +78,7 @@ class StepDecoder(Objective):
         max_tokens: of a step; what is behind is not learnt.
 
     Raises:
-        ValueError: a width that is no multiple of 2 · heads.
+        ValueError: an option that is no whole number of at least 1; a width that is no multiple of 2 · heads.
 
     Source: SIM-CoT, https://arxiv.org/abs/2509.20317.
 
@@ -94,13 +94,15 @@ class StepDecoder(Objective):
     name: ClassVar[str] = "step_decoder"
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.20317"
     fields: ClassVar[tuple[str, ...]] = ("steps",)
+    needs_own_thoughts: ClassVar[bool] = True
 
     def __init__(self, weight=None, *, layers: int = 2, width: int | None = None, heads=4, max_tokens=64):
         super().__init__(weight)
-        for option, value in (("layers", layers), ("heads", heads), ("max_tokens", max_tokens)):
-            if value < 1:
-                raise ValueError(f"objectives.step_decoder.{option}={value} must be at least 1.")
-        if width is not None and (width < 1 or width % (2 * heads)):
+        numbers = {"layers": layers, "heads": heads, "max_tokens": max_tokens, "width": 1 if width is None else width}
+        for option, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"objectives.step_decoder.{option}={value!r} must be a whole number of at least 1.")
+        if width is not None and width % (2 * heads):
             raise ValueError(
                 f"objectives.step_decoder.width={width} is no multiple of {2 * heads}, twice its heads={heads}: set "
                 "it to one, or leave it out."

@@ -37,6 +37,10 @@ class StepTokens(Objective):
 
     Latents without a step, as of rows with fewer steps than the stage, are left alone.
 
+    With `markers: start` or `none` the answer's own loss also supervises the state at the last latent: it predicts
+    what is written next, while this asks it for its step's token. With `markers: both` the state at `<|end-latent|>`
+    predicts what is written, and a latent's its step alone.
+
     Args:
         tokens: `in_order`: with c_thought latents a step the i-th of them predicts the step's i-th token. `bag`: each
             predicts all tokens of its step, for steps whose first tokens say little.

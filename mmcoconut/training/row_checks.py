@@ -72,7 +72,7 @@ def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
             )
 
 
-def check_objectives(rows: Dataset, objectives: Sequence[Objective]) -> None:
+def check_objectives(rows: Dataset, objectives: Sequence[Objective], processor) -> None:
     """Check that rows have what objectives need of them.
 
     A row without steps, or without boxes, has nothing that a thought could stand for: its loss is 0, and only a split
@@ -97,7 +97,7 @@ def check_objectives(rows: Dataset, objectives: Sequence[Objective]) -> None:
         if type(objective).check is not Objective.check:
             for row in rows:
                 try:
-                    objective.check(row)
+                    objective.check(row, processor)
                 except ValueError as error:
                     raise UsageError(str(error)) from error
 
