@@ -30,7 +30,7 @@ from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.gradient_cosines import GradientCosines
 from mmcoconut.training.row_checks import check_lengths, check_objectives
-from mmcoconut.training.trainer import check_not_replicated, check_sharded_objectives
+from mmcoconut.training.sharing import check_not_replicated, check_sharded_objectives
 
 
 OWN = "--objectives.guess:Guess"

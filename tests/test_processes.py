@@ -21,7 +21,7 @@ from two_processes import CASES, labelled_batch, make_model, prompt, rows_of
 import train_hf
 from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.passes_mmcoconut import column_lists
-from mmcoconut.training.trainer import check_sharding
+from mmcoconut.training.sharing import check_sharding
 
 
 pytestmark = pytest.mark.slow

@@ -163,8 +163,8 @@ class ImageAlignment(Objective):
         if isinstance(views, str):
             raise UsageError(
                 f"{row['row_id']}, field 'boxes': on its picture of {sizes[0][0]} x {sizes[0][1]} pixels nobody knows "
-                f"which features lie under a box, as {views}: take objectives.image_alignment.target 'helper_image' or "
-                "another model, or leave the row's boxes out."
+                f"which features lie under a box, as {views}: take objectives.image_alignment.target 'helper_image' "
+                "or another model, or leave the row's boxes out."
             )
         found = [None if box is None else features_under(box, views, sizes[0]) for box in wanted]
         nothing = np.zeros(max(len(each) for each in found if each is not None))

@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,27 +11,22 @@ from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from mmcoconut.arguments.recipes import read_recipe
 from mmcoconut.chat_template_mmcoconut import parse_answer
 from mmcoconut.data import without_pictures
 from mmcoconut.data.scoring import figures_of, score
 from mmcoconut.errors import UsageError
-from mmcoconut.hub.card import Evidence, model_card, write_card
-from mmcoconut.hub.uploads import LAST_CHECKPOINT, Repository, Uploads, copy_checkpoint, copy_model
 from mmcoconut.objectives.attach import (
     LOSSES,
     NAME,
-    Objectives,
     attached_to,
     load_weights,
     own_weights,
     save_weights,
     without_objectives,
 )
-from mmcoconut.records import ADAPTER_FOLDER, OBJECTIVES_FOLDER, RECIPE_FILE, read_json, write_json
-from mmcoconut.tables import stage_row, stage_rows
+from mmcoconut.records import ADAPTER_FOLDER, OBJECTIVES_FOLDER, write_json
 from mmcoconut.training.callbacks import CurriculumCallback, ShardingCallback
 from mmcoconut.training.checkpoints import ASIDE, describe, put_in_place, rotate, start_aside
 from mmcoconut.training.collator import IGNORED, CurriculumCollator
@@ -43,11 +37,11 @@ from mmcoconut.training.learning_rates import set_learning_rates
 from mmcoconut.training.lora import check_whole_model, has_lora, load_adapter, merged_model, save_adapter
 from mmcoconut.training.losses import Terms, loss_per_token, mean_losses, name_of_term
 from mmcoconut.training.saving import ordinary_model
+from mmcoconut.training.sharing import check_not_replicated, check_sharded_objectives, check_sharding
 from mmcoconut.training.tracking import TrackingCallback, is_tracked
+from mmcoconut.training.uploading import STAGE_FILE, UploadsSaves
 
 
-STAGE_FILE = "stage.json"
-UPLOADS = ".uploads"
 ALIGNED_TEXTS = ("alignment_input_ids", "alignment_attention_mask")
 
 
@@ -56,60 +50,7 @@ def with_index(dataset):
     return dataset if "index" in dataset.column_names else dataset.add_column("index", list(range(len(dataset))))
 
 
-def check_sharding(plugin, *, adapted: bool) -> None:
-    """Refuse the ways of sharding that would hang, or leave no model behind.
-
-    Raises:
-        ValueError: FSDP of version 1; weights that are not gathered for saving; FSDP with LoRA.
-    """
-    if plugin.fsdp_version != 2:
-        raise UsageError(f"fsdp_version is {plugin.fsdp_version}: set 2, or use DDP.")
-    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        raise UsageError(
-            f"fsdp_state_dict_type is {plugin.state_dict_type}, which leaves no model to load: set FULL_STATE_DICT."
-        )
-    if adapted:
-        raise UsageError("`lora` is not merged from sharded weights: use DDP, or remove `lora`.")
-
-
-def check_sharded_objectives(objectives: Objectives | None, *, compares_gradients: bool) -> None:
-    """Refuse what objectives cannot do under FSDP.
-
-    Raises:
-        ValueError: objectives with weights of their own or further forwards of the model, in which shards are gathered
-            and processes must agree; or gradients that are compared, of which each process would have a part.
-    """
-    for name, objective in (objectives or {}).items():
-        if objective.forwards:
-            raise UsageError(
-                f"objectives.{name} takes further forwards of the model where its batch needs them, and processes "
-                "that share its weights must take equally many: use DDP, or remove it."
-            )
-    weighty = [name for name, objective in (objectives or {}).items() if [*objective.parameters()]]
-    if weighty:
-        raise UsageError(
-            f"objectives.{weighty[0]} has weights of its own, and checkpoints of sharded ones would lack them: use "
-            "DDP, or remove it."
-        )
-    if objectives and compares_gradients:
-        raise UsageError("`log_gradient_cosine` needs whole gradients, which FSDP shards: use DDP, or remove it.")
-
-
-def check_not_replicated(objectives: Objectives | None, num_gpus: int) -> None:
-    """Refuse objectives of a model that one process copies to several GPUs (DataParallel), as all copies would share
-    what the hooks know of a call.
-
-    Raises:
-        ValueError: more than one GPU of this process.
-    """
-    if objectives is not None and num_gpus > 1:
-        raise UsageError(
-            f"objectives {', '.join(objectives)} need a process for each of the {num_gpus} GPUs: start the run by "
-            "`accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
-        )
-
-
-class CurriculumTrainer(Trainer):
+class CurriculumTrainer(UploadsSaves, Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
     Metrics: `accuracy` (the mean score of `metric`), the other figures of `metric` under its own names (such as
@@ -130,7 +71,6 @@ class CurriculumTrainer(Trainer):
         kwargs: of the library's Trainer.
     """
 
-    uploads: Uploads | None = None  # of the process that uploads, once it has a repository to name
     course: Mapping = {}  # what checkpoints say of how they were trained, see mmcoconut.training.resuming
     aside: Path | None = None  # where a checkpoint is being written
     seconds_aside: float = 0.0  # of evaluations and checkpoints within training
@@ -480,99 +420,6 @@ class CurriculumTrainer(Trainer):
             load_weights(self.objectives, Path(resume_from_checkpoint))
         if self.curriculum_collator.image_features is not None:
             self.curriculum_collator.image_features.check_tower(self.model)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = True) -> None:
-        """As the library's, but saving uploads nothing by itself."""
-        super().save_model(output_dir, _internal_call=True)
-
-    def init_hf_repo(self, *args, **kwargs) -> None:
-        """The repository that `push_to_hub` names, or a note that there is none yet (see Uploads.start)."""
-        if not self.is_world_process_zero():
-            return
-        args = self.args
-        name = args.hub_model_id or Path(args.output_dir).resolve().name
-        repository = Repository(name, private=args.hub_private_repo, token=args.hub_token)
-        self.uploads = Uploads(repository, Path(args.output_dir, UPLOADS), main=args.hub_revision)
-        self.uploads.start()
-
-    @property
-    def uploads_saves(self) -> bool:
-        """Whether what is saved while training goes up at once; in the process that uploads."""
-        args = self.args
-        return args.push_to_hub and args.hub_strategy != HubStrategy.END and self.is_world_process_zero()
-
-    def create_model_card(self, folder: Path | None = None, *, results: dict | None = None, rows=None) -> None:
-        """README.md from model_card.md, with results.json or, while training, with the stages so far.
-
-        folder: where the model is saved; default output_dir. rows: of the stages, where they are not the log's.
-        """
-        folder = Path(folder or self.args.output_dir)
-        recipe = Path(self.args.output_dir, RECIPE_FILE)
-        recipe = read_recipe(recipe) if recipe.is_file() else {}
-        rows = stage_rows(self.state.log_history) if rows is None else rows
-        if results is None and rows:
-            mode = self.curriculum_collator.curriculum.mode
-            results = {"mode": mode, "metric": self.metric, "split": recipe.get("eval_split"), "stages": rows}
-        evidence = Evidence(recipe=recipe, results=results)
-        name, branches = self.args.output_dir, ()
-        if self.uploads is not None:
-            name, branches = self.uploads.repository.name, self.uploads.branches
-        card = model_card(
-            str(name),
-            evidence,
-            config=self.model.config,
-            processor=type(self.processing_class).from_pretrained(folder, trust_remote_code=False),
-            license=recipe.get("license"),
-            branches=branches,
-        )
-        write_card(folder, card, evidence)
-
-    def fill_revision(self, copy: Path, saved: Path, *, checkpoint: bool = False, **card) -> None:
-        """A folder for the Hub: what was saved, its card and, for `hub_strategy: checkpoint`, what resuming needs."""
-        copy_model(saved, copy)
-        if checkpoint:
-            copy_checkpoint(saved, copy / LAST_CHECKPOINT)
-        self.create_model_card(copy, **card)
-
-    def add_best_of_stage(self, folder: Path) -> None:
-        """The stage's branch, to go up with the next save; its card ends with the evaluation that chose it."""
-        record = read_json(folder / STAGE_FILE)
-        rows = [row for row in stage_rows(self.state.log_history) if row["stage"] < record["eval_stage"]]
-        message = f"Best of stage {record['eval_stage']}, step {record['global_step']}"
-        fill = partial(self.fill_revision, saved=folder, rows=[*rows, stage_row(record)])
-        self.uploads.add(folder.name, fill, message)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: the checkpoint is uploaded when it is whole and in its place."""
-
-    def upload_checkpoint(self, saved: Path) -> None:
-        """Upload a checkpoint behind training's back, and the stages' best that wait."""
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        whole = self.args.hub_strategy == HubStrategy.CHECKPOINT
-        message = f"Training in progress, step {self.state.global_step}"
-        fill = partial(self.fill_revision, saved=saved, checkpoint=whole)
-        self.uploads.add(self.uploads.main, fill, message)
-        self.uploads.begin()
-
-    def push_to_hub(self, commit_message: str = "End of training", *, results: dict | None = None) -> None:
-        """Upload the model as it is, and what still waits. What fails is reported, not raised: the run is on disk.
-
-        results: as results.json has them, for the card; default: the stages so far.
-        """
-        self.save_model()
-        if not self.is_world_process_zero():
-            return
-        if self.uploads is None:
-            self.init_hf_repo()
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        folder = Path(self.args.output_dir)
-        for record in folder.glob(f"stages/*/{STAGE_FILE}") if self.uploads_saves else ():
-            if record.parent.name not in self.uploads.branches:  # of the run before it was resumed, too
-                self.add_best_of_stage(record.parent)
-        self.uploads.begin().result()  # so that the card knows the branches
-        self.create_model_card(results=results)
-        self.uploads.add(self.uploads.main, partial(self.fill_revision, saved=folder, results=results), commit_message)
-        self.uploads.finish(folder)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Every record carries the stage, so that trackers show where it changed, and the parts of the loss."""
