@@ -135,6 +135,7 @@ def assert_equals_definition(model, batch, sees, *, defined=definition, rows=Non
     assert max_difference(model(**batch).logits, logits) > 1e-2
 
 
+@pytest.mark.whole_on_the_first("text")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("text", IN_TEXT)
@@ -143,6 +144,7 @@ def test_a_ragged_batch_equals_the_definition(text, padding, sees):
     assert_equals_definition(model, batch_of(model, rows_of(model.config), padding=padding), sees)
 
 
+@pytest.mark.whole_on_the_first("sees")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize(
     "config",
@@ -184,6 +186,7 @@ def by_masks(model, alone: dict, sees: str, window: int) -> torch.Tensor:
     return model.get_output_embeddings()(states)
 
 
+@pytest.mark.whole_on_the_first("sees")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("window", [10, 16])
 @pytest.mark.parametrize("make", [mistral_config, sliding_qwen2_config])
@@ -203,6 +206,7 @@ def alike_rows(config) -> list[list[int]]:
     ]
 
 
+@pytest.mark.whole_on_the_first("sees")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("text", ["gpt2", "marian", "bart"])
 def test_a_decoder_that_reads_images_by_cross_attention_reads_none_behind_the_last_latent(text, sees):
@@ -263,6 +267,7 @@ def test_an_encoder_decoder_equals_the_definition(text, sees):
     assert_equals_definition(model, batch, sees, defined=defined, rows=seq2seq_rows_alone(model, batch))
 
 
+@pytest.mark.whole_on_the_first("sees")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "latent"])
 def test_every_attention_equals_the_definition(attention, sees):
@@ -295,6 +300,7 @@ def in_training(model, batch, sees, **options) -> dict:
     return gradients(model, weighted(logits * batch["attention_mask"][..., None], 0))
 
 
+@pytest.mark.whole_on_the_first("passes")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("linked", [None, 1])
 @pytest.mark.parametrize("passes", ["all", "first"])
@@ -432,6 +438,7 @@ def test_every_cached_generation_equals_one_without_cache(text, options, sees):
     assert_generates_as_without_cache(model, batch_of(model, rows), **options)
 
 
+@pytest.mark.whole_on_the_first("sees")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("text", ["cross_attention", "encoder"])
@@ -473,6 +480,7 @@ def test_compiled_steps_hide_too(fresh_compiler, text, sees):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.whole_on_the_first("sees")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("text", ["gpt2", "sliding", "cross_attention", "encoder"])
 def test_steps_that_a_user_compiled_hide_too(monkeypatch, text, sees):
@@ -675,6 +683,7 @@ def test_a_model_of_any_family_equals_the_definition(each, sees, monkeypatch):
     assert max_difference(everything, states) > 1e-3
 
 
+@pytest.mark.whole_on_the_first("each")
 @pytest.mark.parametrize("sees", SEES)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"cache_implementation": "static"}], ids=str)
 def test_a_model_of_any_family_generates_as_without_a_cache(each, options, sees):

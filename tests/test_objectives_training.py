@@ -162,6 +162,7 @@ def test_accumulated_batches_equal_one(folder, both):
         assert record == pytest.approx(other, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_checkpointed_layers_change_nothing(folder, both):
     run(folder, "checkpointed", *TWO, "--log_gradient_cosine", "--activation_checkpointing")
     assert losses(folder / "checkpointed") == pytest.approx(losses(both[0]), abs=1e-5)
@@ -326,6 +327,7 @@ def collator_of(processor, objectives=(), *, stage: int = 2, **curriculum) -> Cu
 FAMILIES = ("gpt2", "cross_attention", "seq2seq", "qwen2_5_vl")
 
 
+@pytest.mark.whole_on_the_first("training")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("training", [False, True])
 def test_the_forward_gives_a_loss_a_row_and_the_rest_as_before(family, training):
@@ -352,6 +354,22 @@ def test_the_forward_gives_a_loss_a_row_and_the_rest_as_before(family, training)
     assert any(weight.grad is not None and weight.grad.abs().max() > 0 for weight in model.get_decoder().parameters())
     without = {name: value for name, value in batch.items() if name != INPUTS}
     assert LOSSES not in model(**without) and torch.equal(model(**without).loss, expected.loss)
+
+
+def test_layers_that_are_recomputed_give_the_same_losses_and_gradients():
+    found = []
+    for recomputes in (False, True):
+        model, processor = model_and_processor("gpt2")
+        if recomputes:
+            model.gradient_checkpointing_enable()
+        collator = collator_of(processor, make_objectives({"step_tokens": 1.0, "guess:Guess": 1.0}))
+        attach(model, collator.objectives, processor)
+        losses = torch.stack([*model.train()(**collator(some_rows()))[LOSSES].values()])  # (2, B)
+        losses.sum().backward()
+        found.append((losses, [weight.grad for weight in model.parameters() if weight.grad is not None]))
+    (losses, gradients), (again, others) = found
+    torch.testing.assert_close(again, losses)
+    torch.testing.assert_close(others, gradients, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -437,10 +455,15 @@ def test_a_loss_that_is_not_one_number_a_row_is_refused(monkeypatch):
         model(**collator(some_rows()))
 
 
+@pytest.mark.whole_on_the_first("adapted")
+@pytest.mark.parametrize("adapted", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_objective_that_reads_images_in_the_text_needs_a_model_that_does(family):
+def test_an_objective_that_reads_images_in_the_text_needs_a_model_that_does(family, adapted):
     model, processor = model_and_processor(family)
     model, reads = copy.deepcopy(model), type("Reads", (Guess,), {"needs_images": True})()
+    if adapted:
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear"))
     if family in ("gpt2", "qwen2_5_vl"):
         attach(model, [reads], processor)
         return

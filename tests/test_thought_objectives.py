@@ -487,6 +487,17 @@ def test_a_helper_image_that_cannot_be_read_is_refused_before_training():
     error_of(lambda: objective.check(row, None), row["row_id"], "'helper_image'", "replace the file")
 
 
+def test_no_helper_image_is_opened_where_there_are_no_latents():
+    model, rows = tiny_model(), mazes(2, helper_image=True)
+    rows[0]["helper_image"] = {"bytes": b"no picture", "path": None}
+    objective = ImageAlignment(target="helper_image", latents_read="target")
+    batch = batch_of(model, [objective], rows, stage=0)
+    attach(model, [objective], tiny_processor(model))
+    assert model.train()(**batch).objective_losses["image_alignment"].tolist() == [0, 0]
+    with pytest.raises(ValueError, match="'helper_image'"):
+        batch_of(model, [objective], rows, stage=1)
+
+
 def test_a_model_that_gives_no_features_of_further_images_learns_from_no_helpers():
     model, _ = thinking_pair("mllama")
     error_of(
@@ -513,6 +524,7 @@ def test_a_rows_loss_is_the_same_alone_and_in_any_batch(name):
     assert all(loss > 0 for loss in losses(rows))
 
 
+@pytest.mark.whole_on_the_first("dtype")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", ["gpt2", "seq2seq", "qwen2_5_vl"])
 def test_every_objective_trains_every_family_in_every_precision(family, dtype):
@@ -585,6 +597,7 @@ def test_a_recipe_names_a_class_of_ones_own(own):
         ({"my_objectives:Small": {"size": 1}}, "objectives.my_objectives:Small.size", "no such option"),
         ({"step_tokens": 1.0, "my_objectives:Tokens": 1.0}, "objectives.my_objectives:Tokens", "name of step_tokens"),
         ({"step_token": 1.0}, "objectives.step_token", "package.module:Class"),
+        ({1: 1.0}, "objectives.1", "no such objective"),
     ],
 )
 def test_a_class_that_is_no_objective_is_refused(objectives, key, remedy, own):

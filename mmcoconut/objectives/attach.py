@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mmcoconut.errors import UsageError
-from mmcoconut.objectives.base import Objective, Run
+from mmcoconut.objectives.base import Objective, Run, without_adapters
 from mmcoconut.passes_mmcoconut import READ_ONCE
 from mmcoconut.records import OBJECTIVES_FILE
 from mmcoconut.vlm_mmcoconut import IMAGE_TOKENS
@@ -131,6 +131,7 @@ def output_class(own: type) -> type:
 
 def reads_images_in_text(model: nn.Module) -> bool:
     """Return True if image features stand among the columns of a model's text."""
+    model = without_adapters(model)
     beside = model.config.is_encoder_decoder or getattr(model.base_model, "cross_attends", False)
     beside = beside or not {*READ_ONCE}.isdisjoint(model.get_decoder().own_arguments)
     return not beside and any(getattr(model.config, name, None) is not None for name in IMAGE_TOKENS)
@@ -142,11 +143,12 @@ def check_images(model: nn.Module, objectives: Sequence[Objective]) -> None:
     Raises:
         ValueError: names the first one.
     """
+    kind = type(without_adapters(model)).__name__
     for objective in objectives:
         if objective.needs_images and not reads_images_in_text(model):
             raise UsageError(
-                f"objectives.{objective.name} reads image features in the text, and this {type(model).__name__} reads "
-                "its images beside it (cross-attention or an encoder does): remove it, or take image_fusion 'replace'."
+                f"objectives.{objective.name} reads image features in the text, and this {kind} reads its images "
+                "beside it (cross-attention or an encoder does): remove it, or take image_fusion 'replace'."
             )
 
 

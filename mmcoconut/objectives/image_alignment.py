@@ -171,7 +171,12 @@ class ImageAlignment(Objective):
         return np.stack([nothing if each is None else each for each in found])
 
     def _encode_helpers(self, batch: RowsOfBatch, num_latents: int) -> dict:
-        """Return the helper images' tensors, how many features each row has of them (B,), and weights."""
+        """Return the helper images' tensors, how many features each row has of them (B,), and weights.
+
+        Without latents, as at stage 0, no picture is opened.
+        """
+        if num_latents == 0:
+            return {"weights": torch.zeros(len(batch.rows), 0, 0)}
         helpers = [[open_helper_image(row)] if row.get("helper_image") else [] for row in batch.rows]
         images, handles = batch.processor.encode_images(helpers, return_tensors="pt")
         counts = [

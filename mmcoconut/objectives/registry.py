@@ -85,12 +85,12 @@ def objective_problems(objectives: Mapping) -> Iterator[tuple]:
     """
     for name, setting in objectives.items():
         try:
-            objective = objective_class(name)
+            objective = objective_class(str(name))
         except ValueError as error:
             yield f"objectives.{name}", setting, str(error)
         else:
             yield from _option_problems(name, objective, setting)
-    names = [*objectives]
+    names = [name for name in objectives if isinstance(name, str)]
     for name in names:
         if ":" in name and (others := [other for other in names if other != name and same_name(name, other)]):
             yield f"objectives.{name}", objectives[name], f"it has the name of {others[0]}: rename it, or keep one"
