@@ -93,7 +93,8 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("weight", ["0", pytest.param("[0, 0.0]", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", ["0", "[0, 0.0]"])
 def test_weight_0_equals_the_run_without_to_the_bit(weight, folder, plain):
     name = f"weight {weight}"
     results = run(folder, name, "--objectives.step_tokens", weight, OWN, weight)
@@ -102,11 +103,12 @@ def test_weight_0_equals_the_run_without_to_the_bit(weight, folder, plain):
 
 
 def test_a_term_begins_with_the_stage_that_gives_it_a_weight(folder, plain):
-    run(folder, "later", OWN, "[0, 1.0]")
+    run(folder, "later", OWN, "[0, 1.0]", "--objectives.step_tokens", "0")
     assert [losses(folder / "later")[step] for step in range(1, 7)] == [losses(plain)[step] for step in range(1, 7)]
     records = [record for record in history(folder / "later") if "loss" in record]
     assert ["guess_loss" in record for record in records] == [record["stage"] == 1 for record in records]
     assert len(records) == 12 and all("ce_loss" in record for record in records)
+    assert not any("step_tokens_loss" in record for record in records)  # of weight 0 at all stages
 
 
 def test_all_terms_are_logged_and_add_up_in_training_evaluation_and_results(both):
@@ -354,6 +356,17 @@ def test_the_forward_gives_a_loss_a_row_and_the_rest_as_before(family, training)
     assert any(weight.grad is not None and weight.grad.abs().max() > 0 for weight in model.get_decoder().parameters())
     without = {name: value for name, value in batch.items() if name != INPUTS}
     assert LOSSES not in model(**without) and torch.equal(model(**without).loss, expected.loss)
+
+
+def test_a_compiled_model_has_the_same_losses(fresh_compiler):
+    model, processor = model_and_processor("gpt2")
+    collator = collator_of(processor, make_objectives({"step_tokens": 1.0, "guess:Guess": 1.0}))
+    attach(model, collator.objectives, processor)
+    batch = collator(some_rows())
+    expected, found = (each(**batch)[LOSSES] for each in (model, torch.compile(model, backend="eager")))
+    assert expected.keys() == found.keys()
+    for name, loss in expected.items():
+        torch.testing.assert_close(found[name], loss)
 
 
 def test_layers_that_are_recomputed_give_the_same_losses_and_gradients():

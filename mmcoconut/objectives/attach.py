@@ -84,6 +84,7 @@ class Objectives(nn.ModuleDict):
             )
         return dict(zip(["given_thoughts"], found.values()))
 
+    @torch.compiler.disable
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """Take INPUTS out of the arguments and ask for the view in their place."""
         self.call = None
@@ -100,6 +101,7 @@ class Objectives(nn.ModuleDict):
                 kwargs |= self.given(self.call)
         return args, kwargs
 
+    @torch.compiler.disable
     def after_forward(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
         """Return the output with LOSSES in the place of the view."""
         call, self.call = self.call, None
