@@ -114,7 +114,7 @@ class ImageAlignment(Objective):
                 f"model {self.layout.nowhere}: take 'helper_image', or another projector."
             )
         if self.target == "helper_image" and features_reader(model) is None:
-            raise ValueError(
+            raise UsageError(
                 f"objectives.image_alignment.target='helper_image' asks the model for features of further images, and "
                 f"{type(model).__name__} has no get_image_features: take 'boxes', or another model."
             )
