@@ -28,7 +28,7 @@ ENCODER_INPUTS = ("encoder_hidden_states", "encoder_attention_mask")
 
 @dataclass
 class Hiding:
-    """What the columns behind a row's last latent do not attend to.
+    """Hold what the columns behind a row's last latent do not attend to.
 
     answer_sees: `no_image` or `thoughts`. kinds (B, past + T): TOKEN, IMAGE or LATENT in each column.
     beside (B, E): which encoder states are of images; None: all of them. reads_nothing: whether all rows are behind

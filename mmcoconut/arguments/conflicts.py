@@ -119,7 +119,7 @@ def _schedule(values: dict, modes: list[str]):
 
 
 def _answer_sees(values: dict):
-    """What does not go with an answer that sees less than everything before it."""
+    """Yield what does not go with an answer that sees less than everything before it."""
     sees = values["answer_sees"]
     if sees in (None, "all"):
         return
@@ -262,7 +262,7 @@ def _objective(values: dict):
 
 
 def _objectives(values: dict):
-    """What is wrong with `objectives`, and with what stands beside them."""
+    """Yield what is wrong with `objectives`, and with what stands beside them."""
     objectives = values["objectives"]
     if not objectives:
         return

@@ -22,7 +22,7 @@ JACOBI_ITERATIONS = 3
 
 @dataclass(frozen=True)
 class Variant:
-    """What the runs of a line of the table have for themselves; the rest is the recipe's.
+    """Name what the runs of a line of the table have for themselves; the rest is the recipe's.
 
     schedule: `jacobi`, or None where the recipe's own holds.
     """

@@ -212,7 +212,7 @@ def intervene(study: Study, parts: Collection[str] = PARTS) -> tuple[dict[str, O
 def findings(
     study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_run: list[str], controls: Sequence[Control]
 ) -> dict:
-    """What audit.json says of the parts that were asked, each by its name."""
+    """Return what audit.json says of the parts that were asked, each by its name."""
     embeddings, margin = study.answerer.model.get_input_embeddings(), arguments.margin
 
     def necessity() -> dict:

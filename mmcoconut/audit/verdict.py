@@ -46,7 +46,7 @@ class Finding(Verdict):
 
 @dataclass
 class Positions(Finding):
-    """Whether extra positions would do: this checkpoint without feeding back, and the matched controls."""
+    """Tell whether extra positions would do: this checkpoint without feeding back, and the matched controls."""
 
     controls: list[ControlOutcome] = field(default_factory=list)
 
@@ -183,6 +183,28 @@ def finding_of(
     )
 
 
+def sight_finding(
+    study: Study,
+    outcomes: Mapping[str, Outcome],
+    not_run: Iterable[str],
+    *,
+    name: str,
+    starts: tuple[str, str, str],
+    note: str,
+    **options,
+) -> Finding:
+    """Return the finding of an answer that sees less, of the intervention `name`; it cannot be told where not run.
+
+    starts: of the sentence, for each label and for none. note: of the first label. options: of `finding_of`.
+    """
+    if name not in outcomes:
+        return Finding(CANNOT_TELL, f"{starts[-1]} cannot be told: {reason_of(name, not_run)}.", [])
+    found = finding_of(study, outcomes[name], starts=starts, **options)
+    if found.label == options["labels"][0]:
+        found.notes.append(note)
+    return found
+
+
 def necessity_of(
     study: Study, outcomes: Mapping[str, Outcome], not_run: Iterable[str], *, margin: float = MARGIN
 ) -> Finding:
@@ -190,23 +212,22 @@ def necessity_of(
 
     It rests on `only_thoughts`, where what is written behind the thoughts sees nothing else of what stands before.
     """
-    whether = "Whether the thoughts carry the answer"
-    if "only_thoughts" not in outcomes:
-        return Finding(CANNOT_TELL, f"{whether} cannot be told: {reason_of('only_thoughts', not_run)}.", [])
-    found = finding_of(
+    return sight_finding(
         study,
-        outcomes["only_thoughts"],
+        outcomes,
+        not_run,
+        name="only_thoughts",
         labels=(CARRY, DO_NOT_SUFFICE),
-        starts=("The thoughts carry the answer", "The thoughts alone do not suffice", whether),
+        starts=(
+            "The thoughts carry the answer",
+            "The thoughts alone do not suffice",
+            "Whether the thoughts carry the answer",
+        ),
         sees="thoughts",
+        note="The columns of the thoughts look at question and image themselves: whether it matters what is fed back "
+        "to them, the verdict tells.",
         margin=margin,
     )
-    if found.label == CARRY:
-        found.notes.append(
-            "The columns of the thoughts look at question and image themselves: whether it matters what is fed back "
-            "to them, the verdict tells."
-        )
-    return found
 
 
 def image_finding(
@@ -216,23 +237,22 @@ def image_finding(
 
     The answer still sees the question, whose columns have seen an image before them; `necessity_of` has no such way.
     """
-    whether = "Whether the answer needs to see the image"
-    if "no_image" not in outcomes:
-        return Finding(CANNOT_TELL, f"{whether} cannot be told: {reason_of('no_image', not_run)}.", [])
-    found = finding_of(
+    return sight_finding(
         study,
-        outcomes["no_image"],
+        outcomes,
+        not_run,
+        name="no_image",
         labels=(KEPT, FALLS),
-        starts=("The answer need not see the image", "The answer is worse without sight of the image", whether),
+        starts=(
+            "The answer need not see the image",
+            "The answer is worse without sight of the image",
+            "Whether the answer needs to see the image",
+        ),
         sees="no_image",
+        note="What it needs of the image comes through the thoughts, or through the columns of the question, which "
+        "saw the image too.",
         margin=margin,
     )
-    if found.label == KEPT:
-        found.notes.append(
-            "What it needs of the image comes through the thoughts, or through the columns of the question, which saw "
-            "the image too."
-        )
-    return found
 
 
 def control_in_words(control: ControlOutcome) -> str:

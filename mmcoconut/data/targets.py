@@ -21,7 +21,7 @@ RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an i
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What is done to a row: how many of its first steps go, and how many latents come, in each turn."""
+    """Say what is done to a row: how many of its first steps go, and how many latents come, in each turn."""
 
     skipped_steps: int
     num_latents: int

@@ -139,7 +139,7 @@ def probe_accuracy(audit: dict) -> float | None:
 
 
 def audited(outcomes: list[Finished]) -> dict:
-    """What the audits of a variant's runs say, by seed or as means; None where none says it."""
+    """Return what the audits of a variant's runs say, by seed or as means; None where none says it."""
     audits = [outcome.audit for outcome in outcomes if outcome.audit is not None]
     findings = [audit["necessity"] for audit in audits if "necessity" in audit]
     accuracy = mean_known((found.get("accuracy") or {}).get("mean") for found in findings)
@@ -240,7 +240,7 @@ def listed(values) -> str:
 
 
 def audit_notes(summary: dict) -> list[str]:
-    """What the columns of the audits mean, where there is one."""
+    """Say what the columns of the audits mean, where there is one."""
     if not any(record.get("verdicts") for record in summary["modes"]):
         return []
     return [

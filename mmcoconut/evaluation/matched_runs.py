@@ -79,13 +79,13 @@ class Run:
 
     @cached_property
     def has_thoughts(self) -> bool:
-        """Whether an audit can replace thoughts: they are fed back, before a single answer."""
+        """Return True if an audit can replace thoughts: they are fed back, before a single answer."""
         values = yaml.safe_load(self.recipe)
         return values["mode"] == "coconut" and not values.get("thoughts_per_turn")
 
     @property
     def is_audited(self) -> bool:
-        """Whether there is an audit, or cannot be one, as where training ended before the first thought."""
+        """Return True if there is an audit, or cannot be one, as where training ended before the first thought."""
         if not self.has_thoughts or (self.audit / "audit.json").exists():
             return True
         return self.is_trained and read_json(self.folder / "processor_config.json").get("num_latents", 0) == 0
@@ -222,7 +222,7 @@ class Runner:
         return [*command, *self.options]
 
     def audit_command(self, run: Run) -> list[str]:
-        """Of as few rows and interventions as the table needs; an audit that was cut short is made anew."""
+        """Ask for as few rows and interventions as the table needs; an audit that was cut short is made anew."""
         command = [sys.executable, "-m", "mmcoconut.audit", "--model", str(run.folder), "--output_dir", str(run.audit)]
         command += ["--parts", "verdict,necessity,positions,probe", "--overwrite", "true"]
         return [*command, *without(self.options, "--max_samples"), "--max_samples", str(AUDITED_ROWS)]

@@ -29,7 +29,7 @@ Inputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class RowsOfBatch:
-    """What an objective encodes: the rows of a batch as the collator lays them out.
+    """Hold what an objective encodes: the rows of a batch as the collator lays them out.
 
     rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. counts (B,): latents of each row.
     processor: the layout.
@@ -57,7 +57,7 @@ def features_reader(model: nn.Module) -> Callable | None:
 
 @dataclass(frozen=True)
 class Run:
-    """What an objective may ask of the model in training beside the view of the thoughts.
+    """Give what an objective may ask of the model in training beside the view of the thoughts.
 
     forward: the model's, called without what attaches objectives to it. images: what it reads of the batch's.
     model: asked for features of other images.
@@ -133,12 +133,12 @@ class Objective(nn.Module):
 
     @property
     def is_used(self) -> bool:
-        """Whether the term has a weight at any stage."""
+        """Return True if the term has a weight at any stage."""
         return max(self.weights) > 0
 
     @property
     def gives_thoughts(self) -> bool:
-        """Whether latents read in training what `given` says, in the place of thoughts."""
+        """Return True if latents read in training what `given` says, in the place of thoughts."""
         return False
 
     @property

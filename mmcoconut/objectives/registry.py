@@ -117,7 +117,7 @@ def pair_problems(objectives: Mapping[str, Objective]) -> Iterator[tuple[str, st
 
 
 def same_name(one: str, other: str) -> bool:
-    """Whether the objectives of two names of a recipe are logged by the same one."""
+    """Return True if the objectives of two names of a recipe are logged by the same one."""
     try:
         return objective_class(one).name == objective_class(other).name
     except ValueError:

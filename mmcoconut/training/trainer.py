@@ -147,7 +147,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
 
     @property
     def compares_gradients(self) -> bool:
-        """Whether this is an update that will be logged, of a run that compares gradients."""
+        """Return True in an update that will be logged, of a run that compares gradients."""
         args, update = self.args, self.state.global_step + 1
         if self.gradient_cosines is None or not self.model.training:
             return False
@@ -347,7 +347,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
             self.write_checkpoint(*args, **kwargs)
 
     def write_checkpoint(self, *args, **kwargs) -> None:
-        """As `_save_checkpoint`, untimed."""
+        """Save a checkpoint as `_save_checkpoint` does, untimed."""
         self.aside = self.start_aside()
         try:
             super()._save_checkpoint(*args, **kwargs)
@@ -388,7 +388,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
                 objective.save(folder / OBJECTIVES_FOLDER)
 
     def save_without_objectives(self, folder: Path, state_dict: dict | None) -> None:
-        """As `_save`, of a model that has no objectives."""
+        """Save as `_save` does, of a model that has no objectives."""
         trained = self.model
         adapted, sharded = has_lora(trained), type(trained) is not self.model_class
         resumed_from = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")

@@ -37,7 +37,7 @@ class UploadsSaves:
 
     @property
     def uploads_saves(self) -> bool:
-        """Whether what is saved while training goes up at once; in the process that uploads."""
+        """Return True if what is saved while training goes up at once; in the process that uploads."""
         args = self.args
         return args.push_to_hub and args.hub_strategy != HubStrategy.END and self.is_world_process_zero()
 
