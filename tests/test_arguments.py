@@ -564,6 +564,12 @@ def test_a_smoke_test_needs_neither_data_nor_weights_nor_variables(recipe, monke
     assert only_problem(path, "--smoke_test", "--seed", "x")[0] == "seed"
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator, which bf16 trains on")
+def test_bf16_trains_on_a_cpu_where_there_is_nothing_else(recipe):
+    run = parse_recipe([recipe("vision_model: a/b\ntext_model: c/d\nbf16: true")])[-1]
+    assert run.bf16 and run.device.type == "cpu"
+
+
 def test_an_original_recipe_is_translated(coconut, tmp_path):
     model, data, curriculum, run = parse_recipe([coconut()])
     assert (model.text_model, model.model, model.new_token_init) == ("openai-community/gpt2", None, "<<")

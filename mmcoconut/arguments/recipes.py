@@ -84,6 +84,8 @@ def _build(values: dict, problems: list[tuple]) -> list:
     problems += problems_of(complete, wrong)
     if values.get("smoke_test") and not torch.cuda.is_available():
         parts[-1] |= {"bf16": False, "fp16": False}
+    if parts[-1].get("bf16") and not torch.accelerator.is_available():
+        parts[-1].setdefault("use_cpu", True)  # without which TrainingArguments refuses bf16 on a CPU, which has it
     if not {key for key, _, _ in problems} & {*NAMES[-1]}:
         try:
             built.append(RunArguments(**parts[-1]))

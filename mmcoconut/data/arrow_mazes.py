@@ -10,7 +10,7 @@ import io
 import os
 import random
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset
@@ -242,13 +242,44 @@ def generate(
     raise _too_small(num_rows, split, puzzles=puzzles)
 
 
-def question_of(hops: int) -> str:
+def question_of(hops: int, start: str = "the marked cell") -> str:
     """Return the question about a maze whose way has so many arrows."""
     arrows = "arrow" if hops == 1 else "arrows"
-    return f"Start at the marked cell and follow {hops} {arrows}. Which color do you stand on?"
+    return f"Start at {start} and follow {hops} {arrows}. Which color do you stand on?"
 
 
-def _example(maze: Maze, hops: int, *, cell_size: int, helper_image: bool, row_id: str) -> Example:
+def in_words(maze: Maze) -> str:
+    """Return a maze as text, one line per cell: its name, the cell that its arrow leads to, and its color.
+
+    >>> print(in_words(Maze(colors=("red",), arrows=("up",), start=(0, 0), grid_size=1)))
+    A1>A1 red
+    """
+    cells = [divmod(index, maze.grid_size) for index in range(maze.grid_size**2)]
+    next_cells = [replace(maze, start=cell).path(1)[1] for cell in cells]
+    lines = [
+        f"{cell_name(cell)}>{cell_name(next_cell)} {maze.color_at(cell)}"
+        for cell, next_cell in zip(cells, next_cells, strict=True)
+    ]
+    return "\n".join(lines)
+
+
+def _text_example(maze: Maze, hops: int, *, row_id: str) -> Example:
+    cells = maze.path(hops)
+    return Example(
+        images=[],
+        question=f"{in_words(maze)}\n{question_of(hops, cell_name(maze.start))}",
+        choices=[],
+        steps=[cell_name(cell) for cell in cells],
+        answers=[maze.color_at(cells[-1])],
+        row_id=row_id,
+    )
+
+
+def _example(
+    maze: Maze, hops: int, *, cell_size: int = 16, helper_image: bool = False, as_text: bool = False, row_id: str
+) -> Example:
+    if as_text:
+        return _text_example(maze, hops, row_id=row_id)
     cells = maze.path(hops)
     helper = {"bytes": png_bytes(draw_way(maze, hops, cell_size)), "path": None} if helper_image else None
     return Example(
@@ -279,13 +310,17 @@ def load(
     max_hops: int = 3,
     cell_size: int = 16,
     helper_image: bool = False,
+    as_text: bool = False,
 ) -> Dataset:
     """The rows of a split: one picture, an open question, hops + 1 steps (the cells stood on), the colour's
     name; and the box of each step's cell.
 
     num_rows: for every split, or for each by name. min_hops, max_hops: the number of arrows is uniform between them.
     cell_size: pixels of a cell's side. helper_image: also a picture of the way's cells alone (`draw_way`).
+    as_text: no picture; the same maze is written out in front of the question (`in_words`).
     """
+    if as_text and helper_image:
+        raise UsageError("helper_image is true and as_text is true, which draws no pictures: remove one of them")
     puzzles = generate(
         split,
         num_rows=num_rows,
@@ -296,6 +331,13 @@ def load(
         max_hops=max_hops,
     )
     return to_dataset(
-        _example(maze, hops, cell_size=cell_size, helper_image=helper_image, row_id=f"arrow_mazes {split} row {index}")
+        _example(
+            maze,
+            hops,
+            cell_size=cell_size,
+            helper_image=helper_image,
+            as_text=as_text,
+            row_id=f"arrow_mazes {split} row {index}",
+        )
         for index, (maze, hops) in enumerate(puzzles)
     )
