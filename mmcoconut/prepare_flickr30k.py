@@ -30,10 +30,9 @@ from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.arguments.recipes import read_arguments
-from mmcoconut.data import SPLITS
+from mmcoconut.data import SPLITS, check_fractions
 from mmcoconut.data.flickr30k import FRACTIONS, captions_of, split_of_picture
 from mmcoconut.data.images import open_images, resolve_image_path
-from mmcoconut.data.public import check_fractions
 from mmcoconut.errors import RecipeError, run_command
 from mmcoconut.images_mmcoconut import UnreadableImageError
 from mmcoconut.records import changed_settings, markdown_table, read_json, write_json

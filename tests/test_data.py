@@ -688,6 +688,26 @@ def test_questions_count_arrows_in_english():
     assert rows[17]["row_id"] == "arrow_mazes train row 17"
 
 
+def test_one_file_is_divided_by_picture_and_without_pictures_by_question(tmp_path):
+    rows = [
+        {"image": f"{index // 2}.png" if index < 40 else None, "question": f"Q{index}?", "steps": [], "answer": "a"}
+        for index in range(80)
+    ]
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    options = {"file": str(tmp_path / "all.json"), "images_required": False, "fractions": [0.5, 0.25, 0.25]}
+    splits = {split: json_steps.load(split=split, **options)["question"] for split in ("train", "validation", "test")}
+    assert sorted(sum(map(list, splits.values()), [])) == sorted(row["question"] for row in rows)
+    assert all(10 <= len(questions) <= 50 for questions in splits.values())
+    for questions in splits.values():
+        assert all(f"Q{index ^ 1}?" in questions for index in range(40) if f"Q{index}?" in questions)
+    with pytest.raises(ValueError, match="split 'test' gets none of its 80 rows at fractions"):
+        json_steps.load(split="test", **options | {"fractions": [0.5, 0.5, 0.0]})
+    with pytest.raises(ValueError, match="add up to 1"):
+        json_steps.load(split="test", **options | {"fractions": [0.5, 0.6, 0.0]})
+    with pytest.raises(ValueError, match="remove fractions, or name one file"):
+        json_steps.load(split="test", **options | {"file": "{split}.json"})
+
+
 def test_mazes_as_text_are_the_same_mazes_and_say_all_that_an_answer_needs():
     """The way is walked through the lines of the question alone."""
     options = {"split": "train", "num_rows": 30, "seed": 3, "max_hops": 4}

@@ -17,7 +17,7 @@ from datasets.exceptions import DatasetNotFoundError
 from PIL import Image
 
 from mmcoconut import data
-from mmcoconut.data import flickr30k, gsm8k_aug, hub, public
+from mmcoconut.data import flickr30k, gsm8k_aug, hub
 from mmcoconut.data.images import open_images
 from mmcoconut.data.public import sentences
 
@@ -1052,4 +1052,4 @@ def test_the_validation_split_is_known_by_its_usual_names(name, tmp_path):
 
 def test_the_published_fractions_are_about_karpathys():
     assert [round(31_014 * fraction, -3) for fraction in flickr30k.FRACTIONS] == [29_000, 1_000, 1_000]
-    public.check_fractions(flickr30k.FRACTIONS)
+    data.check_fractions(flickr30k.FRACTIONS)

@@ -154,6 +154,15 @@ def split_of(content: bytes, fractions: Sequence[float]) -> str:
     return "validation" if position < fractions[0] + fractions[1] else "test"
 
 
+def check_fractions(fractions: Sequence[float]) -> None:
+    """Raise UsageError unless these are parts of train, validation and test that add up to 1."""
+    if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
+        raise UsageError(
+            f"the option fractions is {list(fractions)}; write {len(SPLITS)} numbers, for {', '.join(SPLITS)}, that "
+            "add up to 1"
+        )
+
+
 def to_dataset(examples: Iterable[Example]) -> Dataset:
     """A `datasets.Dataset` with `FEATURES` from examples, and those of OPTIONAL_FEATURES that any of them has."""
     rows = [asdict(example) for example in examples]

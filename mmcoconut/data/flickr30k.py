@@ -18,12 +18,11 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, check_split, split_of
+from mmcoconut.data import SPLITS, Example, check_fractions, check_split, split_of
 from mmcoconut.data.hub import from_published, published_splits, read_published
 from mmcoconut.data.json_steps import field_error, read_text
 from mmcoconut.data.public import (
     FindImages,
-    check_fractions,
     check_not_beside_path,
     check_source,
     from_rows,

@@ -11,13 +11,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, arrow_mazes, nearest, to_dataset
+from mmcoconut.data import SPLITS, Example, arrow_mazes, check_fractions, check_split, nearest, split_of, to_dataset
 from mmcoconut.data.images import resolve_image_path
 from mmcoconut.errors import UsageError
 
@@ -211,7 +211,18 @@ def _example(row: Mapping[str, Any], images: list[dict], row_id: str, **fields) 
     )
 
 
-def _file_of_split(file: str | os.PathLike | Mapping[str, str], split: str) -> Path:
+def _file_of_split(
+    file: str | os.PathLike | Mapping[str, str], split: str, fractions: Sequence[float] | None = None
+) -> Path:
+    if fractions is not None:
+        check_split("json_steps", split)
+        check_fractions(fractions)
+        if isinstance(file, Mapping) or "{split}" in str(file):
+            raise UsageError(
+                f"the option file is {file!r}, which has a file for each split, and fractions is {list(fractions)}, "
+                "which divides one file: remove fractions, or name one file"
+            )
+        return Path(file)
     if isinstance(file, Mapping):
         if split not in file:
             raise UsageError(f"the option file has no entry for split {split!r}; {nearest(split, file)}")
@@ -220,21 +231,23 @@ def _file_of_split(file: str | os.PathLike | Mapping[str, str], split: str) -> P
         # One file for every split would put the training rows into the validation.
         raise UsageError(
             f"the option file is {str(file)!r} for every split; write {{split}} in it where the split's name stands, "
-            f"or map splits to files: {{{split!r}: {str(file)!r}}}"
+            f"map splits to files: {{{split!r}: {str(file)!r}}}; or divide the file with fractions: [0.8, 0.1, 0.1]"
         )
     return Path(str(file).replace("{split}", split))
 
 
-def _examples(rows: list[dict], file: Path, *, image_root: str | None, images_required: bool) -> Iterator[Example]:
-    for index, row in enumerate(rows):
-        row_id = f"{file.name} row {index}"
-        _check_spelling(row, row_id)
-        if not images_required:
-            yield _example(row, [], row_id)
-            continue
-        images = _images(row, image_root, row_id)
-        helper, boxes = _helper_image(row, image_root, row_id), _boxes(row, images, row_id)
-        yield _example(row, images, row_id, boxes=boxes, helper_image=helper)
+def _read_example(row: dict, row_id: str, *, image_root: str | None, images_required: bool) -> Example:
+    _check_spelling(row, row_id)
+    if not images_required:
+        return _example(row, [], row_id)
+    images = _images(row, image_root, row_id)
+    helper, boxes = _helper_image(row, image_root, row_id), _boxes(row, images, row_id)
+    return _example(row, images, row_id, boxes=boxes, helper_image=helper)
+
+
+def _identity(row: Mapping[str, Any]) -> bytes:
+    """Return what decides a row's split: its picture's path, so that no picture is in two splits, or its question."""
+    return json.dumps(row.get("image") or row["question"]).encode()
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
@@ -261,10 +274,13 @@ def load(
     file: str | os.PathLike | Mapping[str, str],
     image_root: str | os.PathLike | None = None,
     images_required: bool = True,
+    fractions: Sequence[float] | None = None,
 ) -> Dataset:
     """The rows of a split's file.
 
-    file: a path with `{split}` in it, or a mapping from split to path.
+    file: a path with `{split}` in it, or a mapping from split to path; or one path, with fractions.
+    fractions: parts of train, validation and test into which one file is divided, by the hash of a row's picture path
+        (of its question, if it has no picture); the same for every split you load.
     image_root: the folder that `image` paths are relative to; may hold `{split}` too.
     images_required: True checks that every picture named is there, and that at least one row names one (a row without
         `image` is a text row); False reads no picture at all and gives every row an empty list.
@@ -273,7 +289,7 @@ def load(
         raise UsageError(
             f"images_required is False, so no picture would be read from image_root {str(image_root)!r}: remove one"
         )
-    file = _file_of_split(file, split)
+    file = _file_of_split(file, split, fractions)
     rows = read_rows(file)
     if image_root is not None:
         image_root = str(image_root).replace("{split}", split)
@@ -282,4 +298,13 @@ def load(
             f"{file}: none of its {len(rows)} rows has a picture in the field 'image' (row 0 has {sorted(rows[0])}); "
             "correct the field's name, or set images_required: false for text only"
         )
-    return to_dataset(_examples(rows, file, image_root=image_root, images_required=images_required))
+    named = [(f"{file.name} row {index}", row) for index, row in enumerate(rows)]
+    options = {"image_root": image_root, "images_required": images_required}
+    examples = [(_read_example(row, row_id, **options), row) for row_id, row in named]  # every row is checked
+    found = [row for row, source in examples if fractions is None or split_of(_identity(source), fractions) == split]
+    if not found:
+        raise UsageError(
+            f"{file}: split {split!r} gets none of its {len(rows)} rows at fractions {list(fractions)}; raise its "
+            "fraction, or add rows"
+        )
+    return to_dataset(found)

@@ -19,10 +19,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, check_split, nearest, split_of
+from mmcoconut.data import SPLITS, Example, check_fractions, check_split, nearest, split_of
 from mmcoconut.data.json_steps import answer_text, check_list, check_text, field_error, field_of, read_rows
 from mmcoconut.data.public import (
-    check_fractions,
     from_rows,
     image_under,
     numbered,

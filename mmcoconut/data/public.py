@@ -1,7 +1,6 @@
 """What the loaders of public data sets share: their splits, their JSON, sentences as steps, and made-up rows."""
 
 import json
-import math
 import os
 import re
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from PIL import Image
 
-from mmcoconut.data import SPLITS, Example, arrow_mazes, to_dataset
+from mmcoconut.data import Example, arrow_mazes, to_dataset
 from mmcoconut.data.json_steps import check_list, check_text, existing_image, field_error, field_of, read_text
 from mmcoconut.errors import UsageError
 
@@ -30,14 +29,6 @@ FindImages = Callable[[Mapping[str, Any], str], list[dict]]
 
 
 # Options
-
-
-def check_fractions(fractions: Sequence[float]) -> None:
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
-        raise UsageError(
-            f"the option fractions is {list(fractions)}; write {len(SPLITS)} numbers, for {', '.join(SPLITS)}, that "
-            "add up to 1"
-        )
 
 
 def check_source(dataset: str, **options: Any) -> None:

@@ -6,7 +6,6 @@ https://arxiv.org/abs/2403.13315
 """
 
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, arrow_mazes, nearest, split_of, to_dataset
+from mmcoconut.data import SPLITS, Example, arrow_mazes, check_fractions, nearest, split_of, to_dataset
 from mmcoconut.data.arrow_mazes import PALETTE, cell_name
 from mmcoconut.data.json_steps import (
     answer_text,
@@ -50,11 +49,7 @@ def _files(folder: Path, kinds: Sequence[str] | None) -> list[Path]:
 def _check_split(split: str, fractions: Sequence[float]) -> None:
     if split not in SPLITS:
         raise UsageError(f"puzzlevqa has no split {split!r}; {nearest(split, SPLITS)}")
-    if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
-        raise UsageError(
-            f"the option fractions is {list(fractions)}; write {len(SPLITS)} numbers, for {', '.join(SPLITS)}, that "
-            "add up to 1"
-        )
+    check_fractions(fractions)
 
 
 def _example(row: Mapping[str, Any], image: dict, row_id: str) -> Example:
