@@ -1,6 +1,7 @@
 """What the benchmarks share: a GPT-2 that thinks, turns of which the fastest counts, files of results."""
 
 import csv
+import json
 import platform
 import shlex
 import sys
@@ -100,3 +101,9 @@ def write_results(rows: list[dict], arguments, /, *, replaces: str | None = None
         writer.writeheader()
         writer.writerows(rows)
     return file
+
+
+def history_of(run: Path) -> list[dict]:
+    """Return the log of a training run, out of its newest checkpoint."""
+    newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    return json.loads((newest / "trainer_state.json").read_text())["log_history"]

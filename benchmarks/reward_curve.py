@@ -13,15 +13,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend is chosen first)
+from measuring import history_of  # noqa: E402
 
 
 COLUMNS = ("run", "seed", "update", "reward", "accuracy")
-
-
-def history_of(run: Path) -> list[dict]:
-    """The log of a run, out of its newest checkpoint."""
-    newest = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    return json.loads((newest / "trainer_state.json").read_text())["log_history"]
 
 
 def rows_of(run: Path) -> list[dict]:
