@@ -19,7 +19,8 @@ import animate_maze  # noqa: E402
 def test_an_animation_has_a_frame_for_the_question_each_thought_and_the_answer(tmp_path, monkeypatch):
     (tmp_path / "r.yaml").write_text(TINY)
     train_hf.main([str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path / "run"), "--max_train_samples", "8"])
-    monkeypatch.setattr(
+    words = ["animate_maze.py", str(tmp_path / "run"), str(tmp_path / "a.gif"), "--hops", "2"]
+    monkeypatch.setattr(sys, "argv", words)
         sys, "argv", ["animate_maze.py", str(tmp_path / "run"), str(tmp_path / "a.gif"), "--hops", "2"]
     )
     animate_maze.main()
