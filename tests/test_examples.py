@@ -21,8 +21,6 @@ def test_an_animation_has_a_frame_for_the_question_each_thought_and_the_answer(t
     train_hf.main([str(tmp_path / "r.yaml"), "--output_dir", str(tmp_path / "run"), "--max_train_samples", "8"])
     words = ["animate_maze.py", str(tmp_path / "run"), str(tmp_path / "a.gif"), "--hops", "2"]
     monkeypatch.setattr(sys, "argv", words)
-        sys, "argv", ["animate_maze.py", str(tmp_path / "run"), str(tmp_path / "a.gif"), "--hops", "2"]
-    )
     animate_maze.main()
     assert Image.open(tmp_path / "a.gif").n_frames == 4
     assert not (tmp_path / "a.png").exists()
