@@ -3,11 +3,11 @@
     python benchmarks/compile_kernels.py [--archs 80 90 100 --dtypes bfloat16 --head_dims 64 128]
 
 No GPU is needed: a stand-in tells Triton which GPU to compile for, and the launches of `attention_forward`,
-`query_backward` and `key_backward` on meta tensors compile what a call with such tensors would run, without running it.
+`query_backward` and `key_backward` on meta tensors compile what a call with such tensors would run, and run nothing.
 Nothing is measured: the table says that every variant compiles and fits, not how fast it is.
 
 registers: of one thread. spill_bytes: local memory of one thread, where registers go for which there is no room (four
-times Triton's `n_spills`). Both are read from the binary by cuobjdump, which Triton brings. shared_bytes: of one program.
+times Triton's `n_spills`). cuobjdump, which Triton brings, reads both from the binary. shared_bytes: of a program.
 """
 
 import argparse

@@ -317,7 +317,7 @@ class Attend(torch.autograd.Function):
 
 
 def as_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Cast float32 to the dtype of a running autocast, as sdpa does; rotary embeddings give float32 beside bfloat16."""
+    """Cast float32 to the dtype of a running autocast, as sdpa does; rotary embeddings leave float32."""
     device = states[0].device.type
     if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
         return states
