@@ -266,11 +266,11 @@ def row_of(recipe: str) -> dict:
     own = data.rows is None and not (values["dataset_options"] or {}).get("num_rows")
     return {
         "recipe": recipe,
-        "parameters (M)": f"{total / 1e6:,.1f}" if total < 1e8 else f"{total / 1e6:,.0f}",
-        "trained (M)": f"{trained / 1e6:,.1f}" if trained < 1e8 else f"{trained / 1e6:,.0f}",
-        "weights, gradients, moments (GB)": rounded(state),
-        "activations (GB, estimate)": rounded(activations),
-        "smallest GPU (GB, estimate)": "none needed" if "CPU" in how and hours else fits[0] if fits else "several",
+        "parameters_millions": f"{total / 1e6:,.1f}" if total < 1e8 else f"{total / 1e6:,.0f}",
+        "trained_millions": f"{trained / 1e6:,.1f}" if trained < 1e8 else f"{trained / 1e6:,.0f}",
+        "state_gb": rounded(state),
+        "activations_gb": rounded(activations),
+        "smallest_gpu_gb": "none needed" if "CPU" in how and hours else fits[0] if fits else "several",
         "rows": f"{rows:,}{' (assumed)' if own else ''}",
         "updates": f"{updates:,}",
         "hours": "–" if hours is None else rounded(hours),

@@ -34,6 +34,7 @@ def test_the_budgets_with_a_gpu_are_below_twelve_minutes_together():
     assert len(budgets) == 9 and sum(budgets) < LIMIT
 
 
+@pytest.mark.slow  # it imports torch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which it would start")
 def test_without_a_gpu_it_measures_nothing(tmp_path):
     ended = session(tmp_path / "results")
