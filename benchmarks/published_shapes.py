@@ -2,7 +2,8 @@
 
 Each is the model's config.json on the Hub under its name, as far as it decides shapes. Fields that are left out have
 the value of transformers' own configuration class: all of them for GPT-2, CLIP ViT-B/32 and ViT-B/16. Sizes of the
-vision-language models were checked against the numbers of parameters on their pages (TOTALS).
+vision-language models add up to TOTALS. The Hub could not be reached when this was written: shapes come from copies of
+the files in public repositories, and totals and what no copy was found of (SmolVLM2's head, InternVL3's) from memory.
 """
 
 SHAPES = {
@@ -104,7 +105,7 @@ SHAPES = {
     },
 }
 
-# Billions of parameters, as the models' pages on the Hub show them.
+# Billions of parameters, as published; to be compared with the models' pages where the Hub can be reached.
 TOTALS = {
     "OpenGVLab/InternVL3-1B-hf": 0.94,
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": 2.25,
