@@ -14,7 +14,7 @@ and tail, counted once a forward pass; that of a copy on the same device, reads 
 import argparse
 
 import torch
-from measuring import fastest, write_results
+from measuring import add_output_options, fastest, write_results
 
 from mmcoconut.kernels.latent import Split, Step, latent_attention, latent_attention_reference
 from mmcoconut.kernels.triton_kernels import triton
@@ -114,7 +114,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--tails", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
-    parser.add_argument("--machine", default="laptop-2c", help="name of the machine, in the file of the results")
+    add_output_options(parser)
     return parser.parse_args()
 
 

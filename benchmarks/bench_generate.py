@@ -16,7 +16,7 @@ import sys
 from functools import partial
 
 import torch
-from measuring import fastest, thinking_gpt2, write_results
+from measuring import add_output_options, fastest, thinking_gpt2, write_results
 from transformers import GPT2LMHeadModel
 
 from mmcoconut.passes_mmcoconut import column_lists
@@ -161,7 +161,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--prefix", type=int, default=256, help="tokens that the questions share")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--gpu", action="store_true", help=f"on CUDA, and by default with {GPU_SIZES}")
-    parser.add_argument("--machine", default="laptop-2c", help="name of the machine, in the file of the results")
+    add_output_options(parser)
     if "--gpu" in sys.argv:
         parser.set_defaults(**GPU_SIZES)
     return parser.parse_args()

@@ -6,20 +6,23 @@
 GPT-2 small with random weights in float32; each row is a prompt, n latents and 32 answer tokens with labels on the
 answer. All sides of a line take turns in one run, and the ratio of the fastest of their repeats is what counts. `kept`
 is what is allocated in a forward pass and still there after it, whoever holds it. `--gpu`: bfloat16, batch 32, prompts
-of 64, 300 and 3300 tokens, and what torch's allocator had at most.
+of 64, 300 and 3300 tokens, and what torch's allocator had at most. A side that runs out of memory has `inf`.
 """
 
 import argparse
 import copy
+import math
+import sys
 
 import torch
-from measuring import fastest, thinking_gpt2, write_results
+from measuring import add_output_options, fastest, thinking_gpt2, write_results
 from transformers import GPT2LMHeadModel
 
 from mmcoconut.training.deferred import defer_weight_gradients
 
 
 NUM_ANSWER = 32
+GPU_SIZES = {"batch": 32, "prompts": [64, 300, 3300], "latents": [0, 2, 4, 8, 16, 32]}
 
 
 def kept_bytes(step, device: str) -> int:
@@ -127,7 +130,9 @@ def measure(
 
     steps = {name: step_of(loss) for name, loss in sides.items()}
     seconds = fastest(steps, repeats=repeats, device=device)
-    peaks = {name: peak_megabytes(step) for name, step in steps.items()} if device != "cpu" else {}
+    fitting = [name for name, taken in seconds.items() if math.isfinite(taken)]
+    peaks = {name: peak_megabytes(steps[name]) for name in fitting} if device != "cpu" else {}
+    kept = {name: round(kept_bytes(steps[name], device) / 1e6, 1) for name in fitting}
     return [
         {
             "side": name,
@@ -136,10 +141,10 @@ def measure(
             "latents": num_latents,
             "seconds": round(seconds[name], 4),
             "ratio": round(seconds[name] / seconds["plain"], 2),
-            "kept_mb": round(kept_bytes(step, device) / 1e6, 1),
+            "kept_mb": kept.get(name, math.inf),
             "peak_mb": peaks.get(name),
         }
-        for name, step in steps.items()
+        for name in steps
     ]
 
 
@@ -159,13 +164,12 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--latents", type=int, nargs="+", default=[0, 8, 16])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sides", nargs="+", help="some of the sides, `plain` among them; default: all")
-    parser.add_argument("--gpu", action="store_true", help="the large shapes, in bfloat16")
-    parser.add_argument("--machine", default="laptop-2c", help="name of the machine, in the file of the results")
+    parser.add_argument("--gpu", action="store_true", help=f"bfloat16 on CUDA, and by default {GPU_SIZES}")
+    add_output_options(parser)
+    if "--gpu" in sys.argv:
+        parser.set_defaults(**GPU_SIZES)
     arguments = parser.parse_args()
-    arguments.device, arguments.dtype = "cpu", torch.float32
-    if arguments.gpu:
-        arguments.device, arguments.dtype, arguments.batch = "cuda", torch.bfloat16, 32
-        arguments.prompts, arguments.latents = [64, 300, 3300], [0, 2, 4, 8, 16, 32]
+    arguments.device, arguments.dtype = ("cuda", torch.bfloat16) if arguments.gpu else ("cpu", torch.float32)
     return arguments
 
 

@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import torch
-from measuring import fastest, write_results
+from measuring import add_output_options, fastest, write_results
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--stage", type=int, default=3)
     parser.add_argument("--updates", type=int, default=5, help="of a turn")
     parser.add_argument("--repeats", type=int, default=7, help="turns")
-    parser.add_argument("--machine", default="laptop-2c", help="a name for the results")
+    add_output_options(parser)
     arguments = parser.parse_args()
     arguments.gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:

@@ -16,7 +16,7 @@ import time
 
 import torch
 import transformers
-from measuring import write_results
+from measuring import add_output_options, write_results
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, GPT2Config, TrainerCallback
 from transformers.utils import logging as library_logging
 
@@ -170,7 +170,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--stage", type=int, default=4, help="steps that thoughts replace; rows have two to seven")
     parser.add_argument("--workers", type=int, default=0, help="processes that read and tokenize")
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--machine", default="laptop-2c", help="name of the machine, in the file of the results")
+    add_output_options(parser)
     arguments = parser.parse_args()
     arguments.shape = "gpt2" if arguments.gpu else "small"
     if arguments.gpu and not torch.cuda.is_available():

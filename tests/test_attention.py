@@ -293,3 +293,27 @@ def test_without_an_attention_mask_steps_with_and_without_a_mask_meet(text, num_
         found.append((loss.item(), gradients))
     assert found[0][0] == pytest.approx(found[1][0], abs=tolerance)
     assert all(max_difference(found[0][1][name], found[1][1][name]) <= tolerance for name in found[0][1])
+
+
+@pytest.mark.parametrize("num_labels", [2, MAX_QUERIES + 1])
+@pytest.mark.parametrize("text", ["gpt2", "qwen2"])
+def test_error_under_autocast_is_within_that_of_sdpa(text, num_labels):
+    """As the Trainer does, the backward pass runs outside of autocast: nothing there casts what does not fit."""
+    model = tiny_model(text).train()
+    row = [*words(9, 1), *[model.config.latent_token_id] * 3, *words(num_labels, 2)]
+    input_ids, found = torch.tensor([row, row[::-1]]), {}
+    labels = input_ids.clone()
+    labels[:, :-num_labels] = -100
+    for name, attention, enabled in (("exact", "sdpa", False), ("sdpa", "sdpa", True), ("latent", "latent", True)):
+        model.get_decoder().set_attn_implementation(attention)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = model(input_ids=input_ids, labels=labels).loss
+        loss.backward()
+        found[name] = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    errors = {
+        side: sum(max_difference(found[side][name], found["exact"][name]) for name in found["exact"])
+        for side in ("sdpa", "latent")
+    }
+    assert found["latent"].keys() == found["exact"].keys()
+    assert 0 < errors["latent"] <= 1.2 * errors["sdpa"]

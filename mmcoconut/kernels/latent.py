@@ -316,6 +316,14 @@ class Attend(torch.autograd.Function):
         return grad_output.new_empty(0), grad_query, None, None
 
 
+def as_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cast float32 to the dtype of a running autocast, as sdpa does; rotary embeddings leave float32."""
+    device = states[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return states
+    return tuple(one.to(torch.get_autocast_dtype(device)) if one.dtype == torch.float32 else one for one in states)
+
+
 class SplitKeys(NamedTuple):
     """What attention gets in place of keys and of values: all of both, and the token that allows to read them."""
 
@@ -339,11 +347,12 @@ class SplitLayer(DynamicLayer):
         """Return the first pass's own keys and values (B, H', P, K); in later passes `SplitKeys` in place of both."""
         if self.states is None:
             return self.open(key_states, value_states)
-        self.token = Write.apply(self.token, key_states, value_states, self.states)
+        self.token = Write.apply(self.token, *as_autocast(key_states, value_states), self.states)
         return SplitKeys(self.states, self.token), None
 
     def open(self, key_states, value_states):
         """Begin with the first pass's keys and values (B, H', P, K), and return what it reads."""
+        key_states, value_states = as_autocast(key_states, value_states)
         if kernels_for(key_states, value_states) is PYTORCH:
             # Heads apart, once: matrix products would copy them in every pass.
             key_states, value_states = key_states.contiguous(), value_states.contiguous()
@@ -415,6 +424,7 @@ def latent_attention_forward(
     if query.shape[2] > MAX_QUERIES:  # the joined copy is made again in the backward pass rather than kept
         inputs = (query, *states.prefix, *ReadTail.apply(token, states), attention_mask)
         return checkpoint(joined_attention, attend, *inputs, use_reentrant=False, preserve_rng_state=dropout > 0), None
+    (query,) = as_autocast(query)
     step = Step(query, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask)
     if dropout > 0:
         kept = torch.rand(*query.shape[:3], states.num_keys, device=query.device) >= dropout
