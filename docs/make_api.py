@@ -19,6 +19,7 @@ from mmcoconut.arguments.fields import CLASSES
 from mmcoconut.audit import command
 from mmcoconut.demo import page as demo_page
 from mmcoconut.evaluation import asking, evaluate
+from mmcoconut.harnesses import __main__ as harnesses
 
 
 PAGE = Path(__file__).with_name("api.md")
@@ -55,6 +56,7 @@ MODULES = {
 COMMANDS = (
     ("train_hf.py recipe.yaml", "", CLASSES),
     ("python -m mmcoconut.evaluation", evaluate.__doc__, [asking.EvaluationArguments]),
+    ("python -m mmcoconut.harnesses lm_eval", harnesses.__doc__, []),
     ("python -m mmcoconut.audit", command.__doc__, [asking.EvaluationArguments, command.AuditArguments]),
     ("python -m mmcoconut.prepare_flickr30k", prepare_flickr30k.__doc__, [prepare_flickr30k.PreparationArguments]),
     ("python -m mmcoconut.convert_coconut", convert_coconut.__doc__, [convert_coconut.ConversionArguments]),

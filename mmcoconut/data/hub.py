@@ -2,6 +2,7 @@
 `save_to_disk`. The pictures stay where they are, undecoded and, if their file is memory-mapped, on disk."""
 
 import os
+import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mmcoconut.data.public import Examples, not_empty
 from mmcoconut.errors import UsageError
 
 
+IMAGE_COLUMN = re.compile(r"image(_\d+)?")
 PUBLISHED_NAMES = {"validation": ("validation", "valid", "val", "dev")}  # of our splits; the others have one
 
 
@@ -41,8 +43,8 @@ def _read(path: str | os.PathLike, name: str, config: str | None) -> Dataset:
         dataset = load_from_disk(str(path))[name]
     else:
         dataset = load_dataset(str(path), config, split=name)
-    for column, kind in dataset.features.items():
-        if isinstance(kind, Image):
+    for column in dataset.column_names:
+        if IMAGE_COLUMN.fullmatch(column):
             dataset = dataset.cast_column(column, Image(decode=False))
     return dataset
 
@@ -97,7 +99,10 @@ def _lists(columns: Sequence[pa.StructArray]) -> pa.ListArray:
     valid = np.stack([column.is_valid().to_numpy(zero_copy_only=False) for column in columns], axis=1)
     offsets = pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(valid.sum(axis=1), dtype=np.int32)]))
     rows, numbers = np.nonzero(valid)
-    pictures = pa.concat_arrays(columns).take(pa.array(numbers * len(valid) + rows))
+    if len(columns) == 1:  # not copied where no row is null
+        pictures = columns[0].drop_null()
+    else:
+        pictures = pa.concat_arrays(columns).take(pa.array(numbers * len(valid) + rows))
     return pa.ListArray.from_arrays(offsets, pictures, type=FEATURES.arrow_schema.field("images").type)
 
 
