@@ -41,6 +41,7 @@ MODULES = {
     "data.conversations": ("further_turn",),
     "data.arrow_mazes": ("generate", "draw", "draw_path", "question_of", "cell_name"),
     "data.tokenizer": ("train_tokenizer",),
+    "harnesses.tasks": ("load",),
     "arguments.fields": ("RunArguments",),
     "arguments.recipes": ("parse_recipe",),
     "views_mmcoconut": ("ThoughtView",),
