@@ -125,7 +125,8 @@ def test_a_row_is_asked_with_its_pictures_in_front_and_scored_by_its_data_sets_m
     assert tasks.mean_score(outcomes) == 0.5  # one of two pairs, not three of four questions
 
 
-def test_missing_options_of_the_data_are_asked_for():
+def test_options_say_where_rows_are_and_missing_ones_are_asked_for():
+    assert len(tasks.load("arrow_mazes", arrow_mazes={**MAZES, "split": "validation"})["test"]) == 6
     with pytest.raises(UsageError, match=r"task of mmvp was given \['blink'\] and no options.*--metadata '\{\"mmvp\""):
         tasks.load("mmvp", blink={"path": "x"})
 
@@ -160,7 +161,7 @@ def test_lm_eval_finds_the_same_answers_and_scores(checkpoint, options, ours):
 
 @pytest.mark.slow
 def test_lmms_eval_finds_the_same_answers_and_scores(checkpoint, options, ours, tmp_path):
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install lmms_eval==0.7.3")
+    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed: pip install lmms_eval==0.7.3 'filelock<4'")
     models = importlib.import_module("lmms_eval.models")
     models.MODEL_REGISTRY_V2.register_manifest(importlib.import_module("mmcoconut.harnesses.lmms_model").manifest())
     folder = tmp_path / "tasks"
@@ -170,7 +171,9 @@ def test_lmms_eval_finds_the_same_answers_and_scores(checkpoint, options, ours, 
         own = {"include": str(TASK_FOLDERS["lmms_eval"] / "_rows_yaml"), "task": f"own_{name}"}
         (folder / f"own_{name}.yaml").write_text(yaml.safe_dump({**own, "dataset_path": str(tmp_path / name)}))
     evaluator = importlib.import_module("lmms_eval.evaluator")
-    manager = importlib.import_module("lmms_eval.tasks").TaskManager("ERROR", include_path=str(folder))
+    manager = importlib.import_module("lmms_eval.tasks").TaskManager(
+        "ERROR", include_path=str(folder), include_defaults=False
+    )
     found = evaluator.simple_evaluate(
         model="mmcoconut",
         model_args=f"pretrained={checkpoint},answer_only=False",

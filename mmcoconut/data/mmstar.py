@@ -30,6 +30,7 @@ HEADER = re.compile(r"\n\s*(?:(?:Options|Choices):\s*|(?=\(A\)))")
 MARK = r"(?:^|[,\n]\s*)(?:{0}[:.]\s|\({0}\))"
 HINT = re.compile(r"^Hint:.*\nQuestion:\s*")
 MISSING = "nan"
+CATEGORIES_OF_SAMPLE = (("coarse perception", "image emotion"), ("logical reasoning", "diagram reasoning"))
 
 
 def _question_and_options(text: str, row_id: str) -> tuple[str, list[str]]:
@@ -75,9 +76,6 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
         )
     save_published(folder, "val", rows)
     return {"path": str(Path(folder))}
-
-
-CATEGORIES_OF_SAMPLE = (("coarse perception", "image emotion"), ("logical reasoning", "diagram reasoning"))
 
 
 def load(*, split: str, path: str | os.PathLike, categories: str = "category") -> Dataset:

@@ -26,10 +26,11 @@ PASSED_ON = ("do_sample", "num_beams", "temperature", "top_p")
 
 
 def load(dataset: str, **metadata: Any) -> dict[str, Dataset]:
-    """Return the test split of a data set, with its name in a column, under the split's name.
+    """Return the rows of a data set, with its name in a column, under `test`.
 
-    metadata: what `--metadata` gives; its entry `dataset` of the data set's name holds the options of its `load`, as
-        in `{"mmvp": {"folder": "data/mmvp"}}`. Entries for other data sets, and what else a program adds, are ignored.
+    metadata: what `--metadata` gives; its entry of the data set's name holds the options of its `load`, as in
+        `{"mmvp": {"folder": "data/mmvp"}}`, and `split` where that is not `test`. Entries for other data sets, and
+        what else a program adds, are ignored.
 
     Raises:
         UsageError: no such entry, or another mistake in the options.
@@ -40,7 +41,7 @@ def load(dataset: str, **metadata: Any) -> dict[str, Dataset]:
             f"the task of {dataset} was given {sorted(metadata)} and no options of its data; pass them, such as "
             f'--metadata \'{{"{dataset}": {{"folder": "…"}}}}\''
         )
-    rows = load_examples(dataset, split=SPLIT, **options)
+    rows = load_examples(dataset, **{"split": SPLIT, **options})
     return {SPLIT: rows.add_column("dataset", [dataset] * len(rows))}
 
 
