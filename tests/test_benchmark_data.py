@@ -105,6 +105,7 @@ def test_a_published_row_of_mmstar(tmp_path):
     ("text", "question", "choices"),
     [
         ("Is it day?\nOptions: A: Yes\nB: No", "Is it day?", ["Yes", "No"]),
+        ("Is it day?\nOptions: A:Yes,B:No", "Is it day?", ["Yes", "No"]),
         ("Is it day?\nOptions: A. Yes, B. No", "Is it day?", ["Yes", "No"]),
         (
             "Hint: Please answer the question and provide the correct option letter, e.g., A, B.\n"

@@ -27,7 +27,7 @@ from mmcoconut.errors import UsageError
 CATEGORIES = ("category", "l2_category")  # 6 abilities, and 18 that divide them
 # What stands between the question and its options: a line of its own, or the first option itself.
 HEADER = re.compile(r"\n\s*(?:(?:Options|Choices):\s*|(?=\(A\)))")
-MARK = r"(?:^|[,\n]\s*)(?:{0}[:.]\s|\({0}\))"
+MARK = r"(?:^|[,\n]\s*)(?:{0}:|{0}\.\s|\({0}\))"
 HINT = re.compile(r"^Hint:.*\nQuestion:\s*")
 MISSING = "nan"
 CATEGORIES_OF_SAMPLE = (("coarse perception", "image emotion"), ("logical reasoning", "diagram reasoning"))

@@ -11,6 +11,7 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
+from PIL import ImageFile
 from tqdm.auto import tqdm
 
 from mmcoconut.chat_template_mmcoconut import parse_answer
@@ -49,6 +50,7 @@ class MMCoconut(lmms):
         super().__init__()
         if kwargs:
             raise UsageError(f"model mmcoconut has no arguments {', '.join(sorted(kwargs))}: remove them")
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval fills cut pictures up, which no score should rest on
         found = "cpu" if not torch.accelerator.is_available() else str(torch.accelerator.current_accelerator())
         self.model, self.processor = load_checkpoint(
             pretrained, revision=revision, dtype=dtype, device=device or found
