@@ -19,6 +19,7 @@ from mmcoconut.arguments.fields import CLASSES
 from mmcoconut.audit import command
 from mmcoconut.demo import page as demo_page
 from mmcoconut.evaluation import asking, evaluate
+from mmcoconut.harnesses import __main__ as harnesses
 
 
 PAGE = Path(__file__).with_name("api.md")
@@ -40,6 +41,7 @@ MODULES = {
     "data.conversations": ("further_turn",),
     "data.arrow_mazes": ("generate", "draw", "draw_path", "question_of", "cell_name"),
     "data.tokenizer": ("train_tokenizer",),
+    "harnesses.tasks": ("load",),
     "arguments.fields": ("RunArguments",),
     "arguments.recipes": ("parse_recipe",),
     "views_mmcoconut": ("ThoughtView",),
@@ -55,6 +57,7 @@ MODULES = {
 COMMANDS = (
     ("train_hf.py recipe.yaml", "", CLASSES),
     ("python -m mmcoconut.evaluation", evaluate.__doc__, [asking.EvaluationArguments]),
+    ("python -m mmcoconut.harnesses lm_eval", harnesses.__doc__, []),
     ("python -m mmcoconut.audit", command.__doc__, [asking.EvaluationArguments, command.AuditArguments]),
     ("python -m mmcoconut.prepare_flickr30k", prepare_flickr30k.__doc__, [prepare_flickr30k.PreparationArguments]),
     ("python -m mmcoconut.convert_coconut", convert_coconut.__doc__, [convert_coconut.ConversionArguments]),

@@ -100,7 +100,7 @@ def test_question_text_adds_the_choices_in_one_fixed_format():
     "call, parts",
     [
         (lambda: data.load_examples("arow_mazes", split="train"), ("'arow_mazes'", "did you mean 'arrow_mazes'")),
-        (lambda: data.load_examples("zzz", split="train"), ("'zzz'", "aokvqa, arrow_mazes, flickr30k")),
+        (lambda: data.load_examples("zzz", split="train"), ("'zzz'", "aokvqa, arrow_mazes, blink")),
         (
             lambda: data.load_examples("arrow_mazes", split="train", grid_sise=3),
             ("'grid_sise'", "did you mean 'grid_size'"),

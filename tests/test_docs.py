@@ -31,7 +31,7 @@ from mmcoconut.arguments.fields import TYPES
 from mmcoconut.arguments.recipe_files import BASE
 from mmcoconut.arguments.recipes import parse_recipe, read_recipe
 from mmcoconut.build.tiny_models import write_tiny_vlm
-from mmcoconut.data import json_steps, llava_instruct
+from mmcoconut.data import TEST_ONLY, json_steps, llava_instruct, loader_of
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +46,11 @@ REASONS = {
     "docs/backbones.md": [
         "it installs packages of 90 and 250 MB; tests/test_real_weights.py does the rest",
         "it takes the checkpoint of a run of that recipe",
+    ],
+    "docs/benchmarks.md": [
+        "it downloads",
+        "lm-eval is not among the requirements; tests/test_harnesses.py runs it",
+        "lmms-eval is not among the requirements, and downloads its tasks; tests/test_harnesses.py runs it",
     ],
     "docs/objectives.md": ["it trains 39 models"],
     "docs/publishing.md": [
@@ -115,8 +120,10 @@ def write_hub_models(folder: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Rows of a user's own, and Flickr30k's captions and pictures."""
+    """Rows of a user's own, benchmarks, and Flickr30k's captions and pictures."""
     json_steps.write_sample(folder / "data" / "mine", num_rows=8, seed=0)
+    for name in TEST_ONLY:
+        loader_of(name).write_sample(folder / "data" / name, num_rows=4, seed=0)
     pictures = folder / "flickr30k-images"
     pictures.mkdir()
     rows = []
@@ -296,7 +303,7 @@ def test_the_first_training_command_runs_as_it_stands(user):
 def test_every_block_has_a_language_that_is_run_or_is_a_drawing():
     assert {block.language for block in BLOCKS} == {"python", "bash", "yaml", "json", "text", ""}
     drawings = [block.page.name for block in BLOCKS if block.language in ("", "text")]
-    assert drawings == ["README.md", "conversations.md"]
+    assert drawings == ["README.md", "benchmarks.md", "conversations.md"]
 
 
 def test_only_these_blocks_are_not_run():

@@ -779,3 +779,51 @@ def test_smaller_batches_may_finish_a_stopped_evaluation(checkpoint, tmp_path):
         (tmp_path / "stopped" / name).unlink()
     record = evaluate(checkpoint, tmp_path / "stopped", "--batch_size", "1")
     assert (record["accuracy"], record["batch_size"]) == (whole["accuracy"], 1)
+
+
+# Benchmarks
+
+
+def test_rows_of_a_pair_are_drawn_together():
+    scores = [1.0, 1.0, 0.0, 0.0, 1.0, 0.0]
+    lines = [{"index": index, "pair": str(index // 2), "score": score} for index, score in enumerate(scores)]
+    assert evaluation.accuracy_of(lines, seed=0) == bootstrap_mean([1.0, 0.0, 0.5], seed=0).asdict()
+    alone = [{"index": line["index"], "score": line["score"]} for line in lines]
+    assert evaluation.accuracy_of(alone, seed=0) == bootstrap_mean(scores, seed=0).asdict()
+
+
+def test_categories_have_accuracies_and_a_mean_that_counts_each_once():
+    labels = ["Jigsaw", "Counting", "Jigsaw", "Jigsaw"]
+    scores = [1.0, 0.0, 0.0, 1.0]
+    lines = [{"index": n, "category": label, "score": scores[n]} for n, label in enumerate(labels)]
+    found = evaluation.accuracy_by_category(lines, seed=0)
+    assert {name: (group["mean"], group["n"]) for name, group in found["by_category"].items()} == {
+        "Counting": (0.0, 1),
+        "Jigsaw": (pytest.approx(2 / 3), 3),
+    }
+    assert found["mean_of_categories"] == pytest.approx(1 / 3)
+    assert evaluation.accuracy_by_category([{"index": 0, "score": 1.0}], seed=0) == {}
+
+
+@pytest.mark.parametrize("score_by", ["generation", "likelihood"])
+@pytest.mark.parametrize("name", ["mmvp", "blink"])
+def test_a_benchmark_is_evaluated_by_text_and_by_likelihood(name, score_by, checkpoint, tmp_path, capsys):
+    options = loader_of(name).write_sample(tmp_path / "data", num_rows=4, seed=0)
+    words = ["--dataset", name, "--split", "test", "--dataset_options", json.dumps(options)]
+    record = evaluate(checkpoint, tmp_path / "out", *words, "--score_by", score_by)
+    lines, printed = lines_of(tmp_path / "out"), capsys.readouterr().out
+    rows = load_examples(name, split="test", **options)
+    right = [line["answer"] == row["answers"][0] for line, row in zip(lines, rows, strict=True)]
+    if name == "mmvp":
+        pairs = [right[0] and right[1], right[2] and right[3]]
+        assert [line["score"] for line in lines] == [float(pair) for pair in pairs for _ in range(2)]
+        assert record["accuracy"] == bootstrap_mean([float(pair) for pair in pairs]).asdict()
+        assert record["metric_details"]["question_accuracy"] == sum(right) / 4
+        assert "by_category" not in record and "question_accuracy" in printed
+    else:
+        assert [len(line["images"]) for line in lines] == [1, 1, 2, 2]
+        groups = {"Counting": right[:2], "Jigsaw": right[2:]}
+        assert {task: group["mean"] for task, group in record["by_category"].items()} == {
+            task: sum(group) / 2 for task, group in groups.items()
+        }
+        assert "mean of the 2 categories" in printed and "Jigsaw: " in printed

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mmcoconut"
 # them all, train_hf after.
 BASE = ("errors", "records", "statistics", "provenance", "tables", "auto_classes", "models", "build")
 COMMANDS = ("publish", "serve", "convert_coconut", "convert_vlm", "prepare_flickr30k")
-ABOVE = ("data", "objectives", "arguments", "hub", "training", "evaluation", "rl", "audit", "demo")
+ABOVE = ("data", "objectives", "arguments", "hub", "training", "evaluation", "harnesses", "rl", "audit", "demo")
 LAYERS = (("kernels",), BASE, *((name,) for name in ABOVE), COMMANDS)
 SCRIPT = "train_hf"
 

@@ -19,7 +19,16 @@ from sacrebleu.metrics import BLEU
 
 
 METRICS = Path(__file__).resolve().parents[1] / "metrics"
-NAMES = ["aokvqa_da", "aokvqa_mc", "captions", "exact_match", "medical_vqa", "numeric_answer", "vqa_accuracy"]
+NAMES = [
+    "aokvqa_da",
+    "aokvqa_mc",
+    "captions",
+    "exact_match",
+    "medical_vqa",
+    "numeric_answer",
+    "pair_accuracy",
+    "vqa_accuracy",
+]
 
 # A prediction and a reference that score 1, and a prediction that scores 0 with the same reference.
 SAMPLES = {
@@ -29,6 +38,7 @@ SAMPLES = {
     "exact_match": ("kite", ["bird", "kite"], "kites"),
     "medical_vqa": ("liver", "liver", "heart"),
     "numeric_answer": ("### 7", "7", "### 8"),
+    "pair_accuracy": ("kite", {"answers": ["kite"]}, "bird"),
     "vqa_accuracy": ("kite", ["kite"] * 10, "bird"),
 }
 
@@ -54,6 +64,14 @@ def module_of(metric):
     return sys.modules[type(metric).__module__]
 
 
+def with_partner(name, *pairs):
+    """The same rows; each of pair_accuracy is followed by another one of its pair, which is right."""
+    if name != "pair_accuracy":
+        return pairs
+    numbered = [(prediction, {**reference, "pair": str(n)}) for n, (prediction, reference) in enumerate(pairs)]
+    return [row for prediction, reference in numbered for row in ((prediction, reference), ("kite", reference))]
+
+
 def compute(name, *pairs):
     predictions, references = zip(*pairs)
     return load(name).compute(predictions=list(predictions), references=list(references))
@@ -75,8 +93,12 @@ def test_metric_loads_offline_from_its_folder(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_metric_returns_its_mean_its_scores_and_their_number(name):
     right, reference, wrong = SAMPLES[name]
-    results = compute(name, (right, reference), (wrong, reference), (wrong, reference), (right, reference))
-    assert (results[name], results["scores"], results["n"]) == (0.5, [1.0, 0.0, 0.0, 1.0], 4)
+    texts = (right, wrong, wrong, right)
+    rows = with_partner(name, *((text, reference) for text in texts))
+    results = compute(name, *rows)
+    each = len(rows) // len(texts)  # 2 where rows are scored in pairs
+    expected = [score for score in (1.0, 0.0, 0.0, 1.0) for _ in range(each)]
+    assert (results[name], results["scores"], results["n"]) == (0.5, expected, 4 * each)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,10 +119,12 @@ def test_docstring_examples_hold(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_batches_add_up_to_one_call(name):
     right, reference, wrong = SAMPLES[name]
+    *first, last = rows = with_partner(name, (right, reference), (wrong, reference), (right, reference))
     metric = load(name)
-    metric.add_batch(predictions=[right, wrong], references=[reference, reference])
-    metric.add(prediction=right, reference=reference)
-    assert metric.compute() == compute(name, (right, reference), (wrong, reference), (right, reference))
+    predictions, references = zip(*first)
+    metric.add_batch(predictions=list(predictions), references=list(references))
+    metric.add(prediction=last[0], reference=last[1])
+    assert metric.compute() == compute(name, *rows)
 
 
 def test_metrics_of_the_same_inputs_combine():
@@ -122,12 +146,12 @@ def test_space_files_name_the_metric(name, monkeypatch):
     runpy.run_path(str(METRICS / name / metadata["app_file"]))
     assert [metric.name for metric in launched] == [name]
     documented = set(re.findall(r"`(\w+)`", text))
-    assert set(compute(name, SAMPLES[name][:2])) <= documented
+    assert set(compute(name, *with_partner(name, SAMPLES[name][:2]))) <= documented
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numbers_of_predictions_and_references_must_agree(name):
-    prediction, reference, _ = SAMPLES[name]
+    (prediction, reference), *_ = with_partner(name, SAMPLES[name][:2])
     with pytest.raises(ValueError, match=r"predictions \(2\) and references \(1\)"):
         load(name).compute(predictions=[prediction] * 2, references=[reference])
 
@@ -141,8 +165,9 @@ def test_no_rows_are_refused(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_prediction_is_refused_with_its_row(name):
     prediction, reference, _ = SAMPLES[name]
+    (first, of_first), (_, of_second), *_ = with_partner(name, *[(prediction, reference)] * 2)
     with pytest.raises(ValueError, match="row 1: the prediction is None; give ''"):
-        compute(name, (prediction, reference), (None, reference))
+        compute(name, (first, of_first), (None, of_second))
 
 
 @pytest.mark.parametrize(
@@ -177,6 +202,8 @@ def test_missing_prediction_is_refused_with_its_row(name):
         ("captions", None, "row 1: the references are None; give one or more"),
         ("medical_vqa", " ", "row 1: the reference is ' '; give the gold answer"),
         ("medical_vqa", None, "row 1: the reference is None; give the gold answer"),
+        ("pair_accuracy", {"answers": [], "pair": "1"}, r"row 1: the answers are \[\]; give one or more"),
+        ("pair_accuracy", {"answers": ["kite"], "pair": ""}, "row 1: the pair is '', which 1 rows share; give both"),
         ("numeric_answer", "seven", "row 1: the reference is 'seven'; give a number"),
         ("numeric_answer", "### 7 apples", "row 1: the reference is '### 7 apples'; give a number"),
         ("numeric_answer", None, "row 1: the reference is None; give a number"),
@@ -184,8 +211,12 @@ def test_missing_prediction_is_refused_with_its_row(name):
 )
 def test_reference_that_cannot_be_scored_is_refused_with_its_row(name, reference, message):
     prediction, good, _ = SAMPLES[name]
+    rows = [(prediction, good), (prediction, reference)]
+    if name == "pair_accuracy":  # the good row has a partner, behind the other one
+        good = {**good, "pair": "1" if reference["pair"] else "2"}
+        rows = [(prediction, good), rows[1], *[(prediction, good)] * (not reference["pair"])]
     with pytest.raises(ValueError, match=message):
-        compute(name, (prediction, good), (prediction, reference))
+        compute(name, *rows)
 
 
 @pytest.mark.parametrize(
@@ -499,3 +530,26 @@ def test_captions_without_a_library_say_what_to_install(library, monkeypatch):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=f"pip install {library}"):
         load("captions")
+
+
+@pytest.mark.parametrize(
+    ("predictions", "pairs", "questions"),
+    [
+        (["open", "closed", "open", "closed"], [1.0, 1.0, 1.0, 1.0], 1.0),
+        (["OPEN ", "closed", "open", "open"], [1.0, 1.0, 0.0, 0.0], 0.75),
+        (["open", "open", "closed", "closed"], [0.0, 0.0, 0.0, 0.0], 0.5),  # one answer for both pictures
+        (["", "closed", "closed", "open"], [0.0, 0.0, 0.0, 0.0], 0.25),
+    ],
+)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (3, 1, 0, 2)])
+def test_a_pair_is_right_where_both_answers_are(predictions, pairs, questions, order):
+    references = [{"answers": [answer], "pair": pair} for pair in ("1", "2") for answer in ("open", "closed")]
+    results = compute("pair_accuracy", *[(predictions[index], references[index]) for index in order])
+    assert results["scores"] == [pairs[index] for index in order]
+    assert (results["pair_accuracy"], results["question_accuracy"]) == (sum(pairs) / 4, questions)
+
+
+def test_a_pair_with_a_third_row_is_refused():
+    reference = {"answers": ["open"], "pair": "7"}
+    with pytest.raises(ValueError, match="row 0: the pair is '7', which 3 rows share.*even number"):
+        compute("pair_accuracy", *[("open", reference)] * 3)

@@ -59,6 +59,7 @@ def test_sub_packages_are_all_installed_with_what_they_show():
     for file in files:
         patterns = setup["options.package_data"][".".join(file.parent.relative_to(ROOT).parts)].split(", ")
         assert f"*{file.suffix}" in patterns, file
+    assert setup["options.package_data"]["mmcoconut.harnesses"] == "*_tasks/*"
 
 
 @pytest.mark.parametrize(

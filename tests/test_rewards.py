@@ -105,7 +105,7 @@ def test_texts_are_worth_what_was_worked_out_by_hand(name, row, texts):
 
 
 def test_every_metric_has_a_reward_that_is_worked_out():
-    assert REFERENCES.keys() <= REWARDS.keys()
+    assert REFERENCES.keys() - {"pair_accuracy"} <= REWARDS.keys()  # which no single row has
     assert REWARDS.keys() - {"length", "thoughts"} == WORTH.keys()
 
 

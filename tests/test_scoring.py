@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcoconut.data import DATASETS, load_examples, loader_of, scoring
+from mmcoconut.data import DATASETS, TEST_ONLY, load_examples, loader_of, scoring
 from mmcoconut.data.scoring import (
     METRIC_OF_DATASET,
     REFERENCES,
@@ -26,6 +26,7 @@ METRICS = {
     "aokvqa": "aokvqa_mc",
     "flickr30k": "captions",
     "gsm8k_aug": "numeric_answer",
+    "mmvp": "pair_accuracy",
     "path_vqa": "medical_vqa",
     "vqa_rad": "medical_vqa",
     "vqav2": "vqa_accuracy",
@@ -37,9 +38,8 @@ INSTALLED = (
 
 
 def sample(name: str, folder: Path, **options):
-    return load_examples(
-        name, split="validation", **loader_of(name).write_sample(folder, num_rows=4, seed=0), **options
-    )
+    split = "test" if name in TEST_ONLY else "validation"
+    return load_examples(name, split=split, **loader_of(name).write_sample(folder, num_rows=4, seed=0), **options)
 
 
 def scores_of(metric: str, answers: list[str], rows) -> list[float]:

@@ -22,19 +22,25 @@ from mmcoconut.images_mmcoconut import UnreadableImageError
 DATASETS = {
     "aokvqa": "mmcoconut.data.aokvqa",
     "arrow_mazes": "mmcoconut.data.arrow_mazes",
+    "blink": "mmcoconut.data.blink",
     "flickr30k": "mmcoconut.data.flickr30k",
     "graph_paths": "mmcoconut.data.graph_paths",
     "gsm8k_aug": "mmcoconut.data.gsm8k_aug",
     "json_steps": "mmcoconut.data.json_steps",
     "llava_instruct": "mmcoconut.data.llava_instruct",
     "m3cot": "mmcoconut.data.m3cot",
+    "mmstar": "mmcoconut.data.mmstar",
+    "mmvp": "mmcoconut.data.mmvp",
     "path_vqa": "mmcoconut.data.hub_vqa",
     "prosqa": "mmcoconut.data.prosqa",
     "puzzlevqa": "mmcoconut.data.puzzlevqa",
     "scienceqa": "mmcoconut.data.scienceqa",
     "vqa_rad": "mmcoconut.data.hub_vqa",
     "vqav2": "mmcoconut.data.vqav2",
+    "vstar": "mmcoconut.data.vstar",
 }
+# Benchmarks that are published for evaluation alone: they have the split `test` and no other.
+TEST_ONLY = ("blink", "mmstar", "mmvp", "vstar")
 
 SPLITS = ("train", "validation", "test")
 
@@ -49,8 +55,16 @@ FEATURES = Features(
         "history": List({"question": Value("string"), "answer": Value("string")}),
     }
 )
-# What objectives read of a row; only the data sets that have some have the column.
-OPTIONAL_FEATURES = Features({"boxes": List(List(Value("float64"))), "helper_image": Image(decode=False)})
+# What objectives and metrics read of a row; only the data sets that have some have the column.
+OPTIONAL_FEATURES = Features(
+    {
+        "boxes": List(List(Value("float64"))),
+        "helper_image": Image(decode=False),
+        "category": Value("string"),
+        "pair": Value("string"),
+    }
+)
+ABOUT_PICTURES = ("images", "boxes", "helper_image")
 
 
 @dataclass
@@ -69,6 +83,8 @@ class Example:
     boxes: of each written step the part of the first picture that it is about, [left, top, right, bottom] in pixels
         from its upper left corner, or None; no boxes at all where nothing is known.
     helper_image: a picture that shows the way to the answer, for training alone; stored as images are, or None.
+    category: the kind of question, in benchmarks that name it; results are also given for each kind.
+    pair: the same text in the two rows of a pair, which counts as right where both answers are (`pair_accuracy`).
     """
 
     images: list[dict]
@@ -80,6 +96,8 @@ class Example:
     history: list[dict] = field(default_factory=list)
     boxes: list[list[float] | None] = field(default_factory=list)
     helper_image: dict | None = None
+    category: str = ""
+    pair: str = ""
 
     def __post_init__(self):
         if self.boxes:
@@ -133,6 +151,20 @@ def check_split(dataset: str, split: str) -> None:
         raise UsageError(f"{dataset} has no split {split!r}; {nearest(split, SPLITS)}")
 
 
+def check_test_only(dataset: str, split: str, *, published: str) -> None:
+    """Refuse every split but `test` of a benchmark; `published` is what its publishers call these rows.
+
+    Raises:
+        UsageError: another split.
+    """
+    check_split(dataset, split)
+    if split != "test":
+        raise UsageError(
+            f"{dataset} has no split {split!r}: it is a benchmark, whose published rows ({published}) are the split "
+            "'test'; ask for that one, and train and validate on another data set"
+        )
+
+
 def rows_of_split(dataset: str, num_rows: int | Mapping[str, int], split: str) -> int:
     """How many rows of a split a generated data set is asked for: a number for every split, or one for each."""
     check_split(dataset, split)
@@ -173,7 +205,7 @@ def to_dataset(examples: Iterable[Example]) -> Dataset:
 
 def without_pictures(rows: Dataset) -> Dataset:
     """Return rows with what is asked, written and answered alone, which costs little to read."""
-    return rows.remove_columns([name for name in ("images", *OPTIONAL_FEATURES) if name in rows.column_names])
+    return rows.remove_columns([name for name in ABOUT_PICTURES if name in rows.column_names])
 
 
 def question_text(row: Mapping[str, Any]) -> str:

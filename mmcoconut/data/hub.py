@@ -2,6 +2,7 @@
 `save_to_disk`. The pictures stay where they are, undecoded and, if their file is memory-mapped, on disk."""
 
 import os
+import re
 from collections.abc import Container, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mmcoconut.data.public import Examples, not_empty
 from mmcoconut.errors import UsageError
 
 
+IMAGE_COLUMN = re.compile(r"image(_\d+)?")
 PUBLISHED_NAMES = {"validation": ("validation", "valid", "val", "dev")}  # of our splits; the others have one
 
 
@@ -36,17 +38,40 @@ def published_splits(path: str | os.PathLike, config: str | None = None) -> list
         raise UsageError(f"{path}: there is no such folder here, and the Hub does not give it; {remedy}") from error
 
 
+def _read(path: str | os.PathLike, name: str, config: str | None) -> Dataset:
+    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
+        dataset = load_from_disk(str(path))[name]
+    else:
+        dataset = load_dataset(str(path), config, split=name)
+    for column in dataset.column_names:
+        if IMAGE_COLUMN.fullmatch(column):
+            dataset = dataset.cast_column(column, Image(decode=False))
+    return dataset
+
+
 def read_published(path: str | os.PathLike, split: str, *, config: str | None = None) -> Dataset:
     """One split of the data set at `path`, its pictures undecoded; `config` is for repositories that hold several."""
     names = published_splits(path, config)
     known = [name for name in PUBLISHED_NAMES.get(split, (split,)) if name in names]
     if not known:
         raise UsageError(f"{path}: has no split {split!r}; {nearest(split, names)}")
-    if os.path.isfile(os.path.join(path, "dataset_dict.json")):
-        dataset = load_from_disk(str(path))[known[0]]
-    else:
-        dataset = load_dataset(str(path), config, split=known[0])
-    return dataset.cast_column("image", Image(decode=False)) if "image" in dataset.column_names else dataset
+    return _read(path, known[0], config)
+
+
+def read_benchmark(path: str | os.PathLike, *, config: str | None = None) -> Dataset:
+    """Read the rows of a benchmark at `path`, undecoded: of its validation split, or of the only one that it has.
+
+    Benchmarks call the rows that come with answers `val`; a bare parquet file, without the Hub's README, is one
+    split that `datasets` calls train.
+
+    Raises:
+        UsageError: several splits, none of which is a validation split.
+    """
+    names = published_splits(path, config)
+    known = [name for name in PUBLISHED_NAMES["validation"] if name in names] or (names if len(names) == 1 else [])
+    if not known:
+        raise UsageError(f"{path}: has the splits {', '.join(names)} and none called val; give the published folder")
+    return _read(path, known[0], config)
 
 
 def rows_name(path: str | os.PathLike, split: str) -> str:
@@ -54,30 +79,38 @@ def rows_name(path: str | os.PathLike, split: str) -> str:
     return f"{Path(path).name if os.path.isdir(path) else path} {split}"
 
 
-def _check_pictures(column: pa.ChunkedArray, row_ids: Sequence[str], path: str | os.PathLike, *, required: bool):
+def _check_pictures(
+    pictures: pa.Table, name: str, row_ids: Sequence[str], path: str | os.PathLike, *, required: bool
+) -> None:
     """A row may do without its bytes only when the file it names lies inside the folder `path`."""
+    column = pictures[name]
     for index in np.flatnonzero(pc.struct_field(column, "bytes").is_null()):
         item = column[int(index)].as_py()
         if item is not None and item["path"] and os.path.isdir(path):
             relative = os.path.relpath(os.path.realpath(item["path"]), os.path.realpath(path))
-            existing_image(path, relative, row_ids[index])
+            existing_image(path, relative, row_ids[index], name)
         elif item is not None or required:
             remedy = "write the picture's bytes into the column, with datasets.Image and to_parquet or save_to_disk"
-            raise field_error(row_ids[index], "image", item, remedy)
+            raise field_error(row_ids[index], name, item, remedy)
 
 
-def _lists(pictures: pa.StructArray) -> pa.ListArray:
-    """One list a row: of its picture, or empty where that is null."""
-    ends = np.cumsum(pictures.is_valid().to_numpy(zero_copy_only=False), dtype=np.int32)
-    offsets = pa.array(np.concatenate([np.zeros(1, np.int32), ends]))
-    return pa.ListArray.from_arrays(offsets, pictures.drop_null(), type=FEATURES.arrow_schema.field("images").type)
+def _lists(columns: Sequence[pa.StructArray]) -> pa.ListArray:
+    """One list a row: of the pictures in its columns, in their order, without those that are null."""
+    valid = np.stack([column.is_valid().to_numpy(zero_copy_only=False) for column in columns], axis=1)
+    offsets = pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(valid.sum(axis=1), dtype=np.int32)]))
+    rows, numbers = np.nonzero(valid)
+    if len(columns) == 1:  # not copied where no row is null
+        pictures = columns[0].drop_null()
+    else:
+        pictures = pa.concat_arrays(columns).take(pa.array(numbers * len(valid) + rows))
+    return pa.ListArray.from_arrays(offsets, pictures, type=FEATURES.arrow_schema.field("images").type)
 
 
-def _with_images(dataset: Dataset, images: pa.ChunkedArray) -> Dataset:
+def _with_images(dataset: Dataset, pictures: pa.Table) -> Dataset:
     table = dataset.with_format("arrow")[:]
-    lists = pa.chunked_array([_lists(chunk) for chunk in images.chunks])
+    lists = pa.chunked_array([_lists(batch.columns) for batch in pictures.to_batches()])
     table = table.set_column(table.column_names.index("images"), "images", lists)
-    return Dataset(table, info=DatasetInfo(features=FEATURES))
+    return Dataset(table, info=DatasetInfo(features=dataset.features))
 
 
 def from_published(
@@ -88,33 +121,51 @@ def from_published(
     examples: Examples,
     rows: Container[int] | None = None,
     images: str = "required",
+    columns: Sequence[str] = ("image",),
 ) -> Dataset:
     """A data set of the examples of `rows` (all by default) of what `read_published` gave, with their pictures.
 
     images: "required", "optional" (a null is a text row), or "none" for text only.
+    columns: hold the pictures, one each; nulls in any but the first are always allowed.
     """
-    texts = dataset.remove_columns("image") if "image" in dataset.column_names else dataset
+    found = [name for name in columns if name in dataset.column_names]
+    texts = dataset.remove_columns(found)
     numbered = ((index, row) for index, row in enumerate(texts) if rows is None or index in rows)
     name = rows_name(path, split)
-    found = [(index, e) for index, row in numbered for e in examples(row, f"{name} row {index}")]
-    indices = [index for index, _ in not_empty(found, name)]
-    converted = to_dataset(example for _, example in found)
+    made = [(index, e) for index, row in numbered for e in examples(row, f"{name} row {index}")]
+    indices = [index for index, _ in not_empty(made, name)]
+    converted = to_dataset(example for _, example in made)
     if images == "none":
         return converted
-    if "image" not in dataset.column_names:
-        raise field_error(name, "image", sorted(dataset.column_names), "no such column among these; rename it")
+    if columns[0] not in found:
+        raise field_error(name, columns[0], sorted(dataset.column_names), "no such column among these; rename it")
     kept = dataset if indices == list(range(len(dataset))) else dataset.select(indices)
-    pictures = kept.with_format("arrow")[:]["image"]
-    _check_pictures(pictures, converted["row_id"], path, required=images == "required")
+    pictures = kept.select_columns(found).with_format("arrow")[:]
+    for column in found:
+        required = images == "required" and column == columns[0]
+        _check_pictures(pictures, column, converted["row_id"], path, required=required)
     return _with_images(converted, pictures)
 
 
-def save_published(folder: str | os.PathLike, split: str, rows: list[dict]) -> None:
-    """Writes rows with a PIL picture in `image` as the Hub stores them: a parquet file that holds the PNG bytes."""
-    columns = {key: [row[key] for row in rows] for key in rows[0]}
-    columns["image"] = [{"bytes": png_bytes(picture), "path": None} for picture in columns["image"]]
-    dataset = Dataset.from_dict(columns).cast_column("image", Image(decode=False))
-    dataset = dataset.cast(Features({**dataset.features, "image": Image()}))
-    file = Path(folder) / "data" / f"{split}-00000-of-00001.parquet"
+def save_published(
+    folder: str | os.PathLike,
+    split: str,
+    rows: list[dict],
+    *,
+    columns: Sequence[str] = ("image",),
+    below: str = "data",
+) -> None:
+    """Writes rows with PIL pictures (or None) in `columns` as the Hub stores them: a parquet file in the folder
+    `below` that holds the PNG bytes."""
+    content = {key: [row[key] for row in rows] for key in rows[0]}
+    for name in columns:
+        pictures = content[name]
+        content[name] = [None if p is None else {"bytes": png_bytes(p), "path": None} for p in pictures]
+    fixed = Features({name: Image(decode=False) for name in columns})
+    dataset = Dataset.from_dict({name: content.pop(name) for name in columns}, features=fixed)
+    for key, values in content.items():
+        dataset = dataset.add_column(key, values)
+    dataset = dataset.cast(Features({**dataset.features, **{name: Image() for name in columns}}))
+    file = Path(folder) / below / f"{split}-00000-of-00001.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     dataset.to_parquet(file)

@@ -16,11 +16,12 @@ from datasets import Dataset
 
 from mmcoconut.data import Example, check_split
 from mmcoconut.data.hub import from_published, read_published
-from mmcoconut.data.json_steps import field_error, read_rows
+from mmcoconut.data.json_steps import read_rows
 from mmcoconut.data.public import (
     FindImages,
     check_not_beside_path,
     check_source,
+    choice_of_letter,
     from_rows,
     image_under,
     no_images,
@@ -38,15 +39,6 @@ from mmcoconut.data.public import (
 FILES = {"train": "train", "validation": "dev", "test": "test"}
 
 
-def _answer(row: Mapping[str, Any], choices: list[str], row_id: str) -> str:
-    letter = text_of(row, "answer", row_id)
-    letters = string.ascii_uppercase[: len(choices)]
-    if len(letter) != 1 or letter not in letters:
-        remedy = f"write the letter of one of the {len(choices)} choices, {letters[0]} to {letters[-1]}"
-        raise field_error(row_id, "answer", letter, remedy)
-    return choices[letters.index(letter)]
-
-
 def _image(row: Mapping[str, Any], row_id: str, *, image_root: str | os.PathLike) -> list[dict]:
     return image_under(image_root, f"{text_of(row, 'id', row_id)}.png", row_id)
 
@@ -58,7 +50,7 @@ def _examples(row: Mapping[str, Any], row_id: str, *, images: FindImages) -> Ite
         question=with_context(text_of(row, "question", row_id), optional_text(row, "context", row_id)),
         choices=choices,
         steps=sentences(text_of(row, "rationale", row_id)),
-        answers=[_answer(row, choices, row_id)],
+        answers=[choice_of_letter(text_of(row, "answer", row_id), "answer", choices, row_id)],
         row_id=row_id,
     )
 

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -128,6 +129,41 @@ def choice_at(row: Mapping[str, Any], field: str, choices: list[str], row_id: st
     if not 0 <= index < len(choices):
         raise field_error(row_id, field, index, f"write the index of one of the {len(choices)} choices, from 0")
     return choices[index]
+
+
+def choice_of_letter(letter: str, field: str, choices: list[str], row_id: str) -> str:
+    """The choice that a capital letter names, A for the first."""
+    letters = string.ascii_uppercase[: len(choices)]
+    if len(letter) != 1 or letter not in letters:
+        remedy = f"write the letter of one of the {len(choices)} choices, {letters[0]} to {letters[-1]}"
+        raise field_error(row_id, field, letter, remedy)
+    return choices[letters.index(letter)]
+
+
+def lettered(text: str, mark: str) -> list[str]:
+    """Return the texts behind the marks of A, B, C and so on, in this order, each up to the next mark.
+
+    mark: a regular expression with `{}` for the letter; the first letter that is not found ends the list.
+
+    >>> lettered("(A) red (B) blue, (A) or so", r"\\({}\\)")
+    ['red', 'blue, (A) or so']
+    """
+    marks, begin = [], 0
+    for letter in string.ascii_uppercase:
+        found = re.compile(mark.format(letter)).search(text, begin)
+        if found is None:
+            break
+        marks.append(found)
+        begin = found.end()
+    ends = [found.start() for found in marks[1:]] + [len(text)]
+    return [text[found.end() : end].strip() for found, end in zip(marks, ends)]
+
+
+def check_choices(choices: list[str], field: str, found: Any, row_id: str) -> list[str]:
+    """`choices`, if they are two or more and each has a text."""
+    if len(choices) < 2 or not all(choices):
+        raise field_error(row_id, field, found, f"read the options {choices} there; write two or more, as published")
+    return choices
 
 
 def image_under(image_root: str | os.PathLike | None, relative: str, row_id: str) -> list[dict]:

@@ -37,13 +37,17 @@ REFERENCES = {
     "exact_match": lambda row: row["answers"],
     "medical_vqa": lambda row: row["answers"][0],
     "numeric_answer": lambda row: row["answers"][0],
+    "pair_accuracy": lambda row: {"answers": row["answers"], "pair": row.get("pair", "")},
     "vqa_accuracy": lambda row: row["answers"],
 }
+# These score a row by another row's answer too, so that they are no rewards.
+OF_SEVERAL_ROWS = ("pair_accuracy",)
 # These read the whole text that was written, not the answer after `###`.
 READ_WHOLE_TEXT = ("numeric_answer",)
 METRIC_OF_DATASET = {
     "flickr30k": "captions",
     "gsm8k_aug": "numeric_answer",
+    "mmvp": "pair_accuracy",
     "path_vqa": "medical_vqa",
     "vqa_rad": "medical_vqa",
     "vqav2": "vqa_accuracy",

@@ -51,6 +51,7 @@ MAY_CHANGE = ("batch_size",)
 
 def described(row: Mapping, answerer: Answerer) -> dict:
     """Return what a line of predictions.jsonl repeats of its row."""
+    labels = {name: row[name] for name in ("category", "pair") if row.get(name)}
     return {
         "index": row["index"],
         "row_id": row["row_id"],
@@ -60,6 +61,7 @@ def described(row: Mapping, answerer: Answerer) -> dict:
         "num_steps": len(row["steps"]),
         "num_latents": answerer.num_latents,
         "gold": row["answers"],
+        **labels,
     }
 
 
@@ -170,15 +172,29 @@ def mean_of(lines: Sequence[Mapping], key: str) -> float:
 
 
 def accuracy_of(lines: Sequence[Mapping], seed: int) -> dict:
-    return bootstrap_mean([line["score"] for line in lines], seed=seed).asdict()
+    """Mean and interval of the scores; the two rows of a pair are drawn together."""
+    drawn = {}
+    for line in lines:
+        drawn.setdefault(line.get("pair", line["index"]), []).append(line["score"])
+    return bootstrap_mean([sum(scores) / len(scores) for scores in drawn.values()], seed=seed).asdict()
 
 
-def accuracy_by_steps(lines: Sequence[Mapping], seed: int) -> dict[str, dict]:
-    """Accuracy and number of the rows with equally many gold steps, which is how hard they are."""
+def accuracy_by(lines: Sequence[Mapping], key: str, seed: int) -> dict[str, dict]:
+    """Accuracy and number of the rows that have the same value of `key`: of gold steps, which is how hard they are,
+    or the category of a benchmark's question."""
     groups = {}
     for line in lines:
-        groups.setdefault(line["num_steps"], []).append(line)
-    return {str(steps): {**accuracy_of(group, seed), "n": len(group)} for steps, group in sorted(groups.items())}
+        groups.setdefault(line[key], []).append(line)
+    return {str(value): {**accuracy_of(group, seed), "n": len(group)} for value, group in sorted(groups.items())}
+
+
+def accuracy_by_category(lines: Sequence[Mapping], seed: int) -> dict:
+    """What the record of a benchmark with categories adds: their accuracies, and the mean of these."""
+    if not all("category" in line for line in lines):
+        return {}
+    groups = accuracy_by(lines, "category", seed)
+    mean = sum(group["mean"] for group in groups.values()) / len(groups)
+    return {"by_category": groups, "mean_of_categories": mean}
 
 
 def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dict:
@@ -190,7 +206,8 @@ def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dic
         "n": len(lines),
         "accuracy": accuracy_of(lines, seed),
         "metric_details": details,
-        "by_num_steps": accuracy_by_steps(lines, seed),
+        "by_num_steps": accuracy_by(lines, "num_steps", seed),
+        **accuracy_by_category(lines, seed),
         "generated_tokens": mean_of(lines, "generated_tokens"),
         "num_latents": settings["num_latents"],
         "num_thoughts": mean_of(lines, "num_thoughts"),
@@ -274,6 +291,9 @@ def summary(record: dict) -> str:
     lines += [
         f"  {steps} steps: {percent(group['mean'])} of {group['n']}" for steps, group in record["by_num_steps"].items()
     ]
+    if categories := record.get("by_category"):
+        lines += [f"  {name}: {percent(group['mean'])} of {group['n']}" for name, group in categories.items()]
+        lines.append(f"  mean of the {len(categories)} categories: {percent(record['mean_of_categories'])}")
     return "\n".join(lines)
 
 

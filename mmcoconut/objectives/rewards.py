@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, parse_answer
 from mmcoconut.data import nearest, question_text
-from mmcoconut.data.scoring import REFERENCES, score
+from mmcoconut.data.scoring import OF_SEVERAL_ROWS, REFERENCES, score
 from mmcoconut.errors import RecipeError, is_missing_folder
 
 
@@ -125,9 +125,9 @@ def thoughts_reward(completions, num_thoughts, **columns) -> list[float]:
     return [-float(number) for number in num_thoughts]
 
 
-# By the names that a recipe gives; every metric has one.
+# By the names that a recipe gives; every metric that scores each row by itself has one.
 REWARDS = {
-    **{metric: metric_reward(metric) for metric in REFERENCES},
+    **{metric: metric_reward(metric) for metric in REFERENCES if metric not in OF_SEVERAL_ROWS},
     "aokvqa_mc": multiple_choice_reward,
     "exact_match": exact_match_reward,
     "format": format_reward,
