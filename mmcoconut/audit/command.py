@@ -72,6 +72,7 @@ ANSWERS_FILE = "answers.jsonl"
 REPORT_FILE = "report.html"
 CARD_FILE = "card.md"
 PICTURES = "pictures"
+RESUME = "Nothing is written before an audit ends: start it again, with fewer rows by --max_samples."
 # What is asked, by the part of the audit that asks it; each gives an outcome, several of them, or why there is none.
 INTERVENTIONS: dict[str, tuple[Callable[[Study], Outcome | list[Outcome] | str], ...]] = {
     "verdict": (shuffled,),

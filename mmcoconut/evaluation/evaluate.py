@@ -40,6 +40,7 @@ SETTINGS_FILE = "evaluation_settings.json"
 PREDICTIONS_FILE = "predictions.jsonl"
 NEW_PREDICTIONS_FILE = "predictions.jsonl.new"
 RECORD_FILE = "evaluation.json"
+RESUME = "The same command goes on with the rows that are not answered yet."
 PART = "predictions.part-{}.jsonl"
 # All that an evaluation writes, and that `overwrite` deletes; its settings last, by which the folder is known.
 OWN_FILES = (RECORD_FILE, PREDICTIONS_FILE, NEW_PREDICTIONS_FILE, PART.format("*"), SETTINGS_FILE)
