@@ -52,8 +52,8 @@ def lines_of(asked: Asked, look: Look | None) -> list[str]:
             tokens = "  ".join(f"{text!r} {100 * p:.0f} %" for text, p in thought.tokens)
             lines.append(f"thought {number}, logit lens: {tokens}")
         lines += [f"step {number}, step decoder: {text}" for number, text in enumerate(look.steps or (), start=1)]
-    counts = f"{asked.num_thoughts} thoughts, {asked.generated_tokens} tokens"
-    return [*lines, f"{asked.seconds:.2f} s ({counts}, {asked.decoder_passes} decoder passes)"]
+    counts = f"thoughts: {asked.num_thoughts}, tokens: {asked.generated_tokens}"
+    return [*lines, f"time: {asked.seconds:.2f} s ({counts}, decoder passes: {asked.decoder_passes})"]
 
 
 def main(argv: list[str]) -> None:

@@ -9,6 +9,15 @@ from mmcoconut.explanations import Explanation, explain, explain_causes
 
 DEBUG = "--debug"
 USAGE_STATUS, INTERRUPTED_STATUS = 2, 130
+# By command: how to go on after Ctrl-C.
+RESUME = {
+    "train": "If the run has saved a checkpoint, the same command with --resume_from_checkpoint true goes on from it; "
+    "without one, start again with --overwrite true.",
+    "compare": "The same command goes on: runs that are finished are kept.",
+    "eval": "The same command goes on with the rows that are not answered yet.",
+    "audit": "An audit is written at its end, so start it again; --max_samples takes fewer rows.",
+    "prepare": "The same command goes on with the pictures that are missing.",
+}
 
 
 class UsageError(ValueError):
@@ -57,14 +66,14 @@ def split_debug(words: list[str]) -> tuple[list[str], bool]:
     return [word for word, is_bare in zip(words, bare) if not is_bare], any(bare)
 
 
-def run_command(main: Callable[[list[str]], object], argv: list[str] | None = None, *, resume: str = "") -> None:
+def run_command(main: Callable[[list[str]], object], argv: list[str] | None = None, *, name: str = "") -> None:
     """Run `main(argv)`; print a mistake of whoever called without a traceback, and end with status 2.
 
     A bare `--debug` among the words shows the traceback. Ctrl-C ends with status 130.
 
     Args:
         argv: words of the command line; default: those of this process.
-        resume: said after Ctrl-C: how to go on.
+        name: of the command, by which RESUME says how to go on after Ctrl-C.
     """
     words, debug = split_debug(sys.argv[1:] if argv is None else argv)
     try:
@@ -72,7 +81,7 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
     except KeyboardInterrupt:
         if debug:
             raise
-        print(f"\nInterrupted. {resume}".rstrip(), file=sys.stderr)
+        print(f"\nInterrupted. {RESUME.get(name, '')}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED_STATUS) from None
     except Exception as error:
         explanation = None if debug else explanation_of(error)

@@ -46,7 +46,6 @@ FEATURES = Features({"image": Image(), "filename": TEXT, "caption": List(TEXT), 
 SHARD_SIZE = 500  # pictures: what a run that is stopped loses, and what it holds in memory
 SETTINGS_FILE = "preparation.json"
 JPEG_QUALITY = 95
-RESUME = "The same command goes on with the pictures that are missing."
 SOURCES = """
 Flickr30k is not downloaded here. Put beside each other, and name with --image_root and --file:
   flickr30k-images/         1000092795.jpg and the other pictures, which are given on request at
@@ -237,4 +236,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run_command(main, resume=RESUME)
+    run_command(main, name="prepare")

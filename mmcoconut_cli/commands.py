@@ -10,11 +10,6 @@ from mmcoconut_cli import doctor, recipes
 
 
 USAGE_STATUS = 2
-TRAIN_RESUME = (
-    "If the run has saved a checkpoint, the same command with --resume_from_checkpoint true goes on from it; without "
-    "one, start again with --overwrite true."
-)
-COMPARE_RESUME = "The same command goes on: runs that are finished are kept."
 OF_A_MODEL = "MODEL [--key value ...]"
 
 
@@ -24,7 +19,6 @@ class Command(NamedTuple):
     takes: str
     does: str
     target: str
-    resume: str = ""
 
 
 COMMANDS = {
@@ -32,25 +26,21 @@ COMMANDS = {
         "RECIPE [--key value ...]",
         "train a model; a recipe's name or file; on all GPUs",
         "mmcoconut.launching:train",
-        TRAIN_RESUME,
     ),
     "eval": Command(
         OF_A_MODEL,
         "answer a data set with a checkpoint, and score the answers",
         "mmcoconut.launching:evaluate",
-        "The same command goes on with the rows that are not answered yet.",
     ),
     "compare": Command(
         "RECIPE A,B,... [--key value ...]",
         "train modes or objectives on the same rows; one table",
         "mmcoconut.launching:compare",
-        COMPARE_RESUME,
     ),
     "audit": Command(
         OF_A_MODEL,
         "test whether the answers depend on the thoughts",
         "mmcoconut.launching:audit",
-        "Nothing is written before an audit ends: start it again, with fewer rows by --max_samples.",
     ),
     "demo": Command(OF_A_MODEL, "show answers and thoughts on a page in the browser", "mmcoconut.launching:demo"),
     "serve": Command(
@@ -127,4 +117,4 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(LIGHT[name](words))
     command = COMMANDS[name]
     run_command, function = load(command.target, "--debug" in words)
-    run_command(function, words, resume=command.resume)
+    run_command(function, words, name=name)
