@@ -136,7 +136,7 @@ def file_in_frames(error: BaseException, ending: str) -> str:
 
 def explain_file(error: BaseException) -> Explanation | None:
     """Explain a file that is no whole file of its kind."""
-    if is_of(error, "safetensors", "SafetensorError"):
+    if is_of(error, "safetensors", "SafetensorError") and not OS_ERROR.search(str(error)):
         name = file_in_frames(error, ".safetensors") or "a .safetensors file"
         return Explanation(f"{name}: not a whole file of weights ({first_line(error)}). {BROKEN_FILE}")
     if is_of(error, "pyarrow.lib", "ArrowInvalid"):

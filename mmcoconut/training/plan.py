@@ -85,7 +85,7 @@ class PlanCallback(TrainerCallback):
                 updates_per_epoch=self.trainer.curriculum_callback.updates_per_epoch,
                 counts=count_parameters(self.trainer.model),
             )
-            logger.info("%s\n", plan)
+            logger.info("\n%s\n", plan)
 
     def on_step_end(self, args, state, control, **kwargs):
         """The first update is not counted, because it compiles and allocates."""
