@@ -98,9 +98,9 @@ def test_the_doctor_tells_what_cannot_be_imported_or_written(monkeypatch, capsys
 def test_optional_packages_that_are_missing_are_no_problem(monkeypatch):
     real = doctor.installed
     monkeypatch.setattr(doctor, "installed", lambda name: None if name == "peft" else real(name))
-    [line] = [line for line in doctor.optional_lines() if line.split()[0] == "lora"]
-    assert line.endswith("lacks peft (missing): pip install 'mmcoconut[lora]'")
-    assert {line.split()[0] for line in doctor.optional_lines()} == set(doctor.EXTRAS)
+    lines = {line.split()[0]: line for line in doctor.optional_lines()}
+    assert lines["lora"].endswith("lacks peft (missing): pip install 'mmcoconut[lora]'")
+    assert [*lines] == [*doctor.EXTRAS]
 
 
 @pytest.mark.slow
@@ -168,14 +168,14 @@ def test_words_in_front_of_the_options_are_model_recipe_or_variants(monkeypatch)
 def test_one_question_gets_answer_thoughts_and_time(tmp_path, capsys):
     from tiny import tiny_image, tiny_model, tiny_processor
 
-    model, processor = tiny_model(), tiny_processor()
+    model = tiny_model()
+    processor = tiny_processor(model)
     processor.num_latents = 2
     for part in (model, processor):
         part.save_pretrained(tmp_path / "run")
     tiny_image().save(tmp_path / "a.png")
     commands.main(["ask", str(tmp_path / "run"), "--image", str(tmp_path / "a.png"), "What is left?"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if not line.startswith(" ")][-4:] == [
-        "answer", "thought 1, logit lens", "thought 2, logit lens", "time",
-    ]  # fmt: skip
+    names = ("answer", "thought 1, logit lens", "thought 2, logit lens", "time")
+    assert [line.split(": ")[0] for line in lines if line.startswith(names)] == [*names]
     assert "thoughts: 2" in lines[-1]

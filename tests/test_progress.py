@@ -17,7 +17,7 @@ from mmcoconut.training.curriculum import Curriculum
 def clock(monkeypatch):
     """A clock of tqdm's that the test turns."""
     now = [1000.0]
-    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     return now
 
 
