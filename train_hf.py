@@ -42,15 +42,13 @@ from mmcoconut.images_mmcoconut import makes_tiles
 from mmcoconut.kernels import choose_attention
 from mmcoconut.models import load_model, load_processor
 from mmcoconut.objectives.alignment import Alignment
-from mmcoconut.objectives.attach import attach, attached_to, own_weights
+from mmcoconut.objectives.attach import attach, attached_to
 from mmcoconut.objectives.registry import make_objectives
 from mmcoconut.passes_mmcoconut import position_limit
-from mmcoconut.provenance import peak_memory_mb, provenance
-from mmcoconut.records import RESULTS_FILE, write_json
+from mmcoconut.records import write_json
 from mmcoconut.rl.stop_distillation import StopDistiller
 from mmcoconut.rl.stops import check_can_stop
-from mmcoconut.statistics import percent
-from mmcoconut.tables import SPEED, stage_rows, stage_table
+from mmcoconut.tables import stage_rows, stage_table
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
 from mmcoconut.training.deferred import defer_weight_gradients
@@ -58,6 +56,8 @@ from mmcoconut.training.layout import CONFIG_FIELDS, HOW_THOUGHTS_ARE_FED_BACK, 
 from mmcoconut.training.lora import add_lora, describe_adapters
 from mmcoconut.training.losses import name_of_term
 from mmcoconut.training.parts import nearest_part, parameters_named, paths_named
+from mmcoconut.training.plan import PlanCallback
+from mmcoconut.training.results import report, save_results
 from mmcoconut.training.resuming import check_course, check_output, check_tokenizer, course_of, prepare_output
 from mmcoconut.training.row_checks import check_alignment_texts, check_answers, check_lengths, check_objectives, timed
 from mmcoconut.training.trainer import CurriculumTrainer
@@ -65,9 +65,6 @@ from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
 
 logger = logging.getLogger("mmcoconut")
-
-# Of an evaluation; what else it measures are the figures of the metric and of the objective.
-COMMON_FIGURES = ("accuracy", "generated_tokens", "loss", "n", "num_latents", "stage")
 
 
 def read_split(data_args, split: str, max_rows: int | None):
@@ -420,53 +417,6 @@ def check_reload(folder: str, rows) -> None:
     logger.info("reloaded, and it answers: %r", processor.tokenizer.decode(tokens[0, prompt_length:]))
 
 
-def count_parameters(model) -> dict[str, int]:
-    """Return how many numbers a model has, how many are trained, and how many are its objectives', beside these."""
-    weights, attached = own_weights(model), attached_to(model)
-    counts = {"parameters": sum(weight.numel() for weight in weights)}
-    counts["trainable_parameters"] = sum(weight.numel() for weight in weights if weight.requires_grad)
-    if attached is not None:
-        counts["objective_parameters"] = sum(weight.numel() for weight in attached.parameters())
-    return counts
-
-
-def save_results(trainer, *, arguments, test: dict, train_seconds: float, skipped: list[str], cut: dict) -> dict:
-    """results.json in the output folder: accuracy by stage, and what the numbers were made with."""
-    _, data_args, curriculum_args, run_args = arguments
-    results = {
-        "mode": curriculum_args.mode,
-        "split": data_args.eval_split,
-        "stages": stage_rows(trainer.state.log_history),
-        "test": test,
-        "seed": run_args.seed,
-        "metric": trainer.metric,
-        "dtype": str(trainer.model.dtype).removeprefix("torch."),
-        "train_seconds": round(train_seconds, 1),
-        "train_steps": trainer.state.global_step,
-        "seconds_per_update": trainer.seconds_per_update(train_seconds),
-        "peak_memory_mb": round(peak_memory_mb(trainer.args.device), 1),
-        "unreadable_images": skipped,
-        "long_rows": cut,
-        **count_parameters(trainer.model),
-        "processes": trainer.args.world_size,
-        **provenance(trainer.args.device),
-    }
-    if trainer.is_world_process_zero():
-        write_json(Path(trainer.args.output_dir, RESULTS_FILE), results)
-    return results
-
-
-def report(results: dict) -> None:
-    print(stage_table(results["stages"]))
-    if results["test"]:
-        test = {name.removeprefix("test_"): value for name, value in results["test"].items()}
-        print(f"test split, last stage: {percent(test['accuracy'])} of {test['n']} by {results['metric']}")
-        others = [name for name in test if name not in (*COMMON_FIGURES, *SPEED, results["metric"])]
-        print("\n".join(f"  {name}: {test[name]:.4g}" for name in others if isinstance(test[name], (int, float))))
-    for message in results["unreadable_images"]:
-        print(f"left out: {message}")
-
-
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet_requests()
@@ -502,6 +452,7 @@ def main(argv: list[str] | None = None) -> dict:
         trainer.curriculum_collator.image_features = precompute_image_features(trainer, [*splits.values()], cache)
     if not run_args.do_train:
         return evaluate(trainer, data_args)
+    trainer.add_callback(PlanCallback(trainer, splits))
     prepare_output(arguments)
     train_seconds = train(trainer, checkpoint)
     trainer.save_model()
@@ -522,4 +473,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, name="train")

@@ -17,6 +17,7 @@ from mmcoconut.build.timm import MODEL_TYPE as TIMM_MODEL_TYPE
 from mmcoconut.build.timm import check_timm
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, MMCoconutConfig
 from mmcoconut.errors import UsageError
+from mmcoconut.explanations import explain_causes, first_line
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
@@ -51,8 +52,11 @@ def _found(key: str, name: str, read: Callable):
     try:
         found = read()
     except OSError as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{key} = {name!r}: {reason} {remedy}") from error
+        explained = explain_causes(error)
+        reason = first_line(error) if explained is None else explained.text
+        if explained is not None and explained.status in (401, 403):
+            remedy = ""  # the name is right
+        raise CheckpointError(f"{key} = {name!r}: {reason} {remedy}".rstrip()) from error
     if not found:
         raise CheckpointError(f"{key} = {name!r}: there is no config.json. {remedy}")
     return found

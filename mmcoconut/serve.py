@@ -9,7 +9,9 @@ request that says no length gets that of the checkpoint's recipe, and a mistake 
 """
 
 import logging
+import socket
 import sys
+from collections.abc import Sequence
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -21,7 +23,7 @@ from transformers.utils.import_utils import is_serve_available
 
 from mmcoconut.auto_classes import BOTH
 from mmcoconut.configuration_mmcoconut import THOUGHT_TOKENS
-from mmcoconut.errors import run_command
+from mmcoconut.errors import UsageError, explanation_of, run_command
 from mmcoconut.evaluation.asking import NEW_TOKENS
 from mmcoconut.models import CheckpointError, class_of, is_composed, load_processor, read_config
 from mmcoconut.training.layout import recipe_of
@@ -32,8 +34,9 @@ logger = logging.getLogger("mmcoconut")
 # By the arguments of build_server: what a request of each kind calls its length.
 LENGTH = {"chat_handler": "max_tokens", "completion_handler": "max_tokens", "response_handler": "max_output_tokens"}
 ANY_LENGTH = {"max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config"}
-# What processor, chat template and `generate` raise of what they are given; running out of memory is none of these.
-MISTAKES = (ValueError, TypeError, KeyError, OSError, TemplateError)
+# What processor, chat template and `generate` raise of what they are given, and of memory that runs out.
+MISTAKES = (ValueError, TypeError, KeyError, OSError, TemplateError, RuntimeError, MemoryError)
+DEFAULT_ADDRESS = ("localhost", 8000)  # of `transformers serve`
 
 
 @lru_cache
@@ -72,6 +75,32 @@ class CheckedHandler:
         return await self.handler.handle_request(body, request_id)
 
 
+def refusal_of(error: Exception) -> tuple[int, str]:
+    """The HTTP status and the text that answer a request which ended in an error.
+
+    A mistake that a command would explain has the same text here. Other errors of the kinds that a request can cause
+    are answered with their message and status 400, and a RuntimeError, which is the server's own, with 500.
+    """
+    explained = explanation_of(error)
+    if explained is not None and not isinstance(error, KeyError):
+        return explained.status, explained.text
+    if isinstance(error, KeyError):
+        return 400, f"The request lacks {error}."
+    return (500 if isinstance(error, RuntimeError) else 400), str(error)
+
+
+def check_address(words: Sequence[str]) -> None:
+    """Raise UsageError if the server cannot listen where `--host` and `--port` say, before a model is loaded."""
+    given = dict(zip(words, words[1:])) | dict(word.split("=", 1) for word in words if "=" in word)
+    host, port = given.get("--host", DEFAULT_ADDRESS[0]), given.get("--port", DEFAULT_ADDRESS[1])
+    try:
+        with socket.create_server((host, int(port))):
+            pass
+    except (OSError, OverflowError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"No server at {host}, port {port} ({reason}): give another --port or --host.") from error
+
+
 def with_clear_errors(build_server):
     """`build_server` of `transformers serve`, whose application says what is wrong with a request."""
 
@@ -79,10 +108,11 @@ def with_clear_errors(build_server):
         from fastapi.responses import JSONResponse  # an extra
 
         async def answer(request, error: Exception) -> JSONResponse:
-            logger.warning("a request was refused", exc_info=error)
-            message = f"The request lacks {error}." if isinstance(error, KeyError) else str(error)
-            body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-            return JSONResponse({"error": body}, status_code=400)
+            status, message = refusal_of(error)
+            logger.warning("a request was answered with status %d", status, exc_info=error)
+            kind = "invalid_request_error" if status < 500 else "server_error"
+            body = {"message": message, "type": kind, "param": None, "code": None}
+            return JSONResponse({"error": body}, status_code=status)
 
         parts = {"chat_handler": chat_handler, **parts}
         pinned = model_manager.force_model
@@ -142,10 +172,11 @@ def let_vlms_think() -> None:
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if not is_serve_available():
-        raise SystemExit("The server needs fastapi, uvicorn and openai: pip install mmcoconut[serve]")
+        raise UsageError("The server needs fastapi, uvicorn and openai: pip install mmcoconut[serve]")
     if argv and not argv[0].startswith("-"):  # the model that it is pinned to
         name, _, revision = argv[0].partition("@")
         read_config(name, revision=revision or None)
+    check_address(argv)
     for model_class in BOTH:
         setattr(transformers, model_class.__name__, model_class)
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_class.__name__] = model_class.__name__

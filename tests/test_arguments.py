@@ -933,8 +933,9 @@ def test_the_hub_token_is_neither_saved_nor_printed(recipe, tmp_path):
     assert isinstance(arguments[-1], RunArguments)
 
 
-def test_a_command_says_what_is_wrong_in_lines_without_a_traceback(recipe):
+def test_a_command_says_what_is_wrong_in_lines_without_a_traceback(recipe, capsys):
     with pytest.raises(SystemExit) as ended:
-        run_command(lambda: parse_recipe([recipe(SCRATCH), "--c_thougth", "2"]))
-    assert "did you mean `c_thought`" in ended.value.code and ended.value.__cause__ is None
+        run_command(lambda _: parse_recipe([recipe(SCRATCH), "--c_thougth", "2"]))
+    assert "did you mean `c_thought`" in capsys.readouterr().err
+    assert ended.value.code == 2 and ended.value.__cause__ is None
     assert ended.value.__suppress_context__

@@ -57,7 +57,10 @@ REASONS = {
         "it uploads; tests/test_publish.py publishes to a server of its own",
         "it uploads; tests/test_demo.py uploads a Space to a server of its own",
     ],
-    "docs/using.md": ["a server does not end by itself; tests/test_use.py starts this one and asks it"],
+    "docs/using.md": [
+        "tests/test_cli.py and tests/test_wheel.py run these commands",
+        "a server does not end by itself; tests/test_use.py starts this one and asks it",
+    ],
 }
 NUM_PICTURES = 8
 

@@ -6,6 +6,7 @@ Shapes: B rows of a batch, T tokens, V vocabulary.
 import doctest
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -711,12 +712,13 @@ def test_recipe_that_is_named_and_has_another_layout_is_refused(checkpoint, tmp_
     assert parse_arguments(words, arguments).dataset == "arrow_mazes"
 
 
-def test_name_without_a_checkpoint_is_one_line(tmp_path, monkeypatch):
+def test_name_without_a_checkpoint_is_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     options = ["--dataset", "arrow_mazes", "--max_samples", "1", "--output_dir", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="model = 'nobody/nothing': .* Give an existing folder or a Hub id") as caught:
-        run_command(lambda: main(["--model", "nobody/nothing", *options]))
-    assert "\n" not in str(caught.value)
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda _: main(["--model", "nobody/nothing", *options]))
+    said = capsys.readouterr().err
+    assert re.fullmatch("model = 'nobody/nothing': .* Give an existing folder or a Hub id.\n", said)
 
 
 @pytest.mark.parametrize(

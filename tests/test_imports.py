@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mmcoconut"
 # From the bottom to the top: sub-packages, and modules that stand directly in the package. The model files come before
 # them all, train_hf after.
-BASE = ("errors", "records", "statistics", "provenance", "tables", "auto_classes", "models", "build")
-COMMANDS = ("publish", "serve", "convert_coconut", "convert_vlm", "prepare_flickr30k")
+BASE = ("explanations", "errors", "records", "statistics", "provenance", "tables", "progress", "auto_classes")
+BASE += ("models", "build")
+COMMANDS = ("launching", "ask", "publish", "serve", "convert_coconut", "convert_vlm", "prepare_flickr30k")
 ABOVE = ("data", "objectives", "arguments", "hub", "training", "evaluation", "harnesses", "rl", "audit", "demo")
 LAYERS = (("kernels",), BASE, *((name,) for name in ABOVE), COMMANDS)
 SCRIPT = "train_hf"

@@ -266,7 +266,7 @@ def test_a_new_model_has_the_defaults_and_its_recipe_says_them(tmp_path):
     [("nobody/nothing-of-that-name", "model = 'nobody/nothing-of-that-name': .* Give an existing folder or a Hub id"),
      ("empty", "model = .*empty.* Give an existing folder"), ("other", "is a 'gpt2', not an mmcoconut checkpoint")],
 )  # fmt: skip
-def test_a_name_without_a_checkpoint_is_one_line(recipe, tmp_path, monkeypatch, name, message):
+def test_a_name_without_a_checkpoint_is_one_line(recipe, tmp_path, monkeypatch, capsys, name, message):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if "/" not in name:
         (tmp_path / name).mkdir()
@@ -275,9 +275,10 @@ def test_a_name_without_a_checkpoint_is_one_line(recipe, tmp_path, monkeypatch, 
         (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     with pytest.raises(CheckpointError, match=message):
         settled(recipe, name)
-    with pytest.raises(SystemExit) as caught:
-        run_command(lambda: train_hf.main([recipe, "--model", name, "--do_train", "false"]))
-    assert "\n" not in str(caught.value)
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        run_command(lambda _: train_hf.main([recipe, "--model", name, "--do_train", "false"]))
+    assert re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
 @pytest.mark.parametrize("key", ["text_model", "vision_model", "vlm", "tokenizer"])

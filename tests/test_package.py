@@ -43,17 +43,21 @@ def test_importing_the_package_imports_no_library_for_training():
     assert done.stdout.strip() == "False"
 
 
-def test_root_modules_are_all_installed_but_the_script():
+def test_root_modules_are_all_installed():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    assert set(setup["options"]["py_modules"].split()) == {path.stem for path in ROOT.glob("*_mmcoconut.py")}
+    assert set(setup["options"]["py_modules"].split()) == {
+        "train_hf",
+        *(path.stem for path in ROOT.glob("*_mmcoconut.py")),
+    }
 
 
 def test_sub_packages_are_all_installed_with_what_they_show():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     folders = [path.parent.relative_to(ROOT) for path in ROOT.glob("mmcoconut/**/__init__.py")]
-    assert set(setup["options"]["packages"].split()) == {"mmcoconut.metrics", *(".".join(f.parts) for f in folders)}
+    mapped = {"mmcoconut.metrics", "mmcoconut.recipes", "mmcoconut_cli"}
+    assert set(setup["options"]["packages"].split()) == {*mapped, *(".".join(f.parts) for f in folders)}
     files = [path for path in ROOT.glob("mmcoconut/**/*") if path.suffix in (".html", ".css", ".md")]
     assert len(files) == 4
     for file in files:

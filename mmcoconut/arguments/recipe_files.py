@@ -4,6 +4,7 @@ A recipe that says `base: other.yaml` holds only what differs from that file, wh
 base of its own.
 """
 
+import difflib
 import functools
 import os
 import re
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import yaml
 
+import mmcoconut
 from mmcoconut.errors import RecipeError
 
 
@@ -180,6 +182,30 @@ def _read_chain(chain: tuple[str, ...]) -> list[tuple[str, dict, list]]:
     return [(chain[-1], values, twice), *bases]
 
 
+def installed_recipes() -> dict[str, Path]:
+    """The recipes of this package, or of the checkout it runs from, by name."""
+    folders = [Path(root, "recipes") for root in mmcoconut.__path__]
+    found = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    return {file.stem: file for file in reversed(found)}
+
+
+def located(recipe: str) -> str:
+    """The file of a recipe: a path as it is, or, where there is no such file, a recipe of this package by its name.
+
+    Raises:
+        RecipeError: a bare word that is neither.
+    """
+    if Path(recipe).is_file() or not recipe or Path(recipe).name != recipe or Path(recipe).suffix:
+        return recipe
+    known = installed_recipes()
+    if recipe in known:
+        return str(known[recipe])
+    nearest = difflib.get_close_matches(recipe, known, n=1)
+    meant = f"; did you mean `{nearest[0]}`?" if nearest else ""
+    remedy = f"neither a file nor a recipe of this package{meant} `mmcoconut recipes` lists these"
+    raise RecipeError(recipe, [("recipe", recipe, remedy)])
+
+
 class MergedRecipe(NamedTuple):
     """What a recipe and its bases say: values, the file that each comes from (nested ones as a.b), and mistakes."""
 
@@ -194,7 +220,7 @@ def read_recipe_file(recipe: str) -> MergedRecipe:
     Raises:
         RecipeError: a file that is not there or holds no mapping, a base of itself; with the files that led there.
     """
-    files = _read_chain((recipe,))
+    files = _read_chain((located(recipe),))
     merged = functools.reduce(merge, [values for _, values, _ in reversed(files)])
     sources = {
         ".".join(map(str, path)): next(file for file, values, _ in files if _says(values, path))

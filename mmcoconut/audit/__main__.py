@@ -5,4 +5,4 @@ from mmcoconut.errors import run_command
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, name="audit")

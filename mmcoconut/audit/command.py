@@ -25,6 +25,7 @@ from mmcoconut.audit.image_grids import maps_of
 from mmcoconut.audit.interventions import (
     Outcome,
     Study,
+    counts_to_try,
     images_key,
     knock_outs,
     other_counts,
@@ -60,6 +61,7 @@ from mmcoconut.evaluation.asking import (
     read_rows,
     trained_with,
 )
+from mmcoconut.progress import progress
 from mmcoconut.provenance import provenance
 from mmcoconut.records import write_json, write_lines
 from mmcoconut.statistics import bootstrap_mean
@@ -196,12 +198,28 @@ def probe(study: Study) -> dict:
     return linear_probe(study.untouched.thoughts, targets, names=names, groups=groups, seed=study.seed)
 
 
+def asked_in(parts: Collection[str]) -> list[Callable]:
+    """The interventions of these parts of an audit."""
+    return [ask for part, asks in INTERVENTIONS.items() if part in parts for ask in asks]
+
+
+def runs_of(ask: Callable, num_latents: int) -> int:
+    """About how often an intervention answers all rows, for the estimate of a progress bar."""
+    several = {"other_image": 2, "other_question": 2, "replacements": 3, "knock_outs": num_latents}
+    several["other_counts"] = num_latents + len(counts_to_try(num_latents, 2 * num_latents))
+    return several.get(ask.__name__, 1)
+
+
 def intervene(study: Study, parts: Collection[str] = PARTS) -> tuple[dict[str, Outcome], list[str]]:
     """Every intervention of these parts by name, and why some were not run."""
     outcomes, reasons = [], []
-    for ask in (ask for part, asks in INTERVENTIONS.items() if part in parts for ask in asks):
+    for ask in asked_in(parts):
         logger.info("interventions: %s", ask.__name__.replace("_", " "))
+        before = 0 if study.bar is None else study.bar.n
         result = ask(study)
+        if study.bar is not None:  # as its runs turned out to be more or fewer
+            study.bar.total += study.bar.n - before - runs_of(ask, study.answerer.num_latents) * len(study.rows)
+            study.bar.refresh()
         if isinstance(result, str):
             reasons.append(result)
         else:
@@ -350,11 +368,14 @@ def main(argv: list[str] | None = None) -> dict:
     metric = arguments.metric or default_metric(arguments.dataset, rows[0])
     controls = controls_of(arguments, rows, metric)
     logger.info("answering %d rows untouched", len(rows))
-    study = Study(answerer, rows, metric=metric, batch_size=arguments.batch_size, seed=arguments.seed)
+    num_runs = 1 + sum(runs_of(ask, answerer.num_latents) for ask in asked_in(arguments.asked_parts))
     reports = "report" in arguments.asked_parts
-    reader = StepReader.beside(arguments.model)
-    shown = show(study, arguments.num_shown, arguments.top_k, reader) if reports else []
-    outcomes, not_run = intervene(study, arguments.asked_parts)
+    with progress(total=num_runs * len(rows), desc="audit", unit="answers") as bar:
+        options = {"metric": metric, "batch_size": arguments.batch_size, "seed": arguments.seed}
+        study = Study(answerer, rows, **options, bar=bar)
+        reader = StepReader.beside(arguments.model)
+        shown = show(study, arguments.num_shown, arguments.top_k, reader) if reports else []
+        outcomes, not_run = intervene(study, arguments.asked_parts)
     record = record_of(study, outcomes, arguments=arguments, not_run=not_run, controls=controls)
     pictures = pictures_of(record, outcomes, shown) if reports else {}
     write(folder, record, pictures=pictures, lines=answer_lines(study, outcomes), shown=shown)

@@ -132,13 +132,21 @@ class Study:
         metric: a name in mmcoconut.data.scoring.REFERENCES.
         batch_size: rows answered at once.
         seed: of donors, noise and bootstrap.
+        bar: of `mmcoconut.progress`, which counts the rows that are answered.
 
     Raises:
         ValueError: fewer than two rows, a conversation, or a checkpoint without thoughts.
     """
 
     def __init__(
-        self, answerer: Answerer, rows: Sequence[Mapping], *, metric: str, batch_size: int = 32, seed: int = 0
+        self,
+        answerer: Answerer,
+        rows: Sequence[Mapping],
+        *,
+        metric: str,
+        batch_size: int = 32,
+        seed: int = 0,
+        bar=None,
     ):
         if len(rows) < 2:
             raise UsageError(
@@ -152,7 +160,7 @@ class Study:
             )
         check_single_turns(rows)
         self.answerer, self.rows, self.metric = answerer, list(rows), metric
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.bar = batch_size, seed, bar
         self.untouched = self.run(lambda indices: keep)
 
     def batches(self) -> Iterator[list[int]]:
@@ -179,10 +187,12 @@ class Study:
                 batch, seen = [rows[index] for index in indices], []
                 if replace_of is None:
                     lines += answerer.answer(batch)
-                    continue
-                with intervening(answerer.model, recording(replace_of(indices), seen)):
-                    lines += answerer.answer(batch)
-                thoughts.append(read_last(seen, answerer.num_latents).cpu())  # (B, N, D)
+                else:
+                    with intervening(answerer.model, recording(replace_of(indices), seen)):
+                        lines += answerer.answer(batch)
+                    thoughts.append(read_last(seen, answerer.num_latents).cpu())  # (B, N, D)
+                if self.bar is not None:
+                    self.bar.update(len(batch))
         texts, outputs = [line["answer"] for line in lines], [line["output"] for line in lines]
         scores = score(self.metric, outputs, texts, rows=rows)["scores"] if donors is None else None
         return Answers(

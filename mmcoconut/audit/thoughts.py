@@ -18,6 +18,7 @@ from torch import nn
 
 from mmcoconut.models import is_composed
 from mmcoconut.passes_mmcoconut import take_columns
+from mmcoconut.progress import progress
 
 
 # Above this mean cosine between the thoughts of different rows, a position says nearly the same whatever the row.
@@ -482,7 +483,8 @@ def linear_probe(
     features = thoughts.detach().cpu().double().numpy()  # (n, N, D)
     held_out = held_out_half(groups, seed)  # (n,)
     columns = []
-    for labels in (np.array(column, dtype=object) for column in zip(*targets)):
+    by_target = [np.array(column, dtype=object) for column in zip(*targets)]
+    for labels in progress(by_target, desc="probes", unit="targets"):
         known = np.array([label is not None for label in labels])  # (n,)
         columns.append(probe_target(features[known], labels[known].astype(str), held_out[known], seed=seed))
     result = {key: [column[key] for column in columns] for key in columns[0]}

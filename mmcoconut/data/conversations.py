@@ -16,6 +16,7 @@ from transformers import BatchFeature
 from mmcoconut.chat_template_mmcoconut import SAMPLE, control_tokens_of, encode_marked, messages_of, quoted, render
 from mmcoconut.data import FEATURES
 from mmcoconut.errors import UsageError
+from mmcoconut.progress import progress
 
 
 LONG_ROWS = ("error", "cut")
@@ -51,7 +52,7 @@ def fit_rows(rows: Dataset, length_of: Callable[[Mapping[str, Any]], int], limit
         ValueError: not one row is left.
     """
     cut, kept, texts = Cut(), [], []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(progress(rows, desc="row lengths")):
         num_turns = 1 + len(row["history"])
         while (too_long := length_of(row) > limit) and row["history"]:
             row = without_last_turn(row)

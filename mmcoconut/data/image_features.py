@@ -25,11 +25,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from mmcoconut.compat_mmcoconut import whole_tensor
 from mmcoconut.data.images import content_keys, open_images
 from mmcoconut.images_mmcoconut import makes_tiles
+from mmcoconut.progress import progress
 from mmcoconut.vlm_mmcoconut import ThinkingVLM
 
 
@@ -188,12 +188,12 @@ def one_run_at_a_time(folder: Path, accelerator) -> Iterator[None]:
 def distinct_pictures(datasets: Sequence[Dataset], *, silent: bool) -> dict[str, tuple[int, int, int]]:
     """Where each distinct picture first stands, by its key: data set, row, number within the row."""
     places = {}
-    with tqdm(total=sum(map(len, datasets)), unit="row", desc="reading pictures", disable=silent) as progress:
+    with progress(total=sum(map(len, datasets)), desc="reading pictures", silent=silent) as bar:
         for number, rows in enumerate(datasets):
             for index, row in enumerate(rows.select_columns(["images", "row_id"])):
                 for position, key in enumerate(content_keys(row)):
                     places.setdefault(key, (number, index, position))
-                progress.update()
+                bar.update()
     return places
 
 
@@ -224,14 +224,14 @@ def write_shard(folder: Path, features: Mapping[str, torch.Tensor]) -> None:
     path.with_suffix(PARTIAL).replace(path)
 
 
-def write_features(batches: Iterable, folder: Path, *, progress: tqdm) -> None:
+def write_features(batches: Iterable, folder: Path, *, bar) -> None:
     """Shards of batches (keys, features (I, patches, W), tiles of each picture)."""
     shard, num_bytes = {}, 0
     for keys, features, tiles in batches:
         for key, of_picture in zip(keys, features.split(tiles)):
             shard[key] = of_picture.clone()  # a shard's tensors may not share memory
             num_bytes += of_picture.nbytes
-        progress.update(len(keys))
+        bar.update(len(keys))
         if len(shard) >= SHARD_PICTURES or num_bytes >= SHARD_BYTES:
             write_shard(folder, shard)
             shard, num_bytes = {}, 0
@@ -249,8 +249,8 @@ def compute_features(trainer, datasets: Sequence[Dataset], pictures: list[tuple]
     )
     run = partial(run_tower, trainer.model, batch_size=batch_size, accelerator=trainer.accelerator)
     silent = args.disable_tqdm or not trainer.is_local_process_zero()
-    with tqdm(total=len(pictures), unit="picture", desc="image features", disable=silent) as progress:
-        write_features(((keys, run(pixels), tiles) for keys, pixels, tiles in loader), folder, progress=progress)
+    with progress(total=len(pictures), unit="pictures", desc="image features", silent=silent) as bar:
+        write_features(((keys, run(pixels), tiles) for keys, pixels, tiles in loader), folder, bar=bar)
 
 
 def fill_cache(trainer, datasets: Sequence[Dataset], cache: str | Path) -> tuple[ImageFeatures, dict]:

@@ -7,5 +7,5 @@ from mmcoconut.evaluation.evaluate import main
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, name="eval")
     PartialState().destroy_process_group()

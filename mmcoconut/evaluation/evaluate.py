@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import set_seed
 
 from mmcoconut.data import without_pictures
@@ -29,6 +28,7 @@ from mmcoconut.evaluation.asking import (
     read_rows,
     trained_with,
 )
+from mmcoconut.progress import progress
 from mmcoconut.provenance import peak_memory_mb, provenance
 from mmcoconut.records import changed_settings, json_line, read_json, read_lines, write_json, write_lines
 from mmcoconut.statistics import Estimate, bootstrap_mean, percent
@@ -140,12 +140,13 @@ def answer_all(answerer: Answerer, rows, folder: Path, *, batch_size: int, score
     mine = missing[state.process_index :: state.num_processes]
     file = folder / PART.format(state.process_index)
     trim(file)
-    with file.open("a", encoding="utf-8") as part:
-        for start in tqdm(range(0, len(mine), batch_size), unit="batch", disable=not state.is_main_process):
+    with file.open("a", encoding="utf-8") as part, progress(total=len(mine), desc="answering") as bar:
+        for start in range(0, len(mine), batch_size):
             batch = [{**rows[index], "index": index} for index in mine[start : start + batch_size]]
             for line in answered_rows(answerer, batch, score_by):
                 part.write(json_line(line))
             part.flush()
+            bar.update(len(batch))
     state.wait_for_everyone()
     done = read_parts(folder)
     state.wait_for_everyone()  # everyone has read before the parts become one file

@@ -16,6 +16,7 @@ from mmcoconut.data import image_counts, without_pictures
 from mmcoconut.data.scoring import REFERENCES, score
 from mmcoconut.errors import UsageError
 from mmcoconut.objectives.base import Objective
+from mmcoconut.progress import progress
 from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.grouping import token_counts
 
@@ -46,7 +47,8 @@ def check_lengths(rows: Dataset, collator: CurriculumCollator, *, room: int = 0)
     Raises:
         ValueError: a row that takes more than `collator.max_length` tokens, or whose turns cannot be laid out.
     """
-    for index, (row, num_images) in enumerate(zip(without_pictures(rows), image_counts(rows), strict=True)):
+    pairs = progress(zip(without_pictures(rows), image_counts(rows), strict=True), total=len(rows), desc="row checks")
+    for index, (row, num_images) in enumerate(pairs):
         collator.check_turns(row)
         if collator.max_length is not None:
             length, form = collator.measure(row, num_images, lambda index=index: rows[index], room=room)

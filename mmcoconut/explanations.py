@@ -1,0 +1,206 @@
+"""Say of an error what happened, where, and what to do, where whoever called can do something about it.
+
+Everything else is a mistake in the code, which keeps its traceback. Classes of other libraries are looked up among the
+modules that are loaded: an error of a library that was never imported cannot have been raised.
+"""
+
+import errno
+import linecache
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlparse
+
+
+OWN_FOLDER = Path(__file__).resolve().parent
+SCRIPTS = ("train_hf.py",)
+NO_SPACE = "Free some space, or write elsewhere: --output_dir, HF_HOME for downloads, TMPDIR for temporary files."
+NO_PERMISSION = "Change its permissions, or name another place: --output_dir, or HF_HOME for downloads."
+LESS_MEMORY = (
+    "Answer or train fewer rows at once (--batch_size, --per_device_train_batch_size, --per_device_eval_batch_size), "
+    "shorten rows (--max_length), take --dtype bfloat16, --activation_checkpointing true in training, or a larger "
+    "device."
+)
+NO_NETWORK = "Check the network (and HF_HUB_OFFLINE), or download it where there is one and give its folder."
+SIGN_IN = "Sign in with `hf auth login`, or set HF_TOKEN to a token that may read it."
+NO_MODEL = "Correct the name; if it is private, sign in with `hf auth login`."
+BROKEN_FILE = "It was cut off or changed: download it anew, or save it again."
+# What an OSError with this number says, and what to do about it; its file or address is named beside it.
+BY_NUMBER = {
+    errno.ENOSPC: ("the disk is full", NO_SPACE),
+    errno.EDQUOT: ("the quota of the disk is used up", NO_SPACE),
+    errno.EACCES: ("no permission", NO_PERMISSION),
+    errno.EPERM: ("not permitted", NO_PERMISSION),
+    errno.EROFS: ("the file system is read-only", NO_PERMISSION),
+    errno.EADDRINUSE: ("the port is in use", "Give another --port, or end the program that listens there."),
+    errno.EADDRNOTAVAIL: ("this machine has no such address", "Give an address of this machine."),
+    errno.ENOENT: ("no such file or folder", "Correct the path."),
+    errno.EISDIR: ("it is a folder, and a file is wanted", "Correct the path."),
+    errno.ENOTDIR: ("a part of this path is a file, not a folder", "Correct the path."),
+    errno.EEXIST: ("it exists already", "Name another, or remove it."),
+    errno.EMFILE: ("too many open files", "Raise the limit: ulimit -n 4096."),
+}
+# The extra that installs a module.
+EXTRA_OF = {"matplotlib": "audit", "sklearn": "audit", "gradio": "demo", "gguf": "gguf", "peft": "lora"}
+EXTRA_OF |= {"bitsandbytes": "quantization", "trl": "rl", "num2words": "smolvlm", "fastapi": "serve"}
+EXTRA_OF |= {"uvicorn": "serve", "openai": "serve", "pycocoevalcap": "captions", "rouge_score": "captions"}
+EXTRA_OF |= {"sacrebleu": "captions"}
+OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
+# Raised on purpose, with a message for whoever called, if a line of ours raises it.
+OWN_KINDS = (ValueError, ImportError, OSError, RuntimeError, KeyError, TypeError)
+
+
+class Explanation(NamedTuple):
+    """What happened, where and what to do, as one text; and the HTTP status of a server that says so."""
+
+    text: str
+    status: int = 400
+
+
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, nearest first."""
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def is_of(error: BaseException, module: str, *names: str) -> bool:
+    """Return True if an error is of one of the classes of a module, which need not be loaded."""
+    classes = [getattr(sys.modules.get(module), name, None) for name in names]
+    return isinstance(error, tuple(each for each in classes if isinstance(each, type)))
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that says something, or its class where there is none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def repository_of(error: BaseException) -> str:
+    """The name of the repository that the Hub answered about; empty where it is not known.
+
+    >>> repository_of(ValueError("no answer"))
+    ''
+    """
+    url = getattr(getattr(error, "response", None), "url", None)
+    parts = [part for part in urlparse(str(url or "")).path.split("/") if part and part not in ("api", "models")]
+    return "/".join(parts[:3] if parts[:1] in (["datasets"], ["spaces"]) else parts[:2])
+
+
+def explain_hub(error: BaseException) -> Explanation | None:
+    """Explain what the Hub answered, or that it did not answer."""
+    module, where = "huggingface_hub.errors", repository_of(error)
+    where = f"{where}: " if where else ""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if is_of(error, module, "GatedRepoError"):
+        return Explanation(f"{where}its owner gives access on request. Ask for it on its page. {SIGN_IN}", 403)
+    if is_of(error, module, "LocalTokenNotFoundError") or "token" in str(error) and status == 401:
+        return Explanation(f"{where}a token is needed, and there is none. {SIGN_IN}", 401)
+    if is_of(error, module, "RevisionNotFoundError"):
+        return Explanation(f"{where}no such revision. Correct the branch, tag or commit.", 404)
+    if is_of(error, module, "RepositoryNotFoundError"):
+        return Explanation(f"{where}not found on the Hub. {NO_MODEL}", 404)
+    if is_of(error, module, "HfHubHTTPError") and status in (401, 403):
+        return Explanation(f"{where}the token may not do this (status {status}). {SIGN_IN}", status)
+    if is_of(error, module, "OfflineModeIsEnabled", "LocalEntryNotFoundError"):
+        return Explanation(f"{first_line(error)} {NO_NETWORK}", 404)
+    if is_of(error, module, "HfHubHTTPError"):
+        return Explanation(f"{where}{first_line(error)} Try again later; what is done is kept.", 424)
+    if is_of(error, "httpx", "TransportError") or is_of(error, "requests.exceptions", "ConnectionError"):
+        return Explanation(f"No answer from the network: {first_line(error)}. {NO_NETWORK}", 424)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if main memory, or that of an accelerator, is used up."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or is_of(error, "torch", "OutOfMemoryError")
+        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
+    )
+
+
+def file_in_frames(error: BaseException, ending: str) -> str:
+    """The file with this ending that the innermost function handled; messages of some libraries name none."""
+    found, traceback = "", error.__traceback__
+    while traceback is not None:
+        paths = [str(value) for value in traceback.tb_frame.f_locals.values() if isinstance(value, str | Path)]
+        found = next((path for path in paths if path.endswith(ending)), found)
+        traceback = traceback.tb_next
+    return found
+
+
+def explain_file(error: BaseException) -> Explanation | None:
+    """Explain a file that is no whole file of its kind."""
+    if is_of(error, "safetensors", "SafetensorError") and not OS_ERROR.search(str(error)):
+        name = file_in_frames(error, ".safetensors") or "a .safetensors file"
+        return Explanation(f"{name}: not a whole file of weights ({first_line(error)}). {BROKEN_FILE}")
+    if is_of(error, "pyarrow.lib", "ArrowInvalid"):
+        name = file_in_frames(error, ".parquet") or file_in_frames(error, ".arrow") or "a file of the data set"
+        return Explanation(f"{name}: not a whole file ({first_line(error)}). {BROKEN_FILE}")
+    if isinstance(error, UnicodeDecodeError) or is_of(error, "json.decoder", "JSONDecodeError"):
+        name = file_in_frames(error, ".json") or file_in_frames(error, ".jsonl")
+        return Explanation(f"{name}: not JSON ({first_line(error)}). {BROKEN_FILE}") if name else None
+    return None
+
+
+def explain_system(error: BaseException) -> Explanation | None:
+    """Explain what the operating system refused, by its number; of other OSErrors the message says it all."""
+    in_text = OS_ERROR.search(str(error))
+    if not isinstance(error, OSError) and not in_text:
+        return None
+    number = int(in_text[1]) if in_text else error.errno
+    if number not in BY_NUMBER:
+        return Explanation(str(error).strip() or type(error).__name__) if isinstance(error, OSError) else None
+    what, remedy = BY_NUMBER[number]
+    where = getattr(error, "filename", None) or file_in_frames(error, ".safetensors")
+    status = 507 if remedy is NO_SPACE else 400
+    return Explanation(f"{where}: {what}. {remedy}" if where else f"{what[0].upper()}{what[1:]}. {remedy}", status)
+
+
+def explain_import(error: BaseException) -> Explanation | None:
+    """Explain a package that is missing, where an extra, or the message itself, says how to install it."""
+    if not isinstance(error, ImportError):
+        return None
+    module = (error.name or "").partition(".")[0]
+    if module in EXTRA_OF:
+        return Explanation(f"{module} is not installed: pip install mmcoconut[{EXTRA_OF[module]}]")
+    return Explanation(str(error).strip()) if "pip install" in str(error) else None
+
+
+def is_raised_here(error: BaseException) -> bool:
+    """Return True if a `raise` in this package raised an error: its message is meant for whoever called."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    if traceback is None or not isinstance(error, OWN_KINDS):
+        return False
+    file = Path(traceback.tb_frame.f_code.co_filename)
+    ours = OWN_FOLDER in file.resolve().parents or file.stem.endswith("_mmcoconut") or file.name in SCRIPTS
+    return ours and linecache.getline(str(file), traceback.tb_lineno).lstrip().startswith("raise ")
+
+
+def explain_causes(error: BaseException) -> Explanation | None:
+    """Explain an error by the first of its causes that the Hub, the network or a broken file is to blame for."""
+    chain = [*causes(error)]
+    return next(filter(None, map(explain_hub, chain)), None) or next(filter(None, map(explain_file, chain)), None)
+
+
+def explain(error: BaseException) -> Explanation | None:
+    """Explain an error to whoever called; None where it is no mistake of theirs, but of the code."""
+    if is_out_of_memory(error):
+        return Explanation(f"Out of memory: {first_line(error)}. {LESS_MEMORY}", 413)
+    if explained := explain_causes(error):
+        return explained
+    if is_of(error, "wandb.errors", "Error") or is_of(error, "jinja2.exceptions", "TemplateError"):
+        return Explanation(str(error))
+    if explained := explain_import(error):
+        return explained
+    numbered = (each for each in causes(error) if isinstance(each, OSError) and each.errno in BY_NUMBER)
+    if explained := explain_system(next(numbered, error)):
+        return explained
+    return Explanation(str(error)) if is_raised_here(error) else None

@@ -1,0 +1,102 @@
+"""What a run will do, as a table before its first update, and after ten updates how long it will take."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sized
+
+from transformers import TrainerCallback
+
+from mmcoconut.records import markdown_table
+from mmcoconut.training.results import count_parameters
+
+
+logger = logging.getLogger("mmcoconut")
+
+TIMED_UPDATES = 10
+
+
+def duration(seconds: float) -> str:
+    """Say how long something takes, as precisely as an estimate deserves.
+
+    >>> duration(42), duration(600), duration(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def stage_lines(curriculum, num_epochs: float) -> list[list[str]]:
+    """For each stage of a run of so many epochs: its number, its epochs counted from 1, its latents per answer."""
+    epochs_of: dict[int, list[int]] = {}
+    for epoch in range(math.ceil(num_epochs)):
+        epochs_of.setdefault(curriculum.stage_at(epoch), []).append(epoch + 1)
+    return [
+        [str(stage), "–".join(map(str, dict.fromkeys([epochs[0], epochs[-1]]))), str(curriculum.num_latents(stage))]
+        for stage, epochs in epochs_of.items()
+    ]
+
+
+def plan_text(curriculum, splits: Mapping[str, Sized], *, args, max_steps: int, updates_per_epoch: int, counts) -> str:
+    """The table of a run.
+
+    Args:
+        splits: rows by `train`, `eval` and `test`.
+        args: of the run.
+        max_steps: its updates.
+        counts: of `count_parameters`.
+    """
+    rows = ", ".join(f"{name} {len(some):,}" for name, some in splits.items())
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    trained, of_all = counts["trainable_parameters"], counts["parameters"]
+    lines = [
+        ["rows", rows],
+        ["updates", f"{max_steps:,}, {updates_per_epoch:,} per epoch, {per_update:,} rows each"],
+        ["parameters", f"{of_all:,}, of which {trained:,} are trained ({100 * trained / of_all:.3g} %)"],
+    ]
+    if "objective_parameters" in counts:
+        lines.append(["of objectives", f"{counts['objective_parameters']:,} parameters, beside the model's"])
+    stages = stage_lines(curriculum, max_steps / updates_per_epoch)
+    tables = markdown_table(["mode", curriculum.mode], lines), markdown_table(["stage", "epochs", "latents"], stages)
+    return "\n\n".join(tables)
+
+
+class PlanCallback(TrainerCallback):
+    """Prints the table of a run when it begins, and after ten updates the time that is left.
+
+    Args:
+        trainer: the run's.
+        splits: rows by `train`, `eval` and `test`.
+    """
+
+    def __init__(self, trainer, splits: Mapping[str, Sized]):
+        self.trainer, self.splits = trainer, splits
+        self.first_update, self.began = 0, 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_update = state.global_step
+        if state.is_world_process_zero:
+            plan = plan_text(
+                self.trainer.curriculum_collator.curriculum,
+                self.splits,
+                args=args,
+                max_steps=state.max_steps,
+                updates_per_epoch=self.trainer.curriculum_callback.updates_per_epoch,
+                counts=count_parameters(self.trainer.model),
+            )
+            logger.info("\n%s\n", plan)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """The first update is not counted, because it compiles and allocates."""
+        done = state.global_step - self.first_update
+        if done == 1:
+            self.began = time.perf_counter()
+        elif done == TIMED_UPDATES and state.is_world_process_zero and state.global_step < state.max_steps:
+            seconds = (time.perf_counter() - self.began) / (TIMED_UPDATES - 1)
+            left = duration(seconds * (state.max_steps - state.global_step))
+            logger.info(
+                "%d of %d updates done, %.2g s each: about %s left, evaluations not counted. Stages with more latents "
+                "take longer.",
+                *(state.global_step, state.max_steps, seconds, left),
+            )
