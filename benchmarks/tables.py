@@ -76,10 +76,12 @@ COLUMNS = {
     "passes": lambda record: f"{record['decoder_passes']:.1f}",
     "thoughts": lambda record: counted(record["verdicts"] or ["–"]),
     "alone": lambda record: percent_of((record["necessity"] or {}).get("accuracy")),
+    "positions": lambda record: counted(record["positions"] or ["–"]),
     "probe": lambda record: percent_of(record["probe_accuracy"]),
 }
 HEADS = {"accuracy": "accuracy", "seeds": "by seed, %", "tokens": "tokens", "passes": "passes"}
-HEADS |= {"thoughts": "answer on thoughts", "alone": "thoughts alone", "probe": "probe"}
+HEADS |= {"thoughts": "answer on thoughts", "alone": "thoughts alone", "positions": "positions alone"}
+HEADS |= {"probe": "probe"}
 
 
 def comparison_of(folder: Path, **options: str) -> str:

@@ -57,6 +57,7 @@ MAIN_COLUMNS = (
     ("MB in training", lambda record: f"{record['train_peak_memory_mb']:.0f}", "train_peak_memory_mb"),
     ("answer on thoughts", lambda record: counted(record["verdicts"]), "verdicts"),
     ("thoughts alone", lambda record: necessity_text(record["necessity"]), "necessity"),
+    ("positions alone", lambda record: counted(record["positions"]), "positions"),
     ("probe", lambda record: percent(record["probe_accuracy"]), "probe_accuracy"),
 )
 

@@ -369,6 +369,26 @@ def test_jobs_run_at_a_time_and_an_interrupt_ends_all(recipe, tmp_path, monkeypa
     assert runner.num_done == 2 and runner.processes == set()
 
 
+def test_audits_come_last_and_name_the_controls_of_their_seed(recipe, tmp_path, monkeypatch):
+    runs = planned(recipe, "--compare", "coconut,pause", "--seeds", "2", "--output_dir", str(tmp_path))
+    calls, evaluated = [], set()
+    monkeypatch.setattr(Run, "is_evaluated", property(lambda self: self in evaluated))
+    monkeypatch.setattr(Runner, "train_command", lambda self, run: ["train", str(run)])
+
+    def call(self, command, run):
+        if "mmcoconut.evaluation" in command and str(run) != "pause seed 4":
+            evaluated.add(run)
+        if "mmcoconut.audit" in command:
+            calls.append((str(run), command[command.index("--controls") + 1] if "--controls" in command else None))
+        else:
+            calls.append(str(run))
+
+    monkeypatch.setattr(Runner, "call", call)
+    Runner("train_hf.py", options=[], device="").finish_all(runs)
+    assert calls[:8] == [name for run in runs for name in (str(run), str(run))]
+    assert calls[8:] == [("coconut seed 3", str(tmp_path)), ("coconut seed 4", None)]
+
+
 def outcome(mode: str, seed: int, scores, *, num_steps=None, **results) -> Finished:
     """A finished run with these scores, the gold answers taken in turn from red, blue, red."""
     rows = [

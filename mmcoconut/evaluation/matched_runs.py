@@ -1,7 +1,8 @@
 """The runs of a comparison: a variant and a seed each, trained, evaluated and audited in processes of their own.
 
 A run is finished when its results.json and evaluation.json are there and, where its thoughts are audited, its
-audit.json. What is finished is never repeated; what has a checkpoint goes on from it.
+audit.json. What is finished is never repeated; what has a checkpoint goes on from it. Audits come after all other steps,
+because an audit compares a run with its controls.
 """
 
 import copy
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -35,6 +37,7 @@ LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1",
 LAUNCH += ("--gpu_ids", "all", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
 LOG_LINES = 8
 AUDITED_ROWS = 300
+CONTROLS = ("pause", "markers")  # modes that an audit compares a run of the same seed with
 
 
 class ComparisonError(RuntimeError):
@@ -93,6 +96,10 @@ class Run:
     @property
     def is_finished(self) -> bool:
         return self.is_evaluated and self.is_audited
+
+    @cached_property
+    def is_control(self) -> bool:
+        return yaml.safe_load(self.recipe)["mode"] in CONTROLS
 
     @property
     def checkpoint(self) -> Path | None:
@@ -207,7 +214,7 @@ class Runner:
     def __init__(self, script: str, *, options: list[str], device: str, jobs: int = 1):
         self.script, self.options, self.device, self.jobs = script, options, device, jobs
         self.threads = str(max(1, torch.get_num_threads() // jobs))
-        self.num_done = self.num_runs = 0
+        self.runs, self.num_done = [], 0
         self.lock, self.processes, self.is_ended = Lock(), set(), False
 
     def train_command(self, run: Run) -> list[str]:
@@ -225,6 +232,8 @@ class Runner:
         """Ask for as few rows and interventions as the table needs; an audit that was cut short is made anew."""
         command = [sys.executable, "-m", "mmcoconut.audit", "--model", str(run.folder), "--output_dir", str(run.audit)]
         command += ["--parts", "verdict,necessity,positions,probe", "--overwrite", "true"]
+        if any(other.is_control and other.is_evaluated and other.seed == run.seed for other in self.runs):
+            command += ["--controls", str(run.folder.parent)]
         return [*command, *without(self.options, "--max_samples"), "--max_samples", str(AUDITED_ROWS)]
 
     def environment(self) -> dict[str, str]:
@@ -274,10 +283,10 @@ class Runner:
 
     def say(self, run: Run, what: str) -> None:
         """A line for a run whose state changed, with the number of runs that are done."""
-        print(f"{run}: {what} ({self.num_done} of {self.num_runs} runs done)\n", end="", flush=True)
+        print(f"{run}: {what} ({self.num_done} of {len(self.runs)} runs done)\n", end="", flush=True)
 
-    def finish(self, run: Run) -> None:
-        """Train, evaluate and audit a run where that is not done yet."""
+    def train_and_evaluate(self, run: Run) -> None:
+        """Do what is not done yet."""
         if not run.is_trained:
             self.say(run, "training …" if run.checkpoint is None else f"training on from {run.checkpoint.name} …")
             for folder in (run.evaluation, run.audit):  # they belong to the weights that are replaced now
@@ -287,17 +296,19 @@ class Runner:
         if not run.is_evaluated:
             self.say(run, "evaluating …")
             self.call(self.evaluation_command(run), run)
-        if not run.is_audited:
-            self.say(run, "auditing …")
-            self.call(self.audit_command(run), run)
-        with self.lock:
-            self.num_done += 1
-        self.say(run, "done")
 
-    def attempt(self, run: Run) -> int:
-        """Finish a run; the exit status of what failed, or 0."""
+    def audit(self, run: Run) -> None:
+        self.say(run, "auditing …")
+        self.call(self.audit_command(run), run)
+
+    def attempt(self, step: Callable[[Run], None], run: Run) -> int:
+        """Take a step of a run; the exit status of what failed, or 0."""
         try:
-            self.finish(run)
+            step(run)
+            if run.is_audited:
+                with self.lock:
+                    self.num_done += 1
+                self.say(run, "done")
         except subprocess.CalledProcessError as error:
             if not self.is_ended:
                 self.say(run, f"failed, see {run.log}")
@@ -306,11 +317,15 @@ class Runner:
 
     def finish_all(self, runs: list[Run]) -> dict[Run, int]:
         """Finish every run; those that failed, with their exit status. Ctrl-C ends the runs that are going on."""
-        waiting = [run for run in runs if not run.is_finished]
-        self.num_runs, self.num_done = len(runs), len(runs) - len(waiting)
+        self.runs, self.num_done = runs, sum(run.is_finished for run in runs)
+        failed = self.each(self.train_and_evaluate, [run for run in runs if not run.is_evaluated])
+        return failed | self.each(self.audit, [run for run in runs if run.is_evaluated and not run.is_audited])
+
+    def each(self, step: Callable[[Run], None], runs: list[Run]) -> dict[Run, int]:
+        """Take a step of every run, `jobs` at a time; those that failed, with their exit status."""
         with terminated_as_interrupted(), ThreadPoolExecutor(self.jobs) as pool:
             try:
-                started = {run: pool.submit(self.attempt, run) for run in waiting}
+                started = {run: pool.submit(self.attempt, step, run) for run in runs}
                 return {run: status for run, future in started.items() if (status := future.result()) != 0}
             except BaseException:
                 self.end()
