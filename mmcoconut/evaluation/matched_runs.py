@@ -1,8 +1,8 @@
 """The runs of a comparison: a variant and a seed each, trained, evaluated and audited in processes of their own.
 
 A run is finished when its results.json and evaluation.json are there and, where its thoughts are audited, its
-audit.json. What is finished is never repeated; what has a checkpoint goes on from it. Audits come after all other steps,
-because an audit compares a run with its controls.
+audit.json. What is finished is never repeated; what has a checkpoint goes on from it. Audits come last, because
+an audit compares a run with its controls.
 """
 
 import copy
