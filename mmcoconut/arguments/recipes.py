@@ -134,9 +134,9 @@ def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: Curri
 
 def _default(field) -> str:
     """Return what help adds for a field that a checkpoint decides."""
-    return (
-        f" Default: the checkpoint's, or {NEW_MODEL[field.name]} for a new model." if field.name in NEW_MODEL else ""
-    )
+    if field.name not in NEW_MODEL:
+        return ""
+    return f" Default: the checkpoint's, or {NEW_MODEL[field.name]} for a new model."
 
 
 def help_text(usage: str, classes=CLASSES) -> str:
