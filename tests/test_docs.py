@@ -298,11 +298,13 @@ def test_the_first_training_command_runs_as_it_stands(user):
 
 
 def is_output(block: Block) -> bool:
-    """Return True if nothing but an empty line is between this block and the commands or the program before it."""
+    """Return True if the block before this one, in the same section, holds the commands or the program."""
     before = [other for other in BLOCKS if other.page == block.page and other.line < block.line]
     if not before or before[-1].language not in ("bash", "python"):
         return False
-    return before[-1].line + len(before[-1].text.splitlines()) + 3 == block.line
+    end = before[-1].line + before[-1].text.count("\n")
+    between = block.page.read_text(encoding="utf-8").splitlines()[end : block.line]
+    return not any(line.startswith("#") for line in between)
 
 
 def test_every_block_has_a_language_that_is_run_or_is_an_output_or_a_drawing():
