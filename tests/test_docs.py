@@ -347,7 +347,14 @@ def test_the_front_page_is_short_and_names_every_page():
 
 @pytest.mark.parametrize(
     "command",
-    ["make quickstat", "pip install .[audits]", "pip install numpyy", "python train.py", "python -m mmcoconut.audits"],
+    [
+        "make quickstat",
+        "pip install .[audits]",
+        "pip install numpyy",
+        "source .nothing/activate",
+        "python train.py",
+        "python -m mmcoconut.audits",
+    ],
 )
 def test_a_command_that_does_not_exist_is_noticed(command, user):
     with pytest.raises((AssertionError, subprocess.CalledProcessError, ImportError)):
