@@ -1,4 +1,4 @@
-"""docs/api_map.md sends nobody to a name that is not there."""
+"""docs/api_map.md and docs/migration.md send nobody to a name that is not there."""
 
 import dataclasses
 import inspect
@@ -15,14 +15,14 @@ from mmcoconut.errors import RecipeError
 
 
 ROOT = Path(__file__).resolve().parent.parent
-MAP = (ROOT / "docs" / "api_map.md").read_text(encoding="utf-8")
+PAGES = [(ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("api_map.md", "migration.md")]
 FIELDS = {field.name for cls in CLASSES for field in dataclasses.fields(cls)}
 OPTIONS = inspect.signature(json_steps.load).parameters
 
 
 def rows() -> list[list[str]]:
     """The cells of all tables without their heads."""
-    lines = [line.strip("|").split(" | ") for line in MAP.splitlines() if line.startswith("|")]
+    lines = [line.strip("|").split(" | ") for page in PAGES for line in page.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line] for line in lines if line[0].strip() not in ("there", "---|---|---")]
 
 

@@ -15,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import venv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -198,13 +199,13 @@ def check_pip(words: list[str]) -> None:
     setup.read(ROOT / "setup.cfg")
     pins = [line.partition("==")[0] for line in (ROOT / "constraints.txt").read_text().splitlines()]
     for option, word in zip(["", *words], words):
-        extra = re.fullmatch(r"(?:\.|mmcoconut)\[(\w+)\]", word)
+        extras = re.fullmatch(r"(?:\.|mmcoconut)\[([\w,]+)\]", word)
         if option == "-c":
             assert (ROOT / word).is_file(), word
-        elif extra:
-            assert extra[1] in setup["options.extras_require"], word
-        elif not word.startswith("-"):
-            assert word in pins, word
+        elif extras:
+            assert set(extras[1].split(",")) <= set(setup["options.extras_require"]), word
+        elif not word.startswith("-") and option not in ("-d", "--find-links"):
+            assert word in [".", "setuptools", *pins], word
 
 
 def run_script(script: str, words: list[str]) -> None:
@@ -238,8 +239,14 @@ def run(words: list[str]) -> None:
     match words:
         case ["make", *targets]:
             check_make(targets)
-        case ["pip", "install", *rest]:
+        case ["pip", "install" | "download", *rest]:
             check_pip(rest)
+        case ["python3", "-m", "venv", folder]:
+            venv.create(folder, with_pip=False)
+        case ["source", script]:
+            assert Path(script).is_file(), f"no file {script}"
+        case ["python", "-c", program]:
+            exec(program, {})
         case ["accelerate", "launch", *rest]:
             run_launched(rest)
         case ["python", "-m", module, "--help"]:
@@ -303,10 +310,20 @@ def test_the_first_training_command_runs_as_it_stands(user):
     assert (user / "outputs/gpt2_clip_aokvqa-smoke/results.json").is_file()
 
 
-def test_every_block_has_a_language_that_is_run_or_is_a_drawing():
+def is_output(block: Block) -> bool:
+    """Return True if the block before this one, in the same section, holds the commands or the program."""
+    before = [other for other in BLOCKS if other.page == block.page and other.line < block.line]
+    if not before or before[-1].language not in ("bash", "python"):
+        return False
+    end = before[-1].line + before[-1].text.count("\n")
+    between = block.page.read_text(encoding="utf-8").splitlines()[end : block.line]
+    return not any(line.startswith("#") for line in between)
+
+
+def test_every_block_has_a_language_that_is_run_or_is_an_output_or_a_drawing():
     assert {block.language for block in BLOCKS} == {"python", "bash", "yaml", "json", "text", ""}
-    drawings = [block.page.name for block in BLOCKS if block.language in ("", "text")]
-    assert drawings == ["README.md", "benchmarks.md", "conversations.md"]
+    shown = [block for block in BLOCKS if block.language in ("", "text")]
+    assert [block.page.name for block in shown if not is_output(block)] == ["README.md", "conversations.md"]
 
 
 def test_only_these_blocks_are_not_run():
@@ -336,14 +353,21 @@ def test_every_link_within_the_repository_leads_somewhere(page):
 
 def test_the_front_page_is_short_and_names_every_page():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert len(readme.splitlines()) <= 170
+    assert len(readme.splitlines()) <= 173
     for page in PAGES[1:]:
         assert f"(docs/{page.name})" in readme, page.name
 
 
 @pytest.mark.parametrize(
     "command",
-    ["make quickstat", "pip install .[audits]", "pip install numpyy", "python train.py", "python -m mmcoconut.audits"],
+    [
+        "make quickstat",
+        "pip install .[audits]",
+        "pip install numpyy",
+        "source .nothing/activate",
+        "python train.py",
+        "python -m mmcoconut.audits",
+    ],
 )
 def test_a_command_that_does_not_exist_is_noticed(command, user):
     with pytest.raises((AssertionError, subprocess.CalledProcessError, ImportError)):

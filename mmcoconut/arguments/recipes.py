@@ -1,6 +1,7 @@
 """The recipe of a run: a YAML file, its bases and `--key value` overrides become four checked dataclasses."""
 
 import dataclasses
+import inspect
 import logging
 import os
 from pathlib import Path
@@ -61,8 +62,8 @@ NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_toke
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
 HELP = """and every field of transformers.TrainingArguments.
 
-A recipe that says `base: other.yaml` (a path from its own folder) holds only what differs from that file: its keys win
-one by one, also inside mappings, and `key: null` removes what the base sets. The command line comes last."""
+A recipe with `base: other.yaml` (relative to its own folder) overrides that file key by key, also inside mappings;
+`key: null` removes a key of the base. --key value on the command line overrides both."""
 
 
 def warn_of_idle(values: dict, run: RunArguments) -> None:
@@ -135,7 +136,9 @@ def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: Curri
 
 def _default(field) -> str:
     """Return what help adds for a field that a checkpoint decides."""
-    return f" Default: the checkpoint's; of a new model {NEW_MODEL[field.name]}." if field.name in NEW_MODEL else ""
+    if field.name not in NEW_MODEL:
+        return ""
+    return f" Default: the checkpoint's, or {NEW_MODEL[field.name]} for a new model."
 
 
 def help_text(usage: str, classes=CLASSES) -> str:
@@ -143,7 +146,7 @@ def help_text(usage: str, classes=CLASSES) -> str:
     for cls in classes:
         own = [field for field in dataclasses.fields(cls) if field.name in vars(cls).get("__annotations__", {})]
         lines += [
-            f"{cls.__doc__}",
+            inspect.cleandoc(cls.__doc__),
             *(f"  --{field.name}: {field.metadata['help']}{_default(field)}" for field in own),
             "",
         ]

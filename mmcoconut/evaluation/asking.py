@@ -36,24 +36,30 @@ class EvaluationArguments:
 
     model: str | None = HfArg(default=None, help="Folder or Hub id of a trained checkpoint.")
     revision: str | None = HfArg(default=None, help="Branch, tag or commit of a checkpoint on the Hub.")
-    recipe: str | None = HfArg(default=None, help="Recipe that names the data; default: the one inside `model`.")
-    dataset: str | None = HfArg(default=None, help="A name in mmcoconut.data.DATASETS.")
-    dataset_options: dict | None = HfArg(default=None, help="Passed to the data set: --dataset_options.folder …")
-    split: str = HfArg(default="test", help="Split that is answered.")
-    max_samples: int | None = HfArg(default=None, help="Answer only the first so many rows.")
-    metric: str | None = HfArg(default=None, help="A folder of metrics/; default: the recipe's, or the data set's.")
-    score_by: str = HfArg(default="generation", help="Write answers, or choose the likeliest of a row's choices.")
-    num_latents: int | None = HfArg(default=None, help="Thoughts a question; default: the checkpoint's.")
-    stop_threshold: float = HfArg(default=0.5, help="Of a stop head: rows stop above it; 1 thinks all thoughts.")
-    max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
-    num_beams: int | None = HfArg(default=None, help="Beams of the search; default: the recipe's, or 1: greedy.")
+    recipe: str | None = HfArg(default=None, help="Recipe to take the data from; default: the one in `model`.")
+    dataset: str | None = HfArg(default=None, help="Name of the data set, from mmcoconut.data.DATASETS.")
+    dataset_options: dict | None = HfArg(default=None, help="Options of the data set: --dataset_options.folder …")
+    split: str = HfArg(default="test", help="Split to answer.")
+    max_samples: int | None = HfArg(default=None, help="Answer only this many first rows.")
+    metric: str | None = HfArg(default=None, help="Name of the metric; default: the recipe's, or the data set's.")
+    score_by: str = HfArg(default="generation", help="`generation`, or `likelihood`: score the most likely choice.")
+    num_latents: int | None = HfArg(default=None, help="Thoughts per question; default: the checkpoint's.")
+    stop_threshold: float = HfArg(
+        default=0.5, help="Stop thinking when the stop probability exceeds this; 1 never stops."
+    )
+    max_new_tokens: int | None = HfArg(default=None, help="Maximum tokens per answer; default: the recipe's, or 64.")
+    num_beams: int | None = HfArg(default=None, help="Number of beams; default: the recipe's, or 1 (greedy).")
     unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")
-    max_length: int | None = HfArg(default=None, help="Most tokens of a row and its answer; default: the recipe's.")
+    max_length: int | None = HfArg(
+        default=None, help="Maximum tokens of a row with its answer; default: the recipe's."
+    )
     long_rows: str | None = HfArg(default=None, help="`error` or `cut`; default: the recipe's, or `error`.")
-    batch_size: int = HfArg(default=32, help="Rows answered at once in each process.")
-    dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
-    seed: int = HfArg(default=0, help="Of the bootstrap.")
-    output_dir: str | None = HfArg(default=None, help="Default: outputs/evaluation/<model>-<dataset>-<split>.")
+    batch_size: int = HfArg(default=32, help="Rows per batch in each process.")
+    dtype: str = HfArg(default="auto", help="Data type of the weights; `auto`: as they were saved.")
+    seed: int = HfArg(default=0, help="Seed of the bootstrap.")
+    output_dir: str | None = HfArg(
+        default=None, help="Output folder; default: outputs/evaluation/<model>-<dataset>-<split>."
+    )
     overwrite: bool = HfArg(default=False, help="Delete an earlier evaluation in output_dir.")
 
 
