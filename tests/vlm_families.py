@@ -57,6 +57,8 @@ def without_float32():
     def to(self, *args, **kwargs):
         if self.dtype == torch.float64 and args and args[0] == torch.float32:
             args = (torch.float64, *args[1:])
+        if self.dtype == torch.float64 and kwargs.get("dtype") == torch.float32:
+            kwargs["dtype"] = torch.float64
         return own_to(self, *args, **kwargs)
 
     torch.Tensor.float = lambda self, *args: self if self.dtype == torch.float64 else own_float(self, *args)
