@@ -618,8 +618,8 @@ def test_a_cache_that_was_filled_without_notes_is_refused():
 # --- vision-language models' own classes -----------------------------------------------------------------------------
 # Why nothing can be hidden from a type's decoder, as its error says it.
 IN_STATES, BESIDE = "recurrent layers keep what they read", "reads its images in layers of their own"
-REFUSED = dict.fromkeys(("inkling_mm_model", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), IN_STATES)
-REFUSED |= {"qwen3_5": IN_STATES, "qwen3_5_moe": IN_STATES, "mllama": BESIDE}
+REFUSED = dict.fromkeys(("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), IN_STATES)
+REFUSED |= {"inkling_mm_model": IN_STATES, "qwen3_5": IN_STATES, "qwen3_5_moe": IN_STATES, "mllama": BESIDE}
 HIDING = [name for name in (*CLASS_NAMES, *VARIANTS) if name not in (*FAST, *REFUSED)]
 
 
