@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 
 from .compat_mmcoconut import CACHE
 
@@ -104,9 +105,8 @@ class Hiding:
         attention_mask (B, end) or longer; None: of ones.
         """
         hidden = self.hidden[:, :end] & self.is_behind(start, start + 1)  # (B, end)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(hidden, dtype=torch.long)
-        return attention_mask[:, :end].masked_fill(hidden, 0)
+        mask = torch.ones_like(hidden, dtype=torch.long) if attention_mask is None else attention_mask[:, :end]
+        return mask.masked_fill(hidden, 0)
 
     def prepared_mask(self, mask: torch.Tensor | None, start: int, end: int, offset: int, num_keys: int):
         """Return the mask (B, 1 or H, t, num_keys) of columns start … end - 1 over keys from offset on.
@@ -196,8 +196,9 @@ def check_one_turn(latents: torch.Tensor, left_out: torch.Tensor, answer_sees: s
 
 def check_can_hide(decoder: nn.Module, answer_sees: str) -> None:
     """Raise for a decoder that carries what it read past its attention mask, or reads more than places off it."""
+    layers = DynamicCache(config=decoder.config).layers
     reasons = {
-        "its recurrent layers keep all that they read in one state": decoder.is_recurrent,
+        "its recurrent layers keep what they read": any(isinstance(one, LinearAttentionLayer) for one in layers),
         "it reads its images in layers of their own": "cross_attention_states" in decoder.own_arguments,
         "it counts distances by its attention mask (ALiBi)": hasattr(decoder, "build_alibi_tensor")
         or bool(getattr(decoder.config, "alibi", False)),

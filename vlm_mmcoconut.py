@@ -87,7 +87,8 @@ def run_with_latents(model: MakesThoughts, own_forward: Callable, inputs: dict):
     options = {**asked.options}
     returned = {name: options.pop(name) for name in RETURNED if name in options}
     image_mask = model.image_columns(inputs.get("input_ids"), read)
-    if image_mask is None and model.config.answer_sees == "no_image":
+    is_beside = READ_ONCE[0] in model.get_decoder().own_arguments  # read by layers that nothing can be hidden from
+    if image_mask is None and model.config.answer_sees == "no_image" and not is_beside:
         raise ValueError(
             "answer_sees='no_image', and nobody knows where the images stand: pass input_ids with a placeholder for "
             f"each image feature, which a {type(model).__name__} has if its configuration has an image_token_id; or "

@@ -41,17 +41,21 @@ def types_of(names) -> list:
     return [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in names]
 
 
-@pytest.fixture(params=types_of([*CLASS_NAMES, *VARIANTS]), scope="module")
-def each(request, table) -> Family:
-    """A family of the registry; one that is not taken over is skipped with the reason, if it need not be."""
-    found = family(request.param)
+def taken_over(name: str, table) -> Family:
+    """Return a family of the registry; skip one that is not taken over with the reason, if it need not be."""
+    found = family(name)
     if isinstance(found, str):
-        is_claimed = not table.writes and table.is_of_this_release and request.param in table.known
-        assert request.param not in WANTED and not is_claimed, found
-        table.left_out(request.param, found)
+        is_claimed = not table.writes and table.is_of_this_release and name in table.known
+        assert name not in WANTED and not is_claimed, found
+        table.left_out(name, found)
         pytest.skip(found)
     found.model.eval()
     return found
+
+
+@pytest.fixture(params=types_of([*CLASS_NAMES, *VARIANTS]), scope="module")
+def each(request, table) -> Family:
+    return taken_over(request.param, table)
 
 
 def test_without_latents_it_is_the_plain_model(each):

@@ -52,19 +52,25 @@ def without_float32():
     if RELEASE < (5, 24):  # whose code mixes these with float32 made elsewhere
         yield
         return
-    own_float, own_to = torch.Tensor.float, torch.Tensor.to
+    own = {name: getattr(torch.Tensor, name) for name in ("float", "to", "type")}
+
+    def of(tensor, dtype):
+        return torch.float64 if tensor.dtype == torch.float64 and dtype is torch.float32 else dtype
 
     def to(self, *args, **kwargs):
-        if self.dtype == torch.float64 and args and args[0] == torch.float32:
-            args = (torch.float64, *args[1:])
-        return own_to(self, *args, **kwargs)
+        kwargs |= {"dtype": of(self, kwargs["dtype"])} if "dtype" in kwargs else {}
+        return own["to"](self, *(of(self, value) for value in args), **kwargs)
 
-    torch.Tensor.float = lambda self, *args: self if self.dtype == torch.float64 else own_float(self, *args)
-    torch.Tensor.to = to
+    def as_type(self, *args, **kwargs):
+        return own["type"](self, *(of(self, value) for value in args), **kwargs)
+
+    torch.Tensor.float = lambda self, *args: self if self.dtype == torch.float64 else own["float"](self, *args)
+    torch.Tensor.to, torch.Tensor.type = to, as_type
     try:
         yield
     finally:
-        torch.Tensor.float, torch.Tensor.to = own_float, own_to
+        for name, method in own.items():
+            setattr(torch.Tensor, name, method)
 
 
 def pixtral_images(model, rows) -> dict:

@@ -1,6 +1,6 @@
 """The table of vision-language models in docs/backbones.md: written by the tests that prove it, and held to them.
 
-    python -m pytest tests/test_vlms.py tests/test_vlm_training.py tests/test_vlm_audit.py -m "" -n 0 --write-vlm-table
+    python -m pytest tests/test_{vlms,vlm_training,vlm_audit,answer_sees}.py -m "" -n 0 --write-vlm-table
 
 writes what passed; every other run fails where the page says something else than what the run found.
 """
@@ -12,7 +12,7 @@ import transformers
 
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "backbones.md"
-COLUMNS = ("matches the definition", "batches", "beams", "saved, resized", "LoRA", "GRPO", "audit")
+COLUMNS = ("matches the definition", "batches", "beams", "saved, resized", "LoRA", "GRPO", "audit", "answer sees")
 BEGIN, END = "<!-- written by tests/test_vlms.py: begin -->", "<!-- written by tests/test_vlms.py: end -->"
 LONGEST = 160  # of a reason
 RELEASE = re.compile(r"transformers (\d+\.\d+)\.")

@@ -162,3 +162,4 @@ FIELDS |= {"mllama": {"text_config": {"num_hidden_layers": ALL_KINDS, "cross_att
 FIELDS["mllama"]["vision_config"] = {"vision_output_dim": 3 * WIDTH}  # two layers joined with the last
 FIELDS |= dict.fromkeys(("gemma3", "shieldgemma2"), {"mm_tokens_per_image": (SIDE // PATCH // 2) ** 2})
 FIELDS |= {"kimi_k25": {"text_config": {"num_key_value_heads": HEADS}}}
+FIELDS |= {"lfm2_vl": {"text_config": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": [1]}}}

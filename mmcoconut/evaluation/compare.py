@@ -246,11 +246,11 @@ def audit_notes(summary: dict) -> list[str]:
     return [
         f"Audits of {AUDITED_ROWS} rows or fewer a run. Whether the answer depends on the thoughts is told by giving "
         "rows the thoughts of others. Thoughts alone: the accuracy where the answer sees nothing else, on which a "
-        "model that was not trained so (`answer_sees: thoughts`) may fail for that reason only. Positions alone: whether "
-        "latents that feed nothing back would do, told by the runs of `pause` and `markers` with the same seed, if there are "
-        "any, and by this model with the latent token's embedding in place of its thoughts. Probe: what a linear "
-        "classifier reads in a thought on held-out rows, of the written step or answer that it reads best; the mean "
-        "over thoughts. "
+        "model that was not trained so (`answer_sees: thoughts`) may fail for that reason only. Positions alone: "
+        "whether latents that feed nothing back would do, told by the runs of `pause` and `markers` with the same "
+        "seed, if there are any, and by this model with the latent token's embedding in place of its thoughts. "
+        "Probe: what a linear classifier reads in a thought on held-out rows, of the written step or answer that it "
+        "reads best; the mean over thoughts. "
         "Modes that feed back no thought are not audited."
     ]
 
