@@ -45,8 +45,8 @@ NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 REASONS = {
     "docs/audit.md": ["it needs the runs of a comparison, which train for minutes"],
     "docs/backbones.md": [
-        "it installs packages of 90 and 250 MB; tests/test_real_weights.py does the rest",
         "it takes the checkpoint of a run of that recipe",
+        "it installs packages of 90 and 250 MB; tests/test_real_weights.py does the rest",
     ],
     "docs/benchmarks.md": [
         "it downloads",
