@@ -33,6 +33,7 @@ from mmcoconut.arguments.recipe_files import BASE
 from mmcoconut.arguments.recipes import parse_recipe, read_recipe
 from mmcoconut.build.tiny_models import write_tiny_vlm
 from mmcoconut.data import TEST_ONLY, json_steps, llava_instruct, loader_of
+from mmcoconut_cli import commands
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,6 +235,15 @@ def main_of(module: str):
     return (importlib.import_module(f"{module}.__main__") if is_package else loaded).main
 
 
+def run_console(words: list[str]) -> None:
+    """Run the console script in this process; `train` and `compare` with what makes them short."""
+    tiny = {"train": TINY, "compare": [*TINY, *TINY_COMPARISON]}.get(words[0], [])
+    try:
+        commands.main([*words, *tiny])
+    except SystemExit as ended:
+        assert not ended.code, f"mmcoconut {shlex.join(words)} ended with status {ended.code}"
+
+
 def run(words: list[str]) -> None:
     """A command of a bash block, or what can be known of it here."""
     match words:
@@ -249,6 +259,8 @@ def run(words: list[str]) -> None:
             exec(program, {})
         case ["accelerate", "launch", *rest]:
             run_launched(rest)
+        case ["mmcoconut", *rest]:
+            run_console(rest)
         case ["python", "-m", module, "--help"]:
             with pytest.raises(SystemExit) as ended:
                 main_of(module)(["--help"])
@@ -367,6 +379,7 @@ def test_the_front_page_is_short_and_names_every_page():
         "source .nothing/activate",
         "python train.py",
         "python -m mmcoconut.audits",
+        "mmcoconut audits",
     ],
 )
 def test_a_command_that_does_not_exist_is_noticed(command, user):
