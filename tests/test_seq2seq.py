@@ -438,7 +438,7 @@ def test_each_fusion_has_one_class(model, tmp_path):
         lambda: MMCoconutForSeq2SeqLM(tiny_model("bart").config),
     )
     for build in wrong:
-        with pytest.raises(ValueError, match="`encoder` is MMCoconutForSeq2SeqLM's, the others are"):
+        with pytest.raises(ValueError, match="use MMCoconutForSeq2SeqLM for `encoder`, and"):
             build()
 
 
@@ -466,7 +466,7 @@ def test_other_encoder_decoders_think_as_the_definition_says(text, tolerance):
     [
         (T5Config(d_model=HIDDEN_SIZE, d_kv=8, num_heads=4, d_ff=64, num_layers=2), "has no part without its head"),
         (TEXT_CONFIGS["marian"](share_encoder_decoder_embeddings=False), "take a language model that shares them"),
-        (TEXT_CONFIGS["bart"](decoder_layerdrop=0.5), "decoder_layerdrop=0.5 leaves out other layers in each pass"),
+        (TEXT_CONFIGS["bart"](decoder_layerdrop=0.5), "decoder_layerdrop=0.5 drops different layers in each pass"),
         (TEXT_CONFIGS["gpt2"](), "gpt2 is a decoder alone: take BART"),
     ],
 )
