@@ -74,7 +74,7 @@ class Hiding:
 
     @property
     def hidden(self) -> torch.Tensor:
-        """Return the columns (B, past + T) that are hidden behind the last latent."""
+        """Return the columns (B, past + T) that are hidden after the last latent."""
         columns = torch.arange(self.kinds.shape[1], device=self.kinds.device)
         may_hide = self.kinds == IMAGE if self.answer_sees == "no_image" else self.kinds != LATENT
         return may_hide & (columns < self.last[:, None])

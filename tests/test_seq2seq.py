@@ -412,7 +412,7 @@ def test_what_cannot_be_aligned_or_read_is_refused(model):
     batch = seq2seq_batch(model)
     encoder = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     texts = texts_of_images(model)
-    with pytest.raises(ValueError, match="4 images to be aligned with 3 texts"):
+    with pytest.raises(ValueError, match="4 images to align with 3 texts"):
         model(**encoder, **{name: tensor[:3] for name, tensor in texts.items()})
     with pytest.raises(ValueError, match="no question to encode: pass input_ids"):
         model.generate(decoder_input_ids=torch.tensor([[0, 1]]))
