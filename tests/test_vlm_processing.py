@@ -413,7 +413,7 @@ def test_what_does_not_fit_is_refused():
         processor_from_vlm(own, config=config, num_latents=-1)
     with pytest.raises(ValueError, match="are not the ids of an image: pass what encode_images returned"):
         processor.encode_prompt(QUESTION)
-    with pytest.raises(ValueError, match="0 times for an image"):
+    with pytest.raises(ValueError, match="0 times per image"):
         processor_from_vlm(own, config=config, chat_template="{{ messages[0]['role'] }}")
     config.latent_token_id -= 1
     with pytest.raises(ValueError, match="use the tokenizer that the model was built with"):

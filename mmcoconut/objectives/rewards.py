@@ -1,7 +1,7 @@
 """Rewards of generated texts: functions by name, as trl calls them, and judge models.
 
 A reward says whether an answer is right, and takes its values from metrics/, so that training optimises what
-evaluation measures. Similarity to the accepted answer by sentence embeddings is not used as a reward: "red" and "black"
+evaluation measures. Similarity to the accepted answer by sentence embeddings is not a reward: "red" and "black"
 are close, because both are colours, but if one is right the other is wrong. If right answers have many wordings, use a
 judge model trained on right and wrong answers (`ModelReward`).
 
