@@ -205,8 +205,8 @@ def check_has_tokens(vision_config: PreTrainedConfig) -> None:
     for name in ("hidden_size", "num_hidden_layers"):
         if getattr(vision_config, name, None) is None:
             raise UsageError(
-                f"The vision tower {vision_config.model_type} has no {name}, so its features are no sequence of tokens "
-                "of one width: take a vision transformer (CLIP, SigLIP, ViT, DINOv2, …)."
+                f"The vision tower {vision_config.model_type} has no {name}, so its features are no sequence of "
+                "tokens of one width: take a vision transformer (CLIP, SigLIP, ViT, DINOv2, …)."
             )
 
 
