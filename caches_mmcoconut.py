@@ -1,7 +1,7 @@
-"""Caches of a decoder that runs in passes, and what a thinking decoder leaves in a cache for later calls.
+"""Caches of a decoder that runs in passes, and the state that it keeps in them for later calls.
 
-`PassCache` is the cache of one pass over another one, which stays as it is. `ThoughtState` is what a thinking decoder
-leaves in a cache for later calls; whatever crops, reorders, repeats, resets or copies the cache does the same to it.
+`PassCache` is the cache of one pass over another cache, which does not change. `ThoughtState` is the state that a
+thinking decoder keeps in a cache; it is cropped, reordered, repeated, reset and copied together with the cache.
 
 Shapes: B batch, E encoder states, H heads, K head dim, D hidden.
 """
@@ -27,26 +27,26 @@ from .hiding_mmcoconut import Hiding
 
 
 def text_cache(past_key_values: Cache) -> Cache:
-    """Return the cache of the text alone, where there is another of encoder states beside it."""
+    """Return the cache of the text, without that of encoder states."""
     is_pair = isinstance(past_key_values, EncoderDecoderCache)
     return past_key_values.self_attention_cache if is_pair else past_key_values
 
 
 def length_of(past_key_values: Cache | None) -> int:
-    """Return how many columns a cache holds."""
+    """Return the number of columns in a cache."""
     return 0 if past_key_values is None else int(past_key_values.get_seq_length())
 
 
 @dataclass
 class ThoughtState:
-    """What a call leaves in its cache for later ones.
+    """The state that a call keeps in its cache for later calls.
 
-    last_state (B, D): of the last column, which a latent in the column behind it reads; None where it is not known.
-    length (): how many columns the cache had then.
-    attention_mask (B, length): 0 also at latents that rows left out; None where they left out none.
+    last_state (B, D): of the last column, read by a latent in the next column; None if unknown.
+    length (): the number of columns in the cache at that time.
+    attention_mask (B, length): 0 also at latents that rows left out; None if they left out none.
     encoder_inputs: the states (B, E, D) and mask (B, E) whose keys a cache of encoder states holds.
-    thoughts_end: the column behind the last thought that was updated together with others; None where none was.
-    hiding: what stands in the columns, where later ones are not to see some of them; else None.
+    thoughts_end: the column after the last thought of a parallel update; None if there was none.
+    hiding: the kinds of the columns, if later columns must not see some of them; else None.
     """
 
     last_state: torch.Tensor | None = None
@@ -58,13 +58,13 @@ class ThoughtState:
 
     @classmethod
     def of(cls, past_key_values: Cache | None) -> "ThoughtState":
-        """Return the state of a cache; an empty one that belongs to none where the cache has none."""
+        """Return the state of a cache; a new empty one, not attached to it, if the cache has none."""
         own = None if past_key_values is None else text_cache(past_key_values)
         return own.thought_state if isinstance(own, RemembersThoughts) else cls()
 
     @classmethod
     def within(cls, past_key_values: Cache) -> "ThoughtState":
-        """Return the state of a cache, which from now on goes where the cache's rows go."""
+        """Return the state of a cache, attached to it, so that it follows the cache's rows."""
         own = text_cache(past_key_values)
         if not isinstance(own, RemembersThoughts):
             own.__class__ = in_front(RemembersThoughts, type(own))
@@ -73,23 +73,23 @@ class ThoughtState:
 
     def remember(self, last_state: torch.Tensor | None, past_key_values: Cache) -> None:
         """Keep the state (B, D) of the last column that is in the cache now."""
-        length = past_key_values.get_seq_length()  # of a static cache a tensor that it changes in place
+        length = past_key_values.get_seq_length()  # a static cache returns a tensor that it changes in place
         self.last_state, self.length = last_state, torch.as_tensor(length).clone()
 
     def state_after(self, past_key_values: Cache | None) -> torch.Tensor | None:
-        """Return the state (B, D) of the cache's last column; None where it was cut since, or filled by others."""
+        """Return the state (B, D) of the cache's last column; None if the cache was cropped or filled by others."""
         is_last = self.last_state is not None and int(self.length) == int(past_key_values.get_seq_length())
         return self.last_state if is_last else None
 
     def cropped(self, length: int) -> "ThoughtState":
-        """Return the state of a cache that was cut to so many columns."""
+        """Return the state of a cache that was cropped to `length` columns."""
         mask = None if self.attention_mask is None else self.attention_mask[:, :length]
         is_cut = self.thoughts_end is not None and self.thoughts_end > length
         hiding = None if self.hiding is None else self.hiding.cropped(length)
         return replace(self, attention_mask=mask, thoughts_end=None if is_cut else self.thoughts_end, hiding=hiding)
 
     def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "ThoughtState":
-        """Return the state of other rows, `pick` of each tensor's."""
+        """Return the state with other rows; `pick` selects them from each tensor."""
         picked = {name: None if (value := getattr(self, name)) is None else pick(value) for name in OF_ROWS}
         encoder_inputs = {name: pick(value) for name, value in self.encoder_inputs.items()}
         hiding = None if self.hiding is None else self.hiding.of_rows(pick)
@@ -100,7 +100,7 @@ OF_ROWS = ("last_state", "attention_mask")
 
 
 class RemembersThoughts(PutInFront):
-    """A cache whose `thought_state` goes where its rows go, and is cropped with it."""
+    """A cache whose `thought_state` is reordered and cropped with it."""
 
     def crop(self, *args, **kwargs) -> None:
         super().crop(*args, **kwargs)
@@ -124,11 +124,11 @@ class RemembersThoughts(PutInFront):
 
 
 def _copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
-    """Return a layer with the same keys and values whose updates leave the given one as it is.
+    """Return a layer with the same keys and values whose updates do not change the given one.
 
-    A layer that writes into its tensors (a quantized cache, …) raises.
+    Raise ValueError for a layer that writes into its tensors (a quantized cache, …).
     """
-    is_kept = not isinstance(layer, (CacheLayerMixin, LinearAttentionLayer))  # of a layer that reads another's keys
+    is_kept = not isinstance(layer, (CacheLayerMixin, LinearAttentionLayer))  # a layer that reads another layer's keys
     if is_kept or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
         return copy.copy(layer)  # an update replaces its tensors by longer ones
     if type(layer) is LinearAttentionLayer:
@@ -140,10 +140,10 @@ def _copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
         return copied
     if type(layer) is not StaticLayer:
         raise ValueError(
-            f"The keys of the text before cannot be read again from a {type(layer).__name__}, as "
-            "thought_schedule='jacobi' does, and a row with latents beside another row's image that is read both "
-            "ways: use full attention with a dynamic or static cache; or thought_schedule='sequential', and a dynamic "
-            "cache or prompts one at a time."
+            f"The keys of the text before cannot be read again from a {type(layer).__name__}. "
+            "thought_schedule='jacobi' needs that, and so do latents in columns of another row's bidirectional "
+            "image: use full attention with a dynamic or static cache; or thought_schedule='sequential', and a "
+            "dynamic cache or prompts one at a time."
         )
     if not layer.is_initialized:  # nothing has been written
         return DynamicLayer()
@@ -154,12 +154,12 @@ def _copied_layer(layer: CacheLayerMixin) -> CacheLayerMixin:
 
 
 class PassCache(Cache):
-    """The cache of one pass over another cache, which stays as it is.
+    """The cache of one pass over another cache, which does not change.
 
-    Gradient checkpointing runs a layer again in the backward pass; a cache that appends would then hold its keys
-    twice. Here every update starts from what was there before the pass, so that a replay sees what the first run saw.
+    Gradient checkpointing runs a layer again in the backward pass; an appending cache would then hold its keys
+    twice. Here every update starts from the state before the pass, so a replay sees what the first run saw.
 
-    follow: makes the cache of all later passes, of copies of this one's layers; None: each is of a single pass too.
+    follow: makes the cache of all later passes from copies of this one's layers; None: a new PassCache per pass.
     """
 
     def __init__(self, before: Cache, follow: Callable[[list[CacheLayerMixin]], Cache] | None = None):
@@ -181,7 +181,7 @@ class PassCache(Cache):
         return keys_and_values
 
     def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
-        if layer_idx is not None:  # the way to states in transformers 5.18
+        if layer_idx is not None:  # access to states in transformers 5.18
             self._reads("any", layer_idx, state_idx)
         return super().has_previous_state(layer_idx, state_idx)
 
@@ -191,49 +191,49 @@ class PassCache(Cache):
 
     def update_recurrent_state(self, recurrent_states, layer_idx: int, state_idx: int = 0, **kwargs):
         states = self.layers[layer_idx].recurrent_states
-        if states[state_idx] is not None:  # which the backward pass needs as it is
+        if states[state_idx] is not None:  # the backward pass needs it unchanged
             states[state_idx] = torch.empty_like(states[state_idx])
         return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
 
     def _reads(self, kind: str, layer_idx: int, state_idx: int | None) -> None:
-        """Put a recurrent layer back to where the pass began if this is a replay, which reads a state again."""
+        """Reset a recurrent layer to the start of the pass in a replay, which reads a state again."""
         if (kind, layer_idx, state_idx) in self.states_read:
             self.layers[layer_idx] = _copied_layer(self.before[layer_idx])
             self.states_read = {key for key in self.states_read if key[1] != layer_idx}
         self.states_read.add((kind, layer_idx, state_idx))
 
     def next_pass(self) -> Cache:
-        """Return the cache of a pass over what this pass has written too."""
+        """Return the cache of the next pass, which also reads what this pass has written."""
         kept = [layer is before for layer, before in zip(self.layers, self.before)]
         if kept and sum(kept) == sum(type(layer) is not LinearAttentionLayer for layer in self.before):
             raise ValueError(
-                "The decoder wrote no keys into its cache, because gradient checkpointing was switched on for the "
+                "The decoder wrote no keys into its cache, because gradient checkpointing was enabled for the "
                 "language model alone: call gradient_checkpointing_enable() on the whole model."
             )
         return PassCache(self) if self.follow is None else self.follow([_copied_layer(layer) for layer in self.layers])
 
 
 class ChosenCache(Cache):
-    """Another kind of cache than the growing one, chosen for a call; it keeps the keys of all columns.
+    """Base class of a cache that replaces the growing one for a call; it keeps the keys of all columns.
 
-    It is made empty, or by its `after(layers)` of the keys and values of these layers. `move(move)` puts `move` of the
-    keys and values (B, H, T, K) of each layer in their place.
+    It is created empty, or by `after(layers)` from the keys and values of these layers. `move(move)` replaces the keys
+    and values (B, H, T, K) of each layer by `move` of them.
     """
 
 
-# Functions of a thinking decoder and the columns before a call's first latent (0 in generation) that return a kind of
-# ChosenCache, or None; the first that returns one is followed. mmcoconut.kernels adds latent attention's.
+# Functions of a thinking decoder and the columns before a call's first latent (0 in generation). Each returns a
+# subclass of ChosenCache or None; the first that returns one is used. mmcoconut.kernels adds latent attention's.
 CHOOSE_CACHE: list[Callable[[object, int], type[ChosenCache] | None]] = []
 
 
 def chosen_cache(decoder, prefix_length: int = 0) -> type[ChosenCache] | None:
-    """Return the kind of cache for a call with so many columns before its first latent; None: a growing one."""
+    """Return the cache class for a call with prefix_length columns before its first latent; None: a growing one."""
     kinds = (choose(decoder, prefix_length) for choose in CHOOSE_CACHE)
     return next((kind for kind in kinds if kind is not None), None) if decoder.sees_all_columns else None
 
 
 class _FixedFlags(dict):
-    """A dictionary whose values stay as they are."""
+    """A dictionary whose values do not change."""
 
     def __setitem__(self, key, value):
         return None
@@ -254,18 +254,18 @@ class _PassCrossCache(EncoderDecoderCache):
 
 
 def next_pass(past_key_values: Cache) -> Cache:
-    """Return the cache of the next pass: the same one, unless it is of a single pass."""
+    """Return the cache of the next pass: the same one, unless it is for a single pass."""
     is_of_one = isinstance(past_key_values, (PassCache, _PassCrossCache))
     return past_key_values.next_pass() if is_of_one else past_key_values
 
 
 def writes_in_place(past_key_values: Cache) -> bool:
-    """Return True for a cache of recurrent layers, which a backward pass would find overwritten by a later pass."""
+    """Return True for a cache of recurrent layers: later passes overwrite states that the backward pass needs."""
     return any(type(layer) is LinearAttentionLayer for layer in text_cache(past_key_values).layers)
 
 
 def throwaway(past_key_values: Cache) -> Cache:
-    """Return a cache for one pass over what past_key_values hold; they do not change, however often it is done."""
+    """Return a cache for one pass over past_key_values, which do not change."""
     if isinstance(past_key_values, _PassCrossCache):
         return past_key_values.next_pass()
     if isinstance(past_key_values, EncoderDecoderCache):
@@ -275,7 +275,7 @@ def throwaway(past_key_values: Cache) -> Cache:
 
 
 def with_cross_attention(past_key_values: Cache, config=None) -> EncoderDecoderCache:
-    """Return the cache with a place for keys of encoder states, which a first pass computes once."""
+    """Return the cache with an added cache for keys of encoder states, which the first pass computes."""
     if isinstance(past_key_values, EncoderDecoderCache):
         return past_key_values
     if isinstance(past_key_values, PassCache):
@@ -284,14 +284,14 @@ def with_cross_attention(past_key_values: Cache, config=None) -> EncoderDecoderC
 
 
 def check_window(keeps_all_keys: bool, window: int | None, num_columns: int) -> None:
-    """Raise where latents that are left out would push columns of a longer sequence out of a sliding window."""
+    """Raise ValueError if left-out latents would push columns of a longer sequence out of a sliding window."""
     if not keeps_all_keys and (window is None or num_columns > window):
         what = (
-            "go into what some layers keep in the place of keys"
+            "enter the state that some layers keep instead of keys"
             if window is None
-            else f"stand in a window of {window}"
+            else f"take up places in a window of {window}"
         )
         raise ValueError(
-            f"Rows leave latents out, whose columns would {what}, and the sequence has {num_columns} columns: take a "
+            f"Rows leave latents out, whose columns would {what}, and the sequence has {num_columns} columns: use a "
             "decoder with full attention, or leave the latents out of the prompt."
         )

@@ -1,7 +1,7 @@
-"""Chats as ids in which user text never becomes a control token, and the options of a processor's call.
+"""Encode chats so that user text never becomes a control token; sort the options of a processor's call.
 
-A chat is rendered with marks around each string in it that is a control token of the tokenizer, which is then encoded
-as text. The marks are code points that stand for no character in Unicode, and are taken out of messages before.
+A chat is rendered with marks around each string that is a control token of the tokenizer; such strings are encoded as
+text. The marks are code points that are no characters in Unicode; they are first removed from messages.
 """
 
 import difflib
@@ -20,16 +20,16 @@ QUOTES, WRITTEN, SAMPLE = ("\ufdd0", "\ufdd1"), ("\ufdd2", "\ufdd3"), "\ufdd4"
 MARKS = re.compile("[\ufdd0-\ufdef]")
 GENERATION = re.compile(r"{%[-+]?\s*generation\s*[-+]?%}")
 ANSWER_LINE = re.compile(rf"^(?:{ANSWER_MARKER}#*\s*)+", re.MULTILINE)  # also GSM8K's four; also written twice
-IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # under these a part of a message holds its image
+IMAGE_KEYS = ("image", "url", "path", "base64", "image_url")  # keys under which a part of a message holds its image
 MARKERS = ("both", "start", "none")
 TEXT_OPTIONS = ("return_tensors", "padding", "max_length", "pad_to_multiple_of", "padding_side", "truncation")
 TEXT_OPTIONS += ("return_mm_token_type_ids", "return_attention_mask")
 CALL_OPTIONS = ("images", "text", "num_latents", "history", "rendered")
-RENDER_OPTIONS = ("add_generation_prompt", "continue_final_message")  # beside the variables of the template
+RENDER_OPTIONS = ("add_generation_prompt", "continue_final_message")  # in addition to the template's variables
 CHAT_ARGUMENTS = ("num_latents", "tokenize", "return_dict", "return_assistant_tokens_mask", "sanitize_control_tokens")
-# What callers of any processor pass as None or False, which is what this one does anyway.
+# Options that generic callers pass as None or False, which matches what this processor does.
 NEUTRAL = ("videos", "audio", "add_special_tokens", "load_audio_from_video", "tools", "documents")
-LARGEST_LENGTH = 10**9  # a tokenizer without a limit says more than this
+LARGEST_LENGTH = 10**9  # a tokenizer without a limit reports more than this
 
 
 class RenderedPrompt(str):
@@ -50,7 +50,7 @@ def user_message(text: str, num_images: int = 0) -> dict:
 
 
 def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: int) -> list[dict]:
-    """Return a chat up to its last question: the images first, each earlier answer as the model writes it."""
+    """Return a chat up to its last question: images first, earlier answers as the model writes them."""
     messages = []
     for asked, answer in history:
         written = [{"type": "text", "text": f"{ANSWER_MARKER} {answer}"}]
@@ -59,7 +59,7 @@ def messages_of(question: str, history: Sequence[tuple[str, str]], num_images: i
 
 
 def conversations_of(conversation) -> tuple[list[list[dict]], list[list], bool]:
-    """Return chats whose images are only places, the images of each, and True if there were several chats."""
+    """Return chats with images replaced by placeholders, each chat's images, and True if there were several chats."""
     is_batch = bool(conversation) and isinstance(conversation[0], (list, tuple))
     chats, images = [], []
     for chat in conversation if is_batch else [conversation]:
@@ -72,7 +72,7 @@ def conversations_of(conversation) -> tuple[list[list[dict]], list[list], bool]:
 
 
 def _without_images(message: dict, images: list) -> dict:
-    """Return a message whose images are only places; append them to `images`."""
+    """Return a message with images replaced by placeholders; append the images to `images`."""
     content = message.get("content") or ""
     if isinstance(content, str):
         return {**message, "content": content}
@@ -90,7 +90,7 @@ def _without_images(message: dict, images: list) -> dict:
 
 
 def control_tokens_of(tokenizer, chat_template: str) -> re.Pattern:
-    """Match what user text may not write: special tokens, and other added tokens that the template writes."""
+    """Return a pattern of what user text may not contain: special tokens, and added tokens of the template."""
     # White space is ordinary text, though some tokenizers add it. The longest come first, for one may begin another.
     added = [token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
     tokens = {token.content for token in added if token.special or token.content in chat_template}
@@ -98,7 +98,7 @@ def control_tokens_of(tokenizer, chat_template: str) -> re.Pattern:
 
 
 def quoted(value, tokens: re.Pattern | None):
-    """Return a value with marks around control tokens, if any, in every string in it, and no other marks."""
+    """Return a value with marks around the control tokens in all its strings, and no other marks."""
     if isinstance(value, str):
         text = MARKS.sub("", value)
         return text if tokens is None else tokens.sub(f"{QUOTES[0]}\\g<0>{QUOTES[1]}", text)
@@ -120,9 +120,9 @@ def _marked(message: dict) -> dict:
 
 
 def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: dict, *, with_spans: bool = False):
-    """Return a chat of `conversations_of` as text and, if wanted, the spans in it that the assistant writes.
+    """Return a chat of `conversations_of` as text and, with_spans, the spans that the assistant writes.
 
-    Those are `{% generation %}`, or in a template without it the messages' texts, each with the end token after it.
+    Spans are `{% generation %}` blocks, or without these the messages' texts, each with its end token.
     """
     options = {**tokenizer.special_tokens_map, **variables, "chat_template": chat_template}
     by_template = with_spans and GENERATION.search(chat_template) is not None
@@ -139,7 +139,7 @@ def render(tokenizer, chat_template: str, messages: Sequence[dict], variables: d
 
 
 def rendered_prompts(tokenizer, chat_template: str, chats: list, variables: dict, *, sanitized: bool) -> list:
-    """Return chats of `conversations_of` as RenderedPrompts; raise ValueError for control tokens if sanitized."""
+    """Return chats of `conversations_of` as RenderedPrompts; if sanitized, control tokens raise ValueError."""
     chats, variables = said = quoted([chats, variables], None)
     if sanitized and quoted(said, control_tokens_of(tokenizer, chat_template)) != said:
         problem = "A message contains the string of a special token, which rendered text cannot tell from a real one"
@@ -148,10 +148,10 @@ def rendered_prompts(tokenizer, chat_template: str, chats: list, variables: dict
 
 
 def is_rendered(text: str, processor, is_question: bool) -> bool:
-    """Return True for a RenderedPrompt, and a plain string that ends as the processor's template begins an answer.
+    """Return True for a RenderedPrompt, or a string that ends as the processor's template begins an answer.
 
-    Such an end has complete thoughts and control tokens. Image tokens alone are rendered too: serving engines measure
-    images so. Another plain string with control tokens, unless it is known to be a question, raises ValueError.
+    Such an end has complete thoughts and control tokens. A string of only image tokens is rendered too: serving
+    engines measure images with it. Raise ValueError for other strings with control tokens, except questions.
     """
     tokenizer, chat_template = processor.tokenizer, processor.chat_template
     found = set(control_tokens_of(tokenizer, chat_template).findall(text))
@@ -169,7 +169,7 @@ def is_rendered(text: str, processor, is_question: bool) -> bool:
 
 
 def _encode_piece(tokenizer, text: str, *, follows: bool, **options) -> tuple[list, list]:
-    """Return the ids of a piece of a chat, and where each begins and ends in it if the options ask for offsets."""
+    """Return the ids of a piece of a chat, and their offsets if the options ask for them."""
     front = "\n" if follows else ""  # SentencePiece adds its space before this, and not before a piece that follows
     encoded = tokenizer(front + text, add_special_tokens=False, **options)
     ids, breaks = encoded["input_ids"], tokenizer(front, add_special_tokens=False)["input_ids"]
@@ -180,7 +180,7 @@ def _encode_piece(tokenizer, text: str, *, follows: bool, **options) -> tuple[li
 
 
 def _encode_quote(tokenizer, token: str, **options) -> tuple[list, list]:
-    """Encode the string of a control token as text; one that is not special is found in text, not in its halves."""
+    """Encode the string of a control token as text; one that is not special is matched whole, not in halves."""
     options |= {"split_special_tokens": True}
     token_id = tokenizer.convert_tokens_to_ids(token)
     ids, spans = _encode_piece(tokenizer, token, **options)
@@ -194,13 +194,13 @@ def _encode_quote(tokenizer, token: str, **options) -> tuple[list, list]:
 
 
 def encode_marked(tokenizer, chat: str, spans: Sequence = (), *, follows: bool = False) -> tuple[list, list]:
-    """Return the ids of a chat of `quoted` messages, or of the end of one, and 1 at those in spans except thoughts."""
+    """Return the ids of a chat of `quoted` messages, or of its end, and 1 at ids in spans except thoughts."""
     ids, mask = [], []
     thought_ids = tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS))
     options = {"split_special_tokens": False, "return_offsets_mapping": bool(spans)}
     for piece in re.finditer(f"[^{''.join(QUOTES)}]+", chat):
         begins, ends = piece.span()
-        # A mark whose partner a template cut off, as by taking only what follows a token, quotes nothing.
+        # A mark whose partner a template cut off (it kept only the text after a token) quotes nothing.
         is_quote = (chat[max(begins - 1, 0) : begins], chat[ends : ends + 1]) == QUOTES
         encode = _encode_quote if is_quote and piece[0] in tokenizer.get_added_vocab() else _encode_piece
         piece_ids, places = encode(tokenizer, piece[0], follows=follows or bool(ids), **options)
@@ -224,7 +224,7 @@ def parse_answer(text: str) -> str:
 
 
 def check_names(names: Iterable[str], what: str, known: Iterable[str], others: Iterable[str] = ()) -> None:
-    """Raise ValueError for a name that is not known, with the nearest one that is; others may be what was meant."""
+    """Raise ValueError for an unknown name, with the nearest known one; others are further suggestions."""
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *others], n=1)
@@ -233,13 +233,13 @@ def check_names(names: Iterable[str], what: str, known: Iterable[str], others: I
 
 
 def check_arguments(cls, kwargs: Iterable[str], *others: str) -> None:
-    """Refuse names that `__init__` of a class does not have, as `check_names` does."""
+    """Raise ValueError for names that are no arguments of a class's `__init__`, as `check_names` does."""
     known = inspect.signature(cls.__init__).parameters.keys() - {"self", "kwargs"}
     check_names(kwargs, f"argument of {cls.__name__}", known, others)
 
 
 def _join(options: dict, others: dict | None, group: str = "") -> dict:
-    """Return options, and others out of a group, without those that ask for nothing; refuse a name in both."""
+    """Return the union of options and a group of others, without no-ops; raise ValueError for a name in both."""
     joined = {**options, **(others or {})}
     if len(joined) < len(options) + len(others or {}):
         name = min(options.keys() & others.keys())
@@ -249,13 +249,13 @@ def _join(options: dict, others: dict | None, group: str = "") -> dict:
 
 
 def _groups_of(image_processor) -> dict[str, set[str]]:
-    """Return the names of options in each group; flat ones may be any of `common_kwargs`."""
+    """Return the option names of each group; flat options may be any of `common_kwargs`."""
     text, images = set(TEXT_OPTIONS), {*image_processor.valid_kwargs.__annotations__, "return_tensors"}
     return {"text_kwargs": text, "images_kwargs": images, "common_kwargs": text | images}
 
 
 def split_options(kwargs: dict, image_processor) -> tuple[dict, dict]:
-    """Return options of the text and of the image processor: flat ones, then those in groups, last `common_kwargs`."""
+    """Return text options and image options: flat ones first, then those in groups, then `common_kwargs`."""
     groups, what = _groups_of(image_processor), "option of the processor"
     options = _join({}, {name: value for name, value in kwargs.items() if name not in groups})
     check_names(options, what, groups["common_kwargs"], CALL_OPTIONS)
@@ -268,7 +268,7 @@ def split_options(kwargs: dict, image_processor) -> tuple[dict, dict]:
 
 
 def split_chat_options(kwargs: dict, template: str, image_processor) -> tuple[dict, dict]:
-    """Return variables of a template, and options of a call, out of what `apply_chat_template` is given."""
+    """Split the arguments of `apply_chat_template` into template variables and options of a call."""
     options = kwargs.pop("processor_kwargs", None) or {}
     groups, given = _groups_of(image_processor), _join(kwargs, options, "processor_kwargs")
     called = {*groups, *groups["common_kwargs"], *options, "num_latents"}
@@ -279,7 +279,7 @@ def split_chat_options(kwargs: dict, template: str, image_processor) -> tuple[di
 
 
 def padding_options(given: dict, tokenizer, *, num_rows: int, longest: int) -> dict:
-    """Return options for padding rows of so many tokens at most, with the tokenizer's own; refuse to cut a row."""
+    """Return padding options for rows of at most `longest` tokens, with the tokenizer's defaults; never truncate."""
     made_with = {name: tokenizer.init_kwargs.get(name) for name in ("padding", "max_length", "pad_to_multiple_of")}
     options = {name: value for name, value in made_with.items() if value is not None} | given
     multiple, side = options.get("pad_to_multiple_of"), options.get("padding_side")

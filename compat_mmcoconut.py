@@ -1,7 +1,7 @@
-"""Every name of transformers and torch that moved between supported releases, or that has no public spelling.
+"""Names of transformers and torch that moved between supported releases, or have no public equivalent.
 
 A checkpoint runs on whatever release its reader has installed. The rest of the files that ship with it use names that
-are public and the same from transformers 5.18 on; what is not stands here, each with its reason. tests/test_compat.py
+are public and unchanged since transformers 5.18; the exceptions are here, each with its reason. tests/test_compat.py
 fails by name when one of them moves.
 """
 
@@ -38,7 +38,7 @@ OVERRIDDEN_METHODS = {
     # Between choosing a cache's kind and size and the first forward pass, `generate` calls nothing public.
     "_prepare_cache_for_generation": "a prefix is copied in where the kind and size of the cache are known",
 }
-# What a model class tells PreTrainedModel about itself; they are documented, and the underscore is part of the names.
+# Class attributes that PreTrainedModel reads; they are documented, and the underscore is part of the names.
 CLASS_ATTRIBUTES = (
     "_tied_weights_keys",
     "_skip_keys_device_placement",
@@ -49,7 +49,7 @@ CLASS_ATTRIBUTES += ("_supports_flash_attn", "_supports_sdpa", "_supports_flex_a
 
 
 def rename_cache(kwargs: dict, name: str = CACHE) -> dict:
-    """Put a cache that stands under either name in kwargs under `name`; change kwargs in place and return them.
+    """Move a cache under either name in kwargs to `name`; change kwargs in place and return them.
 
     Raises:
         ValueError: caches under both names.
@@ -64,7 +64,7 @@ def rename_cache(kwargs: dict, name: str = CACHE) -> dict:
 
 
 def takes_cache_by_either_name(function):
-    """Let a function with the parameter `past_key_values` take it as `cache` too; show transformers' name for it."""
+    """Let a function with the parameter `past_key_values` also take it as `cache`; show transformers' name."""
 
     @wraps(function)
     def call(*args, **kwargs):
@@ -82,7 +82,7 @@ def takes_cache_by_either_name(function):
 
 
 def takes_arguments_of(base_forward):
-    """Let a forward that hands its kwargs on to base_forward show all arguments of both in its signature."""
+    """Show the arguments of both in the signature of a forward that passes its kwargs to base_forward."""
 
     def decorate(function):
         @wraps(function)
@@ -105,16 +105,16 @@ def takes_arguments_of(base_forward):
 
 
 class CacheByEitherName:
-    """For outputs: reads the cache under both names, of which the dataclass has one as a field."""
+    """Mixin for outputs: read the cache under both names; the dataclass has one as a field."""
 
 
 setattr(CacheByEitherName, OTHER_CACHE_NAME, property(lambda self: self.get(CACHE)))
 
 
 def hidden_states_to_return(layers: int | list[int], wanted: bool | int | list[int] | None = None):
-    """Return what a tower's `output_hidden_states` must be where some layers are read, and others wanted beside them.
+    """Return the `output_hidden_states` that a tower needs to return the layers read and the other wanted ones.
 
-    From transformers 5.23 on a tower returns the named ones alone, before that all or none.
+    From transformers 5.23 on, a tower returns only the named layers; before, all or none.
     """
     if RELEASE < (5, 23) or wanted is True:
         return True
@@ -134,7 +134,7 @@ def takes_no_thoughts(num_columns: int) -> bool:
 
 @contextmanager
 def not_checkpointed(layers: list[GradientCheckpointingLayer]):
-    """Inside, these layers keep their activations."""
+    """Let these layers keep their activations inside this context."""
     before = [layer.gradient_checkpointing for layer in layers]
     for layer in layers:
         layer.gradient_checkpointing = False
@@ -172,13 +172,13 @@ def slice_columns(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tenso
 
 @cache
 def in_front(mixin: type, own_class: type) -> type:
-    """Return a class with the mixin in front of another class, under whose name transformers goes on to know it."""
+    """Return a class with the mixin in front of own_class, under own_class's name, by which transformers knows it."""
     body = {name: getattr(own_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(own_class.__name__, (mixin, own_class), {**body, "mixed_of": (mixin, own_class)})
 
 
 class PutInFront:
-    """A mixin that `in_front` makes classes with."""
+    """Base class of the mixins that `in_front` makes classes with."""
 
     def __reduce_ex__(self, protocol):
         """Pickle by the two classes, as the made one cannot be found by its name."""
@@ -193,7 +193,7 @@ def _new_instance(mixin: type, own_class: type):
 
 
 def is_sharded(decoder: nn.Module) -> bool:
-    """Return True if FSDP2 gathers the decoder's weights at every pass: all processes must make as many passes."""
+    """Return True if FSDP2 shards the decoder: all processes must then run the same number of passes."""
     if not (dist.is_available() and dist.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule  # not in a build of torch without torch.distributed
@@ -202,7 +202,7 @@ def is_sharded(decoder: nn.Module) -> bool:
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the tensor itself, or the whole of one that FSDP2 has cut into shards; every process must call this."""
+    """Return the full tensor, gathered if FSDP2 has sharded it; every process must call this."""
     if not dist.is_available():
         return tensor
     from torch.distributed.tensor import DTensor  # not in a build of torch without torch.distributed
@@ -211,10 +211,10 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def agreed_columns(columns: list[int], num_columns: int, device: torch.device) -> list[int]:
-    """Return the columns, and as many more as the process with the most passes needs; every process must call this.
+    """Return the columns, padded to the number of passes of the process with most; every process must call this.
 
-    At an additional column no row has a latent, so the sequence is only cut there: the same keys and values in two
-    passes. They come first, where a pass has the fewest keys to attend to.
+    No row has a latent at an added column, so the sequence is only split there: the same keys and values in two
+    passes. The added columns come first, where a pass has the fewest keys to attend to.
 
     Raises:
         ValueError: in every process, if one of them has fewer columns than another has passes.
@@ -225,8 +225,8 @@ def agreed_columns(columns: list[int], num_columns: int, device: torch.device) -
     most_passes, least_columns = most[0].item(), -most[1].item()
     if most_passes > least_columns:
         raise ValueError(
-            f"With FSDP every process runs the decoder {most_passes} times in this step, as one of them has so many "
-            f"latents, but the sequence of another has {least_columns} columns to be cut into: batch rows of similar "
+            f"With FSDP every process runs the decoder {most_passes} times in this step, the most that any process "
+            f"needs, but the sequence of one has only {least_columns} columns to split at: batch rows of similar "
             "lengths, or use fewer latents."
         )
     free = [column for column in range(1, num_columns) if column not in columns]

@@ -1,4 +1,4 @@
-"""What a model's weights are: which vision tower and language model, how they meet, and how thoughts are fed back."""
+"""Configuration: which vision tower and language model, how they are fused, and how thoughts are fed back."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
@@ -28,14 +28,14 @@ CHOICES = {
     "answer_sees": ("all", "no_image", "thoughts"),
 }
 TOKEN_ID_FIELDS = ("image_token_id", "latent_token_id", "start_latent_token_id", "end_latent_token_id")
-# What a vision-language model's own configuration is given beside its own fields, and the defaults.
+# Fields added to a vision-language model's own configuration, and their defaults.
 THOUGHT_FIELDS = {**dict.fromkeys(TOKEN_ID_FIELDS[1:]), "thought_mode": "feedback", "thought_norm": "none"}
 THOUGHT_FIELDS |= {"thought_schedule": "sequential", "jacobi_iterations": None, "stop_head": False}
-LATER_FIELDS = {"answer_sees": "all"}  # which checkpoints of earlier versions lack, and what they then mean
+LATER_FIELDS = {"answer_sees": "all"}  # missing in checkpoints of earlier versions, and their meaning there
 THOUGHT_FIELDS |= LATER_FIELDS
-# Image features are read beside the text, not in it: one placeholder says which row an image belongs to.
+# Image features are read by cross-attention: one placeholder says which row an image belongs to.
 READ_BY_CROSS_ATTENTION = ("cross_attention", "encoder")
-# They make a fixed number of visual tokens, and one vector an image that can be aligned with text.
+# They make a fixed number of visual tokens, and one vector per image that can be aligned with text.
 PREFIX_PROJECTORS = ("pooled_prefix", "attention_prefix")
 DECODER_CLASSES = ("AutoModelForCausalLM", "modeling_mmcoconut.MMCoconutForConditionalGeneration")
 SEQ2SEQ_CLASSES = ("AutoModelForSeq2SeqLM", "seq2seq_mmcoconut.MMCoconutForSeq2SeqLM")
@@ -49,34 +49,34 @@ class MMCoconutConfig(PreTrainedConfig):
         vision_config (`dict | PreTrainedConfig`): a vision tower of `AutoModel` with hidden states (I, patches, W).
         text_config (`dict | PreTrainedConfig`): a language model of `AutoModel` that takes `inputs_embeds`.
         image_fusion (`str`): features `replace` the embeddings of `<image>`, `add` to them, are read by
-            `cross_attention`, or join the states of an `encoder` that are read so (MMCoconutForSeq2SeqLM).
+            `cross_attention`, or join the states of an `encoder` for cross-attention (MMCoconutForSeq2SeqLM).
         projector_type (`str`): from tower to decoder: `linear`; `mlp`; `transformer`, a linear and an encoder layer;
             `pixel_shuffle`, an `mlp` of joined neighbours; `pooled_prefix`, tokens out of the image's one pooled
             vector; `attention_prefix`, learnt queries that attend to all patches.
         projector_hidden_act (`str`), projector_bias (`bool`): of the `mlp` and `pixel_shuffle` projectors.
         projector_num_heads (`int`): attention heads of the `transformer` and `attention_prefix` projectors.
-        num_visual_tokens (`int`): visual tokens that a `_prefix` projector makes of an image.
+        num_visual_tokens (`int`): visual tokens per image from a `_prefix` projector.
         image_pooling (`str`): the pooled vector of a `_prefix` projector: `mean` of the patches or the `cls` token.
-        alignment_adapter (`bool`): whether that vector goes through a linear layer before it is compared with text.
+        alignment_adapter (`bool`): whether a linear layer maps that vector before it is compared with text.
         downsample_ratio (`float`): side of the grid after `pixel_shuffle` over the side before it: 0.5 joins 2 × 2.
         vision_feature_layer (`int | list[int]`): hidden states of the tower to read; several are joined in width.
-        vision_last_norm (`bool`): whether layer -1 is read behind the tower's last norm or, as in LLaVA, before it.
+        vision_last_norm (`bool`): whether layer -1 is read after the tower's last norm or, as in LLaVA, before it.
         vision_feature_select_strategy (`str`): `default` leaves out the first (class) token, `full` keeps all.
-        image_size (`int`): side of pictures or tiles; not the tower's own only where it interpolates its positions.
-        image_seq_length (`int`): placeholders of one: one per feature, or 1 for what is read by cross-attention.
+        image_size (`int`): side of pictures or tiles; differs from the tower's own only if it interpolates positions.
+        image_seq_length (`int`): placeholders per picture or tile: one per feature, or 1 for cross-attention.
         image_token_id, latent_token_id, start_latent_token_id, end_latent_token_id (`int`): of the tokenizer.
-        thought_mode (`str`): `feedback` feeds the last state back as the next latent's embedding, `pause` nothing.
+        thought_mode (`str`): `feedback` feeds the last state back as the next latent's embedding; `pause` does not.
         thought_norm (`str`): on a state that is fed back: `none` (the paper); `embedding`, scaled to the mean norm of
             the token embeddings; `projection`, a trained MLP and LayerNorm.
-        thought_schedule (`str`): thoughts one after the other, `sequential`, or all together some times, `jacobi`.
-        jacobi_iterations (`int`): how often, only with `jacobi`; as many as there are thoughts equal `sequential`.
-        answer_sees (`str`): what columns behind a row's last latent attend to: `all` before them; `no_image`, all but
-            image features; `thoughts`, of what stands before that latent only latents. Read at each call.
-        stop_head (`bool`): whether a head reads from the state before a latent if a row should stop thinking.
+        thought_schedule (`str`): `sequential`, or `jacobi`, which updates all thoughts together several times.
+        jacobi_iterations (`int`): number of updates, only with `jacobi`; as many as thoughts equals `sequential`.
+        answer_sees (`str`): what columns after a row's last latent attend to: `all` earlier columns; `no_image`, all
+            but image features; `thoughts`, only latents of the columns up to that latent. Read at each call.
+        stop_head (`bool`): whether a head predicts, from the state before a latent, if a row should stop thinking.
         initializer_range (`float`): standard deviation of new linear layers of the projector and the thoughts.
-        mmcoconut_version (`str`): version that wrote the checkpoint; a newer one than this code's is warned of.
+        mmcoconut_version (`str`): version that wrote the checkpoint; warns if it is newer than this code.
 
-    A value outside its choices, or a combination that cannot work, raises ValueError that says what to change.
+    Raises ValueError for a value outside its choices, or a combination that cannot work.
     """
 
     model_type = "mmcoconut"
@@ -138,12 +138,12 @@ class MMCoconutConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
 
     def get_text_config(self, decoder=None, encoder=None):
-        """Return the language model's configuration; of an encoder-decoder the side that is asked for."""
+        """Return the language model's configuration; for an encoder-decoder, the requested side."""
         return self.text_config.get_text_config(decoder=decoder, encoder=encoder)
 
 
 def _warn_of_newer(version: str) -> None:
-    """Warn of a checkpoint written by newer code, which may have meant something else by a field."""
+    """Warn about a checkpoint written by newer code, in which a field may have another meaning."""
     written, known = (tuple(map(int, each.split("."))) for each in (version, VERSION))
     if written > known:
         remedy = "update this code, or load with trust_remote_code=True where mmcoconut is not imported"
@@ -151,22 +151,22 @@ def _warn_of_newer(version: str) -> None:
 
 
 def _as_config(values: dict | PreTrainedConfig | None, model_type: str) -> PreTrainedConfig:
-    """Return the configuration of one part from itself, from its values, or the default of a model type."""
+    """Return the configuration of one part: itself, made from its values, or the default of a model type."""
     is_made = isinstance(values, PreTrainedConfig)
     return values if is_made else AutoConfig.for_model(**{"model_type": model_type, **(values or {})})
 
 
 def settle_decoder(text_config, image_fusion: str) -> None:
-    """Set in a language model's configuration what a fusion makes of it: all but `encoder` use only its decoder."""
+    """Adapt a language model's configuration to a fusion: all but `encoder` use only its decoder."""
     if image_fusion == "cross_attention":
         text_config.add_cross_attention = True
     if image_fusion != "encoder" and getattr(text_config, "decoder_layers", None) is not None:
-        text_config.num_hidden_layers = text_config.decoder_layers  # by the encoder's name, as caches ask for it
+        text_config.num_hidden_layers = text_config.decoder_layers  # under the encoder's name, which caches read
         text_config.num_attention_heads = text_config.decoder_attention_heads
 
 
 def num_patches_of(vision_config, select_strategy: str) -> int | None:
-    """Return the patches of a square image, and the class token where it is kept; None where they cannot be told."""
+    """Return the number of patches of a square image, plus a kept class token; None if unknown."""
     image_size, patch_size = getattr(vision_config, "image_size", None), getattr(vision_config, "patch_size", None)
     if not (isinstance(image_size, int) and isinstance(patch_size, int)):
         return None
@@ -182,23 +182,23 @@ def shuffle_factor(downsample_ratio: float) -> int:
 
 
 def num_placeholders(config, num_patches: int) -> int:
-    """Return the placeholders of a picture: one a feature, or one for all that are not read in the text."""
+    """Return the number of placeholders per picture: one per feature, or 1 if cross-attention reads them."""
     if config.projector_type in PREFIX_PROJECTORS:
         num_patches = config.num_visual_tokens
     if config.projector_type == "pixel_shuffle":
         side, factor = round(num_patches**0.5), shuffle_factor(config.downsample_ratio)
         if side**2 != num_patches or side % factor:
-            problem = f"joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no square"
+            problem = f"joins {factor} × {factor} of the {num_patches} tokens of a picture, which are no square grid"
             remedy = "set another image_size, downsample_ratio or vision_feature_select_strategy"
-            raise ValueError(f"pixel_shuffle {problem} of such: {remedy}.")
+            raise ValueError(f"pixel_shuffle {problem} of such blocks: {remedy}.")
         num_patches = (side // factor) ** 2
     return 1 if config.image_fusion in READ_BY_CROSS_ATTENTION else num_patches
 
 
 def check_thought_fields(config) -> None:
-    """Refuse a vision-language model's configuration without THOUGHT_FIELDS, or with values that cannot work.
+    """Raise ValueError for a vision-language model's configuration without valid THOUGHT_FIELDS.
 
-    Of LATER_FIELDS it is given the defaults.
+    Missing LATER_FIELDS get their defaults.
     """
     for name, default in LATER_FIELDS.items():
         if not hasattr(config, name):
@@ -210,11 +210,11 @@ def check_thought_fields(config) -> None:
         raise ValueError(f"{lacks}: give the model thoughts with mmcoconut.build.from_vlm.")
     _warn_of_newer(getattr(config, "mmcoconut_version", VERSION))
     check_thought_values(config)
-    _check_token_ids(config, TOKEN_ID_FIELDS[1:])  # Llama 3.2's image token has a row of its own, behind the others
+    _check_token_ids(config, TOKEN_ID_FIELDS[1:])  # Llama 3.2's image token has its own row after the vocabulary
 
 
 def check_thought_values(config) -> None:
-    """Refuse unknown values of THOUGHT_FIELDS, and those that do not go together; token ids are not looked at."""
+    """Raise ValueError for unknown or incompatible values of THOUGHT_FIELDS; token ids are not checked."""
     _check_choices(config, CHOICES.keys() & THOUGHT_FIELDS.keys())
     check_schedule(config)
 
@@ -227,33 +227,33 @@ def _check_choices(config, fields=CHOICES):
 
 
 def check_schedule(config):
-    """Refuse iterations without the jacobi schedule; a schedule or a stop head without thoughts that are fed back."""
+    """Raise ValueError for iterations without jacobi, or for jacobi or a stop head without fed-back thoughts."""
     schedule, iterations, mode = config.thought_schedule, config.jacobi_iterations, config.thought_mode
     if config.stop_head and (schedule == "jacobi" or mode == "pause"):
         given = f"thought_schedule={schedule!r} with thought_mode={mode!r}"
         raise ValueError(f"stop_head=True, but {given}: set 'sequential' and 'feedback', or stop_head=False.")
     if schedule != "jacobi" and iterations is not None:
-        raise ValueError(f"jacobi_iterations={iterations} means nothing with thought_schedule={schedule!r}: set None.")
+        raise ValueError(f"jacobi_iterations={iterations} is unused with thought_schedule={schedule!r}: set None.")
     if schedule == "jacobi" and (iterations is None or iterations < 1):
         raise ValueError(f"jacobi_iterations={iterations} with thought_schedule='jacobi': iterate at least 1 time.")
     if schedule == "jacobi" and mode == "pause":
-        raise ValueError("thought_mode='pause' feeds none back, so thought_schedule='jacobi' is idle: set 'feedback'.")
+        raise ValueError("thought_mode='pause' feeds nothing back, so 'jacobi' has no effect: set 'feedback'.")
 
 
 def _check_token_ids(config, inside=TOKEN_ID_FIELDS):
-    """Refuse ids that are equal, or those of fields `inside` that are outside the decoder's vocabulary."""
+    """Raise ValueError for equal ids, or ids of fields `inside` that are outside the decoder's vocabulary."""
     vocab_size, fields = config.get_text_config().vocab_size, {}
     ids = {field: getattr(config, field) for field in TOKEN_ID_FIELDS if getattr(config, field) is not None}
     for field, token_id in ids.items():
         if field in inside and not 0 <= token_id < vocab_size:
-            raise ValueError(f"{field}={token_id} lies outside text_config.vocab_size={vocab_size}: resize either.")
+            raise ValueError(f"{field}={token_id} is outside text_config.vocab_size={vocab_size}: change either.")
         if token_id in fields:
-            raise ValueError(f"{field} and {fields[token_id]} are both {token_id}: give each an id of its own.")
+            raise ValueError(f"{field} and {fields[token_id]} are both {token_id}: give each a different id.")
         fields[token_id] = field
 
 
 def _check_projector(config):
-    """Refuse layers that the tower lacks, and what the type of projector cannot work with."""
+    """Raise ValueError for layers that the tower lacks, or settings that the projector cannot use."""
     width, heads = config.text_config.hidden_size, config.projector_num_heads
     if config.projector_type in ("transformer", "attention_prefix") and (heads < 1 or width % heads):
         raise ValueError(f"projector_num_heads={heads} does not divide text_config.hidden_size={width}: set a factor.")

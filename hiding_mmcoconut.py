@@ -1,14 +1,14 @@
-"""What the answer may see: columns before a row's last latent that the columns behind it do not attend to.
+"""Restrict what the answer attends to: hide columns before a row's last latent from the columns after it.
 
     <image> q q <start> L L <end> a a        all         the answer sees every column before it
-       ·    q q <start> L L <end> a a        no_image    … but the image
-       ·    · ·    ·    L L <end> a a        thoughts    … but everything that is not a latent
+       ·    q q <start> L L <end> a a        no_image    … except the image
+       ·    · ·    ·    L L <end> a a        thoughts    … except everything that is not a latent
 
-The latents themselves, and what stands between and before them, see everything. Positions stay what they are. So a row
-gives what it would give if the hidden columns were taken out of the key-value cache behind its last latent.
+The latents, and the columns between and before them, see everything. Positions do not change. The output equals that
+of removing the hidden columns from the key-value cache after the row's last latent.
 
-What a decoder reads by cross-attention is hidden too: image features among encoder states by their mask; where nothing
-would be left, the decoder runs without encoder states.
+Inputs of cross-attention are hidden too: image features among encoder states by their mask; if nothing would be left,
+the decoder runs without encoder states.
 
 Shapes: B batch, T tokens of a call, t of a piece, E encoder states, H heads.
 """
@@ -23,17 +23,17 @@ from transformers.cache_utils import DynamicCache, LinearAttentionLayer
 from .compat_mmcoconut import CACHE
 
 
-TOKEN, IMAGE, LATENT = range(3)  # what stands in a column
+TOKEN, IMAGE, LATENT = range(3)  # kinds of columns
 ENCODER_INPUTS = ("encoder_hidden_states", "encoder_attention_mask")
 
 
 @dataclass
 class Hiding:
-    """Hold what the columns behind a row's last latent do not attend to.
+    """The columns that those after a row's last latent do not attend to.
 
     answer_sees: `no_image` or `thoughts`. kinds (B, past + T): TOKEN, IMAGE or LATENT in each column.
-    beside (B, E): which encoder states are of images; None: all of them. reads_nothing: whether all rows are behind
-    their last latent, and nothing is left for them to read by cross-attention.
+    beside (B, E): True at encoder states of images; None: all of them. reads_nothing: True if all rows are past their
+    last latent, and nothing is left for them to read by cross-attention.
     """
 
     answer_sees: str
@@ -43,12 +43,12 @@ class Hiding:
 
     @classmethod
     def of_call(cls, answer_sees: str, latents, left_out, image_mask, beside, known, past_length: int) -> "Hiding":
-        """Return what a call hides, with latents and images (B, T), over a cache of past_length columns.
+        """Return the Hiding of a call with latents and images (B, T), over a cache of past_length columns.
 
-        left_out (B, T): latents at which nothing is read. known: the Hiding that was kept in the cache, or None.
+        left_out (B, T): latents that read nothing. known: the Hiding kept in the cache, or None.
 
         Raises:
-            ValueError: text between the latents of a row; a cache that was filled without taking note of its columns.
+            ValueError: text between the latents of a row; a cache whose columns were not recorded.
         """
         check_one_turn(latents, left_out, answer_sees)
         kinds = latents.byte() * LATENT
@@ -56,13 +56,13 @@ class Hiding:
             kinds = kinds.masked_fill(image_mask, IMAGE)
         if past_length and known is None:
             raise ValueError(
-                f"past_key_values hold {past_length} columns of which nobody noted where images and thoughts stand, "
-                f"and answer_sees={answer_sees!r} has to hide some: fill the cache by this model with the same "
+                f"past_key_values hold {past_length} columns, and no record of which are images and thoughts, but "
+                f"answer_sees={answer_sees!r} has to hide some: fill the cache by this model with the same "
                 "answer_sees, or set answer_sees='all'."
             )
         if past_length:
             before = known.kinds[:, :past_length]
-            steps = kinds.new_full((len(kinds), past_length - before.shape[1]), TOKEN)  # that noted nothing
+            steps = kinds.new_full((len(kinds), past_length - before.shape[1]), TOKEN)  # decoding steps record nothing
             kinds = torch.cat([before, steps, kinds], dim=1)
         return cls(answer_sees, kinds, beside if known is None or beside is not None else known.beside)
 
@@ -74,13 +74,13 @@ class Hiding:
 
     @property
     def hidden(self) -> torch.Tensor:
-        """Return the columns (B, past + T) that are hidden behind the last latent."""
+        """Return the columns (B, past + T) that are hidden after the last latent."""
         columns = torch.arange(self.kinds.shape[1], device=self.kinds.device)
         may_hide = self.kinds == IMAGE if self.answer_sees == "no_image" else self.kinds != LATENT
         return may_hide & (columns < self.last[:, None])
 
     def hidden_to(self, length: int) -> torch.Tensor:
-        """Return the hidden columns of the first so many, (B, length), of which the last may not be known yet."""
+        """Return the hidden ones of the first `length` columns, (B, length); the last may not be recorded yet."""
         return nn.functional.pad(self.hidden, (0, max(0, length - self.kinds.shape[1])))[:, :length]
 
     @property
@@ -88,19 +88,19 @@ class Hiding:
         return self.answer_sees == "thoughts" or self.beside is None
 
     def is_behind(self, start: int, end: int) -> torch.Tensor:
-        """Return which of columns start … end - 1, counted with those of the past, are behind: (B, end - start)."""
+        """Return (B, end - start), True where a column start … end - 1, past included, follows the last latent."""
         columns, last = torch.arange(start, end, device=self.kinds.device), self.last[:, None]
         return (last >= 0) & (columns > last)
 
     def cuts(self, num_columns: int, reads_beside: bool) -> torch.Tensor:
-        """Return which of the last num_columns columns, (B, T), follow a row's last latent and begin to see less."""
+        """Return (B, T), True in those of the last num_columns columns where a row begins to see less."""
         past_length = self.kinds.shape[1] - num_columns
         behind = self.is_behind(past_length, past_length + num_columns)  # (B, T)
         begins = behind & ~nn.functional.pad(behind, (1, -1), value=True)  # not in the first, where a pass begins
         return begins if reads_beside else begins & self.hidden.any(dim=1, keepdim=True)
 
     def mask_of(self, attention_mask: torch.Tensor | None, start: int, end: int) -> torch.Tensor:
-        """Return the mask (B, end) of a pass over columns start … end - 1, of which a row has all behind, or none.
+        """Return the mask (B, end) of a pass over columns start … end - 1, all after a row's last latent or none.
 
         attention_mask (B, end) or longer; None: of ones.
         """
@@ -124,10 +124,10 @@ class Hiding:
         return mask.expand(len(hidden), -1, -1, -1).masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def encoder_inputs(self, inputs: dict, start: int) -> dict:
-        """Return what replaces a call's encoder states and mask in a pass from column start on.
+        """Return the replacement of a call's encoder states and mask in a pass from column start on.
 
         Raises:
-            ValueError: rows of which only some are behind, where nothing would be left for them to read.
+            ValueError: only some rows are past their last latent, and these would have nothing left to read.
         """
         states, mask = (inputs.get(name) for name in ENCODER_INPUTS)  # (B, E, D), (B, E)
         if states is None:
@@ -138,33 +138,33 @@ class Hiding:
                 return {}
             if not behind.all():
                 raise ValueError(
-                    f"answer_sees={self.answer_sees!r} leaves nothing to read by cross-attention behind a row's last "
-                    "latent, and a pass reads it for all rows or for none: batch rows whose last latents stand in the "
-                    "same column, or pass them one at a time."
+                    f"answer_sees={self.answer_sees!r} leaves nothing to read by cross-attention after a row's last "
+                    "latent, but a pass uses cross-attention for all rows or none: batch rows whose last latents are "
+                    "in the same column, or pass one row at a time."
                 )
             return dict.fromkeys(ENCODER_INPUTS)
         mask = torch.ones_like(self.beside, dtype=torch.long) if mask is None else mask
         return {"encoder_attention_mask": mask.masked_fill(self.beside & behind, 0)}
 
     def noted(self, reads_beside: bool) -> "Hiding":
-        """Return what a cache keeps of it for later calls."""
+        """Return the part that a cache keeps for later calls."""
         end = self.kinds.shape[1]
         nothing = reads_beside and self.hides_all_beside and bool(self.is_behind(end, end + 1).all())
         return replace(self, reads_nothing=nothing)
 
     def cropped(self, length: int) -> "Hiding":
-        """Return what a cache that was cut to so many columns keeps."""
+        """Return the Hiding of a cache that was cropped to `length` columns."""
         return replace(self, kinds=self.kinds[:, :length])
 
     def of_rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> "Hiding":
-        """Return what a cache of other rows, `pick` of each tensor's, keeps."""
+        """Return the Hiding of a cache with other rows; `pick` selects them from each tensor."""
         return replace(self, kinds=pick(self.kinds), beside=None if self.beside is None else pick(self.beside))
 
 
 def hidden_in_step(inputs: dict, hiding: Hiding | None) -> dict:
-    """Return the arguments of a decoder's step without thoughts, over a cache that keeps this.
+    """Return the arguments of a decoding step without thoughts, over a cache with this Hiding.
 
-    A mask that was made for a single pass, 4-D, stays as it is: it was made of one that hides.
+    A mask prepared for a single pass (4-D) does not change: it was made from a mask that hides.
     """
     if hiding is None:
         return inputs
@@ -183,23 +183,23 @@ def hidden_in_step(inputs: dict, hiding: Hiding | None) -> dict:
 
 
 def check_one_turn(latents: torch.Tensor, left_out: torch.Tensor, answer_sees: str) -> None:
-    """Raise for text between the latents (B, T) of a row; left_out (B, T) are others, at which nothing is read."""
+    """Raise ValueError for text between a row's latents (B, T); left_out (B, T): latents that read nothing."""
     ahead, before = latents.flip(1).cumsum(1).flip(1) > 0, latents.cumsum(1) > 0  # (B, T)
     several = (ahead & before & ~latents & ~left_out).any(dim=1)  # (B,)
     if several.any():
         raise ValueError(
             f"Row {several.nonzero()[0].item()} of the batch has text between its latents, and with "
-            f"answer_sees={answer_sees!r} only what stands behind a row's last latent sees less, which an answer "
-            "between them does not: pass one turn a call over past_key_values, or set answer_sees='all'."
+            f"answer_sees={answer_sees!r} only columns after a row's last latent see less, so an answer between "
+            "latents would see everything: pass one turn per call over past_key_values, or set answer_sees='all'."
         )
 
 
 def check_can_hide(decoder: nn.Module, answer_sees: str) -> None:
-    """Raise for a decoder that carries what it read past its attention mask, or reads more than places off it."""
+    """Raise ValueError for a decoder whose attention mask cannot hide columns, or means more than visibility."""
     layers = DynamicCache(config=decoder.config).layers
     reasons = {
         "its recurrent layers keep what they read": any(isinstance(one, LinearAttentionLayer) for one in layers),
-        "it reads its images in layers of their own": "cross_attention_states" in decoder.own_arguments,
+        "it reads its images in separate cross-attention layers": "cross_attention_states" in decoder.own_arguments,
         "it counts distances by its attention mask (ALiBi)": hasattr(decoder, "build_alibi_tensor")
         or bool(getattr(decoder.config, "alibi", False)),
     }
@@ -207,10 +207,10 @@ def check_can_hide(decoder: nn.Module, answer_sees: str) -> None:
     if reason is not None:
         raise ValueError(
             f"answer_sees={answer_sees!r} cannot hide columns from a {type(decoder).__name__}, as {reason}: set "
-            "answer_sees='all', or take another language model."
+            "answer_sees='all', or use another language model."
         )
 
 
 def numbers_by_mask(decoder: nn.Module) -> bool:
-    """Return True for a decoder that counts positions by its attention mask where it is given none (OPT)."""
+    """Return True for a decoder that counts positions by its attention mask by default (OPT)."""
     return hasattr(decoder, "embed_positions") and not decoder.counts_columns

@@ -21,9 +21,9 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from transformers.image_utils import is_valid_image
 
 
-# Where Pillow starts to warn of a decompression bomb; a program that lifts Pillow's limit does not lift this one.
+# Pillow's limit for decompression bombs; a program that lifts Pillow's limit does not lift this one.
 MAX_IMAGE_PIXELS = 89_478_485
-# Only these are tried: other formats of Pillow run programs (EPS) or are never photographs.
+# Only these formats are tried: Pillow's others run programs (EPS) or are never photographs.
 READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 REMEDY = "replace the image"
 KINDS = "a path, a URL (http://, https://, data:), base64 text of a file, a PIL image, an array or a tensor"
@@ -32,7 +32,7 @@ LONGEST_TEXT_SHOWN = 500  # characters; longer text is base64 and not a path
 TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # What Pillow's decoders raise on damaged bytes.
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
-REASONS = (  # the first whose errors match
+REASONS = (  # the first match is used
     (TOO_LARGE, "{error} Over the limit of {limit} pixels: make the picture smaller, or "),
     (UnidentifiedImageError, f"is not a picture in any of the formats {', '.join(READABLE_FORMATS)}; "),
     (FileNotFoundError, "there is no such file; "),
@@ -62,7 +62,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
     if values.min() < 0 or values.max() > 0xFFFF:
         raise ValueError(f"mode {image.mode} with values from {values.min()} to {values.max()}, not 0 to {0xFFFF}")
     shades = (values >> 8).astype(np.uint8)
-    if "transparency" in image.info:  # the one value that a PNG declares transparent
+    if "transparency" in image.info:  # the value that a PNG declares transparent
         shades[values == image.info["transparency"]] = 0xFF
     return Image.fromarray(shades)
 
@@ -87,7 +87,7 @@ def open_file(path: str | os.PathLike, where: str, remedy: str = REMEDY) -> Bina
 
 
 def decode_image(source: BinaryIO, where: str, remedy: str = REMEDY) -> Image.Image:
-    """Decode the bytes of an image file as upright RGB, of an animation the first frame; at most MAX_IMAGE_PIXELS.
+    """Decode an image file as upright RGB, at most MAX_IMAGE_PIXELS; of an animation, the first frame.
 
     Raise UnreadableImageError, which names the image by `where`, such as its path, and the remedy.
     """
@@ -128,10 +128,10 @@ def _read_array(image):
     """Return an array or tensor of one image as the image processor takes it, or as RGB."""
     kind, shape = str(image.dtype).removeprefix("torch."), tuple(image.shape)
     is_whole = kind in ("uint8", "uint16", "bool")
-    ends = {2: (1,), 3: shape[::-2]}.get(image.ndim, ())  # channels stand behind or in front
+    ends = {2: (1,), 3: shape[::-2]}.get(image.ndim, ())  # channels last or first
     channels = 3 if 3 in ends else next((end for end in ends if end in (1, 2, 4)), None)
     if channels is None or (channels in (2, 4) and not is_whole):
-        remedy = "(height, width), or with 1 or 3 channels behind or in front; in uint8, uint16 or bool also alpha"
+        remedy = "(height, width), or with 1 or 3 channels last or first; in uint8, uint16 or bool also alpha"
         raise UnreadableImageError(f"array of shape {shape} and type {kind}: is no image; give {remedy}")
     if not is_whole:
         return image[:, :, None] if image.ndim == 2 else image
@@ -178,9 +178,9 @@ def flat_images(images) -> list:
 
 
 def images_of_each(images, num_texts: int, shares: Sequence[int] = ()) -> list[list]:
-    """Return images as one list per text: nested lists as they are, a flat list one each, or all for a single text.
+    """Return images as one list per text: nested lists unchanged, a flat list split, or all for a single text.
 
-    shares: images that each text takes of a flat list, if known. Other numbers raise ValueError.
+    shares: how many images of a flat list each text takes, if known. Other totals raise ValueError.
     """
     if images is None:
         return [[] for _ in range(num_texts)]
@@ -192,7 +192,7 @@ def images_of_each(images, num_texts: int, shares: Sequence[int] = ()) -> list[l
     else:
         groups = [images] if num_texts == 1 else [[image] for image in images]
     if len(groups) != num_texts:
-        remedy = "give one image a text, or a list of images for each text ([[a, b], [], [c]])"
+        remedy = "give one image per text, or a list of images for each text ([[a, b], [], [c]])"
         raise ValueError(f"{len(groups)} images for {num_texts} texts: {remedy}.")
     return groups
 

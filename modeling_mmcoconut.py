@@ -3,13 +3,12 @@
     pixel_values → vision_tower → multi_modal_projector → image features (P, D) of each image
                                                                     ↓ fuse
     input_ids    → embeddings ────────────────────────────────→ inputs_embeds → language_model → lm_head → logits
-                 → latents: where the latent placeholders stand ─────────────────────↑
+                 → latents: columns of the latent placeholders ──────────────────────↑
 
-The language model is any decoder of transformers; that it reads its own states at the latents is said in
-thinking_mmcoconut.py.
+The language model is any decoder of transformers; thinking_mmcoconut.py makes it read its own states at the latents.
 
-Shapes: B batch, T tokens, N latents, I images, P features an image, W width of the tower, D hidden of the decoder, V
-vocabulary.
+Shapes: B batch, T tokens, N latents, I images, P features per image, W width of the tower, D hidden size of the
+decoder, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -57,16 +56,16 @@ from .vision_mmcoconut import (
 
 @dataclass
 class ThoughtFields(CacheByEitherName):
-    """What the outputs of the models below have beside transformers' fields.
+    """Fields that the outputs below add to those of transformers.
 
-    image_hidden_states: projected features, one (P, D) an image, or (tiles · P, D); for cross-attention (1, P · D).
-    thoughts (B, N, D), thought_mask (B, N): what was read at the latents, packed to the left; with
+    image_hidden_states: projected features, per image (P, D), or (tiles · P, D); for cross-attention (1, P · D).
+    thoughts (B, N, D), thought_mask (B, N): what the latents read, packed to the left; with
     `output_thoughts=True`.
     view: the thoughts as objectives see them, a ThoughtView; with `output_view=True`.
-    stop_logits (B, N): the stop head's, before each latent; with `output_stop_logits=True`.
-    attention_mask (B, past + T): where latents were left out, the mask with 0 at them; pass it to every later call
+    stop_logits (B, N): logits of the stop head before each latent; with `output_stop_logits=True`.
+    attention_mask (B, past + T): set if latents were left out, with 0 at them; pass it to every later call
     over this cache.
-    image_outputs: what `get_image_features` gave, the tower's hidden states where `output_hidden_states=True`.
+    image_outputs: output of `get_image_features`, with the tower's hidden states if `output_hidden_states=True`.
     """
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
@@ -86,11 +85,11 @@ class MMCoconutModelOutputWithPast(ThoughtFields, BaseModelOutputWithPast):
 
 @dataclass
 class MMCoconutCausalLMOutputWithPast(ThoughtFields, CausalLMOutputWithPast):
-    """The head's output: loss (), logits (B, T or kept, V) or None, see forward, and the base model's fields."""
+    """The head's output: loss (), logits (B, T or kept, V) or None (see forward), and the base model's fields."""
 
 
 class MMCoconutPreTrainedModel(MakesThoughts, PreTrainedModel):
-    """What all model classes share: names, supported backends, saving and checkpointing rules."""
+    """Base class of all models: names, supported backends, saving and checkpointing."""
 
     config_class = MMCoconutConfig
     base_model_prefix = "model"
@@ -104,7 +103,7 @@ class MMCoconutPreTrainedModel(MakesThoughts, PreTrainedModel):
     _can_compile_fullgraph = True
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save weights under their present names: a Trainer that resumes does not find ViT's older ones."""
+        """Save with current, not legacy, parameter names: a resuming Trainer does not find ViT's legacy names."""
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
 
 
@@ -125,15 +124,15 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         self.cross_attends = config.image_fusion in READ_BY_CROSS_ATTENTION
         if self.cross_attends and "encoder_hidden_states" not in self.get_decoder().own_arguments:
             raise ValueError(
-                f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, and "
-                f"{config.text_config.model_type} has none: take one that has (GPT-2, Marian, BART), or "
+                f"image_fusion={config.image_fusion!r} needs a decoder with cross-attention, but "
+                f"{config.text_config.model_type} has none: use GPT-2, Marian or BART, or set "
                 "image_fusion='replace'."
             )
         self.post_init()
 
     @staticmethod
     def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
-        """Return the decoder with random weights; of an encoder-decoder architecture its decoder alone."""
+        """Return the decoder with random weights; for an encoder-decoder architecture, only its decoder."""
         if getattr(config.text_config, "decoder_layers", None) is None:
             return AutoModel.from_config(config.text_config)
         return AutoModelForCausalLM.from_config(config.text_config).get_decoder()
@@ -156,10 +155,10 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         returned: dict,
         **options,
     ) -> tuple[BaseModelOutputWithPast, dict]:
-        """Run the decoder with thoughts at the latents (B, T); return its output, and what was thought by field.
+        """Run the decoder with thoughts at the latents (B, T); return its output, and the fields of its thoughts.
 
-        inputs: of the decoder; without use_cache a cache is made where nobody trains. image_mask (B, T): where image
-        features are read. options: of `thoughts_of_call`; returned: of `fields_of`.
+        inputs: of the decoder; use_cache defaults to True outside training. image_mask (B, T): True at image
+        features. options: for `thoughts_of_call`; returned: for `fields_of`.
         """
         decoder = self.get_decoder()
         if inputs["use_cache"] is None:  # in training, an unused cache would copy all keys and values
@@ -197,18 +196,18 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         output_stop_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutModelOutputWithPast:
-        """Run images and text through the model; each latent placeholder reads the state of the column before it.
+        """Run images and text through the model; each latent placeholder reads the previous column's state.
 
         input_ids (B, T) or inputs_embeds (B, T, D): exactly one; attention_mask (B, past + T); position_ids (B, T).
-        pixel_values (I, channels, height, width): images of all rows, in reading order, or their tiles, of which each
-            has num_tiles (images,). In their place: image_features (I, patches, W), the tower's, as
+        pixel_values (I, channels, height, width): images of all rows, in reading order, or their tiles, with
+            num_tiles (images,) per image. Alternatives: image_features (I, patches, W), the tower's, as
             get_vision_features returns them; or mm_encoder_outputs {"image": output of get_image_features}.
-        past_key_values: any cache of transformers; a latent may stand first if it was filled by this model.
-        stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N).
-        thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
-        given_thoughts: what latents read in the place of states, see `given` in Thoughts.
-        output_thoughts, output_view, output_stop_logits: also return what was read at each latent, a view of the
-            thoughts (ThoughtView), or what the stop head says.
+        past_key_values: any cache of transformers; if this model filled it, the first column may be a latent.
+        stop_threshold: a row stops thinking when the stop probability exceeds it; a number or (B, N).
+        thought_noise (B, N, D): added to each row's thoughts, in units of a thought's root mean square.
+        given_thoughts: vectors that latents read instead of states (teacher forcing), see `given` in Thoughts.
+        output_thoughts, output_view, output_stop_logits: also return the thoughts read at the latents, a ThoughtView
+            of them, or the stop head's logits.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -221,7 +220,7 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
         hides_images = self.config.answer_sees == "no_image"
         if image_outputs is not None or output_view or hides_images or given_thoughts is not None:
             image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)  # (B, T)
-        if image_outputs is not None and not mm_encoder_outputs:  # which may be of a part of the prompts
+        if image_outputs is not None and not mm_encoder_outputs:  # they may belong to only some of the prompts
             check_whole_images(image_mask, num_tiles, self.config)
         latents = self.get_token_mask(self.config.latent_token_id, input_ids, inputs_embeds)  # (B, T)
         masks = masks_of_call(self.get_decoder(), latents.shape[1], attention_mask, position_ids, past_key_values)
@@ -242,29 +241,29 @@ class MMCoconutModel(ReadsImages, MMCoconutPreTrainedModel):
 
 
 def _check_buildable(config: MMCoconutConfig, model_class: type[MMCoconutModel]) -> None:
-    """Raise for a fusion of the other class, missing token ids, or a decoder that leaves out layers."""
+    """Raise ValueError for a fusion of the other class, missing token ids, or a decoder with LayerDrop."""
     if (config.image_fusion == "encoder") != model_class.is_seq2seq:
         raise ValueError(
-            f"image_fusion={config.image_fusion!r} does not belong to {model_class.__name__}: `encoder` is "
-            "MMCoconutForSeq2SeqLM's, the others are MMCoconutForConditionalGeneration's."
+            f"image_fusion={config.image_fusion!r} does not work with {model_class.__name__}: use "
+            "MMCoconutForSeq2SeqLM for `encoder`, and MMCoconutForConditionalGeneration for the others."
         )
     check_schedule(config)  # again: from_pretrained sets fields after they were checked
     missing = [field for field in TOKEN_ID_FIELDS if getattr(config, field) is None]
     if missing:
-        raise ValueError(f"The configuration lacks {', '.join(missing)}: take the ids from the tokenizer.")
+        raise ValueError(f"The configuration lacks {', '.join(missing)}: set them to the tokenizer's ids.")
     layerdrop = getattr(config.text_config, "decoder_layerdrop", 0)
     if layerdrop:
         raise ValueError(
-            f"text_config.decoder_layerdrop={layerdrop} leaves out other layers in each pass, and passes with "
+            f"text_config.decoder_layerdrop={layerdrop} drops different layers in each pass, but passes with "
             "thoughts share a cache: set it to 0."
         )
 
 
 class MMCoconutForConditionalGeneration(PromptImagesGenerationMixin, MMCoconutPreTrainedModel):
-    """MMCoconutModel with a language-model head: `forward` gives loss and logits, `generate` answers.
+    """MMCoconutModel with a language-model head: `forward` returns loss and logits, `generate` answers.
 
-    The prompt's latents are thought in the prefill, so every way of stock `generate()` works; a decoding step is
-    that of an ordinary language model.
+    The thoughts are computed in the prefill, so every decoding method of stock `generate()` works; a decoding step
+    is that of an ordinary language model.
     """
 
     base_class = MMCoconutModel
@@ -277,12 +276,12 @@ class MMCoconutForConditionalGeneration(PromptImagesGenerationMixin, MMCoconutPr
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{self.embedding_name()}.weight"}
         self.post_init()
-        if not self.get_decoder().tp_plan:  # a head cut alone would be cut from the embeddings that it is tied to
+        if not self.get_decoder().tp_plan:  # a head sharded alone would no longer be tied to the embeddings
             self.tp_plan = None
         self.suppress_placeholders()
 
     def embedding_name(self) -> str:
-        """Return where the decoder keeps its token embeddings: wte, embed_tokens, …"""
+        """Return the attribute name of the decoder's token embeddings: wte, embed_tokens, …"""
         embeddings = self.model.get_input_embeddings()
         return next(name for name, module in self.model.language_model.named_modules() if module is embeddings)
 
@@ -316,7 +315,7 @@ class MMCoconutForConditionalGeneration(PromptImagesGenerationMixin, MMCoconutPr
         return self.model.get_image_features(*args, **kwargs)
 
     def loss_and_logits(self, hidden_states, targets, logits_to_keep, **kwargs) -> tuple:
-        """Return the loss of states (B, T, D) and targets (B, T) or None, and logits (B, kept, V) as forward says."""
+        """Return the loss of states (B, T, D) and targets (B, T) or None, and logits (B, kept, V) as in forward."""
         loss = logits = None
         if targets is not None:
             labelled = targets != -100  # (B, T)
@@ -349,14 +348,14 @@ class MMCoconutForConditionalGeneration(PromptImagesGenerationMixin, MMCoconutPr
 
         Args:
             labels (B, T): token ids, -100 where there is no loss; shifted inside.
-            shift_labels (B, T): what each column is to predict, in the place of labels, as context parallelism, which
-                cuts the sequence, prepares them.
-            logits_to_keep: as in transformers. None is all, but in training with labels none: the loss runs the head
-                on labelled positions only.
+            shift_labels (B, T): labels that are already shifted, instead of labels; context parallelism, which
+                splits the sequence, prepares them.
+            logits_to_keep: as in transformers. None: all logits, but in training with labels no logits: the loss
+                runs the head on labelled positions only.
             The rest as in MMCoconutModel.forward; `num_items_in_batch` reaches the loss.
 
         Raises:
-            ValueError: a latent after the last labelled token of its row.
+            ValueError: a row has a latent after its last labelled token.
         """
         targets = self.targets_of(labels, shift_labels, input_ids, attention_mask)  # (B, T)
         inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask}

@@ -1,7 +1,7 @@
-"""The passes of a decoder over pieces of a sequence, and what they need: latents, masks and positions by column.
+"""Run a decoder in passes over pieces of a sequence: latents, masks and positions by column.
 
-`Passes` holds the arguments of one call, cuts them by column for each pass, and joins what the passes give. What is
-cut along which axis is said in COLUMN_AXES; masks that a model made for all columns are cut by `PreparedMasks`.
+`Passes` holds the arguments of one call, slices them by column for each pass, and joins the outputs. COLUMN_AXES says
+which argument is sliced along which axis; `PreparedMasks` slices masks that a model made for all columns.
 
 Shapes: B batch, T tokens of a call, t of a piece, N latents, F features, H heads, D hidden.
 """
@@ -18,12 +18,12 @@ from .compat_mmcoconut import CACHE
 from .hiding_mmcoconut import Hiding
 
 
-# Arguments that have one entry a token, and the axis along which they have it; others go to every pass as they are.
+# Arguments with one entry per token, and the axis of these entries; all others go to every pass unchanged.
 COLUMN_AXES = {"inputs_embeds": 1, "position_ids": -1, "token_type_ids": 1, "visual_pos_masks": 1}
 COLUMN_AXES |= {"per_layer_inputs": 1, "cross_attention_mask": 2, "full_text_row_masked_out_mask": 2}
-# Lists of features that have a row for each True of a mask of columns.
+# Lists of features with one row for each True in a mask of columns.
 ROWS_OF_MASKS = {"deepstack_visual_embeds": "visual_pos_masks"}
-# Read by the first pass alone, which leaves their keys in the cache.
+# Read only by the first pass, which stores their keys in the cache.
 READ_ONCE = ("cross_attention_states",)
 
 
@@ -37,7 +37,7 @@ def split_latents(latents: torch.Tensor, attention_mask) -> tuple[torch.Tensor, 
 
 
 def column_lists(*masks: torch.Tensor) -> list[list[int]]:
-    """Return for each mask (B, T) the columns in which any row is True; the one time a call waits for the device."""
+    """Return for each mask (B, T) the columns where any row is True; the only device synchronization of a call."""
     any_row = torch.stack([mask.any(dim=0) for mask in masks]).tolist()
     return [[column for column, is_set in enumerate(row) if is_set] for row in any_row]
 
@@ -57,13 +57,13 @@ def columns_of(latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def gather_thoughts(inputs_embeds: torch.Tensor, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what was read at each row's latents, packed to the left, (B, N, D), and the mask (B, N) of real ones."""
+    """Return the vectors read at each row's latents, packed left, (B, N, D), and a mask (B, N) of real ones."""
     columns, mask = columns_of(latents)  # (B, N) each
     return take_columns(inputs_embeds, columns) * mask[..., None], mask
 
 
 def spread(values: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
-    """Return values (B, N, …) of each row's latents, in their order, at their columns: (B, T, …), others anywhere."""
+    """Return values (B, N, …) of each row's latents at their columns: (B, T, …); other columns are arbitrary."""
     order = (latents.long().cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
     return take_columns(values, order)
 
@@ -78,14 +78,14 @@ def noise_by_column(noise: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
     rows, most = latents.shape[0], int(latents.sum(dim=1).max())
     if noise.shape[:2] != (rows, most):
         raise ValueError(
-            f"thought_noise is of {noise.shape[0]} rows with {noise.shape[1]} thoughts, and this call has {rows} rows "
-            f"with up to {most} latents: give noise (B, N, D) of the whole prompts, without prefill_chunk_size."
+            f"thought_noise has {noise.shape[0]} rows with {noise.shape[1]} thoughts, but this call has {rows} rows "
+            f"with up to {most} latents: pass noise (B, N, D) of the whole prompts, without prefill_chunk_size."
         )
     return spread(noise, latents) * latents[..., None]  # (B, T, D)
 
 
 def carry_states(states: torch.Tensor, skipped: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
-    """Return states (B, T, D) with that of the last column which was not skipped in each place of (B, T) that was.
+    """Return states (B, T, D), each skipped column (B, T) filled with the state of the last column not skipped.
 
     before (B, D): the state of the column before the first, for rows whose first columns are skipped.
     """
@@ -103,14 +103,14 @@ def linked_thoughts(latents: torch.Tensor, num_linked: int | None) -> torch.Tens
         return None
     if num_linked < 0:
         raise ValueError(
-            f"bptt_thoughts={num_linked} is less than 0: set it to how many thoughts of a row, from its last one, "
+            f"bptt_thoughts={num_linked} is less than 0: set it to the number of last thoughts of a row that "
             "gradients flow back through, or to None for all."
         )
     return latents.flip(1).cumsum(1).flip(1) <= num_linked  # (B, T), latents from here to the row's end
 
 
 def check_has_predecessor(latents: torch.Tensor, attention_mask: torch.Tensor | None, has_past: bool) -> None:
-    """Raise for a latent (B, T) without a token of its row before it: in a first column, or behind padding.
+    """Raise ValueError for a latent (B, T) with no token before it: in the first column, or after padding.
 
     attention_mask (B, past + T) or None.
     """
@@ -121,16 +121,16 @@ def check_has_predecessor(latents: torch.Tensor, attention_mask: torch.Tensor | 
     if orphan.any():
         row = orphan.nonzero()[0].item()
         raise ValueError(
-            f"Row {row} of the batch has a latent token with no token before it, and a thought is the state of the "
-            "token before: put the question or <|start-latent|> in front, or pass the past_key_values of the text "
-            "before."
+            f"Row {row} of the batch has a latent token with no token before it, but a thought is the state of the "
+            "previous token: put the question or <|start-latent|> before it, or pass the past_key_values of the "
+            "earlier text."
         )
 
 
 def check_thoughts_matter(latents: torch.Tensor, attention_mask, labelled: torch.Tensor) -> None:
-    """Raise for a thought after the last labelled token of a row that has labels, where it could not change the loss.
+    """Raise ValueError for a thought after a row's last labelled token, where it could not change the loss.
 
-    latents (B, T); attention_mask (B, past + T), where it is 0 nothing is thought; labelled (B, T), or longer.
+    latents (B, T); attention_mask (B, past + T): nothing is thought where it is 0; labelled (B, T), or longer.
     """
     thinks, _ = split_latents(latents, attention_mask)  # (B, T)
     labels_ahead = labelled.flip(1).cumsum(1).flip(1)[:, : thinks.shape[1]]  # (B, T), labels from here on
@@ -145,24 +145,24 @@ def check_thoughts_matter(latents: torch.Tensor, attention_mask, labelled: torch
 
 
 def states_before(states: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
-    """Return of each column of (B, T, D) the state of the column before; of the first `before` (B, D), or its own."""
+    """Return each column's previous state, (B, T, D); for the first, `before` (B, D), or else its own."""
     first = states[:, :1] if before is None else before[:, None].to(states.dtype)
     return torch.cat([first, states[:, :-1]], dim=1)
 
 
 # --- pieces of a sequence --------------------------------------------------------------------------------------------
 def join_columns(pieces: list[torch.Tensor | None]) -> torch.Tensor | None:
-    """Return pieces (…, t, D) as (…, T, D); a single one as it is; None for a layer that was not asked for."""
+    """Return pieces (…, t, D) joined to (…, T, D); None for a layer that was not requested."""
     return pieces[0] if len(pieces) == 1 or pieces[0] is None else torch.cat(pieces, dim=-2)
 
 
 def join_tokens(pieces: list[torch.Tensor], num_rows: int) -> torch.Tensor:
-    """Return what routers say of the tokens of pieces, (B · t, E), as (B · T, E) in the order of one pass."""
+    """Return the router logits (B · t, E) of the pieces as (B · T, E), in the order of a single pass."""
     return torch.cat([piece.unflatten(0, (num_rows, -1)) for piece in pieces], dim=1).flatten(0, 1)
 
 
 def cut_by_mask(values: list[torch.Tensor], mask: torch.Tensor, start: int, end: int) -> list[torch.Tensor]:
-    """Return of values (F, D), a row for each True of mask (B, T), those of columns start … end - 1."""
+    """Return those of values (F, D), one row for each True of mask (B, T), in columns start … end - 1."""
     columns = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)[mask]  # (F,)
     kept = (columns >= start) & (columns < end)  # (F,)
     return [value[kept] for value in values]
@@ -173,9 +173,9 @@ def join_attentions(
 ) -> tuple[torch.Tensor, ...]:
     """Return attention maps (B, H, t, keys) of the pieces as (B, H, T, all keys).
 
-    Zeros stand for what a piece does not see: later keys, and earlier ones that a sliding window has let go. An
-    attention implementation that makes no maps, as sdpa, leaves () of them. reads_images: some layers look at images
-    beside the text (mllama), and their keys are the same in every piece.
+    Zeros fill in for keys that a piece does not see: later keys, and earlier ones that a sliding window has dropped.
+    An attention implementation without maps, such as sdpa, gives (). reads_images: some layers attend to images by
+    cross-attention (mllama), and their keys are the same in every piece.
     """
     if not pieces[0]:
         return pieces[0]
@@ -195,17 +195,17 @@ def join_attentions(
 
 # --- masks and positions ---------------------------------------------------------------------------------------------
 def is_two_dimensional(attention_mask) -> bool:
-    """Return True for a mask of columns, and not one that was made for a single pass, 4-D or by the kind of layer."""
+    """Return True for a 2-D mask of columns, not one prepared for a single pass (4-D or per kind of layer)."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2
 
 
 class PreparedMasks:
-    """Masks that a model made for all columns of a call, cut for each pass of it.
+    """Masks that a model made for all columns of a call, sliced for each pass.
 
-    masks: a tensor (B, 1 or H, T, keys), True or 0 where a query sees a key; or by the kind of layer such tensors,
-        paddings (B, past + T), or None where sdpa needs no mask.
-    make: called with the embeddings of a pass and its cache, makes these masks anew, where one is None.
-    hiding: what columns behind a row's last latent do not see; None: nothing is hidden.
+    masks: a tensor (B, 1 or H, T, keys), True or 0 where a query sees a key; or a dict by the kind of layer of such
+        tensors, padding masks (B, past + T), or None where sdpa needs no mask.
+    make: called with the embeddings of a pass and its cache, remakes these masks where one is None.
+    hiding: what columns after a row's last latent do not see; None: nothing is hidden.
     """
 
     def __init__(self, masks, cache: Cache, length: int, make: Callable[[torch.Tensor, Cache], dict], hiding=None):
@@ -214,14 +214,14 @@ class PreparedMasks:
         unknown = [type(mask).__name__ for mask in self.masks.values() if not isinstance(mask, torch.Tensor | None)]
         if unknown:
             raise ValueError(
-                f"Thoughts need an attention mask that can be cut, and this call has a {unknown[0]}: load the model "
-                "with attn_implementation='sdpa' or 'eager'."
+                f"Thoughts need an attention mask that can be sliced, but this call has a {unknown[0]}: load the "
+                "model with attn_implementation='sdpa' or 'eager'."
             )
         self.past_length = int(cache.get_seq_length())
         self.offsets = {kind: self.sizes(kind, cache, length)[1] for kind in self.masks}
 
     def sizes(self, kind: str | None, cache: Cache, length: int) -> tuple[int, int]:
-        """Return how many keys a pass of so many columns sees in layers of a kind, and which is the first."""
+        """Return how many keys a pass of `length` columns sees in layers of this kind, and the first key's index."""
         slides = any(word in (kind or "") for word in ("sliding", "chunked"))
         cache = text_cache(cache)
         layers = [isinstance(layer, CacheLayerMixin) and layer.is_sliding == slides for layer in cache.layers]
@@ -248,12 +248,12 @@ class PreparedMasks:
         return cut.get(None) if None in cut else cut
 
     def safe_ends(self, latents: torch.Tensor) -> list[int]:
-        """Return for each column 0 … T the first one from it on before which the call may be cut.
+        """Return for each column 0 … T the first column, at or after it, before which the call may be split.
 
-        A cut is not safe where a row sees both ways across it, as among the tokens of an image in Gemma 3.
+        A split is unsafe where a row has bidirectional attention across it, as within an image in Gemma 3.
 
         Raises:
-            ValueError: a row that thinks at one of its latents (B, T) inside such a block of its own.
+            ValueError: a row has one of its latents (B, T) inside a block of bidirectional attention.
         """
         reach = torch.arange(self.length, device=latents.device).expand_as(latents)  # (B, T)
         for kind, mask in self.masks.items():
@@ -265,8 +265,8 @@ class PreparedMasks:
         if (crosses & latents[:, 1:]).any():
             row = (crosses & latents[:, 1:]).any(dim=1).nonzero()[0].item()
             raise ValueError(
-                f"Row {row} of the batch has a latent among tokens that see both ways, and a thought is the state of "
-                "the token before, which would see it: let no image or prefix reach over the latents (token_type_ids)."
+                f"Row {row} of the batch has a latent in a block of bidirectional attention, but a thought is the "
+                "previous token's state, which would see it: end images and prefixes before latents (token_type_ids)."
             )
         ends, unsafe = [self.length], crosses.any(dim=0).tolist()
         for column in range(self.length - 1, -1, -1):
@@ -280,20 +280,20 @@ def positions_from_mask(attention_mask: torch.Tensor, num_columns: int) -> torch
 
 
 def check_positions(position_ids: torch.Tensor | None, num_columns: int) -> None:
-    """Raise for positions (…, T) of another number of columns than a call has."""
+    """Raise ValueError for positions (…, T) whose number of columns is not that of the call."""
     if position_ids is not None and position_ids.shape[-1] != num_columns:
         raise ValueError(
-            f"position_ids are of {position_ids.shape[-1]} columns, and this call has {num_columns}; some models, as "
-            "Qwen2.5-VL, make such of the attention_mask (B, past + T) of a call over past_key_values: pass "
-            "position_ids (…, B, T) of these columns alone, or use generate()."
+            f"position_ids have {position_ids.shape[-1]} columns, but this call has {num_columns}. Some models, such "
+            "as Qwen2.5-VL, make them from the attention_mask (B, past + T) of a call over past_key_values: pass "
+            "position_ids (…, B, T) of only these columns, or use generate()."
         )
 
 
 def position_limit(decoder: nn.Module) -> int | None:
-    """Return how many positions a decoder's table of positions has; None where there is no such table.
+    """Return the number of rows in a decoder's position-embedding table; None if it has no such table.
 
-    A table is an embedding, not that of the tokens, with a row for each of `max_position_embeddings`; OPT and BART
-    keep a few rows more.
+    A table is an embedding, not that of the tokens, with one row for each of `max_position_embeddings`; OPT and BART
+    keep a few more rows.
     """
     limit = getattr(decoder.config, "max_position_embeddings", None)
     if limit is None:
@@ -304,18 +304,18 @@ def position_limit(decoder: nn.Module) -> int | None:
 
 
 def masks_of_call(decoder: nn.Module, num_columns: int, attention_mask, position_ids, past_key_values) -> dict:
-    """Return the attention_mask and position_ids of a call of so many columns of a thinking decoder.
+    """Return the attention_mask and position_ids of a thinking decoder's call of num_columns columns.
 
-    The mask is 0 also at latents that rows left out earlier; positions that are not given count its real tokens.
+    The mask is also 0 at latents that rows left out earlier; by default positions count its real tokens.
 
     Raises:
-        ValueError: no mask where rows left latents out; more tokens than the decoder has positions.
+        ValueError: no mask although rows left latents out; more tokens than the decoder has positions.
         NotImplementedError: the cache of continuous batching.
     """
     if not isinstance(past_key_values, Cache | None):
         raise NotImplementedError(
-            f"The cache is a {type(past_key_values).__name__}, as continuous batching makes to pack requests into one "
-            "pass, and thoughts need a pass each: use generate()."
+            f"The cache is a {type(past_key_values).__name__}, with which continuous batching packs requests into one "
+            "pass, but each thought needs its own pass: use generate()."
         )
     attention_mask = with_mask_of_left_out(attention_mask, past_key_values)
     if position_ids is None and is_two_dimensional(attention_mask):
@@ -325,7 +325,7 @@ def masks_of_call(decoder: nn.Module, num_columns: int, attention_mask, position
 
 
 def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tensor | None, past_key_values) -> None:
-    """Raise before a thinking decoder's table of positions is read past its end; single steps are not looked at."""
+    """Raise ValueError if a call would read past the end of the position table; single steps are not checked."""
     limit = None if num_columns == 1 else position_limit(decoder)
     if limit is None:
         return
@@ -343,20 +343,20 @@ def check_length(decoder: nn.Module, num_columns: int, position_ids: torch.Tenso
 def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: Cache | None) -> torch.Tensor | None:
     """Return a mask (B, length) with 0 also at the latents that rows left out when the cache was filled.
 
-    One that was made for a single pass, 4-D, stays what it is: it was made of such a mask. None or other rows raise.
+    A mask prepared for a single pass (4-D) is returned unchanged: it was made from one. None or other rows raise.
     """
     known = ThoughtState.of(past_key_values).attention_mask  # (B, filled)
     if known is None or not (attention_mask is None or is_two_dimensional(attention_mask)):
         return attention_mask
     if attention_mask is None:
         raise ValueError(
-            "Rows of past_key_values stopped thinking early, and there is no attention_mask to leave their latents "
-            "out of: pass the attention_mask (B, past + T) of all columns."
+            "Rows of past_key_values stopped thinking early, but there is no attention_mask to leave out their "
+            "latents: pass the attention_mask (B, past + T) of all columns."
         )
     if len(known) != len(attention_mask):
         raise ValueError(
-            f"past_key_values hold {len(known)} rows that stopped thinking early, and the attention_mask is of "
-            f"{len(attention_mask)}: use a fresh cache for other rows."
+            f"past_key_values hold {len(known)} rows that stopped thinking early, but the attention_mask has "
+            f"{len(attention_mask)} rows: use a fresh cache for other rows."
         )
     rest = attention_mask.new_ones(len(attention_mask), attention_mask.shape[1] - known.shape[1])
     return attention_mask * torch.cat([known.to(attention_mask), rest], dim=1)
@@ -364,16 +364,16 @@ def with_mask_of_left_out(attention_mask: torch.Tensor | None, past_key_values: 
 
 # --- passes ----------------------------------------------------------------------------------------------------------
 class Passes:
-    """The arguments of one call of a decoder, cut by column, and what its passes gave.
+    """The arguments of one decoder call, sliced by column, and the outputs of its passes.
 
-    call_decoder: called with a cache and the arguments of one pass. cache: that the passes read and write.
-    inputs: keyword arguments of the call, inputs_embeds (B, T, D) among them.
-    keeps_cache: whether the cache outlives the call. may_move: whether columns may be laid out anew.
-    ends: of each pass, the column (B,) in it of every row's last token; None: the last column, whose state is not used
-        in rows that are padding there, as they have no latent next.
-    hiding: what columns behind a row's last latent do not see; None: nothing is hidden.
-    masks: where the model around the decoder made them for all columns. safe_ends: of each column the first from it on
-        before which the call may be cut; empty where it may be everywhere. held: a piece that ended elsewhere.
+    call_decoder: called with a cache and the arguments of one pass. cache: read and written by the passes.
+    inputs: keyword arguments of the call, including inputs_embeds (B, T, D).
+    keeps_cache: True if the cache outlives the call. may_move: True if the column layout may change.
+    ends: for each pass, the column (B,) of every row's last token in it; None: the last column, whose state is unused
+        in rows that have padding there, because no latent follows.
+    hiding: what columns after a row's last latent do not see; None: nothing is hidden.
+    masks: set if the outer model prepared masks for all columns. safe_ends: for each column, the first at or after it
+        before which the call may be split; empty if it may be split anywhere. held: a piece that ended elsewhere.
     embeds_run: what each pass read, (B, t, D).
     """
 
@@ -385,7 +385,7 @@ class Passes:
         self.outputs, self.embeds_run = [], []
 
     def pieces(self, columns: list[int], cuts: list[int] = ()) -> Iterator[tuple[int, torch.Tensor, bool]]:
-        """Give the first column of each piece, the piece (B, t, D), and if it begins at a column or only a cut."""
+        """Yield each piece's first column, the piece (B, t, D), and True if it begins at a column, not just a cut."""
         # Not `start in columns` over `sorted({0, *columns})`: torch.compile takes it for False in later calls.
         begins = [(0, False)]
         for start, is_column in sorted([*((cut, False) for cut in cuts), *((column, True) for column in columns)]):
@@ -393,12 +393,12 @@ class Passes:
                 begins.pop()
             begins.append((start, is_column))
         sizes = [end - start for start, end in pairwise([*(start for start, _ in begins), self.length])]
-        pieces = self.inputs["inputs_embeds"].split(sizes, dim=1)  # of which slices would each be a copy
+        pieces = self.inputs["inputs_embeds"].split(sizes, dim=1)  # slices would each be a copy
         for (start, is_column), embeds in zip(begins, pieces):
             yield start, embeds, is_column
 
     def run_cut(self, embeds: torch.Tensor, start: int, cuts: list[int]) -> torch.Tensor:
-        """Run columns (B, t, D) from start on, in passes that begin at the cuts among them too; see `run`."""
+        """Run columns (B, t, D) from start on, with a pass at each cut among them too; see `run`."""
         end = start + embeds.shape[1]
         starts = [start, *(cut for cut in cuts if start < cut < end), end]
         for piece, (begin, _) in zip(embeds.split([b - a for a, b in pairwise(starts)], dim=1), pairwise(starts)):
@@ -406,7 +406,7 @@ class Passes:
         return state
 
     def arguments_of(self, embeds: torch.Tensor, start: int, cache: Cache | None) -> dict:
-        """Return the arguments of a pass over embeds (B, t, D) from column start on, but for the cache it is with."""
+        """Return the arguments of a pass over embeds (B, t, D) from column start on, without the cache."""
         end = start + embeds.shape[1]
         given = {name: value for name, value in self.inputs.items() if value is not None}
         by_column = given.keys() & COLUMN_AXES.keys() - {"inputs_embeds"}
@@ -429,10 +429,10 @@ class Passes:
         return {**self.inputs, **cut, "inputs_embeds": embeds}
 
     def run(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
-        """Run the decoder over a piece (B, t, D) and keep what it gives; return each row's last state (B, D).
+        """Run the decoder over a piece (B, t, D) and keep its output; return each row's last state (B, D).
 
-        A piece that ends where the call may not be cut is held back, tried with the columns that it needs, and run
-        together with the next one.
+        A piece that ends where the call may not be split is held back, tried with the columns that it needs, and run
+        together with the next piece.
         """
         if self.held is not None:
             (start, before), self.held = self.held, None
@@ -453,31 +453,31 @@ class Passes:
         return states[rows, self.ends[len(self.outputs) - 1]]
 
     def states_of(self, embeds: torch.Tensor, start: int) -> torch.Tensor:
-        """Return the states (B, t, D) of a piece that will be run again; the cache stays as it is."""
+        """Return the states (B, t, D) of a piece that will be run again; the cache does not change."""
         length, end = embeds.shape[1], start + embeds.shape[1]
         if self.held is not None:  # not in the cache yet
             start, before = self.held
             embeds = torch.cat([before, embeds], dim=1)
         if self.safe_ends:
             embeds = torch.cat([embeds, self.inputs["inputs_embeds"][:, end : self.safe_ends[end]]], dim=1)
-        cache = throwaway(self.cache)  # of a static one as long as what it holds
+        cache = throwaway(self.cache)  # for a static cache, as long as its filled part
         states = self.call_decoder(cache, **self.arguments_of(embeds, start, cache)).last_hidden_state
         return states[:, end - start - length : end - start]
 
     def join_states(self, pieces: tuple) -> torch.Tensor | None:
-        """Return the hidden states of a layer; those of several streams are (S, B, T, D) or (B, T, S, D)."""
+        """Return a layer's hidden states (B, T, D); with several streams (S, B, T, D) or (B, T, S, D)."""
         columns = [embeds.shape[1] for embeds in self.embeds_run]
         has_streams_last = pieces[0] is not None and [piece.shape[-2] for piece in pieces] != columns
         return torch.cat(pieces, dim=1) if has_streams_last else join_columns(pieces)
 
     def join_maps_beside(self, pieces: tuple) -> torch.Tensor:
-        """Return maps (B, H, t, E) as (B, H, T, E), zeros for None, of a pass that read nothing beside the text."""
+        """Return cross-attention maps (B, H, t, E) as (B, H, T, E), zeros for passes without encoder states."""
         zeros = torch.zeros_like(pieces[0][:, :, :1]).expand  # (B, H, 1, E)
         pairs = zip(pieces, self.embeds_run)
         return torch.cat([zeros(-1, -1, e.shape[1], -1) if piece is None else piece for piece, e in pairs], dim=2)
 
     def joined(self):
-        """Return the output of the call, of all columns, in the decoder's own class."""
+        """Return the output for all columns, in the decoder's own output class."""
         first, joined = self.outputs[0], {CACHE: self.cache if self.keeps_cache else None}
         if len(self.outputs) == 1:
             return type(first)(**{**first, **joined})

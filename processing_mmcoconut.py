@@ -1,10 +1,10 @@
 """Processor of MMCoconut: questions and images → input_ids with image and latent placeholders, and answers back.
 
-One sequence layout, written once, in the chat template; a vision-language model's has the latents added to it:
+The chat template is the only definition of the layout; a vision-language model's own gets the latents added:
 
     [<image>…] question \n <|start-latent|> <|latent|>×num_latents <|end-latent|> step \n … ### answer <eos>
 
-Of an encoder-decoder the encoder reads the question, and the decoder begins with its start token and the thoughts.
+In an encoder-decoder, the encoder reads the question; the decoder begins with its start token and the thoughts.
 """
 
 import operator
@@ -44,72 +44,72 @@ def check_markers(markers: str) -> None:
 
 
 class ThinkingProcessor:
-    """What the processors of composed models and of vision-language models share: prompts with thoughts, and answers.
+    """Base mixin of the processors of composed and vision-language models: prompts with thoughts, and answers.
 
-    A class with it has tokenizer, image_processor, chat_template; image_token and its id, latent_token_id;
-    num_latents, markers, decoder_start_token_id; and `encode_images` and `image_ids`. What these say of an image, the
-    number of its tiles or the ids that stand for it, is called num_tiles everywhere.
+    A subclass has tokenizer, image_processor, chat_template; image_token and its id, latent_token_id;
+    num_latents, markers, decoder_start_token_id; and `encode_images` and `image_ids`. num_tiles is what these return
+    and take per image: its number of tiles, or the ids of its placeholders.
     """
 
-    # The most tiles of an image; None: only its size says what stands for it.
+    # Maximum number of tiles per image; None: the placeholders depend on the image's size.
     most_tiles: int | None = None
-    # What `column_inputs` gives.
+    # Names in the output of `column_inputs`.
     column_names: Sequence[str] = ()
 
     def column_inputs(self, input_ids, attention_mask, images: dict | None = None, written=None) -> dict:
-        """Return what the model reads beside the ids of a batch with one entry a token; nothing by default.
+        """Return additional model inputs with one entry per token; none by default.
 
-        input_ids, attention_mask: of the padded batch, tensors or lists (B, T), which say what is returned.
-        images: what `encode_images` gave for its rows. written: where True, the assistant writes (B, T).
+        input_ids, attention_mask: of the padded batch (B, T), tensors or lists; the result has the same type.
+        images: output of `encode_images` for the rows. written (B, T): True where the assistant writes.
         """
         return {}
 
     @property
     def prompt_names(self) -> tuple[str, str]:
-        """Return the model's names of the ids, and their mask, that hold the thoughts and go before the answer."""
+        """Return the model's argument names of the ids with the thoughts, and of their mask."""
         prefix = "" if self.decoder_start_token_id is None else "decoder_"
         return f"{prefix}input_ids", f"{prefix}attention_mask"
 
     def layout(self, num_latents: int | None) -> dict:
-        """Return the template's variables: how many latents, a whole number but no bool, and which markers."""
+        """Return the template's variables: num_latents, an integer and no bool, and markers."""
         count = self.num_latents if num_latents is None else num_latents
         if not isinstance(count, SupportsIndex) or isinstance(count, bool) or operator.index(count) < 0:
-            raise ValueError(f"num_latents={count!r} is no number of latents: give a whole one from 0 on.")
+            raise ValueError(f"num_latents={count!r} must be a non-negative integer: set it to 6, for example.")
         return {"num_latents": operator.index(count), "markers": self.markers}
 
     def encode_prompt(self, question: str, *, num_images=1, num_latents=None, num_tiles=None, history=()) -> list[int]:
-        """Return the ids of all that comes before the predicted text; strings of special tokens in it are text.
+        """Return the ids of everything before the predicted text; strings of special tokens are encoded as text.
 
-        num_tiles: of each image, as `encode_images` gives them; default: num_images images of one tile.
-        history: question and answer of each earlier turn; thoughts stand before every answer.
+        num_tiles: per image, from `encode_images`; default: num_images images of one tile.
+        history: question and answer of each earlier turn; thoughts come before every answer.
         """
         tiles = [1] * num_images if num_tiles is None else list(num_tiles)
         variables = {**self.layout(num_latents), "add_generation_prompt": True}
         return self.encode_chat(messages_of(question, history, len(tiles)), tiles, variables)[0]
 
     def encode_chat(self, chat, num_tiles, variables: dict, *, template=None, sanitized=True, masked=False):
-        """Return the ids of a chat with images of so many tiles, and 1 at what the assistant writes, if masked."""
+        """Return the ids of a chat with images of num_tiles tiles and, if masked, 1 where the assistant writes."""
         template = template or self.chat_template
         tokens = control_tokens_of(self.tokenizer, template) if sanitized else None
         text, spans = render(self.tokenizer, template, *quoted([chat, variables], tokens), with_spans=masked)
         return self.encode_rendered(text, num_tiles, spans)
 
     def encode_rendered(self, chat: str, num_tiles: Sequence[int], spans: Sequence = ()) -> tuple[list, list]:
-        """Return the ids of a rendered chat with images of so many tiles, and 1 at those in its spans, 0 elsewhere."""
+        """Return the ids of a rendered chat with images of num_tiles tiles, and 1 inside its spans, else 0."""
         ids, mask = encode_marked(self.tokenizer, chat, spans)
         placeholder = self.tokenizer.convert_tokens_to_ids(self.image_token)
         wanted = f"{ids.count(placeholder)} {self.image_token}"
         if ids.count(placeholder) != len(num_tiles):
-            raise ValueError(f"The text has {wanted} and {len(num_tiles)} images are given: give one image for each.")
+            raise ValueError(f"The text has {wanted}, but {len(num_tiles)} images are given: give one image for each.")
         images = (self.image_ids(number) for number in num_tiles)
         pieces = [next(images) if token_id == placeholder else [token_id] for token_id in ids]
         masks = [[value] * len(piece) for value, piece in zip(mask, pieces)]
         return [*chain(*pieces)], [*chain(*masks)]
 
     def split_prompt(self, prompt: list[int]) -> tuple[list[int], list[int]]:
-        """Return what the encoder reads of a prompt, [] without one, and what the decoder begins with.
+        """Split a prompt into the encoder's ids, [] without an encoder, and the decoder's first ids.
 
-        Thoughts before other text, as in a chat with answers, raise ValueError: an encoder would read them as text.
+        Raise ValueError for thoughts before other text, as in a chat with answers: an encoder cannot think.
         """
         if self.decoder_start_token_id is None:
             return [], prompt
@@ -117,16 +117,16 @@ class ThinkingProcessor:
         end = len(prompt) - len([*takewhile(thought_ids.__contains__, reversed(prompt))])
         if any(token in thought_ids for token in prompt[:end]):
             remedy = "leave assistant messages out, and pass add_generation_prompt=True"
-            raise ValueError(f"An encoder-decoder's prompt goes on after its thoughts: {remedy}.")
+            raise ValueError(f"An encoder-decoder's prompt has text after its thoughts: {remedy}.")
         return [*prompt[:end], self.tokenizer.eos_token_id], [self.decoder_start_token_id, *prompt[end:]]
 
     def pad_prompts(self, prompts: Sequence[list[int]], *, padding_side: str | None = None, **kwargs) -> dict:
-        """Return ids and masks (B, T) of prompts, under `model_input_names`: an encoder's are padded on the right."""
+        """Return padded ids and masks (B, T) of prompts as `model_input_names`; encoders pad on the right."""
         if self.decoder_start_token_id is None:
             side = padding_side or self.tokenizer.padding_side
             return dict(self.tokenizer.pad({"input_ids": list(prompts)}, padding_side=side, **kwargs))
         if padding_side is not None:
-            remedy = "leave it out, for an encoder is padded on the right and a decoder on the left"
+            remedy = "leave it out, because encoders are padded on the right and decoders on the left"
             raise ValueError(f"padding_side={padding_side!r} has no effect with an encoder-decoder: {remedy}.")
         encoder, decoder = zip(*map(self.split_prompt, prompts))
         begun = self.tokenizer.pad({"input_ids": list(decoder)}, padding_side="left", **kwargs)
@@ -134,7 +134,7 @@ class ThinkingProcessor:
         return {**batch, **self.tokenizer.pad({"input_ids": list(encoder)}, padding_side="right", **kwargs)}
 
     def encode_text(self, text: str) -> list[int]:
-        """Return the ids of ordinary text: no special tokens are added, and none are read out of it."""
+        """Return the ids of ordinary text, without adding or parsing special tokens."""
         return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def __call__(
@@ -145,13 +145,13 @@ class ThinkingProcessor:
         Args:
             images: one per text, or a list for each text, or all for a single text; see `read_images`.
             text (`str | list[str]`): questions, or prompts of `apply_chat_template(..., tokenize=False)`.
-            num_latents (`int | list[int]`): latents before every answer, of all texts or of each; default the saved.
-            history: question and answer of each text's earlier turns, of which the first has the images.
-            rendered: True: texts are such prompts. False, for texts of users: questions, whose special tokens stay
-                text. None: `is_rendered` decides; with num_latents or history they are questions.
+            num_latents (`int | list[int]`): latents before every answer, for all texts or each; default: as saved.
+            history: question and answer of each text's earlier turns; the first turn has the images.
+            rendered: True: texts are such prompts. False: texts are questions, in which special tokens remain text
+                (for user input). None: `is_rendered` decides; with num_latents or history they are questions.
             kwargs: options of the text and of the image processor, flat or in groups; see `split_options`.
 
-        Returns what pad_prompts and encode_images give; ValueError says what of a call does not fit together.
+        Returns the outputs of pad_prompts and encode_images. Raises ValueError for arguments that do not fit together.
         """
         text_options, image_options = split_options(kwargs, self.image_processor)
         if text is None:
@@ -179,7 +179,7 @@ class ThinkingProcessor:
         return self._batch_of(input_ids, pixels, text_options)
 
     def _batch_of(self, input_ids: list[list[int]], pixels: dict, options: dict, masks=()) -> BatchFeature:
-        """Make a batch of prompts and pixels under options of the text; masks: 1 at what the assistant writes."""
+        """Make a batch of prompts and pixels with the text options; masks: 1 where the assistant writes."""
         longest = max(len(part) for prompt in input_ids for part in self.split_prompt(prompt))
         options = padding_options(options, self.tokenizer, num_rows=len(input_ids), longest=longest)
         return_tensors, with_types = options.pop("return_tensors", None), options.pop("return_mm_token_type_ids", None)
@@ -204,16 +204,16 @@ class ThinkingProcessor:
         sanitize_control_tokens: bool = True,
         **kwargs,
     ):
-        """Render chats with this processor's latents and markers; tokenized, control tokens in messages are text.
+        """Render or tokenize chats with this processor's latents and markers; control tokens in messages are text.
 
         Args:
             conversation: messages of one chat, or of several; images under `image`, `url`, `path` or `base64`.
-            tokenize: False gives a `RenderedPrompt` of each chat; control tokens in messages then raise ValueError.
-            return_dict: True gives what a call gives, False the ids of each chat, also of a single one.
-            return_assistant_tokens_mask: also `assistant_masks`, 1 at what the assistant writes; see `render`.
-            sanitize_control_tokens: False reads control tokens in messages as such.
-            kwargs: `num_latents`; variables of the template, `add_generation_prompt`, `tools`, …; options of a call,
-                also in `processor_kwargs`, there with `images` (a list for each chat) if messages only place them.
+            tokenize: False returns a `RenderedPrompt` per chat; control tokens in messages then raise ValueError.
+            return_dict: True returns the same as `__call__`, False a list of ids per chat, even for one chat.
+            return_assistant_tokens_mask: also return `assistant_masks`, 1 where the assistant writes; see `render`.
+            sanitize_control_tokens: False parses control tokens in messages.
+            kwargs: `num_latents`; template variables, `add_generation_prompt`, `tools`, …; options of a call, also in
+                `processor_kwargs`, with `images` (a list per chat) if messages hold only their placeholders.
         """
         chats, groups, is_batch = conversations_of(conversation)
         template = chat_template or self.chat_template
@@ -234,10 +234,10 @@ class ThinkingProcessor:
         return batch if return_dict else batch["input_ids"]
 
     def decode_answers(self, generated, inputs=None) -> list[str]:
-        """Return the answers in what `generate` returned, as `parse_answer` finds them; '' where there is none.
+        """Return the answers in the output of `generate`, as found by `parse_answer`; '' if there is none.
 
         generated: ids (rows, T), or an output of `generate` with `sequences`.
-        inputs: what `generate` was given, whose prompts are cut off; others raise ValueError. None: answers alone.
+        inputs: those of `generate`, to cut off the prompts; others raise ValueError. None: there are no prompts.
         """
         ids = generated["sequences"] if isinstance(generated, ModelOutput) else generated
         if inputs is not None:
@@ -245,24 +245,24 @@ class ThinkingProcessor:
             begun, ids = ids[:, : prompts.shape[1]], ids[:, prompts.shape[1] :]
             if not torch.equal(begun, prompts.repeat_interleave(len(ids) // len(prompts), dim=0)):
                 given = f"{len(prompts)} prompts of {prompts.shape[1]} tokens"
-                raise ValueError(f"{len(ids)} generated rows do not begin with the {given}: give what generate got.")
+                raise ValueError(f"{len(ids)} generated rows do not begin with the {given}: pass generate's inputs.")
         return [parse_answer(text) for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
-    """A tokenizer and an image processor under the layout of this file.
+    """Processor of composed models: a tokenizer and an image processor with the layout of this file.
 
     Args:
         image_processor, tokenizer: of the backbones; the tokenizer must hold the special tokens.
         image_seq_length (`int`): placeholders of one image or tile, `config.image_seq_length` of the model.
-        num_latents (`int`): default latents of a prompt, in a trained checkpoint those of its last stage.
+        num_latents (`int`): default number of latents per prompt; a trained checkpoint has its last stage's.
         markers (`str`): `both` (the paper) | `start` | `none`, the markers around the latents.
         chat_template (`str`): the layout, as the functions of mmcoconut.build write it.
-        image_token, start_image_token, end_image_token (`str`): placeholder of images, and what frames them, or None.
-        use_thumbnail (`bool`): whether an image cut into several tiles also gives the whole picture, as its last.
-        decoder_start_token_id (`int`): what an encoder-decoder's decoder begins with; None for a decoder alone.
+        image_token, start_image_token, end_image_token (`str`): image placeholder, and tokens around it, or None.
+        use_thumbnail (`bool`): whether an image of several tiles also gives the whole picture, as the last tile.
+        decoder_start_token_id (`int`): first token of an encoder-decoder's decoder; None for a decoder-only model.
 
-    Raise ValueError for a tokenizer without the special tokens and unknown `markers`, `num_latents` or arguments.
+    Raises ValueError for a tokenizer without the special tokens, or invalid `markers`, `num_latents` or arguments.
     """
 
     def __init__(
@@ -289,7 +289,7 @@ class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
         if chat_template is None:
             raise ValueError(f"chat_template is None: {remedy}, which write one.")
         check_markers(markers)
-        # A saved tokenizer forgets it. An answer follows its prompt; an encoder counts columns from the question's.
+        # Saved tokenizers forget the side. Answers follow their prompts; encoders count columns from the question's.
         tokenizer.padding_side = "left" if decoder_start_token_id is None else "right"
         self.image_seq_length, self.use_thumbnail = image_seq_length, use_thumbnail
         self.num_latents, self.markers = num_latents, markers
@@ -301,9 +301,9 @@ class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[int]]]:
-        """Return pixel_values (images, channels, height, width) of groups of images in order, and each one's tiles.
+        """Return pixel_values (images, channels, height, width) of groups of images, and the tiles per image.
 
-        Of an image processor that makes tiles: (tiles, channels, height, width), and num_tiles (images,) with them.
+        If the image processor makes tiles: (tiles, channels, height, width), with num_tiles (images,).
         """
         groups = [flat_images(group) for group in groups]
         images = [*chain(*groups)]
@@ -314,7 +314,7 @@ class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
         return_tensors = kwargs.pop("return_tensors", None)
         inputs = dict(self.image_processor(images, **kwargs))
         tiles, counts = inputs["pixel_values"], inputs.pop("num_patches")
-        if not self.use_thumbnail:  # the last tile of an image that has several
+        if not self.use_thumbnail:  # drop the last tile of images with several
             kept = [place < max(1, count - 1) for count in counts for place in range(count)]
             tiles, counts = [*compress(tiles, kept)], [max(1, count - 1) for count in counts]
         each = iter(counts)
@@ -322,38 +322,38 @@ class MMCoconutProcessor(ThinkingProcessor, ProcessorMixin):
         return dict(inputs), [[next(each) for _ in group] for group in groups]
 
     def _get_num_multimodal_tokens(self, image_sizes: Sequence[tuple[int, int]] = (), **kwargs):
-        """Return tokens and tiles of images (height, width) under a call's options; serving engines know this name."""
+        """Return tokens and tiles of images (height, width) under a call's options; serving engines call it."""
         _, options = split_options(kwargs, self.image_processor)
         if options.get("size") is not None:
-            options["patch_size"] = options["size"]  # as the image processor calls the side of a tile there
+            options["patch_size"] = options["size"]  # the image processor's name for the side of a tile
         tiles = [1] * len(image_sizes)
         if makes_tiles(self.image_processor):
             count = self.image_processor.get_number_of_image_patches
             tiles = [count(height, width, options) for height, width in image_sizes]
-            if not self.use_thumbnail:  # which is counted where there are several
+            if not self.use_thumbnail:  # counted if there are several tiles
                 tiles = [number - (number > 1) for number in tiles]
         return MultiModalData(num_image_tokens=[len(self.image_ids(n)) for n in tiles], num_image_patches=tiles)
 
     def image_ids(self, num_tiles: int) -> list[int]:
-        """Return the ids of an image: its placeholders, and what frames them."""
+        """Return the ids of an image: its placeholders, and the tokens around them."""
         frame = (self.start_image_token, self.end_image_token)
         start, end = ([] if token is None else [self.tokenizer.convert_tokens_to_ids(token)] for token in frame)
         return [*start, *[self.image_token_id] * (self.image_seq_length * num_tiles), *end]
 
     @property
     def most_tiles(self) -> int:
-        """Return the most tiles of an image, with the thumbnail."""
+        """Return the maximum number of tiles per image, thumbnail included."""
         cuts = makes_tiles(self.image_processor) and self.image_processor.crop_to_patches
         return self.image_processor.max_patches + 1 if cuts else 1
 
     def create_mm_token_type_ids(self, input_ids: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Return 1 at the ids that are of an image, 0 elsewhere."""
+        """Return 1 at image placeholders, 0 elsewhere."""
         image_ids = set(self.image_ids(1))
         return [[int(token in image_ids) for token in row] for row in input_ids]
 
     @property
     def model_input_names(self) -> list[str]:
-        """Return the names that a call gives for text with images."""
+        """Return the names of a call's outputs for text with images."""
         text = dict.fromkeys(("input_ids", "attention_mask", *self.prompt_names))
         return [*text, "pixel_values", *(["num_tiles"] if makes_tiles(self.image_processor) else [])]
 

@@ -3,7 +3,7 @@
     picture  → vision tower → visual tokens ┐
     question → text encoder → states        ┴→ cross-attention of the decoder: <start> thoughts → answer
 
-The encoder is also the teacher of an alignment: one vector a picture is drawn to the mean of a text's states (JEPA).
+The encoder is also the teacher of an alignment: each picture's vector is trained towards a text's mean state (JEPA).
 
 Shapes: B batch, S tokens of the encoder, T of the decoder, I images, E visual tokens and states of a row, D hidden.
 """
@@ -33,7 +33,7 @@ from .vision_mmcoconut import asked_outputs, check_whole_images
 
 @dataclass
 class MMCoconutEncoderOutput(ModelOutput):
-    """What the decoder reads: states and mask (B, E), visual tokens first; hidden_states (B, S, D) are of the text.
+    """The decoder's input: states and mask (B, E), visual tokens first; hidden_states (B, S, D) of the text.
 
     image_mask (B, E): True at the visual tokens.
     """
@@ -63,14 +63,14 @@ class MMCoconutSeq2SeqLMOutput(ThoughtFields, Seq2SeqLMOutput):
 
 
 def alignment_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-    """Return 1 - cosine of each image's vector and its text's, both (I, D), meaned; refuse unequal numbers of them."""
+    """Return the mean of 1 - cosine between images' and texts' vectors (I, D); unequal numbers raise ValueError."""
     if len(image_embeds) != len(text_embeds):
-        raise ValueError(f"{len(image_embeds)} images to be aligned with {len(text_embeds)} texts: give one for each.")
+        raise ValueError(f"{len(image_embeds)} images to align with {len(text_embeds)} texts: give one per image.")
     return (1 - nn.functional.cosine_similarity(image_embeds, text_embeds, dim=-1)).mean()
 
 
 def visual_tokens_of(attention_mask: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Return where visual tokens stand in front of so many of a text, in the shape of the mask (B, E) of both."""
+    """Return (B, E), True at the visual tokens before the num_tokens text tokens of this mask (B, E)."""
     columns = torch.arange(attention_mask.shape[1], device=attention_mask.device)
     return (columns < len(columns) - num_tokens).expand_as(attention_mask)
 
@@ -82,7 +82,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
 
     @staticmethod
     def build_language_model(config: MMCoconutConfig) -> PreTrainedModel:
-        """Return encoder and decoder with random weights; refuse embeddings of their own for each."""
+        """Return encoder and decoder with random weights; separate embeddings raise ValueError."""
         if not getattr(config.text_config, "share_encoder_decoder_embeddings", True):
             remedy = "take a language model that shares them"
             raise ValueError(f"text_config.share_encoder_decoder_embeddings=False is not supported: {remedy}.")
@@ -97,11 +97,11 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
     @can_return_tuple
     @torch.no_grad()
     def get_text_features(self, input_ids, attention_mask=None, **kwargs) -> tuple | BaseModelOutputWithPooling:
-        """Return the encoder's states of texts (n, S), and their means, L2-normalised, as `pooler_output` (n, D)."""
+        """Return the encoder's states of texts (n, S), with their L2-normalised means as `pooler_output` (n, D)."""
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask  # (n, S)
         encoder = self.get_encoder()
         training = encoder.training
-        encoder.eval()  # a teacher says the same thing twice
+        encoder.eval()  # a teacher must be deterministic
         outputs = encoder(input_ids, attention_mask=attention_mask, return_dict=True, **kwargs)
         encoder.train(training)
         states, mask = outputs.last_hidden_state, attention_mask[..., None]  # (n, S, D), (n, S, 1)
@@ -109,10 +109,10 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         return BaseModelOutputWithPooling(pooler_output=nn.functional.normalize(mean, dim=-1), **outputs)
 
     def encode(self, input_ids, attention_mask=None, pixel_values=None, num_tiles=None, image_features=None, **kwargs):
-        """Return as MMCoconutEncoderOutput what the decoder is to read of questions (B, S) and their images.
+        """Encode questions (B, S) and their images to an MMCoconutEncoderOutput, which the decoder reads.
 
-        kwargs: output_hidden_states and output_attentions, of the text encoder; others are not read.
-        No question, one longer than the encoder's positions, or other placeholders than images raise ValueError.
+        kwargs: output_hidden_states and output_attentions, of the text encoder; others are ignored.
+        Raise ValueError without a question, or if it exceeds the encoder's positions or misplaces images.
         """
         if input_ids is None:
             raise ValueError("There is no question to encode: pass input_ids, or encoder_outputs that encode() gave.")
@@ -163,13 +163,13 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         output_stop_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MMCoconutSeq2SeqModelOutput:
-        """Encode question and images, then run the decoder; each latent reads the state of the column before it.
+        """Encode question and images, then run the decoder; each latent reads the previous column's state.
 
         Args:
-            input_ids, attention_mask (B, S), pixel_values, num_tiles, image_features: of `encode`; or
-            encoder_outputs: what it gave.
+            input_ids, attention_mask (B, S), pixel_values, num_tiles, image_features: as in `encode`; or
+            encoder_outputs: the output of `encode`.
             decoder_input_ids (B, T), latents included: None only encodes; with decoder_attention_mask (B, past + T)
-            and decoder_position_ids (B, T), counted from it by default. The rest as in MMCoconutModel.forward.
+            and decoder_position_ids (B, T), by default counted from it. The rest as in MMCoconutModel.forward.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encode(input_ids, attention_mask, pixel_values, num_tiles, image_features, **kwargs)
@@ -201,7 +201,7 @@ class MMCoconutSeq2SeqModel(MMCoconutModel):
         )
 
 
-# Arguments that `generate` refuses, and what to do instead.
+# Arguments that `generate` does not support, and what to do instead.
 REFUSED = {
     "prefix": ", which reads a question whole: give its image_features, which get_vision_features() makes once",
     "prefill_chunk_size": ": leave it out",
@@ -210,7 +210,7 @@ REFUSED = {
 
 
 class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
-    """MMCoconutSeq2SeqModel with a head; `image_fusion: encoder`. The thoughts stand in `decoder_input_ids`."""
+    """MMCoconutSeq2SeqModel with a head; `image_fusion: encoder`. The latents are in `decoder_input_ids`."""
 
     base_class = MMCoconutSeq2SeqModel
     mask_name = "decoder_attention_mask"
@@ -219,11 +219,11 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         return self.model.get_text_features(*args, **kwargs)
 
     def prefill(self, *args, **kwargs):
-        """Refuse to: there is no prefix that questions share, because the encoder reads each of them whole."""
+        """Raise ValueError: questions cannot share a prefix, because the encoder reads each one whole."""
         raise ValueError(f"prefill() does not work with an encoder-decoder{REFUSED['prefix']}.")
 
     def generate(self, inputs: torch.Tensor | None = None, *args, encoder_outputs=None, **kwargs):
-        """Generate from what `encode` gives, which is computed once; refuse what REFUSED names."""
+        """Generate from the output of `encode`, computed once; arguments in REFUSED raise ValueError."""
         for name, remedy in REFUSED.items():
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} does not work with an encoder-decoder{remedy}.")
@@ -241,14 +241,14 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         return GenerationMixin.generate(self, None, *args, encoder_outputs=encoder_outputs, **kwargs)
 
     def prepare_inputs_for_generation(self, *args, decoder_attention_mask: torch.Tensor | None = None, **kwargs):
-        """Add the rows' positions to the library's inputs: a static cache's mask, which is 4-D, does not tell them."""
+        """Add the rows' positions to transformers' inputs: a static cache's 4-D mask does not give them."""
         if decoder_attention_mask is not None:
             columns = decoder_attention_mask.shape[1]
             kwargs["decoder_position_ids"] = positions_from_mask(decoder_attention_mask, columns)  # (B, past + T)
         return super().prepare_inputs_for_generation(*args, decoder_attention_mask=decoder_attention_mask, **kwargs)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return labels (B, T) moved right by one behind the decoder's start token, with pad tokens for -100."""
+        """Return labels (B, T) shifted right after the decoder's start token, with pad tokens for -100."""
         text_config = self.config.text_config
         return shift_tokens_right(labels, text_config.pad_token_id, text_config.decoder_start_token_id)
 
@@ -270,13 +270,13 @@ class MMCoconutForSeq2SeqLM(MMCoconutForConditionalGeneration):
         """Run the base model, its head, the loss of the labels, and the alignment loss.
 
         Args:
-            labels (B, T): what each column of decoder_input_ids is to predict, -100 where nothing; not shifted inside.
-                Without decoder_input_ids these are made of them.
-            alignment_input_ids, alignment_attention_mask (I, S): a text an image, whose vector the image's is drawn
-                to. With them and neither labels nor decoder_input_ids the decoder does not run.
+            labels (B, T): target of each column of decoder_input_ids, -100 where there is no loss; not shifted inside.
+                Without decoder_input_ids these are made from the labels.
+            alignment_input_ids, alignment_attention_mask (I, S): one text per image, to align the image's vector with.
+                With them and neither labels nor decoder_input_ids the decoder does not run.
             The rest as in MMCoconutSeq2SeqModel.forward, logits_to_keep as in MMCoconutForConditionalGeneration.
 
-        A latent after a row's last labelled token, images without vectors to align, nothing to read raise ValueError.
+        Raise ValueError for a latent after a row's last labelled token, no image vectors to align, or no inputs.
         """
         if decoder_input_ids is None and labels is None and alignment_input_ids is None:
             raise ValueError("There is nothing for the decoder to read: pass decoder_input_ids, labels or texts.")

@@ -1,24 +1,24 @@
 """The thinking decoder: a `forward` that feeds the decoder's own last hidden state back at latent columns.
 
-At a latent column c of row b a thinking decoder reads, in the place of a token's embedding, the thought
+At a latent column c of row b, a thinking decoder reads this thought instead of a token's embedding:
 
     thought[b, c] = feed(last_hidden_state[b, c - 1])
 
-that is, the state after the final norm which it computed one column earlier. A column is an index along T, padding
-included; a position is what position_ids says. `think` cuts the sequence at the columns where any row has a latent and
-runs each piece once over the key-value cache; `think_uncached` is the definition that it must equal, and runs
-everything again for each thought. Attention is causal: a change of column c changes no state and no key to its left.
+It is the decoder's output, after the final norm, one column earlier. A column is an index along T, padding included;
+a position is an entry of position_ids. `think` splits the sequence at the columns where any row has a latent and runs
+each piece once over the key-value cache. `think_uncached` is the reference that it must equal: it reruns the whole
+sequence for each thought. Attention is causal: changing column c changes no state and no key to its left.
 
-`think` is a schedule: a function of the same two objects that every way to think is called with.
+`think` is a schedule. Every schedule is a function of the same two objects:
 
-    passes     the call's arguments, cut by column; `passes.run` sends a piece through the decoder's own forward
+    passes     the call's arguments, split by column; `passes.run` sends a piece through the decoder's own forward
     thoughts   where the latents are, and what their thoughts are
 
-A schedule gives each column to `passes.run` exactly once, from left to right. `passes.states_of` tries columns that it
-will run again; such a schedule has the attribute `reads_again`.
+A schedule gives each column to `passes.run` exactly once, from left to right. `passes.states_of` tries columns that
+will be run again; a schedule that uses it sets the attribute `reads_again`.
 
-`give_thoughts` puts `ThinkingDecoder` in front of the class of any decoder; names and parameters stay. The model
-around the decoder says where the latents are, in a context, because keywords would reach its vision tower too:
+`give_thoughts` adds the mixin `ThinkingDecoder` to the class of any decoder and keeps its name and parameters. The
+outer model passes the latents through a context manager, because keywords would also reach its vision tower:
 
     with thinking(Thoughts(latents, feed)):
         outputs = decoder(inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids)
@@ -84,17 +84,17 @@ from .passes_mmcoconut import (
 )
 
 
-# Layers that keep a state in the place of keys, by the names that transformers gives them in `config.layer_types`.
+# Layers that keep a recurrent state instead of keys, by their names in transformers' `config.layer_types`.
 RECURRENT_KINDS = ("linear_attention", "conv")
 CHECKPOINTED_PASSES = ("all", "first")
-# Functions of a thinking decoder that return a schedule in the place of `think`, or None; mmcoconut.kernels adds one.
+# Functions of a thinking decoder that return a replacement for `think`, or None; mmcoconut.kernels adds one.
 CHOOSE_SCHEDULE: list[Callable] = []
 THOUGHTS: ContextVar = ContextVar("THOUGHTS", default=None)
 
 
 # --- the loop and its definition -------------------------------------------------------------------------------------
 def think(passes: Passes, thoughts: "Thoughts") -> None:
-    """Run every column once: a pass up to each latent column, whose last state is what is read there."""
+    """Run every column once: one pass up to each latent column, which then reads the last state of that pass."""
     state = thoughts.state_before  # (B, D)
     for start, embeds, starts_at_latent in passes.pieces(thoughts.columns, thoughts.cuts):  # (B, t, D)
         if starts_at_latent:
@@ -106,10 +106,10 @@ def think(passes: Passes, thoughts: "Thoughts") -> None:
 def think_uncached(
     decoder: Callable, inputs_embeds: torch.Tensor, thoughts: "Thoughts", **kwargs
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The definition of `think`: for each latent column from left to right, run the whole sequence again.
+    """Define what `think` must equal: rerun the whole sequence for each latent column, from left to right.
 
-    Return the last hidden states and what was read, both (B, T, D). thoughts: located, without a past cache.
-    kwargs: for every call of the decoder.
+    Return the last hidden states and the embeddings read, both (B, T, D). thoughts: after `locate`, without a past
+    cache. kwargs: passed to every call of the decoder.
     """
     for column in thoughts.columns:
         states = decoder(inputs_embeds=inputs_embeds, use_cache=False, **kwargs).last_hidden_state  # (B, T, D)
@@ -127,7 +127,7 @@ def put_first(embeds: torch.Tensor, is_latent: torch.Tensor, thought: torch.Tens
 
 
 class ThoughtFeed(nn.Module):
-    """What a hidden state goes through before it is read as an embedding; (…, D) → (…, D).
+    """Map a hidden state to the embedding that the next latent reads; (…, D) → (…, D).
 
     `none`: h. `embedding`: h · r / ‖h‖ with r the mean norm of the token embeddings (no gradient through r).
     `projection`: LayerNorm(W₂ gelu(W₁ h)). A forward hook on this module sees, and may replace, every thought.
@@ -154,31 +154,31 @@ class ThoughtFeed(nn.Module):
 # --- where the latents are -------------------------------------------------------------------------------------------
 @dataclass
 class Thoughts:
-    """The latents of one call, what is read at them, and afterwards what was.
+    """The latents of one call, what they read, and, after the call, what they have read.
 
     Args:
         latents (B, T): True where a row has a latent.
         feed: states (…, D) → thoughts (…, D).
-        schedule: how the decoder's passes go: `think`, or another function of passes and thoughts.
+        schedule: the function of passes and thoughts that runs the decoder, such as `think`.
         is_paused: latents keep the embedding of their token, and nothing is fed back.
-        noise (B, N, D): added to the thoughts of each row in units of their own root mean square, by column (B, T, D)
-            once these are known; None: nothing.
-        given: called with what the decoder is to read (B, T, D) and where images stand in it (B, T) or None, returns
-            vectors (B, N, D) and a mask (B, N) of the latents that read these, and no state (teacher forcing).
-        image_mask (B, T): where image features are read in the text; None where they are not.
-        answer_sees: what columns behind a row's last latent attend to, as in MMCoconutConfig.
-        beside (B, E): where image features are among the encoder states; None: everywhere, if there are any.
+        noise (B, N, D): added to each row's thoughts, in units of a thought's root mean square; becomes (B, T, D), by
+            column, once the columns are known; None: no noise.
+        given: teacher forcing: called with the inputs_embeds (B, T, D) and the image mask (B, T) or None, returns
+            vectors (B, N, D) and a mask (B, N) of the latents that read these vectors instead of a state.
+        image_mask (B, T): True at image features among the inputs_embeds; None if images are not read there.
+        answer_sees: what columns after a row's last latent attend to, as in MMCoconutConfig.
+        beside (B, E): True at image features among the encoder states; None: all of them, if there are any.
 
     Set by the decoder:
-        row_mask (B, past + T): where the decoder gets masks that a model made of it, this one; else None.
-        columns: where any row thinks. state_before (B, D): of the column before the first, from the cache.
-        cuts: where a pass begins too, because a row sees less from there on. hiding: what it does not see.
-        linked (B, T): where gradients flow back to the state before; None: everywhere.
-        sharded: whether other processes must make as many passes.
+        row_mask (B, past + T): the 2-D mask, if the decoder gets masks that the outer model prepared; else None.
+        columns: columns where any row thinks. state_before (B, D): of the column before the first, from the cache.
+        cuts: columns where an extra pass begins, because a row sees less from there. hiding: what it does not see.
+        linked (B, T): where gradients flow back to the previous state; None: everywhere.
+        sharded: True if all processes must run the same number of passes (FSDP).
         inputs_embeds (B, T, D): what the decoder read. states (B, T, D): its last hidden states.
-        is_given (B, T): latents that read what they were given; they are no longer among `latents`.
-        left_out (B, T): latents whose attention mask is 0: nothing is thought there.
-        attention_mask (B, past + T): 0 at those too. Both None where there are none.
+        is_given (B, T): latents that read a given vector; they are removed from `latents`.
+        left_out (B, T): latents with attention mask 0, where nothing is thought; None if there are none.
+        attention_mask (B, past + T): with 0 at those too; None if there are none.
     """
 
     latents: torch.Tensor
@@ -205,17 +205,17 @@ class Thoughts:
 
     @property
     def thought_mask(self) -> torch.Tensor:
-        """Where a thought was read in the place of a token, (B, T)."""
+        """Return (B, T), True where a thought was read instead of a token's embedding."""
         latents = self.latents if self.is_given is None else self.latents | self.is_given
         return latents if self.left_out is None else latents & ~self.left_out
 
     def put_given(self, inputs_embeds: torch.Tensor) -> torch.Tensor:
-        """Return what the decoder is to read (B, T, D), with the given vectors at their latents."""
+        """Return the inputs_embeds (B, T, D) with the given vectors at their latents."""
         vectors, where = self.given(inputs_embeds, self.image_mask)  # (B, N, D), (B, N)
         most = int(self.latents.sum(dim=1).max())
         if where.shape != (len(self.latents), most) or vectors.shape[:2] != where.shape:
             raise ValueError(
-                f"given_thoughts returned vectors {(*vectors.shape,)} and a mask {(*where.shape,)}, and this call has "
+                f"given_thoughts returned vectors {(*vectors.shape,)} and a mask {(*where.shape,)}, but this call has "
                 f"{len(self.latents)} rows with up to {most} latents: return (B, N, D) and (B, N)."
             )
         if most == 0:
@@ -226,7 +226,7 @@ class Thoughts:
         return torch.where(self.is_given[..., None], vectors, inputs_embeds)
 
     def from_states(self, states: torch.Tensor, columns: int | slice) -> torch.Tensor:
-        """Return the thoughts that states (B, D) become at a column, or states (B, t, D) at a slice of columns."""
+        """Return the thoughts of states (B, D) at a column, or of states (B, t, D) at a slice of columns."""
         if self.linked is not None:
             states = torch.where(self.linked[:, columns][..., None], states, states.detach())
         thoughts = self.feed(states)
@@ -236,11 +236,11 @@ class Thoughts:
         return thoughts + (size * self.noise[:, columns]).to(thoughts.dtype)
 
     def gathered(self) -> dict[str, torch.Tensor]:
-        """Return the thoughts (B, N, D) of each row, packed to the left, and the thought_mask (B, N) of real ones."""
+        """Return each row's thoughts (B, N, D), packed to the left, and the thought_mask (B, N) of real ones."""
         return dict(zip(("thoughts", "thought_mask"), gather_thoughts(self.inputs_embeds, self.thought_mask)))
 
     def locate(self, inputs: dict, past_key_values: Cache | None, decoder: "ThinkingDecoder") -> None:
-        """Find the columns of the thoughts in a call of the decoder, whose mask leaves out those where it is 0."""
+        """Find the columns of the thoughts in a call of the decoder; latents with attention mask 0 are left out."""
         self.sharded, given, attention_mask = is_sharded(decoder), self.latents, inputs.get("attention_mask")
         if not is_two_dimensional(attention_mask):
             attention_mask = self.row_mask
@@ -265,7 +265,7 @@ class Thoughts:
             self.noise = noise_by_column(self.noise, given)  # (B, T, D)
 
     def hide(self, inputs: dict, attention_mask, left_out: torch.Tensor, past_key_values: Cache | None) -> tuple:
-        """Note what the call hides; return where rows begin to see less, and where a thought is read, (B, T) each."""
+        """Record what the call hides; return where rows begin to see less and where thoughts are read, (B, T) each."""
         read, not_read = split_latents(self.thought_mask, attention_mask)  # (B, T) each
         of_call = (read, left_out | not_read, self.image_mask, self.beside)
         known = ThoughtState.of(past_key_values).hiding
@@ -273,14 +273,14 @@ class Thoughts:
         return self.hiding.cuts(read.shape[1], reads_beside=inputs.get(ENCODER_INPUTS[0]) is not None), read
 
     def agree(self) -> None:
-        """Let all processes begin passes in the same columns, at a cut as at a latent that no row has."""
+        """Make all processes run the same number of passes; extra passes begin where no row has a latent."""
         starts = agreed_columns(sorted({*self.columns, *self.cuts}), self.latents.shape[1], self.latents.device)
         self.columns, self.cuts = ([], starts) if self.is_paused else (starts, [])
 
 
 @contextmanager
 def thinking(thoughts: Thoughts) -> Iterator[Thoughts]:
-    """Tell a thinking decoder, called inside, where the latents of the call are."""
+    """Tell a thinking decoder that is called inside this context where its latents are."""
     token = THOUGHTS.set(thoughts)
     try:
         yield thoughts
@@ -290,15 +290,15 @@ def thinking(thoughts: Thoughts) -> Iterator[Thoughts]:
 
 # --- the decoder -----------------------------------------------------------------------------------------------------
 class ThinkingDecoder(PutInFront):
-    """What `give_thoughts` puts in front of a decoder's class: outside `thinking`, `forward` is the decoder's own.
+    """The mixin that `give_thoughts` adds to a decoder's class; outside `thinking`, `forward` is the decoder's own.
 
-    own_arguments: the names of the arguments of the decoder's own forward, in their order.
-    counts_columns: whether the decoder numbers positions by column, as it takes no position_ids (Marian, BART).
-    bptt_thoughts: gradients flow from so many last thoughts of each row into the states that they were made from;
-        earlier thoughts are detached from theirs. None is all.
-    checkpointed_passes: which passes gradient checkpointing recomputes: `all`, or the `first`, before the thoughts.
-    around_passes: makes, per call in training, the reusable context that each of its passes is run in; mmcoconut's
-        trainer lets it form the weights' gradients of all passes together.
+    own_arguments: the argument names of the decoder's own forward, in order.
+    counts_columns: True if the decoder numbers positions by column and takes no position_ids (Marian, BART).
+    bptt_thoughts: each row's last bptt_thoughts thoughts pass gradients to the states that they were made from;
+        earlier thoughts are detached. None: all thoughts pass gradients.
+    checkpointed_passes: the passes that gradient checkpointing recomputes: `all`, or the `first`, before the thoughts.
+    around_passes: factory, called once per training call, of a reusable context manager around each pass; mmcoconut's
+        trainer uses it to compute the weight gradients of all passes together.
 
     The last three belong to a run or a machine and are not saved.
     """
@@ -311,7 +311,7 @@ class ThinkingDecoder(PutInFront):
 
     @can_return_tuple
     def forward(self, *args, **kwargs):
-        """Run the decoder; at the latents that `thinking` tells it of, its own states are read."""
+        """Run the decoder; at the latents given by `thinking` it reads its own states."""
         inputs = {**dict(zip(self.own_arguments, args)), **kwargs} if args else kwargs
         read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         thoughts = None if read is None or takes_no_thoughts(read.shape[1]) else THOUGHTS.get()
@@ -322,9 +322,9 @@ class ThinkingDecoder(PutInFront):
         return self.forward_with_thoughts(thoughts, **rename_cache(inputs, "past_key_values"))
 
     def own_forward(self, *, position_ids: torch.Tensor | None = None, **inputs):
-        """Run the decoder's own forward, and give it each row's positions where it counts columns (Marian, BART).
+        """Run the decoder's own forward, with each row's positions also if it counts columns (Marian, BART).
 
-        Its position embeddings E are added to what it reads, so it is given inputs_embeds + E[position] - E[column].
+        Such a decoder adds position embeddings E by column, so it gets inputs_embeds + E[position] - E[column].
         """
         inputs["return_dict"] = True
         if position_ids is None or not self.counts_columns:
@@ -340,13 +340,13 @@ class ThinkingDecoder(PutInFront):
     def forward_with_thoughts(
         self, thoughts: Thoughts, *, past_key_values: Cache | None = None, use_cache=None, **inputs
     ):
-        """Run the decoder as often as the thoughts need, and note in `thoughts` what was read."""
+        """Run the decoder as often as the thoughts need, and record in `thoughts` what was read."""
         replays = self.training and is_checkpointing(self)
         if replays and past_key_values is not None and past_key_values.get_seq_length() == 0:
             past_key_values = None  # SmolVLM makes one beforehand
         if replays and past_key_values is not None:
             raise ValueError(
-                "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), switch "
+                "Gradient checkpointing in training cannot continue past_key_values: call model.eval(), turn "
                 "gradient_checkpointing off, or pass the whole sequence."
             )
         if use_cache is None:  # an unused cache would copy all keys and values in training
@@ -362,13 +362,13 @@ class ThinkingDecoder(PutInFront):
             past_key_values = self.fresh_cache(thoughts, keeps_cache=keeps_cache, replays=replays)
         if any(thoughts.columns) and keeps_cache and self.is_recurrent and torch.is_grad_enabled():
             raise ValueError(
-                f"use_cache={use_cache} with gradients, and the recurrent layers of this {type(self).__name__} write "
-                "each pass over what gradients need of the one before: pass use_cache=False and no past_key_values, "
+                f"use_cache={use_cache} with gradients does not work: the recurrent layers of {type(self).__name__} "
+                "overwrite states that the backward pass needs. Pass use_cache=False and no past_key_values, "
                 "or call it under torch.no_grad()."
             )
         if past_key_values is not None and inputs.get("encoder_hidden_states") is not None:
             past_key_values = with_cross_attention(past_key_values, self.config)
-        # Under checkpointing the layers would warn that they ignore use_cache; they get the cache itself.
+        # With use_cache=True, checkpointed layers would warn that they ignore it; they get the cache itself.
         inputs["use_cache"] = past_key_values is not None and not replays
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = 0  # Gemma 4's decoder would leave out the columns before
@@ -388,7 +388,7 @@ class ThinkingDecoder(PutInFront):
         return outputs
 
     def hide(self, passes: Passes, thoughts: Thoughts) -> None:
-        """Say in passes what they hide, and how masks that a model around made for all columns are cut for them."""
+        """Tell the passes what to hide, and how to split masks that the outer model prepared for all columns."""
         inputs, hiding, passes.hiding = passes.inputs, thoughts.hiding, thoughts.hiding
         mask, is_cut = inputs.get("attention_mask"), bool(thoughts.columns) or hiding is not None
         if is_cut and passes.cache is not None and mask is not None and not is_two_dimensional(mask):
@@ -400,27 +400,27 @@ class ThinkingDecoder(PutInFront):
 
     @cached_property
     def sees_all_columns(self) -> bool:
-        """Whether all layers attend to all columns, and none to images beside them."""
+        """Return True if all layers attend to all columns, and none to images by cross-attention."""
         return self.keeps_all_keys and {*READ_ONCE}.isdisjoint(self.own_arguments)
 
     @cached_property
     def keeps_all_keys(self) -> bool:
-        """Whether no layer lets keys go, as a sliding window does; the cache that transformers makes tells."""
+        """Return True if no layer drops keys, as a sliding window does; read off the cache that transformers makes."""
         return all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.config).layers)
 
     @cached_property
     def is_recurrent(self) -> bool:
-        """Whether some layers keep a state in the place of keys."""
+        """Return True if some layers keep a recurrent state instead of keys."""
         return writes_in_place(DynamicCache(config=self.config))
 
     def masks_of_pass(self, attention_mask: torch.Tensor | None, embeds: torch.Tensor, past_key_values: Cache):
-        """Return the masks that the decoder makes of a mask (B, past + t) for a pass over embeds (B, t, D)."""
+        """Return the masks that the decoder makes from a mask (B, past + t) for a pass over embeds (B, t, D)."""
         return create_masks_for_generate(self.config, embeds, attention_mask, past_key_values)
 
     def with_padding(self, inputs: dict, past_key_values: Cache) -> dict:
-        """Return the arguments of a pass over a single column with the padding in it for recurrent layers.
+        """Return the arguments of a single-column pass with its padding mask for recurrent layers.
 
-        They would take the column for a generated token, which is none, and let padding into their state.
+        They would take the column for a generated token, which has no padding, and let padding into their state.
         """
         attention_mask, embeds = inputs.get("attention_mask"), inputs["inputs_embeds"]
         if not (self.is_recurrent and embeds.shape[1] == 1 and is_two_dimensional(attention_mask)):
@@ -430,9 +430,9 @@ class ThinkingDecoder(PutInFront):
         return {**inputs, "attention_mask": {**masks, **padding}}
 
     def fresh_cache(self, thoughts: Thoughts, *, keeps_cache: bool, replays: bool) -> Cache:
-        """Return an empty cache: a growing one, the kind that is chosen for such a call, or one that can be replayed.
+        """Return an empty cache: a growing one, the kind chosen for this call, or one that can be replayed.
 
-        Through a chosen kind a later call has no gradients.
+        A later call gets no gradients through a chosen kind.
         """
         prefix_length = thoughts.columns[0] if thoughts.columns else 0
         reads_again = getattr(thoughts.schedule, "reads_again", False)
@@ -444,13 +444,13 @@ class ThinkingDecoder(PutInFront):
             return DynamicCache(config=self.config) if kind is None else kind()
         if self.checkpointed_passes not in CHECKPOINTED_PASSES:
             raise ValueError(
-                f"checkpointed_passes={self.checkpointed_passes!r} is not known: choose one of {CHECKPOINTED_PASSES}."
+                f"checkpointed_passes={self.checkpointed_passes!r} is unknown: choose one of {CHECKPOINTED_PASSES}."
             )
         follow = None if self.checkpointed_passes == "all" else Cache if kind is None else kind.after
         return PassCache(DynamicCache(config=self.config), follow)
 
     def pass_runner(self, thoughts: Thoughts) -> Callable:
-        """Return what `Passes` calls with a cache and the arguments of one pass.
+        """Return the function that `Passes` calls with a cache and the arguments of one pass.
 
         Under gradient checkpointing a replayed pass (PassCache) skips around_passes.
         """
@@ -472,7 +472,7 @@ class ThinkingDecoder(PutInFront):
         return call_in_training
 
     def leave_out(self, outputs, thoughts: Thoughts) -> None:
-        """Copy the state of the column before into each latent that was left out."""
+        """Copy the previous column's state into each latent that was left out."""
         states = carry_states(outputs.last_hidden_state, thoughts.left_out, thoughts.state_before)
         outputs.last_hidden_state = states  # (B, T, D)
         window = getattr(self.config, "sliding_window", None)
@@ -480,7 +480,7 @@ class ThinkingDecoder(PutInFront):
 
 
 def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tensor, inputs: dict) -> None:
-    """Note in a cache what later calls need: the state (B, D) of its last column, and what else there is."""
+    """Record in a cache what later calls need: the state (B, D) of its last column, masks and hidden columns."""
     state = ThoughtState.within(past_key_values)
     state.remember(last_state, past_key_values)
     if thoughts.left_out is not None:
@@ -490,7 +490,7 @@ def remember(past_key_values: Cache, thoughts: Thoughts, last_state: torch.Tenso
 
 
 def give_thoughts(decoder: PreTrainedModel) -> PreTrainedModel:
-    """Return the decoder itself, whose class now thinks; parameters and their names stay as they are."""
+    """Give a decoder thoughts in place and return it; parameters and their names do not change."""
     if not isinstance(decoder, ThinkingDecoder):
         decoder.own_arguments = tuple(inspect.signature(decoder.forward).parameters)
         decoder.counts_columns = "position_ids" not in decoder.own_arguments

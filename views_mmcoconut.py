@@ -1,4 +1,4 @@
-"""What the thoughts of a call were, for whoever supervises or examines them.
+"""A view of the thoughts of a call, for objectives and audits.
 
     view = model(**inputs, output_view=True).view
     loss = (1 - cosine_similarity(view.before, targets, dim=-1))[view.mask].mean()
@@ -17,18 +17,18 @@ from .thinking_mmcoconut import Thoughts
 
 @dataclass
 class ThoughtView:
-    """The thoughts of a call, with their gradients; those of each row packed to the left, zeros behind them.
+    """The thoughts of a call, with their gradients; each row's packed to the left, then zeros.
 
-    before (B, N, D): the state one column before each latent, which a thought is made of.
+    before (B, N, D): the state one column before each latent, from which the thought is made.
     thoughts (B, N, D): what the latent read. after (B, N, D): the state at the latent.
-    mask (B, N): True where a row has so many latents. columns (B, N): where they stand among the T of the call.
-    read (B, T, D): all that the decoder read, image features included. states (B, T, D): its last hidden states.
-    image_mask (B, T): where image features are read in the text; None where they are not.
+    mask (B, N): True at real latents, not padding. columns (B, N): their columns among the T of the call.
+    read (B, T, D): the decoder's inputs, image features included. states (B, T, D): its last hidden states.
+    image_mask (B, T): True at image features among the inputs; None if images are not read there.
     hidden_states: (B, T, D) before the first layer and after each, with output_hidden_states=True.
-    head: last hidden states (…, D) → logits (…, V); None of a model without one.
+    head: last hidden states (…, D) → logits (…, V); None for a model without one.
 
     Set by a trainer, which knows the rows:
-        step (B, N): which written step a latent stands for, from 0; -1 for none. place (B, N): the latent's place
+        step (B, N): the written step that a latent replaces, from 0; -1 for none. place (B, N): the latent's index
             among those of its step, from 0.
         answer_column (B,): of the token before the answer's text.
     """
@@ -49,7 +49,7 @@ class ThoughtView:
 
     @classmethod
     def of(cls, thoughts: Thoughts) -> "ThoughtView":
-        """Return the view of a call that has ended."""
+        """Return the view of a finished call."""
         latents, states = thoughts.thought_mask, thoughts.states  # (B, T), (B, T, D)
         columns, mask = columns_of(latents)  # (B, N) each
         before = states_before(states, thoughts.state_before)  # (B, T, D)
@@ -62,12 +62,12 @@ class ThoughtView:
         """Return each row's image features as the decoder read them, in reading order, (B, P, D), and a mask (B, P).
 
         Raises:
-            ValueError: images that are not read in the text.
+            ValueError: the model does not read its images among the text columns.
         """
         if self.image_mask is None:
             raise ValueError(
-                "This model does not read its images in the text (cross-attention or an encoder does), so there are "
-                "no image features among its columns: take image_fusion 'replace' or 'add'."
+                "This model reads its images by cross-attention or in an encoder, so there are "
+                "no image features among its columns: set image_fusion to 'replace' or 'add'."
             )
         return gather_thoughts(self.read, self.image_mask)
 

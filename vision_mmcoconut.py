@@ -1,9 +1,9 @@
-"""From a vision tower's output to what the decoder reads: selected features, projectors, fusions, and their checks.
+"""From a vision tower's output to the decoder's inputs: feature selection, projectors, fusions, and their checks.
 
     hidden states of the tower → read_tower → projector → fusion with the text's embeddings
 
-Shapes: I images or tiles, patches and P tokens of one before and after the projector, W joined width of the layers
-that are read, B batch, T tokens, F `<image>` placeholders, E features and states that a row reads, D hidden.
+Shapes: I images or tiles, patches and P tokens per image before and after the projector, W joined width of the layers
+that are read, B batch, T tokens, F `<image>` placeholders, E encoder states and features of a row, D hidden.
 """
 
 from collections import OrderedDict
@@ -35,7 +35,7 @@ def _vision_width_of(config: MMCoconutConfig) -> int:
 
 
 def _check_image_features(image_features: torch.Tensor, config: MMCoconutConfig) -> None:
-    """Raise unless precomputed features are (I, patches, W), with the patches that the placeholders are made of."""
+    """Raise ValueError unless precomputed features are (I, patches, W), with patches that fit the placeholders."""
     expected = ["patches", _vision_width_of(config)]
     if config.image_fusion not in READ_BY_CROSS_ATTENTION and config.projector_type not in PREFIX_PROJECTORS:
         shuffles = config.projector_type == "pixel_shuffle"
@@ -43,18 +43,18 @@ def _check_image_features(image_features: torch.Tensor, config: MMCoconutConfig)
     shape = tuple(image_features.shape)
     if len(shape) != 3 or any(size not in ("patches", found) for size, found in zip(expected, shape[1:])):
         reads = f"the projector reads (images or tiles, {expected[0]}, {expected[1]})"
-        raise ValueError(f"image_features is {shape}, and {reads}: pass what get_vision_features of this model gives.")
+        raise ValueError(f"image_features is {shape}, but {reads}: pass what this model's get_vision_features gives.")
 
 
 def check_one_source(**sources) -> None:
-    """Raise where the batch's images are given twice."""
+    """Raise ValueError if the batch's images are given twice."""
     given = [name for name, value in sources.items() if value is not None]
     if len(given) > 1:
         raise ValueError(f"{' and '.join(given)} both hold the images of the batch: pass one of them.")
 
 
 def check_num_tiles(num_tiles: torch.Tensor | None, **images: torch.Tensor | None) -> None:
-    """Raise unless all images (images,) have as many tiles as the pixels or the features (I, …), given by name."""
+    """Raise ValueError unless the images' tiles (images,) add up to those of the named pixels or features (I, …)."""
     for name, tensor in images.items():
         if num_tiles is not None and tensor is not None and int(num_tiles.sum()) != len(tensor):
             counted = f"{int(num_tiles.sum())} tiles ({num_tiles.tolist()} an image)"
@@ -62,21 +62,21 @@ def check_num_tiles(num_tiles: torch.Tensor | None, **images: torch.Tensor | Non
 
 
 def check_num_features(image_mask: torch.Tensor, image_features: torch.Tensor, config: MMCoconutConfig) -> None:
-    """Raise a ValueError where placeholders (B, T) and image features (F, D) differ in number."""
+    """Raise ValueError if the numbers of placeholders (B, T) and image features (F, D) differ."""
     length, num_features = config.image_seq_length, image_features.shape[0]
     torch_compilable_check(
         image_mask.sum() == num_features,
         lambda: (
-            f"The batch holds {int(image_mask.sum())} <image> placeholders ({image_mask.sum(-1).tolist()} a row) but "
-            f"{num_features} image features: give each image or tile {length} placeholders, and do not truncate them."
+            f"The batch holds {int(image_mask.sum())} <image> placeholders ({image_mask.sum(-1).tolist()} per row) "
+            f"but {num_features} image features: give each image or tile {length} placeholders, not truncated."
         ),
     )
 
 
 def check_whole_images(image_mask: torch.Tensor, num_tiles: torch.Tensor | None, config: MMCoconutConfig) -> None:
-    """Raise a ValueError unless each row of (B, T) holds all placeholders of its images, not parts of another row's.
+    """Raise ValueError unless each row of (B, T) holds all placeholders of its own images.
 
-    num_tiles (images,): the tiles of each image; None: every image is one.
+    num_tiles (images,): tiles per image; None: one each.
     """
     counts, length = image_mask.sum(-1), config.image_seq_length  # (B,)
     broken = counts % length != 0  # (B,)
@@ -84,7 +84,7 @@ def check_whole_images(image_mask: torch.Tensor, num_tiles: torch.Tensor | None,
         ~broken.any(),
         lambda: (
             f"Row {int(broken.nonzero()[0])} of the batch holds {int(counts[broken][0])} <image> placeholders, which "
-            f"is no multiple of the {length} of an image: do not truncate rows with images."
+            f"is no multiple of the {length} per image: do not truncate rows with images."
         ),
     )
     if num_tiles is None or torch.compiler.is_exporting():
@@ -112,7 +112,7 @@ class PixelShuffle(nn.Module):
 
 
 class ImageEmbedding(nn.Module):
-    """One vector an image: pooled, L2-normalised, through the adapter; (I, patches, W) → (I, D)."""
+    """One vector per image: pooled, L2-normalised, through the adapter; (I, patches, W) → (I, D)."""
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__()
@@ -125,7 +125,7 @@ class ImageEmbedding(nn.Module):
 
 
 class AttentionPrefixProjector(nn.Module):
-    """Learnt queries attend to all patches, unlike a pooled vector → LayerNorm; (I, patches, W) → (I, P, D)."""
+    """Learnt queries that attend to all patches → LayerNorm; (I, patches, W) → (I, P, D)."""
 
     def __init__(self, config: MMCoconutConfig):
         super().__init__()
@@ -172,7 +172,7 @@ def pixel_shuffle_projector(config: MMCoconutConfig) -> nn.Sequential:
 
 
 def pooled_prefix_projector(config: MMCoconutConfig) -> nn.Sequential:
-    """Return visual tokens out of the image's embedding: linear → LayerNorm; (I, patches, W) → (I, P, D)."""
+    """Return visual tokens from the image's embedding: linear → LayerNorm; (I, patches, W) → (I, P, D)."""
     size, num_tokens = config.text_config.hidden_size, config.num_visual_tokens
     layers = {"embedding": ImageEmbedding(config), "linear": nn.Linear(size, num_tokens * size)}
     layers |= {"tokens": nn.Unflatten(-1, (num_tokens, size)), "norm": nn.LayerNorm(size)}
@@ -185,17 +185,17 @@ PROJECTORS |= {"attention_prefix": AttentionPrefixProjector}
 
 
 def build_projector(config: MMCoconutConfig) -> nn.Module:
-    """Return the projector that the configuration names."""
+    """Return the projector named in the configuration."""
     return PROJECTORS[config.projector_type](config)
 
 
 # A fusion takes (inputs_embeds (B, T, D), image_features (F, D), image_mask (B, T), attention_mask (B, T) or None) and
-# returns what the decoder is called with. image_mask is True at the placeholders, and image_features has a row for
-# each of them in reading order; for cross-attention an image is one, with all its features, (F, P · D).
+# returns the decoder's arguments. image_mask is True at the placeholders, and image_features has one row per
+# placeholder in reading order; for cross-attention each image is one row with all its features, (F, P · D).
 
 
 def replace_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
-    """Put image features in the place of the placeholders' embeddings, as in LLaVA."""
+    """Replace the placeholders' embeddings by image features, as in LLaVA."""
     mask = image_mask[..., None].expand_as(inputs_embeds)  # (B, T, D)
     return {"inputs_embeds": inputs_embeds.masked_scatter(mask, image_features)}
 
@@ -207,7 +207,7 @@ def add_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -
 
 
 def features_by_row(image_features, image_mask, hidden_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return features (F, P · D) of each row's images as (B, E, D), zeros behind them, and the mask (B, E) of them."""
+    """Return the features (F, P · D) of each row's images as (B, E, D), zero-padded, and their mask (B, E)."""
     counts = image_mask.sum(dim=1)  # (B,)
     features = pad_sequence(image_features.split(counts.tolist()), batch_first=True)  # (B, images, P · D)
     visible = torch.arange(features.shape[1], device=counts.device) < counts[:, None]  # (B, images)
@@ -217,7 +217,7 @@ def features_by_row(image_features, image_mask, hidden_size: int) -> tuple[torch
 
 
 def cross_attention_fusion(inputs_embeds, image_features, image_mask, attention_mask=None) -> dict:
-    """Let the decoder's cross-attention read image features, in no order; a row without images one of zeros."""
+    """Let the decoder's cross-attention read image features, without positions; rows without images read zeros."""
     features, visible = features_by_row(image_features, image_mask, inputs_embeds.shape[-1])  # (B, E, D), (B, E)
     if features.shape[1] == 0:
         features, visible = torch.zeros_like(inputs_embeds[:, :1]), torch.zeros_like(image_mask[:, :1])
@@ -242,23 +242,23 @@ IMAGE_FUSIONS |= {"cross_attention": cross_attention_fusion, "encoder": encoder_
 
 @dataclass
 class MMCoconutImageOutput(BaseModelOutputWithPooling):
-    """The tower's output; pooler_output, what the decoder reads of each image; image_embeds (I, D), if there are."""
+    """The tower's output; pooler_output, each image's features for the decoder; image_embeds (I, D), if any."""
 
     image_embeds: torch.Tensor | None = None
 
 
 def asked_outputs(settings: dict) -> dict:
-    """Return the outputs asked of a tower or an encoder; a list of layers is meant for the decoder."""
+    """Return the output settings for a tower or an encoder; a list of layers is meant for the decoder."""
     return {name: True for name in ("output_hidden_states", "output_attentions") if settings.get(name) is True}
 
 
 class ReadsImages:
-    """The part of a model that runs its `vision_tower` and `multi_modal_projector`, and fuses what they give."""
+    """Mixin that runs `vision_tower` and `multi_modal_projector`, and fuses their features with the text."""
 
     def read_tower(self, pixel_values: torch.Tensor, **kwargs) -> tuple[dict, torch.Tensor]:
-        """Run the tower; return the outputs that are asked for, and what the projector reads, (I, patches, W).
+        """Run the tower; return the requested outputs, and the projector's input (I, patches, W).
 
-        vision_feature_layer and vision_feature_select_strategy in kwargs take the place of the configuration's.
+        vision_feature_layer and vision_feature_select_strategy in kwargs override the configuration's.
         """
         names = ("vision_feature_layer", "vision_feature_select_strategy")
         given = {name: kwargs.pop(name, None) for name in names}
@@ -277,16 +277,16 @@ class ReadsImages:
         return outputs, read[:, 1:] if strategy == "default" else read
 
     def get_vision_features(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Return (I, patches, W) of (I, channels, height, width) pixels, to be passed as `image_features` for them."""
+        """Return (I, patches, W) from pixels (I, channels, height, width), to pass as `image_features` instead."""
         return self.read_tower(pixel_values, **kwargs)[1]
 
     @can_return_tuple
     def get_image_features(self, pixel_values=None, num_tiles=None, image_features=None, **kwargs):
         """Return features of (I, channels, height, width) pixels; `pooler_output` is a list of I tensors (P, D).
 
-        image_features (I, patches, W) of get_vision_features may stand in the place of the pixels. With num_tiles
-        (images,) these are tiles, and the list holds an image's tiles joined: (num_tiles · P, D). Each row of them
-        belongs to a placeholder; for cross-attention that is one of all features, (1, P · D).
+        image_features (I, patches, W) of get_vision_features can replace the pixels. With num_tiles (images,) these
+        are tiles, and the list holds each image's joined tiles: (num_tiles · P, D). Each row belongs to one
+        placeholder; for cross-attention there is one row with all features, (1, P · D).
         """
         check_one_source(pixel_values=pixel_values, image_features=image_features)
         check_num_tiles(num_tiles, pixel_values=pixel_values, image_features=image_features)
@@ -308,22 +308,22 @@ class ReadsImages:
         return MMCoconutImageOutput(pooler_output=list(projected), **outputs)
 
     def get_placeholder_mask(self, input_ids, inputs_embeds: torch.Tensor, image_features: torch.Tensor):
-        """Return (B, T), True at the `<image>` placeholders; raise where their number is not that of the features."""
+        """Return (B, T), True at the `<image>` placeholders; raise ValueError if there are not as many features."""
         image_mask = self.get_token_mask(self.config.image_token_id, input_ids, inputs_embeds)
         check_num_features(image_mask, image_features, self.config)
         return image_mask
 
     def fuse_images(self, input_ids, inputs_embeds: torch.Tensor, image_outputs, past_key_values=None) -> dict:
-        """Return what the decoder reads: the embeddings joined with the images' features by the configured fusion.
+        """Return the decoder's inputs: embeddings and image features joined by the configured fusion.
 
         Raises:
-            ValueError: placeholders and features differ in number; an image after a cache that holds others' keys.
+            ValueError: unequal numbers of placeholders and features; an image after a cache with other images' keys.
         """
         known = ThoughtState.of(past_key_values).encoder_inputs if self.cross_attends else {}
         if known and image_outputs is not None:
             raise ValueError(
-                "past_key_values already hold what the decoder reads by cross-attention, so new images would not be "
-                "seen: pass all images in the first call, and no prefill_chunk_size that would cut between them."
+                "past_key_values already hold the keys of cross-attention, so new images would not be seen: pass all "
+                "images in the first call, and no prefill_chunk_size that would split between them."
             )
         decodes = inputs_embeds.shape[1] == 1 and image_outputs is None and not self.cross_attends
         if known and inputs_embeds.shape[1] > 1:  # placeholders without an image
@@ -337,7 +337,7 @@ class ReadsImages:
         return self.fuse(inputs_embeds, image_features, image_mask)
 
     def image_outputs_of(self, images: dict, num_tiles, mm_encoder_outputs: dict | None, **asked):
-        """Return the output of `get_image_features` for the images of a call, or the one it was given; or None."""
+        """Return the output of `get_image_features` for a call's images, or the given one; None without images."""
         check_one_source(**images, mm_encoder_outputs=mm_encoder_outputs)
         if all(image is None for image in images.values()):
             return (mm_encoder_outputs or {}).get("image")

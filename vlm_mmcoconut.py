@@ -1,11 +1,11 @@
-"""Any vision-language model of transformers with thoughts: a subclass of its own class, made by the class's name.
+"""Add thoughts to any vision-language model of transformers, in a subclass of its own class with the same name.
 
     Qwen2_5_VLForConditionalGeneration        ThinkingVLM in front: options and outputs of thoughts, `generate`, saving
         model: Qwen2_5_VLModel                ReadsLatents in front: tells the decoder where the latents are
             language_model                    ThinkingDecoder in front, see thinking_mmcoconut.py
 
-Nothing is forked: images, positions and masks are the model's own, and so are the names of its weights, so that its
-plain class opens a checkpoint too. What the thoughts are is said by fields beside the model's own in config.json.
+There is no fork: images, positions, masks and weight names are the model's own, so its plain class also opens a
+checkpoint. Additional fields in config.json describe the thoughts.
 
     thinking_class(Qwen2_5_VLForConditionalGeneration)      the class
     vlm_mmcoconut.Qwen2_5_VLForConditionalGeneration        the same, as `auto_map` names it in a checkpoint
@@ -37,21 +37,21 @@ from .thinking_mmcoconut import give_thoughts, thinking
 
 AUTO_CLASSES = ("AutoModelForImageTextToText", "AutoModel")
 THOUGHT_MODULES = ("thought_feed", "stop_head")
-# What a call may say of its thoughts, in the order of ThinkingVLM.think_forward.
+# Arguments of a call that concern its thoughts, in the order of ThinkingVLM.think_forward.
 OF_THOUGHTS = ("stop_threshold", "thought_noise", "given_thoughts", *RETURNED)
-# Fields of configurations that hold a placeholder of image features.
+# Configuration fields with the id of an image placeholder.
 IMAGE_TOKENS = ("image_token_id", "image_token_index")
-# Model types that cap the logits of their head, where their configuration says so, and those that scale them by a
-# power of its logits_scaling.
+# Model types that cap the logits of their head if their configuration says so, and those that scale the logits by
+# a power of its logits_scaling.
 CAPPED = ("gemma3n", "gemma4", "gemma4_unified", "paligemma")
 SCALED = {"granite4_vision": -1, "granite_docling": -1, "hyperclovax_vision_v2": 1}
 
 
 @dataclass
 class Asked:
-    """What a call asks of the thoughts in it, and afterwards the fields of its output that answer.
+    """The thought options of a call, and, after the call, the thought fields of its output.
 
-    options: those in OF_THOUGHTS, as in ThinkingVLM.forward; or schedule, in the place of the configured one.
+    options: those in OF_THOUGHTS, as in ThinkingVLM.forward; or schedule, which replaces the configured one.
     """
 
     options: dict
@@ -63,7 +63,7 @@ ASKED: ContextVar[Asked | None] = ContextVar("ASKED", default=None)
 
 @contextmanager
 def asking(**options) -> Iterator[Asked]:
-    """Ask of the thoughts of the call inside; the base model's signature has no place for it."""
+    """Set the thought options of the call inside; the base model's signature has no arguments for them."""
     token = ASKED.set(asked := Asked(options))
     try:
         yield asked
@@ -72,10 +72,10 @@ def asking(**options) -> Iterator[Asked]:
 
 
 def run_with_latents(model: MakesThoughts, own_forward: Callable, inputs: dict):
-    """Run the forward of a model around a thinking decoder, which is told where the latents of input_ids are."""
+    """Run the forward of a model with a thinking decoder, and tell the decoder where the latents are."""
     asked = ASKED.get() or Asked({})
     read = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-    if read is None:  # whose error is the model's own
+    if read is None:  # the model raises its own error
         return own_forward(**inputs)
     latents = model.get_token_mask(model.config.latent_token_id, inputs.get("input_ids"), read)  # (B, T)
     if takes_no_thoughts(read.shape[1]):
@@ -87,10 +87,10 @@ def run_with_latents(model: MakesThoughts, own_forward: Callable, inputs: dict):
     options = {**asked.options}
     returned = {name: options.pop(name) for name in RETURNED if name in options}
     image_mask = model.image_columns(inputs.get("input_ids"), read)
-    is_beside = READ_ONCE[0] in model.get_decoder().own_arguments  # read by layers that nothing can be hidden from
+    is_beside = READ_ONCE[0] in model.get_decoder().own_arguments  # read by layers that cannot hide anything
     if image_mask is None and model.config.answer_sees == "no_image" and not is_beside:
         raise ValueError(
-            "answer_sees='no_image', and nobody knows where the images stand: pass input_ids with a placeholder for "
+            "answer_sees='no_image' needs the columns of the images: pass input_ids with a placeholder for "
             f"each image feature, which a {type(model).__name__} has if its configuration has an image_token_id; or "
             "set answer_sees to 'thoughts' or 'all'."
         )
@@ -99,45 +99,45 @@ def run_with_latents(model: MakesThoughts, own_forward: Callable, inputs: dict):
     with thinking(thoughts):
         outputs = own_forward(**inputs)
     if thoughts.inputs_embeds is None:
-        raise ValueError(f"{type(model).__name__} did not run its decoder, so its latents were not thought.")
+        raise ValueError(f"{type(model).__name__} did not run its decoder, so no thought was computed.")
     asked.fields = model.fields_of(thoughts, **returned)
     return outputs
 
 
 class HasThinkingDecoder(MakesThoughts):
-    """A model around the `thinking_decoder`, wherever in it that stands."""
+    """A model with a `thinking_decoder`, at any depth."""
 
     def get_decoder(self, *args, **kwargs):
-        """Return the thinking decoder; before there is one, the model's own."""
+        """Return the thinking decoder; before it exists, the model's own decoder."""
         own = self.__dict__.get("thinking_decoder")
         return super().get_decoder(*args, **kwargs) if own is None else own
 
     def image_columns(self, input_ids: torch.Tensor | None, read: torch.Tensor) -> torch.Tensor | None:
-        """Return where image features are read in the text, (B, T); None without such placeholders, or without ids."""
+        """Return (B, T), True at image features among the text; None without placeholders or ids."""
         ids = {getattr(self.config, name, None) for name in IMAGE_TOKENS} - {None}
         if input_ids is None or not ids or not {*READ_ONCE}.isdisjoint(self.get_decoder().own_arguments):
             return None
         return torch.isin(input_ids, torch.tensor([*ids], device=input_ids.device))
 
     def thought_modules(self) -> list[nn.Module]:
-        """Return what `add_thought_modules` has added."""
+        """Return the modules that `add_thought_modules` has added."""
         return [module for name, module in self.named_children() if name in THOUGHT_MODULES]
 
 
 class ReadsLatents(PutInFront, HasThinkingDecoder):
-    """What is put in front of a vision-language model's base class."""
+    """Mixin for a vision-language model's base class: tells the decoder where the latents are."""
 
     own_arguments: tuple[str, ...]
 
     @can_return_tuple
     def forward(self, *args, **kwargs):
-        """Run the model; each latent in input_ids (B, T) reads the state of the column before it."""
+        """Run the model; each latent in input_ids (B, T) reads the previous column's state."""
         inputs = rename_cache({**dict(zip(self.own_arguments, args)), **kwargs})
         return run_with_latents(self, super().forward, inputs)
 
 
 class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
-    """What `thinking_class` puts in front of the class of a vision-language model with a head."""
+    """Mixin for a vision-language model with a head: thought options and outputs, `generate`, saving."""
 
     accepts_loss_kwargs = True  # the loss is `run_own_forward`'s, over the tokens of all batches of an update
 
@@ -147,10 +147,10 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         self.begin_to_think()
 
     def begin_to_think(self) -> None:
-        """Put what thinks in front of the parts of a whole model, and add what is between states and thoughts."""
-        decoder = give_thoughts(self.get_decoder().base_model)  # of a language model with its head the part without
+        """Add the mixins to the parts of a complete model, and the modules between states and thoughts."""
+        decoder = give_thoughts(self.get_decoder().base_model)  # without the head, if the decoder has one
         reader = self.base_model
-        for model in (self, reader):  # not as a part of theirs, whose weights would have two names
+        for model in (self, reader):  # not as a sub-module: its weights would get two names
             model.__dict__["thinking_decoder"] = decoder
         if reader is not self:
             reader.own_arguments = tuple(inspect.signature(reader.forward).parameters)
@@ -173,12 +173,12 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         """Run the model's own forward, with thoughts at the latents.
 
         Args:
-            stop_threshold: rows stop thinking where the stop head's probability is above it, a number or (B, N).
-            thought_noise (B, N, D): added to the thoughts of each row, in units of their own root mean square.
-            given_thoughts: what latents read in the place of states, see `given` in Thoughts.
+            stop_threshold: a row stops thinking when the stop probability exceeds it; a number or (B, N).
+            thought_noise (B, N, D): added to each row's thoughts, in units of a thought's root mean square.
+            given_thoughts: vectors that latents read instead of states (teacher forcing), see `given` in Thoughts.
             output_thoughts, output_view, output_stop_logits: also return `thoughts` (B, N, D) with their
                 `thought_mask` (B, N), a `view`, see ThoughtView, or `stop_logits` (B, N).
-            shift_labels (B, T): what each column is to predict, in the place of labels.
+            shift_labels (B, T): labels that are already shifted, instead of labels.
             The rest as in the model's own forward. In training the head runs on labelled columns alone, and logits
             are None.
 
@@ -209,7 +209,7 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def run_own_forward(self, own_forward: Callable, inputs: dict):
-        """Run the own forward; the loss is of labelled columns, and in training the head runs on them alone."""
+        """Run the own forward; the loss covers labelled columns, and in training the head runs only on them."""
         labels, shift_labels = inputs.get("labels"), inputs.get("shift_labels")
         targets = self.targets_of(labels, shift_labels, inputs.get("input_ids"), inputs.get("attention_mask"))
         run = own_forward
@@ -243,14 +243,14 @@ class ThinkingVLM(HasThinkingDecoder, ThinkingGenerationMixin):
         return super().generate(*args, **kwargs) if prefix is None else self.prefill()
 
     def prefill(self, *args, **kwargs):
-        """Refuse to make a prefix, whose padding would stand among positions that the model gives to its images."""
+        """Raise NotImplementedError: a prefix's padding would fall among the model's image positions."""
         raise NotImplementedError(
             f"{type(self).__name__} has no prefixes: pass whole prompts, or past_key_values of transformers; "
-            "InternVL and LLaVA have them in their composed form (`composed_from_vlm`)."
+            "InternVL and LLaVA support them in their composed form (`composed_from_vlm`)."
         )
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Save weights under their present names, the code of the thoughts, and which class of it opens them."""
+        """Save with current parameter names, the code of the thoughts, and the name of the class that loads it."""
         self.config.mmcoconut_version = VERSION
         self.config.auto_map = dict.fromkeys(AUTO_CLASSES, f"vlm_mmcoconut.{type(self).__name__}")
         super().save_pretrained(save_directory, **{"save_original_format": False, **kwargs})
@@ -270,7 +270,7 @@ def thinking_class(own_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def give_thoughts_to_vlm(vlm: PreTrainedModel) -> ThinkingVLM:
-    """Return the model itself, which now thinks as its configuration says; weights stay where they are."""
+    """Give a model thoughts in place, as its configuration says, and return it; weights are not moved."""
     check_thought_fields(vlm.config)
     vlm.__class__ = thinking_class(type(vlm))
     vlm.begin_to_think()

@@ -1,12 +1,12 @@
-"""The processor of any vision-language model of transformers with thoughts: a subclass of its own processor's class.
+"""Add thoughts to the processor of any vision-language model of transformers, in a subclass of its own class.
 
     thinking_processor_class(Qwen2_5_VLProcessor)       the class, under the same name
     vlm_processing_mmcoconut.Qwen2_5_VLProcessor        the same, as `auto_map` names it in a checkpoint
 
-What stands for an image is asked of the own processor: it is called with texts in which a marker separates a row's
-images, so frames, rows of tiles, breaks and their texts come from there, and so do all tensors but those with one
-entry a token, which `column_inputs` makes from the final ids. num_latents and markers are saved beside the own fields;
-without this code the own processor opens, whose chat template then writes no thoughts.
+The model's own processor provides each image's placeholder ids: it is called with texts in which a marker separates a
+row's images, so frames, rows of tiles, breaks and their texts come from it, and so do all tensors except those with
+one entry per token, which `column_inputs` makes from the final ids. num_latents and markers are saved with its own
+fields; without this code the own processor is loaded, whose chat template then writes no thoughts.
 """
 
 import inspect
@@ -31,19 +31,19 @@ LOADERS = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
 
 
 class NotLoaded(dict):
-    """The settings of a part, such as a processor of videos, whose libraries are not installed; saved as they are."""
+    """Settings of a part (such as a video processor) whose libraries are not installed; saved unchanged."""
 
     _auto_class, model_input_names = None, []
 
     def __getattr__(self, name: str):
-        """Return a setting, None where it is not known."""
+        """Return a setting; None if it is unknown."""
         if name.startswith("_"):
             raise AttributeError(name)
         return self.get(name)
 
 
 def types_of_prefix(processor, input_ids, written, images) -> list[list[int]]:
-    """Return 0 in the part that is read both ways, which ends where thoughts or answers begin, and 1 behind."""
+    """Return 0 in the bidirectional part, which ends where thoughts or answers begin, and 1 after it."""
     thoughts = set(processor.tokenizer.convert_tokens_to_ids(list(THOUGHT_TOKENS)))
     types = []
     for row, said in zip(input_ids, written):
@@ -54,7 +54,7 @@ def types_of_prefix(processor, input_ids, written, images) -> list[list[int]]:
 
 
 def cross_attention_mask(processor, input_ids, written, images) -> list | None:
-    """Return 1 where a token reads the tiles of an image before it (B, T, images, tiles)."""
+    """Return (B, T, images, tiles), 1 where a token attends to a tile of an earlier image."""
     from transformers.models.mllama import processing_mllama as own
 
     if "aspect_ratio_mask" not in (images or {}):
@@ -65,8 +65,8 @@ def cross_attention_mask(processor, input_ids, written, images) -> list | None:
     return own.convert_sparse_cross_attention_mask_to_dense(seen, tiles, most, max(map(len, input_ids))).tolist()
 
 
-# What processors give with one entry a token, and how it is made of the final ids: by the own processor's method, or
-# by a function here, for one processor or for all.
+# Processor outputs with one entry per token, and how they are made from the final ids: by the own processor's method,
+# or by a function here, for one processor or for all.
 COLUMNS: dict[str, str | Callable] = {
     "mm_token_type_ids": "create_mm_token_type_ids",
     "moe_mm_token_type_ids": "create_moe_mm_token_type_ids",
@@ -74,16 +74,16 @@ COLUMNS: dict[str, str | Callable] = {
     "PaliGemmaProcessor.token_type_ids": types_of_prefix,
     "MllamaProcessor.cross_attention_mask": cross_attention_mask,
 }
-BY_ROW = ("MllamaProcessor",)  # whose tensors have an entry for each row, also for rows without images
-FLAT = ("GotOcr2Processor",)  # which read no lists of lists of images
+BY_ROW = ("MllamaProcessor",)  # its tensors have an entry per row, even without images
+FLAT = ("GotOcr2Processor",)  # it does not take lists of lists of images
 SHARED_FRAMES = ("Idefics2Processor",)  # one frame between neighbours, and a space between an image and a word
 
 
 class ThinkingVLMProcessor(ThinkingProcessor):
-    """What `thinking_processor_class` puts in front of the class of a vision-language model's processor.
+    """Mixin that adds thoughts to a vision-language model's processor; see `thinking_processor_class`.
 
-    Fields, saved beside its own: num_latents and markers as in MMCoconutProcessor; image_options, of the own image
-    processor at every call.
+    Fields, saved with its own: num_latents and markers as in MMCoconutProcessor; image_options, for every call of the
+    own image processor.
     """
 
     own_class: type[ProcessorMixin]
@@ -92,10 +92,10 @@ class ThinkingVLMProcessor(ThinkingProcessor):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
-        """Load a processor; parts for videos or sound that cannot be loaded, or have no files, are left out."""
+        """Load a processor without video or audio parts that cannot be loaded or have no files."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        except (ImportError, OSError, ValueError):  # what images need too raises it again
+        except (ImportError, OSError, ValueError):  # raised again if images need it too
             settings, unused = cls.get_processor_dict(pretrained_model_name_or_path, **kwargs)
             parts = [
                 LOADERS[name].from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -107,7 +107,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict, **kwargs):
-        """Make a processor of its parts and the fields of processor_config.json."""
+        """Make a processor from its parts and the fields of processor_config.json."""
         given = {**processor_dict, **kwargs}
         fields = {name: given.pop(name) for name in FIELDS if name in given}
         is_pair = given.pop("return_unused_kwargs", False)
@@ -116,11 +116,11 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         return (made, unused) if is_pair else made
 
     def set_up(self, num_latents: int = 0, markers: str = "both", image_options: dict | None = None) -> None:
-        """Set the fields of thoughts; raise ValueError for unknown markers and what is no number of latents."""
+        """Set the thought fields; raise ValueError for unknown markers or an invalid num_latents."""
         check_markers(markers)
         self.markers, self.image_options = markers, dict(image_options or {})
         self.num_latents = self.layout(num_latents)["num_latents"]
-        self.tokenizer.padding_side = "left"  # a saved tokenizer forgets it, and an answer follows its prompt
+        self.tokenizer.padding_side = "left"  # saved tokenizers forget it; answers follow their prompts
 
     def to_dict(self) -> dict:
         """Return the fields of processor_config.json."""
@@ -132,7 +132,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         return own | {name: getattr(self, name) for name in FIELDS}
 
     def check_argument_for_proper_class(self, argument_name, argument):
-        """Check the class of a part; one that is not loaded has none."""
+        """Check the class of a part, except of a part that is not loaded."""
         return (
             None
             if isinstance(argument, NotLoaded)
@@ -145,7 +145,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
 
     @cached_property
     def column_names(self) -> list[str]:
-        """Return the names of what the model reads with one entry a token, which the own processor is asked for.
+        """Return the names of the own processor's outputs with one entry per token.
 
         Raises:
             ValueError: a name that this code cannot make for text with thoughts.
@@ -156,12 +156,12 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         shape = torch.as_tensor(inputs["input_ids"]).shape  # (1, T)
         for name, value in inputs.items():
             if name not in text_names | known and getattr(value, "shape", ())[:2] == shape:
-                problem = f"{self.own_class.__name__} gives {name} with one entry a token, which is not known"
+                problem = f"{self.own_class.__name__} returns {name} with one entry per token, which is not supported"
                 raise ValueError(f"{problem}: this vision-language model cannot have thoughts.")
         return sorted(known & {*inputs, *self.model_input_names} - set(self.tokenizer.model_input_names))
 
     def _own_inputs(self, groups: Sequence[Sequence], behind: str, options: dict) -> dict:
-        """Return what the own processor gives for rows of images with marks around each, and other text behind."""
+        """Return the own processor's output for rows of images with marks around each, then other text."""
         marked = (
             START_LATENT_TOKEN + (self.image_token + START_LATENT_TOKEN) * len(group) + behind for group in groups
         )
@@ -171,9 +171,9 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         return dict(self.own_class.__call__(self, images=images, text=[*marked], **options))
 
     def encode_images(self, groups: Sequence[Sequence], **kwargs) -> tuple[dict, list[list[tuple]]]:
-        """Return the tensors that the own processor makes of groups of images, and the ids that stand for each image.
+        """Return the own processor's tensors for groups of images, and the placeholder ids of each image.
 
-        Only what has one entry a token is left out, which `column_inputs` makes.
+        Outputs with one entry per token are left out; `column_inputs` makes them.
         """
         groups = [flat_images(group) for group in groups]
         given = [group for group in groups if group]
@@ -191,7 +191,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         return dict(inputs), [next(handles) if group else [] for group in groups]
 
     def _between_marks(self, ids: list[int], num_images: int) -> list[tuple[int, ...]]:
-        """Return the ids of each image of a row, without a bos token, which is of the text."""
+        """Return the ids of each image of a row, without the bos token, which belongs to the text."""
         mark, bos = self.tokenizer.convert_tokens_to_ids(START_LATENT_TOKEN), self.tokenizer.bos_token_id
         places = [place for place, token_id in enumerate(ids) if token_id == mark]
         outside = {*ids[: places[0]], *ids[places[-1] + 1 :]} if places else set()
@@ -199,21 +199,21 @@ class ThinkingVLMProcessor(ThinkingProcessor):
             found = (
                 f"{self.own_class.__name__} moved or dropped marks around {num_images} images, or put images elsewhere"
             )
-            raise ValueError(f"{found}, so what stands for each is unknown: this processor cannot have thoughts.")
+            raise ValueError(f"{found}, so the placeholders of each are unknown: this processor cannot have thoughts.")
         return [tuple(i for i in ids[start + 1 : end] if i != bos) for start, end in pairwise(places)]
 
     @staticmethod
     def _for_all_rows(tensor: torch.Tensor, groups: Sequence[Sequence]) -> torch.Tensor:
-        """Return a tensor with an entry for each row that has images, with zeros for the others."""
+        """Return a tensor with one entry per row, from entries of the rows with images; zeros for the others."""
         whole = tensor.new_zeros(len(groups), *tensor.shape[1:])
         whole[[row for row, group in enumerate(groups) if group]] = tensor
         return whole
 
     def image_ids(self, num_tiles: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the ids of an image, which `encode_images` gave."""
+        """Return the ids of an image, as returned by `encode_images`."""
         if not isinstance(num_tiles, tuple):
-            remedy = "give what encode_images returned, for the size of an image says what stands for it"
-            raise ValueError(f"num_tiles={num_tiles!r} are no ids of an image: {remedy}.")
+            remedy = "pass what encode_images returned, because placeholders depend on an image's size"
+            raise ValueError(f"num_tiles={num_tiles!r} are not the ids of an image: {remedy}.")
         return num_tiles
 
     def encode_rendered(self, chat: str, num_tiles: Sequence[tuple], spans: Sequence = ()) -> tuple[list, list]:
@@ -230,7 +230,7 @@ class ThinkingVLMProcessor(ThinkingProcessor):
         return super().encode_rendered(chat, num_tiles, spans)
 
     def column_inputs(self, input_ids, attention_mask, images: dict | None = None, written=None) -> dict:
-        """Return what the model reads beside the ids of a batch with one entry a token, as in ThinkingProcessor."""
+        """Return additional model inputs with one entry per token, as in ThinkingProcessor."""
         is_tensor = isinstance(input_ids, torch.Tensor)
         rows = input_ids.tolist() if is_tensor else input_ids
         said = [[False] * len(row) for row in rows] if written is None else torch.as_tensor(written).tolist()

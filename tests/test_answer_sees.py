@@ -223,7 +223,7 @@ def test_a_decoder_that_reads_images_by_cross_attention_reads_none_behind_the_la
 def test_rows_that_would_read_nothing_in_other_columns_are_refused(text):
     model = tiny_model(text, image_fusion="cross_attention", answer_sees="no_image")
     batch = batch_of(model, rows_of(model.config))
-    with pytest.raises(ValueError, match="batch rows whose last latents stand in the same column"):
+    with pytest.raises(ValueError, match="batch rows whose last latents are in the same column"):
         model(**batch)
     for row in rows_alone(model, batch):
         model(**row)
@@ -586,7 +586,7 @@ def test_turns_in_chunks_are_refused_as_their_questions_would_see_less(sees):
     question = torch.tensor([[*words(5, 8), latent, *words(1, 3)]])
     ids = torch.cat([first.sequences, question], dim=1)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    with pytest.raises(ValueError, match="prefill_chunk_size would cut a further turn's question off"):
+    with pytest.raises(ValueError, match="prefill_chunk_size would split a later turn's question from"):
         generate(model, batch, past_key_values=first.past_key_values, prefill_chunk_size=2)
     with pytest.raises(ValueError, match="Row 0 of the batch has text between its latents"):
         generate(model, batch, prefill_chunk_size=5)
@@ -611,13 +611,13 @@ def test_a_cache_that_was_filled_without_notes_is_refused():
     batch, cache = batch_of(model, [rows_of(model.config)[0]]), DynamicCache()
     model(**batch, **{CACHE: cache}, use_cache=True)
     model.config.answer_sees = "thoughts"
-    with pytest.raises(ValueError, match="of which nobody noted where images and thoughts stand"):
+    with pytest.raises(ValueError, match="and no record of which are images and thoughts"):
         model(input_ids=torch.tensor([[5]]), **{CACHE: cache})
 
 
 # --- vision-language models' own classes -----------------------------------------------------------------------------
 # Why nothing can be hidden from a type's decoder, as its error says it.
-IN_STATES, BESIDE = "recurrent layers keep what they read", "reads its images in layers of their own"
+IN_STATES, BESIDE = "recurrent layers keep what they read", "reads its images in separate cross-attention layers"
 REFUSED = dict.fromkeys(("lfm2_vl", "lfm3_vl", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7"), IN_STATES)
 REFUSED |= {"inkling_mm_model": IN_STATES, "qwen3_5": IN_STATES, "qwen3_5_moe": IN_STATES, "mllama": BESIDE}
 HIDING = [name for name in (*CLASS_NAMES, *VARIANTS) if name not in (*FAST, *REFUSED)]

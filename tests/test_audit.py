@@ -156,7 +156,7 @@ def test_second_audit_into_the_same_folder_needs_overwrite(audited, checkpoint, 
     with pytest.raises(ValueError, match="is not empty: give --overwrite true"):
         audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(folder)])
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="holds thesis.tex and no audit"):
+    with pytest.raises(ValueError, match="holds thesis.tex, which is not of an audit"):
         audit.main(["--model", checkpoint, *OPTIONS, "--output_dir", str(tmp_path), "--overwrite", "true"])
 
 
@@ -185,7 +185,7 @@ def test_rows_are_drawn_at_random_and_kept_in_order():
 
 
 def test_several_processes_are_refused():
-    with pytest.raises(ValueError, match="in one process, not in 2"):
+    with pytest.raises(ValueError, match="in one process, but 2 were started"):
         audit.check_start(audit.AuditArguments(), SimpleNamespace(num_processes=2))
 
 
@@ -234,7 +234,7 @@ def test_pause_checkpoint_is_refused(tmp_path):
         (["--score_by", "likelihood"], "reads what is written"),
         (["--margins", "0.1"], "did you mean `margin`"),
         (["--parts", "verdict,neccessity"], "parts = 'neccessity'.*did you mean `necessity`"),
-        (["--parts", "verdict", "--controls", "there"], "leaves out positions"),
+        (["--parts", "verdict", "--controls", "there"], "the part positions"),
         (["--controls", "there"], "there holds no evaluation.json"),
     ],
 )

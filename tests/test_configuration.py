@@ -43,7 +43,7 @@ def test_a_value_outside_its_choices_is_refused_with_the_choices(field):
 @pytest.mark.parametrize("field", TOKEN_ID_FIELDS)
 @pytest.mark.parametrize("token_id", [-1, 32000])
 def test_a_token_outside_the_vocabulary_is_refused_with_both_numbers(field, token_id):
-    with pytest.raises(ValueError, match=f"{field}={token_id} lies outside text_config.vocab_size=32000"):
+    with pytest.raises(ValueError, match=f"{field}={token_id} is outside text_config.vocab_size=32000"):
         tiny_config(**{**IDS, field: token_id})
     assert getattr(tiny_config(**{field: 31999}), field) == 31999
 

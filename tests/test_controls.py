@@ -61,8 +61,8 @@ def test_a_folder_is_an_evaluation_a_run_or_a_comparison(tmp_path):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        ({"mode": "cot"}, "is of mode 'cot', which is no control"),
-        ({"trained_with": None}, "is of mode None, which is no control"),
+        ({"mode": "cot"}, "has mode 'cot', which is no control"),
+        ({"trained_with": None}, "has mode None, which is no control"),
         ({"split": "train"}, "split was 'train' and is 'test'"),
         ({"dataset_options": {"grid_size": 4}}, "dataset_options was"),
         ({"score_by": "likelihood"}, "score_by was 'likelihood' and is 'generation'"),

@@ -290,7 +290,7 @@ def test_decoders_that_number_columns_count_padding_against_their_positions(mode
 
 def test_decoders_that_cannot_read_pictures_are_refused():
     for text in ("llama", "qwen2"):
-        with pytest.raises(ValueError, match=f"{text} has none: take one that has"):
+        with pytest.raises(ValueError, match=f"{text} has none: use GPT-2"):
             cross_model(text)
     with pytest.raises(ValueError, match="set scale_embedding=False"):
         cross_model(TEXT_CONFIGS["marian"](scale_embedding=True))

@@ -188,9 +188,9 @@ def test_encoded_images_beside_features_are_refused():
 @pytest.mark.parametrize(
     "shape, message",
     [
-        ((3, 4, 23), r"is \(3, 4, 23\), and the projector reads \(images or tiles, 4, 24\)"),
-        ((3, 5, 24), r"is \(3, 5, 24\), and the projector reads \(images or tiles, 4, 24\): pass what get_vision_fea"),
-        ((3, 24), r"is \(3, 24\), and the projector reads \(images or tiles, 4, 24\)"),
+        ((3, 4, 23), r"is \(3, 4, 23\), but the projector reads \(images or tiles, 4, 24\)"),
+        ((3, 5, 24), r"is \(3, 5, 24\), but the projector reads \(images or tiles, 4, 24\): pass what this"),
+        ((3, 24), r"is \(3, 24\), but the projector reads \(images or tiles, 4, 24\)"),
     ],
 )
 def test_features_of_another_shape_are_refused(shape, message):
@@ -205,7 +205,7 @@ def test_features_before_pixel_shuffle_are_counted_in_patches():
     model, batch = in_text("tiles")
     batch = precomputed(model, batch)
     assert batch["image_features"].shape[1:] == (16, model.config.vision_config.hidden_size)
-    with pytest.raises(ValueError, match=r"\(12, 4, \d+\), and the projector reads \(images or tiles, 16"):
+    with pytest.raises(ValueError, match=r"\(12, 4, \d+\), but the projector reads \(images or tiles, 16"):
         model(**{**batch, "image_features": batch["image_features"][:, :4]})
     with pytest.raises(ValueError, match=r"num_tiles counts 12 tiles .* but image_features holds 11"):
         model(**{**batch, "image_features": batch["image_features"][:11]})

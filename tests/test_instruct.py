@@ -264,7 +264,7 @@ def test_own_template_must_exist():
     "template, problem",
     [
         (CHATML.replace("in messages %}", "in messages[-1:] %}"), "1 times thoughts in a chat of two turns"),
-        (CHATML.replace("message['content']", "(message['content'] | upper)"), "writes <image> 0 times for an image"),
+        (CHATML.replace("message['content']", "(message['content'] | upper)"), "writes <image> 0 times per image"),
         (CHATML.replace("message['content']", "message['content'][:-1]"), "an earlier answer without"),
         ("{{ raise_exception('Only tools here') }}", r"refuses an ordinary chat \(Only tools here\)"),
         ("{% for message in messages %}{{ message['content'] * 2 }}{% endfor %}", "writes <image> 2 times"),

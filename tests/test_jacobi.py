@@ -312,10 +312,10 @@ def test_shards_are_refused():
     [
         ({"thought_schedule": "jacobi"}, "jacobi_iterations=None with thought_schedule='jacobi'"),
         ({"thought_schedule": "jacobi", "jacobi_iterations": 0}, "jacobi_iterations=0 .* at least 1 time"),
-        ({"jacobi_iterations": 3}, "jacobi_iterations=3 means nothing with thought_schedule='sequential'"),
+        ({"jacobi_iterations": 3}, "jacobi_iterations=3 is unused with thought_schedule='sequential'"),
         (
             {"thought_schedule": "jacobi", "jacobi_iterations": 3, "thought_mode": "pause"},
-            "thought_mode='pause' feeds none back",
+            "thought_mode='pause' feeds nothing back",
         ),
     ],
     ids=str,

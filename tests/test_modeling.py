@@ -709,7 +709,7 @@ def test_continuing_a_cache_under_checkpointing_is_refused():
 
 def test_continuous_batching_is_refused_where_thoughts_need_passes_of_their_own():
     model = tiny_model()
-    with pytest.raises(NotImplementedError, match="The cache is a object, as continuous batching"):
+    with pytest.raises(NotImplementedError, match="The cache is a object, with which continuous batching"):
         model(torch.tensor([latent_row(model.config)]), cache=object())
 
 
@@ -730,7 +730,7 @@ def test_tower_without_a_class_token_cannot_leave_it_out():
 def test_configuration_without_token_ids_is_refused():
     config = tiny_model().config
     config.latent_token_id = None
-    with pytest.raises(ValueError, match="lacks latent_token_id: take the ids from the tokenizer"):
+    with pytest.raises(ValueError, match="lacks latent_token_id: set them to the tokenizer"):
         MMCoconutForConditionalGeneration(config)
 
 

@@ -203,7 +203,9 @@ def test_checkpoint_without_the_objectives_weights_or_with_others_is_refused(fol
     (stopped / "objectives.safetensors").unlink()
     with pytest.raises(ValueError, match="no readable objectives.safetensors, and step_tokens, guess have 2"):
         run(folder, "bare", *options)
-    with pytest.raises(ValueError, match="differ in 2, such as guess.layer.weight: set `objectives` as the run was"):
+    with pytest.raises(
+        ValueError, match="differ in 2, such as guess.layer.weight: set `objectives` as when the run was"
+    ):
         load_weights(attached, both[0] / "checkpoint-4")  # of a model with other sizes
 
 
@@ -464,7 +466,9 @@ def test_a_loss_that_is_not_one_number_a_row_is_refused(monkeypatch):
     monkeypatch.setattr(StepTokens, "loss", lambda self, view, inputs, run: view.after.sum())
     collator = collator_of(processor, make_objectives({"step_tokens": 1.0}))
     attach(model, collator.objectives, processor)
-    with pytest.raises(ValueError, match=r"step_tokens returned a loss of shape \(\) for 3 rows: return one number a"):
+    with pytest.raises(
+        ValueError, match=r"step_tokens returned a loss of shape \(\) for 3 rows: return one number per"
+    ):
         model(**collator(some_rows()))
 
 
@@ -480,7 +484,7 @@ def test_an_objective_that_reads_images_in_the_text_needs_a_model_that_does(fami
     if family in ("gpt2", "qwen2_5_vl"):
         attach(model, [reads], processor)
         return
-    with pytest.raises(ValueError, match="objectives.guess reads image features in the text, and this MMCoconutFor"):
+    with pytest.raises(ValueError, match="objectives.guess reads image features in the text, but this MMCoconutFor"):
         attach(model, [reads], processor)
 
 
@@ -539,7 +543,7 @@ def test_the_logged_cosine_equals_one_of_two_backward_passes():
         (["--objectives.step_tokens.tokens", "all"], "objectives.step_tokens", "is not one of in_order, bag"),
         (["--objective", "distill_stops", *TWO], "objectives", "`objective: distill_stops` has no answer to learn"),
         (["--thoughts_per_turn", "2", *TWO], "objectives.guess:Guess", "with `thoughts_per_turn` no thought stands"),
-        ([*ALIGNED, "target", "--objectives.step_decoder", "1"], "objectives.step_decoder", "and it reaches a mo"),
+        ([*ALIGNED, "target", "--objectives.step_decoder", "1"], "objectives.step_decoder", "but it trains the mo"),
         ([*ALIGNED, "target", "--mode", "pause"], "objectives.image_alignment", "`mode: pause` feeds"),
         (["--log_gradient_cosine"], "log_gradient_cosine", "there are no `objectives` whose gradients"),
     ],

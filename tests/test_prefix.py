@@ -236,11 +236,11 @@ def broken(name):
             model,
             batch,
             {**batch, "input_ids": other_text},
-            "leaves the prefix of 12 tokens at its token 6",
+            r"leaves the prefix \(12 tokens\) at token 6",
         ),
         "another beginning": (model, batch, {"input_ids": ids[2:, 1:]}, "pass whole prompts"),
         "its padding unsaid": (model, batch, {"input_ids": ids}, "attention_mask where they are padded"),
-        "a shorter prompt": (model, batch, {"input_ids": ids[2:, :9]}, "at its token 9: its end where"),
+        "a shorter prompt": (model, batch, {"input_ids": ids[2:, :9]}, "at token 9: its end where"),
         "nothing behind": (model, batch, last, "num_tokens=11"),
         "another picture": (
             model,
@@ -248,7 +248,7 @@ def broken(name):
             {**batch, "pixel_values": batch["pixel_values"] * torch.tensor([1, 1, 2.0])[:, None, None, None]},
             "Row 2 has other pixel_values",
         ),
-        "another number": (model, batch, {**batch, "pixel_values": random_pixels(2)}, "holds 2 images or tiles"),
+        "another number": (model, batch, {**batch, "pixel_values": random_pixels(2)}, "has 2 images or tiles"),
         "embeddings": (model, batch, {"inputs_embeds": model.get_input_embeddings()(ids)}, "no inputs_embeds"),
         "prompt lookup": (
             model,
@@ -261,7 +261,7 @@ def broken(name):
             model,
             {**latents_first, "num_tokens": 3},
             latents_first,
-            "directly behind the 3 tokens",
+            "directly after the 3 tokens",
         ),
     }[name]
 
@@ -283,7 +283,7 @@ def test_a_prompt_that_does_not_fit_its_prefix_is_refused(name):
 
 @pytest.mark.parametrize(
     ("num_tokens", "message"),
-    [(0, "1 <= num_tokens <= 12"), (13, "the prefix is to have 13"), (5, "no multiple of the 4")],
+    [(0, "1 <= num_tokens <= 12"), (13, "the prefix needs 13"), (5, "no multiple of the 4")],
 )
 def test_a_prefix_that_cannot_be_is_refused(num_tokens, message):
     model = tiny_model("gpt2")

@@ -186,7 +186,7 @@ def test_rows_that_do_not_begin_with_the_prompts_are_refused_with_both_numbers(p
     assert processor.decode_answers(whole, inputs) == ["", ""]
     for wrong in (whole[:1], whole[:, columns:], whole.flip(0), torch.cat([whole, whole[:1]])):
         message = (
-            f"{len(wrong)} generated rows do not begin with the 2 prompts of {columns} tokens.*give what generate"
+            f"{len(wrong)} generated rows do not begin with the 2 prompts of {columns} tokens.*pass generate's inputs"
         )
         with pytest.raises(ValueError, match=message):
             processor.decode_answers(wrong, inputs)
@@ -220,7 +220,7 @@ def test_tokenizer_of_another_model_is_refused():
 @pytest.mark.parametrize(
     "call, message",
     [
-        ({"images": ["a", "b"], "text": ["1", "2", "3"]}, "2 images for 3 texts: give one image a text"),
+        ({"images": ["a", "b"], "text": ["1", "2", "3"]}, "2 images for 3 texts: give one image per text"),
         ({"text": ["1", "2"], "num_latents": [1]}, "1 entries in num_latents for 2 texts"),
         ({}, "text is None: give a question for each image"),
         ({"images": "a"}, "text is None: give a question .* or use encode_images"),
@@ -248,7 +248,7 @@ def test_impossible_layout_is_refused(processor, values, message):
 
 @pytest.mark.parametrize("num_latents", [-1, 2.5, "x", True, [1, -1]])
 def test_what_is_no_number_of_latents_is_refused(processor, num_latents):
-    with pytest.raises(ValueError, match="no number of latents"):
+    with pytest.raises(ValueError, match="must be a non-negative integer"):
         processor(text=["What is it?", "Why?"], num_latents=num_latents)
 
 

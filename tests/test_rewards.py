@@ -322,7 +322,7 @@ def test_names_and_folders_become_functions_with_their_weights(tmp_path, monkeyp
         ({"format": "0.1"}, [("rewards.format", "finite number")]),
         (
             {"format": True, "judg": 1.0},
-            [("rewards.format", "finite number"), ("rewards.judg", "no reward or folder")],
+            [("rewards.format", "finite number"), ("rewards.judg", "unknown reward name")],
         ),
         ({"aokvqa_mc": 1.0, "multiple_choice": 1.0}, [("rewards.aokvqa_mc", "the same")]),
     ],

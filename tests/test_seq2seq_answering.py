@@ -97,7 +97,7 @@ def test_a_chat_gives_what_the_call_gives(parts, num_latents, return_tensors):
 def test_a_chat_with_an_answer_is_refused(parts):
     """Its thoughts and its answer would be read by the encoder."""
     chat = [{"role": "user", "content": "Which"}, {"role": "assistant", "content": "### red"}]
-    with pytest.raises(ValueError, match="goes on after its thoughts"):
+    with pytest.raises(ValueError, match="has text after its thoughts"):
         parts[1].apply_chat_template([chat], tokenize=True, return_dict=True)
 
 

@@ -298,7 +298,7 @@ def test_generation_reads_the_noise_in_its_prefill():
     with uncached(model):
         expected = model.generate(**batch, thought_noise=noise, use_cache=False, **options)
     assert torch.equal(given, expected)
-    with pytest.raises(ValueError, match="3 rows with 2 thoughts, and this call has 3 rows with up to 4"):
+    with pytest.raises(ValueError, match="3 rows with 2 thoughts, but this call has 3 rows with up to 4"):
         model.generate(**batch, thought_noise=noise[:, :2], **options)
 
 
@@ -310,14 +310,14 @@ def test_what_cannot_stop_says_so():
     model = with_head(tiny_model("gpt2", stop_head=True))
     with pytest.raises(ValueError, match="prefill_chunk_size"):
         model.generate(**batch, max_new_tokens=2, prefill_chunk_size=4)
-    with pytest.raises(ValueError, match="3 latents, and this call has 3 rows with up to 4"):
+    with pytest.raises(ValueError, match="3 latents, but this call has 3 rows with up to 4"):
         model(**batch, stop_threshold=torch.rand(3, 3))
     outputs = model(**batch, stop_threshold=0.5, use_cache=True)
     following = torch.full((3, 1), words(1, 1)[0])
     with pytest.raises(ValueError, match="pass the attention_mask"):
         model(input_ids=following, past_key_values=outputs.past_key_values)
     model.train()
-    with pytest.raises(ValueError, match="cannot stop by themselves in training"):
+    with pytest.raises(ValueError, match="cannot stop early in training"):
         model(**batch, labels=last_labels(batch), stop_threshold=0.5)
     for wrong in ({"thought_schedule": "jacobi", "jacobi_iterations": 2}, {"thought_mode": "pause"}):
         with pytest.raises(ValueError, match="stop_head=True"):

@@ -473,8 +473,8 @@ def test_a_picture_whose_features_lie_nobody_knows_where_is_refused_before_train
     named = (
         row["row_id"],
         "'boxes'",
-        "48 x 48 pixels nobody knows",
-        "as 3 image features make no square: take objectives",
+        "48 x 48 pixels it is unknown",
+        "as 3 image features make no square: set objectives",
     )
     error_of(lambda: objective.check(row, processor), *named)
 
@@ -503,7 +503,7 @@ def test_a_model_that_gives_no_features_of_further_images_learns_from_no_helpers
     error_of(
         lambda: ImageAlignment(target="helper_image").build(model),
         "MllamaFor",
-        "has no get_image_features: take 'boxes'",
+        "has no get_image_features: set it to 'boxes'",
     )
 
 

@@ -82,7 +82,7 @@ def test_image_features_are_those_that_the_decoder_read(name):
 @pytest.mark.parametrize("name", ["cross_attention", "seq2seq"])
 def test_images_beside_the_text_are_no_columns(name):
     model, batch = model_and_batch(name)
-    with pytest.raises(ValueError, match="does not read its images in the text"):
+    with pytest.raises(ValueError, match="reads its images by cross-attention or in an encoder"):
         model(**batch, output_view=True).view.image_features()
 
 
@@ -134,5 +134,5 @@ def test_all_given_is_one_pass_and_gradients_reach_what_was_given():
 def test_given_thoughts_of_another_shape_are_refused():
     model, batch = model_and_batch("gpt2")
     vectors, where = some_vectors(latents_of(model, batch), model.config.text_config.hidden_size)
-    with pytest.raises(ValueError, match=r"given_thoughts returned vectors .* and this call has 4 rows with up to"):
+    with pytest.raises(ValueError, match=r"given_thoughts returned vectors .* but this call has 4 rows with up to"):
         model(**batch, given_thoughts=lambda *_: (vectors[:, 1:], where))

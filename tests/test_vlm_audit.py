@@ -294,7 +294,7 @@ def test_as_many_updates_as_thoughts_are_the_sequential_thoughts(model_type):
 
 def test_a_model_that_makes_its_own_masks_says_that_rows_cannot_stop():
     model, _, processor = thinking("gemma3", stop_head=True)
-    with pytest.raises(ValueError, match="makes its decoder's masks itself.*stop_threshold=None"):
+    with pytest.raises(ValueError, match="prepares its decoder's masks itself.*stop_threshold=None"):
         model.generate(**batch_of(processor), stop_threshold=0.5, max_new_tokens=1)
 
 

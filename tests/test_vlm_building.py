@@ -246,7 +246,7 @@ def test_fields_that_are_not_of_thoughts_are_refused_with_a_remedy():
     ):
         with pytest.raises(ValueError, match=f"takes no '{name}'.*{remedy}"):
             from_vlm(vlm, tokenizer=tokenizer, **{name: 1})
-    with pytest.raises(ValueError, match="does not bring its tokenizer"):
+    with pytest.raises(ValueError, match="has no tokenizer"):
         from_vlm(vlm)
     with pytest.raises(ValueError, match="new_token_init='nothing' is not a token"):
         from_vlm(vlm, tokenizer=tokenizer, new_token_init="nothing")
@@ -332,7 +332,7 @@ def misled(model, change) -> None:
 
 
 def marks_not_cut(inputs: dict) -> dict:
-    """The first columns' marks are read in every pass, as of an argument with one entry a token that nobody cuts."""
+    """The first columns' marks are read in every pass, as of an argument with one entry per token that nobody cuts."""
     embeds = inputs["inputs_embeds"]
     marks = torch.linspace(-1, 1, 60, dtype=embeds.dtype)[: embeds.shape[1], None]
     return {**inputs, "inputs_embeds": embeds + 0.5 * marks}
@@ -377,7 +377,7 @@ def test_an_unknown_argument_with_an_entry_a_token_is_named():
         return own(**{**inputs, "inputs_embeds": inputs["inputs_embeds"] * marks})
 
     decoder.own_forward = marked
-    match = r"it fails with RuntimeError: .* Its decoder takes ple_marks, with one entry a token.*check=False"
+    match = r"it fails with RuntimeError: .* Its decoder takes ple_marks, with one entry per token.*check=False"
     with pytest.raises(ValueError, match=match):
         checks.check_thoughts(model, prompt_of(model, tokenizer))
 
@@ -386,7 +386,7 @@ def test_a_folder_without_a_processor_is_checked_by_a_text(tmp_path, caplog):
     for part in tiny_vlm():
         part.save_pretrained(tmp_path)
     assert isinstance(from_vlm(str(tmp_path)), ThinkingVLM)
-    assert "not checked, for there is no processor" in caplog.text
+    assert "not checked, because there is no processor" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)

@@ -46,7 +46,7 @@ def test_a_cache_is_returned_as_by_the_plain_class_and_none_where_gradients_flow
 
 def test_recurrent_layers_keep_no_cache_where_gradients_flow():
     model, processor = thinking_pair("qwen3_5")
-    with pytest.raises(ValueError, match=r"use_cache=True with gradients.* pass use_cache=False"):
+    with pytest.raises(ValueError, match=r"use_cache=True with gradients.* Pass use_cache=False"):
         model(**prompt(processor), use_cache=True)
 
 
@@ -58,7 +58,7 @@ def test_latents_are_found_in_embeddings_also_in_scaled_ones(model_type):
     given = {name: batch[name] for name in BY_COLUMN if name in batch}
     ids = given.pop("input_ids")
     with torch.no_grad():
-        with pytest.raises(ValueError, match="same embedding"):
+        with pytest.raises(ValueError, match="equal embeddings"):
             model(**given, inputs_embeds=model.get_input_embeddings()(ids))
         weight = model.get_input_embeddings().weight
         weight += 0.1 * torch.randn_like(weight)
@@ -77,7 +77,7 @@ def test_positions_of_another_number_of_columns_are_refused(model_type):
         past = model(**batch, use_cache=True).get(CACHE)
         longer = torch.cat([batch["attention_mask"], torch.ones(1, 1, dtype=torch.long)], dim=1)
         next_id = batch["input_ids"][:, -1:]
-        with pytest.raises(ValueError, match=r"position_ids are of \d+ columns, and this call has 1.*generate"):
+        with pytest.raises(ValueError, match=r"position_ids have \d+ columns, but this call has 1.*generate"):
             model(input_ids=next_id, attention_mask=longer, **{CACHE: past})
 
 

@@ -409,11 +409,11 @@ def test_what_does_not_fit_is_refused():
     config = config_for(own, "qwen2_vl")
     with pytest.raises(ValueError, match="markers='some' is not one of both, start, none"):
         processor_from_vlm(own, config=config, markers="some")
-    with pytest.raises(ValueError, match="num_latents=-1 is no number of latents"):
+    with pytest.raises(ValueError, match="num_latents=-1 must be a non-negative integer"):
         processor_from_vlm(own, config=config, num_latents=-1)
-    with pytest.raises(ValueError, match="are no ids of an image: give what encode_images returned"):
+    with pytest.raises(ValueError, match="are not the ids of an image: pass what encode_images returned"):
         processor.encode_prompt(QUESTION)
-    with pytest.raises(ValueError, match="0 times for an image"):
+    with pytest.raises(ValueError, match="0 times per image"):
         processor_from_vlm(own, config=config, chat_template="{{ messages[0]['role'] }}")
     config.latent_token_id -= 1
     with pytest.raises(ValueError, match="use the tokenizer that the model was built with"):
@@ -433,7 +433,7 @@ def test_an_unknown_input_with_one_entry_a_token_is_refused():
 
     config = config_for(own, "llava")
     own.__class__ = OtherProcessor
-    with pytest.raises(ValueError, match="OtherProcessor gives ple_marks with one entry a token, which is not known"):
+    with pytest.raises(ValueError, match="returns ple_marks with one entry per token, which is not supported"):
         processor_from_vlm(own, config=config)
 
 

@@ -1,1 +1,1 @@
-"""Whether a checkpoint's thoughts matter, and what they hold: `python -m mmcoconut.audit`."""
+"""Audit a checkpoint's thoughts: do they matter, and what do they encode? `python -m mmcoconut.audit`."""

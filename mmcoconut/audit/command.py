@@ -1,10 +1,10 @@
 """Do the thoughts matter, and what do they hold? `python -m mmcoconut.audit --model … --dataset … [--split …]`.
 
-Answers the same questions again with other thoughts (mmcoconut/audit/interventions.py) and with nothing but the
-thoughts (mmcoconut/audit/necessity.py), reads the thoughts themselves (mmcoconut/audit/thoughts.py), and writes
+Re-answers the questions with swapped or ablated thoughts (mmcoconut/audit/interventions.py) and with only the thoughts
+visible (mmcoconut/audit/necessity.py), decodes and probes the thoughts (mmcoconut/audit/thoughts.py), and writes
 audit.json, answers.jsonl, report.html, card.md and pictures/ into `--output_dir`.
 
-Shapes: n rows, N thoughts a row, D hidden.
+Shapes: n rows, N thoughts per row, D hidden.
 """
 
 import logging
@@ -74,35 +74,37 @@ ANSWERS_FILE = "answers.jsonl"
 REPORT_FILE = "report.html"
 CARD_FILE = "card.md"
 PICTURES = "pictures"
-# What is asked, by the part of the audit that asks it; each gives an outcome, several of them, or why there is none.
+# Interventions by part of the audit; each returns an outcome, several outcomes, or the reason why there is none.
 INTERVENTIONS: dict[str, tuple[Callable[[Study], Outcome | list[Outcome] | str], ...]] = {
     "verdict": (shuffled,),
     "necessity": (only_thoughts, no_image),
     "positions": (own_embedding,),
     "interventions": (other_image, other_question, replacements, knock_outs, other_counts),
 }
-# Each can be left out; `report` is the page with its pictures and with rows whose thoughts are read one by one.
+# Parts that can be left out; `report` is the page with its pictures and the decoded thoughts of single rows.
 PARTS = (*INTERVENTIONS, "geometry", "probe", "report")
 OWN_NAMES = {RECORD_FILE, ANSWERS_FILE, REPORT_FILE, CARD_FILE, PICTURES}
 
 
 @dataclass
 class AuditArguments(EvaluationArguments):
-    """What is audited, on what, and what is drawn."""
+    """Arguments of the audit: the checkpoint, the rows, and the parts of the report."""
 
-    max_samples: int | None = HfArg(default=500, help="Rows, drawn at random; each is answered some thirty times.")
+    max_samples: int | None = HfArg(
+        default=500, help="Number of rows, drawn at random; each is answered about thirty times."
+    )
     output_dir: str | None = HfArg(default=None, help="Default: outputs/audit/<model>-<dataset>-<split>.")
     overwrite: bool = HfArg(default=False, help="Delete an earlier audit in output_dir.")
-    stop_threshold: float = HfArg(default=1.0, help="Leave it: all thoughts of a stop head's checkpoint are audited.")
+    stop_threshold: float = HfArg(default=1.0, help="Do not change: an audit covers all thoughts, without early exit.")
     parts: str | list[str] | None = HfArg(default=None, help=f"Only these of {','.join(PARTS)}; default: all.")
     controls: list[str] | None = HfArg(default=None, help="Folders of matched runs of mode markers and pause.")
-    margin: float = HfArg(default=MARGIN, help="A smaller difference in accuracy is taken for none.")
+    margin: float = HfArg(default=MARGIN, help="Smallest difference in accuracy that counts as a change.")
     num_shown: int = HfArg(default=4, help="Rows whose thoughts are drawn and decoded one by one.")
-    top_k: int = HfArg(default=5, help="Tokens that are listed for each thought and layer.")
+    top_k: int = HfArg(default=5, help="Tokens listed per thought and layer.")
 
     @property
     def asked_parts(self) -> list[str]:
-        """The names of the parts, in the order of PARTS as far as they are known, each once."""
+        """Return the names of the parts, each once, in the order of PARTS; unknown names last."""
         names = self.parts.split(",") if isinstance(self.parts, str) else self.parts or PARTS
         asked = dict.fromkeys(name.strip() for name in names)
         return [part for part in PARTS if part in asked] + [name for name in asked if name not in PARTS]
@@ -110,11 +112,11 @@ class AuditArguments(EvaluationArguments):
 
 @dataclass
 class Shown:
-    """One row of the report: what was asked and answered, what its thoughts decode to and where they look.
+    """One row of the report: question, answer, what its thoughts decode to, and what they attend to.
 
-    lens: for each of the N thoughts and the text that follows them, and each layer, the likeliest tokens with their
-    probabilities. strip: the heat maps; None where no_map says why. steps: what the run's step decoder reads in the
-    thoughts; None where it has none.
+    lens: for each of the N thoughts and the text after them, and each layer, the most likely tokens with their
+    probabilities. strip: the heat maps; None if no_map says why. steps: the steps that the run's step decoder writes
+    from the thoughts; None if the run has none.
     """
 
     row_id: str
@@ -129,34 +131,36 @@ class Shown:
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Nothing is in the folder but, with `overwrite`, an earlier audit.
+    """Check that the folder is empty or, with `overwrite`, holds only an earlier audit.
 
     Raises:
-        ValueError: something else is in it.
+        ValueError: it holds something else.
     """
     found = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if found and not overwrite:
-        raise UsageError(f"{folder} is not empty: give --overwrite true to replace an earlier audit, or another.")
+        raise UsageError(
+            f"{folder} is not empty: give --overwrite true to replace an earlier audit, or another --output_dir."
+        )
     if found and not found & OWN_NAMES:
-        raise UsageError(f"{folder} holds {sorted(found)[0]} and no audit: give another --output_dir.")
+        raise UsageError(f"{folder} holds {sorted(found)[0]}, which is not of an audit: give another --output_dir.")
 
 
 def clear(folder: Path) -> None:
-    """Delete what an audit wrote into its folder, and nothing else."""
+    """Delete the files that an audit wrote into its folder, and nothing else."""
     for name in OWN_NAMES - {PICTURES}:
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / PICTURES, ignore_errors=True)
 
 
 def draw_rows(rows, count: int | None, seed: int):
-    """So many rows at random, in their order: the first ones may be of one kind."""
+    """Return `count` random rows, in their order: the first rows may all be of one kind."""
     if count is None or count >= len(rows):
         return rows
     return rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))
 
 
 def decoded(readings: Readings, tokenizer, row: int) -> list[list[list[tuple[str, float]]]]:
-    """The lens of one row: for each state and layer the likeliest tokens as text, with their probabilities."""
+    """Return one row's logit lens: per state and layer, the most likely tokens as text with probabilities."""
     tokens, probabilities = readings.tokens[row].tolist(), readings.probabilities[row].tolist()
     return [
         [[(tokenizer.decode([token]), round(p, 4)) for token, p in zip(*layer)] for layer in zip(*state)]
@@ -165,7 +169,7 @@ def decoded(readings: Readings, tokenizer, row: int) -> list[list[list[tuple[str
 
 
 def show(study: Study, count: int, top_k: int, reader: StepReader | None = None) -> list[Shown]:
-    """The first rows of the study, each read by itself, also by a step decoder where there is one."""
+    """Return the first rows of the study, each read alone, also by a step decoder if there is one."""
     answerer, shown = study.answerer, []
     model, tokenizer = answerer.model, answerer.processor.tokenizer
     for index, row in enumerate(study.rows[:count]):
@@ -192,32 +196,32 @@ def show(study: Study, count: int, top_k: int, reader: StepReader | None = None)
 
 
 def probe(study: Study) -> dict:
-    """Which written step each thought encodes; rows of one picture (or question) stay on one side of the split."""
+    """Probe which written step each thought encodes; rows of one picture (or question) share a half of the split."""
     names, targets = probe_targets(study.rows)
     groups = [images_key(row) or question_text(row) for row in study.rows]
     return linear_probe(study.untouched.thoughts, targets, names=names, groups=groups, seed=study.seed)
 
 
 def asked_in(parts: Collection[str]) -> list[Callable]:
-    """The interventions of these parts of an audit."""
+    """Return the interventions of these parts of an audit."""
     return [ask for part, asks in INTERVENTIONS.items() if part in parts for ask in asks]
 
 
 def runs_of(ask: Callable, num_latents: int) -> int:
-    """About how often an intervention answers all rows, for the estimate of a progress bar."""
+    """Return about how often an intervention answers all rows, for a progress bar."""
     several = {"other_image": 2, "other_question": 2, "replacements": 3, "knock_outs": num_latents}
     several["other_counts"] = num_latents + len(counts_to_try(num_latents, 2 * num_latents))
     return several.get(ask.__name__, 1)
 
 
 def intervene(study: Study, parts: Collection[str] = PARTS) -> tuple[dict[str, Outcome], list[str]]:
-    """Every intervention of these parts by name, and why some were not run."""
+    """Run every intervention of these parts; return outcomes by name, and reasons why some were not run."""
     outcomes, reasons = [], []
     for ask in asked_in(parts):
         logger.info("interventions: %s", ask.__name__.replace("_", " "))
         before = 0 if study.bar is None else study.bar.n
         result = ask(study)
-        if study.bar is not None:  # as its runs turned out to be more or fewer
+        if study.bar is not None:  # correct the estimated number of runs
             study.bar.total += study.bar.n - before - runs_of(ask, study.answerer.num_latents) * len(study.rows)
             study.bar.refresh()
         if isinstance(result, str):
@@ -230,7 +234,7 @@ def intervene(study: Study, parts: Collection[str] = PARTS) -> tuple[dict[str, O
 def findings(
     study: Study, outcomes: Mapping[str, Outcome], *, arguments, not_run: list[str], controls: Sequence[Control]
 ) -> dict:
-    """Return what audit.json says of the parts that were asked, each by its name."""
+    """Return the findings for audit.json of the requested parts, by name."""
     embeddings, margin = study.answerer.model.get_input_embeddings(), arguments.margin
 
     def necessity() -> dict:
@@ -254,7 +258,7 @@ def findings(
 
 
 def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, **found) -> dict:
-    """audit.json; `found` as in `findings`."""
+    """Return the content of audit.json; `found` as in `findings`."""
     model, untouched = study.answerer.model, study.untouched
     return {
         **{key: getattr(arguments, key) for key in ("model", "revision", "dataset", "dataset_options", "split")},
@@ -277,7 +281,7 @@ def record_of(study: Study, outcomes: Mapping[str, Outcome], *, arguments, **fou
 
 
 def pictures_of(record: dict, outcomes: Mapping[str, Outcome], shown: Sequence[Shown]) -> dict[str, Image.Image]:
-    """Every picture of the report by its name."""
+    """Return every picture of the report by name."""
     pictures = {}
     if outcomes:
         pictures["interventions"] = interventions_figure(outcomes, record["accuracy"], num_rows=record["n"])
@@ -290,7 +294,7 @@ def pictures_of(record: dict, outcomes: Mapping[str, Outcome], shown: Sequence[S
 
 
 def answer_lines(study: Study, outcomes: Mapping[str, Outcome]) -> list[dict]:
-    """Return what each row was answered, untouched and under every intervention."""
+    """Return the answers to each row, untouched and under every intervention."""
     return [
         {
             "row_id": row["row_id"],
@@ -304,7 +308,7 @@ def answer_lines(study: Study, outcomes: Mapping[str, Outcome]) -> list[dict]:
 
 
 def write(folder: Path, record: dict, *, pictures: Mapping[str, Image.Image], lines: list[dict], shown: list[Shown]):
-    """All files of the audit in the place of an earlier one's; page and pictures where the report was asked for."""
+    """Write all files of the audit and delete an earlier one's; page and pictures only with the part `report`."""
     clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / ANSWERS_FILE, lines)
@@ -318,7 +322,7 @@ def write(folder: Path, record: dict, *, pictures: Mapping[str, Image.Image], li
 
 
 def check_start(arguments, state) -> None:
-    """What would stop the audit in the end stops it now."""
+    """Raise early for whatever would stop the audit later."""
     parts = arguments.asked_parts
     problems = [
         ("parts", part, f"choose from {', '.join(PARTS)}{did_you_mean(part, PARTS)}")
@@ -331,18 +335,22 @@ def check_start(arguments, state) -> None:
         remedy = "interventions replace all thoughts, so none is left out: remove this key"
         problems.append(("stop_threshold", arguments.stop_threshold, remedy))
     if arguments.controls and "positions" not in parts:
-        problems.append(("controls", arguments.controls, "`parts` leaves out positions, which they belong to: add it"))
+        problems.append(
+            ("controls", arguments.controls, "controls need the part positions, which `parts` leaves out: add it")
+        )
     if problems:
         raise RecipeError("command line", problems)
     if state.num_processes > 1:
-        raise UsageError(f"An audit runs in one process, not in {state.num_processes}: start it without a launcher.")
+        raise UsageError(
+            f"An audit runs in one process, but {state.num_processes} were started: start it without a launcher."
+        )
     for part, name in (("report", "matplotlib"), ("probe", "sklearn")):
         if part in parts:
             load_extra(name)
 
 
 def controls_of(arguments, rows, metric: str) -> list[Control]:
-    """The matched controls that the command names, read before anything is answered."""
+    """Return the matched controls named in the command; read before any row is answered."""
     names = ("dataset", "dataset_options", "split", "score_by")
     asked = {**{name: getattr(arguments, name) for name in names}, "metric": metric}
     return read_controls(arguments.controls or (), rows, asked, trained_with(arguments.model))
@@ -361,7 +369,7 @@ def main(argv: list[str] | None = None) -> dict:
     model, processor = load_checkpoint(
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
     )
-    # A stop head is left alone: which thoughts matter is asked of all of them.
+    # Without early exit: the audit asks about all thoughts.
     counts = {"num_latents": arguments.num_latents, "max_new_tokens": arguments.max_new_tokens}
     answerer = Answerer(model, processor, stop_threshold=None, **counts)
     rows = fit_to(answerer, rows, arguments)

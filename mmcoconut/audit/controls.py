@@ -1,8 +1,8 @@
-"""Matched controls of an audited checkpoint: runs trained with markers or idle positions in the place of thoughts.
+"""Matched controls of an audited checkpoint: runs trained with markers or idle positions instead of thoughts.
 
-A run is read from what `mmcoconut.evaluation` wrote about it, and paired with the audited rows one by one. That it was
-asked the same and made as many updates is checked; that the rest of its recipe is the same, as within a comparison, is
-left to who names it.
+A run is read from the output of `mmcoconut.evaluation`, and paired with the audited rows one by one. Its evaluation
+settings and its number of updates are checked against the audit; that the rest of its recipe matches, as within a
+comparison, is up to the user.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,14 +15,14 @@ from mmcoconut.records import changed_settings, read_json, read_lines
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
 
 
-# What stands in the place of thoughts: nothing between the markers, or latents that feed nothing back.
+# Instead of thoughts: nothing between the markers, or latents that feed nothing back.
 CONTROL_MODES = ("markers", "pause")
 SAME = ("dataset", "dataset_options", "split", "metric", "score_by")
 
 
 @dataclass(frozen=True)
 class Control:
-    """A run and its scores (n,) on the rows of an audit. seed: of its training; None where that is not known."""
+    """A run and its scores (n,) on the rows of an audit. seed: of its training; None if unknown."""
 
     folder: str
     mode: str
@@ -32,7 +32,7 @@ class Control:
 
 @dataclass(frozen=True)
 class ControlOutcome:
-    """A control beside the audited checkpoint: `difference` of the accuracies, paired; rows it loses and gains."""
+    """A control compared with the audited checkpoint: paired `difference` of accuracies; rows lost and gained."""
 
     folder: str
     mode: str
@@ -47,7 +47,7 @@ class ControlOutcome:
 
 
 def evaluations_in(folder: Path, seed: int | None) -> list[Path]:
-    """Return where evaluations are: in the folder, in that of its run, or in runs of its comparison with this seed.
+    """Return the evaluations in the folder, in that of its run, or in its comparison's runs with this seed.
 
     Raises:
         UsageError: there is none.
@@ -60,31 +60,31 @@ def evaluations_in(folder: Path, seed: int | None) -> list[Path]:
     if not found:
         raise UsageError(
             f"controls: {folder} holds no {RECORD_FILE}, and no folder such as {CONTROL_MODES[-1]}-{runs} that does: "
-            "give that of an evaluation, of a run of mode markers or pause, or of a comparison."
+            "give the folder of an evaluation, of a run of mode markers or pause, or of a comparison."
         )
     return sorted(found)
 
 
 def check_control(folder: Path, record: Mapping, asked: Mapping, trained: Mapping | None) -> None:
-    """Refuse what is not of a control, was asked something else, or was trained for longer or shorter.
+    """Raise UsageError unless a run is a control with the same evaluation settings and number of updates.
 
     Raises:
-        UsageError: what differs, with both values.
+        UsageError: names what differs, with both values.
     """
     run = record["trained_with"] or {}
     if run.get("mode") not in CONTROL_MODES:
         raise UsageError(
-            f"controls: {folder} is of mode {run.get('mode')!r}, which is no control for positions: give runs of mode "
+            f"controls: {folder} has mode {run.get('mode')!r}, which is no control for positions: give runs of mode "
             f"{' or '.join(CONTROL_MODES)}."
         )
     changes = changed_settings({key: record[key] for key in SAME}, {key: asked[key] for key in SAME})
     if changes:
-        raise UsageError(f"controls: {folder} was asked something else ({changes}): evaluate it as the audit asks.")
+        raise UsageError(f"controls: {folder} was evaluated with other settings ({changes}): use those of the audit.")
     steps = run["train_steps"], (trained or run)["train_steps"]
     if steps[0] != steps[1]:
         raise UsageError(
-            f"controls: {folder} made {steps[0]} updates and the audited checkpoint {steps[1]}, so they do not "
-            "compare: give a run that is matched, such as one of the same comparison."
+            f"controls: {folder} made {steps[0]} updates and the audited checkpoint {steps[1]}, so they cannot be "
+            "compared: give a matched run, such as one of the same comparison."
         )
 
 
@@ -92,7 +92,7 @@ def scores_on(rows: Iterable[Mapping], lines: Sequence[Mapping], folder: Path) -
     """Return the scores of these rows among the lines of a predictions.jsonl.
 
     Raises:
-        UsageError: rows that are not among them.
+        UsageError: some rows are not among them.
     """
     known = {(line["row_id"], line["question"], *line["gold"]): line["score"] for line in lines}
     keys = [(row["row_id"], row["question"], *row["answers"]) for row in rows]
@@ -109,11 +109,11 @@ def read_controls(folders: Iterable[str], rows, asked: Mapping, trained: Mapping
     """Return the controls in these folders, see `evaluations_in`, with their scores on the rows of an audit.
 
     Args:
-        asked: what the audit is asked, the keys of `SAME`.
-        trained: how the audited checkpoint was trained, as results.json says; None where that is not known.
+        asked: the audit's evaluation settings, the keys of `SAME`.
+        trained: training record of the audited checkpoint, from results.json; None if unknown.
 
     Raises:
-        UsageError: a folder without an evaluation, or with one that does not compare.
+        UsageError: a folder has no evaluation, or one that cannot be compared.
     """
     rows = rows.remove_columns("images") if hasattr(rows, "remove_columns") else rows
     places = [place for folder in folders for place in evaluations_in(Path(folder), (trained or {}).get("seed"))]
@@ -121,7 +121,7 @@ def read_controls(folders: Iterable[str], rows, asked: Mapping, trained: Mapping
 
 
 def read_control(place: Path, rows, asked: Mapping, trained: Mapping | None) -> Control:
-    """Return the control that one evaluation is of, see `read_controls`."""
+    """Return the control of one evaluation, see `read_controls`."""
     record = read_json(place / RECORD_FILE)
     check_control(place, record, asked, trained)
     scores = scores_on(rows, read_lines(place / PREDICTIONS_FILE), place)
@@ -129,7 +129,7 @@ def read_control(place: Path, rows, asked: Mapping, trained: Mapping | None) -> 
 
 
 def beside(controls: Iterable[Control], scores: Sequence[float], *, seed: int) -> Iterator[ControlOutcome]:
-    """Yield each control beside the scores (n,) of the audited checkpoint on the same rows."""
+    """Yield each control compared with the audited checkpoint's scores (n,) on the same rows."""
     for control in controls:
         pairs = list(zip(control.scores, scores, strict=True))
         yield ControlOutcome(

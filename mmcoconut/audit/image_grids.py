@@ -1,4 +1,4 @@
-"""Heat maps of what each thought looks at, over the pictures of a row."""
+"""Heat maps of each thought's attention, over the pictures of a row."""
 
 from collections.abc import Mapping
 
@@ -15,11 +15,11 @@ LONGEST_SIDE = 480  # pixels of a picture under a map
 
 
 def maps_of(model, processor, row: Mapping, inputs: Mapping, readings: Readings) -> tuple[list | None, str | None]:
-    """A heat map of each thought of a row that was read alone, over its pictures; or why there are none.
+    """Return each thought's heat map over the pictures of a row that was read alone, or the reason for none.
 
-    Of a composed model with several pictures the first is drawn.
+    For a composed model with several pictures only the first is drawn.
 
-    row: of `mmcoconut.data`. inputs: what was read.
+    row: of `mmcoconut.data`. inputs: of the model for this row.
     """
     if not row["images"]:
         return None, "the question has no picture"

@@ -1,10 +1,10 @@
-"""Interventions on thoughts at inference: the same questions, other thoughts, and what that does to the answers.
+"""Interventions on thoughts at inference: replace thoughts, re-answer the questions, compare the answers.
 
-A thought is what is read at a latent; an intervention puts another vector in its place and lets the model go on. Later
-thoughts are computed from what was put there, and are replaced in their turn where the intervention says so. What the
-answer may see beside the thoughts is the matter of mmcoconut/audit/necessity.py.
+A thought is the vector that a latent reads. An intervention replaces it and lets the model continue. Later thoughts
+are computed from the replacement, and are replaced too if the intervention says so.
+mmcoconut/audit/necessity.py restricts what else the answer sees.
 
-Shapes: n rows of the data, B rows of a batch, N thoughts a row, D hidden.
+Shapes: n rows of the data, B rows of a batch, N thoughts per row, D hidden.
 """
 
 import itertools
@@ -24,27 +24,27 @@ from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.statistics import Estimate, bootstrap_difference, bootstrap_mean
 
 
-# Position j of the thought and what the model thought there (B, D) → what is read (B, D).
+# Position j of the thought and the model's own thought (B, D) → the vector that is read (B, D).
 Replace = Callable[[int, torch.Tensor], torch.Tensor]
 # Indices of the rows in a batch → its replacement.
 ReplaceOf = Callable[[list[int]], Replace]
-MOSTLY = 0.5  # a larger share of empty answers is no way to answer
+MOSTLY = 0.5  # with a larger share of empty answers the model does not answer
 # Name, description and replacement of interventions.
 Table = list[tuple[str, str, ReplaceOf]]
 
 
 @contextmanager
 def intervening(model, replace: Replace) -> Iterator[None]:
-    """Inside, one call of `generate` or `forward` reads replace(j, thought) as its j-th thought, counted from 0.
+    """Make a call of `generate` or `forward` inside read replace(j, thought) as its j-th thought, from 0.
 
-    Where thoughts are updated together, `thought_schedule: jacobi`, each is replaced in every update.
+    With `thought_schedule: jacobi`, each thought is replaced in every update.
 
     Raises:
-        ValueError: a model that feeds nothing back.
+        ValueError: the model feeds nothing back.
     """
     if model.config.thought_mode != "feedback":
         raise UsageError(
-            f"thought_mode is {model.config.thought_mode!r}: this checkpoint feeds no hidden state back, so it has no "
+            f"thought_mode={model.config.thought_mode!r}: this checkpoint feeds no hidden state back, so it has no "
             "thoughts to intervene on. Audit a checkpoint that was trained with mode: coconut."
         )
     positions = itertools.count()
@@ -63,11 +63,11 @@ def intervening(model, replace: Replace) -> Iterator[None]:
 
 @dataclass
 class Answers:
-    """What a checkpoint answered to n rows.
+    """The answers of a checkpoint to n rows.
 
-    texts, outputs (n,): the answers, and all that was written. scores (n,): None where the rows are donors, which have
-    no gold answer. generated_tokens: mean an answer. thoughts (n, N, D): what the model thought, also where something
-    else was read in its place; None where it was not watched.
+    texts, outputs (n,): the answers, and the complete generated texts. scores (n,): None for donor rows, which have
+    no gold answer. generated_tokens: mean per answer. thoughts (n, N, D): the model's own thoughts, even if replaced;
+    None if they were not recorded.
     """
 
     texts: list[str]
@@ -83,11 +83,11 @@ class Answers:
 
 @dataclass
 class Outcome:
-    """What an intervention did, beside the untouched run of the same rows.
+    """The effect of an intervention, compared with the untouched run of the same rows.
 
-    difference: of the accuracies, paired; num_lost and num_gained: rows whose score fell and rose. changed: share of
-    the answers that are another text (where there is none before and after, of all that was written). follows_donor:
-    of the rows whose donor was answered, and otherwise than they, the share that now get the donor's answer.
+    difference: paired difference of accuracies; num_lost and num_gained: rows whose score fell and rose. changed:
+    share of answers whose text changed (compared by complete text if both answers are empty). follows_donor: share of
+    rows that now give the donor's answer, among rows whose donor has an answer and a different one.
     """
 
     name: str
@@ -103,23 +103,23 @@ class Outcome:
     texts: list[str] = field(default_factory=list, repr=False)
 
     def asdict(self) -> dict:
-        """For JSON, all but the answers themselves."""
+        """Return all fields but the answers themselves, for JSON."""
         values = asdict(self)
         del values["texts"]
         return values
 
 
 def check_single_turns(rows: Sequence[Mapping]) -> None:
-    """A thought is known by its place among those of one answer, so that rows must have one.
+    """Check that each row has one turn, because interventions address thoughts by their index before one answer.
 
     Raises:
-        ValueError: a conversation.
+        ValueError: a row is a conversation.
     """
     for row in rows:
         if history_of(row):
             raise UsageError(
                 f"{row['row_id']}: a conversation of {1 + len(history_of(row))} turns has thoughts before each, "
-                "and interventions know those before one: set --dataset_options.max_turns 1."
+                "but interventions support only one turn: set --dataset_options.max_turns 1."
             )
 
 
@@ -132,10 +132,10 @@ class Study:
         metric: a name in mmcoconut.data.scoring.REFERENCES.
         batch_size: rows answered at once.
         seed: of donors, noise and bootstrap.
-        bar: of `mmcoconut.progress`, which counts the rows that are answered.
+        bar: of `mmcoconut.progress`, counts answered rows.
 
     Raises:
-        ValueError: fewer than two rows, a conversation, or a checkpoint without thoughts.
+        ValueError: there are fewer than two rows, a conversation, or a checkpoint without thoughts.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class Study:
                 f"An audit of {len(rows)} rows cannot give a row the thoughts of another: give more rows."
             )
         if answerer.model.config.stop_head and answerer.stop_threshold is not None:
-            raise UsageError("Rows of this checkpoint stop by themselves: give an Answerer(…, stop_threshold=None).")
+            raise UsageError("Rows of this checkpoint stop thinking early: give an Answerer(…, stop_threshold=None).")
         if answerer.num_latents == 0:
             raise UsageError(
                 "The checkpoint has num_latents 0, so there are no thoughts to audit: pass --num_latents."
@@ -177,8 +177,8 @@ class Study:
     ) -> Answers:
         """Answer all rows, or their donors; `replace_of` gives the replacement for the indices of a batch.
 
-        Without it the thoughts are not watched. answerer: another than the study's own. around: what the model is
-        asked in, such as `seeing`.
+        Without it the thoughts are not recorded. answerer: replaces the study's own. around: context manager for the
+        calls, such as `seeing`.
         """
         rows, answerer = donors or self.rows, answerer or self.answerer
         lines, thoughts = [], []
@@ -204,7 +204,7 @@ class Study:
         )
 
     def outcome(self, name: str, description: str, answers: Answers, donors: Sequence[str] | None = None) -> Outcome:
-        """Compare a run with the untouched one; `donors` (n,) are the answers that belong to the thoughts read."""
+        """Compare a run with the untouched one; `donors` (n,) are the answers of the rows that gave the thoughts."""
         before = self.untouched
         pairs = zip(answers.texts, before.texts, answers.outputs, before.outputs)
         changed = [float(now != then if now or then else written != old) for now, then, written, old in pairs]
@@ -230,17 +230,17 @@ class Study:
 
 
 def keep(position: int, thought: torch.Tensor) -> torch.Tensor:
-    """The thought as it is, (B, D), for runs that only watch."""
+    """Return the thought (B, D) unchanged, for runs that only record."""
     return thought
 
 
 def zero(position: int, thought: torch.Tensor) -> torch.Tensor:
-    """Zeros (B, D)."""
+    """Return zeros (B, D)."""
     return torch.zeros_like(thought)
 
 
 def recording(replace: Replace, seen: list[torch.Tensor]) -> Replace:
-    """The same replacement, which appends every thought that the model had (B, D) to `seen`."""
+    """Return the same replacement, which also appends the model's own thoughts (B, D) to `seen`."""
 
     def record(position: int, thought: torch.Tensor) -> torch.Tensor:
         seen.append(thought)
@@ -250,18 +250,18 @@ def recording(replace: Replace, seen: list[torch.Tensor]) -> Replace:
 
 
 def read_last(seen: list[torch.Tensor], num_latents: int) -> torch.Tensor:
-    """The thoughts (B, N, D) of a call among those that were recorded: of several updates the last."""
+    """Return a call's thoughts (B, N, D) from the recorded ones: those of the last update."""
     return torch.stack(seen[-num_latents:], dim=1)
 
 
 def noise_like(thought: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Directions drawn uniformly, each as long as the thought of its row; (B, D)."""
+    """Return uniformly random directions (B, D), each with the norm of its row's thought."""
     noise = torch.randn(thought.shape, generator=generator).to(thought)
     return noise * thought.norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True)
 
 
 def noise(seed: int) -> ReplaceOf:
-    """Noise that is the same whenever it is drawn again."""
+    """Return a replacement by noise that is the same in every run."""
 
     def of_batch(indices: list[int]) -> Replace:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + indices[0])
@@ -271,7 +271,7 @@ def noise(seed: int) -> ReplaceOf:
 
 
 def given(thoughts: torch.Tensor, partners: Sequence[int] | None = None) -> ReplaceOf:
-    """Thoughts (n, N, D) in the place of the model's, those of row partners[i] (default: i) for row i."""
+    """Return a replacement by thoughts (n, N, D): row i reads those of row partners[i] (default: i)."""
 
     def of_batch(indices: list[int]) -> Replace:
         batch = thoughts[indices if partners is None else [partners[index] for index in indices]]  # (B, N, D)
@@ -281,13 +281,13 @@ def given(thoughts: torch.Tensor, partners: Sequence[int] | None = None) -> Repl
 
 
 def mean_thought(thoughts: torch.Tensor) -> ReplaceOf:
-    """The mean over rows of thoughts (n, N, D) at each position."""
+    """Return a replacement by the mean over rows of thoughts (n, N, D), per position."""
     mean = thoughts.float().mean(dim=0, keepdim=True)  # (1, N, D)
     return given(mean.expand(len(thoughts), -1, -1))
 
 
 def only_at(position: int, replace_of: ReplaceOf) -> ReplaceOf:
-    """The replacement at one position, the model's own thoughts, computed after it, elsewhere."""
+    """Return a replacement at one position only; later thoughts are recomputed from it."""
 
     def of_batch(indices: list[int]) -> Replace:
         replace = replace_of(indices)
@@ -297,9 +297,9 @@ def only_at(position: int, replace_of: ReplaceOf) -> ReplaceOf:
 
 
 def other_rows(keys: Sequence, seed: int, groups: Sequence | None = None) -> list[int] | None:
-    """For each row another one whose key differs, drawn at random, of its own group where there is one.
+    """Return for each row a random other row with a different key, from the row's group if it has one.
 
-    None where some row has no such partner, because all keys are equal.
+    Return None if some row has no such partner, because all keys are equal.
     """
     if len(set(keys)) < 2:
         return None
@@ -312,7 +312,7 @@ def other_rows(keys: Sequence, seed: int, groups: Sequence | None = None) -> lis
         group = members[groups[index] if groups is not None else None]
         candidates = [other for other in group if keys[other] != key] or range(len(keys))
         partner = rng.choice(candidates)
-        while keys[partner] == key:  # only where the whole data are searched, which holds two keys
+        while keys[partner] == key:  # only when all rows are searched, which have two keys
             partner = rng.choice(candidates)
         partners.append(partner)
     return partners
@@ -331,21 +331,21 @@ def with_question_of(row: Mapping, donor: Mapping) -> dict:
 
 
 def swapped(study: Study, name: str, description: str, donors: list[dict]) -> Outcome:
-    """Give every row the thoughts that the model has on its donor row."""
+    """Give every row the thoughts of its donor row."""
     of_donors = study.run(lambda indices: keep, donors=donors)
     answers = study.run(given(of_donors.thoughts))
     return study.outcome(name, description, answers, of_donors.texts)
 
 
 def counts_to_try(own: int, room: int) -> list[int]:
-    """Numbers of thoughts other than the study's own: down to none, and up to twice as many where there is room."""
+    """Return other numbers of thoughts to try: down to none, and up to twice as many if positions allow."""
     fewer = range(own) if own <= 8 else sorted({0, 1, own // 4, own // 2, 3 * own // 4, own - 1})
     more = sorted({own + 1, own + 2, 2 * own})
     return [*fewer, *(count for count in more if count - own <= room)]
 
 
 def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
-    """Positions of the language model that the longest prompt and `max_new_tokens` leave free."""
+    """Return how many positions the longest prompt and `max_new_tokens` leave free."""
     limit = position_limit(answerer.model.get_decoder())
     if limit is None:
         return 2 * answerer.num_latents
@@ -353,7 +353,7 @@ def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
 
 
 def shuffled(study: Study) -> Outcome | str:
-    """The thoughts of a row that was answered otherwise, or why there is none."""
+    """Swap in the thoughts of a row with another answer, or return why that is not possible."""
     partners = other_rows(study.untouched.texts, study.seed)
     if partners is None:
         return "shuffled was not run: all rows were answered alike"
@@ -363,7 +363,7 @@ def shuffled(study: Study) -> Outcome | str:
 
 
 def other_image(study: Study) -> Outcome | str:
-    """The thoughts on the same question about the image of another row, or why there is none."""
+    """Swap in the thoughts on the same question about another row's image, or return why that is not possible."""
     images, questions = [images_key(row) for row in study.rows], [question_text(row) for row in study.rows]
     if 0 in map(len, images) or len(set(map(len, images))) > 1:
         return "other_image was not run: it needs rows with equally many images, at least one"
@@ -375,7 +375,7 @@ def other_image(study: Study) -> Outcome | str:
 
 
 def other_question(study: Study) -> Outcome | str:
-    """The thoughts on the question of another row about the same image, or why there is none."""
+    """Swap in the thoughts on another row's question about the same image, or return why that is not possible."""
     images, questions = [images_key(row) for row in study.rows], [question_text(row) for row in study.rows]
     if 0 in map(len, images):
         return "other_question was not run: some rows have no image"
@@ -387,7 +387,7 @@ def other_question(study: Study) -> Outcome | str:
 
 
 def emptied(thoughts: torch.Tensor, seed: int) -> Table:
-    """All thoughts (n, N, D) replaced by nothing, by noise, by their mean: name, description, replacement."""
+    """Return replacements of all thoughts (n, N, D) by zeros, noise, mean: name, description, replacement."""
     return [
         ("zero", "zeros", lambda indices: zero),
         ("noise", "random directions as long as the thoughts", noise(seed)),
@@ -396,7 +396,7 @@ def emptied(thoughts: torch.Tensor, seed: int) -> Table:
 
 
 def one_taken_out(thoughts: torch.Tensor) -> Table:
-    """One of the thoughts (n, N, D) at a time replaced by its mean, the later ones computed anew."""
+    """Return replacements of one thought (n, N, D) at a time by its mean; later ones are recomputed."""
     mean = mean_thought(thoughts)
     return [
         (f"without_{j + 1}", f"thought {j + 1} alone replaced by its mean", only_at(j, mean))
@@ -405,21 +405,21 @@ def one_taken_out(thoughts: torch.Tensor) -> Table:
 
 
 def replacements(study: Study) -> list[Outcome]:
-    """All thoughts replaced by nothing, by noise, by their mean."""
+    """Replace all thoughts by zeros, by noise, and by their mean."""
     table = emptied(study.untouched.thoughts, study.seed)
     return [study.outcome(name, description, study.run(replace_of)) for name, description, replace_of in table]
 
 
 def knock_outs(study: Study) -> list[Outcome]:
-    """One thought at a time replaced by its mean, the later ones computed anew."""
+    """Replace one thought at a time by its mean; later ones are recomputed."""
     table = one_taken_out(study.untouched.thoughts)
     return [study.outcome(name, description, study.run(replace_of)) for name, description, replace_of in table]
 
 
 def with_other_counts(own: Answerer, rows: Sequence[Mapping]) -> list[tuple[str, str, Answerer]]:
-    """Name, description and answerer with fewer and more thoughts than its own.
+    """Return name, description and answerer for fewer and more thoughts than its own.
 
-    With fewer it may go on in words, as it learnt to in earlier stages; so each is also asked for the answer at once.
+    With fewer it may continue in words, as learnt in earlier stages, so each also runs without written steps.
     """
     free, at_once = [], []
     for count in counts_to_try(own.num_latents, room_for_more(own, rows)):
@@ -432,7 +432,7 @@ def with_other_counts(own: Answerer, rows: Sequence[Mapping]) -> list[tuple[str,
 
 
 def other_counts(study: Study) -> list[Outcome]:
-    """Fewer and more thoughts than the study has, see `with_other_counts`."""
+    """Run with fewer and more thoughts than the study has, see `with_other_counts`."""
     return [
         study.outcome(name, description, study.run(answerer=answerer))
         for name, description, answerer in with_other_counts(study.answerer, study.rows)

@@ -14,13 +14,13 @@ from mmcoconut.statistics import Estimate, percent, points
 
 
 TEMPLATE = Path(__file__).with_name("report.html")
-# What a model card shows of the interventions, in this order.
+# Interventions in a model card, in this order.
 IN_THE_CARD = ("shuffled", "only_thoughts", "no_image", "own_embedding", "other_image", "other_question")
 IN_THE_CARD += ("mean", "zero", "noise")
 
 
 def interventions_figure(outcomes: Mapping[str, Outcome], accuracy: Mapping, *, num_rows: int) -> Image.Image:
-    """Accuracy with its interval under every intervention, beside the untouched run's as a band; 800 pixels wide."""
+    """Plot accuracy and interval under every intervention, and the untouched run's as a band; 800 pixels wide."""
     figure = new_figure(1.2 + 0.28 * len(outcomes))
     axes = figure.add_subplot()
     places = range(len(outcomes))
@@ -40,14 +40,14 @@ def interventions_figure(outcomes: Mapping[str, Outcome], accuracy: Mapping, *, 
 
 
 def data_uri(picture: Image.Image) -> str:
-    """A picture as text that a page can hold."""
+    """Return a picture as a data URI, to embed it in a page."""
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def report_of(record: Mapping, pictures: Mapping[str, Image.Image], shown: Sequence) -> str:
-    """The HTML page: verdict, interventions, geometry, probe, and the rows whose thoughts were read one by one."""
+    """Return the HTML page: verdict, interventions, geometry, probe, and the decoded thoughts of single rows."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "percent": percent,
@@ -60,7 +60,7 @@ def report_of(record: Mapping, pictures: Mapping[str, Image.Image], shown: Seque
 
 
 def probe_line(probe: Mapping) -> str | None:
-    """Where each target is read best, of all thoughts, in one line; None where nothing could be probed."""
+    """Return in one line which thought predicts each target best; None if nothing could be probed."""
     found = []
     for k, name in enumerate(probe["targets"]):
         if probe["reasons"][k] is None:
@@ -71,14 +71,14 @@ def probe_line(probe: Mapping) -> str | None:
 
 
 def said_of(record: Mapping) -> list[dict]:
-    """The findings beside the verdict, in the order of their questions; those whose run was refused are left out."""
+    """Return the findings other than the verdict, in order; findings whose run was refused are left out."""
     necessity, positions = record.get("necessity"), record.get("positions")
     found = [necessity, necessity["no_image"]] if necessity else []
     return [finding for finding in [*found, *([positions] if positions else [])] if finding["accuracy"]]
 
 
 def card_of(record: Mapping) -> str:
-    """A section for the model card: the verdict, and what each kind of intervention did to the accuracy."""
+    """Return a model-card section: the verdict, and the accuracy under each kind of intervention."""
     verdict, accuracy = record.get("verdict"), Estimate.of(record["accuracy"])
     lines = ["## Do the thoughts matter?", ""]
     if verdict:

@@ -1,7 +1,7 @@
-"""Pictures of what mmcoconut/audit/thoughts.py computes: attention over an image, probes and geometry.
+"""Plot the results of mmcoconut/audit/thoughts.py: attention over an image, probes and geometry.
 
-Every function that draws returns a PIL image. Colours are told apart by brightness or from Okabe and Ito's palette,
-so that they are safe for colour-blind readers.
+Every plotting function returns a PIL image. Colours differ by brightness or are from Okabe and Ito's palette, so they
+are safe for colour-blind readers.
 
 Shapes: N thoughts, K targets, I images of a row, P features of an image, C channels, H height, W width in pixels.
 """
@@ -19,8 +19,8 @@ from mmcoconut.data.image_grids import picture_grid
 
 
 MIN_SIDE = 240  # pixels of a heat map's shorter side
-MIN_NUMBER_CELL = 28  # pixels of the smallest cell that has room for a number
-# The picture goes so far to white that dark heat stands out on any of its colours, by brightness alone.
+MIN_NUMBER_CELL = 28  # pixels of the smallest cell with a number
+# The picture is faded to white so far that dark heat is visible on any of its colours, by brightness alone.
 FADE = 0.6
 HEAT = np.array([60.0, 0.0, 110.0])  # indigo
 OPACITY = 0.8  # of the hottest cell
@@ -33,7 +33,7 @@ BASELINES = ("shuffled labels", "majority class")
 
 
 def why_no_map(projector_type: str, num_features: int) -> str | None:
-    """Why attention to an image's features cannot be drawn on it; None where it can."""
+    """Return why attention to an image's features cannot be drawn on it; None if it can."""
     if projector_type in PREFIX_PROJECTORS:
         return f"{projector_type} makes {num_features} features of the whole picture, which lie nowhere on it"
     if picture_grid(num_features) is None:
@@ -42,7 +42,7 @@ def why_no_map(projector_type: str, num_features: int) -> str | None:
 
 
 def grid_of(weights: torch.Tensor) -> np.ndarray:
-    """Weights (P,) as (rows, columns), without the class token's.
+    """Return weights (P,) as a grid (rows, columns), without the class token's.
 
     Raises:
         ValueError: features that make no square.
@@ -58,9 +58,9 @@ def grid_of(weights: torch.Tensor) -> np.ndarray:
 
 
 def pixels_of(picture: torch.Tensor) -> np.ndarray:
-    """Normalised pixels (C, H, W) as (H, W, 3) in 0 … 255: the least becomes 0, the greatest 255.
+    """Return normalised pixels (C, H, W) as (H, W, 3) in 0 … 255: the minimum becomes 0, the maximum 255.
 
-    This undoes an image processor's normalisation up to brightness and a slight tint, without asking for its numbers.
+    This inverts an image processor's normalisation up to brightness and a slight tint, without its parameters.
     """
     picture = picture.detach().float().cpu()
     low, high = picture.min(), picture.max()
@@ -69,13 +69,13 @@ def pixels_of(picture: torch.Tensor) -> np.ndarray:
 
 
 def enlarge(pixels: np.ndarray, min_side: int) -> np.ndarray:
-    """(H, W, 3) times the smallest whole number that makes both sides at least `min_side`; nearest neighbour."""
+    """Enlarge (H, W, 3) by the smallest integer that makes both sides at least `min_side`; nearest neighbour."""
     factor = -(-min_side // min(pixels.shape[:2]))
     return pixels.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def write_numbers(picture: Image.Image, grid: np.ndarray) -> None:
-    """The cells' weights in percent, each in its middle; nothing where the cells are too small to read them."""
+    """Write each cell's weight in percent into its centre, unless cells are too small to read."""
     height, width = picture.height / grid.shape[0], picture.width / grid.shape[1]
     if min(height, width) < MIN_NUMBER_CELL:
         return
@@ -87,11 +87,10 @@ def write_numbers(picture: Image.Image, grid: np.ndarray) -> None:
 
 
 def heat_map(picture: torch.Tensor, weights: torch.Tensor, *, top: float | None = None) -> Image.Image:
-    """A picture (C, H, W) as the model saw it, faded, under its features' weights (P,) as translucent colour by cell.
+    """Draw features' weights (P,) as translucent cells over the faded picture (C, H, W) as the model saw it.
 
-    The number in a cell is its weight in percent, where there is room. `top` is the weight of the strongest colour,
-    by default the greatest; give one value to maps that are to be compared. A class token has no place and is left
-    out.
+    The number in a cell is its weight in percent, if it fits. `top` is the weight of the strongest colour, by default
+    the maximum; use one value for maps to be compared. A class token has no location and is left out.
 
     Raises:
         ValueError: features that make no square, see `picture_grid`.
@@ -101,7 +100,7 @@ def heat_map(picture: torch.Tensor, weights: torch.Tensor, *, top: float | None 
 
 
 def blend(pixels: np.ndarray, grid: np.ndarray, top: float) -> Image.Image:
-    """Pixels (H, W, 3) in 0 … 255, faded, under a grid (rows, columns) of weights, as in `heat_map`."""
+    """Blend a grid (rows, columns) of weights over faded pixels (H, W, 3) in 0 … 255, as in `heat_map`."""
     pixels = enlarge(pixels, MIN_SIDE)  # (H, W, 3)
     height, width = pixels.shape[:2]
     rows = np.arange(height) * grid.shape[0] // height  # (H,), the cell of each line
@@ -114,7 +113,7 @@ def blend(pixels: np.ndarray, grid: np.ndarray, top: float) -> Image.Image:
 
 
 def wrap(text: str, font, width: int) -> str:
-    """The text in lines of at most so many pixels, broken at spaces; a longer word has a line of its own."""
+    """Wrap text at spaces into lines of at most `width` pixels; a longer word gets a separate line."""
     lines = [""]
     for word in text.split(" "):
         longer = f"{lines[-1]} {word}".strip()
@@ -126,19 +125,19 @@ def wrap(text: str, font, width: int) -> str:
 
 
 def heat_maps(pixel_values: torch.Tensor, maps: torch.Tensor) -> list[Image.Image]:
-    """A row's N heat maps, with one colour scale. Of a row with several images the first is drawn.
+    """Draw a row's N heat maps with one colour scale, over the first of several images.
 
     Args:
         pixel_values (I, C, H, W): the images of one row.
-        maps (N, I · P): attention to their features in reading order, as `Readings.image_map` gives it.
+        maps (N, I · P): attention to their features in reading order, from `Readings.image_map`.
 
     Raises:
-        ValueError: features that are no multiple of the images; features that make no square.
+        ValueError: the features are no multiple of the images, or make no square.
     """
     if len(pixel_values) == 0 or maps.shape[1] % len(pixel_values):
         raise ValueError(
-            f"{maps.shape[1]} image features for {len(pixel_values)} images: give the pixels of this row's images "
-            "alone, and at least one."
+            f"{maps.shape[1]} image features for {len(pixel_values)} images: give the pixels of only this row's "
+            "images, at least one."
         )
     maps = maps[:, : maps.shape[1] // len(pixel_values)]  # (N, P)
     top = max(float(grid_of(weights).max()) for weights in maps)
@@ -146,10 +145,10 @@ def heat_maps(pixel_values: torch.Tensor, maps: torch.Tensor) -> list[Image.Imag
 
 
 def thought_strip(pixel_values: torch.Tensor, maps: torch.Tensor, captions: Sequence[str]) -> Image.Image:
-    """`heat_maps` side by side, with their captions, N texts, wrapped beneath.
+    """Draw `heat_maps` side by side, with their N captions wrapped beneath.
 
     Raises:
-        ValueError: numbers of maps and captions that differ, or none; what `heat_maps` refuses.
+        ValueError: the numbers of maps and captions differ or are 0; as in `heat_maps`.
     """
     if len(maps) != len(captions) or len(maps) == 0:
         raise ValueError(f"{len(maps)} maps for {len(captions)} captions: give one each, and at least one.")
@@ -157,7 +156,7 @@ def thought_strip(pixel_values: torch.Tensor, maps: torch.Tensor, captions: Sequ
 
 
 def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
-    """Panels of one size in a row on white, each with its caption beneath."""
+    """Place panels of one size in a row on white, each with its caption beneath."""
     font = ImageFont.load_default(size=FONT_SIZE)
     width, height = panels[0].size
     captions = [wrap(caption, font, width) for caption in captions]
@@ -173,7 +172,7 @@ def side_by_side(panels: Sequence[Image.Image], captions: Sequence[str]) -> Imag
 
 
 def stacked(panels: Sequence[Image.Image]) -> Image.Image:
-    """Panels one below the other on white."""
+    """Stack panels vertically on white."""
     height = sum(panel.height + GAP for panel in panels) - GAP
     stack, top = Image.new("RGB", (max(panel.width for panel in panels), height), "white"), 0
     for panel in panels:
@@ -183,7 +182,7 @@ def stacked(panels: Sequence[Image.Image]) -> Image.Image:
 
 
 def new_figure(height: float):
-    """A matplotlib figure 8 inches wide, without pyplot's global state."""
+    """Return a matplotlib figure 8 inches wide, without pyplot's global state."""
     figure = load_extra("matplotlib.figure").Figure(figsize=(8, height), dpi=DOTS_PER_INCH, layout="constrained")
     load_extra("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
     return figure
@@ -200,7 +199,7 @@ def mean_of_known(values: Sequence[float | None]) -> float | None:
 
 
 def cell_text(share: float | None, interval: Sequence[float] | None) -> str:
-    """`"92"`, with the 95 % interval under it where there is one; a dash for a refused cell."""
+    """Return `"92"`, with the 95 % interval under it if there is one; a dash for a refused cell."""
     if share is None:
         return "–"
     bounds = f"\n{100 * interval[0]:.0f}–{100 * interval[1]:.0f}" if interval is not None else ""
@@ -208,10 +207,10 @@ def cell_text(share: float | None, interval: Sequence[float] | None) -> str:
 
 
 def probe_figure(result: dict) -> Image.Image:
-    """Held-out accuracy in percent of every thought × target of `linear_probe`, and the two baselines beneath.
+    """Plot the held-out accuracy in percent of every thought × target of `linear_probe`, above two baselines.
 
-    Small numbers are 95 % intervals; the shuffled baseline is the mean over thoughts. Refused targets stay grey, and
-    their reasons stand under the plot.
+    Small numbers are 95 % intervals; the shuffled baseline is the mean over thoughts. Refused targets are grey, with
+    their reasons under the plot.
     """
     num_thoughts, names = len(result["accuracy"]), result["targets"]
     shuffled = [mean_of_known(column) for column in zip(*result["shuffled"])]
@@ -237,7 +236,7 @@ def probe_figure(result: dict) -> Image.Image:
 
 
 def plot_by_thought(axes, title: str, values: Sequence[float], **style) -> None:
-    """One line over thought numbers, which count from 1."""
+    """Plot one line over thought numbers, counted from 1."""
     axes.errorbar(range(1, len(values) + 1), values, color=BLUE, marker="o", capsize=3, **style)
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("thought")
@@ -246,7 +245,7 @@ def plot_by_thought(axes, title: str, values: Sequence[float], **style) -> None:
 
 
 def geometry_figure(result: dict) -> Image.Image:
-    """The four measures of `geometry` over the thoughts: norm, both cosines, effective rank."""
+    """Plot the four measures of `geometry` over the thoughts: norm, both cosines, effective rank."""
     figure = new_figure(6)
     ((norm, across), (rank, to_next)) = figure.subplots(2, 2)
     plot_by_thought(norm, "Norm (mean ± std over rows)", result["norm_mean"], yerr=result["norm_std"])

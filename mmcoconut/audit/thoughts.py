@@ -1,7 +1,7 @@
-"""What thoughts hold: their geometry, the tokens they decode to, what they look at, what a linear probe reads in them.
+"""Analyse thoughts: geometry, logit lens, attention to images, linear probes.
 
-Shapes: n rows, N thoughts a row, D hidden, L layers, V vocabulary, T tokens, P image features of a row, K targets.
-Nothing here changes a thought; every number is read off ordinary forward passes. Positions count from 0.
+Shapes: n rows, N thoughts per row, D hidden, L layers, V vocabulary, T tokens, P image features of a row, K targets.
+Nothing here changes a thought; all numbers come from ordinary forward passes. Positions count from 0.
 Sources: effective rank, Roy and Vetterli 2007, The effective rank: a measure of effective dimensionality; logit lens,
 nostalgebraist 2020, https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru/interpreting-gpt-the-logit-lens.
 """
@@ -21,11 +21,11 @@ from mmcoconut.passes_mmcoconut import take_columns
 from mmcoconut.progress import progress
 
 
-# Above this mean cosine between the thoughts of different rows, a position says nearly the same whatever the row.
+# Above this mean cosine between the thoughts of different rows, a position is nearly the same for all rows.
 COLLAPSED_COSINE = 0.99
 
 MAX_CLASSES = 64
-MIN_ROWS = 20  # in each half; below, an accuracy is known to no better than ±20 points
+MIN_ROWS = 20  # in each half; with fewer, an accuracy is uncertain by ±20 points or more
 NUM_SHUFFLES = 3
 REGULARISATION = 1.0  # scikit-learn's C: the inverse strength of the L2 penalty, on standardised features
 MAX_ITERATIONS = 1000
@@ -33,10 +33,10 @@ NORMAL_QUANTILE = 1.959964  # of a two-sided 95 % interval
 
 
 def load_extra(name: str, extra: str = "audit") -> ModuleType:
-    """A module of the optional packages that only one part of the library needs, named as its extra is.
+    """Import a module of an optional package that one extra of mmcoconut needs.
 
     Raises:
-        ImportError: it is not installed; the message says how to.
+        ImportError: it is not installed; the message says how to install it.
     """
     try:
         return importlib.import_module(name)
@@ -54,7 +54,7 @@ def check_finite(thoughts: torch.Tensor) -> None:
 
 
 def mean_pairwise_cosine(vectors: torch.Tensor) -> float:
-    """Mean cosine over all pairs of different rows of (n, D), in O(nD).
+    """Return the mean cosine over all pairs of different rows of (n, D), in O(nD).
 
     With unit vectors u:  Σ_{a≠b} u_a·u_b = ‖Σ u‖² − Σ ‖u‖². A zero vector has cosine 0 with all.
     """
@@ -64,10 +64,10 @@ def mean_pairwise_cosine(vectors: torch.Tensor) -> float:
 
 
 def effective_rank(vectors: torch.Tensor) -> float:
-    """exp(−Σ p log p) with p = s² / Σ s² and s the singular values of the centred (n, D); 0 where all rows are equal.
+    """Return exp(−Σ p log p), p = s² / Σ s², s the singular values of the centred (n, D); 0 if all rows are equal.
 
-    1 means that the rows differ along one direction only, min(n − 1, D) that they differ along all alike. The source
-    takes p = s / Σ s; squares make p the share of the variance.
+    1 means that the rows differ along one direction only, min(n − 1, D) that they differ equally along all. The source
+    uses p = s / Σ s; with squares, p is the share of variance.
     """
     singular_values = torch.linalg.svdvals(vectors - vectors.mean(dim=0))
     rounding = torch.finfo(vectors.dtype).eps * max(vectors.shape) * vectors.norm()
@@ -78,7 +78,7 @@ def effective_rank(vectors: torch.Tensor) -> float:
 
 
 def geometry(thoughts: torch.Tensor, embeddings: torch.Tensor) -> dict:
-    """How long, how alike and how spread out thoughts (n, N, D) are, beside token embeddings (V, D); in float64.
+    """Measure norm, similarity and spread of thoughts (n, N, D), relative to token embeddings (V, D); in float64.
 
     Returns lists by position, as floats for JSON: `norm_mean` and `norm_std` (over rows, population), `norm_ratio` to
     the mean norm of the embeddings, `cosine_to_next` (N − 1, mean over rows), `cosine_across_rows` (mean over all
@@ -86,10 +86,10 @@ def geometry(thoughts: torch.Tensor, embeddings: torch.Tensor) -> dict:
     `collapsed`, the positions whose cosine across rows is above COLLAPSED_COSINE.
 
     Raises:
-        ValueError: fewer than two rows; a thought that is not finite.
+        ValueError: there are fewer than two rows; a thought is not finite.
     """
     if len(thoughts) < 2:
-        raise ValueError(f"The geometry compares rows and got {len(thoughts)}: give the thoughts of at least two.")
+        raise ValueError(f"The geometry compares rows, but got {len(thoughts)}: give the thoughts of at least two.")
     check_finite(thoughts)
     thoughts = thoughts.detach().cpu().double()  # (n, N, D)
     norms = thoughts.norm(dim=-1)  # (n, N)
@@ -111,7 +111,7 @@ def geometry(thoughts: torch.Tensor, embeddings: torch.Tensor) -> dict:
 
 @contextmanager
 def eager_attention(decoder) -> Iterator[None]:
-    """Inside, the decoder computes attention in the one way that leaves its weights behind; afterwards as before."""
+    """Use eager attention, which returns attention weights, inside this context; restore it afterwards."""
     before = decoder.config._attn_implementation
     decoder.set_attn_implementation("eager")
     try:
@@ -121,7 +121,7 @@ def eager_attention(decoder) -> Iterator[None]:
 
 
 def modules_outside_the_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """All modules below this one, but those in a ModuleList, where a decoder keeps its layers."""
+    """Yield all submodules except those in a ModuleList, where a decoder keeps its layers."""
     for child in module.children():
         if not isinstance(child, nn.ModuleList):
             yield child
@@ -130,7 +130,7 @@ def modules_outside_the_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def decoder_outputs(model) -> Iterator[list]:
-    """Inside, every output of the decoder is appended to the list: a vision-language model may keep parts of it."""
+    """Append every output of the decoder to the list: a vision-language model may drop parts of it."""
     outputs = []
     hook = model.get_decoder().register_forward_hook(lambda _, __, output: outputs.append(output))
     try:
@@ -140,17 +140,17 @@ def decoder_outputs(model) -> Iterator[list]:
 
 
 def some_text(model, rows: int, columns: int) -> dict:
-    """The inputs of a text (rows, columns) without images and thoughts, for a vision-language model."""
+    """Return the inputs of a text (rows, columns) without images and thoughts, for a vision-language model."""
     ids = torch.full((rows, columns), model.config.start_latent_token_id, device=model.device)
     return {"input_ids": ids, "use_cache": False}
 
 
 @torch.no_grad()
 def final_norm(decoder, around=None) -> nn.Module:
-    """What the decoder applies to its last layer's output: the first module whose output is the last hidden state.
+    """Return the decoder's final norm: the first module whose output is the last hidden state.
 
-    Found by running one random state, or, where a decoder reads more than states, a token through the model around it.
-    Post-norm decoders normalise inside their layers: nothing is left to apply, and the identity is returned.
+    It is found by running one random state or, if the decoder needs more inputs, one token through the outer model.
+    Post-norm decoders normalise inside their layers, so the identity is returned.
     """
     outputs = []
     modules = list(modules_outside_the_layers(decoder))
@@ -174,15 +174,15 @@ def final_norm(decoder, around=None) -> nn.Module:
 
 @dataclass
 class Readings:
-    """What one forward pass over n prompts shows of their N thoughts; all tensors on the CPU.
+    """Measurements of the N thoughts of n prompts in one forward pass; all tensors on the CPU.
 
-    thoughts (n, N, D): what was read at the latents.
-    tokens, probabilities (n, N + 1, L + 1, k): the k likeliest tokens by the logit lens, best first. Index j < N of
+    thoughts (n, N, D): the vectors that the latents read.
+    tokens, probabilities (n, N + 1, L + 1, k): the k most likely tokens by the logit lens, best first. Index j < N of
         the second axis is the state that becomes thought j, index N the state at the prompt's last column, which
-        writes the first token. Layer 0 is what the decoder's first layer reads, layer L the model's own output.
-    image_attention: for each row (L, N, P), how much the latent column of thought j looks at each image feature, mean
-        over heads; P = 0 for a row without images. Layers are those that make maps; of a model that looks at images
-        beside its text, those that do. None where it was not asked for.
+        predicts the first token. Layer 0 is the input of the decoder's first layer, layer L the model's own output.
+    image_attention: per row (L, N, P), the attention of the latent column of thought j to each image feature, mean
+        over heads; P = 0 for a row without images. L counts the layers with attention maps; with cross-attention to
+        images, only the cross-attention layers. None if it was not requested.
     """
 
     thoughts: torch.Tensor
@@ -191,47 +191,47 @@ class Readings:
     image_attention: list[torch.Tensor] | None
 
     def image_map(self, row: int) -> torch.Tensor:
-        """(N, P): attention to each image feature, mean over layers and heads."""
+        """Return (N, P), the attention to each image feature, mean over layers and heads."""
         return self.image_attention[row].mean(dim=0)
 
     def image_share(self, row: int) -> torch.Tensor:
-        """(N,): the share of all attention that goes to the row's images, in [0, 1]."""
+        """Return (N,), the share of all attention that goes to the row's images, in [0, 1]."""
         return self.image_map(row).sum(dim=-1)
 
 
 def columns_of_latents(latent_mask: torch.Tensor) -> torch.Tensor:
-    """(n, N) columns of the True entries of (n, T), in reading order.
+    """Return the columns (n, N) of the True entries of (n, T), in reading order.
 
     Raises:
-        ValueError: rows with different numbers of latents.
+        ValueError: the rows have different numbers of latents.
     """
     counts = latent_mask.sum(dim=1)  # (n,)
     if counts.unique().numel() != 1:
         raise ValueError(
-            f"The rows have {counts.tolist()} latents, and readings need the same number in each: give the processor "
+            f"The rows have {counts.tolist()} latents, but readings need the same number in each: give the processor "
             "one num_latents for all."
         )
     return latent_mask.nonzero()[:, 1].view(len(latent_mask), -1)
 
 
 def thought_text(model, inputs: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask (n, T) of the text that thoughts stand in: of an encoder-decoder the decoder's."""
+    """Return ids and mask (n, T) of the text with the thoughts; for an encoder-decoder, the decoder's."""
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
     ids, mask = inputs[f"{prefix}input_ids"], inputs.get(f"{prefix}attention_mask")
     return ids, torch.ones_like(ids) if mask is None else mask
 
 
 def read_columns(mask: torch.Tensor, latent_columns: torch.Tensor) -> torch.Tensor:
-    """(n, N + 1): the column before each latent, whose state becomes the thought, and the last real one of (n, T)."""
+    """Return (n, N + 1): the column before each latent, which makes the thought, and the last real one of (n, T)."""
     last = mask.shape[1] - 1 - mask.flip(1).argmax(dim=1, keepdim=True)  # (n, 1)
     return torch.cat([latent_columns - 1, last], dim=1)
 
 
 def logits_of(states: torch.Tensor, model) -> torch.Tensor:
-    """The logits (n, M, V) that a model makes of last hidden states (n, M, D) of its decoder.
+    """Return the logits (n, M, V) of last hidden states (n, M, D) of a model's decoder.
 
-    What a vision-language model does to them beside its head (bounds, scales) stands in its own forward, which is run
-    over as many tokens of text, with these states in the place of its decoder's.
+    A vision-language model may cap or scale logits in its own forward, which is therefore run on as many text tokens,
+    with the decoder's states replaced by these.
     """
     if is_composed(model.config):
         return model.get_output_embeddings()(states)
@@ -247,9 +247,9 @@ def logits_of(states: torch.Tensor, model) -> torch.Tensor:
 
 
 def logit_lens(states: Sequence[torch.Tensor], model, *, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and probabilities (n, M, layers, k) of states (n, M, D), one tensor a layer: softmax(logits(norm(h))).
+    """Return tokens and probabilities (n, M, layers, k) of states (n, M, D) per layer: softmax(logits(norm(h))).
 
-    The last layer's states are normed already. Layer by layer, because logits of all layers at once are large.
+    The last layer's states are already normed. Runs layer by layer, because all logits at once are large.
     """
     norm = final_norm(model.get_decoder(), None if is_composed(model.config) else model)
     normed = [*map(norm, states[:-1]), states[-1]]
@@ -260,7 +260,7 @@ def logit_lens(states: Sequence[torch.Tensor], model, *, top_k: int) -> tuple[to
 
 
 def attention_to_images(attentions, latent_columns: torch.Tensor, *, image_mask: torch.Tensor) -> list[torch.Tensor]:
-    """Maps (n, H, T, keys), one a layer, as (L, N, P) for each row: from its latents to the keys of its images."""
+    """Return maps (n, H, T, keys) per layer as (L, N, P) per row: from its latents to the keys of its images."""
     if not attentions:
         raise ValueError(
             "The language model gave no attention maps under eager attention: call read_thoughts with attention=False."
@@ -271,13 +271,13 @@ def attention_to_images(attentions, latent_columns: torch.Tensor, *, image_mask:
 
 
 def image_maps(model, inputs: Mapping, outputs) -> tuple[Sequence[torch.Tensor], torch.Tensor]:
-    """The attention (n, H, T, keys) of each layer that looks at images, and (n, keys), True at the images of a row.
+    """Return the attention (n, H, T, keys) of each layer that sees images, and (n, keys), True at a row's images.
 
-    Images stand in the text, or first among what is read beside it. outputs: of the model, or of its decoder.
+    Images are among the text columns, or first among the encoder states. outputs: of the model or its decoder.
     """
     image_mask = inputs["input_ids"] == model.config.image_token_id  # (n, T)
     beside = getattr(model.get_decoder().config, "cross_attention_layers", ())
-    if beside and "cross_attention_mask" in inputs:  # (n, T, images, tiles); of the images each has as many features
+    if beside and "cross_attention_mask" in inputs:  # (n, T, images, tiles); all images have equally many features
         maps = [outputs.attentions[layer] for layer in beside]
         num_features = maps[0].shape[-1] // inputs["cross_attention_mask"].shape[2]
     elif outputs.get("cross_attentions"):
@@ -290,11 +290,11 @@ def image_maps(model, inputs: Mapping, outputs) -> tuple[Sequence[torch.Tensor],
 
 
 def read_decoder(model, inputs: Mapping, **asked) -> tuple:
-    """What the decoder gives for prompts with all that is asked for, and their thoughts (n, N, D)."""
+    """Return the decoder's output for prompts with the requested fields, and their thoughts (n, N, D)."""
     if is_composed(model.config):
         outputs = model.base_model(**inputs, **asked)
         return outputs, outputs.thoughts
-    kept = {"logits_to_keep": 1} if model.keeps_logits else {}  # of all columns they are large
+    kept = {"logits_to_keep": 1} if model.keeps_logits else {}  # logits of all columns are large
     with decoder_outputs(model) as outputs:
         thoughts = model(**inputs, **asked, **kept).thoughts
     return outputs[0], thoughts
@@ -305,20 +305,20 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
     """Run prompts once and read their thoughts, see `Readings`.
 
     A thought is the state of the column before its latent, so that column is decoded, by the model's final norm and
-    head, at every layer ("logit lens", nostalgebraist 2020). Attention is that of the latent column itself: what the
-    model looks at while it holds the thought.
+    head, at every layer ("logit lens", nostalgebraist 2020). Attention is that of the latent column itself, which
+    reads the thought.
 
     Args:
         model: a model with thoughts in eval mode, on the device of the inputs.
-        inputs: as the processor returns them: input_ids, attention_mask (n, T), the tensors of all rows' images, and
-            of an encoder-decoder the decoder's ids and mask.
+        inputs: from the processor: input_ids, attention_mask (n, T), the tensors of all rows' images, and for an
+            encoder-decoder the decoder's ids and mask.
         attention: also return image_attention; runs the language model under eager attention for this call.
 
     Raises:
-        ValueError: a model in training mode; rows with different numbers of latents.
+        ValueError: the model is in training mode; the rows have different numbers of latents.
     """
     if model.training:
-        raise ValueError("The model is in training mode, where dropout changes what is read: call model.eval().")
+        raise ValueError("The model is in training mode, where dropout changes thoughts: call model.eval().")
     input_ids, mask = thought_text(model, inputs)  # (n, T)
     latent_columns = columns_of_latents(input_ids == model.config.latent_token_id)  # (n, N)
     asked = {"output_hidden_states": True, "output_attentions": attention, "output_thoughts": True}
@@ -326,7 +326,7 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
         outputs, thoughts = read_decoder(model, inputs, **asked)
     columns = read_columns(mask, latent_columns)  # (n, N + 1)
     hidden_states = outputs.decoder_hidden_states if model.config.is_encoder_decoder else outputs.hidden_states
-    # Gemma 3n's layers have several states a column, which no head reads.
+    # Gemma 3n's layers have several states per column, which no head reads.
     layers = [*(layer for layer in hidden_states[:-1] if layer.ndim == 3), outputs.last_hidden_state]  # (n, T, D) each
     tokens, probabilities = logit_lens([take_columns(layer, columns) for layer in layers], model, top_k=top_k)
     image_attention = None
@@ -337,20 +337,20 @@ def read_thoughts(model, inputs: Mapping, *, top_k: int = 5, attention: bool = T
 
 
 def visible(text: str) -> str:
-    """A token's text without the space around it, or, where it is nothing but white space, as it is typed in code."""
+    """Return a token's text, stripped; if it is only white space, its repr."""
     return repr(text.strip() or text)[1:-1]
 
 
 def lens_text(readings: Readings, tokenizer, row: int) -> list[str]:
-    """What each of a row's N thoughts decodes to at the last layer, and what its prompt writes: `"B 71 %"`, N + 1."""
+    """Return N + 1 texts such as `"B 71 %"`: the last layer's top token of a row's N thoughts and of its prompt."""
     tokens, probabilities = readings.tokens[row, :, -1, 0].tolist(), readings.probabilities[row, :, -1, 0].tolist()
     texts = [visible(tokenizer.decode([token])) for token in tokens]
     return [f"{text} {100 * probability:.0f} %" for text, probability in zip(texts, probabilities)]
 
 
 def probe_targets(rows: Iterable[Mapping]) -> tuple[list[str], list[list[str | None]]]:
-    """Names and targets of `linear_probe` for rows of `mmcoconut.data`: each written step, None where a row has fewer,
-    and the first accepted answer."""
+    """Return names and targets of `linear_probe` for rows of `mmcoconut.data`: each written step, None if a row has
+    fewer, and the first accepted answer."""
     rows = list(rows)
     num_steps = max((len(row["steps"]) for row in rows), default=0)
     names = [*(f"step {number}" for number in range(1, num_steps + 1)), "answer"]
@@ -358,14 +358,14 @@ def probe_targets(rows: Iterable[Mapping]) -> tuple[list[str], list[list[str | N
 
 
 def held_out_half(groups: Sequence[Hashable], seed: int) -> np.ndarray:
-    """(n,), True for the rows of a random half of the groups."""
+    """Return (n,), True for the rows of a random half of the groups."""
     names = np.array([str(group) for group in groups])
     unique = np.random.default_rng(seed).permutation(np.unique(names))
     return np.isin(names, unique[: len(unique) // 2])
 
 
 def reason_against(labels: np.ndarray, held_out: np.ndarray) -> str | None:
-    """Why no accuracy of these labels (rows,) would mean anything; None where it does."""
+    """Return why an accuracy on these labels (rows,) would be meaningless; None if it is meaningful."""
     num_classes, num_test, num_train = len(set(labels)), int(held_out.sum()), int((~held_out).sum())
     if num_classes > MAX_CLASSES:
         return f"{num_classes} classes, more than {MAX_CLASSES}"
@@ -379,7 +379,7 @@ def reason_against(labels: np.ndarray, held_out: np.ndarray) -> str | None:
 
 
 def probe_accuracy(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray) -> float:
-    """Accuracy on the held-out rows of a linear classifier trained on the others; features (rows, D).
+    """Return the held-out accuracy of a linear classifier trained on the other rows; features (rows, D).
 
     Multinomial logistic regression on features with mean 0 and variance 1 over the training rows.
     """
@@ -391,7 +391,7 @@ def probe_accuracy(features: np.ndarray, labels: np.ndarray, held_out: np.ndarra
 
 
 def shuffled_accuracy(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, *, seed: int) -> float:
-    """The accuracy of the same classifier trained on shuffled labels, mean of NUM_SHUFFLES: what chance gives."""
+    """Return the mean accuracy of NUM_SHUFFLES classifiers trained on shuffled labels: the chance level."""
     generator, accuracies = np.random.default_rng(seed), []
     for _ in range(NUM_SHUFFLES):
         shuffled = labels.copy()
@@ -401,7 +401,7 @@ def shuffled_accuracy(features: np.ndarray, labels: np.ndarray, held_out: np.nda
 
 
 def wilson_interval(share: float, count: int) -> list[float]:
-    """The 95 % interval [low, high] of a binomial share of `count` trials (Wilson 1927)."""
+    """Return the 95 % interval [low, high] of a binomial share of `count` trials (Wilson 1927)."""
     z = NORMAL_QUANTILE
     middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     reach = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
@@ -410,7 +410,7 @@ def wilson_interval(share: float, count: int) -> list[float]:
 
 
 def probe_target(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray, *, seed: int) -> dict:
-    """One target's column of the result of `linear_probe`: features (rows, N, D) of the rows that have it."""
+    """Return one target's column of `linear_probe`'s result; features (rows, N, D) of the rows that have it."""
     reason, num_test = reason_against(labels, held_out), int(held_out.sum())
     column = {"n_train": len(labels) - num_test, "n_test": num_test, "n_classes": len(set(labels)), "reasons": reason}
     if reason is not None:
@@ -428,15 +428,15 @@ def probe_target(features: np.ndarray, labels: np.ndarray, held_out: np.ndarray,
 
 
 def check_lengths(thoughts: torch.Tensor, targets, *, names, groups) -> int:
-    """The number of targets, K.
+    """Return the number of targets, K.
 
     Raises:
-        ValueError: not one list of targets and one group a row, or rows or names of another K.
+        ValueError: there is not one list of targets and one group per row, or the K of rows and names differ.
     """
     if not len(thoughts) == len(targets) == len(groups):
         raise ValueError(
             f"{len(thoughts)} rows of thoughts, {len(targets)} of targets and {len(groups)} groups: give one of each "
-            "a row."
+            "per row."
         )
     lengths = {len(row) for row in targets} | ({len(names)} if names is not None else set())
     if len(lengths) != 1 or lengths == {0}:
@@ -455,18 +455,18 @@ def linear_probe(
     groups: Sequence[Hashable] | None = None,
     seed: int = 0,
 ) -> dict:
-    """Whether target k can be read off thought j by a linear classifier: trained on one half of the rows, scored on
-    the other.
+    """Train a linear classifier to predict target k from thought j on one half of the rows, and score it on the
+    other half.
 
-    That something can be read does not mean that the model uses it. Rows of a group are not independent, so where
-    groups are large the intervals are too narrow.
+    A decodable target is not necessarily used by the model. Rows of a group are not independent, so with large groups
+    the intervals are too narrow.
 
     Args:
         thoughts (n, N, D).
-        targets: for each row K texts, None where the row has no such target; it is then left out of that column.
+        targets: K texts per row; None if the row lacks the target, which leaves it out of that column.
         names: of the K targets.
-        groups: for each row what it must not share between the halves, e.g. a hash of its picture; default: each row
-            by itself, so that equal rows would leak.
+        groups: per row, a key such as a hash of its picture; a group is never split between the halves. Default: each
+            row is a group, so equal rows would leak.
 
     Returns:
         A dictionary for JSON: `targets` (K names); matrices [j][k] `accuracy`, `interval` ([low, high], 95 %, Wilson)
@@ -474,7 +474,7 @@ def linear_probe(
         held-out rows), `n_train`, `n_test`, `n_classes`, and `reasons`, why a column holds only None, or None.
 
     Raises:
-        ValueError: lengths that do not fit; a thought that is not finite.
+        ValueError: the lengths do not match; a thought is not finite.
         ImportError: scikit-learn is not installed.
     """
     groups = range(len(thoughts)) if groups is None else groups

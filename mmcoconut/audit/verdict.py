@@ -1,7 +1,7 @@
-"""Do the thoughts matter, do they carry the answer, would positions do? In a few words, with the figures behind them.
+"""Verdicts with their figures: do the thoughts matter, do they carry the answer, would positions suffice?
 
-Three questions, answered apart, because each answer is compatible with each of the others: a model can need its
-thoughts and read the picture beside them, and one that needs them might have learnt as much with idle positions.
+The three questions are answered separately, because their answers are independent: a model can need its thoughts and
+also read the picture directly, and a model that needs them might have learnt as much with idle positions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,20 +13,20 @@ from mmcoconut.data.scoring import commonest_answer
 from mmcoconut.statistics import Estimate, percent, points, sign_test
 
 
-# A difference in accuracy, or a share of changed answers, that is smaller is taken for none.
+# Smaller differences in accuracy, or shares of changed answers, count as none.
 MARGIN = 0.05
 SIGNIFICANCE = 0.05
 CANNOT_TELL = "cannot be told"
 DEPENDS, DOES_NOT = "depends", "does not depend"  # whether thoughts matter
-CARRY, DO_NOT_SUFFICE = "carry the answer", "do not suffice"  # whether thoughts are all that the answer needs
-KEPT, FALLS = "kept", "falls"  # accuracy, with the image out of the answer's sight
+CARRY, DO_NOT_SUFFICE = "carry the answer", "do not suffice"  # whether the answer needs only the thoughts
+KEPT, FALLS = "kept", "falls"  # accuracy with the image hidden from the answer
 WOULD_DO, WOULD_NOT_DO = "would do", "would not do"  # positions without thoughts
 UNUSED_TO_IT = "It was not trained with so little in sight, which may be the only reason"
 
 
 @dataclass
 class Verdict:
-    """`label`: one of DEPENDS, DOES_NOT, CANNOT_TELL; `sentence` says it in words; `notes` say what else was seen."""
+    """`label`: one of DEPENDS, DOES_NOT, CANNOT_TELL; `sentence`: in words; `notes`: further observations."""
 
     label: str
     sentence: str
@@ -35,9 +35,9 @@ class Verdict:
 
 @dataclass
 class Finding(Verdict):
-    """As a verdict, on another question, with its own labels, and the figures of the run that it rests on.
+    """A verdict on another question, with its own labels, and the figures of the run that it is based on.
 
-    accuracy: of that run; difference: to the untouched run, paired. None where it was not run.
+    accuracy: of that run; difference: paired, to the untouched run. None if it was not run.
     """
 
     accuracy: Estimate | None = None
@@ -46,7 +46,7 @@ class Finding(Verdict):
 
 @dataclass
 class Positions(Finding):
-    """Tell whether extra positions would do: this checkpoint without feeding back, and the matched controls."""
+    """The finding on extra positions: this checkpoint without feedback, and the matched controls."""
 
     controls: list[ControlOutcome] = field(default_factory=list)
 
@@ -57,7 +57,7 @@ def is_kept(change: Outcome | ControlOutcome, margin: float) -> bool:
 
 
 def falls(change: Outcome | ControlOutcome, margin: float) -> bool:
-    """Return True if accuracy falls by the margin or more, and the interval and the sign test rule out an accident."""
+    """Return True if accuracy falls by the margin or more, significantly (by interval and sign test)."""
     no_accident = change.difference.high < 0 and sign_test(change.num_gained, change.num_lost) < SIGNIFICANCE
     return no_accident and change.difference.mean <= -margin
 
@@ -78,22 +78,22 @@ def in_words(swap: Outcome, untouched: Answers) -> str:
 
 
 def note_on_removal(outcomes: Mapping[str, Outcome]) -> str | None:
-    """Say of a model that does not care whose thoughts it reads whether it cares that there are any."""
+    """Return a note if removing thoughts hurts a model for which swapping them does not."""
     hurt = [name for name in ("zero", "noise", "mean") if name in outcomes and outcomes[name].difference.high < 0]
     if not hurt:
         return None
-    return f"Accuracy does fall with {' and '.join(hurt)}: something must stand there, but which thoughts is all one."
+    return f"Accuracy does fall with {' and '.join(hurt)}: the positions matter, their content does not."
 
 
 def note_on_words(outcomes: Mapping[str, Outcome], untouched: Answers) -> str | None:
-    """Say whether the model, given fewer thoughts, goes on in words, and needs them."""
+    """Return a note if the model writes more text, given fewer thoughts, and whether it needs it."""
     fewer = [outcomes[name] for j in range(untouched.thoughts.shape[1]) if (name := f"count_{j}") in outcomes]
     longest = max(fewer, key=lambda outcome: outcome.generated_tokens, default=None)
     if longest is None or longest.generated_tokens < 1.1 * untouched.generated_tokens:
         return None
     at_once = outcomes[f"{longest.name}_at_once"]
     note = (
-        f"With {longest.description} the model writes {longest.generated_tokens:.1f} tokens an answer, not "
+        f"With {longest.description} the model writes {longest.generated_tokens:.1f} tokens per answer, not "
         f"{untouched.generated_tokens:.1f}, with an accuracy of {percent(longest.accuracy.mean)}"
     )
     if at_once.accuracy.high < longest.accuracy.low:
@@ -106,10 +106,10 @@ def note_on_words(outcomes: Mapping[str, Outcome], untouched: Answers) -> str | 
 def verdict_of(study: Study, outcomes: Mapping[str, Outcome], *, margin: float = MARGIN) -> Verdict:
     """Tell whether the answer depends on the thoughts, by the shuffled run: real thoughts, of another answer.
 
-    It depends if accuracy falls by the margin or more, and the fall is no accident (the interval of the difference
-    lies below 0, and the exact sign test has p < 0.05). It does not if the difference and the share of changed answers
-    are both within the margin, in an untouched run that gives answers. Zeros and noise are no proof by themselves: a
-    model may fail on them because it never read such vectors.
+    It depends if accuracy falls by the margin or more, significantly (the interval of the difference lies below 0, and
+    the exact sign test has p < 0.05). It does not if the difference and the share of changed answers are both within
+    the margin, in an untouched run that gives answers. Zeros and noise alone prove nothing: a model may fail on them
+    because it never read such vectors.
     """
     untouched, swap = study.untouched, outcomes.get("shuffled")
     if swap is None:
@@ -151,10 +151,10 @@ def finding_of(
 ) -> Finding:
     """Tell whether accuracy is kept (the first label and start) with less in sight, falls, or cannot be told.
 
-    It is kept if the interval of the difference lies above minus the margin, in a run that is above chance.
+    It is kept if the interval of the difference lies above minus the margin, in a run above chance.
 
     Args:
-        starts: what each label means, and what cannot be told. sees: of the run.
+        starts: sentence beginnings, one per label and one for CANNOT_TELL. sees: the run's answer_sees.
     """
     answer, baseline = commonest_answer(study.rows, study.metric)
     own, above = study.answerer.model.config.answer_sees, above_chance(outcome, baseline)
@@ -193,9 +193,9 @@ def sight_finding(
     note: str,
     **options,
 ) -> Finding:
-    """Return the finding of an answer that sees less, of the intervention `name`; it cannot be told where not run.
+    """Return the finding of the intervention `name`, whose answer sees less; CANNOT_TELL if it was not run.
 
-    starts: of the sentence, for each label and for none. note: of the first label. options: of `finding_of`.
+    starts: sentence beginnings per label and for CANNOT_TELL. note: for the first label. options: of `finding_of`.
     """
     if name not in outcomes:
         return Finding(CANNOT_TELL, f"{starts[-1]} cannot be told: {reason_of(name, not_run)}.", [])
@@ -208,9 +208,9 @@ def sight_finding(
 def necessity_of(
     study: Study, outcomes: Mapping[str, Outcome], not_run: Iterable[str], *, margin: float = MARGIN
 ) -> Finding:
-    """Tell whether the thoughts carry the answer: all that it needs of question and image comes through them.
+    """Tell whether the thoughts carry the answer, that is, all it needs of question and image.
 
-    It rests on `only_thoughts`, where what is written behind the thoughts sees nothing else of what stands before.
+    It is based on `only_thoughts`, where columns after the thoughts see nothing else before them.
     """
     return sight_finding(
         study,
@@ -233,9 +233,9 @@ def necessity_of(
 def image_finding(
     study: Study, outcomes: Mapping[str, Outcome], not_run: Iterable[str], *, margin: float = MARGIN
 ) -> Finding:
-    """Tell whether accuracy is kept with the image out of the answer's sight (CVRR, https://arxiv.org/abs/2609.06746).
+    """Tell whether accuracy is kept with the image hidden from the answer (CVRR, https://arxiv.org/abs/2609.06746).
 
-    The answer still sees the question, whose columns have seen an image before them; `necessity_of` has no such way.
+    The answer still sees question columns that have seen an earlier image; in `necessity_of` it does not.
     """
     return sight_finding(
         study,
@@ -267,12 +267,12 @@ def positions_of(
     *,
     margin: float = MARGIN,
 ) -> Positions:
-    """Tell whether extra positions alone would do, by this checkpoint without feeding back and by matched controls.
+    """Tell whether extra positions alone would suffice, from this checkpoint without feedback and matched controls.
 
     They would if either has an accuracy above chance that is surely less than the margin below the untouched one.
-    A control of mode `markers` has not even these. They would not if all controls fall, `pause` among them, which has
-    the positions, and this checkpoint as well. Its fall alone says little: it has never read the embedding that stands
-    there now.
+    A control of mode `markers` does not even have the positions. They would not if this checkpoint and all controls
+    fall, including `pause`, which has the positions. The checkpoint's fall alone means little: it was never trained on
+    the embedding that is now read there.
     """
     answer, baseline = commonest_answer(study.rows, study.metric)
     here = outcomes["own_embedding"]

@@ -1,4 +1,4 @@
-"""New models and their processors: out of a vision tower and a language model, or out of a whole VLM."""
+"""Build models and processors, from a vision tower and a language model, or from a complete VLM."""
 
 from mmcoconut.build.models import composed_from_vlm, from_backbones
 from mmcoconut.build.processors import (

@@ -1,7 +1,7 @@
-"""The check of a vision-language model that is given thoughts: pieces over a cache equal the definition.
+"""Check that a vision-language model with thoughts gives the same result in pieces as by the definition.
 
-Decoders pass arguments with one entry a token, masks and positions on to their layers, each in its own way. Whether
-all of them are cut rightly between two thoughts is found by running a short prompt both ways, see thinking_mmcoconut.
+Decoders differ in how they pass masks, positions and other arguments with one entry per token to their layers. Running
+a short prompt both ways checks that all of them are sliced correctly between two thoughts, see thinking_mmcoconut.
 
 Shapes: B batch, T tokens, D hidden.
 """
@@ -24,31 +24,31 @@ SIDE = 56  # of the blank image, in pixels; processors enlarge it where they mus
 NUM_LATENTS = 2
 QUESTION, ANSWER = "What is shown?", "Nothing is."
 KNOWN = {*COLUMN_AXES, *ROWS_OF_MASKS, *READ_ONCE, "attention_mask", "encoder_hidden_states", "use_cache"}
-# How much more than one rounding of what is read the roundings of all layers may do.
+# Allowed ratio of the rounding error of all layers to that of one rounding of the input.
 OF_ALL_LAYERS = 4.0
-# Where rounding alone changes a state by so much of itself, nothing can be told of the rest.
+# If rounding alone changes a state by this share of itself, the check cannot decide.
 TOO_MUCH = 0.5
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the relative difference of a state that rounding may make: half of the digits that the dtype has.
+    """Return the relative difference of a state that rounding may cause: half of the dtype's digits.
 
-    Another order of sums changes a state by some epsilons a layer; a mistake changes it by about itself.
+    Another order of sums changes a state by some epsilons per layer; an error changes it by about its own size.
     """
     return max(torch.finfo(each).eps for each in (dtype, torch.float32)) ** 0.5  # float32 inside of norms, at best
 
 
 def differences(states: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-    """Return (T,), by how much of its size the state of a column differs in states (B, T, D), at most of all rows."""
+    """Return (T,), the maximum over rows of the relative difference of each column's state in (B, T, D)."""
     states, expected = states.float(), expected.float()
     relative = (states - expected).norm(dim=-1) / expected.norm(dim=-1)  # (B, T)
     return relative.nan_to_num(nan=torch.inf).amax(dim=0)
 
 
 class ThinkByDefinition:
-    """`think_uncached` as a schedule; afterwards `unknown` names arguments of a decoder that are not cut by column.
+    """`think_uncached` as a schedule; afterwards `unknown` names decoder arguments that are not sliced by column.
 
-    is_moved: read embeddings that are moved by one rounding, to see what rounding does.
+    is_moved: perturb the embeddings by one rounding, to measure its effect.
     """
 
     def __init__(self, is_moved: bool = False):
@@ -78,17 +78,17 @@ class ThinkByDefinition:
 
 
 def inputs_of_check(model: PreTrainedModel, source, tokenizer) -> dict:
-    """Return a prompt with two latents and a text behind them: of a blank image, or of text alone.
+    """Return a prompt with two latents followed by text, with a blank image or text only.
 
-    source: the vision-language model's processor, or the folder or Hub id that has one; None: there is none.
+    source: the vision-language model's processor, or its folder or Hub id; None: there is none.
     """
     if source is None:
-        logger.warning("Thoughts behind an image are not checked, for there is a tokenizer alone: give processor=….")
+        logger.warning("Thoughts after an image are not checked, because there is only a tokenizer: give processor=….")
         return {"input_ids": torch.tensor([_text_prompt(model, tokenizer)])}
     try:
         processor = processor_from_vlm(source, config=model.config, tokenizer=tokenizer)
     except OSError as error:
-        logger.warning("Thoughts behind an image are not checked, for there is no processor: %s", error)
+        logger.warning("Thoughts after an image are not checked, because there is no processor: %s", error)
         return {"input_ids": torch.tensor([_text_prompt(model, tokenizer)])}
     image = Image.new("RGB", (SIDE, SIDE))
     return processor(images=[[image]], text=[QUESTION], num_latents=NUM_LATENTS, return_tensors="pt")
@@ -103,17 +103,17 @@ def _text_prompt(model: PreTrainedModel, tokenizer) -> list[int]:
 
 @torch.no_grad()
 def check_thoughts(model: PreTrainedModel, inputs) -> None:
-    """Raise unless a model thinks in pieces what the definition says, within the error of its dtype.
+    """Raise ValueError unless thinking in pieces equals the definition, within the error of the model's dtype.
 
-    The decoder runs 4 times over the columns of inputs, the towers twice; 3 times more where states differ by more
-    than half of the dtype's digits, to see what rounding does in this model.
+    The decoder runs 4 times over the columns of inputs, the towers twice; 3 times more if states differ by more than
+    half of the dtype's digits, to measure the effect of rounding in this model.
 
     Args:
-        model: of `from_vlm`, or loaded; its mode and configuration stay as they are.
+        model: of `from_vlm`, or loaded; its mode and configuration do not change.
         inputs: of its processor, with latents; a short prompt suffices.
 
     Raises:
-        ValueError: states that differ, or pieces that do not run; with what differed, and what may be the reason.
+        ValueError: states differ, or pieces do not run; names the difference and a possible reason.
     """
     config, given = model.config, _as_read_by(model, inputs)
     definition, columns = ThinkByDefinition(), column_lists(given["input_ids"] == config.latent_token_id)[0]
@@ -151,7 +151,7 @@ def check_thoughts(model: PreTrainedModel, inputs) -> None:
 
 
 def _as_read_by(model: PreTrainedModel, inputs) -> dict[str, torch.Tensor]:
-    """The tensors of inputs on a model's device, with its dtype where they are no numbers of tokens."""
+    """Return the tensors of inputs on a model's device; floating-point ones in its dtype."""
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
     return {
         name: value.to(model.device, model.dtype if value.is_floating_point() else None)
@@ -168,7 +168,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _thought(model: PreTrainedModel, inputs: dict, schedule) -> torch.Tensor:
-    """Return the last hidden states (B, T, D) of a call that thinks by a schedule, in evaluation mode."""
+    """Return the last hidden states (B, T, D) of a call with a schedule, in evaluation mode."""
     config, training, mode = model.config, model.training, model.config.thought_mode
     model.eval()
     config.thought_mode = "feedback"
@@ -181,7 +181,9 @@ def _thought(model: PreTrainedModel, inputs: dict, schedule) -> torch.Tensor:
 
 
 def _rejected(model: PreTrainedModel, failed: str, unknown: list[str]) -> ValueError:
-    found = f" Its decoder takes {', '.join(unknown)}, with one entry a token, which is not cut." if unknown else ""
+    found = (
+        f" Its decoder takes {', '.join(unknown)}, with one entry per token, which is not sliced." if unknown else ""
+    )
     return ValueError(
         f"This {type(model).__name__} does not think in pieces what it thinks by the definition: {failed}.{found} "
         "Take another vision-language model or another release of transformers; check=False (`check_vlm: false` in a "

@@ -1,4 +1,4 @@
-"""Language models out of GGUF files, the format of llama.cpp: finding them, and loading them as ordinary weights."""
+"""Find GGUF files (the format of llama.cpp) of language models, and load them as ordinary weights."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ def find_gguf(text: str | None, gguf_file: str) -> str:
     """Return the path of a GGUF file in a folder, or in a repository of the Hub, from where it is downloaded.
 
     Raises:
-        ValueError: no folder is named; the file is not there; the package gguf is missing.
+        ValueError: there is no folder, no such file, or no package gguf.
     """
     if text is None:
         raise UsageError(f"gguf_file={gguf_file!r} is a file of a language model: name its folder or Hub id as text.")
@@ -39,7 +39,7 @@ def load_tokenizer(text: str | None, gguf_file: str | None = None):
 def load_gguf(text: str, gguf_file: str, auto_class, *, config, dtype) -> tuple:
     """Return the model with a GGUF file's weights in a dtype, quantized ones unpacked, and what was missing.
 
-    It is saved and trained as any other, so nothing in it says that it was quantized.
+    It is saved and trained like any other, without a quantization configuration.
     """
     model, info = auto_class.from_pretrained(
         text,

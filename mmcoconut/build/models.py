@@ -1,6 +1,6 @@
-"""Models out of parts: a vision tower and a language model (`from_backbones`), or those of a VLM, in the same form.
+"""Build models from a vision tower and a language model (`from_backbones`), or from the parts of a VLM.
 
-What takes over a VLM in its own class is `from_vlm` in vlms.py.
+`from_vlm` in vlms.py adds thoughts to a VLM in its own class.
 
 Shapes: D hidden of the language model, V vocabulary.
 """
@@ -43,18 +43,18 @@ from mmcoconut.vision_mmcoconut import build_projector
 
 
 def internvl_fields(vlm: PreTrainedModel) -> dict:
-    """InternVL's projector; of the tower's last layer it reads the output, which some towers normalise first."""
+    """Return the fields of InternVL's projector; it reads the last layer's output, which some towers normalise."""
     if vlm.config.vision_feature_layer == -1:
         vlm.model.vision_tower.config.tie_last_hidden_states = True
     return {"projector_type": "pixel_shuffle", "downsample_ratio": vlm.config.downsample_ratio}
 
 
 def llava_fields(vlm: PreTrainedModel) -> dict:
-    """LLaVA's projector."""
+    """Return the fields of LLaVA's projector."""
     return {"projector_type": "mlp", "projector_bias": vlm.config.multimodal_projector_bias}
 
 
-# A vision-language model that `composed_from_vlm` takes apart is one function here, by its model type.
+# Vision-language models that `composed_from_vlm` supports: one function per model type.
 VLM_FIELDS = {"internvl": internvl_fields, "llava": llava_fields}
 SHARED_FIELDS = ("image_token_id", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
 
@@ -71,7 +71,7 @@ def check_convertible(config: PreTrainedConfig) -> None:
 
 
 def check_fields(names, *, method: str, decided: tuple[str, ...] = TOKEN_ID_FIELDS) -> None:
-    """Raise for a name that is no field of the configuration, or one that is decided by the parts that are joined."""
+    """Raise ValueError for a name that is no configuration field, or that the joined parts determine."""
     fields = [name for name in MMCoconutConfig.__dataclass_fields__ if not name.startswith("_")]
     for name in names:
         if name in decided:
@@ -106,11 +106,11 @@ def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_config(name_or_path: str, part: str, **options) -> PreTrainedConfig:
-    """The configuration of a pretrained part.
+    """Return the configuration of a pretrained part.
 
     Raises:
-        ValueError: a name that is neither a folder with a configuration nor found on the Hub; a timm backbone without
-            timm.
+        ValueError: the name is neither a folder with a configuration nor on the Hub; or timm is missing for a timm
+            backbone.
     """
     try:
         if PreTrainedConfig.get_config_dict(name_or_path, **options)[0].get("model_type") == TIMM_MODEL_TYPE:
@@ -124,7 +124,7 @@ def load_config(name_or_path: str, part: str, **options) -> PreTrainedConfig:
 
 
 def load_vlm(vlm: str | PreTrainedModel) -> PreTrainedModel:
-    """A pretrained vision-language model by name, or as it is; which kind is looked at before weights are loaded."""
+    """Return a pretrained vision-language model, loaded if given by name; its type is checked before loading."""
     if isinstance(vlm, PreTrainedModel):
         check_convertible(vlm.config)
         return vlm
@@ -133,10 +133,10 @@ def load_vlm(vlm: str | PreTrainedModel) -> PreTrainedModel:
 
 
 def settle_tying(vlm: PreTrainedModel) -> bool:
-    """Return True if head and embeddings are one matrix; the configurations may say otherwise, and are made to agree.
+    """Return True if head and embeddings are one matrix, and correct configurations that say otherwise.
 
-    A checkpoint that brings two matrices is loaded untied whatever its configuration says, but would be tied, and its
-    head lost, at the next resizing.
+    A checkpoint with two matrices is loaded untied whatever its configuration says, but the next resizing would tie
+    them and lose the head.
     """
     tied = vlm.get_output_embeddings().weight is vlm.get_input_embeddings().weight
     for config in (vlm.config, vlm.config.get_text_config(), vlm.get_decoder().config):
@@ -145,13 +145,13 @@ def settle_tying(vlm: PreTrainedModel) -> bool:
 
 
 def fields_of_vlm(vlm: PreTrainedModel) -> dict:
-    """The fields of MMCoconutConfig that a vision-language model decides."""
+    """Return the fields of MMCoconutConfig that a vision-language model determines."""
     shared = {field: getattr(vlm.config, field) for field in SHARED_FIELDS}
     return {**shared, **VLM_FIELDS[vlm.config.model_type](vlm), "tie_word_embeddings": settle_tying(vlm)}
 
 
 def ends_of(generation_config, tokenizer) -> int | list[int]:
-    """The tokens that end an answer: those of a generation configuration, and the one that ends a training text."""
+    """Return the tokens that end an answer: those of a generation configuration, and that of training texts."""
     ends = generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     ends = list(dict.fromkeys([*ends, tokenizer.eos_token_id]))
@@ -159,7 +159,7 @@ def ends_of(generation_config, tokenizer) -> int | list[int]:
 
 
 def ends_of_turns(generation_config, tokenizer) -> int | list[int]:
-    """Return the tokens that end an answer of an instruct model: `ends_of`, and what its template ends a turn with."""
+    """Return the tokens that end an instruct model's answer: `ends_of`, and its template's end of turn."""
     ends = ends_of(generation_config, tokenizer)
     turn_end = tokenizer.convert_tokens_to_ids(turn_end_of(tokenizer))
     ends = list(dict.fromkeys([*(ends if isinstance(ends, list) else [ends]), turn_end]))
@@ -167,7 +167,7 @@ def ends_of_turns(generation_config, tokenizer) -> int | list[int]:
 
 
 def load_vision_tower(name_or_path: str) -> PreTrainedModel:
-    """The vision part of a pretrained checkpoint: of CLIP and SigLIP only the image tower is built and loaded."""
+    """Load the vision tower of a checkpoint; for CLIP and SigLIP only the image tower is built and loaded."""
     config = load_config(name_or_path, "vision tower")
     vision_config = getattr(config, "vision_config", config)
     options = {"config": vision_config, "dtype": torch.get_default_dtype()}
@@ -183,7 +183,7 @@ def load_vision_tower(name_or_path: str) -> PreTrainedModel:
 
 
 def new_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
-    """A vision tower with random weights."""
+    """Return a vision tower with random weights."""
     if vision_config.model_type == TIMM_MODEL_TYPE:
         check_timm(f"The vision tower {vision_config.architecture!r}")
     return AutoModel.from_config(vision_config)
@@ -192,7 +192,7 @@ def new_vision_tower(vision_config: PreTrainedConfig) -> PreTrainedModel:
 def vision_tower_for(
     vision: str | None, vision_config: PreTrainedConfig | None, config_kwargs: dict
 ) -> PreTrainedModel:
-    """Return the vision tower, pretrained by name or with random weights, whose features are a row of tokens."""
+    """Return a vision tower, pretrained by name or with random weights; its features must be a sequence of tokens."""
     vision_tower = load_vision_tower(vision) if vision else new_vision_tower(vision_config)
     if vision_tower.config.model_type == TIMM_MODEL_TYPE:
         settle_timm(vision_tower, config_kwargs)
@@ -201,17 +201,17 @@ def vision_tower_for(
 
 
 def check_has_tokens(vision_config: PreTrainedConfig) -> None:
-    """Raise a ValueError for a tower that has no width and depth of its own, such as a convolutional network."""
+    """Raise ValueError for a tower without a single width and depth, such as a convolutional network."""
     for name in ("hidden_size", "num_hidden_layers"):
         if getattr(vision_config, name, None) is None:
             raise UsageError(
-                f"The vision tower {vision_config.model_type} has no {name}, so its features are no row of tokens of "
-                "one width: take a vision transformer (CLIP, SigLIP, ViT, DINOv2, …)."
+                f"The vision tower {vision_config.model_type} has no {name}, so its features are no sequence of "
+                "tokens of one width: take a vision transformer (CLIP, SigLIP, ViT, DINOv2, …)."
             )
 
 
 def settle_vocabulary(text_config: PreTrainedConfig, vocab_size: int) -> None:
-    """Say the size of the vocabulary under each name that a language model goes by."""
+    """Set the vocabulary size under each name that a language model uses."""
     if getattr(text_config, "vocab_size", None) is not None:
         text_config.vocab_size = vocab_size
     if getattr(text_config, "decoder_vocab_size", None) is not None:  # Marian's decoder and head
@@ -219,17 +219,17 @@ def settle_vocabulary(text_config: PreTrainedConfig, vocab_size: int) -> None:
 
 
 def grow_embeddings(causal_lm: PreTrainedModel, tokenizer, num_known: int, *, new_token_init: str | None) -> None:
-    """Resize a language model to its tokenizer, of which it knows the first tokens; many have spare rows behind them.
+    """Resize a language model to its tokenizer, whose first num_known tokens it knows; many have spare rows.
 
-    The rows of the other tokens start at the mean of the known ones or at a named token's.
+    Rows of new tokens start at the mean of the known ones, or at a named token's.
     """
     start_rows(causal_lm, range(num_known, len(tokenizer)), tokenizer, new_token_init=new_token_init)
 
 
 def start_rows(causal_lm: PreTrainedModel, new_ids, tokenizer, *, new_token_init: str | None) -> None:
-    """Start the rows of embeddings and head at new_ids from the mean of those before, or from a named token's.
+    """Initialize the rows of embeddings and head at new_ids to the mean of earlier rows, or to a named token's.
 
-    Where the tokenizer has more tokens than the embeddings have rows, they grow to its length.
+    If the tokenizer has more tokens than the embeddings have rows, they grow to its length.
 
     Raises:
         ValueError: a `new_token_init` that the tokenizer lacks.
@@ -254,21 +254,21 @@ def start_rows(causal_lm: PreTrainedModel, new_ids, tokenizer, *, new_token_init
 
 
 def check_has_encoder(text_config: PreTrainedConfig, image_fusion: str) -> None:
-    """The fusion with a text encoder's states needs one; the library would list all encoder-decoders that it has."""
+    """Raise ValueError if the fusion needs a text encoder and there is none (transformers would list all models)."""
     if image_fusion == "encoder" and not text_config.is_encoder_decoder:
         raise UsageError(
-            f"image_fusion='encoder' needs a language model with an encoder, and {text_config.model_type} is a "
-            "decoder alone: take BART, or another image_fusion."
+            f"image_fusion='encoder' needs a language model with an encoder, but {text_config.model_type} is a "
+            "decoder alone: use BART, or another image_fusion."
         )
 
 
 def load_language_model(
     name_or_path: str, auto_class, *, image_fusion: str, gguf_file: str | None = None
 ) -> PreTrainedModel:
-    """A pretrained language model, whole; cross-attention that it has not learnt yet starts from random weights.
+    """Load a complete pretrained language model; cross-attention that it lacks gets random weights.
 
     Raises:
-        ValueError: a checkpoint without some of the other weights; one without the encoder that the fusion needs.
+        ValueError: the checkpoint lacks other weights, or the encoder that the fusion needs.
     """
     of_file = {} if gguf_file is None else {"gguf_file": gguf_file}
     config = load_config(name_or_path, "language model", **of_file)
@@ -294,7 +294,7 @@ def load_language_model(
 
 
 def new_language_model(text_config: PreTrainedConfig, tokenizer, auto_class, *, image_fusion: str) -> PreTrainedModel:
-    """A language model with random weights whose vocabulary and special ids are the tokenizer's."""
+    """Return a language model with random weights and the tokenizer's vocabulary and special ids."""
     check_has_encoder(text_config, image_fusion)
     text_config = copy.deepcopy(text_config)
     settle_vocabulary(text_config, len(tokenizer))
@@ -308,10 +308,10 @@ def new_language_model(text_config: PreTrainedConfig, tokenizer, auto_class, *, 
 
 @torch.no_grad()
 def check_row_positions(decoder: PreTrainedModel) -> None:
-    """Raise unless a thinking decoder reads a row behind padding as without; found by running two tokens both ways.
+    """Check that left padding does not change a thinking decoder's states, by running two tokens both ways.
 
     Raises:
-        ValueError: a decoder whose positions cannot be set for each row.
+        ValueError: the decoder's positions cannot be set per row.
     """
     embeds = decoder.get_input_embeddings()(torch.zeros(1, 3, dtype=torch.long, device=decoder.device))  # (1, 3, D)
     mask = torch.tensor([[0, 1, 1]], device=decoder.device)
@@ -324,17 +324,17 @@ def check_row_positions(decoder: PreTrainedModel) -> None:
     decoder.train(training)
     if not torch.allclose(padded, alone, rtol=1e-3, atol=1e-3):
         raise UsageError(
-            f"{type(decoder).__name__} scales what it reads before it adds positions, so rows behind padding would be "
+            f"{type(decoder).__name__} scales embeddings before it adds positions, so rows after padding would be "
             "read wrongly: set scale_embedding=False in its configuration."
         )
 
 
 @torch.no_grad()
 def check_plain_head(causal_lm: PreTrainedModel) -> None:
-    """Logits must be states times one matrix (V, D), as ours are; found by running a token.
+    """Check, by running a token, that logits are states times one matrix (V, D).
 
     Raises:
-        ValueError: a language model that shifts, scales or caps its logits, or has no part without its head.
+        ValueError: the language model shifts, scales or caps its logits, or has no base model without its head.
     """
     if causal_lm.base_model is causal_lm:
         raise UsageError(
@@ -357,10 +357,10 @@ def check_plain_head(causal_lm: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def count_placeholders(vision_tower: PreTrainedModel, config: MMCoconutConfig) -> int:
-    """Placeholders of an image of config.image_size, or the tower's own; found by running two blank ones.
+    """Return the number of placeholders of an image of config.image_size (default: the tower's), by running two.
 
     Raises:
-        ValueError: a tower that joins images, or that has no class token to leave out.
+        ValueError: the tower joins images, or has no class token to leave out.
     """
     vision_config = vision_tower.config
     size = config.image_size or vision_config.image_size
@@ -370,7 +370,7 @@ def count_placeholders(vision_tower: PreTrainedModel, config: MMCoconutConfig) -
     if num_images != 2:
         raise UsageError(
             f"The vision tower {vision_config.model_type} gives {num_images} row of features for 2 images: take one "
-            "that gives a row an image (CLIP, SigLIP, InternVL, …)."
+            "with a row per image (CLIP, SigLIP, InternVL, …)."
         )
     leaves_out_first = config.vision_feature_select_strategy == "default"
     if leaves_out_first and num_tokens == num_patches_of(vision_config, "default"):
@@ -382,7 +382,7 @@ def count_placeholders(vision_tower: PreTrainedModel, config: MMCoconutConfig) -
 
 
 def without_backbones(config: MMCoconutConfig) -> MMCoconutForConditionalGeneration:
-    """Return a model to be joined with large backbones: only projector and thoughts take memory, with new weights."""
+    """Return a model without backbones, which are joined later: only projector and thought modules have weights."""
     with torch.device("meta"):
         model = MMCoconutForConditionalGeneration(config)
     model.model.multi_modal_projector = build_projector(config).apply(model._init_weights)
@@ -413,7 +413,7 @@ def language_model_for(
 
 
 def assemble(config: MMCoconutConfig, vision_tower: PreTrainedModel, causal_lm: PreTrainedModel, tokenizer):
-    """Return the model of a tower and a language model with a head, which generates as its tokenizer says."""
+    """Return the model of a tower and a language model with a head, with the tokenizer's generation settings."""
     if config.is_encoder_decoder:
         model, language_model = MMCoconutForSeq2SeqLM(config), causal_lm.base_model
         model.generation_config.decoder_start_token_id = config.text_config.decoder_start_token_id
@@ -426,7 +426,7 @@ def assemble(config: MMCoconutConfig, vision_tower: PreTrainedModel, causal_lm: 
     if tokenizer.chat_template is not None:
         tokens["eos_token_id"] = ends_of_turns(causal_lm.generation_config, tokenizer)
         model.config.get_text_config().eos_token_id = tokens["eos_token_id"]
-    # BART's summaries want forced ones, and an answer begins and ends by itself.
+    # BART forces start and end tokens for summaries; answers need none.
     model.generation_config.update(**tokens, forced_bos_token_id=None, forced_eos_token_id=None)
     return model
 
@@ -443,7 +443,7 @@ def from_backbones(
     dtype: torch.dtype | str | None = None,
     **config_kwargs,
 ):
-    """Return a new model out of a vision tower and a language model, pretrained or from their configurations.
+    """Return a new model from a vision tower and a language model, pretrained or from their configurations.
 
     Args:
         vision, text: Hub ids or folders of pretrained weights, e.g. "openai/clip-vit-base-patch32" and
@@ -487,7 +487,7 @@ def from_backbones(
 
 
 def generation_config_of(vlm: PreTrainedModel, tokenizer, suppress_tokens: list[int]):
-    """Return how a VLM generates, with the ends of an answer that training writes, and without placeholders."""
+    """Return a VLM's generation configuration, with training's end tokens, and with placeholders suppressed."""
     generation_config = copy.deepcopy(vlm.generation_config)
     ends = ends_of(vlm.generation_config, tokenizer)
     tokens = {"eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id, "suppress_tokens": suppress_tokens}
@@ -504,7 +504,7 @@ def composed_from_vlm(
     dtype: torch.dtype | str | None = None,
     **config_kwargs,
 ):
-    """Return a pretrained InternVL or LLaVA that can think, as a model from backbones: its parts as they are.
+    """Return a pretrained InternVL or LLaVA with thoughts, as a composed model of its unchanged parts.
 
     Its images can be cached (`precompute_image_features`) and be part of a prefix; `from_vlm` keeps its own class.
 
@@ -522,7 +522,7 @@ def composed_from_vlm(
             field, or one that the VLM decides.
     """
     if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
-        raise UsageError("A model does not bring its tokenizer: give tokenizer or processor as well.")
+        raise UsageError("A model object has no tokenizer: also give tokenizer or processor.")
     check_fields(config_kwargs, method="composed_from_vlm", decided=DECIDED_BY_VLM)
     dtype = as_dtype(dtype)
     tokenizer = tokenizer or (AutoTokenizer.from_pretrained(vlm) if processor is None else processor.tokenizer)
@@ -538,7 +538,7 @@ def composed_from_vlm(
 
 
 def compose(vlm: PreTrainedModel, fields: dict) -> MMCoconutForConditionalGeneration:
-    """Return a model of the parts of an InternVL or LLaVA, which is used up; what is between its thoughts is new.
+    """Return a model of the parts of an InternVL or LLaVA, which is consumed; its thought modules are new.
 
     fields: of MMCoconutConfig, beside those that the VLM decides.
     """

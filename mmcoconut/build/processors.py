@@ -121,7 +121,7 @@ def check_tokenizer(tokenizer, config, image_token: str) -> None:
 def with_thoughts(chat_template: str | None, tokenizer, image_token: str, *, if_asked: bool = False) -> str:
     """Return another model's chat template with the latents and markers where the assistant begins to write.
 
-    The bos token is written in front where the tokenizer would put it and the template does not.
+    The bos token is written in front if the tokenizer would add it and the template does not.
 
     Args:
         if_asked: a call that says no num_latents gets no markers either, as of a processor that knows neither.
@@ -136,8 +136,8 @@ def with_thoughts(chat_template: str | None, tokenizer, image_token: str, *, if_
     sample = tokenizer.apply_chat_template([user_message("a", 1)], chat_template=chat_template, tokenize=False)
     if sample.count(image_token) != 1:
         raise UsageError(
-            f"The chat template writes {image_token} {sample.count(image_token)} times for an image, and once is "
-            "wanted: give a chat_template=… that does."
+            f"The chat template writes {image_token} {sample.count(image_token)} times per image, not "
+            "once: give a chat_template=… that writes it once."
         )
     lacks_bos = starts_with_bos(tokenizer) and not sample.startswith(tokenizer.bos_token)
     bos = "{{ bos_token }}" if lacks_bos else "{{ '' }}"  # an expression, after which no white space is cut
@@ -175,10 +175,10 @@ def set_image_options(processor, options: dict) -> None:
 
 
 def check_turns(chat_template: str, tokenizer) -> None:
-    """Raise unless a template with thoughts keeps earlier answers, directly behind their thoughts, and ends with some.
+    """Check that a template with thoughts keeps earlier answers, each right after its thoughts, and ends with some.
 
     Raises:
-        ValueError: what it does otherwise, or that it refuses an ordinary chat of three messages.
+        ValueError: names what the template does instead, or that it rejects an ordinary chat of three messages.
     """
     (question, answer), (further, _) = SAMPLE_TURNS
     chat = [user_message(question, 1), {"role": "assistant", "content": answer}, user_message(further)]
@@ -234,7 +234,7 @@ def settle_template(chat_template: str | None, tokenizer) -> str:
 
 
 def set_tiles(image_processor, *, image_size: int | None, min_tiles: int | None, max_tiles: int | None) -> None:
-    """Switch tiles on where the image processor can make them, with the given side and numbers or its own.
+    """Enable tiles if the image processor supports them, with the given side and numbers or its own.
 
     Raises:
         ValueError: a setting for an image processor without tiles; more tiles at least than at most.
@@ -399,11 +399,11 @@ def processor_from_vlm(
             pixels, of an image processor that calls them so, as InternVL's; default: the VLM's.
         image_options: other settings of the image processor under its own names, such as max_pixels of Qwen2-VL,
             do_image_splitting of SmolVLM or do_pan_and_scan of Gemma 3.
-        chat_template, tokenizer: in the place of the VLM's. One without a template gets `PLAIN_TEMPLATE`.
+        chat_template, tokenizer: replace the VLM's. One without a template gets `PLAIN_TEMPLATE`.
 
     Raises:
         ValueError: the tokenizer's ids differ from the configuration's; a chat template that does not write the image
-            token once an image; settings that the image processor does not know; a processor that cannot have
+            token once per image; settings that the image processor does not know; a processor that cannot have
             thoughts, with the reason.
     """
     processor = own_processor(vlm, config.model_type)

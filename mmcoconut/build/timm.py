@@ -1,4 +1,4 @@
-"""timm backbones as vision towers, through transformers' wrapper: what its configuration and processor leave open.
+"""timm backbones as vision towers, through transformers' wrapper: completes its configuration and processor.
 
 Shapes: tokens of an image (prefix and patches), W their width.
 """
@@ -37,9 +37,9 @@ def input_size_of(config) -> tuple[int, int, int]:
 
 @torch.no_grad()
 def settle_timm(tower: PreTrainedModel, config_kwargs: dict) -> None:
-    """Write into a timm tower's configuration what a model reads of every tower's; found by running a blank image.
+    """Complete a timm tower's configuration with the fields that a model reads, by running a blank image.
 
-    Only its output can be read, behind its last norm: vision_last_norm is set in config_kwargs.
+    Only its output after the last norm can be read: vision_last_norm is set in config_kwargs.
 
     Raises:
         ValueError: another layer than -1; features that are no row of tokens, as of convolutional networks.

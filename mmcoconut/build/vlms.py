@@ -1,7 +1,7 @@
 """Thoughts for any vision-language model of transformers, in its own class: `from_vlm`.
 
-What a type must have to be taken is asked of transformers' own interfaces, so that the next release's models need no
-code here; `reason_against` says what one lacks. What cannot be asked is found by running it, see check.py.
+The requirements are checked through transformers' own interfaces, so that models of later releases need no code here;
+`reason_against` says what a model lacks. What interfaces do not show is checked by running it, see check.py.
 """
 
 import difflib
@@ -69,8 +69,8 @@ def _reason_against_parts(vlm: PreTrainedModel) -> str | None:
 def reason_against(vlm: PreTrainedConfig | type[PreTrainedModel] | PreTrainedModel) -> str | None:
     """Return why a vision-language model cannot be given thoughts, or None.
 
-    vlm: a configuration, of which the model is made without memory for weights; a model; or a class, of which only
-        that is known which needs no model.
+    vlm: a configuration, from which the model is made on the meta device; a model; or a class, for which only the
+        checks without a model run.
     """
     if isinstance(vlm, type):
         return _reason_against_class(vlm)
@@ -115,7 +115,7 @@ def _check_fields(fields: dict) -> None:
 
 
 def _load(vlm: str | PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    """A plain vision-language model; whether it can think is looked at before its weights are loaded."""
+    """Load a plain vision-language model; whether it can think is checked before its weights are loaded."""
     if isinstance(vlm, PreTrainedModel):
         _check_takes(vlm)
         return vlm
@@ -124,7 +124,7 @@ def _load(vlm: str | PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedMo
 
 
 def _add_tokens(vlm: PreTrainedModel, tokenizer, new_token_init: str | None) -> dict[str, int]:
-    """Give tokenizer and embeddings what thoughts need; return the ids by their fields in the configuration."""
+    """Add the thought tokens to tokenizer and embeddings; return their ids by configuration field."""
     image_token_id = getattr(vlm.config, "image_token_id", None)
     if image_token_id is None:
         raise UsageError(
@@ -169,7 +169,7 @@ def from_vlm(
             tokenizer; an unknown `new_token_init`, dtype or field.
     """
     if tokenizer is None and processor is None and isinstance(vlm, PreTrainedModel):
-        raise UsageError("A model does not bring its tokenizer: give processor or tokenizer as well.")
+        raise UsageError("A model object has no tokenizer: also give processor or tokenizer.")
     _check_fields(thought_fields)
     dtype = as_dtype(dtype)
     source = vlm if processor is None and tokenizer is None else processor
@@ -180,7 +180,7 @@ def from_vlm(
     token_ids = _add_tokens(model, tokenizer, new_token_init)
     for name, value in {**THOUGHT_FIELDS, **token_ids, **thought_fields, "mmcoconut_version": VERSION}.items():
         setattr(model.config, name, value)
-    others = (getattr(model.config, name, None) for name in OTHER_PLACEHOLDERS)  # which no answer may hold either
+    others = (getattr(model.config, name, None) for name in OTHER_PLACEHOLDERS)  # no answer may contain these either
     others = [number for number in others if number is not None and number < len(tokenizer)]
     suppressed = [*(model.generation_config.suppress_tokens or ()), *token_ids.values(), *others]
     give_thoughts_to_vlm(model)

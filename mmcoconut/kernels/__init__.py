@@ -1,4 +1,4 @@
-"""What makes thinking faster and changes no result: latent attention, and columns that ragged rows share.
+"""Faster thinking with unchanged results: latent attention, and shared columns for ragged rows.
 
 Importing mmcoconut registers both; a checkpoint's own code runs without.
 """

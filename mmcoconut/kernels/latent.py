@@ -1,4 +1,4 @@
-"""Latent attention: the few queries of a latent step read a long prefix and a short tail of keys, never joined.
+"""Latent attention: the few queries of a latent step read a long prefix and a short tail of keys, unjoined.
 
 The thinking loop runs the decoder once over the text before the thoughts, then once more for each thought. A cache
 that appends copies all keys and values in each of these passes, and autograd keeps every copy. `SplitCache` leaves
@@ -45,9 +45,9 @@ from mmcoconut.kernels.triton_kernels import reason_against
 
 logger = logging.get_logger(__name__)
 
-# What decoders get for which no implementation was asked: latent attention in the calls for which it is chosen.
+# Default implementation of decoders: latent attention in the calls for which it is chosen.
 LATENT_WHERE_LEANER = "latent_where_leaner"
-# Columns of the first pass from which on it is, in decoders of this width or more, and in narrower ones.
+# Minimum columns of the first pass to choose it, in decoders of at least this width, and in narrower ones.
 LEAST_PREFIX, WIDE, LEAST_PREFIX_IF_NARROW = 128, 512, 256  # benchmarks/LOG.md, 2026-11-30
 # More queries, as in a long answer's pass, read one joined copy: without it a step with 256 takes 1.2 times as long.
 MAX_QUERIES = 16
@@ -64,7 +64,7 @@ class Split(NamedTuple):
 
 
 class Step(NamedTuple):
-    """The queries of one latent step, and how they look at the keys.
+    """The queries of one latent step, and the parameters of their attention.
 
     query (B, H, Q, K). scaling: factor of the scores. mask (B, 1, Q, P + T): True where a query may look; None:
     everywhere. kept (B, H, Q, P + T): dropout's factors of the weights, 0 or 1 / (1 - rate); None: no dropout.
@@ -201,7 +201,7 @@ def joined_steps(steps: list[Step], columns: slice) -> Step:
 
 
 class SplitStates:
-    """Keys and values of one layer in one forward pass, and what their gradients are gathered from.
+    """Keys and values of one layer in one forward pass, and the inputs of their gradients.
 
     prefix (B, H', P, K): the first pass's. buffers (B, H', capacity, K): their first `length` columns are the tail.
     steps: of this backward pass, each with its number of keys, grad_output, logsumexp and δ. of_tail: gradients of the
@@ -309,7 +309,7 @@ class Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         query, output, logsumexp = ctx.saved_tensors
-        step, states = Step(query.detach(), *ctx.how), ctx.states.enter()  # or the states would hold their own graph
+        step, states = Step(query.detach(), *ctx.how), ctx.states.enter()  # else the states would hold their own graph
         split = states.split(ctx.num_keys)
         grad_query, delta = ctx.kernels.query_backward(step, *split, grad_output, output, logsumexp)
         states.steps.append((ctx.num_keys, step, grad_output, logsumexp, delta))
@@ -325,7 +325,7 @@ def as_autocast(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 class SplitKeys(NamedTuple):
-    """What attention gets in place of keys and of values: all of both, and the token that allows to read them."""
+    """The replacement of keys and values in attention: all of both, and the token that allows reading them."""
 
     states: SplitStates
     token: torch.Tensor
@@ -433,7 +433,7 @@ def latent_attention_forward(
 
 
 def latent_mask(batch_size, q_length, kv_length, *args, attention_mask=None, allow_is_causal_skip=True, **kwargs):
-    """Return sdpa's mask; always one for a latent step, because seeing if it is needed waits for the device."""
+    """Return sdpa's mask; never None for a latent step, because testing if it is needed synchronizes the device."""
     skips = allow_is_causal_skip and (q_length > 1 or attention_mask is None)
     options = {"attention_mask": attention_mask, "allow_is_causal_skip": skips, **kwargs}
     return sdpa_mask(batch_size, q_length, kv_length, *args, **options)
@@ -445,7 +445,7 @@ for name, mask_function in (("latent", latent_mask), (LATENT_WHERE_LEANER, sdpa_
 
 
 def choose_attention(model) -> None:
-    """Let a model's decoder use latent attention in the calls where it is leaner; for models for which nobody asked.
+    """Let a decoder without a configured implementation use latent attention in the calls where it saves memory.
 
     A decoder with another attention than sdpa, with windows or with thoughts that are updated together stays as it is.
     """
@@ -458,7 +458,7 @@ def choose_attention(model) -> None:
 
 @torch.no_grad()
 def reads_split_keys(decoder: PreTrainedModel) -> bool:
-    """Return True if a decoder hands its keys on as its cache gives them; found by running two tokens, then one.
+    """Return True if a decoder uses the keys from its cache unchanged; found by running two tokens, then one.
 
     Attention that changes keys behind the cache (DeepSeek-V3, JetMoe, DiffLlama) fails on a SplitCache.
     """
@@ -473,7 +473,7 @@ def reads_split_keys(decoder: PreTrainedModel) -> bool:
 
 
 def chooses_latent_attention(decoder: PreTrainedModel, prefix_length: int = 0) -> bool:
-    """Return True if a call is to use a SplitCache: "latent" was asked for, or it is leaner and not slower than sdpa.
+    """Return True if a call uses a SplitCache: "latent" is configured, or it saves memory and is not slower.
 
     prefix_length: columns of the first pass of a training step; 0 in generation, where it was no faster. Only asked
     for, never chosen, on a GPU, where it was not measured.
@@ -491,7 +491,7 @@ def chooses_latent_attention(decoder: PreTrainedModel, prefix_length: int = 0) -
 
 
 def split_cache(decoder: PreTrainedModel, prefix_length: int) -> type[SplitCache] | None:
-    """Return SplitCache where a call is to use it; see `chooses_latent_attention`."""
+    """Return SplitCache if a call uses it, else None; see `chooses_latent_attention`."""
     return SplitCache if chooses_latent_attention(decoder, prefix_length) else None
 
 

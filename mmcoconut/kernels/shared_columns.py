@@ -1,4 +1,4 @@
-"""Rows whose latents stand in different columns, laid out so that the k-th latents of all rows share one.
+"""Lay out rows with latents in different columns so that the k-th latents of all rows share one column.
 
 Shapes: B batch, T tokens, T' columns of the new layout, S pieces, N latents, D hidden, H heads, K head dim.
 """
@@ -16,20 +16,20 @@ from mmcoconut.passes_mmcoconut import COLUMN_AXES, Passes, is_two_dimensional, 
 from mmcoconut.thinking_mmcoconut import CHOOSE_SCHEDULE, Thoughts, think
 
 
-# A latent step costs what about so many columns of a long pass cost (benchmarks/LOG.md, n = 0 and 8).
+# A latent step costs about as much as this many columns of a long pass (benchmarks/LOG.md, n = 0 and 8).
 COLUMNS_OF_A_PASS = 6
 
 
 @dataclass
 class Layout:
-    """Where each token goes so that latents share columns.
+    """The new column of each token in a layout where latents share columns.
 
         t L t L t t t         ·  ·  t L t L t         would take 1 + 4 passes, and as      t · · | L t | L t t t
         t t t L t t L                                                                     t t t | L t | L · · ·
 
     they take 1 + 2: a row is cut before each of its latents, and the k-th pieces of all rows are padded to one length.
-    The padding stands inside of rows, where the attention mask hides it; positions go with the tokens. What results
-    hold at columns of padding has no meaning.
+    The padding is inside rows, where the attention mask hides it; positions move with the tokens. Results at columns
+    of padding are meaningless.
 
     target (B, T): the new column of each token, 0 for padding; source (B, T'): the old column, 0 for padding.
     real (B, T'): False in padding. starts: the first new column of each piece. ends: of each piece, the column (B,) in
@@ -153,7 +153,7 @@ def moved_passes(passes: Passes, layout: Layout) -> Passes:
 
 
 def moved_argument(name: str, value: torch.Tensor, layout: Layout, num_rows: int) -> torch.Tensor:
-    """Return an argument with one entry a token in another layout: (B or 1, T, …) → (B, T', …).
+    """Return an argument with one entry per token in another layout: (B or 1, T, …) → (B, T', …).
 
     Positions of several planes are (planes, B, T). Rows of features that belong to the True of a mask keep their
     order, as columns of a row do.

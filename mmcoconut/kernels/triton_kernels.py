@@ -43,7 +43,7 @@ if triton is not None:
 
     @triton.jit
     def _rows(i_block, i_kv_head, groups, num_queries, ROWS: tl.constexpr):
-        """Of the rows of a kv head, block `i_block`: the head and the query of each, and which exist."""
+        """Return head and query of each row in block `i_block` of a kv head, and which rows exist."""
         o_row = i_block * ROWS + tl.arange(0, ROWS)
         return i_kv_head * groups + o_row // num_queries, o_row % num_queries, o_row < groups * num_queries
 
@@ -69,13 +69,13 @@ if triton is not None:
 
     @triton.jit
     def _row_pointers(p_tensor, s_tensor, i_batch, o_head, o_query):
-        """To one number a row of a (B, H, queries) tensor."""
+        """Return pointers to one number per row of a (B, H, queries) tensor."""
         o_row = i_batch.to(tl.int64) * s_tensor[0] + o_head.to(tl.int64) * s_tensor[1]
         return p_tensor + o_row + o_query.to(tl.int64) * s_tensor[2]
 
     @triton.jit
     def _visible(p_mask, s_mask, i_batch, o_query, o_key, m_pair):
-        """Which pairs of a query and a key exist and may see each other."""
+        """Return which pairs of a query and a key exist and may see each other."""
         if p_mask is not None:
             o_pair = i_batch.to(tl.int64) * s_mask[0] + o_query.to(tl.int64) * s_mask[2]
             m_pair = m_pair & (tl.load(p_mask + o_pair + o_key.to(tl.int64) * s_mask[3], mask=m_pair, other=0) != 0)
@@ -274,7 +274,7 @@ if triton is not None:
 
 
 class Plan(NamedTuple):
-    """How one call is cut up: `blocks` are the kernels' constants, `sizes` what else they are told."""
+    """The partition of one call: `blocks` are the kernels' constants, `sizes` their other arguments."""
 
     blocks: dict
     grid: tuple[int, int, int]

@@ -1,4 +1,4 @@
-"""What a model learns from: objectives for thoughts, the alignment of images with texts, the rewards of answers."""
+"""Training objectives: losses on thoughts, image–text alignment, and rewards of answers."""
 
 from mmcoconut.objectives.registry import OBJECTIVES
 

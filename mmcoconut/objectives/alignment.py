@@ -1,4 +1,4 @@
-"""What a run minimises beside the loss of the answer's tokens: the alignment of pictures with texts (JEPA).
+"""Image–text alignment (JEPA), a loss in addition to that of the answer's tokens.
 
     loss = align_weight · L_align + ce_weight · L_ce        L_align alone for the first warmup_epochs
 
@@ -18,7 +18,7 @@ def all_text(row: Mapping) -> str:
     return " ".join([question_text(row), *row["steps"], row["answers"][0]])
 
 
-# What a picture may be aligned with; of a captioning data set the answer is the caption.
+# Alignment targets of a picture; in a captioning data set the answer is the caption.
 ALIGNMENT_TARGETS = {
     "question": question_text,
     "answer": lambda row: row["answers"][0],
@@ -28,11 +28,11 @@ ALIGNMENT_TARGETS = {
 
 @dataclass(frozen=True)
 class Alignment:
-    """Weights and schedule of the alignment, and what it aligns pictures with.
+    """Weights, schedule and targets of the image–text alignment.
 
     Args:
-        align_weight, ce_weight: of the two losses.
-        warmup_epochs: epochs of alignment alone, before the answer is learnt; none of their checkpoints is a best one.
+        align_weight, ce_weight: weights of the two losses.
+        warmup_epochs: first epochs, with the alignment loss alone; their checkpoints are never the best one.
         targets: names in ALIGNMENT_TARGETS by priority; the first whose text is not empty is taken.
     """
 
@@ -42,14 +42,14 @@ class Alignment:
     targets: tuple[str, ...] = ("question", "answer")
 
     def warms_up(self, epoch: int) -> bool:
-        """Return True if an epoch, counted from 0, is one of alignment alone."""
+        """Return True if an epoch, counted from 0, trains with the alignment loss alone."""
         return epoch < self.warmup_epochs
 
     def text(self, row: Mapping) -> str:
-        """Return what a row's pictures are aligned with.
+        """Return the text that a row's pictures are aligned with.
 
         Raises:
-            ValueError: a row in which none of the targets has text.
+            ValueError: none of the targets has text in this row.
         """
         for target in self.targets:
             text = ALIGNMENT_TARGETS[target](row)
@@ -61,6 +61,6 @@ class Alignment:
         )
 
     def total(self, ce_loss: torch.Tensor | None, align_loss: torch.Tensor | None) -> torch.Tensor:
-        """The loss; a term that is None, as in the warm-up or in a batch without pictures, is left out."""
+        """Return the total loss, without terms that are None (warm-up, or a batch without pictures)."""
         terms = [(self.ce_weight, ce_loss), (self.align_weight, align_loss)]
         return sum(weight * loss for weight, loss in terms if loss is not None)

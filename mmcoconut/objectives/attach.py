@@ -1,12 +1,12 @@
-"""Put objectives into the forward of the model that they train: what they compute is a part of that call.
+"""Attach objectives to a model, so that their losses are computed in its forward.
 
     attach(model, objectives, processor)
     losses = model(**batch, objective_inputs=…).objective_losses    # {name: (B,)}
 
-The objectives become a sub-module of the model, so that whatever wraps it (DDP) and whatever updates it knows their
-weights, and two hooks: one takes `objective_inputs` out of a batch and asks for the view of the thoughts, the other
-computes the losses when the model's own forward has ended. A call without `objective_inputs` is what it was before.
-A model is saved, copied and merged without them.
+The objectives become a sub-module of the model, so that wrappers (DDP) and optimizers see their weights. Two hooks are
+added: one takes `objective_inputs` out of a batch and requests the view of the thoughts; the other computes the losses
+after the model's own forward. A call without `objective_inputs` does not change. A model is saved, copied and merged
+without its objectives.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,27 +29,27 @@ from mmcoconut.vlm_mmcoconut import IMAGE_TOKENS
 NAME = "objectives"  # of the sub-module
 INPUTS = "objective_inputs"  # of a batch
 LOSSES = "objective_losses"  # of an output
-OF_ALL = ("steps", "places", "answer_column")  # of INPUTS, beside those by the objectives' names
+OF_ALL = ("steps", "places", "answer_column")  # entries of INPUTS other than those named by objective
 OF_A_CALL = ("num_items_in_batch", "logits_to_keep", "alignment_input_ids", "alignment_attention_mask")
 
 
 @dataclass
 class Call:
-    """A call of the model that is going on: INPUTS of its batch, and what objectives may ask of it."""
+    """A running call of the model: INPUTS of its batch, and what objectives may request from it."""
 
     inputs: Mapping
     run: Run
 
 
 class Objectives(nn.ModuleDict):
-    """The objectives of a run by name, and the hooks that run them with the model they stand in.
+    """The objectives of a run by name, and the hooks that run them in their model's forward.
 
     Args:
         objectives: with their modules.
-        text_names: inputs of the model that are no images.
+        text_names: inputs of the model other than images.
     """
 
-    # Set by the trainer: the hooks run outside of what it puts around the forward.
+    # Set by the trainer: the hooks run outside the context that it puts around the forward.
     autocast: Callable[[], AbstractContextManager] = nullcontext
 
     def __init__(self, objectives: Sequence[Objective] = (), *, text_names: Sequence[str] = ()):
@@ -58,7 +58,7 @@ class Objectives(nn.ModuleDict):
         self.call: Call | None = None
 
     def __deepcopy__(self, memo) -> "Objectives":
-        """Return none: the copy of a model is a model alone."""
+        """Return no objectives: a model is copied without them."""
         return Objectives()
 
     @property
@@ -66,27 +66,27 @@ class Objectives(nn.ModuleDict):
         return any(True for _ in self.parameters())
 
     def present(self, inputs: Mapping) -> list[Objective]:
-        """Return the objectives whose term a batch has."""
+        """Return the objectives that have inputs in this batch."""
         return [objective for name, objective in self.items() if name in inputs]
 
     def given(self, call: Call) -> dict:
-        """Return `given_thoughts` of a call in training, if an objective gives some.
+        """Return `given_thoughts` of a training call, if an objective provides them.
 
         Raises:
-            ValueError: two that do.
+            ValueError: two objectives provide them.
         """
         found = {each.name: each.given(call.inputs[each.name], call.run) for each in self.present(call.inputs)}
         found = {name: given for name, given in found.items() if given is not None}
         if len(found) > 1:
             raise UsageError(
                 f"objectives {', '.join(found)} each give the thoughts that latents read in training: keep one of "
-                "them, or let the others leave the model's own thoughts in place."
+                "them, or set the others to keep the model's own thoughts."
             )
         return dict(zip(["given_thoughts"], found.values()))
 
     @torch.compiler.disable
     def before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-        """Take INPUTS out of the arguments and ask for the view in their place."""
+        """Take INPUTS out of the arguments and request the view instead."""
         self.call = None
         if INPUTS not in kwargs:
             return None
@@ -103,7 +103,7 @@ class Objectives(nn.ModuleDict):
 
     @torch.compiler.disable
     def after_forward(self, model: nn.Module, args: tuple, kwargs: dict, outputs):
-        """Return the output with LOSSES in the place of the view."""
+        """Return the output with LOSSES instead of the view."""
         call, self.call = self.call, None
         if call is None:
             return None
@@ -117,7 +117,7 @@ class Objectives(nn.ModuleDict):
             if loss.shape != (len(view.mask),):
                 raise ValueError(
                     f"objectives.{name} returned a loss of shape {(*loss.shape,)} for {len(view.mask)} rows: return "
-                    "one number a row, (B,)."
+                    "one number per row, (B,)."
                 )
         kept = {each.name: outputs.get(each.name) for each in fields(outputs)} | {"view": None}
         made = output_class(type(outputs))
@@ -127,12 +127,12 @@ class Objectives(nn.ModuleDict):
 
 @cache
 def output_class(own: type) -> type:
-    """Return an output's class with LOSSES among its fields, which wrappers take apart and put together by these."""
+    """Return an output's class with LOSSES among its fields, because wrappers rebuild outputs from their fields."""
     return make_dataclass(own.__name__, [(LOSSES, dict | None, None)], bases=(own,))
 
 
 def reads_images_in_text(model: nn.Module) -> bool:
-    """Return True if image features stand among the columns of a model's text."""
+    """Return True if image features are among the columns of a model's text."""
     model = without_adapters(model)
     beside = model.config.is_encoder_decoder or getattr(model.base_model, "cross_attends", False)
     beside = beside or not {*READ_ONCE}.isdisjoint(model.get_decoder().own_arguments)
@@ -140,29 +140,29 @@ def reads_images_in_text(model: nn.Module) -> bool:
 
 
 def check_images(model: nn.Module, objectives: Sequence[Objective]) -> None:
-    """Refuse objectives that read image features in the text, of a model which reads them elsewhere.
+    """Raise if an objective reads image features in the text, but the model reads them elsewhere.
 
     Raises:
-        ValueError: names the first one.
+        ValueError: names the first such objective.
     """
     kind = type(without_adapters(model)).__name__
     for objective in objectives:
         if objective.needs_images and not reads_images_in_text(model):
             raise UsageError(
-                f"objectives.{objective.name} reads image features in the text, and this {kind} reads its images "
-                "beside it (cross-attention or an encoder does): remove it, or take image_fusion 'replace'."
+                f"objectives.{objective.name} reads image features in the text, but this {kind} reads its images by "
+                "cross-attention or in an encoder: remove it, or set image_fusion to 'replace'."
             )
 
 
 def attach(model: nn.Module, objectives: Sequence[Objective], processor) -> Objectives:
-    """Build the modules of objectives in a model's dtype and on its device, and let its forward compute their losses.
+    """Build objectives' modules in a model's dtype and on its device, and compute their losses in its forward.
 
     Raises:
-        ValueError: an objective that cannot read what this model's view holds.
+        ValueError: an objective needs something that this model's view does not hold.
     """
     check_images(model, objectives)
     for objective in objectives:
-        with torch.random.fork_rng(devices=[]):  # a run draws the same without it
+        with torch.random.fork_rng(devices=[]):  # keeps the run's random numbers unchanged
             objective.build(model)
     names = ("input_ids", "attention_mask", "labels", *processor.prompt_names, *processor.column_names)
     attached = Objectives(objectives, text_names=names).to(model.device, model.dtype)
@@ -173,13 +173,13 @@ def attach(model: nn.Module, objectives: Sequence[Objective], processor) -> Obje
 
 
 def attached_to(model: nn.Module) -> Objectives | None:
-    """Return the objectives that stand in a model."""
+    """Return the objectives attached to a model."""
     return model._modules.get(NAME)
 
 
 @contextmanager
 def without_objectives(model: nn.Module) -> Iterator[Objectives | None]:
-    """Inside, the model has no objectives; what is yielded is what it had."""
+    """Detach the model's objectives inside this context, and yield them."""
     attached = model._modules.pop(NAME, None)
     try:
         yield attached
@@ -189,7 +189,7 @@ def without_objectives(model: nn.Module) -> Iterator[Objectives | None]:
 
 
 def own_weights(model: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of a model without those of its objectives."""
+    """Return a model's parameters without those of its objectives."""
     with without_objectives(model):
         return [*model.parameters()]
 
@@ -202,20 +202,20 @@ def save_weights(attached: Objectives, folder) -> None:
 
 
 def load_weights(attached: Objectives, folder) -> None:
-    """Set the weights of all objectives to those of a checkpoint.
+    """Load the weights of all objectives from a checkpoint.
 
     Raises:
-        ValueError: a checkpoint without them, or with others.
+        ValueError: the checkpoint has no such weights, or others.
     """
     expected, file = attached.state_dict(), folder / OBJECTIVES_FILE
     if not expected:
         return
-    remedy = "set `objectives` as the run was started with, or start anew with --overwrite true"
+    remedy = "set `objectives` as when the run was started, or restart with --overwrite true"
     try:
         weights = load_file(file)
     except (FileNotFoundError, SafetensorError) as error:
         raise UsageError(
-            f"{folder} has no readable {OBJECTIVES_FILE}, and {', '.join(attached)} have {len(expected)} weights in "
+            f"{folder} has no readable {OBJECTIVES_FILE}, but {', '.join(attached)} have {len(expected)} weights in "
             f"this run: {remedy}."
         ) from error
     other = sorted(weights.keys() ^ expected.keys())

@@ -1,10 +1,10 @@
-"""What supervises a thought: the interface of objectives that are added to the loss of the answer.
+"""The interface of objectives: losses on thoughts that are added to the loss of the answer.
 
     loss = ce_loss + Σ weight · mean over the batch's rows of Objective.loss
 
-An objective is a loss on a view of the thoughts (ThoughtView). Where it needs more of a row than the model reads, it
-encodes that beside the batch; where it needs weights, they are its sub-modules: trained with the model, kept in its
-checkpoints, and never a part of the model that is saved.
+An objective is a loss on a view of the thoughts (ThoughtView). If it needs data that the model does not read, it
+encodes them with the batch. If it needs weights, they are its sub-modules: trained with the model, kept in training
+checkpoints, and never part of the saved model.
 
 Shapes: B rows, N latents, D hidden.
 """
@@ -29,12 +29,12 @@ Inputs = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class RowsOfBatch:
-    """Hold what an objective encodes: the rows of a batch as the collator lays them out.
+    """The rows of a batch in the collator's layout, for objectives to encode.
 
     rows: of `mmcoconut.data`. steps (B, N), places (B, N): see ThoughtView. counts (B,): latents of each row.
     processor: the layout.
-    labelled: called with a function row → RowPlan, returns the same rows and images under other plans, as the model's
-        labelled inputs.
+    labelled: called with a function row → RowPlan, returns the model's labelled inputs for the same rows and images
+        under these plans.
     """
 
     rows: Sequence[Mapping]
@@ -46,21 +46,21 @@ class RowsOfBatch:
 
 
 def without_adapters(model: nn.Module) -> nn.Module:
-    """Return a model in its own class."""
+    """Return the model inside adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def features_reader(model: nn.Module) -> Callable | None:
-    """Return the method of a model, with or without adapters, that gives features of images; None without one."""
+    """Return a model's method for image features, with or without adapters; None if it has none."""
     return getattr(without_adapters(model).base_model, "get_image_features", None)
 
 
 @dataclass(frozen=True)
 class Run:
-    """Give what an objective may ask of the model in training beside the view of the thoughts.
+    """Access to the model in training, for objectives that need more than the view of the thoughts.
 
-    forward: the model's, called without what attaches objectives to it. images: what it reads of the batch's.
-    model: asked for features of other images.
+    forward: the model's, without the objectives' hooks. images: the batch's image inputs.
+    model: computes features of other images.
     """
 
     model: nn.Module
@@ -73,12 +73,12 @@ class Run:
 
     @property
     def without_logits(self) -> dict:
-        """The arguments of a forward that makes as few logits as the model can."""
+        """Return the arguments of a forward with as few logits as the model allows."""
         taken = inspect.signature(without_adapters(self.model).forward).parameters
         return {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
 
     def image_features(self, images: Inputs) -> torch.Tensor:
-        """Return what the decoder would read of other images (F, D), in reading order; no gradients."""
+        """Return the features (F, D) that the decoder would read of other images, in reading order; no gradients."""
         read = features_reader(self.model)
         taken = inspect.signature(read).parameters
         with torch.no_grad():
@@ -90,19 +90,19 @@ class Run:
 
 
 class Objective(nn.Module):
-    """A loss on the thoughts of a batch, beside the answer's.
+    """A loss on the thoughts of a batch, added to the answer's loss.
 
     Class attributes, of each objective:
         name: in recipes. paper: its address.
-        fields: what a row must have, such as `steps` or `boxes`; an option may set it.
+        fields: required fields of a row, such as `steps` or `boxes`; an option may set it.
         default_weight: the paper's.
-        needs_hidden_states: whether the view must hold those of all layers.
+        needs_hidden_states: whether the view must hold the hidden states of all layers.
         needs_images: whether it reads image features among the columns of the text.
-        needs_own_thoughts: whether it teaches nothing where another objective gives what latents read.
-        forwards: further forward passes of the model in an update.
+        needs_own_thoughts: whether it is ineffective if another objective provides what latents read.
+        forwards: additional forward passes of the model per update.
 
     Args:
-        weight: of the term; a list gives one a stage, the last number repeating. 0: the term is not computed.
+        weight: of the term; a list gives one per stage, the last number repeating. 0: the term is not computed.
     """
 
     name: ClassVar[str]
@@ -119,7 +119,9 @@ class Objective(nn.Module):
         weight = self.default_weight if weight is None else weight
         self.weights = [weight] if isinstance(weight, (int, float)) else [*weight]
         if not self.weights or min(self.weights) < 0:
-            raise ValueError(f"objectives.{self.name}.weight={weight} must be a number of at least 0, or one a stage.")
+            raise ValueError(
+                f"objectives.{self.name}.weight={weight} must be a number of at least 0, or one per stage."
+            )
 
     def weight_at(self, stage: int) -> float:
         """Return the weight of the term at a stage.
@@ -138,21 +140,21 @@ class Objective(nn.Module):
 
     @property
     def gives_thoughts(self) -> bool:
-        """Return True if latents read in training what `given` says, in the place of thoughts."""
+        """Return True if in training latents read the vectors of `given` instead of thoughts."""
         return False
 
     @property
     def settings(self) -> dict:
-        """Return the options that make it again, the weight aside; of one with modules with the sizes of these."""
+        """Return the options to recreate it, without the weight; with modules, also their sizes."""
         return {}
 
     def build(self, model: nn.Module) -> None:
-        """Make the modules that the sizes of a model decide; drawn from a generator of their own."""
+        """Make the modules whose sizes depend on the model, with a separate random generator."""
 
     def save(self, folder: Path) -> None:
-        """Write the modules of this objective into a folder, `<name>.safetensors` and its settings; nothing without.
+        """Write this objective's modules, if any, and settings into a folder, as `<name>.safetensors`.
 
-        They are for whoever examines a run, and never a part of the model.
+        They are for examining a run, and never part of the model.
         """
         if not (weights := self.state_dict()):
             return
@@ -161,36 +163,36 @@ class Objective(nn.Module):
         (folder / f"{self.name}.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
 
     def check(self, row: Mapping, processor) -> None:
-        """Raise ValueError for a row, with its pictures, that this cannot learn from; asked of all before training.
+        """Raise ValueError for a row, with its pictures, that this cannot learn from; called for all before training.
 
-        That rows have its `fields` is checked without it. processor: the run's.
+        The presence of `fields` is checked elsewhere. processor: the run's.
         """
 
     def plans(self, plan: RowPlan, num_steps: int) -> Iterable[RowPlan]:
-        """Return the other plans that `encode` lays a row of num_steps steps out by, where its stage has `plan`.
+        """Return the additional plans with which `encode` lays out a row of num_steps steps at the stage of `plan`.
 
-        Rows are measured under these too before training, so that none is too long in the middle of a run.
+        Rows are also measured under these before training, so that a run does not fail halfway on a long row.
         """
         return ()
 
     def encode(self, batch: RowsOfBatch) -> dict:
-        """Return what `loss` reads of a batch's rows beside the view: tensors with the rows first."""
+        """Return the inputs of `loss` other than the view: tensors with rows as the first axis."""
         return {}
 
     def given(self, inputs: Inputs, run: Run) -> Callable | None:
-        """Return what latents read in training in the place of states, `given_thoughts` of a model's forward."""
+        """Return the vectors that latents read in training instead of states: `given_thoughts` of the forward."""
         return None
 
     def loss(self, view: ThoughtView, inputs: Inputs, run: Run) -> torch.Tensor:
-        """Return the loss of each row (B,): the mean over what it supervises there, 0 where that is nothing.
+        """Return the loss of each row (B,): the mean over its supervised items, 0 if there are none.
 
-        inputs: what `encode` gave. run: the same model on other inputs.
+        inputs: output of `encode`. run: the same model, for other inputs.
         """
         raise NotImplementedError
 
 
 def mean_by_row(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the means (B,) of values (B, N) where mask (B, N) is True; 0 where it is True nowhere.
+    """Return the means (B,) of values (B, N) where mask (B, N) is True; 0 if it is True nowhere.
 
     >>> mean_by_row(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[True, True], [False, False]]))
     tensor([2., 0.])

@@ -1,4 +1,4 @@
-"""The state before a latent is drawn to the features of what its step looks at (Mirage, LVR, Monet's first stage).
+"""Align the state before a latent with the image features of its step (Mirage, LVR, Monet's first stage).
 
 Shapes: B rows, N latents, P features of a row's images, F of all helper images, D hidden.
 """
@@ -29,7 +29,7 @@ READS = ("state", "target")
 def in_groups(num_features: int, num_groups: int) -> np.ndarray:
     """Return the weights (N, P) of means over N equal groups of P features in their order.
 
-    A group without features, of more groups than features, has weights of 0.
+    With more groups than features, a group without features has weights of 0.
 
     >>> in_groups(4, 2).tolist()
     [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
@@ -40,7 +40,7 @@ def in_groups(num_features: int, num_groups: int) -> np.ndarray:
 
 
 def stacked_weights(weights: list[np.ndarray], num_latents: int) -> torch.Tensor:
-    """Return weights (N, P) of each row, of whatever sizes, as (B, N, P) with zeros elsewhere."""
+    """Return each row's weights (N, P), of different sizes, as zero-padded (B, N, P)."""
     most = max((each.shape[1] for each in weights), default=0)
     found = torch.zeros(len(weights), num_latents, most)
     for row, each in enumerate(weights):
@@ -49,25 +49,25 @@ def stacked_weights(weights: list[np.ndarray], num_latents: int) -> torch.Tensor
 
 
 class ImageAlignment(Objective):
-    """The distance of the state before latent j from the pooled features f_j of what its step looks at.
+    """Distance of the state before latent j from the pooled image features f_j of its step.
 
         L = mean over latents j:  1 - cos(before[j], sg(f_j))       distance cosine
                                   mean (before[j] - sg(f_j))²       distance mse
 
-    sg lets no gradient through: features teach states, not states features. With `boxes` f_j is the mean of the row's
-    own image features as the decoder read them, weighted by how much of the step's box lies under each. With
-    `helper_image` the helper image goes through the model's own tower and projector, its features are cut into as many
-    groups, in reading order, as the row has latents, and f_j is the mean of group j.
+    sg stops the gradient: states learn from features, not features from states. With `boxes`, f_j is the mean of the
+    row's own image features as the decoder read them, weighted by each feature's overlap with the step's box. With
+    `helper_image`, the helper image goes through the model's own tower and projector, its features are split into as
+    many groups, in reading order, as the row has latents, and f_j is the mean of group j.
 
     Args:
-        target: `boxes` | `helper_image`, the field of a row that says what its steps look at.
+        target: `boxes` | `helper_image`, the row's field with its steps' image regions.
         distance: `cosine` | `mse`.
-        latents_read: `state`: latents read the state before, as always. `target`: in training they read f_j, where
-            there is one, so all thoughts take one pass; evaluation and inference read states.
+        latents_read: `state`: latents read the previous state, as usual. `target`: in training they read f_j, if there
+            is one, so all thoughts take one pass; evaluation and inference read states.
 
     Raises:
-        ValueError: another value of an option; with boxes a model whose features lie nowhere on a picture, with helper
-            images one that gives no features of them.
+        ValueError: an option has another value; with boxes, the model's features have no location on a picture; with
+            helper images, the model has no method for image features.
 
     Source: Mirage, https://arxiv.org/abs/2506.17218 (helper images, cosine); LVR, https://arxiv.org/abs/2509.24251
     (regions, MSE, targets read); Monet, https://arxiv.org/abs/2511.21395.
@@ -110,13 +110,13 @@ class ImageAlignment(Objective):
         self.layout = FeatureLayout.of(model)
         if self.target == "boxes" and self.layout.nowhere is not None:
             raise UsageError(
-                f"objectives.image_alignment.target='boxes' needs to know which features lie under a box, and of this "
-                f"model {self.layout.nowhere}: take 'helper_image', or another projector."
+                f"objectives.image_alignment.target='boxes' needs to know which features lie under a box, but for "
+                f"this model {self.layout.nowhere}: set it to 'helper_image', or use another projector."
             )
         if self.target == "helper_image" and features_reader(model) is None:
             raise UsageError(
-                f"objectives.image_alignment.target='helper_image' asks the model for features of further images, and "
-                f"{type(model).__name__} has no get_image_features: take 'boxes', or another model."
+                f"objectives.image_alignment.target='helper_image' needs features of other images, but "
+                f"{type(model).__name__} has no get_image_features: set it to 'boxes', or use another model."
             )
 
     def check(self, row: Mapping, processor) -> None:
@@ -126,17 +126,17 @@ class ImageAlignment(Objective):
             self._check_boxes(row, processor)
 
     def _check_boxes(self, row: Mapping, processor) -> None:
-        """Check that boxes lie on the first picture and, of the first row alone, on which features they lie.
+        """Check that boxes lie on the first picture and, for the first row only, which features they cover.
 
-        That costs a run of the image processor, and is a matter of the model far more than of a picture's size.
+        The latter runs the image processor, and depends far more on the model than on a picture's size.
         """
         if not row["images"]:
-            raise UsageError(f"{row['row_id']}, field 'boxes': found {len(row['boxes'])}, and the row has no picture.")
+            raise UsageError(f"{row['row_id']}, field 'boxes': found {len(row['boxes'])}, but the row has no picture.")
         width, height = image_sizes(row)[0]
         for number, box in enumerate(row["boxes"]):
             if box is not None and (box[2] > width or box[3] > height):
                 raise UsageError(
-                    f"{row['row_id']}, field 'boxes': found {[*box]} for step {number}, and the picture has {width} x "
+                    f"{row['row_id']}, field 'boxes': found {[*box]} for step {number}, but the picture has {width} x "
                     f"{height} pixels: write [left, top, right, bottom] in pixels of the first picture."
                 )
         if not self.knows_grid:
@@ -162,16 +162,16 @@ class ImageAlignment(Objective):
         views = views_of_sizes(self.layout, processor, sizes)[0]
         if isinstance(views, str):
             raise UsageError(
-                f"{row['row_id']}, field 'boxes': on its picture of {sizes[0][0]} x {sizes[0][1]} pixels nobody knows "
-                f"which features lie under a box, as {views}: take objectives.image_alignment.target 'helper_image' "
-                "or another model, or leave the row's boxes out."
+                f"{row['row_id']}, field 'boxes': on its picture of {sizes[0][0]} x {sizes[0][1]} pixels it is "
+                f"unknown which features lie under a box, as {views}: set objectives.image_alignment.target to "
+                "'helper_image', use another model, or leave the row's boxes out."
             )
         found = [None if box is None else features_under(box, views, sizes[0]) for box in wanted]
         nothing = np.zeros(max(len(each) for each in found if each is not None))
         return np.stack([nothing if each is None else each for each in found])
 
     def _encode_helpers(self, batch: RowsOfBatch, num_latents: int) -> dict:
-        """Return the helper images' tensors, how many features each row has of them (B,), and weights.
+        """Return the helper images' tensors, the number of their features per row (B,), and weights.
 
         Without latents, as at stage 0, no picture is opened.
         """
@@ -187,7 +187,7 @@ class ImageAlignment(Objective):
         return {"weights": stacked_weights(weights, num_latents), "counts": torch.tensor(counts), "images": images}
 
     def _helper_features(self, inputs: dict, run: Run) -> torch.Tensor:
-        """Return the features (B, P, D) of each row's helper image, computed once a batch."""
+        """Return the features (B, P, D) of each row's helper image, computed once per batch."""
         if "features" not in inputs:
             features = run.image_features(inputs["images"])  # (F, D)
             inputs["features"] = pad_sequence(features.split(inputs["counts"].tolist()), batch_first=True)

@@ -1,4 +1,4 @@
-"""The objectives by the names that recipes give them, and what a recipe's `objectives` becomes.
+"""Objectives by their names in recipes, and how a recipe's `objectives` is parsed.
 
 objectives: {step_tokens: 0.05, step_decoder: {weight: [0, 1.0], layers: 1}}
 """
@@ -18,18 +18,18 @@ from mmcoconut.objectives.step_tokens import StepTokens
 
 
 OBJECTIVES = {objective.name: objective for objective in (StepTokens, StepDecoder, SelfDistillation, ImageAlignment)}
-TAKEN = ("steps", "places", "answer_column", "ce", "align")  # by other parts of a batch or of the loss
-A_WEIGHT = "a weight is a finite number of at least 0, or a list of them, one a stage: write one, such as 1.0"
+TAKEN = ("steps", "places", "answer_column", "ce", "align")  # names used by other parts of a batch or of the loss
+A_WEIGHT = "a weight is a finite number of at least 0, or a list of them, one per stage: write one, such as 1.0"
 
 
 def objective_class(name: str) -> type[Objective]:
-    """Return the objective of a name in OBJECTIVES, or a user's own by `package.module:Class`.
+    """Return the objective class of a name in OBJECTIVES, or a user's own by `package.module:Class`.
 
     >>> objective_class("step_tokens").__name__, objective_class("mmcoconut.objectives.step_tokens:StepTokens").name
     ('StepTokens', 'step_tokens')
 
     Raises:
-        ValueError: no such name, module or class, or a class that is no Objective with a name of its own.
+        ValueError: there is no such name, module or class, or the class is no Objective with a free name.
     """
     if ":" not in name:
         if name not in OBJECTIVES:
@@ -49,7 +49,7 @@ def objective_class(name: str) -> type[Objective]:
 
 
 def options_of(setting) -> dict:
-    """Return the arguments of an objective that a recipe says: a weight, weights by stage, or a mapping of options.
+    """Return an objective's arguments from a recipe's setting: a weight, weights by stage, or a mapping of options.
 
     >>> options_of(0.5), options_of([0, 1.0]), options_of({"weight": 1.0}), options_of({})
     ({'weight': 0.5}, {'weight': [0, 1.0]}, {'weight': 1.0}, {})
@@ -58,14 +58,14 @@ def options_of(setting) -> dict:
 
 
 def is_weight(value) -> bool:
-    """Return True for a finite number of at least 0, or a list of some."""
+    """Return True for a finite number of at least 0, or a non-empty list of them."""
     numbers = value if isinstance(value, list) and value else [value]
     is_number = [isinstance(number, int | float) and not isinstance(number, bool) for number in numbers]
     return all(is_number) and all(math.isfinite(number) and number >= 0 for number in numbers)
 
 
 def make_objective(name: str, setting) -> Objective:
-    """Return the objective of a name with what a recipe says of it; its modules are not built."""
+    """Return the objective of a name with a recipe's setting; its modules are not built."""
     return objective_class(name)(**options_of(setting))
 
 
@@ -76,7 +76,7 @@ def make_objectives(objectives: Mapping | None) -> list[Objective]:
 
 
 def objective_problems(objectives: Mapping) -> Iterator[tuple]:
-    """Yield what is wrong with a recipe's `objectives`, as (key, value found, remedy).
+    """Yield the problems of a recipe's `objectives`, as (key, value found, remedy).
 
     >>> for key, value, remedy in objective_problems({"step_token": 1.0, "step_tokens": {"weight": "much"}}):
     ...     print(f"{key} = {value!r}: {remedy}")  # doctest: +ELLIPSIS
@@ -97,7 +97,7 @@ def objective_problems(objectives: Mapping) -> Iterator[tuple]:
 
 
 def pair_problems(objectives: Mapping[str, Objective]) -> Iterator[tuple[str, str]]:
-    """Yield (name, remedy) for objectives by name of which one gives what latents read at a stage of another's.
+    """Yield (name, remedy) for objectives that conflict with one that provides what latents read at the same stage.
 
     >>> made = {"image_alignment": ImageAlignment([1, 0], latents_read="target"), "step_decoder": StepDecoder([0, 1])}
     >>> [*pair_problems(made)]  # never at the same stage
@@ -111,13 +111,16 @@ def pair_problems(objectives: Mapping[str, Objective]) -> Iterator[tuple[str, st
             continue
         if objective.needs_own_thoughts:
             remedy = "let latents read states, give the two weights at other stages, or remove one"
-            yield name, f"with {one} latents read no thoughts in training, and it reaches a model by these: {remedy}"
+            yield (
+                name,
+                f"with {one} latents read no thoughts in training, but it trains the model through them: {remedy}",
+            )
         elif objective.gives_thoughts and one < name:
-            yield name, f"{one} gives what latents read in training too: let one of them leave thoughts in place"
+            yield name, f"{one} also provides what latents read in training: set one of them to keep thoughts"
 
 
 def same_name(one: str, other: str) -> bool:
-    """Return True if the objectives of two names of a recipe are logged by the same one."""
+    """Return True if two names of a recipe are logged under the same name."""
     try:
         return objective_class(one).name == objective_class(other).name
     except ValueError:
@@ -125,7 +128,7 @@ def same_name(one: str, other: str) -> bool:
 
 
 def _option_problems(name: str, objective: type[Objective], setting) -> Iterator[tuple]:
-    """Yield what is wrong with the weight and the options of one objective."""
+    """Yield the problems of one objective's weight and options."""
     key, options = f"objectives.{name}", options_of(setting)
     known = [*inspect.signature(objective).parameters]
     found = [
@@ -140,5 +143,5 @@ def _option_problems(name: str, objective: type[Objective], setting) -> Iterator
         return
     try:
         make_objective(name, setting)
-    except (ValueError, TypeError) as error:  # of a value that only the objective knows
+    except (ValueError, TypeError) as error:  # from checks in the objective itself
         yield key, setting, str(error)

@@ -1,13 +1,13 @@
-"""What a written text is worth in training by reward: functions by name, as trl calls them, and models that judge.
+"""Rewards of generated texts: functions by name, as trl calls them, and judge models.
 
-A reward says whether an answer is right, and so takes its numbers from metrics/: what is trained is what evaluation
-measures. How similar an answer is to the accepted one, by embeddings of sentences, is no reward: "red" and "black" are
-near each other, for both are colours, and where the one is right the other is wrong. Where right answers have many
-wordings, a model that has learnt from right and wrong ones judges (`ModelReward`).
+A reward says whether an answer is right, and takes its values from metrics/, so that training optimises what
+evaluation measures. Similarity to the accepted answer by sentence embeddings is not a reward: "red" and "black"
+are close, because both are colours, but if one is right the other is wrong. If right answers have many wordings, use a
+judge model trained on right and wrong answers (`ModelReward`).
 
 Functions are called as `f(completions=…, completion_ids=…, **columns)`. A completion is a text, or a list of messages
-with `content`; a column, such as `answers` or `choices` of `mmcoconut.data`, is a list with one entry a completion.
-They give a number a completion. What trl passes beside the columns (`prompts`, `trainer_state`, …) is not looked at.
+with `content`; a column, such as `answers` or `choices` of `mmcoconut.data`, is a list with one entry per completion.
+They return one number per completion. Other arguments from trl (`prompts`, `trainer_state`, …) are ignored.
 
 Shapes: B texts of a batch, T tokens, C labels.
 """
@@ -26,14 +26,14 @@ from mmcoconut.data.scoring import OF_SEVERAL_ROWS, REFERENCES, score
 from mmcoconut.errors import RecipeError, is_missing_folder
 
 
-ROW_COLUMNS = ("question", "choices", "answers", "row_id")  # of the rows, what a metric or a judge reads
+ROW_COLUMNS = ("question", "choices", "answers", "row_id")  # row fields that a metric or a judge reads
 WRONG, RIGHT = "wrong", "right"
-LABELS = (WRONG, RIGHT)  # of a model that judges, by the index of their logits
+LABELS = (WRONG, RIGHT)  # of a judge model, by the index of their logits
 A_TOKEN = 0.01
 
 
 def text_of(completion: str | Sequence[Mapping]) -> str:
-    """The text of a completion, which may be a list of messages.
+    """Return the text of a completion, which may be a list of messages.
 
     >>> text_of("### red"), text_of([{"role": "assistant", "content": "### red"}])
     ('### red', '### red')
@@ -44,7 +44,7 @@ def text_of(completion: str | Sequence[Mapping]) -> str:
 
 
 def rows_of(columns: Mapping) -> list[dict]:
-    """The rows that completions belong to, with those fields of ROW_COLUMNS that are there.
+    """Return the rows of the completions, with those fields of ROW_COLUMNS that are given.
 
     >>> rows_of({"answers": [["red"], ["4", "four"]], "trainer_state": None})
     [{'answers': ['red']}, {'answers': ['4', 'four']}]
@@ -54,13 +54,13 @@ def rows_of(columns: Mapping) -> list[dict]:
 
 
 def metric_scores(metric: str, completions: Sequence, columns: Mapping) -> list[float]:
-    """What a metric of `mmcoconut.data.scoring.REFERENCES` gives for each completion, as evaluation calls it."""
+    """Return each completion's score by a metric of `mmcoconut.data.scoring.REFERENCES`, as in evaluation."""
     texts = [text_of(completion) for completion in completions]
     return score(metric, texts, [parse_answer(text) for text in texts], rows=rows_of(columns))["scores"]
 
 
 def metric_reward(metric: str) -> Callable:
-    """The reward function of a metric, named for it."""
+    """Return the reward function of a metric, named after it."""
 
     def reward(completions, **columns) -> list[float]:
         return metric_scores(metric, completions, columns)
@@ -70,7 +70,7 @@ def metric_reward(metric: str) -> Callable:
 
 
 def exact_match_reward(completions, **columns) -> list[float]:
-    """1.0 where the answer after `###` is an accepted one as metrics/exact_match compares them, else 0.0.
+    """Return 1.0 if the answer after `###` is accepted by metrics/exact_match, else 0.0, per completion.
 
     >>> exact_match_reward(["B2\\n### Red", "### red or blue", "red"], answers=[["red", "crimson"]] * 3)
     [1.0, 0.0, 0.0]
@@ -79,7 +79,7 @@ def exact_match_reward(completions, **columns) -> list[float]:
 
 
 def vqa_accuracy_reward(completions, **columns) -> list[float]:
-    """The accuracy of metrics/vqa_accuracy for the answer after `###`: a share where only some people gave it.
+    """Return the metrics/vqa_accuracy of the answer after `###`, per completion: a share if few annotators gave it.
 
     >>> vqa_accuracy_reward(["### Two.", "### 4", "2"], answers=[["2", "2", "two", *["3"] * 7]] * 3)
     [0.9, 0.0, 0.0]
@@ -88,7 +88,7 @@ def vqa_accuracy_reward(completions, **columns) -> list[float]:
 
 
 def multiple_choice_reward(completions, **columns) -> list[float]:
-    """1.0 where the answer after `###` is the right choice and nothing beside it (metrics/aokvqa_mc), else 0.0.
+    """Return 1.0 if the answer after `###` is exactly the right choice (metrics/aokvqa_mc), else 0.0.
 
     >>> columns = {"choices": [["kite", "bird"]] * 3, "answers": [["bird"]] * 3, "row_id": ["row 0"] * 3}
     >>> multiple_choice_reward(["no kite\\n### Bird", "### kite or bird", "### kite"], **columns)
@@ -98,7 +98,7 @@ def multiple_choice_reward(completions, **columns) -> list[float]:
 
 
 def format_reward(completions, **columns) -> list[float]:
-    """1.0 where the text holds `###` exactly once and an answer behind it, else 0.0.
+    """Return 1.0 if the text has `###` exactly once, with an answer after it, else 0.0, per completion.
 
     >>> format_reward(["B2\\n### red", "### red ### blue", "red ###", "red"])
     [1.0, 0.0, 0.0, 0.0]
@@ -108,7 +108,7 @@ def format_reward(completions, **columns) -> list[float]:
 
 
 def length_reward(completions, completion_ids, **columns) -> list[float]:
-    """Minus one hundredth for each token that was written: the reward's weight is the cost of a hundred.
+    """Return -0.01 per generated token: the reward's weight is the cost of a hundred tokens.
 
     >>> length_reward(["### red", "B2\\n### red"], completion_ids=[[7, 8], [5, 6, 7, 8]])
     [-0.02, -0.04]
@@ -117,7 +117,7 @@ def length_reward(completions, completion_ids, **columns) -> list[float]:
 
 
 def thoughts_reward(completions, num_thoughts, **columns) -> list[float]:
-    """Minus the number of thoughts that were taken before the text: the reward's weight is the cost of one.
+    """Return minus the number of thoughts before the text: the reward's weight is the cost of one thought.
 
     >>> thoughts_reward(["### red", "### red"], num_thoughts=[1, 6])
     [-1.0, -6.0]
@@ -125,7 +125,7 @@ def thoughts_reward(completions, num_thoughts, **columns) -> list[float]:
     return [-float(number) for number in num_thoughts]
 
 
-# By the names that a recipe gives; every metric that scores each row by itself has one.
+# By name in recipes; every metric that scores rows independently has one.
 REWARDS = {
     **{metric: metric_reward(metric) for metric in REFERENCES if metric not in OF_SEVERAL_ROWS},
     "aokvqa_mc": multiple_choice_reward,
@@ -139,12 +139,12 @@ REWARDS = {
 
 
 def judged_text(question: str, accepted: Sequence[str], answer: str) -> str:
-    """Return what a model that judges reads of an answer.
+    """Return the text that a judge model reads for an answer.
 
     Args:
         question: with its choices, as `question_text` writes them.
         accepted: all answers that count as right.
-        answer: the given one; brought onto one line, so that it cannot add to the accepted answers.
+        answer: the given answer; joined to one line, so that it cannot add accepted answers.
 
     >>> print(judged_text("What colour?\\nChoices: red, blue", ["red", "crimson"], "dark\\nred"))
     Question: What colour?
@@ -157,51 +157,51 @@ def judged_text(question: str, accepted: Sequence[str], answer: str) -> str:
 
 
 def max_tokens_of(config, tokenizer) -> int:
-    """The longest text that a model and its tokenizer take, in tokens."""
+    """Return the maximum text length of a model and its tokenizer, in tokens."""
     return min(getattr(config, "max_position_embeddings", math.inf), tokenizer.model_max_length)
 
 
 def encode(tokenizer, texts: Sequence[str], names: Sequence[str], *, max_tokens: int):
-    """The texts as the tokenizer's lists of ids, neither padded nor cut.
+    """Return the texts as lists of token ids, neither padded nor truncated.
 
     Args:
         names: where each text comes from, for errors.
 
     Raises:
-        ValueError: a text of more than `max_tokens`; without its end a judge would not see the answer.
+        ValueError: a text has more than `max_tokens`; a truncated text would lose the answer at its end.
     """
     encoded = tokenizer(list(texts))
     for name, ids in zip(names, encoded["input_ids"], strict=True):
         if len(ids) > max_tokens:
             raise ValueError(
-                f"{name}: question, accepted answers and given answer have {len(ids)} tokens, and the model that "
-                f"judges reads at most {max_tokens}: lower max_new_tokens, leave the row out, or take a model with "
+                f"{name}: question, accepted answers and given answer have {len(ids)} tokens, but the judge "
+                f"model reads at most {max_tokens}: lower max_new_tokens, leave the row out, or use a model with "
                 "more positions."
             )
     return encoded
 
 
 def labels_of(config) -> list[str]:
-    """A model's labels in the order of its logits."""
+    """Return a model's labels in the order of its logits."""
     return [config.id2label[index] for index in sorted(config.id2label)]
 
 
 def check_labels(name: str, config) -> None:
-    """Raise ValueError unless the configuration is that of a model that judges."""
+    """Raise ValueError unless the configuration is that of a judge model."""
     labels = labels_of(config)
     if len(labels) != 1 and (len(labels) != 2 or RIGHT not in labels):
         raise ValueError(
-            f"{name} has {len(labels)} labels ({', '.join(labels)}), and cannot say how right an answer is: give a "
+            f"{name} has {len(labels)} labels ({', '.join(labels)}), but a judge needs one or two: give a "
             f"sequence-classification model with two labels, one of them called {RIGHT!r}, or "
-            "with one label, whose logit says it, such as trl's RewardTrainer makes."
+            "with one label, such as from trl's RewardTrainer."
         )
 
 
 def load_judge(name: str):
-    """The sequence-classification model of a folder or Hub id, in eval mode; no code from the checkpoint is run.
+    """Load a sequence-classification model from a folder or Hub id, in eval mode, without running remote code.
 
     Raises:
-        ValueError: labels that are no judgement, or weights that are missing, which would be drawn at random.
+        ValueError: the labels are not those of a judge, or weights are missing, which would be random.
     """
     check_labels(name, AutoConfig.from_pretrained(name, trust_remote_code=False))
     model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -216,8 +216,8 @@ def load_judge(name: str):
 class ModelReward:
     """The probability that an answer is right, by a sequence-classification model that reads `judged_text`.
 
-    With two labels it is the probability of the one called `right`, with one the sigmoid of its logit. A completion
-    without an answer is 0.0 unasked, as in all metrics: no model has to have learnt it.
+    With two labels it is the probability of the one called `right`, with one label the sigmoid of its logit. A
+    completion without an answer gets 0.0 without running the model, as in all metrics.
 
     Args:
         name: folder or Hub id, and the name in trl's logs.
@@ -225,14 +225,14 @@ class ModelReward:
         device: of the model; default: this process's.
 
     Raises:
-        ValueError: a model that cannot judge; when called, an answer that is too long for it.
+        ValueError: the model cannot judge; when called, an answer is too long for it.
     """
 
     def __init__(self, name: str, *, batch_size: int = 32, device=None):
         self.__name__ = str(name)
         self.batch_size = batch_size
         self.model = load_judge(name).to(PartialState().device if device is None else device)
-        # Decoders count positions by column: padded in front, a text would depend on its batch.
+        # Decoders count positions by column: with left padding a score would depend on the batch.
         self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, padding_side="right")
 
     def __call__(self, completions, **columns) -> list[float]:
@@ -248,7 +248,7 @@ class ModelReward:
 
     @torch.no_grad()
     def judge(self, texts: Sequence[str], names: Sequence[str]) -> list[float]:
-        """The probability of each text's answer, from 0 to 1."""
+        """Return the probability that each text's answer is right, from 0 to 1."""
         if not texts:
             return []
         encoded = encode(self.tokenizer, texts, names, max_tokens=max_tokens_of(self.model.config, self.tokenizer))
@@ -260,14 +260,14 @@ class ModelReward:
         return probabilities
 
     def probability(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of `right`, (B,), from logits (B, C)."""
+        """Return the probability of `right`, (B,), from logits (B, C)."""
         if logits.shape[1] == 1:
             return logits[:, 0].sigmoid()  # (B,)
         return logits.softmax(dim=-1)[:, labels_of(self.model.config).index(RIGHT)]  # (B,)
 
 
 def reward_problems(rewards: Mapping | None) -> Iterator[tuple]:
-    """What is wrong with a recipe's `rewards`, as (key, value found, remedy); nothing is loaded.
+    """Yield the problems of a recipe's `rewards`, as (key, value found, remedy), without loading models.
 
     >>> for key, value, remedy in reward_problems({"format": "much"}):
     ...     print(f"{key} = {value!r}: {remedy}")
@@ -279,7 +279,11 @@ def reward_problems(rewards: Mapping | None) -> Iterator[tuple]:
     for name, weight in rewards.items():
         key, folder = f"rewards.{name}", str(name)
         if name not in REWARDS and "/" not in folder and not Path(folder).is_dir():
-            yield key, weight, f"no reward or folder is called so; {nearest(name, REWARDS)}, or a model's folder or id"
+            yield (
+                key,
+                weight,
+                f"unknown reward name or model path; {nearest(name, REWARDS)}, or a model's folder or id",
+            )
         elif name not in REWARDS and is_missing_folder(folder):
             yield key, weight, "no such folder: give an existing one, or a Hub id"
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
@@ -291,14 +295,14 @@ def reward_problems(rewards: Mapping | None) -> Iterator[tuple]:
 
 
 def reward_functions(rewards: Mapping[str, float], *, device=None) -> tuple[list[Callable], list[float]]:
-    """The functions of a recipe's `rewards`, each with a name of its own, and their weights.
+    """Return the functions of a recipe's `rewards`, each with a unique name, and their weights.
 
     Args:
         rewards: weights by name in REWARDS, or by folder or Hub id of a model for `ModelReward`.
         device: of the models; default: this process's.
 
     Raises:
-        ValueError: everything that `reward_problems` finds, or a model that cannot judge.
+        ValueError: `reward_problems` finds a problem, or a model cannot judge.
     """
     problems = [*reward_problems(rewards)]
     if problems:

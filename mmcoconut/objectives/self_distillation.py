@@ -1,4 +1,4 @@
-"""The thinking row learns, before the answer, the states of the written row of the same model (CODI).
+"""Distil states of the row with written steps into the row with thoughts, in the same model (CODI).
 
 Shapes: B rows, T tokens, L layers, D hidden, V vocabulary.
 """
@@ -17,7 +17,7 @@ WRITTEN = RowPlan(skipped_steps=0, num_latents=0)
 
 
 def distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Return how far states (B, L, D) are from a teacher's, (B,): the mean over layers of mean |s - t| / std(t).
+    """Return the distance (B,) of states (B, L, D) from a teacher's: the mean over layers of mean |s - t| / std(t).
 
     >>> distance(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[0.0, 2.0]]]))  # 1 / std(0, 2), which is √2
     tensor([0.7071])
@@ -28,22 +28,22 @@ def distance(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 class SelfDistillation(Objective):
-    """The same model reads the row with its steps written; the thinking row is drawn to its states before the answer.
+    """Train the thinking row towards the states before the answer of the same row with written steps.
 
         L = teacher_weight · CE(written row) + mean over layers l:  mean |h_l - sg(t_l)| / std(t_l)
 
-    h_l, t_l are the states after layer l at the token before the answer's text, of the thinking row and of the written
-    one; sg lets no gradient through, so that the written row learns from its own cross-entropy alone.
+    h_l and t_l are the states after layer l at the token before the answer's text, of the thinking and of the written
+    row; sg stops the gradient, so that the written row learns only from its own cross-entropy.
 
-    Here std is over the D numbers of a row's own state, so that a row's loss is the same in any batch. The paper's is
-    of the teacher's states of a layer in the whole batch. Its code takes that, the smooth L1 distance (quadratic below
-    1) and the embeddings as a layer too; its scripts weigh the distance by 20 and the written row's part by 1, which
-    is `weight: 20, teacher_weight: 0.05` here.
+    Here std is over the D numbers of a row's own state, so that a row's loss does not depend on its batch. The paper
+    takes it over the teacher's states of a layer in the whole batch. Its code does so too, with the smooth L1 distance
+    (quadratic below 1) and the embeddings as an additional layer; its scripts weight the distance by 20 and the
+    written row's loss by 1, which is `weight: 20, teacher_weight: 0.05` here.
 
     A row without latents is itself a written row: its loss is 0, and a batch of such rows takes no second forward.
 
     Args:
-        teacher_weight: of the written row's cross-entropy.
+        teacher_weight: weight of the written row's cross-entropy.
 
     Source: CODI, https://arxiv.org/abs/2502.21074.
 
@@ -85,7 +85,7 @@ class SelfDistillation(Objective):
         asked = {"output_view": True, "output_hidden_states": True, **run.without_logits}
         teacher = run({**inputs["written"], **asked}).view
         teacher.answer_column = inputs["answer_column"]
-        # Without the embeddings, which are of the same token.
+        # Without the embeddings, which are of the same token in both rows.
         drawn = distance(view.answer_states()[:, 1:], teacher.answer_states()[:, 1:].detach())  # (B,)
         known = inputs["targets"] != IGNORED  # (B, T)
         logits = teacher.head(teacher.states[known]).float()  # (labelled, V)

@@ -1,4 +1,4 @@
-"""A small decoder writes each step out of the thoughts that stand for it, and nothing else (SIM-CoT).
+"""A small decoder that writes each step from the thoughts that replace it, and nothing else (SIM-CoT).
 
 Shapes: B rows, N latents, D hidden of the model, W of the decoder, S steps, C latents of a step, K tokens of a step,
 n steps of a batch that have latents.
@@ -19,13 +19,13 @@ from mmcoconut.objectives.base import Objective, RowsOfBatch, mean_by_row
 from mmcoconut.passes_mmcoconut import positions_from_mask
 
 
-END = -1  # of a step, in what `encode` gives; for the decoder an id behind the vocabulary
+END = -1  # end of a step in the output of `encode`; for the decoder an id after the vocabulary
 LARGEST_WIDTH = 256  # by default
 SEED = 0
 
 
 def tokens_of_steps(batch: RowsOfBatch, max_tokens: int) -> torch.Tensor:
-    """Return the ids of each row's steps that have latents (B, S, K): END behind a whole step, then IGNORED."""
+    """Return the ids of each row's steps that have latents (B, S, K): END after a whole step, then IGNORED."""
     found = []
     for row, steps in zip(batch.rows, batch.steps.tolist()):
         ids = [[*encode_step(batch.processor, row["steps"][number]), END] for number in range(max([*steps, -1]) + 1)]
@@ -42,9 +42,9 @@ def tokens_of_steps(batch: RowsOfBatch, max_tokens: int) -> torch.Tensor:
 def by_step(
     thoughts: torch.Tensor, steps: torch.Tensor, places: torch.Tensor, num_steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return thoughts (B, N, D) by the step that each stands for (B, S, C, D), and where there are some (B, S, C).
+    """Return thoughts (B, N, D) grouped by step (B, S, C, D), and a mask (B, S, C) of real ones.
 
-    Those of a step with fewer latents than others stand on the right, where its text begins.
+    Steps with fewer latents than others are padded on the left, because the text follows on the right.
 
     >>> found, mask = by_step(torch.tensor([[[1.0], [2.0], [3.0]]]), torch.tensor([[0, 0, 1]]),
     ...                       torch.tensor([[0, 1, 0]]), 2)
@@ -64,21 +64,21 @@ def by_step(
 
 
 class StepDecoder(Objective):
-    """Cross-entropy of a small decoder that reads a step's thoughts z₁ … z_C alone and writes the step's text.
+    """Cross-entropy of a small decoder that reads only a step's thoughts z₁ … z_C and writes the step's text.
 
         L = mean over the tokens of the row's steps with latents:  -log p(tᵢ | z₁ … z_C, t₁ … tᵢ₋₁)
 
-    The decoder is trained with the model and dropped with the run: `read` shows what thoughts say. It is a Llama of a
-    few layers with embeddings of its own, as the paper's decoder has, of the model's vocabulary; a linear layer brings
-    thoughts to its width. Gradients reach the model through the thoughts alone. The paper takes a second model of the
-    language model's own size; a small one has to find more of a step in its thought, and costs less.
+    The decoder is trained with the model and is not part of it; `read` decodes thoughts with it. It is a Llama of a
+    few layers with separate embeddings of the model's vocabulary, as in the paper; a linear layer maps thoughts to its
+    width. Gradients reach the model only through the thoughts. The paper uses a second model of the language model's
+    size; a small one must find more of a step in its thoughts, and costs less.
 
     Args:
-        layers, width, heads: of the decoder; width None is the model's, at most 256.
-        max_tokens: of a step; what is behind is not learnt.
+        layers, width, heads: of the decoder; width None: the model's, at most 256.
+        max_tokens: maximum tokens per step; later tokens are not learnt.
 
     Raises:
-        ValueError: an option that is no whole number of at least 1; a width that is no multiple of 2 · heads.
+        ValueError: an option is no integer of at least 1; the width is no multiple of 2 · heads.
 
     Source: SIM-CoT, https://arxiv.org/abs/2509.20317.
 
@@ -116,7 +116,7 @@ class StepDecoder(Objective):
 
     @property
     def end_id(self) -> int:
-        """The decoder's id of a step's end, behind those of the model's vocabulary."""
+        """Return the decoder's id of a step's end, after those of the model's vocabulary."""
         return self.decoder.embed_tokens.num_embeddings - 1
 
     def build(self, model: nn.Module) -> None:
@@ -138,7 +138,7 @@ class StepDecoder(Objective):
             pad_token_id=None,
         )
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            torch.default_generator.manual_seed(SEED)  # of the CPU alone, which is put back
+            torch.default_generator.manual_seed(SEED)  # only of the CPU, restored afterwards
             self.reader = nn.Linear(hidden_size, self.width)
             self.decoder = LlamaModel(config)
         return self
@@ -156,7 +156,7 @@ class StepDecoder(Objective):
         return {"targets": tokens_of_steps(batch, self.max_tokens)}
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return scores (…, V + 1) of the decoder's states (…, W), by its own embeddings."""
+        """Return logits (…, V + 1) of the decoder's states (…, W), by its own embeddings."""
         return nn.functional.linear(states, self.decoder.embed_tokens.weight).float()
 
     def loss(self, view, inputs, run) -> torch.Tensor:
@@ -165,7 +165,7 @@ class StepDecoder(Objective):
         known, has_latents = targets != IGNORED, mask.any(dim=-1)  # (B, S, K), (B, S)
         known = known & has_latents[..., None]
         losses = torch.zeros(targets.shape, device=targets.device)
-        if not known.any():  # every process of a run has gradients of all weights
+        if not known.any():  # every process of a run needs gradients of all weights
             unused = sum(weight.sum() * 0 for weight in self.parameters())
             return mean_by_row(losses.flatten(1), known.flatten(1)) + unused
         real, targets = known[has_latents], targets[has_latents]  # (n, K) each
@@ -184,7 +184,7 @@ class StepDecoder(Objective):
 
     @torch.no_grad()
     def read(self, thoughts: torch.Tensor, tokenizer) -> list[str]:
-        """Return what the decoder writes, greedily, for each of S steps out of its C thoughts (S, C, D)."""
+        """Return the decoder's greedy text for each of S steps from its C thoughts (S, C, D)."""
         embeds, cache, written = self.reader(thoughts.to(self.reader.weight)), None, []
         for _ in range(self.max_tokens):
             outputs = self.decoder(inputs_embeds=embeds, use_cache=True, **{CACHE: cache})

@@ -1,4 +1,4 @@
-"""The state at a latent predicts, through the model's own head, tokens of the step that it stands for (LOTUS)."""
+"""Predict tokens of a step from the state at its latents, with the model's own head (LOTUS)."""
 
 from typing import ClassVar
 
@@ -12,10 +12,10 @@ TOKENS = ("in_order", "bag")
 
 
 def tokens_of_latents(batch: RowsOfBatch, tokens: str) -> torch.Tensor:
-    """Return the tokens that each latent is to predict, (B, N, K), IGNORED behind a latent's last one.
+    """Return the target tokens of each latent, (B, N, K), with IGNORED after its last one.
 
-    `in_order`: of a step with ids t₁ t₂ …, as the model would write it, its i-th latent has tᵢ, and none where the
-    step has fewer. `bag`: each latent of the step has every token of it, once.
+    `in_order`: the i-th latent of a step with ids t₁ t₂ …, as the model would write it, has the target tᵢ, or none if
+    the step has fewer tokens. `bag`: each latent of the step has all its tokens as targets, once each.
     """
     found = []
     for row, steps, places in zip(batch.rows, batch.steps.tolist(), batch.places.tolist()):
@@ -31,19 +31,19 @@ def tokens_of_latents(batch: RowsOfBatch, tokens: str) -> torch.Tensor:
 
 
 class StepTokens(Objective):
-    """Cross-entropy of the model's own head on the state at latent j against tokens of the step that it stands for.
+    """Cross-entropy of the model's own head on the state at latent j against tokens of its step.
 
         L = mean over latents j, mean over their tokens t:  -log softmax(head(after[j]))[t]
 
-    Latents without a step, as of rows with fewer steps than the stage, are left alone.
+    Latents without a step, in rows with fewer steps than the stage, are not supervised.
 
-    With `markers: start` or `none` the answer's own loss also supervises the state at the last latent: it predicts
-    what is written next, while this asks it for its step's token. With `markers: both` the state at `<|end-latent|>`
-    predicts what is written, and a latent's its step alone.
+    With `markers: start` or `none` the answer's loss also supervises the state at the last latent: it predicts the
+    next written token, while this objective trains it on its step's token. With `markers: both` the state at
+    `<|end-latent|>` predicts the next written token, and a latent's state only its step.
 
     Args:
-        tokens: `in_order`: with c_thought latents a step the i-th of them predicts the step's i-th token. `bag`: each
-            predicts all tokens of its step, for steps whose first tokens say little.
+        tokens: `in_order`: of c_thought latents per step, the i-th predicts the step's i-th token. `bag`: each
+            predicts all tokens of its step, for steps whose first tokens carry little information.
 
     Source: LOTUS, https://arxiv.org/abs/2606.31779; the bag is ours.
 
