@@ -81,7 +81,7 @@ def read_split(data_args, split: str, max_rows: int | None):
 
 
 def read(data_args, run_args):
-    """The splits that this run needs, by `train`, `eval` and `test`, and what was left out."""
+    """Return the splits that this run needs, by `train`, `eval` and `test`, and what was left out."""
     splits = {"eval": (data_args.eval_split, data_args.max_eval_samples)}
     if run_args.do_train:
         splits["train"] = ("train", data_args.max_train_samples)
@@ -94,7 +94,7 @@ def read(data_args, run_args):
 
 
 def build_tokenizer(model_args, train_set, checkpoint: Path | None = None):
-    """The tokenizer of the recipe; one that is trained is trained once, and then that of the checkpoint."""
+    """Return the tokenizer of the recipe; one that is trained is trained once, and then that of the checkpoint."""
     if model_args.tokenizer != "train":
         if model_args.tokenizer is not None:
             return AutoTokenizer.from_pretrained(model_args.tokenizer)
@@ -112,7 +112,7 @@ def build_tokenizer(model_args, train_set, checkpoint: Path | None = None):
 
 
 def build_image_processor(model_args, vision_config):
-    """The tower's own; for a tower from scratch, pictures resized to its size and scaled to [-1, 1]."""
+    """Return the tower's own; for a tower from scratch, pictures resized to its size and scaled to [-1, 1]."""
     if model_args.vision_config is None:
         return None
     side = {"height": vision_config.image_size, "width": vision_config.image_size}
@@ -301,7 +301,7 @@ def build_collator(model, processor, *, data_args, curriculum_args, run_args) ->
 
 
 def fit(splits: dict, collator: CurriculumCollator, *, data_args, curriculum_args, run_args) -> tuple[dict, dict]:
-    """The splits without what `long_rows: cut` cuts, and how much of each that is; every row can be laid out.
+    """Return the splits without what `long_rows: cut` cuts, and how much of each that is; every row can be laid out.
 
     Raises:
         ValueError: a row that is too long at a stage; `long_rows: cut` where nothing says what is too long.
@@ -330,7 +330,7 @@ def fit(splits: dict, collator: CurriculumCollator, *, data_args, curriculum_arg
 
 
 def rewarded_trainer(curriculum_args, metric: str, train_set) -> tuple:
-    """The trainer of an objective with rewards, and what it takes beside the others' arguments."""
+    """Return the trainer of an objective with rewards, and what it takes beside the others' arguments."""
     from mmcoconut.objectives.rewards import reward_functions
     from mmcoconut.rl.policy_trainer import POLICY_TRAINERS  # here, because it imports trl
 

@@ -33,7 +33,7 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
 
 
 def row_asked(question: str, images: list[str]) -> dict:
-    """The question and the files of its pictures as a row.
+    """Return the question and the files of its pictures as a row.
 
     Raises:
         UsageError: a file that is not there, or no question.
@@ -45,7 +45,7 @@ def row_asked(question: str, images: list[str]) -> dict:
 
 
 def lines_of(asked: Asked, look: Look | None) -> list[str]:
-    """The answer, the thoughts, and the time, as lines."""
+    """Return the answer, the thoughts, and the time, as lines."""
     lines = [f"answer: {asked.said}"]
     if look is not None:
         for number, thought in enumerate(look.thoughts, start=1):

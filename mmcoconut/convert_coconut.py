@@ -45,7 +45,7 @@ class ConversionArguments:
 
 
 def read_state_dict(file: str) -> dict[str, torch.Tensor]:
-    """The language model's weights in a file of the original code, by the names that transformers gives them.
+    """Return the language model's weights in a file of the original code, by the names that transformers gives them.
 
     Raises:
         ValueError: a file that holds more than tensors, or no language model.
@@ -64,7 +64,7 @@ def read_state_dict(file: str) -> dict[str, torch.Tensor]:
 
 
 def load_causal_lm(text_model: str, state: dict[str, torch.Tensor], file: str):
-    """The language model of an architecture with these weights.
+    """Return the language model of an architecture with these weights.
 
     Raises:
         ValueError: weights that are missing, unknown or of another shape.
@@ -92,7 +92,7 @@ def load_causal_lm(text_model: str, state: dict[str, torch.Tensor], file: str):
 
 
 def tokenizer_of(text_model: str, num_rows: int, file: str):
-    """The original's tokenizer: the language model's, its three tokens, padding with the end of a text.
+    """Return the original's tokenizer: the language model's, its three tokens, padding with the end of a text.
 
     Raises:
         ValueError: another number of tokens than rows of the embeddings.

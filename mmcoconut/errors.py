@@ -53,7 +53,7 @@ def is_missing_folder(name) -> bool:
 
 
 def split_debug(words: list[str]) -> tuple[list[str], bool]:
-    """The words of a command line without a bare `--debug`, and whether it was among them.
+    """Return the words of a command line without a bare `--debug`, and whether it was among them.
 
     `--debug VALUE` is an argument of transformers' Trainer, and stays.
 

@@ -60,7 +60,7 @@ class Explanation(NamedTuple):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it, nearest first."""
+    """Yield the error and what led to it, nearest first."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -75,12 +75,12 @@ def is_of(error: BaseException, module: str, *names: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, or its class where there is none."""
+    """Return the first line of an error's message that says something, or its class where there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def repository_of(error: BaseException) -> str:
-    """The name of the repository that the Hub answered about; empty where it is not known.
+    """Return the name of the repository that the Hub answered about; empty where it is not known.
 
     >>> repository_of(ValueError("no answer"))
     ''
@@ -125,7 +125,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def file_in_frames(error: BaseException, ending: str) -> str:
-    """The file with this ending that the innermost function handled; messages of some libraries name none."""
+    """Return the file with this ending that the innermost function handled; messages of some libraries name none."""
     found, traceback = "", error.__traceback__
     while traceback is not None:
         paths = [str(value) for value in traceback.tb_frame.f_locals.values() if isinstance(value, str | Path)]

@@ -29,7 +29,7 @@ def main_of(module: str):
 
 
 def with_model(words: list[str]) -> list[str]:
-    """A first word that is no option is the model.
+    """Return a first word that is no option is the model.
 
     >>> with_model(["outputs/run", "--split", "test"])
     ['--model', 'outputs/run', '--split', 'test']
@@ -96,7 +96,7 @@ def compares(words: list[str]) -> bool:
 
 
 def launch_words(words: list[str], *, num_gpus: int, is_configured: bool) -> list[str]:
-    """The words of `accelerate launch` that train on the GPUs of this machine.
+    """Return the words of `accelerate launch` that train on the GPUs of this machine.
 
     Args:
         words: recipe and options.

@@ -69,7 +69,7 @@ def _config_values(key: str, name: str, revision: str | None = None) -> dict:
 
 
 def read_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a checkpoint, a folder or Hub id: MMCoconutConfig, or a vision-language model's own.
+    """Return the configuration of a checkpoint, a folder or Hub id: MMCoconutConfig, or a vision-language model's own.
 
     Raises:
         CheckpointError: no such name, or a model of another kind.
@@ -129,7 +129,7 @@ def check_sources(model_args) -> None:
 
 
 def load_model(name: str, *, dtype="auto", revision: str | None = None, new_parts=(), **config_fields):
-    """The model of a folder or Hub id; no code from the checkpoint is run.
+    """Return the model of a folder or Hub id; no code from the checkpoint is run.
 
     Args:
         new_parts: names of sub-modules that the checkpoint may lack, and that are then new.
@@ -150,7 +150,7 @@ def load_model(name: str, *, dtype="auto", revision: str | None = None, new_part
 
 
 def load_processor(name: str, *, revision: str | None = None, **options) -> ProcessorMixin:
-    """The processor of a checkpoint, a folder or Hub id; no code from the checkpoint is run.
+    """Return the processor of a checkpoint, a folder or Hub id; no code from the checkpoint is run.
 
     options: of `from_pretrained`, such as backend.
     """

@@ -72,7 +72,7 @@ class PreparationArguments:
 
 
 def parse_arguments(argv: list[str]) -> PreparationArguments:
-    """The arguments of the command line; RecipeError with all that is wrong with them."""
+    """Return the arguments of the command line; RecipeError with all that is wrong with them."""
     arguments = read_arguments(argv, PreparationArguments, "python -m mmcoconut.prepare_flickr30k --file … [--key …]")
     problems = [(name, None, "name it") for name in ("file", "image_root") if getattr(arguments, name) is None]
     if arguments.max_image_size is not None and arguments.max_image_size < 1:
@@ -92,7 +92,7 @@ def check_sources(arguments: PreparationArguments) -> None:
 
 
 def settings_of(arguments: PreparationArguments) -> dict:
-    """All that the data set depends on; the file of captions may have changed under its name."""
+    """Return all that the data set depends on; the file of captions may have changed under its name."""
     settings = {key: value for key, value in asdict(arguments).items() if key != "output_dir"}
     return {**settings, "sha256_of_file": hashlib.sha256(Path(arguments.file).read_bytes()).hexdigest()}
 
@@ -110,7 +110,7 @@ def check_folder(folder: Path, settings: dict) -> bool:
 
 
 def pictures_by_split(arguments: PreparationArguments) -> dict[str, list[tuple[str, dict]]]:
-    """The pictures that the captions name, each with its name for errors, in the order of the file."""
+    """Return the pictures that the captions name, each with its name for errors, in the order of the file."""
     pictures = {split: [] for split in SPLITS}
     for row_id, row in captions_of(Path(arguments.file)):
         pictures[split_of_picture(row, row_id, arguments.fractions)].append((row_id, row))
@@ -118,7 +118,7 @@ def pictures_by_split(arguments: PreparationArguments) -> dict[str, list[tuple[s
 
 
 def picture_bytes(path: Path, row_id: str, max_image_size: int | None) -> bytes:
-    """The file as it is, or a JPEG of it with the longest side that is allowed; it is decoded in any case."""
+    """Return the file as it is, or a JPEG of it with the longest side that is allowed; it is decoded in any case."""
     (picture,) = open_images({"images": [{"bytes": None, "path": str(path)}], "row_id": row_id})
     if max_image_size is None or max(picture.size) <= max_image_size:
         return path.read_bytes()
@@ -129,7 +129,7 @@ def picture_bytes(path: Path, row_id: str, max_image_size: int | None) -> bytes:
 
 
 def rows_of(pictures: Iterable[tuple[str, dict]], split: str, arguments: PreparationArguments) -> list[dict]:
-    """The rows of the pictures of a split that can be read.
+    """Return the rows of the pictures of a split that can be read.
 
     Raises:
         ValueError: a picture that is missing or damaged, unless `unreadable_images` is `skip`.
@@ -170,7 +170,7 @@ def write_shard(folder: Path, rows: list[dict]) -> None:
 def write_shards(
     partial: Path, pictures: Mapping[str, list], arguments: PreparationArguments
 ) -> dict[str, list[Path]]:
-    """The shards of every split; those that are there already are not made again."""
+    """Return the shards of every split; those that are there already are not made again."""
     shards = {split: [] for split in pictures}
     disable_progress_bars()  # of `datasets`: one a shard
     with tqdm(total=sum(map(len, pictures.values())), unit="picture") as progress:

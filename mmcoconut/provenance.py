@@ -59,7 +59,7 @@ def peak_memory_mb(device) -> float:
 
 
 def without_tokens(words: Sequence[str]) -> list[str]:
-    """The words of a command line without secrets, since what they are written to may be pushed.
+    """Return the words of a command line without secrets, since what they are written to may be pushed.
 
     >>> without_tokens(["--hub_token", "hf_1", "--hub_token=hf_1", "--tokenizer", "train"])
     ['--hub_token', 'hidden', '--hub_token=hidden', '--tokenizer', 'train']

@@ -123,7 +123,7 @@ def pictures(audit: str) -> list[Path]:
 
 
 def picture_of(arguments: PublishArguments) -> Path | None:
-    """The picture of the row that is shown; None where the audit drew none."""
+    """Return the picture of the row that is shown; None where the audit drew none."""
     if arguments.audit is None:
         return None
     wanted = arguments.shown_row
@@ -132,7 +132,7 @@ def picture_of(arguments: PublishArguments) -> Path | None:
 
 
 def read_evidence(arguments: PublishArguments) -> Evidence:
-    """All that lies in the folders that are named."""
+    """Return all that lies in the folders that are named."""
     model = Path(arguments.model)
     recipe, results = model / RECIPE_FILE, model / RESULTS_FILE
     evidence = Evidence(
@@ -237,7 +237,7 @@ def assemble(folder: Path, arguments: PublishArguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> str:
-    """The address of the commit, or the folder of a dry run."""
+    """Return the address of the commit, or the folder of a dry run."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet_requests()
     usage = "python -m mmcoconut.publish --model … --repo_id owner/name [--key value ...]"

@@ -55,7 +55,7 @@ def write_lines(file: Path, records: Iterable) -> None:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The complete lines of a JSON Lines file; a last line that was cut off in writing is left out."""
+    """Return the complete lines of a JSON Lines file; a last line that was cut off in writing is left out."""
     # Bytes: a line may end inside a character, and splitlines() also cuts at characters inside a JSON string.
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
@@ -72,7 +72,7 @@ def changed_settings(before: Mapping, now: Mapping, *, may_change: Container[str
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown.
+    """Return a table in Markdown.
 
     >>> print(markdown_table(["a", "b"], [["1", "2"]]))
     | a | b |

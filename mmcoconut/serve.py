@@ -76,7 +76,7 @@ class CheckedHandler:
 
 
 def refusal_of(error: Exception) -> tuple[int, str]:
-    """The HTTP status and the text that answer a request which ended in an error.
+    """Return the HTTP status and the text that answer a request which ended in an error.
 
     A mistake that a command would explain has the same text here. Other errors of the kinds that a request can cause
     are answered with their message and status 400, and a RuntimeError, which is the server's own, with 500.

@@ -18,12 +18,12 @@ MAX_DRAWN = 10_000_000  # numbers held at a time; bounds the memory
 
 
 def percent(share: float) -> str:
-    """A share from 0 to 1 as text: `50.0 %`."""
+    """Return a share from 0 to 1 as text: `50.0 %`."""
     return f"{100 * share:.1f} %"
 
 
 def points(difference: "Estimate") -> str:
-    """A difference of shares as text, in percentage points.
+    """Return a difference of shares as text, in percentage points.
 
     >>> points(Estimate(-0.5, -0.6, -0.4))
     '-50.0 points [-60.0, -40.0]'
@@ -45,7 +45,7 @@ class Estimate:
 
     @classmethod
     def of(cls, record: Mapping) -> "Estimate":
-        """The estimate in a record, whatever else that holds."""
+        """Return the estimate in a record, whatever else that holds."""
         return cls(record["mean"], record["low"], record["high"])
 
     def asdict(self) -> dict[str, float]:
@@ -114,7 +114,7 @@ def exact_bound(num_examples: int) -> float:
 
 
 def bootstrap_runs(scores, *, seed: int = 0, low: float = 0.0, high: float = 1.0) -> Estimate:
-    """The mean of scores (S, n) between `low` and `high`, and the percentile interval over runs and examples.
+    """Return the mean of scores (S, n) between `low` and `high`, and the percentile interval over runs and examples.
 
     Where all scores are equal a resample could not differ, so the interval is that of `exact_bound` for one run.
 
@@ -137,12 +137,12 @@ def bootstrap_runs(scores, *, seed: int = 0, low: float = 0.0, high: float = 1.0
 
 
 def bootstrap_mean(scores, *, seed: int = 0) -> Estimate:
-    """The mean of one run's scores (n,), each from 0 to 1, and its interval over examples."""
+    """Return the mean of one run's scores (n,), each from 0 to 1, and its interval over examples."""
     return bootstrap_runs(scores, seed=seed)
 
 
 def bootstrap_difference(scores, baseline, *, seed: int = 0) -> Estimate:
-    """The mean of scores - baseline, paired by example (and run), each (n,) or (S, n), and its interval.
+    """Return the mean of scores - baseline, paired by example (and run), each (n,) or (S, n), and its interval.
 
     Raises:
         ValueError: tables of different shapes, which have no pairs.

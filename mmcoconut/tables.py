@@ -18,13 +18,13 @@ def stage_row(record: Mapping) -> dict:
 
 
 def stage_rows(log_history: list[dict]) -> list[dict]:
-    """The last evaluation of every stage, out of the trainer's log."""
+    """Return the last evaluation of every stage, out of the trainer's log."""
     rows = {record["eval_stage"]: stage_row(record) for record in log_history if "eval_accuracy" in record}
     return [rows[stage] for stage in sorted(rows)]
 
 
 def stage_table(rows: list[dict]) -> str:
-    """A line a stage: latents of a prompt, mean of new tokens an answer, accuracy, rows evaluated."""
+    """Return a line a stage: latents of a prompt, mean of new tokens an answer, accuracy, rows evaluated."""
     cells = [
         (row["stage"], row["num_latents"], f"{row['generated_tokens']:.1f}", percent(row["accuracy"]), row["n"])
         for row in rows
@@ -81,7 +81,7 @@ def necessity_text(necessity: Mapping) -> str:
 
 
 def main_table(records: list[dict]) -> str:
-    """A line a mode; records of older comparisons lack some columns, which are left out where none has them."""
+    """Return a line a mode; records of older comparisons lack some columns, which are left out where none has them."""
     columns = [column for column in MAIN_COLUMNS if any(record.get(column[2]) is not None for record in records)]
     rows = [[text(record) if record.get(key) is not None else "–" for _, text, key in columns] for record in records]
     return markdown_table([head for head, _, _ in columns], rows)

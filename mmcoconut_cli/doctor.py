@@ -49,7 +49,7 @@ class Check:
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed package, None where it is not installed."""
+    """Return the version of an installed package, None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -57,14 +57,14 @@ def installed(name: str) -> str | None:
 
 
 def tested_versions() -> dict[str, str]:
-    """The versions that the tests run with, by the package's normalized name."""
+    """Return the versions that the tests run with, by the package's normalized name."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     return {normalized(name): version.strip() for name, version in pins}
 
 
 def normalized(name: str) -> str:
-    """A package's name as indexes compare it.
+    """Return a package's name as indexes compare it.
 
     >>> normalized("huggingface_Hub")
     'huggingface-hub'
@@ -73,7 +73,7 @@ def normalized(name: str) -> str:
 
 
 def requirements_of(extra: str | None = None) -> list:
-    """The requirements of this package, or of one of its extras, that apply to this machine."""
+    """Return the requirements of this package, or of one of its extras, that apply to this machine."""
     from packaging.requirements import Requirement  # of transformers' own requirements, and so perhaps missing
 
     parsed = [Requirement(line) for line in importlib.metadata.requires(PACKAGE) or ()]
@@ -149,7 +149,7 @@ def imported(name: str) -> tuple[object | None, Check]:
 
 
 def device_lines(torch) -> Iterator[str]:
-    """The processors that models can run on."""
+    """Yield the processors that models can run on."""
     yield f"  CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
@@ -161,7 +161,7 @@ def device_lines(torch) -> Iterator[str]:
 
 
 def folders() -> dict[str, Path]:
-    """The folders that are written to: downloads, prepared data sets, output, temporary files."""
+    """Return the folders that are written to: downloads, prepared data sets, output, temporary files."""
     home = Path(os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")))
     home = home.expanduser()
     return {
@@ -196,7 +196,7 @@ def check_folder(name: str, folder: Path) -> Check:
 
 
 def report() -> tuple[list[str], list[Check]]:
-    """The lines of the report, and the problems among them."""
+    """Return the lines of the report, and the problems among them."""
     versions = [*check_versions()]
     modules = {name: imported(name) for name in ("torch", "transformers", PACKAGE)}
     imports = [check for _, check in modules.values()]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """The folder of the recipes, of the installed package or of the checkout that it runs from.
+    """Return the folder of the recipes, of the installed package or of the checkout that it runs from.
 
     Raises:
         FileNotFoundError: the package is not there.
@@ -22,7 +22,7 @@ def folder() -> Path:
 
 
 def sentence_of(recipe: Path) -> str:
-    """The first sentence of a recipe's comment, which says what it trains."""
+    """Return the first sentence of a recipe's comment, which says what it trains."""
     lines = [line.removeprefix("#").strip() for line in recipe.read_text(encoding="utf-8").splitlines()]
     comment = " ".join(lines[: next((index for index, line in enumerate(lines) if re.match(r"\w+:", line)), None)])
     return re.split(r"(?<=\.)\s(?=[A-Z$])", comment, maxsplit=1)[0]

@@ -153,7 +153,7 @@ def _layout(values: dict):
 
 
 def _conflicts(values: dict):
-    """The combinations of typed `values` that cannot be meant."""
+    """Yield the combinations of typed `values` that cannot be meant."""
     given = dict.fromkeys(key for key in IN_A_CHECKPOINT if values[key] is not None).keys()
     for key in given if values["model"] is not None else ():
         yield key, values[key], f"the checkpoint `model` brings its own: remove one (--{key} null)"
@@ -375,7 +375,7 @@ def _lora(values: dict):
 
 
 def _missing(values: dict):
-    """The paths that lead nowhere; a Hub id is not looked up."""
+    """Yield the paths that lead nowhere; a Hub id is not looked up."""
     for key in FOLDERS:
         if is_missing_folder(values.get(key)):
             yield key, values[key], "no such folder: give an existing folder or a Hub id"

@@ -63,7 +63,7 @@ def check_value(name: str, value) -> None:
 
 
 def passed_on(objective: str) -> dict[str, object]:
-    """The fields that `rl` may set, and their types."""
+    """Return the fields that `rl` may set, and their types."""
     types = get_type_hints(CONFIGS[objective])
     return {name: types[name] for name in PASSED_ON if name in types}
 
@@ -96,7 +96,7 @@ def check_checkpoints(arguments) -> None:
 
 
 def policy_arguments(objective: str, values: dict, *, rl: dict, rewards: dict[str, float], max_new_tokens: int):
-    """The run's arguments as trl takes them.
+    """Return the run's arguments as trl takes them.
 
     values: of RunArguments.
 

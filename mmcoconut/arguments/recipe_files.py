@@ -122,7 +122,7 @@ def merge(far: dict, near: dict) -> dict:
 
 
 def _leaves(values: dict, path: tuple = ()) -> Iterator[tuple]:
-    """The keys that lead to each value which is not a mapping of others."""
+    """Yield the keys that lead to each value which is not a mapping of others."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, (*path, key))
@@ -139,7 +139,7 @@ def _says(values, path: tuple) -> bool:
 
 
 def _refused(chain: tuple[str, ...], value, remedy: str, key: str = BASE) -> RecipeError:
-    """The error of a file that cannot be read, with the files that led to it."""
+    """Return the error of a file that cannot be read, with the files that led to it."""
     way = f"; the files: {' → '.join(chain)}" if chain[1:] else ""
     return RecipeError(chain[0], [(key, value, remedy + way)])
 
@@ -161,7 +161,7 @@ def _read_file(chain: tuple[str, ...]) -> tuple[dict, list[tuple]]:
 
 
 def _base_of(chain: tuple[str, ...], base) -> str:
-    """The file that the last one of the chain names as its base."""
+    """Return the file that the last one of the chain names as its base."""
     problems = []
     path = expand(base, BASE, problems)
     if problems:
@@ -175,7 +175,7 @@ def _base_of(chain: tuple[str, ...], base) -> str:
 
 
 def _read_chain(chain: tuple[str, ...]) -> list[tuple[str, dict, list]]:
-    """The last file of the chain and its bases, nearest first: name, values, keys that it writes twice."""
+    """Return the last file of the chain and its bases, nearest first: name, values, keys that it writes twice."""
     values, twice = _read_file(chain)
     base = values.pop(BASE, None)
     bases = [] if base is None else _read_chain((*chain, _base_of(chain, base)))
@@ -183,7 +183,7 @@ def _read_chain(chain: tuple[str, ...]) -> list[tuple[str, dict, list]]:
 
 
 def installed_recipes() -> dict[str, Path]:
-    """The recipes of this package, or of the checkout it runs from, by name."""
+    """Return the recipes of this package, or of the checkout it runs from, by name."""
     folders = [Path(root, "recipes") for root in mmcoconut.__path__]
     found = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
     return {file.stem: file for file in reversed(found)}
@@ -215,7 +215,7 @@ class MergedRecipe(NamedTuple):
 
 
 def read_recipe_file(recipe: str) -> MergedRecipe:
-    """A recipe with what its bases say where it says nothing, key by key.
+    """Return a recipe with what its bases say where it says nothing, key by key.
 
     Raises:
         RecipeError: a file that is not there or holds no mapping, a base of itself; with the files that led there.
@@ -237,7 +237,7 @@ def forget_sources(sources: dict[str, str], keys) -> None:
 
 
 def name_sources(problems: list[tuple], sources: dict[str, str], recipe: str) -> list[tuple]:
-    """The problems, each with the files that its keys are set in unless that is the recipe itself."""
+    """Return the problems, each with the files that its keys are set in unless that is the recipe itself."""
     named = []
     for key, value, remedy in problems:
         for name in dict.fromkeys([key, *KEY_IN_A_REMEDY.findall(remedy)]):

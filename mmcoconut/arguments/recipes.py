@@ -77,7 +77,7 @@ def warn_of_idle(values: dict, run: RunArguments) -> None:
 
 
 def _build(values: dict, problems: list[tuple]) -> list:
-    """The four dataclasses; RunArguments last, as it sets up devices, and only from values that are right."""
+    """Return the four dataclasses; RunArguments last, as it sets up devices, and only from values that are right."""
     parts = [{key: values[key] for key in names if key in values} for names in NAMES]
     built = [cls(**part) for cls, part in zip(CLASSES[:-1], parts[:-1], strict=True)]
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
@@ -104,7 +104,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
 
 
 def _run_values(run: RunArguments) -> dict:
-    """The fields that differ from their defaults, as a recipe spells them."""
+    """Return the fields that differ from their defaults, as a recipe spells them."""
     values = {key: value for key, value in run.to_dict().items() if key in NAMES[-1] and key not in NOT_SAVED}
     values["debug"] = " ".join(values["debug"])
     if run.accelerator_config == AcceleratorConfig():
@@ -114,7 +114,7 @@ def _run_values(run: RunArguments) -> dict:
 
 
 def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: CurriculumArguments) -> RunArguments:
-    """The run's arguments with what trl needs beside them.
+    """Return the run's arguments with what trl needs beside them.
 
     Raises:
         ValueError: what trl refuses, such as batches that do not hold whole groups of answers.

@@ -139,7 +139,7 @@ def check_boxes(boxes: Sequence[Sequence[float] | None], steps: Sequence[str], r
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest valid one, then all of them."""
+    """Return the end of an error message about an unknown name: the nearest valid one, then all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(str(name), valid, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -227,7 +227,7 @@ def image_counts(rows: Dataset) -> list[int]:
 
 
 def drop_unreadable(dataset: Dataset) -> tuple[Dataset, list[str]]:
-    """The rows whose pictures can all be read, and one message for each row left out.
+    """Return the rows whose pictures can all be read, and one message for each row left out.
 
     Decodes every picture once. This is the policy "skip", for the caller to choose and to report; under the policy
     "error" nobody calls this and `open_images` stops the run.

@@ -1,4 +1,4 @@
-"""Loads A-OKVQA as published: `aokvqa_v1p0_<split>.json` and COCO 2017 pictures, or the Hub's copy.
+"""Load A-OKVQA as published: `aokvqa_v1p0_<split>.json` and COCO 2017 pictures, or the Hub's copy.
 
 The rationales of a question are alternatives by different people, not steps that follow each other: one of them is
 taken, and its sentences are the steps. The public test file has no answers, so it cannot be loaded. Paper:
@@ -44,7 +44,7 @@ FILES = {"train": "train", "validation": "val", "test": "test"}
 
 
 def _list_in(text: str, field: str, row_id: str) -> Any:
-    """The list that a text spells as Python does.
+    """Return the list that a text spells as Python does.
 
     Raises:
         ValueError: no literal; strings with no comma between them, as numpy prints them, which Python would join.
@@ -63,7 +63,7 @@ def _list_in(text: str, field: str, row_id: str) -> Any:
 
 
 def _direct_answers(row: Mapping[str, Any], row_id: str) -> list[str]:
-    """The ten answers; the Hub's copy writes the list as text, `"['a', 'b']"`."""
+    """Return the ten answers; the Hub's copy writes the list as text, `"['a', 'b']"`."""
     value = field_of(row, "direct_answers", row_id)
     if isinstance(value, str):
         value = _list_in(value, "direct_answers", row_id)
@@ -111,7 +111,7 @@ def _examples(
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as the published files and COCO pictures; returns the options for `load`.
+    """Write `num_rows` arrow mazes per split as the published files and COCO pictures; return the options for `load`.
 
     Here the test file has answers too."""
     folder = Path(folder)
@@ -149,7 +149,7 @@ def load(
     skip_difficult: bool = False,
     images_required: bool = True,
 ) -> Dataset:
-    """The rows of a split: one picture, and as steps the sentences of one rationale.
+    """Return the rows of a split: one picture, and as steps the sentences of one rationale.
 
     folder: holds `aokvqa_v1p0_{train,val,test}.json`. image_root: holds COCO's `train2017`, `val2017` and `test2017`.
     path: instead of them, a Hub id such as `HuggingFaceM4/A-OKVQA`, or a folder as `hub.read_published` takes it.

@@ -66,7 +66,7 @@ class Maze:
         return self.arrows[cell[0] * self.grid_size + cell[1]]
 
     def path(self, hops: int) -> list[Cell]:
-        """The cells stood on while following `hops` arrows: the start, then one cell a hop."""
+        """Return the cells stood on while following `hops` arrows: the start, then one cell a hop."""
         cells = [self.start]
         for _ in range(hops):
             down, right = DIRECTIONS[self.arrow_at(cells[-1])]
@@ -76,7 +76,7 @@ class Maze:
         return cells
 
     def layout(self) -> bytes:
-        """The grid without its mark, as bytes: what decides the split, so that no grid is in two splits."""
+        """Return the grid without its mark, as bytes: what decides the split, so that no grid is in two splits."""
         return " ".join((str(self.grid_size), *self.colors, *self.arrows)).encode()
 
 
@@ -110,7 +110,7 @@ def _tile(color: str, arrow: str, *, marked: bool, cell_size: int) -> Image.Imag
 
 
 def draw(maze: Maze, cell_size: int = 16) -> Image.Image:
-    """The picture of a maze, `grid_size * cell_size` pixels square; the start wears a white and black frame."""
+    """Return the picture of a maze, `grid_size * cell_size` pixels square; the start wears a white and black frame."""
     if cell_size < MIN_CELL_SIZE:
         raise UsageError(f"cell_size is {cell_size} pixels and an arrow needs {MIN_CELL_SIZE}; raise cell_size")
     side = maze.grid_size * cell_size
@@ -134,7 +134,7 @@ def _draw_hop(canvas: ImageDraw.ImageDraw, maze: Maze, *, cells: tuple[Cell, Cel
 
 
 def draw_path(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
-    """The same picture `PATH_SCALE` times larger, for reports: the way is a line, and each cell on it wears the
+    """Return the same picture `PATH_SCALE` times larger, for reports: the way is a line, and each cell on it wears the
     numbers of the hops that reach it (0 is the start)."""
     side = cell_size * PATH_SCALE
     picture = draw(maze, cell_size)
@@ -152,7 +152,7 @@ def draw_path(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
 
 
 def draw_way(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
-    """The picture of a maze with the cells of the way alone, the others grey: what a helper image shows."""
+    """Return the picture of a maze with the cells of the way alone, the others grey: what a helper image shows."""
     picture = draw(maze, cell_size)
     way = set(maze.path(hops))
     for row in range(maze.grid_size):
@@ -163,7 +163,7 @@ def draw_way(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
 
 
 def box_of(cell: Cell, cell_size: int) -> tuple[int, int, int, int]:
-    """A cell's left, top, right and bottom in pixels of the picture.
+    """Return a cell's left, top, right and bottom in pixels of the picture.
 
     >>> box_of((2, 1), 16)
     (16, 32, 32, 48)
@@ -217,7 +217,7 @@ def generate(
     min_hops: int = 1,
     max_hops: int = 3,
 ) -> Iterator[tuple[Maze, int]]:
-    """The puzzles of a split, `(maze, hops)`, in the order of `load`'s rows.
+    """Yield the puzzles of a split, `(maze, hops)`, in the order of `load`'s rows.
 
     Mazes are drawn at random and kept when the hash of their grid falls in this split's part, so two splits never
     share a grid, whatever their seeds; inside a split no puzzle comes twice. More rows continue the same list.
@@ -295,7 +295,7 @@ def _example(
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """The options for `num_rows` rows a split; no file is written, for the data set has none."""
+    """Return the options for `num_rows` rows per split; no file is written, for the data set has none."""
     return {"num_rows": num_rows, "seed": seed, "helper_image": True}
 
 
@@ -312,7 +312,7 @@ def load(
     helper_image: bool = False,
     as_text: bool = False,
 ) -> Dataset:
-    """The rows of a split: one picture, an open question, hops + 1 steps (the cells stood on), the colour's
+    """Return the rows of a split: one picture, an open question, hops + 1 steps (the cells stood on), the colour's
     name; and the box of each step's cell.
 
     num_rows: for every split, or for each by name. min_hops, max_hops: the number of arrows is uniform between them.

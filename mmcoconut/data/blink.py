@@ -1,4 +1,4 @@
-"""Loads BLINK, 14 tasks of visual perception with one to four pictures a question: parquet, one configuration a task.
+"""Load BLINK, 14 tasks of visual perception with one to four pictures a question: parquet, one configuration a task.
 
 The rows are those of the published `val`; the answers of the published `test` are withheld. The question is the
 published prompt, which says which picture is which, up to the list of its options; these are the choices. The letter
@@ -65,7 +65,7 @@ def _check_tasks(tasks: Sequence[str]) -> list[str]:
 
 
 def _load_task(path: str | os.PathLike, task: str) -> Dataset:
-    """The rows of a task: of its own folder below `path`, or of the configuration of its name."""
+    """Return the rows of a task: of its own folder below `path`, or of the configuration of its name."""
     below = Path(path) / task
     if below.is_dir():
         dataset, path = read_benchmark(below), below

@@ -39,7 +39,7 @@ class Cut:
 
 
 def without_last_turn(row: Mapping[str, Any]) -> dict:
-    """A conversation that ends one turn earlier."""
+    """Return a conversation that ends one turn earlier."""
     *history, last = row["history"]
     texts = {"question": last["question"], "answers": [last["answer"]], "choices": [], "steps": []}
     return {**row, **texts, "history": history}

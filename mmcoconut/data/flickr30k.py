@@ -1,4 +1,4 @@
-"""Loads Flickr30k: five captions a picture, from `results.csv`, Karpathy's `dataset_flickr30k.json`, a JSON object
+"""Load Flickr30k: five captions a picture, from `results.csv`, Karpathy's `dataset_flickr30k.json`, a JSON object
 `{"image.jpg": ["caption", ...]}`, the Hub, or what `python -m mmcoconut.prepare_flickr30k` made of these files.
 
 A picture is in one split with all its captions: in the split that the source gives it, else by the hash of its file
@@ -56,7 +56,7 @@ def _bar_lines(text: str, file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _captions(cell: Any, row_id: str) -> list:
-    """The column `raw` holds the captions of a picture as one JSON list."""
+    """Return the column `raw` holds the captions of a picture as one JSON list."""
     try:
         return json.loads(cell)
     except (json.JSONDecodeError, TypeError) as error:
@@ -126,7 +126,7 @@ def captions_of(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def split_of_picture(row: Mapping[str, Any], row_id: str, fractions: Sequence[float]) -> str:
-    """The split that the source gives a picture, else the one of its file name."""
+    """Return the split that the source gives a picture, else the one of its file name."""
     given = row.get("split")
     if given is None:
         return split_of(text_of(row, "filename", row_id).encode(), fractions)
@@ -163,7 +163,7 @@ def _examples(
 
 
 def _published(path: str | os.PathLike, split: str, *, examples: Callable, fractions: Sequence[float]) -> Dataset:
-    """A repository of one split holds all pictures; they are divided here like those of a table."""
+    """Return a repository of one split holds all pictures; they are divided here like those of a table."""
     names = published_splits(path)
     divided = len(names) > 1
     in_split = (lambda row, row_id: True) if divided else partial(_in_split, split=split, fractions=fractions)
@@ -173,7 +173,7 @@ def _published(path: str | os.PathLike, split: str, *, examples: Callable, fract
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split into one `results.csv`, two captions each; returns the options."""
+    """Write `num_rows` arrow mazes per split into one `results.csv`, two captions each; return the options."""
     folder, lines = Path(folder), ["image_name| comment_number| comment"]
     for split in SPLITS:
         names = (f"{number}.jpg" for number in itertools.count(1))
@@ -195,7 +195,7 @@ def load(
     question: str = QUESTION,
     row_per_caption: bool | Mapping[str, bool] = False,
 ) -> Dataset:
-    """The rows of a split: one picture and its captions as accepted answers.
+    """Return the rows of a split: one picture and its captions as accepted answers.
 
     file: `results.csv` with bars, a table with commas and a header (`image,caption`, or `filename,raw,split`),
         Karpathy's JSON, or `{"image.jpg": ["caption", ...]}` in a .json; one file for all splits. image_root: holds

@@ -46,7 +46,7 @@ Nodes = tuple[int, ...]
 
 
 def hops_from(edges: Iterable[Edge], start: int) -> dict[int, int]:
-    """The fewest edges from `start` to every node that can be reached from it, itself included."""
+    """Return the fewest edges from `start` to every node that can be reached from it, itself included."""
     below = {}
     for source, target in edges:
         below.setdefault(source, []).append(target)
@@ -104,7 +104,7 @@ def _new_edge(rng: random.Random, edges: list[Edge], paths: tuple[Nodes, Nodes],
 
 
 def _filled(rng: random.Random, paths: tuple[Nodes, Nodes], *, num_nodes: int, num_edges: int) -> list[Edge] | None:
-    """The edges of a random graph around two paths; None where it filled up before it had `num_edges`."""
+    """Return the edges of a random graph around two paths; None where it filled up before it had `num_edges`."""
     edges = _grow(rng, paths, num_nodes)
     while len(edges) < num_edges:
         edge = _new_edge(rng, edges, paths, num_nodes)
@@ -209,7 +209,7 @@ def generate(
     max_hops: int = 5,
     wording: str = "prosqa",
 ) -> Iterator[Puzzle]:
-    """The puzzles of a split, in the order of `load`'s rows; the options are those of `load`.
+    """Yield the puzzles of a split, in the order of `load`'s rows; the options are those of `load`.
 
     Puzzles are drawn at random and kept when the hash of their graph falls in this split's part, so two splits never
     share a graph, whatever their seeds; inside a split no question about a graph comes twice. More rows continue the
@@ -272,7 +272,7 @@ def _symbol_texts(puzzle: Puzzle) -> dict:
 
 
 def row_of(puzzle: Puzzle, wording: str) -> dict:
-    """The puzzle as a row of the public ProsQA files; `edges` are in the order of the facts."""
+    """Return the puzzle as a row of the public ProsQA files; `edges` are in the order of the facts."""
     return {
         **(_prosqa_texts(puzzle) if wording == "prosqa" else _symbol_texts(puzzle)),
         "idx_to_symbol": list(puzzle.symbols),
@@ -288,7 +288,7 @@ def _rows(split: str, *, wording: str = "prosqa", **options) -> list[dict]:
 
 
 def write_prosqa_files(folder: str | os.PathLike, **options) -> dict:
-    """Writes the rows of `load` with these options as `prosqa_train.json`, `prosqa_valid.json` and `prosqa_test.json`,
+    """Write the rows of `load` with these options as `prosqa_train.json`, `prosqa_valid.json` and `prosqa_test.json`,
     the public format; returns the options with which `mmcoconut.data.prosqa.load` reads them back."""
     for split, name in FILES.items():
         save_json(Path(folder) / f"prosqa_{name}.json", _rows(split, **options))
@@ -296,7 +296,7 @@ def write_prosqa_files(folder: str | os.PathLike, **options) -> dict:
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """The options for `num_rows` rows a split; no file is written, for the data set has none."""
+    """Return the options for `num_rows` rows per split; no file is written, for the data set has none."""
     return {"num_rows": num_rows, "seed": seed}
 
 

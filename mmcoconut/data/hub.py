@@ -1,4 +1,4 @@
-"""Reads data sets published with pictures in a column `image`: from the Hub, from a folder of parquet files, or from
+"""Read data sets published with pictures in a column `image`: from the Hub, from a folder of parquet files, or from
 `save_to_disk`. The pictures stay where they are, undecoded and, if their file is memory-mapped, on disk."""
 
 import os
@@ -23,7 +23,7 @@ PUBLISHED_NAMES = {"validation": ("validation", "valid", "val", "dev")}  # of ou
 
 
 def published_splits(path: str | os.PathLike, config: str | None = None) -> list[str]:
-    """The names of the splits at `path`, without loading them; ValueError where there is nothing to load."""
+    """Return the names of the splits at `path`, without loading them; ValueError where there is nothing to load."""
     path = str(path)
     if path.startswith((".", "/", "~")) and not os.path.isdir(path):
         raise UsageError(f"{path}: there is no such folder; give the option path a folder or a Hub id")
@@ -123,7 +123,7 @@ def from_published(
     images: str = "required",
     columns: Sequence[str] = ("image",),
 ) -> Dataset:
-    """A data set of the examples of `rows` (all by default) of what `read_published` gave, with their pictures.
+    """Return a data set of the examples of `rows` (all by default) of what `read_published` gave, with their pictures.
 
     images: "required", "optional" (a null is a text row), or "none" for text only.
     columns: hold the pictures, one each; nulls in any but the first are always allowed.
@@ -155,7 +155,7 @@ def save_published(
     columns: Sequence[str] = ("image",),
     below: str = "data",
 ) -> None:
-    """Writes rows with PIL pictures (or None) in `columns` as the Hub stores them: a parquet file in the folder
+    """Write rows with PIL pictures (or None) in `columns` as the Hub stores them: a parquet file in the folder
     `below` that holds the PNG bytes."""
     content = {key: [row[key] for row in rows] for key in rows[0]}
     for name in columns:

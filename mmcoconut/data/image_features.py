@@ -54,7 +54,7 @@ def hash_of(module: nn.Module) -> str:
 
 
 def description_of(model, processor, mixed_precision: str) -> dict:
-    """All that the features of a picture depend on, beside the picture."""
+    """Return all that the features of a picture depend on, beside the picture."""
     tower = model.vision_tower
     vision_config = json.loads(tower.config.to_json_string())
     vision_config.pop("_name_or_path", None)  # the same weights may lie in several places

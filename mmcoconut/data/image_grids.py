@@ -103,7 +103,7 @@ def tiles(first: int, layout: tuple[int, int], side: int, num_features: int, ext
 
 
 def of_patches(num_features: int, rows: int, columns: int) -> list[View] | str:
-    """The grid of a picture of patches (rows, columns), of which k × k at a time became a feature."""
+    """Return the grid of a picture of patches (rows, columns), of which k × k at a time became a feature."""
     side = math.isqrt(rows * columns // num_features)
     rows, columns = rows // max(side, 1), columns // max(side, 1)
     if rows * columns != num_features:
@@ -112,7 +112,7 @@ def of_patches(num_features: int, rows: int, columns: int) -> list[View] | str:
 
 
 def of_runs(runs: Sequence[int], before: Sequence[str], gaps: Sequence[tuple], ratio: float) -> list[View] | str:
-    """The grid of features in several runs, by the text before each and the ids between them.
+    """Return the grid of features in several runs, by the text before each and the ids between them.
 
     ratio: of the picture's width to its height.
     """
@@ -145,7 +145,7 @@ def runs_of(ids: Sequence[int], image_id: int) -> list[int]:
 
 
 def part_seen(image_processor, size: tuple[int, int]) -> dict:
-    """The part of a picture (height, width) that a processor keeps, as fields of a View."""
+    """Return the part of a picture (height, width) that a processor keeps, as fields of a View."""
     height, width = size
     if getattr(image_processor, "background_color", None) is not None:  # it pads to a square
         side = max(height, width)
@@ -227,7 +227,7 @@ class FeatureLayout:
         ]
 
     def _of_picture(self, processor, tensors: Mapping, ids: Sequence[int], index: int, picture, counts) -> list | str:
-        """The views of a picture of a vision-language model's own class, whose ids stand for it."""
+        """Return the views of a picture of a vision-language model's own class, whose ids stand for it."""
         size = picture.height, picture.width
         groups = [(is_image, tuple(group)) for is_image, group in groupby(ids, key=lambda i: i == self.image_token_id)]
         runs = runs_of(ids, self.image_token_id)
@@ -247,7 +247,7 @@ class FeatureLayout:
         return self._of_one_run(processor, count, size)
 
     def _of_one_run(self, processor, count: int, size: tuple[int, int]) -> list[View] | str:
-        """The grid of features that nothing divides, of a picture (height, width).
+        """Return the grid of features that nothing divides, of a picture (height, width).
 
         LLaVA-NeXT and its kin have features of the whole picture, then of its parts, put together without their
         padding, with a feature at the end of each row.

@@ -1,4 +1,4 @@
-"""Opens the pictures of a row as RGB, or says which row and which file cannot be read and what to do about it."""
+"""Open the pictures of a row as RGB, or says which row and which file cannot be read and what to do about it."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ def _open_source(item: Mapping[str, Any], where: str) -> BinaryIO:
 
 
 def resolve_image_path(image_root: str | os.PathLike, relative: str, row_id: str, field: str = "image") -> Path:
-    """The absolute path of `relative` under `image_root`.
+    """Return the absolute path of `relative` under `image_root`.
 
     Raises ValueError when it leaves the root: a data file from elsewhere must not choose which files are read.
     """
@@ -54,7 +54,7 @@ def resolve_image_path(image_root: str | os.PathLike, relative: str, row_id: str
 
 
 def _named_items(row: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The pictures of a row as they are stored, each with its name for messages."""
+    """Yield the pictures of a row as they are stored, each with its name for messages."""
     for number, item in enumerate(row["images"]):
         yield item, f"{row['row_id']}: image file {item['path'] or f'{number} (bytes in the data set)'}"
 
@@ -93,7 +93,7 @@ def image_sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 
 def open_helper_image(row: Mapping[str, Any]) -> Image.Image:
-    """The helper image of a row that has one, decoded as `open_images` does."""
+    """Return the helper image of a row that has one, decoded as `open_images` does."""
     item = row["helper_image"]
     where = f"{row['row_id']}, field 'helper_image': image file {item['path'] or '(bytes in the data set)'}"
     with _open_source(item, where) as source:

@@ -1,4 +1,4 @@
-"""Loads questions with written steps from JSON or JSON Lines: `{"image", "question", "steps", "answer"}` a row.
+"""Load questions with written steps from JSON or JSON Lines: `{"image", "question", "steps", "answer"}` a row.
 
 This is the format of the A-OKVQA files made for Coconut. There the choices stand in the question and the answer is the
 index of the right one: both are kept as they are. Optional fields: `choices`, a list; `answers`, all accepted
@@ -66,7 +66,7 @@ def read_text(file: Path) -> str:
 
 
 def read_rows(file: str | os.PathLike) -> list[dict]:
-    """The objects of a JSON list or of JSON Lines, told apart by the first character."""
+    """Return the objects of a JSON list or of JSON Lines, told apart by the first character."""
     file = Path(file)
     text = read_text(file)
     if text.lstrip().startswith("["):
@@ -107,7 +107,7 @@ def check_list(value: Any, field: str, row_id: str) -> list:
 
 
 def answer_text(value: Any, field: str, row_id: str) -> str:
-    """A string as it is, a number as its string, without a point where it is whole: 3.0 is "3"."""
+    """Return a string as it is, a number as its string, without a point where it is whole: 3.0 is "3"."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise field_error(row_id, field, value, f"write a string or a number, not {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -124,7 +124,7 @@ def check_among(answer: str, choices: list[str], *, choices_field: str, row_id: 
 
 
 def existing_image(image_root: str | os.PathLike, relative: Any, row_id: str, field: str = "image") -> dict:
-    """The `images` item of a file under `image_root`, which must exist; it is not decoded."""
+    """Return the `images` item of a file under `image_root`, which must exist; it is not decoded."""
     path = resolve_image_path(image_root, check_text(relative, field, row_id), row_id, field)
     if not os.path.isfile(path):
         remedy = f"there is no file {str(path)!r}; correct the path or image_root, or put the file there"
@@ -133,7 +133,7 @@ def existing_image(image_root: str | os.PathLike, relative: Any, row_id: str, fi
 
 
 def _check_spelling(row: Mapping[str, Any], row_id: str) -> None:
-    """Refuses a misspelt optional field, which would otherwise be lost without a word: `images` for `image`."""
+    """Refuse a misspelt optional field, which would otherwise be lost without a word: `images` for `image`."""
     for field in sorted(row.keys() - set(FIELDS)):
         close = difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.8)
         if close and close[0] not in row:
@@ -251,7 +251,7 @@ def _identity(row: Mapping[str, Any]) -> bytes:
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as `<split>.json` with their pictures, boxes and helper images; returns
+    """Write `num_rows` arrow mazes per split as `<split>.json` with their pictures, boxes and helper images; returns
     the options for `load`."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -276,7 +276,7 @@ def load(
     images_required: bool = True,
     fractions: Sequence[float] | None = None,
 ) -> Dataset:
-    """The rows of a split's file.
+    """Return the rows of a split's file.
 
     file: a path with `{split}` in it, or a mapping from split to path; or one path, with fractions.
     fractions: parts of train, validation and test into which one file is divided, by the hash of a row's picture path

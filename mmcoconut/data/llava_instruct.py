@@ -1,4 +1,4 @@
-"""Loads conversations about pictures: LLaVA-Instruct's JSON, and the chat messages of later data sets.
+"""Load conversations about pictures: LLaVA-Instruct's JSON, and the chat messages of later data sets.
 
     {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, …]}
     {"images": […], "messages": [{"role": "user" | "assistant", "content": a text, or parts with a type}, …]}
@@ -46,7 +46,7 @@ SAMPLE_TURNS = 3
 
 
 def _part(part: Any, field: str, row_id: str) -> str:
-    """The text of a part of a message, or the mark of a picture."""
+    """Return the text of a part of a message, or the mark of a picture."""
     kind = part.get("type") if isinstance(part, Mapping) else part
     if kind not in PART_TYPES:
         remedy = f"write an object whose type is one of {', '.join(PART_TYPES)}; {nearest(str(kind), PART_TYPES)}"
@@ -81,12 +81,12 @@ def _turns(row: Mapping[str, Any], row_id: str) -> tuple[str, list[tuple[str, st
 
 
 def _unmarked(marked: str, field: str, row_id: str) -> str:
-    """A question without its marks, and without the spaces in front of them."""
+    """Return a question without its marks, and without the spaces in front of them."""
     return check_text(re.sub(rf"[^\S\n]*{IMAGE_MARK}", "", marked).strip(), field, row_id)
 
 
 def _first_question(marked: str, num_images: int, field: str, row_id: str) -> str:
-    """The first question without its marks, of which there must be one for each picture."""
+    """Return the first question without its marks, of which there must be one for each picture."""
     if marked.count(IMAGE_MARK) != num_images:
         remedy = f"the row has {num_images} picture(s), so mark {num_images} in its first question ({IMAGE_MARK})"
         raise field_error(row_id, field, marked, remedy)
@@ -101,7 +101,7 @@ def _check_unmarked(turns: Sequence[tuple[str, str]], field: str, row_id: str) -
 
 
 def _pictures(row: Mapping[str, Any], name: str, row_id: str) -> list[str]:
-    """The paths of a row's pictures."""
+    """Return the paths of a row's pictures."""
     if name == "conversations":
         return [] if row.get("image") is None else [text_of(row, "image", row_id)]
     return [check_text(path, "images", row_id) for path in check_list(row.get("images", []), "images", row_id)]
@@ -143,7 +143,7 @@ def _sample_turns(puzzle: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as conversations of one to three turns; returns the options for `load`."""
+    """Write `num_rows` arrow mazes per split as conversations of one to three turns; return the options for `load`."""
     folder, rows = Path(folder), []
     for split in SPLITS:
         names = (f"{number:012}.jpg" for number in itertools.count(1))
@@ -166,7 +166,7 @@ def load(
     images_required: bool = True,
     max_turns: int | None = None,
 ) -> Dataset:
-    """The rows of a split: one picture, or several, or none, and the turns of a conversation.
+    """Return the rows of a split: one picture, or several, or none, and the turns of a conversation.
 
     file: such as `llava_instruct_150k.json`; one file for all splits. image_root: holds the pictures that it names,
         for that file COCO's `train2017`.

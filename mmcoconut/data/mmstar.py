@@ -1,4 +1,4 @@
-"""Loads MMStar, 1,500 questions that need their picture: parquet with `image`, `question`, `answer` and categories.
+"""Load MMStar, 1,500 questions that need their picture: parquet with `image`, `question`, `answer` and categories.
 
 The options are in the question's text, in one of two layouts: `…\\nOptions: A: …, B: …`, or lines that begin with
 `(A)`, in part behind a hint about letters. Both become choices; the letter in `answer` becomes the text of its choice.

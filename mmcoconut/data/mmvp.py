@@ -1,4 +1,4 @@
-"""Loads MMVP, 300 questions about pairs of pictures that CLIP takes for the same: `Questions.csv` and `MMVP Images/`.
+"""Load MMVP, 300 questions about pairs of pictures that CLIP takes for the same: `Questions.csv` and `MMVP Images/`.
 
 Rows 1 and 2, 3 and 4, and so on, ask the same about two pictures, and a pair counts as right where both answers are:
 the data set's metric is `pair_accuracy`. Paper: https://arxiv.org/abs/2401.06209. Data:

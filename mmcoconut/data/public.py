@@ -53,7 +53,7 @@ def check_not_beside_path(dataset: str, path: Any, **options: Any) -> None:
 
 
 def read_object(file: Path) -> dict:
-    """The one JSON object that fills `file`."""
+    """Return the one JSON object that fills `file`."""
     text = read_text(file)
     try:
         content = json.loads(text)
@@ -68,7 +68,7 @@ def read_object(file: Path) -> dict:
 
 
 def objects_in(content: Mapping[str, Any], field: str, where: str) -> list[dict]:
-    """The list of objects in a field of a JSON file; `where` names the file."""
+    """Return the list of objects in a field of a JSON file; `where` names the file."""
     rows = check_list(field_of(content, field, where), field, where)
     if not rows:
         raise field_error(where, field, rows, "the list holds no rows; copy or download the file again")
@@ -84,7 +84,7 @@ def numbered(rows: Iterable[dict], name: str) -> Iterator[tuple[str, dict]]:
 
 
 def from_rows(named: Iterable[tuple[str, dict]], examples: Examples, *, source: str | os.PathLike) -> Dataset:
-    """A data set of all examples that rows give; `source` is what an error calls them together."""
+    """Return a data set of all examples that rows give; `source` is what an error calls them together."""
     found = [example for row_id, row in named for example in examples(row, row_id)]
     return to_dataset(not_empty(found, str(source)))
 
@@ -103,13 +103,13 @@ def text_of(row: Mapping[str, Any], field: str, row_id: str) -> str:
 
 
 def optional_text(row: Mapping[str, Any], field: str, row_id: str) -> str:
-    """The text of a field that may be null or empty, which gives `""`; the field itself must be there."""
+    """Return the text of a field that may be null or empty, which gives `""`; the field itself must be there."""
     value = field_of(row, field, row_id)
     return "" if value is None or value == "" else check_text(value, field, row_id).strip()
 
 
 def texts_of(row: Mapping[str, Any], field: str, row_id: str) -> list[str]:
-    """A list with at least one text."""
+    """Return a list with at least one text."""
     values = check_list(field_of(row, field, row_id), field, row_id)
     if not values:
         raise field_error(row_id, field, values, "the list is empty; write at least one text")
@@ -124,7 +124,7 @@ def integer_of(row: Mapping[str, Any], field: str, row_id: str) -> int:
 
 
 def choice_at(row: Mapping[str, Any], field: str, choices: list[str], row_id: str) -> str:
-    """The choice whose index, from 0, is in a field."""
+    """Return the choice whose index, from 0, is in a field."""
     index = integer_of(row, field, row_id)
     if not 0 <= index < len(choices):
         raise field_error(row_id, field, index, f"write the index of one of the {len(choices)} choices, from 0")
@@ -132,7 +132,7 @@ def choice_at(row: Mapping[str, Any], field: str, choices: list[str], row_id: st
 
 
 def choice_of_letter(letter: str, field: str, choices: list[str], row_id: str) -> str:
-    """The choice that a capital letter names, A for the first."""
+    """Return the choice that a capital letter names, A for the first."""
     letters = string.ascii_uppercase[: len(choices)]
     if len(letter) != 1 or letter not in letters:
         remedy = f"write the letter of one of the {len(choices)} choices, {letters[0]} to {letters[-1]}"
@@ -167,7 +167,7 @@ def check_choices(choices: list[str], field: str, found: Any, row_id: str) -> li
 
 
 def image_under(image_root: str | os.PathLike | None, relative: str, row_id: str) -> list[dict]:
-    """The `images` of a row with one picture below `image_root`, which must be there; it is not decoded."""
+    """Return the `images` of a row with one picture below `image_root`, which must be there; it is not decoded."""
     if image_root is None:
         remedy = "give the option image_root, or images_required: false for text only"
         raise field_error(row_id, "image", relative, remedy)

@@ -1,4 +1,4 @@
-"""Loads PuzzleVQA: abstract visual puzzles in JSON Lines, one file a kind, pictures beside them.
+"""Load PuzzleVQA: abstract visual puzzles in JSON Lines, one file a kind, pictures beside them.
 
 The files come without splits. A row goes to train, validation or test by the hash of its picture's bytes, so that the
 puzzles which share a picture (the data has some, with other options) always share a split. Paper:
@@ -70,7 +70,7 @@ def _example(row: Mapping[str, Any], image: dict, row_id: str) -> Example:
 
 
 def _examples(file: Path, split: str, *, fractions: Sequence[float]) -> Iterator[Example]:
-    """The file's rows in `split`; every row is checked, so that a bad one stops each split alike."""
+    """Yield the file's rows in `split`; every row is checked, so that a bad one stops each split alike."""
     for index, row in enumerate(read_rows(file)):
         row_id = f"{file.name} row {index}"
         image = existing_image(file.parent, field_of(row, "image", row_id), row_id)
@@ -80,7 +80,7 @@ def _examples(file: Path, split: str, *, fractions: Sequence[float]) -> Iterator
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes arrow mazes as puzzles of the kind `arrow_maze` until every split has `num_rows`; returns the options."""
+    """Write arrow mazes as puzzles of the kind `arrow_maze` until every split has `num_rows`; return the options."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     counts, lines = dict.fromkeys(SPLITS, 0), []
@@ -119,7 +119,7 @@ def load(
     kinds: Sequence[str] | None = None,
     fractions: Sequence[float] = FRACTIONS,
 ) -> Dataset:
-    """The rows of a split: one picture, the options as choices, three steps (caption, explanation, deduction).
+    """Return the rows of a split: one picture, the options as choices, three steps (caption, explanation, deduction).
 
     folder: holds `<kind>.json` and the pictures they name.
     kinds: names of files without `.json`; all by default.

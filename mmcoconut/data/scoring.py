@@ -10,7 +10,7 @@ from mmcoconut.data import nearest
 
 
 def correct_choice(row: Mapping) -> dict:
-    """The row as `aokvqa_mc` takes it.
+    """Return the row as `aokvqa_mc` takes it.
 
     Raises:
         ValueError: a row whose answer is none of its choices.
@@ -74,7 +74,7 @@ def metric_folder(name: str) -> Path:
 
 @functools.cache
 def load_metric(name: str):
-    """The `evaluate.EvaluationModule` of a metric."""
+    """Return the `evaluate.EvaluationModule` of a metric."""
     import evaluate  # here, because it imports all of transformers' pipelines
 
     return evaluate.load(str(metric_folder(name)), keep_in_memory=True)
@@ -92,7 +92,7 @@ def score(name: str, outputs: Sequence[str], answers: Sequence[str], *, rows: Se
 
 
 def figures_of(results: Mapping) -> dict[str, float]:
-    """The numbers that a metric gives for all rows together, by name; a mean over no rows (None) is left out.
+    """Return the numbers that a metric gives for all rows together, by name; a mean over no rows (None) is left out.
 
     >>> figures_of({"medical_vqa": 0.5, "scores": [1.0, 0.0], "n": 2, "yes_no_accuracy": 0.5, "open_f1": None})
     {'medical_vqa': 0.5, 'n': 2, 'yes_no_accuracy': 0.5}
@@ -101,7 +101,7 @@ def figures_of(results: Mapping) -> dict[str, float]:
 
 
 def commonest_answer(rows: Sequence[Mapping], metric: str) -> tuple[str, float]:
-    """The gold answer of most rows, and the accuracy of always giving it."""
+    """Return the gold answer of most rows, and the accuracy of always giving it."""
     answer, _ = Counter(text for row in rows for text in dict.fromkeys(row["answers"])).most_common(1)[0]
     always = [answer] * len(rows)
     scores = score(metric, always, always, rows=rows)["scores"]

@@ -1,4 +1,4 @@
-"""Loads VQAv2 as published: a file of questions, a file of annotations and COCO 2014 pictures, or the Hub's copy.
+"""Load VQAv2 as published: a file of questions, a file of annotations and COCO 2014 pictures, or the Hub's copy.
 
 The ten answers of a question are kept as people gave them, repetitions and all, for the official accuracy counts them;
 the most frequent is the training target. There are no steps. The public test questions have no annotations, so they
@@ -47,7 +47,7 @@ def _annotations(file: Path) -> dict[int, dict]:
 
 
 def _questions(folder: Path, split: str) -> Iterator[tuple[str, dict]]:
-    """Every question with its annotation's fields."""
+    """Yield every question with its annotation's fields."""
     annotations = _annotations(folder / ANNOTATIONS.format(FILES[split]))
     file = folder / QUESTIONS.format(FILES[split])
     for row_id, question in numbered(objects_in(read_object(file), "questions", file.name), file.name):
@@ -80,7 +80,7 @@ def _examples(row: Mapping[str, Any], row_id: str, *, images: FindImages) -> Ite
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as the published files and COCO pictures; returns the options for `load`.
+    """Write `num_rows` arrow mazes per split as the published files and COCO pictures; return the options for `load`.
 
     Here the test questions have annotations too."""
     folder = Path(folder)
@@ -108,7 +108,7 @@ def load(
     path: str | os.PathLike | None = None,
     images_required: bool = True,
 ) -> Dataset:
-    """The rows of a split: one picture, an open question, the ten answers.
+    """Return the rows of a split: one picture, an open question, the ten answers.
 
     folder: holds `v2_OpenEnded_mscoco_train2014_questions.json`, `v2_mscoco_train2014_annotations.json` and the same
         for `val2014`. image_root: holds COCO's `train2014` and `val2014`.

@@ -1,4 +1,4 @@
-"""Loads V*Bench, 191 questions about small things in large pictures: `test_questions.jsonl`, annotations and pictures.
+"""Load V*Bench, 191 questions about small things in large pictures: `test_questions.jsonl`, annotations and pictures.
 
 The repository holds the questions twice. `test_questions.jsonl` has short options with letters, in the order in which
 published scores by letter show them. The JSON file beside each picture has options that are whole sentences, the
@@ -104,7 +104,7 @@ def _annotations(folder: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _sample_rows(puzzle: Mapping[str, Any], number: int, kind: str) -> tuple[dict, dict]:
-    """A line of test_questions.jsonl and the annotation of a maze."""
+    """Return a line of test_questions.jsonl and the annotation of a maze."""
     wrong = [choice for choice in puzzle["choices"] if choice != puzzle["answer"]]
     choices = puzzle["choices"] if kind == KINDS[0] else sorted([puzzle["answer"], wrong[0]])
     lines = "\n".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", choices))

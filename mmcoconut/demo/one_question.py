@@ -46,7 +46,7 @@ KEPT_NUMBERS = 8  # of thoughts, for which the examples' own are remembered
 
 
 def said(answer: str, output: str) -> str:
-    """The answer, or, where none was marked, all that was written."""
+    """Return the answer, or, where none was marked, all that was written."""
     return answer or output.strip()
 
 
@@ -133,7 +133,7 @@ class Donor:
 
 
 def with_bytes(file: str) -> dict:
-    """A picture of a row: the file's bytes, which are not decoded, and its path."""
+    """Return a picture of a row: the file's bytes, which are not decoded, and its path."""
     return {"bytes": Path(file).read_bytes(), "path": file}
 
 
@@ -166,7 +166,7 @@ def write_examples(folder: Path, rows: Sequence[Mapping]) -> None:
 
 
 def read_examples(folder: Path) -> list[dict]:
-    """The rows that `write_examples` wrote, with their pictures' bytes, by which a picture is known again."""
+    """Return the rows that `write_examples` wrote, with their pictures' bytes, by which a picture is known again."""
     with_pictures = any(Path(folder).glob("*.png"))
     options = {"image_root": str(folder)} if with_pictures else {"images_required": False}
     rows = json_steps.load(split="test", file={"test": Path(folder, EXAMPLES_FILE)}, **options)
@@ -174,7 +174,7 @@ def read_examples(folder: Path) -> list[dict]:
 
 
 def think(answerer: Answerer, rows: Sequence[Mapping]) -> tuple[list[dict], torch.Tensor]:
-    """The answers to rows, in one batch, and their thoughts (B, N, D)."""
+    """Return the answers to rows, in one batch, and their thoughts (B, N, D)."""
     seen = []
     with intervening(answerer.model, recording(keep, seen)):
         lines = answerer.answer(rows)
@@ -182,7 +182,7 @@ def think(answerer: Answerer, rows: Sequence[Mapping]) -> tuple[list[dict], torc
 
 
 def answer_with(answerer: Answerer, row: Mapping, replace_of: ReplaceOf) -> dict:
-    """The answer to one row, the first of those that the replacement knows."""
+    """Return the answer to one row, the first of those that the replacement knows."""
     with intervening(answerer.model, replace_of([0])):
         return answerer.answer([row])[0]
 
@@ -289,7 +289,7 @@ class Asker:
             yield self.first_that_differs(asked, rows, name=name, description=f"the thoughts {description}")
 
     def first_that_differs(self, asked: Asked, rows: Sequence[Mapping], *, name: str, description: str) -> Donor | str:
-        """The first of the rows that is answered otherwise, or why there is none."""
+        """Return the first of the rows that is answered otherwise, or why there is none."""
         if not rows:
             return f"{description}: there is no example to take them from"
         lines, thoughts = self.of_examples(asked.answerer) if rows is self.examples else think(asked.answerer, rows)

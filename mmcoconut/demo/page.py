@@ -71,7 +71,7 @@ Picture = ABCMeta.__new__(type(gr.Image), "Picture", (gr.Image,), {"preprocess":
 
 
 def panels():
-    """The macros of demo_panels.html by name: functions that give HTML, with all texts escaped."""
+    """Return the macros of demo_panels.html by name: functions that give HTML, with all texts escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "uri": data_uri,
@@ -90,7 +90,7 @@ def panel_of(html, name: str, compute: Callable[[], object]) -> str:
 
 
 def responder(asker: Asker) -> Callable[..., Iterator[tuple[str, str, str]]]:
-    """The function behind the button: what the three panels show, again and again as more of it is known."""
+    """Yield the function behind the button: what the three panels show, again and again as more of it is known."""
     html = panels()
 
     def respond(picture: str | None, question: str, num_latents: float, with_others: bool):
@@ -173,7 +173,7 @@ def launch(page, **options):
 
 
 def read_example_rows(arguments) -> list[dict]:
-    """The first rows of the data set that is named, or of mazes.
+    """Return the first rows of the data set that is named, or of mazes.
 
     Raises:
         ValueError: the data cannot be read here.
@@ -189,7 +189,7 @@ def read_example_rows(arguments) -> list[dict]:
 
 
 def parse_demo_arguments(argv: list[str]) -> DemoArguments:
-    """The command line, completed from the checkpoint's recipe.
+    """Return the command line, completed from the checkpoint's recipe.
 
     Raises:
         RecipeError: everything that is wrong with it.

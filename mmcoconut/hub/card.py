@@ -78,7 +78,7 @@ class Evidence:
 
 
 def template() -> str:
-    """The text of model_card.md: the repository's, or, where that is installed, the package's own."""
+    """Return the text of model_card.md: the repository's, or, where that is installed, the package's own."""
     files = (Path(mmcoconut.__path__[-1], TEMPLATE), Path(__file__).with_name(TEMPLATE))
     return next(file for file in files if file.is_file()).read_text(encoding="utf-8")
 
@@ -99,12 +99,12 @@ def hub_id(name) -> str | None:
 
 
 def base_models(recipe: Mapping) -> list[str]:
-    """The Hub ids that the training started from."""
+    """Return the Hub ids that the training started from."""
     return list(dict.fromkeys(name for key in STARTS if (name := hub_id(recipe.get(key)))))
 
 
 def hub_dataset(recipe: Mapping) -> str | None:
-    """The Hub id of the data, where they were read from there."""
+    """Return the Hub id of the data, where they were read from there."""
     return hub_id((recipe.get("dataset_options") or {}).get("path"))
 
 
@@ -128,7 +128,7 @@ def sees_pictures(config) -> bool:
 
 
 def model_index(evidence: Evidence, task: str) -> list[EvalResult]:
-    """The measurements as the card's metadata has them."""
+    """Return the measurements as the card's metadata has them."""
     name = dataset_name(evidence)
     if name is None:
         return []
@@ -163,7 +163,7 @@ def dataset_name(evidence: Evidence) -> str | None:
 
 
 def card_data(title: str, evidence: Evidence, license: str | None, task: str) -> ModelCardData:
-    """The metadata."""
+    """Return the metadata."""
     results, dataset = model_index(evidence, task), hub_dataset(evidence.recipe)
     return ModelCardData(
         library_name="transformers",
@@ -179,7 +179,7 @@ def card_data(title: str, evidence: Evidence, license: str | None, task: str) ->
 
 
 def layout(processor, pictures: bool) -> str:
-    """A prompt as the chat template renders it, runs of placeholders written as `×n`."""
+    """Return a prompt as the chat template renders it, runs of placeholders written as `×n`."""
     question = [{"type": "image"}] * pictures + [{"type": "text", "text": "Your question?"}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
@@ -220,7 +220,7 @@ def times(number: int, *, stops: bool = False) -> str:
 
 
 def shown(value) -> str:
-    """A setting in a cell."""
+    """Return a setting in a cell."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -263,7 +263,7 @@ def model_card(
     license: str | None = None,
     branches: Sequence[str] = (),
 ) -> ModelCard:
-    """The card of a model.
+    """Return the card of a model.
 
     Args:
         name: the Hub id or folder that it is loaded from.

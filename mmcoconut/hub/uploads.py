@@ -88,7 +88,7 @@ class Repository:
         self.is_made = True
 
     def upload(self, folder: Path, *, message: str, branch: str | None = None, replace: bool = False) -> str:
-        """A commit of all files in the folder; its address. `replace`: the branch then holds nothing else."""
+        """Return a commit of all files in the folder; its address. `replace`: the branch then holds nothing else."""
         self.make()
         if branch is not None:
             self.api.create_branch(self.name, branch=branch, exist_ok=True)
