@@ -39,7 +39,7 @@ def _lines(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _examples(row: Mapping[str, Any], row_id: str) -> Iterator[Example]:
-    """Of a line, or of the Hub's copies, whose equations are a list `steps` or a text `cot`."""
+    """Yield the example of a line, or of a Hub row, whose equations are a list `steps` or a text `cot`."""
     if "cot" in row and "steps" not in row:
         row = {**row, "steps": row["cot"].split() if isinstance(row["cot"], str) else row["cot"]}
     yield Example(
@@ -68,10 +68,10 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, folder: str | os.PathLike | None = None, path: str | os.PathLike | None = None) -> Dataset:
-    """Return the rows of a split: no picture, an open question, an equation a step, the number.
+    """Load the rows of a split: no picture, an open question, one equation per step, the number.
 
     folder: holds `train.txt`, `valid.txt` and `test.txt`, or else `gsm_train.json`, `gsm_valid.json`, `gsm_test.json`.
-    path: instead of it, a Hub id such as `whynlp/gsm8k-aug`, or a folder as `hub.read_published` takes it.
+    path: instead of folder, a Hub id such as `whynlp/gsm8k-aug`, or a folder as `hub.read_published` reads it.
     """
     check_split("gsm8k_aug", split)
     check_source("gsm8k_aug", folder=folder, path=path)

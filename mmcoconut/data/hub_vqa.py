@@ -52,12 +52,12 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, path: str | os.PathLike, validation_fraction: float | None = None) -> Dataset:
-    """Return the rows of a split: one picture, an open question, one answer.
+    """Load the rows of a split: one picture, an open question, one answer.
 
     path: a Hub id such as `flaviagiammarino/path-vqa` or `flaviagiammarino/vqa-rad`, or a folder as
         `hub.read_published` takes it.
-    validation_fraction: takes this part of the published train split's pictures as validation and leaves the others
-        for train, instead of a published validation split; the same for every split you load, or pictures are shared.
+    validation_fraction: use this part of the published train split's pictures as validation and the others as
+        train, instead of a published validation split; use the same for every split, or pictures are shared.
     """
     check_split("this data set", split)
     if validation_fraction is None or split == "test":

@@ -78,12 +78,12 @@ def load(
     path: str | os.PathLike | None = None,
     images_required: bool = True,
 ) -> Dataset:
-    """Return the rows of a split: one picture, the context under the question, the choices, the rationale's sentences.
+    """Load the rows of a split: one picture, the context after the question, the choices, the rationale's sentences.
 
     folder: holds `train.jsonl`, `dev.jsonl` and `test.jsonl`. image_root: holds `<id>.png`; by default `images` in
         the folder.
-    path: instead of them, a Hub id such as `LightChen2333/M3CoT`, or a folder as `hub.read_published` takes it.
-    images_required: False reads no picture and gives every row an empty list.
+    path: instead of these, a Hub id such as `LightChen2333/M3CoT`, or a folder as `hub.read_published` reads it.
+    images_required: False reads no pictures and gives every row an empty list.
     """
     check_split("m3cot", split)
     check_source("m3cot", folder=folder, path=path)

@@ -19,7 +19,7 @@ WORDS = ("bompus", "dumpus", "gorpus", "hilpus", "jelpus", "kerpus", "lempus", "
 
 
 def _sample_row(rng: random.Random) -> dict:
-    """Return a name, a chain of three words that it is, and another chain that it is not."""
+    """Return a row with a name, a chain of three words that apply to it, and another chain that does not."""
     words = sorted(WORDS, key=lambda word: rng.random())
     path, others = words[:3], words[3:6]
     edges = [*zip(path, path[1:], strict=False), *zip(others, others[1:], strict=False)]
@@ -47,7 +47,7 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, folder: str | os.PathLike) -> Dataset:
-    """The rows of a split: no picture, the facts and the question, a fact of the path a step, the answer's sentence.
+    """Load the rows of a split: no picture, the facts and the question, one fact of the path per step, the answer.
 
     folder: holds `prosqa_train.json`, `prosqa_valid.json` and `prosqa_test.json`.
     """

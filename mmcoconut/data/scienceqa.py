@@ -109,14 +109,14 @@ def load(
     split_sentences: bool = False,
     images_required: bool = True,
 ) -> Dataset:
-    """Return the rows of a split: one picture or none, the hint under the question, the choices, lecture and solution.
+    """Load the rows of a split: one picture or none, the hint after the question, the choices, lecture and solution.
 
     folder: holds `problems.json` and `pid_splits.json`. image_root: holds `<split>/<problem>/image.png`; by default
         `images` in the folder.
-    path: instead of them, a Hub id such as `derek-thomas/ScienceQA`, or a folder as `hub.read_published` takes it;
-        config: for repositories that hold several, such as `ScienceQA-IMG` of `lmms-lab/ScienceQA`.
-    split_sentences: makes each sentence of lecture and solution a step.
-    images_required: True needs the pictures that problems name; False reads none and gives text rows only.
+    path: instead of these, a Hub id such as `derek-thomas/ScienceQA`, or a folder as `hub.read_published` reads it;
+        config: for repositories with several, such as `ScienceQA-IMG` of `lmms-lab/ScienceQA`.
+    split_sentences: make each sentence of lecture and solution a step.
+    images_required: True requires the pictures that problems name; False reads none and gives only text rows.
     """
     check_split("scienceqa", split)
     check_source("scienceqa", folder=folder, path=path)

@@ -136,7 +136,7 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Mapping]) -> list[dict]:
-        """Return `output`, `answer`, `generated_tokens`, `num_thoughts`, `decoder_passes` per row; all in one batch."""
+        """Return `output`, `answer`, `generated_tokens`, `num_thoughts`, `decoder_passes` per row, in one batch."""
         inputs = self.inputs(rows)
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": self.num_beams}
         tokens, num_thoughts = generate_and_count(

@@ -3,10 +3,10 @@
 `python train_hf.py recipe.yaml --compare cot,no_cot,coconut,coconut+step_tokens --seeds 3` writes to the recipe's
 output_dir
 
-        coconut-seed1/              a run of train_hf.py; evaluation/ holds the output of mmcoconut.evaluation, audit/ a
-                                                                brief audit of its thoughts
-        coconut-seed1.yaml, .log    its recipe and its printed output
-        compare.json, .md, .png     the table as JSON, Markdown and picture
+    coconut-seed1/              a run of train_hf.py; evaluation/ is written by mmcoconut.evaluation, audit/ a
+                                brief audit of its thoughts
+    coconut-seed1.yaml, .log    its recipe and its printed output
+    compare.json, .md, .png     the table as JSON, Markdown and picture
 
 Called again, also with more variants, it repeats only unfinished runs. Shapes: S runs of a variant, one per
 seed; n examples.
@@ -62,7 +62,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Finished:
-    """The output of a finished run: results.json, evaluation.json, its predictions by index, and audit.json, or None."""
+    """The output of a finished run: results.json, evaluation.json, predictions by index, and audit.json, or None."""
 
     run: Run
     results: dict
@@ -262,7 +262,7 @@ def markdown(summary: dict) -> str:
     notes = [
         f"{summary['n']} rows of `{summary['dataset']}` ({summary['split']}), metric `{summary['metric']}`. Each line "
         f"was trained on the same rows in the same order, with the seeds {seeds}. "
-        f"{intervals(len(summary['seeds']))} Always answering `{commonest['answer']}`, the most common answer, reaches "
+        f"{intervals(len(summary['seeds']))} Always answering `{commonest['answer']}`, the most common answer, gives "
         f"{percent(commonest['accuracy'])}.",
         "Training seconds include the evaluation at the end of each stage, seconds per update do not; both depend on "
         "other load of the machine. MB: peak memory of the training process.",
@@ -306,7 +306,7 @@ def draw_modes(axes, records: list[dict], commonest: dict) -> None:
 
 
 def draw_steps(axes, records: list[dict]) -> None:
-    """Draw accuracy by the number of written steps as colours and numbers, one line per variant, next to the first plot."""
+    """Draw accuracy by the number of written steps as colours and numbers, one line per variant."""
     steps = list(records[0]["by_num_steps"])
     shares = np.array([[100 * group["mean"] for group in record["by_num_steps"].values()] for record in records])
     axes.imshow(shares, vmin=0, vmax=100, cmap="Blues", aspect="auto")

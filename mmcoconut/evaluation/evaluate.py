@@ -241,7 +241,7 @@ def short_hash(*parts: bytes) -> str:
 
 
 def hash_of_weights(model) -> str:
-    """Return a hash that changes with training: of the first values of every parameter, to be fast for large models."""
+    """Return a hash that changes with training: of the first values of every parameter, which is fast."""
     return short_hash(
         *(weight.detach().flatten()[:256].float().cpu().numpy().tobytes() for weight in model.parameters())
     )
@@ -253,7 +253,7 @@ def hash_of_rows(rows) -> str:
 
 
 def settings_of(arguments, answerer: Answerer, rows) -> dict:
-    """Return all settings that the answers depend on; hashes detect folders and files that changed under the same name."""
+    """Return all settings that the answers depend on; hashes detect changes under the same name."""
     settings = {key: value for key, value in asdict(arguments).items() if key not in ABOUT_ONE_LAUNCH}
     if not answerer.model.config.stop_head:  # then nothing depends on it, and older folders lack it
         del settings["stop_threshold"]

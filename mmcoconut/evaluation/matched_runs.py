@@ -229,7 +229,7 @@ class Runner:
         return [*command, *self.options]
 
     def audit_command(self, run: Run) -> list[str]:
-        """Return the command of an audit with the rows and interventions that the table needs; a stopped audit is repeated."""
+        """Return the command of an audit with the rows and interventions that the table needs."""
         command = [sys.executable, "-m", "mmcoconut.audit", "--model", str(run.folder), "--output_dir", str(run.audit)]
         command += ["--parts", "verdict,necessity,positions,probe", "--overwrite", "true"]
         if any(other.is_control and other.is_evaluated and other.seed == run.seed for other in self.runs):
@@ -288,7 +288,7 @@ class Runner:
     def train_and_evaluate(self, run: Run) -> None:
         """Train and evaluate, unless already done."""
         if not run.is_trained:
-            self.say(run, "training …" if run.checkpoint is None else f"resuming training from {run.checkpoint.name} …")
+            self.say(run, "training …" if run.checkpoint is None else f"resuming from {run.checkpoint.name} …")
             for folder in (run.evaluation, run.audit):  # they belong to the weights that are about to be replaced
                 shutil.rmtree(folder, ignore_errors=True)
             run.recipe_file.write_text(run.recipe, encoding="utf-8")

@@ -111,7 +111,7 @@ def joined_pixels(prompts: Sequence[Prompt], processor) -> dict[str, torch.Tenso
     """Return the tensors of all rows' pictures.
 
     Those of a vision-language model in its own class are concatenated if all have the same kinds and sizes. Otherwise
-    they are encoded again together, because only its processor knows the padding, and the tensors of a row without
+    they are encoded again together: only its processor knows the padding, and what to pass for a row without pictures.
     """
     kinds = {tuple((name, tensor.shape[1:]) for name, tensor in prompt.pixels.items()) for prompt in prompts}
     if len(kinds) > 1 and isinstance(processor, ThinkingVLMProcessor):

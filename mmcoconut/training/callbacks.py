@@ -30,7 +30,7 @@ class CurriculumCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.dataloader_persistent_workers:
-            raise UsageError("dataloader_persistent_workers is true, and would keep the workers at stage 0. Set it to false.")
+            raise UsageError("dataloader_persistent_workers keeps the workers at the first stage. Set it to false.")
         alignment = self.collator.alignment
         if alignment is not None and alignment.warms_up(state.num_train_epochs - 1):
             raise UsageError(

@@ -304,7 +304,7 @@ class CurriculumCollator:
     def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence], images: dict | None = None) -> dict:
         """Return input_ids, attention_mask, labels (B, T) of rows under their plans; images, tiles: as from `pixels`.
 
-        For an encoder-decoder these are the decoder's, next to the encoder's inputs; labels are what each column predicts.
+        For an encoder-decoder these are the decoder's, with the encoder's inputs; labels are what each column predicts.
         """
         encoder, decoder = [], []
         for row, num_tiles in zip(rows, tiles):
@@ -327,7 +327,7 @@ class CurriculumCollator:
         }
 
     def steps_of_latents(self, rows: Sequence[dict], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the step that each latent of ids (B, T) replaces (-1: none), and its index in the step, both (B, N)."""
+        """Return the step that each latent of ids (B, T) replaces (-1: none), and its index in it, both (B, N)."""
         counts = (ids == self.processor.latent_token_id).sum(dim=1)  # (B,)
         known = torch.tensor([len(row["steps"]) for row in rows])  # (B,)
         per_step = self.curriculum.thoughts_per_turn or self.curriculum.c_thought

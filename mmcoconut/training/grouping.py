@@ -26,8 +26,8 @@ TEXT_COLUMNS = ["question", "choices", "steps", "answers", "history"]
 
 
 class RowLengths(NamedTuple):
-    """Tokens of a row: images and question with earlier turns, each step, and the answer; without the template's constant
-    part. num_turns: number of answers, each with latents before it."""
+    """Tokens of a row: images and question with earlier turns, each step, and the answer; without the tokens that
+    a template adds to all rows. num_turns: number of answers, each with latents before it."""
 
     prompt: int
     steps: tuple[int, ...]

@@ -1,8 +1,8 @@
 """Parts of a model by the names in recipes: the end of a path or, in a vision-language model, a role.
 
-        vision_tower             the image encoder, without the projector that some towers contain
-        multi_modal_projector    maps the tower's features to embeddings
-        language_model           the decoder, without its head
+    vision_tower             the image encoder, without the projector that some towers contain
+    multi_modal_projector    maps the tower's features to embeddings
+    language_model           the decoder, without its head
 
 A role is looked up where no part has that name: Qwen2.5-VL's tower is `visual`, and its projector `visual.merger`.
 """

@@ -191,8 +191,8 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return self.prompt_dataloader(super().get_test_dataloader, test_dataset)
 
     def row_losses(self, model, supervised: dict, pixels: dict, num_images: torch.Tensor | None) -> torch.Tensor:
-        """Return per row (B, 4 + objectives): sum of its token losses, number of tokens, the same for its pictures, then
-        the losses of this stage's objectives.
+        """Return per row (B, 4 + objectives): sum of its token losses, number of tokens, the same for its pictures,
+        then the losses of this stage's objectives.
 
         num_images (B,): images per row, if pictures are aligned with texts.
         """
@@ -242,7 +242,8 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return None, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], (counted, sums)
 
     def score_answers(self, prediction) -> dict[str, float]:
-        """Return the metrics of generated ids (n, new tokens) padded with -100, with each row's index into the data and number of thoughts (n, 2), and the sums (n, 4 + objectives) of its losses."""
+        """Return the metrics of generated ids (n, new tokens) padded with -100, with each row's index into the data and
+        number of thoughts (n, 2), and the sums (n, 4 + objectives) of its losses."""
         processor, collator = self.processing_class, self.curriculum_collator
         tokens = torch.as_tensor(prediction.predictions)
         eos = self.model.generation_config.eos_token_id
@@ -367,8 +368,8 @@ class CurriculumTrainer(UploadsSaves, Trainer):
             self.upload_checkpoint(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save an ordinary model: the merged model of one with an adapter, and the adapter in a subfolder; the gathered
-        weights of a sharded model, in its own class and with the model code.
+        """Save an ordinary model: the merged model of one with an adapter, and the adapter in a subfolder; the
+        gathered weights of a sharded model, in its own class and with the model code.
 
         Only checkpoint-n of a run with an adapter, which resuming reads, holds the adapter alone. Objectives are never
         part of the model: a checkpoint saves their weights separately, and the run's folder has one file for each.

@@ -68,7 +68,7 @@ class UploadsSaves:
         write_card(folder, card, evidence)
 
     def fill_revision(self, copy: Path, saved: Path, *, checkpoint: bool = False, **card) -> None:
-        """Fill a folder for the Hub: saved model, card and, for `hub_strategy: checkpoint`, the files to resume from."""
+        """Fill a folder for the Hub: the model, its card and, for `hub_strategy: checkpoint`, files to resume from."""
         copy_model(saved, copy)
         if checkpoint:
             copy_checkpoint(saved, copy / LAST_CHECKPOINT)
