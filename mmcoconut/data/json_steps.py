@@ -27,7 +27,7 @@ FIELDS = ("question", "steps", "answer", *OPTIONAL_FIELDS)
 
 LARGEST_WHOLE = 2**53  # from here on a float represents several integers
 
-# Half of a UTF-16 pair: JSON can encode it ("\\ud83d"), text files and tokenizers cannot.
+# Half of a UTF-16 pair: JSON can encode it ("\ud83d"), text files and tokenizers cannot.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -252,7 +252,7 @@ def _identity(row: Mapping[str, Any]) -> bytes:
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
     """Write `num_rows` arrow mazes per split as `<split>.json` with their pictures, boxes and helper images; return the
-    the options for `load`."""
+    options for `load`."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
