@@ -1,4 +1,4 @@
-"""`mmcoconut recipes`: the recipes that are installed, a line each."""
+"""`mmcoconut recipes`: list the installed recipes, one per line."""
 
 import importlib.util
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """Return the folder of the recipes, of the installed package or of the checkout that it runs from.
+    """Return the folder of the recipes, in the installed package or in its checkout.
 
     Raises:
-        FileNotFoundError: the package is not there.
+        FileNotFoundError: the recipes are not installed.
     """
     spec = importlib.util.find_spec("mmcoconut")
     roots = [] if spec is None else [Path(spec.origin).parent, Path(spec.origin).parent.parent]
@@ -29,7 +29,7 @@ def sentence_of(recipe: Path) -> str:
 
 
 def main(words: list[str]) -> int:
-    """Print every recipe's name and what it trains; the exit status."""
+    """Print every recipe's name and what it trains; return the exit status."""
     if {"-h", "--help"} & {*words}:
         print("usage: mmcoconut recipes\n\nList the recipes by name. mmcoconut train NAME runs one.")
         return 0

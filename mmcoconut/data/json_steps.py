@@ -251,7 +251,7 @@ def _identity(row: Mapping[str, Any]) -> bytes:
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Write `num_rows` arrow mazes per split as `<split>.json` with their pictures, boxes and helper images; return the
+    """Write `num_rows` arrow mazes per split as `<split>.json` with pictures, boxes and helper images; return the
     options for `load`."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)

@@ -273,7 +273,7 @@ class Asker:
         return self.thoughts_of_examples[key]
 
     def donors(self, asked: Asked) -> Iterator[Donor | str]:
-        """Yield rows with other answers, to test whether the answer changes with the thoughts; or why there is none."""
+        """Yield rows with other answers, to test if the answer changes with the thoughts; or why there is none."""
         row, images = asked.row, images_key(asked.row)
         pictures = [e for e in self.examples if len(images_key(e)) == len(images) > 0 and images_key(e) != images]
         questions = [e for e in self.examples if images and question_text(e) != question_text(row)]
@@ -300,7 +300,7 @@ class Asker:
         return f"{description}: all of them are answered like this question"
 
     def tables(self, asked: Asked) -> tuple[Table, Table]:
-        """Return two tables: replacements of all thoughts by none from any row, and of one by means over examples and row."""
+        """Return replacements of all thoughts, by thoughts of no row, and of one, by means over the examples and row."""
         _, own = think(asked.answerer, [asked.row])
         if not self.examples:
             return [entry for entry in emptied(own, self.seed) if entry[0] != "mean"], []
@@ -308,8 +308,8 @@ class Asker:
         return emptied(thoughts, self.seed), one_taken_out(thoughts)
 
     def intervene(self, asked: Asked) -> Variants:
-        """Answer the question with replaced thoughts, with an answer that sees only the thoughts, and with other numbers of
-        thoughts.
+        """Answer the question with replaced thoughts, with nothing but the thoughts in the answer's sight, and with other
+        numbers of thoughts.
 
         Raises:
             ValueError: a row without thoughts; a checkpoint without sequential thoughts.

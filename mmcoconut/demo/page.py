@@ -56,7 +56,7 @@ class DemoArguments:
     server_name: str | None = HfArg(default=None, help="Address to listen on; default: 127.0.0.1, this machine only.")
     port: int | None = HfArg(default=None, help="Port; default: the first free one from 7860.")
     share: bool = HfArg(default=False, help="Add a public address for a week, through gradio's server.")
-    push_space: str | None = HfArg(default=None, help="Upload the page as this Space, user/name, instead of serving it.")
+    push_space: str | None = HfArg(default=None, help="Upload the page as the Space user/name; do not serve it.")
     package: str | None = HfArg(default=None, help="Requirement of the Space: 'mmcoconut @ git+https://…'.")
     private: bool = HfArg(default=False, help="Make the Space private.")
 
@@ -228,7 +228,7 @@ def serve(arguments: DemoArguments, rows: list[dict]) -> None:
             launch(page, server_name=arguments.server_name, server_port=arguments.port, share=arguments.share)
         except OSError as error:
             where = f"{arguments.server_name or '127.0.0.1'}, port {arguments.port or 'from 7860'}"
-            raise ValueError(f"The page cannot listen on {where} ({error}). Set another --port or --server_name.") from error
+            raise ValueError(f"No page at {where} ({error}). Set another --port or --server_name.") from error
 
 
 def main(argv: list[str] | None = None) -> None:

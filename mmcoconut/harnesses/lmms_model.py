@@ -105,7 +105,7 @@ class MMCoconut(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Refuse: chat tasks are generated; `mmcoconut.evaluation --score_by likelihood` compares choices."""
-        raise NotImplementedError("this model does not compute likelihoods here: use `python -m mmcoconut.evaluation --score_by likelihood`")
+        raise NotImplementedError("no likelihoods here: use `python -m mmcoconut.evaluation --score_by likelihood`")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Refuse: tasks of several rounds are not supported."""

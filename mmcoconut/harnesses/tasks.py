@@ -38,7 +38,7 @@ def load(dataset: str, **metadata: Any) -> dict[str, Dataset]:
     options = metadata.get(dataset)
     if not isinstance(options, Mapping):
         raise UsageError(
-            f"the task of {dataset} got the metadata {sorted(metadata)}, without options of its data; set them, such as "
+            f"the task of {dataset} got the metadata {sorted(metadata)}, without options of its data; set them: "
             f'--metadata \'{{"{dataset}": {{"folder": "…"}}}}\''
         )
     rows = load_examples(dataset, **{"split": SPLIT, **options})

@@ -54,7 +54,7 @@ def copy_model(source: Path, target: Path) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """Copy all files that a run resumes from; not its pickled arguments, which hold the Hub's token and are not read."""
+    """Copy all files that a run resumes from, but not its pickled arguments, which hold the Hub's token."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(TRAINING_ARGS_NAME))
 
 
@@ -88,7 +88,7 @@ class Repository:
         self.is_made = True
 
     def upload(self, folder: Path, *, message: str, branch: str | None = None, replace: bool = False) -> str:
-        """Upload all files in the folder as a commit; return its address. `replace`: delete all other files of the branch."""
+        """Upload the files in a folder as a commit; return its address. `replace`: delete all other files there."""
         self.make()
         if branch is not None:
             self.api.create_branch(self.name, branch=branch, exist_ok=True)
@@ -112,7 +112,7 @@ class Revision(NamedTuple):
 class Uploads:
     """Uploads of a run, one after the other in the background.
 
-    Each upload is copied first, so training may continue to write. A failed upload is retried with the next one, unless
+    Each upload is copied first, so training may continue to write. A failed upload is retried with the next, unless
     the same branch has a newer one by then; `errors` holds the reasons by branch.
 
     Args:
