@@ -259,7 +259,9 @@ def max_length_of(model, max_length: int | None) -> int | None:
     """Return the maximum tokens per row: `max_length`, or fewer if the language model has fewer positions."""
     positions = position_limit(model.get_decoder())
     if None not in (positions, max_length) and max_length > positions:
-        logger.warning("max_length is %d, and the language model has %d positions: the lower one counts", max_length, positions)
+        logger.warning(
+            "max_length is %d, and the language model has %d positions: the lower one counts", max_length, positions
+        )
     return min((limit for limit in (max_length, positions) if limit is not None), default=None)
 
 

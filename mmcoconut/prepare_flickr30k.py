@@ -62,7 +62,7 @@ class PreparationArguments:
     file: str | None = HfArg(default=None, help="Captions: results.csv, a table, dataset_flickr30k.json or a .json.")
     image_root: str | None = HfArg(default=None, help="Folder of the pictures that `file` names.")
     output_dir: str = HfArg(default="data/flickr30k", help="Output folder.")
-    max_image_size: int | None = HfArg(default=None, help="Maximum side in pixels; larger pictures become JPEGs of it.")
+    max_image_size: int | None = HfArg(default=None, help="Maximum side; larger pictures become JPEGs of it.")
     fractions: list[float] = HfArg(
         default_factory=lambda: list(FRACTIONS), help="Parts of train, validation and test, if `file` has no splits."
     )

@@ -51,9 +51,7 @@ class PublishArguments:
     audit: str | None = HfArg(default=None, help="Folder that mmcoconut.audit wrote about this model.")
     shown_row: int | None = HfArg(default=None, help="Row of the audit whose picture is shown; default: the first.")
     license: str | None = HfArg(default=None, help="License of the weights, such as mit; default: the recipe's.")
-    private: bool | None = HfArg(
-        default=None, help="Make a new repository private; default: the owner's setting."
-    )
+    private: bool | None = HfArg(default=None, help="Make a new repository private; default: the owner's setting.")
     revision: str | None = HfArg(default=None, help="Branch to upload to; default: main.")
     max_shard_size: str | None = HfArg(default=None, help="Maximum size of a file of weights, such as 5GB.")
     message: str = HfArg(default="Upload model, code and card", help="Commit message.")

@@ -93,6 +93,6 @@ def intervals(num_seeds: int) -> str:
         return "In brackets: 95 % bootstrap intervals over rows, paired for differences; other seeds may differ more."
     return (
         "Accuracy is the mean over seeds. In brackets: bootstrap intervals over seeds and rows, paired for "
-        "differences. With so few seeds they are too narrow (three of four contain the truth in simulations). Read the "
+        "differences. With so few seeds they are too narrow (in simulations three of four hold the truth): read the "
         "seeds too."
     )

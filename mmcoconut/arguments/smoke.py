@@ -111,7 +111,7 @@ def smoke_rewards(curriculum_args, data_args, run_args) -> tuple:
 
 
 def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
-    """Return the recipe's architecture, fusion, curriculum and objective in tiny sizes, two stages of one epoch each."""
+    """Return the recipe's architecture, fusion, curriculum and objective in tiny sizes, two stages of one epoch."""
     folder = Path(run_args.output_dir)
     folder = folder.with_name(f"{folder.name}-smoke")
     from_vlm = bool(model_args.vlm or model_args.vlm_model_type)  # a `model` may have been a vlm before

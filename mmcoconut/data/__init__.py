@@ -244,8 +244,8 @@ def drop_unreadable(dataset: Dataset) -> tuple[Dataset, list[str]]:
 
 
 def loader_of(name: str) -> ModuleType:
-    """Return the module of data set `name`: `load(*, split, **options)`, and `write_sample(folder, *, num_rows, seed)`,
-    which writes a few made-up rows in the data set's own format and returns the options that load them."""
+    """Return the module of data set `name`: `load(*, split, **options)`, and `write_sample(folder, *, num_rows, seed)`
+    that writes a few made-up rows in the data set's own format and returns the options that load them."""
     if name not in DATASETS:
         raise UsageError(f"no data set is called {name!r}; {nearest(name, DATASETS)}")
     return importlib.import_module(DATASETS[name])

@@ -47,7 +47,7 @@ class View:
 
 
 def on_picture(weights: np.ndarray, views: Sequence[View]) -> np.ndarray:
-    """Return weights (P,) as a grid (R, C) on the picture, as fine as the finest view; features in no view are left out.
+    """Return weights (P,) as a grid (R, C) on the picture, as fine as the finest view; others are left out.
 
     Each feature's weight is distributed over the cells whose centre it covers.
     """
@@ -84,7 +84,7 @@ def rows_and_columns(count: int, ratio: float) -> tuple[int, int]:
 
 
 def tiles(first: int, layout: tuple[int, int], side: int, num_features: int, extent=(1.0, 1.0)) -> list[View]:
-    """Return views of tiles of side × side features, the last of num_features each, in rows over a picture's extent."""
+    """Return views of tiles of side × side features, the last of num_features each, in rows over an extent."""
     rows, columns = layout
     size = {"height": extent[0] / rows, "width": extent[1] / columns}
     starts = [first + (number + 1) * num_features - side * side for number in range(rows * columns)]

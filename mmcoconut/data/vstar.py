@@ -88,7 +88,7 @@ def _of_annotations(row: Mapping[str, Any], row_id: str, *, images: FindImages) 
 
 
 def _annotations(folder: Path) -> Iterator[tuple[str, dict]]:
-    """Yield name and content of each JSON file, with its category, and the picture's name in `test_questions.jsonl`."""
+    """Yield name and content of each JSON file, with its category, and the picture's name there."""
     for kind in KINDS:
         pictures = {file.stem: file for file in sorted((folder / kind).glob("*")) if file.suffix != ".json"}
         files = sorted((folder / kind).glob("*.json"))

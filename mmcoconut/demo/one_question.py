@@ -300,7 +300,7 @@ class Asker:
         return f"{description}: all of them are answered like this question"
 
     def tables(self, asked: Asked) -> tuple[Table, Table]:
-        """Return replacements of all thoughts, by thoughts of no row, and of one, by means over the examples and row."""
+        """Return replacements of all thoughts, by thoughts of no row, and of one, by means over examples and row."""
         _, own = think(asked.answerer, [asked.row])
         if not self.examples:
             return [entry for entry in emptied(own, self.seed) if entry[0] != "mean"], []
@@ -308,7 +308,7 @@ class Asker:
         return emptied(thoughts, self.seed), one_taken_out(thoughts)
 
     def intervene(self, asked: Asked) -> Variants:
-        """Answer the question with replaced thoughts, with nothing but the thoughts in the answer's sight, and with other
+        """Answer the question with replaced thoughts, with an answer that sees only the thoughts, and with other
         numbers of thoughts.
 
         Raises:

@@ -200,8 +200,7 @@ def limits(evidence: Evidence, mode: str | None, num_latents: int, *, stops: boo
         "Its answers were not evaluated.": not measurements(evidence),
         f"It thinks {often} per question; with another `num_latents` it is a model that was not measured "
         "here.": thinks,
-        "No control was trained: whether the thoughts cause its accuracy is not known.": thinks
-        and not seeds,
+        "No control was trained: whether the thoughts cause its accuracy is not known.": thinks and not seeds,
         "One seed per control: other seeds may differ by more than the intervals.": seeds == 1,
         "It was not audited: whether its answers depend on its thoughts is not known.": thinks
         and evidence.audit is None,

@@ -304,7 +304,7 @@ class CurriculumCollator:
     def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence], images: dict | None = None) -> dict:
         """Return input_ids, attention_mask, labels (B, T) of rows under their plans; images, tiles: as from `pixels`.
 
-        For an encoder-decoder these are the decoder's, with the encoder's inputs; labels are what each column predicts.
+        For an encoder-decoder these are the decoder's, with the encoder's; labels are what each column predicts.
         """
         encoder, decoder = [], []
         for row, num_tiles in zip(rows, tiles):

@@ -177,7 +177,7 @@ def check_answers(rows: Dataset, metric: str) -> None:
     for row, value in zip(answered, own_scores(metric, answered), strict=True):
         if value <= 0:
             raise UsageError(
-                f"{row['row_id']}, field 'answers': found {row['answers']!r}, the metric {metric} scores the first "
+                f"{row['row_id']}, field 'answers': found {row['answers']!r}; the metric {metric} scores the first "
                 f"one, which is learnt, {value:g}. Correct the row, leave it out, or set `metric` to another one of "
                 f"{', '.join(REFERENCES)}."
             )

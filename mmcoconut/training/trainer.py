@@ -242,8 +242,8 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return None, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], (counted, sums)
 
     def score_answers(self, prediction) -> dict[str, float]:
-        """Return the metrics of generated ids (n, new tokens) padded with -100, with each row's index into the data and
-        number of thoughts (n, 2), and the sums (n, 4 + objectives) of its losses."""
+        """Return the metrics of generated ids (n, new tokens) padded with -100, with each row's index into the data
+        and number of thoughts (n, 2), and the sums (n, 4 + objectives) of its losses."""
         processor, collator = self.processing_class, self.curriculum_collator
         tokens = torch.as_tensor(prediction.predictions)
         eos = self.model.generation_config.eos_token_id
