@@ -469,7 +469,7 @@ def test_markdown_says_what_the_figures_were_made_with(outcomes):
     assert "| 75.0 / 100.0 | +37.5 points [" in cot
     for part in (
         "4 rows of `mazes` (test)",
-        "seeds: 1, 2",
+        "seeds 1, 2",
         "two cores",
         "torch 2",
         "abc",
@@ -496,7 +496,7 @@ def test_table_says_what_the_audits_found(outcomes):
     assert coconut["probe_accuracy"] == (0.625 + 0.5) / 2
     text = compare.markdown(summary(outcomes))
     assert "| depends (1), cannot be told (1) | 25.0 %: do not suffice | 56.2 % |" in text
-    assert "| – | – | – |" in text and "Audits of 300 rows" in text
+    assert "| – | – | – |" in text and "Audits use at most 300 rows" in text
 
 
 def test_table_of_an_older_comparison_has_the_columns_that_it_knows(outcomes):

@@ -614,7 +614,7 @@ def test_prompt_fills_the_positions_and_no_more(checkpoint, loaded, rows, tmp_pa
     evaluate(checkpoint, tmp_path / "fits", "--max_new_tokens", str(room), "--batch_size", "7")
     message = (
         f"arrow_mazes validation row {longest}: the prompt takes {max(lengths)} tokens, images and 2 latents "
-        f"included, and {room + 1} more may follow. The language model has 128 positions: lower max_new_tokens"
+        f"included, and {room + 1} more may follow. The language model has 128 positions. Lower max_new_tokens"
     )
     with pytest.raises(ValueError, match=message):
         evaluate(checkpoint, tmp_path / "out", "--max_new_tokens", str(room + 1), "--batch_size", "7")

@@ -256,7 +256,10 @@ def test_callback_refuses_a_checkpoint_that_counted_other_epochs(stopped):
     for checkpoint in checkpoints_of(stopped):
         (checkpoint / "course.json").unlink()
     (stopped / "recipe.yaml").unlink()
-    with pytest.raises(UsageError, match="after 8 updates. These are 1.333 epochs in its run and 2.667 epochs here .3 updates per epoch"):
+    with pytest.raises(
+        UsageError,
+        match="after 8 updates. These are 1.333 epochs in its run and 2.667 epochs here .3 updates per epoch",
+    ):
         run(stopped, *RESUMED, "--gradient_accumulation_steps", "2")
 
 
