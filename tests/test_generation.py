@@ -498,7 +498,7 @@ def test_a_table_of_positions_ends_generation_before_it_begins(text, num_beams):
     batch = batch_of(model, [words(120, 1), words(90, 2)])
     exactly = {"num_beams": num_beams, "min_new_tokens": 9, "eos_token_id": None}
     assert model.generate(**batch, max_new_tokens=9, **exactly).shape == (2, 129)
-    with pytest.raises(ValueError, match="has 120 tokens.*max_new_tokens=10 .* 128 positions. Lower .* at most 9"):
+    with pytest.raises(ValueError, match="has 120 tokens.*max_new_tokens=10 .* 128 positions: lower .* at most 9"):
         model.generate(**batch, max_new_tokens=10)
     with pytest.raises(ValueError, match="has 120 tokens.*max_new_tokens=10 .* 128 positions"):
         model.generate(**batch, max_length=130)

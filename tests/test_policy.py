@@ -620,7 +620,7 @@ def test_an_entropy_bonus_has_gradients(recipe, tmp_path):
         (["--objective", "distill_stops", "--rl", "{}"], "stop_head", "stop_head: true"),
         (["--stop_head", "true", "--mode", "pause"], "mode", "stop_head"),
         (["--objective", "supervised", "--rl", "{}", "--stop_head", "true"], "stop_head", "nothing trains it"),
-        (["--objective", "distill_stops", "--rl", "{}", "--stop_head", "true"], "model", "needs a model"),
+        (["--objective", "distill_stops", "--rl", "{}", "--stop_head", "true"], "model", "needs a trained model"),
         (["--rewards", "{thoughts: 1.0}"], "rewards.thoughts", "stop_head: true"),
         (["--thought_noise", "0.1", "--mode", "cot"], "thought_noise", "feeds no thought back"),
         (["--rl.temperature", "0"], "rl.temperature", "must lie between"),

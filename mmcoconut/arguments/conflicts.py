@@ -110,7 +110,7 @@ def _schedule(values: dict, modes: list[str]):
             yield "jacobi_iterations", iterations, "only another schedule reads it: set `thought_schedule: jacobi` too"
         return
     if iterations is None:
-        yield "jacobi_iterations", None, "`thought_schedule: jacobi` needs it: set 1 up to the number of thoughts"
+        yield "jacobi_iterations", None, "`thought_schedule: jacobi` needs it: set 1 or more, at most all thoughts"
     if has_own and "coconut" in {*variant_names(values["compare"])}:
         remedy = "`coconut` and `jacobi` would be the same runs: set sequential, or compare one of them"
         yield "thought_schedule", schedule, remedy
