@@ -68,7 +68,7 @@ logger = logging.getLogger("mmcoconut")
 
 
 def read_split(data_args, split: str, max_rows: int | None):
-    """One split, and messages about rows left out by `unreadable_images: skip`."""
+    """Return one split, and messages about rows dropped by `unreadable_images: skip`."""
     examples = load_examples(data_args.dataset, split=split, **data_args.dataset_options)
     if max_rows is not None:
         examples = examples.select(range(min(max_rows, len(examples))))
@@ -81,7 +81,7 @@ def read_split(data_args, split: str, max_rows: int | None):
 
 
 def read(data_args, run_args):
-    """The splits that this run needs, by `train`, `eval` and `test`, and what was left out."""
+    """Return the splits that this run needs, by `train`, `eval` and `test`, and what was dropped."""
     splits = {"eval": (data_args.eval_split, data_args.max_eval_samples)}
     if run_args.do_train:
         splits["train"] = ("train", data_args.max_train_samples)
@@ -94,7 +94,7 @@ def read(data_args, run_args):
 
 
 def build_tokenizer(model_args, train_set, checkpoint: Path | None = None):
-    """The tokenizer of the recipe; one that is trained is trained once, and then that of the checkpoint."""
+    """Return the recipe's tokenizer; a new one is trained once, and afterwards taken from the checkpoint."""
     if model_args.tokenizer != "train":
         if model_args.tokenizer is not None:
             return AutoTokenizer.from_pretrained(model_args.tokenizer)
@@ -112,7 +112,7 @@ def build_tokenizer(model_args, train_set, checkpoint: Path | None = None):
 
 
 def build_image_processor(model_args, vision_config):
-    """The tower's own; for a tower from scratch, pictures resized to its size and scaled to [-1, 1]."""
+    """Return the tower's own processor; a new tower's resizes pictures to its size and scales them to [-1, 1]."""
     if model_args.vision_config is None:
         return None
     side = {"height": vision_config.image_size, "width": vision_config.image_size}
@@ -150,7 +150,7 @@ def build_from_backbones(model_args, train_set, checkpoint: Path | None = None):
 
 
 def build_from_vlm(model_args):
-    """Model and processor of a pretrained vision-language model, with its own tokenizer and image processor."""
+    """Build model and processor of a pretrained vision-language model, with its own tokenizer and image processor."""
     fields = {field: getattr(model_args, field) for field in HOW_THOUGHTS_ARE_FED_BACK}
     fields["new_token_init"] = model_args.new_token_init
     options = {"min_tiles": model_args.min_tiles, "max_tiles": model_args.max_tiles, "markers": model_args.markers}
@@ -171,7 +171,7 @@ def build_from_vlm(model_args):
 
 
 def build_from_checkpoint(model_args):
-    """Model and processor of an earlier run, with the layout that `settle` made of its own and the recipe's."""
+    """Load model and processor of an earlier run, with the layout that `settle` completed."""
     name = model_args.model
     fed_back = {key: getattr(model_args, key) for key in HOW_THOUGHTS_ARE_FED_BACK}
     model = load_model(name, new_parts=("stop_head",) if model_args.stop_head else (), **fed_back)
@@ -185,13 +185,13 @@ def build_from_checkpoint(model_args):
         processor.use_thumbnail = model_args.use_thumbnail
     if model_args.image_options is not None:
         if not hasattr(processor, "image_options"):
-            raise ValueError(f"image_options are of a vlm's own processor, and {name} has another: remove this key.")
+            raise ValueError(f"image_options need a vlm's own processor, and {name} has another. Remove this key.")
         set_image_options(processor, model_args.image_options)
     return model, processor
 
 
 def freeze(model, names: list[str]) -> None:
-    """Stop the gradients of parts named by the end of their path or by their role, such as vision_tower."""
+    """Freeze parts named by the end of their path or by their role, such as vision_tower."""
     for name in names:
         if not paths_named(model, name):
             raise UsageError(f"freeze: the model has no sub-module {name!r}: {nearest_part(model, name)}")
@@ -200,9 +200,9 @@ def freeze(model, names: list[str]) -> None:
 
 
 def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None):
-    """Model and processor, from a checkpoint, a vision-language model or backbones, set to the mode of this run.
+    """Build model and processor from a checkpoint, a vision-language model or backbones, and set this run's mode.
 
-    checkpoint: what a run is resumed from; its weights are loaded when training begins.
+    checkpoint: the checkpoint to resume from; its weights are loaded when training begins.
     """
     if model_args.model is not None:
         model, processor = build_from_checkpoint(model_args)
@@ -234,12 +234,12 @@ def build(model_args, curriculum_args, train_set, checkpoint: Path | None = None
 
 
 def objectives_of(curriculum_args) -> list:
-    """Return the objectives of a run; a mode without latents has none, as matched controls share a recipe."""
+    """Return the objectives of a run; none for a mode without latents, because matched controls share a recipe."""
     return make_objectives(curriculum_args.objectives) if curriculum_args.mode in THINKING_MODES else []
 
 
 def check_best_metric(run_args, metric: str, rows, collator: CurriculumCollator) -> None:
-    """Whether evaluation will give `metric_for_best_model` at every stage; else a run would end at one's end."""
+    """Check that evaluation computes `metric_for_best_model` at every stage; or the run fails at a stage's end."""
     wanted = (run_args.metric_for_best_model or "accuracy").removeprefix("eval_")
     terms = ["ce_loss"] * bool(collator.alignment or collator.objectives) + ["align_loss"] * bool(collator.alignment)
     terms += [
@@ -252,14 +252,16 @@ def check_best_metric(run_args, metric: str, rows, collator: CurriculumCollator)
         row = without_pictures(rows)[0]
         known |= figures_of(score(metric, [row["answers"][0]], [row["answers"][0]], rows=[row])).keys()
     if wanted not in known:
-        raise ValueError(f"metric_for_best_model is {wanted!r}: choose one of {', '.join(sorted(known))}.")
+        raise ValueError(f"metric_for_best_model is {wanted!r}. Choose one of {', '.join(sorted(known))}.")
 
 
 def max_length_of(model, max_length: int | None) -> int | None:
-    """Return the most tokens of a row: `max_length`, or fewer where the language model has fewer positions."""
+    """Return the maximum tokens per row: `max_length`, or fewer if the language model has fewer positions."""
     positions = position_limit(model.get_decoder())
     if None not in (positions, max_length) and max_length > positions:
-        logger.warning("max_length is %d, and the language model has %d positions: these count", max_length, positions)
+        logger.warning(
+            "max_length is %d, and the language model has %d positions: the lower one counts", max_length, positions
+        )
     return min((limit for limit in (max_length, positions) if limit is not None), default=None)
 
 
@@ -287,7 +289,7 @@ def build_collator(model, processor, *, data_args, curriculum_args, run_args) ->
         epochs_per_stage=tuple(lengths) if isinstance(lengths, list) else lengths,
         seed=run_args.seed,
     )
-    if curriculum_args.objective != "supervised":  # all that was to be learnt from steps is learnt
+    if curriculum_args.objective != "supervised":  # the curriculum is over
         curriculum = replace(curriculum, start_epoch=curriculum.epochs_before_last_stage)
     return CurriculumCollator(
         curriculum,
@@ -301,10 +303,10 @@ def build_collator(model, processor, *, data_args, curriculum_args, run_args) ->
 
 
 def fit(splits: dict, collator: CurriculumCollator, *, data_args, curriculum_args, run_args) -> tuple[dict, dict]:
-    """The splits without what `long_rows: cut` cuts, and how much of each that is; every row can be laid out.
+    """Return the splits after `long_rows: cut`, and how much was cut; check that every row can be laid out.
 
     Raises:
-        ValueError: a row that is too long at a stage; `long_rows: cut` where nothing says what is too long.
+        ValueError: a row that is too long at a stage; `long_rows: cut` without a maximum length.
     """
     only_learnt = ("train",) if curriculum_args.objective == "supervised" else ()  # others generate from it, too
     rooms = {name: 0 if name in only_learnt else collator.max_new_tokens for name in splits}
@@ -316,7 +318,7 @@ def fit(splits: dict, collator: CurriculumCollator, *, data_args, curriculum_arg
         return splits, {}
     if collator.max_length is None:
         raise ValueError(
-            "long_rows: cut has no effect, because the language model names no number of positions: set max_length."
+            "long_rows: cut has no effect, because the language model has no maximum length. Set max_length."
         )
     fitted = {
         name: fit_rows(rows, partial(collator.longest, room=rooms[name]), collator.max_length)
@@ -330,7 +332,7 @@ def fit(splits: dict, collator: CurriculumCollator, *, data_args, curriculum_arg
 
 
 def rewarded_trainer(curriculum_args, metric: str, train_set) -> tuple:
-    """The trainer of an objective with rewards, and what it takes beside the others' arguments."""
+    """Return the trainer of an objective with rewards, and its additional arguments."""
     from mmcoconut.objectives.rewards import reward_functions
     from mmcoconut.rl.policy_trainer import POLICY_TRAINERS  # here, because it imports trl
 
@@ -372,29 +374,29 @@ def build_trainer(model, collator, *, splits, data_args, curriculum_args, run_ar
 
 
 def train(trainer, checkpoint: Path | None) -> float:
-    """Train, or go on from a checkpoint; the seconds it took."""
+    """Train, or resume from a checkpoint; return the seconds it took."""
     began = time.perf_counter()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return time.perf_counter() - began
 
 
 def fix_stage(collator: CurriculumCollator) -> None:
-    """Set the collator to the stage that its checkpoint was saved at.
+    """Set the collator to the stage of the checkpoint.
 
     Raises:
-        ValueError: no stage of the recipe has as many latents.
+        ValueError: no stage of the recipe has the checkpoint's number of latents.
     """
     stages = stages_with(collator.curriculum, collator.processor.num_latents)
     if not stages:
         raise ValueError(
-            f"A model that is not trained has {collator.processor.num_latents} latents, and no stage of this recipe: "
-            "name a checkpoint, `model`, or remove `thoughts_per_turn`."
+            f"The model has {collator.processor.num_latents} latents, and no stage of this recipe has as many. "
+            "Name a checkpoint, `model`, or remove `thoughts_per_turn`."
         )
     collator.fixed_stage = stages[0]
 
 
 def evaluate(trainer, data_args) -> dict:
-    """Evaluate a checkpoint without training it, at the stage that was fixed; written beside nothing else."""
+    """Evaluate a checkpoint without training, at the fixed stage, and write the metrics."""
     metrics = trainer.evaluate()
     if trainer.is_world_process_zero():
         folder = Path(trainer.args.output_dir)
@@ -405,7 +407,7 @@ def evaluate(trainer, data_args) -> dict:
 
 
 def check_reload(folder: str, rows) -> None:
-    """The end of a smoke test: what was saved loads completely and answers a question."""
+    """End a smoke test: check that the saved model loads completely and answers a question."""
     model = load_model(folder)
     processor = load_processor(folder)
     images = open_images(rows[0])
@@ -466,7 +468,7 @@ def main(argv: list[str] | None = None) -> dict:
         report(results)
     if run_args.push_to_hub:
         trainer.push_to_hub(results=results)
-    # Without this, processes that leave at different moments abort each other.
+    # Without this, processes that exit at different moments abort each other.
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return results

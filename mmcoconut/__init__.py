@@ -1,10 +1,10 @@
 """mmcoconut: continuous-thought (Coconut) reasoning for vision-language models; public names, imported when used.
 
-After `import mmcoconut` the library's Auto classes load a checkpoint with this package's code, and with none out of
-the checkpoint.
+After `import mmcoconut` transformers' Auto classes load a checkpoint with this package's code, and no code from the
+checkpoint.
 
-The model files lie flat in the repository's root, because that is what a checkpoint on the Hub ships; the root joins
-this package's path, so that they are `mmcoconut.modeling_mmcoconut` and so on wherever the package is installed.
+The model files are in the repository's root, because a checkpoint on the Hub ships them there; the root is added to
+this package's path, so they are `mmcoconut.modeling_mmcoconut` and so on wherever the package is installed.
 """
 
 import importlib
@@ -35,7 +35,7 @@ PUBLIC_NAMES = {
 }
 __all__ = ["__version__", *PUBLIC_NAMES]
 
-importlib.import_module("mmcoconut.auto_classes").register()  # behind __path__, on which the model files are found
+importlib.import_module("mmcoconut.auto_classes").register()  # after __path__, where the model files are found
 importlib.import_module("mmcoconut.kernels")  # registers its attention functions
 
 

@@ -20,23 +20,23 @@ SHOWN_TOKENS = 3
 
 
 def parse_arguments(words: list[str]) -> argparse.Namespace:
-    """Read the command line; argparse ends the process with status 2 where it is wrong."""
+    """Parse the command line; argparse ends the process with status 2 for an invalid one."""
     parser = argparse.ArgumentParser(prog="mmcoconut ask", description="Ask a checkpoint one question.")
     parser.add_argument("model", help="folder or Hub id of a trained checkpoint")
     parser.add_argument("question")
     parser.add_argument("--image", action="append", default=[], help="file of a picture; may be given several times")
     parser.add_argument("--num_latents", type=int, help="number of thoughts; default: the checkpoint's")
-    parser.add_argument("--max_new_tokens", type=int, help=f"default: the recipe's, or {NEW_TOKENS}")
+    parser.add_argument("--max_new_tokens", type=int, help=f"maximum tokens; default: the recipe's, or {NEW_TOKENS}")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     return parser.parse_args(words)
 
 
 def row_asked(question: str, images: list[str]) -> dict:
-    """The question and the files of its pictures as a row.
+    """Return the question and the files of its pictures as a row.
 
     Raises:
-        UsageError: a file that is not there, or no question.
+        UsageError: a missing file, or no question.
     """
     missing = next((file for file in images if not Path(file).is_file()), None)
     if missing is not None:
@@ -45,7 +45,7 @@ def row_asked(question: str, images: list[str]) -> dict:
 
 
 def lines_of(asked: Asked, look: Look | None) -> list[str]:
-    """The answer, the thoughts, and the time, as lines."""
+    """Return the answer, the thoughts, and the time, as lines."""
     lines = [f"answer: {asked.said}"]
     if look is not None:
         for number, thought in enumerate(look.thoughts, start=1):
@@ -57,7 +57,7 @@ def lines_of(asked: Asked, look: Look | None) -> list[str]:
 
 
 def main(argv: list[str]) -> None:
-    """Answer, and print what there is to see."""
+    """Answer the question and print answer, thoughts and time."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     arguments = parse_arguments(argv)
     row = row_asked(arguments.question, arguments.image)

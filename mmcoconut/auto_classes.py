@@ -1,4 +1,4 @@
-"""The library's Auto classes know this package's: a checkpoint then loads without running code out of its folder."""
+"""Register this package's classes with transformers' Auto classes: checkpoints load without code from their folder."""
 
 from transformers import (
     AutoConfig,
@@ -15,7 +15,7 @@ from mmcoconut.processing_mmcoconut import MMCoconutProcessor
 from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 
 
-# Of several classes the library takes the one that a checkpoint's `architectures` name, else the first.
+# Of several classes transformers uses the one in a checkpoint's `architectures`, else the first.
 BOTH = (MMCoconutForConditionalGeneration, MMCoconutForSeq2SeqLM)
 MODEL_CLASSES = {
     AutoModel: BOTH,
@@ -26,7 +26,7 @@ MODEL_CLASSES = {
 
 
 def register() -> None:
-    """Make the Auto classes give this package's classes for `model_type` mmcoconut."""
+    """Register this package's classes for `model_type` mmcoconut with the Auto classes."""
     AutoConfig.register(MMCoconutConfig.model_type, MMCoconutConfig)
     for auto_class, classes in MODEL_CLASSES.items():
         auto_class.register(MMCoconutConfig, classes)

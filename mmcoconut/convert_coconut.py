@@ -1,8 +1,8 @@
-"""A checkpoint of the original Coconut code becomes one of this library: `python -m mmcoconut.convert_coconut …`.
+"""Convert a checkpoint of the original Coconut code to mmcoconut: `python -m mmcoconut.convert_coconut …`.
 
 The original writes `torch.save(state_dict)` of its `Coconut` module: the language model under `base_causallm.`, and
-its embeddings a second time under `embedding.`. A checkpoint of its stage 0 (CoT) is the language model alone. Three
-tokens are added to the tokenizer in the original's order; `<image>` comes behind them, so all logits stay.
+its embeddings again under `embedding.`. A checkpoint of its stage 0 (CoT) is the language model alone. Three
+tokens are added to the tokenizer in the original's order; `<image>` follows them, so all logits are unchanged.
 
 Source: https://arxiv.org/abs/2412.06769, and the code that was published with it.
 """
@@ -26,48 +26,48 @@ from mmcoconut.errors import RecipeError, run_command
 
 logger = logging.getLogger("mmcoconut")
 
-WRAPPER = "module."  # of DistributedDataParallel
+WRAPPER = "module."  # prefix of DistributedDataParallel
 LANGUAGE_MODEL, EMBEDDINGS = "base_causallm.", "embedding."
 ADDED_TOKENS = (START_LATENT_TOKEN, END_LATENT_TOKEN, LATENT_TOKEN)
-# The model's class has a vision tower: this is the smallest one, and no picture ever enters it.
+# The model's class has a vision tower: this is the smallest one, and it never gets a picture.
 SIDE = 8
 NO_VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
 
 
 @dataclass
 class ConversionArguments:
-    """What is converted, and where it goes."""
+    """Options of a conversion."""
 
-    checkpoint: str | None = HfArg(default=None, help="File that the original code wrote, such as checkpoint_33.")
-    text_model: str | None = HfArg(default=None, help="Its `model_id`: folder or Hub id, for architecture, tokenizer.")
-    num_latents: int | None = HfArg(default=None, help="Thoughts a question: its c_thought times max_latent_stage.")
-    output_dir: str | None = HfArg(default=None, help="Folder that model and processor are saved to.")
+    checkpoint: str | None = HfArg(default=None, help="File written by the original code, such as checkpoint_33.")
+    text_model: str | None = HfArg(default=None, help="Its `model_id`, a folder or Hub id: architecture, tokenizer.")
+    num_latents: int | None = HfArg(default=None, help="Thoughts per question: its c_thought times max_latent_stage.")
+    output_dir: str | None = HfArg(default=None, help="Output folder for model and processor.")
 
 
 def read_state_dict(file: str) -> dict[str, torch.Tensor]:
-    """The language model's weights in a file of the original code, by the names that transformers gives them.
+    """Return the language model's weights in a file of the original code, with transformers' names.
 
     Raises:
-        ValueError: a file that holds more than tensors, or no language model.
+        ValueError: the file holds more than tensors, or no language model.
     """
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (EOFError, IndexError, KeyError) as error:  # what the library gives for an empty file, or a text
-        raise ValueError(f"{file} was not written by torch.save: give a checkpoint_<n> file.") from error
+    except (EOFError, IndexError, KeyError) as error:  # torch's errors for an empty file or a text
+        raise ValueError(f"{file} was not written by torch.save. Give a checkpoint_<n> file.") from error
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} holds more than tensors, and is not opened: give a saved state_dict.") from error
+        raise ValueError(f"{file} holds more than tensors, and is not opened. Give a saved state_dict.") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise ValueError(f"{file} holds a {type(state).__name__} that is no state_dict: give a checkpoint_<n> file.")
+        raise ValueError(f"{file} holds a {type(state).__name__}, not a state_dict. Give a checkpoint_<n> file.")
     state = {name.removeprefix(WRAPPER): value for name, value in state.items()}
     inner = {name.removeprefix(LANGUAGE_MODEL): x for name, x in state.items() if name.startswith(LANGUAGE_MODEL)}
     return inner or {name: value for name, value in state.items() if not name.startswith(EMBEDDINGS)}
 
 
 def load_causal_lm(text_model: str, state: dict[str, torch.Tensor], file: str):
-    """The language model of an architecture with these weights.
+    """Return the language model of an architecture with these weights.
 
     Raises:
-        ValueError: weights that are missing, unknown or of another shape.
+        ValueError: weights are missing, unknown or of another shape.
     """
     config = AutoConfig.from_pretrained(text_model)
     causal_lm = AutoModelForCausalLM.from_config(config)
@@ -92,10 +92,10 @@ def load_causal_lm(text_model: str, state: dict[str, torch.Tensor], file: str):
 
 
 def tokenizer_of(text_model: str, num_rows: int, file: str):
-    """The original's tokenizer: the language model's, its three tokens, padding with the end of a text.
+    """Return the original's tokenizer: the language model's with three tokens, padding with the end-of-text token.
 
     Raises:
-        ValueError: another number of tokens than rows of the embeddings.
+        ValueError: the number of tokens differs from the rows of the embeddings.
     """
     tokenizer = AutoTokenizer.from_pretrained(text_model)
     if tokenizer.pad_token is None:
@@ -103,19 +103,19 @@ def tokenizer_of(text_model: str, num_rows: int, file: str):
     tokenizer.add_special_tokens({"extra_special_tokens": list(ADDED_TOKENS)}, replace_extra_special_tokens=False)
     if len(tokenizer) > num_rows:
         raise ValueError(
-            f"{file} embeds {num_rows} tokens, and the tokenizer of {text_model} with {', '.join(ADDED_TOKENS)} has "
-            f"{len(tokenizer)}: name the --text_model that it was trained from."
+            f"{file} embeds {num_rows} tokens. The tokenizer of {text_model} with {', '.join(ADDED_TOKENS)} has "
+            f"{len(tokenizer)}. Name the --text_model that it was trained from."
         )
     return tokenizer
 
 
 def convert(file: str, text_model: str, *, num_latents: int):
-    """Model and processor, text only, with the logits that the original's language model has.
+    """Return model and processor, text only, with the same logits as the original's language model.
 
     Args:
-        file: what the original code wrote.
+        file: written by the original code.
         text_model: folder or Hub id of the language model that it was trained from.
-        num_latents: thoughts a question, at least 0.
+        num_latents: thoughts per question, at least 0.
     """
     state = read_state_dict(file)
     causal_lm = load_causal_lm(text_model, state, file)
@@ -144,7 +144,7 @@ def parse_arguments(argv: list[str]) -> ConversionArguments:
     arguments = read_arguments(argv, ConversionArguments, usage)
     problems = [(name, None, "give it") for name, value in vars(arguments).items() if value is None]
     if arguments.checkpoint is not None and not Path(arguments.checkpoint).is_file():
-        problems.append(("checkpoint", arguments.checkpoint, "there is no such file: correct the path"))
+        problems.append(("checkpoint", arguments.checkpoint, "no such file: correct the path"))
     if arguments.output_dir is not None and Path(arguments.output_dir, "config.json").exists():
         problems.append(("output_dir", arguments.output_dir, "it holds a checkpoint: name another folder"))
     if problems:
@@ -158,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = convert(arguments.checkpoint, arguments.text_model, num_latents=arguments.num_latents)
     for part in (model, processor):
         part.save_pretrained(arguments.output_dir)
-    logger.info("written to %s; %d thoughts a question", arguments.output_dir, arguments.num_latents)
+    logger.info("written to %s; %d thoughts per question", arguments.output_dir, arguments.num_latents)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Checkpoints of InternVL and LLaVA, from the composed form to their own class and back.
+"""Convert checkpoints of InternVL and LLaVA from the composed form to their own class and back.
 
     python -m mmcoconut.convert_vlm outputs/run outputs/own --to own
 
 The composed form (`composed_from_vlm`) is an MMCoconutForConditionalGeneration of a VLM's parts, the own form
-(`from_vlm`) a subclass of its class, which serving engines know. Both have the same weights, logits and thoughts.
+(`from_vlm`) a subclass of its class, which serving engines support. Both have the same weights, logits and thoughts.
 """
 
 import logging
@@ -32,7 +32,7 @@ from mmcoconut.vlm_mmcoconut import THOUGHT_MODULES, ThinkingVLM, thinking_class
 
 logger = logging.getLogger("mmcoconut")
 
-# By the projector of the composed form: model type, class and processor of the own one.
+# By the projector of the composed form: model type, class and processor of the own form.
 OWN = {
     "pixel_shuffle": ("internvl", InternVLForConditionalGeneration, "InternVLProcessor"),
     "mlp": ("llava", LlavaForConditionalGeneration, "LlavaProcessor"),
@@ -42,32 +42,32 @@ FORMS = ("own", "composed")
 
 @dataclass
 class ConversionArguments:
-    """What is converted, where it goes, and into which form."""
+    """Options of a conversion."""
 
     source: str | None = HfArg(default=None, help="Folder or Hub id of a checkpoint in the other form.")
-    target: str | None = HfArg(default=None, help="Folder that the converted checkpoint is saved to.")
+    target: str | None = HfArg(default=None, help="Output folder for the converted checkpoint.")
     to: str | None = HfArg(default=None, help="`own`: the VLM's own class; `composed`: its parts, as from backbones.")
 
 
 # --- to the own class ------------------------------------------------------------------------------------------------
 def _why_not_own(config: MMCoconutConfig) -> str | None:
-    """Return what a composed model has that the own class has no place for, or None."""
+    """Return what a composed model has that the own class does not support, or None."""
     tower, layers = config.vision_config, config.vision_feature_layer
     if config.image_fusion != "replace":
-        return f"image_fusion is {config.image_fusion!r}, and a VLM's own class puts features in the place of tokens"
+        return f"image_fusion is {config.image_fusion!r}, and a VLM's own class replaces tokens by features"
     if config.projector_type not in OWN:
-        return f"projector_type is {config.projector_type!r}, and only {', '.join(OWN)} are a VLM's"
+        return f"projector_type is {config.projector_type!r}, and a VLM has one of {', '.join(OWN)}"
     side = tower.image_size if isinstance(tower.image_size, int) else tower.image_size[0]
     if config.image_size not in (None, side):
         return f"image_size is {config.image_size}, and its tower's is {side}"
     if config.vision_last_norm:
-        return "vision_last_norm is True, and a VLM's own class decides by its tower what it reads"
+        return "vision_last_norm is True, and a VLM's own class takes this from its tower"
     if config.projector_type == "mlp":
         return None
     if tower.model_type != "internvl_vision" or not config.projector_bias or not isinstance(layers, int):
-        return f"its tower ({tower.model_type}), projector_bias or vision_feature_layer are not as InternVL has them"
+        return f"its tower ({tower.model_type}), projector_bias or vision_feature_layer differ from InternVL's"
     if layers == -1 and not (getattr(tower, "tie_last_hidden_states", False) or tower.use_mean_pooling):
-        return "it reads its tower's last layer before the norm, and InternVL behind it"
+        return "it reads its tower's last layer before the norm, and InternVL after it"
     return None
 
 
@@ -86,17 +86,17 @@ def _own_config(config: MMCoconutConfig):
 
 
 def to_own(model: PreTrainedModel) -> ThinkingVLM:
-    """Return a composed model in the class of its vision-language model, with its weights; it is used up.
+    """Convert a composed model to the class of its vision-language model, with its weights; the input is consumed.
 
     Raises:
-        ValueError: a model that no VLM's class has a place for, with what it has.
+        ValueError: the VLM's class does not support the model; names the reason.
     """
     config = model.config
     reason = None if isinstance(config, MMCoconutConfig) else f"it is {config.model_type} in its own class already"
     reason = reason or _why_not_own(config)
     if reason is not None:
-        raise ValueError(f"This model has no own form: {reason}; keep it as it is.")
-    vars(model.model.vision_tower.config).pop("tie_last_hidden_states", None)  # InternVL's own class says it by itself
+        raise ValueError(f"This model has no own form: {reason}. Keep it unchanged.")
+    vars(model.model.vision_tower.config).pop("tie_last_hidden_states", None)  # InternVL's own class sets it itself
     config.vision_config, config.text_config = model.model.vision_tower.config, model.model.language_model.config
     with torch.device("meta"):
         own = thinking_class(OWN[config.projector_type][1])(_own_config(config))
@@ -111,22 +111,22 @@ def to_own(model: PreTrainedModel) -> ThinkingVLM:
 
 
 def processor_to_own(processor: MMCoconutProcessor, config):
-    """Return the processor of an own form out of the composed one's parts.
+    """Build the processor of an own form from the composed one's parts.
 
     Args:
         config: of the own form.
 
     Raises:
-        ValueError: settings that the VLM's own processor has no place for.
+        ValueError: settings that the VLM's own processor does not support.
     """
     if not processor.use_thumbnail:
-        raise ValueError("This processor has no own form: use_thumbnail is False; keep it as it is.")
+        raise ValueError("This processor has no own form: use_thumbnail is False. Keep it unchanged.")
     _, _, name = next(own for own in OWN.values() if own[0] == config.model_type)
     made_class = getattr(vlm_processing_mmcoconut, name)
     fields = {"image_processor": processor.image_processor, "tokenizer": processor.tokenizer}
     fields["chat_template"] = IF_ASKED + processor.chat_template
     if config.model_type == "internvl":
-        videos = vlm_processing_mmcoconut.NotLoaded()  # of which the composed form knows nothing
+        videos = vlm_processing_mmcoconut.NotLoaded()  # the composed form has no video processor
         fields |= {"image_seq_length": processor.image_seq_length, "video_processor": videos}
     else:
         tower, strategy = config.vision_config, config.vision_feature_select_strategy
@@ -141,15 +141,15 @@ def processor_to_own(processor: MMCoconutProcessor, config):
 
 # --- to the composed form --------------------------------------------------------------------------------------------
 def to_composed(model: ThinkingVLM) -> PreTrainedModel:
-    """Return a model in its own class as one of its parts, with its weights; it is used up.
+    """Convert a model in its own class to the composed form, with its weights; the input is consumed.
 
     Raises:
-        ValueError: a model that is no InternVL and no LLaVA.
+        ValueError: the model is neither InternVL nor LLaVA.
     """
     known = [own[0] for own in OWN.values()]
     if model.config.model_type not in known:
-        reason = f"it is {model.config.model_type} and none of {', '.join(known)}"
-        raise ValueError(f"This model has no composed form: {reason}; keep it as it is.")
+        reason = f"it is {model.config.model_type} and not one of {', '.join(known)}"
+        raise ValueError(f"This model has no composed form: {reason}. Keep it unchanged.")
     composed = compose(model, {name: getattr(model.config, name) for name in THOUGHT_FIELDS})
     for name in THOUGHT_MODULES:
         if hasattr(composed.model, name):
@@ -159,13 +159,13 @@ def to_composed(model: ThinkingVLM) -> PreTrainedModel:
 
 
 def processor_to_composed(processor, config: MMCoconutConfig) -> MMCoconutProcessor:
-    """Return the processor of a composed form out of the own one's parts.
+    """Build the processor of a composed form from the own one's parts.
 
     Args:
         config: of the composed form.
 
     Raises:
-        ValueError: settings that the composed form has no place for.
+        ValueError: settings that the composed form does not support.
     """
     if processor.image_options:
         raise ValueError(f"This processor has no composed form: image_options are {processor.image_options}.")

@@ -1,4 +1,4 @@
-"""Mistakes of whoever called, told in full: commands print them without a traceback, and end with status 2."""
+"""User errors with complete messages: commands print them without a traceback, and end with status 2."""
 
 import sys
 from collections.abc import Callable
@@ -9,23 +9,23 @@ from mmcoconut.explanations import Explanation, explain, explain_causes
 
 DEBUG = "--debug"
 USAGE_STATUS, INTERRUPTED_STATUS = 2, 130
-# By command: how to go on after Ctrl-C.
+# By command: how to resume after Ctrl-C.
 RESUME = {
-    "train": "If the run has saved a checkpoint, the same command with --resume_from_checkpoint true goes on from it; "
+    "train": "If the run has saved a checkpoint, resume it with the same command and --resume_from_checkpoint true; "
     "without one, start again with --overwrite true.",
-    "compare": "The same command goes on: runs that are finished are kept.",
-    "eval": "The same command goes on with the rows that are not answered yet.",
-    "audit": "An audit is written at its end, so start it again; --max_samples takes fewer rows.",
-    "prepare": "The same command goes on with the pictures that are missing.",
+    "compare": "The same command resumes it: finished runs are kept.",
+    "eval": "The same command resumes it with the rows that are not answered yet.",
+    "audit": "An audit is written at its end. Start it again; --max_samples uses fewer rows.",
+    "prepare": "The same command resumes it with the missing pictures.",
 }
 
 
 class UsageError(ValueError):
-    """A mistake of whoever called, which its message tells in full: a command prints that, without a traceback."""
+    """A mistake of the user. Its message is complete: commands print it without a traceback."""
 
 
 class RecipeError(UsageError):
-    """Everything that is wrong with a recipe, a line each; `problems` holds it as (key, value found, remedy)."""
+    """All problems of a recipe, one line each; `problems` holds them as (key, value found, remedy)."""
 
     def __init__(self, recipe: str, problems: list[tuple]):
         self.problems = list(problems)
@@ -34,7 +34,7 @@ class RecipeError(UsageError):
 
 
 def explanation_of(error: BaseException) -> Explanation | None:
-    """What to tell whoever called about an error, and its HTTP status; None for a mistake in the code."""
+    """Return the explanation of an error for the user, with its HTTP status; None for a bug in the code."""
     if not isinstance(error, UsageError):
         return explain(error)
     cause = explain_causes(error)
@@ -42,9 +42,9 @@ def explanation_of(error: BaseException) -> Explanation | None:
 
 
 def is_missing_folder(name) -> bool:
-    """Return True if a name is that of a folder which is not there, and cannot be meant as a Hub id.
+    """Return True if a name is a missing folder, and cannot be a Hub id.
 
-    A path with a dot, a slash or a tilde in front is a folder's, and so is one whose first part is a folder here.
+    A path that begins with a dot, slash or tilde is a folder, and so is one whose first part is an existing folder.
     """
     if not isinstance(name, str) or Path(name).is_dir():
         return False
@@ -53,9 +53,9 @@ def is_missing_folder(name) -> bool:
 
 
 def split_debug(words: list[str]) -> tuple[list[str], bool]:
-    """The words of a command line without a bare `--debug`, and whether it was among them.
+    """Return the words of a command line without a bare `--debug`, and whether it was among them.
 
-    `--debug VALUE` is an argument of transformers' Trainer, and stays.
+    `--debug VALUE` is an argument of transformers' Trainer, and is kept.
 
     >>> split_debug(["recipe.yaml", "--debug", "--seed", "1"])
     (['recipe.yaml', '--seed', '1'], True)
@@ -67,13 +67,13 @@ def split_debug(words: list[str]) -> tuple[list[str], bool]:
 
 
 def run_command(main: Callable[[list[str]], object], argv: list[str] | None = None, *, name: str = "") -> None:
-    """Run `main(argv)`; print a mistake of whoever called without a traceback, and end with status 2.
+    """Run `main(argv)`; print a user error without a traceback, and end with status 2.
 
     A bare `--debug` among the words shows the traceback. Ctrl-C ends with status 130.
 
     Args:
         argv: words of the command line; default: those of this process.
-        name: of the command, by which RESUME says how to go on after Ctrl-C.
+        name: command name, for the hint of RESUME after Ctrl-C.
     """
     words, debug = split_debug(sys.argv[1:] if argv is None else argv)
     try:

@@ -1,7 +1,7 @@
-"""Say of an error what happened, where, and what to do, where whoever called can do something about it.
+"""Explain errors that the user can fix: what happened, where, and what to do.
 
-Everything else is a mistake in the code, which keeps its traceback. Classes of other libraries are looked up among the
-modules that are loaded: an error of a library that was never imported cannot have been raised.
+Any other error is a bug in the code, and keeps its traceback. Classes of other libraries are looked up among the
+loaded modules: a library that was never imported cannot have raised an error.
 """
 
 import errno
@@ -19,15 +19,15 @@ SCRIPTS = ("train_hf.py",)
 NO_SPACE = "Free some space, or write elsewhere: --output_dir, HF_HOME for downloads, TMPDIR for temporary files."
 NO_PERMISSION = "Change its permissions, or name another place: --output_dir, or HF_HOME for downloads."
 LESS_MEMORY = (
-    "Answer or train fewer rows at once (--batch_size, --per_device_train_batch_size, --per_device_eval_batch_size), "
-    "shorten rows (--max_length), take --dtype bfloat16, --activation_checkpointing true in training, or a larger "
+    "Use fewer rows per batch (--batch_size, --per_device_train_batch_size, --per_device_eval_batch_size), "
+    "shorten rows (--max_length), use --dtype bfloat16, --activation_checkpointing true in training, or a larger "
     "device."
 )
-NO_NETWORK = "Check the network (and HF_HUB_OFFLINE), or download it where there is one and give its folder."
-SIGN_IN = "Sign in with `hf auth login`, or set HF_TOKEN to a token that may read it."
+NO_NETWORK = "Check the network (and HF_HUB_OFFLINE), or download it on another machine and give its folder."
+SIGN_IN = "Sign in with `hf auth login`, or set HF_TOKEN to a token with access."
 NO_MODEL = "Correct the name; if it is private, sign in with `hf auth login`."
-BROKEN_FILE = "It was cut off or changed: download it anew, or save it again."
-# What an OSError with this number says, and what to do about it; its file or address is named beside it.
+BROKEN_FILE = "It was truncated or changed: download it again, or save it again."
+# Explanation and remedy by the errno of an OSError; its file or address is added.
 BY_NUMBER = {
     errno.ENOSPC: ("the disk is full", NO_SPACE),
     errno.EDQUOT: ("the quota of the disk is used up", NO_SPACE),
@@ -37,30 +37,30 @@ BY_NUMBER = {
     errno.EADDRINUSE: ("the port is in use", "Give another --port, or end the program that listens there."),
     errno.EADDRNOTAVAIL: ("this machine has no such address", "Give an address of this machine."),
     errno.ENOENT: ("no such file or folder", "Correct the path."),
-    errno.EISDIR: ("it is a folder, and a file is wanted", "Correct the path."),
+    errno.EISDIR: ("it is a folder, not a file", "Correct the path."),
     errno.ENOTDIR: ("a part of this path is a file, not a folder", "Correct the path."),
     errno.EEXIST: ("it exists already", "Name another, or remove it."),
     errno.EMFILE: ("too many open files", "Raise the limit: ulimit -n 4096."),
 }
-# The extra that installs a module.
+# The extra that installs each module.
 EXTRA_OF = {"matplotlib": "audit", "sklearn": "audit", "gradio": "demo", "gguf": "gguf", "peft": "lora"}
 EXTRA_OF |= {"bitsandbytes": "quantization", "trl": "rl", "num2words": "smolvlm", "fastapi": "serve"}
 EXTRA_OF |= {"uvicorn": "serve", "openai": "serve", "pycocoevalcap": "captions", "rouge_score": "captions"}
 EXTRA_OF |= {"sacrebleu": "captions"}
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
-# Raised on purpose, with a message for whoever called, if a line of ours raises it.
+# Types that our code raises on purpose, with a message for the user.
 OWN_KINDS = (ValueError, ImportError, OSError, RuntimeError, KeyError, TypeError)
 
 
 class Explanation(NamedTuple):
-    """What happened, where and what to do, as one text; and the HTTP status of a server that says so."""
+    """What happened, where and what to do, as one text; and the HTTP status for a server."""
 
     text: str
     status: int = 400
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """The error and what led to it, nearest first."""
+    """Yield the error and its causes, nearest first."""
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -75,12 +75,12 @@ def is_of(error: BaseException, module: str, *names: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message that says something, or its class where there is none."""
+    """Return the first non-empty line of an error's message, or its class if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def repository_of(error: BaseException) -> str:
-    """The name of the repository that the Hub answered about; empty where it is not known.
+    """Return the name of the repository of a Hub error; empty if unknown.
 
     >>> repository_of(ValueError("no answer"))
     ''
@@ -91,31 +91,31 @@ def repository_of(error: BaseException) -> str:
 
 
 def explain_hub(error: BaseException) -> Explanation | None:
-    """Explain what the Hub answered, or that it did not answer."""
+    """Explain an error of the Hub, or a missing answer."""
     module, where = "huggingface_hub.errors", repository_of(error)
     where = f"{where}: " if where else ""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if is_of(error, module, "GatedRepoError"):
-        return Explanation(f"{where}its owner gives access on request. Ask for it on its page. {SIGN_IN}", 403)
+        return Explanation(f"{where}access is on request. Request it on its page. {SIGN_IN}", 403)
     if is_of(error, module, "LocalTokenNotFoundError") or "token" in str(error) and status == 401:
-        return Explanation(f"{where}a token is needed, and there is none. {SIGN_IN}", 401)
+        return Explanation(f"{where}a token is required. {SIGN_IN}", 401)
     if is_of(error, module, "RevisionNotFoundError"):
         return Explanation(f"{where}no such revision. Correct the branch, tag or commit.", 404)
     if is_of(error, module, "RepositoryNotFoundError"):
         return Explanation(f"{where}not found on the Hub. {NO_MODEL}", 404)
     if is_of(error, module, "HfHubHTTPError") and status in (401, 403):
-        return Explanation(f"{where}the token may not do this (status {status}). {SIGN_IN}", status)
+        return Explanation(f"{where}the token has no permission (status {status}). {SIGN_IN}", status)
     if is_of(error, module, "OfflineModeIsEnabled", "LocalEntryNotFoundError"):
         return Explanation(f"{first_line(error)} {NO_NETWORK}", 404)
     if is_of(error, module, "HfHubHTTPError"):
-        return Explanation(f"{where}{first_line(error)} Try again later; what is done is kept.", 424)
+        return Explanation(f"{where}{first_line(error)} Try again later; finished work is kept.", 424)
     if is_of(error, "httpx", "TransportError") or is_of(error, "requests.exceptions", "ConnectionError"):
         return Explanation(f"No answer from the network: {first_line(error)}. {NO_NETWORK}", 424)
     return None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if main memory, or that of an accelerator, is used up."""
+    """Return True if main memory, or that of an accelerator, is exhausted."""
     text = str(error)
     return (
         isinstance(error, MemoryError)
@@ -125,7 +125,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def file_in_frames(error: BaseException, ending: str) -> str:
-    """The file with this ending that the innermost function handled; messages of some libraries name none."""
+    """Return the file with this ending that the innermost function handled; some libraries' messages name none."""
     found, traceback = "", error.__traceback__
     while traceback is not None:
         paths = [str(value) for value in traceback.tb_frame.f_locals.values() if isinstance(value, str | Path)]
@@ -135,13 +135,13 @@ def file_in_frames(error: BaseException, ending: str) -> str:
 
 
 def explain_file(error: BaseException) -> Explanation | None:
-    """Explain a file that is no whole file of its kind."""
+    """Explain an incomplete or invalid file."""
     if is_of(error, "safetensors", "SafetensorError") and not OS_ERROR.search(str(error)):
         name = file_in_frames(error, ".safetensors") or "a .safetensors file"
-        return Explanation(f"{name}: not a whole file of weights ({first_line(error)}). {BROKEN_FILE}")
+        return Explanation(f"{name}: not a complete file of weights ({first_line(error)}). {BROKEN_FILE}")
     if is_of(error, "pyarrow.lib", "ArrowInvalid"):
         name = file_in_frames(error, ".parquet") or file_in_frames(error, ".arrow") or "a file of the data set"
-        return Explanation(f"{name}: not a whole file ({first_line(error)}). {BROKEN_FILE}")
+        return Explanation(f"{name}: not a complete file ({first_line(error)}). {BROKEN_FILE}")
     if isinstance(error, UnicodeDecodeError) or is_of(error, "json.decoder", "JSONDecodeError"):
         name = file_in_frames(error, ".json") or file_in_frames(error, ".jsonl")
         return Explanation(f"{name}: not JSON ({first_line(error)}). {BROKEN_FILE}") if name else None
@@ -149,7 +149,7 @@ def explain_file(error: BaseException) -> Explanation | None:
 
 
 def explain_system(error: BaseException) -> Explanation | None:
-    """Explain what the operating system refused, by its number; of other OSErrors the message says it all."""
+    """Explain an error of the operating system by its number; other OSErrors have complete messages."""
     in_text = OS_ERROR.search(str(error))
     if not isinstance(error, OSError) and not in_text:
         return None
@@ -163,7 +163,7 @@ def explain_system(error: BaseException) -> Explanation | None:
 
 
 def explain_import(error: BaseException) -> Explanation | None:
-    """Explain a package that is missing, where an extra, or the message itself, says how to install it."""
+    """Explain a missing package, if an extra, or the message itself, says how to install it."""
     if not isinstance(error, ImportError):
         return None
     module = (error.name or "").partition(".")[0]
@@ -173,7 +173,7 @@ def explain_import(error: BaseException) -> Explanation | None:
 
 
 def is_raised_here(error: BaseException) -> bool:
-    """Return True if a `raise` in this package raised an error: its message is meant for whoever called."""
+    """Return True if a `raise` in this package raised an error: its message is for the user."""
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
@@ -185,13 +185,13 @@ def is_raised_here(error: BaseException) -> bool:
 
 
 def explain_causes(error: BaseException) -> Explanation | None:
-    """Explain an error by the first of its causes that the Hub, the network or a broken file is to blame for."""
+    """Explain an error by its first cause in the Hub, the network or a broken file."""
     chain = [*causes(error)]
     return next(filter(None, map(explain_hub, chain)), None) or next(filter(None, map(explain_file, chain)), None)
 
 
 def explain(error: BaseException) -> Explanation | None:
-    """Explain an error to whoever called; None where it is no mistake of theirs, but of the code."""
+    """Explain an error to the user; None if it is a bug in the code."""
     if is_out_of_memory(error):
         return Explanation(f"Out of memory: {first_line(error)}. {LESS_MEMORY}", 413)
     if explained := explain_causes(error):

@@ -1,7 +1,7 @@
-"""What the commands of `mmcoconut` run: the mains of the modules, with a model or recipe in front of the options.
+"""Run the commands of `mmcoconut`: the mains of the modules, with a model or recipe before the options.
 
 `mmcoconut eval outputs/quickstart --split test` is `python -m mmcoconut.evaluation --model outputs/quickstart --split
-test`. Modules are imported when their command runs, as some need optional packages.
+test`. Modules are imported when their command runs, because some need optional packages.
 """
 
 import importlib
@@ -19,17 +19,17 @@ from mmcoconut.errors import UsageError
 
 SCRIPT = "train_hf"
 CONVERTERS = {"coconut": "mmcoconut.convert_coconut", "vlm": "mmcoconut.convert_vlm"}
-# What `accelerate launch` is told where `accelerate config` has not been run.
+# Options of `accelerate launch` if `accelerate config` has not been run.
 ONE_MACHINE = ("--num_machines", "1", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
 
 
 def main_of(module: str):
-    """Return `main` of a module, imported now."""
+    """Import a module and return its `main`."""
     return importlib.import_module(module).main
 
 
 def with_model(words: list[str]) -> list[str]:
-    """A first word that is no option is the model.
+    """Return the words with `--model` before a first word that is not an option.
 
     >>> with_model(["outputs/run", "--split", "test"])
     ['--model', 'outputs/run', '--split', 'test']
@@ -70,7 +70,7 @@ def convert(words: list[str]) -> None:
         print("  vlm      InternVL or LLaVA with thoughts, to their own class or back: mmcoconut convert vlm --help")
         return
     if kind not in CONVERTERS:
-        raise UsageError(f"mmcoconut convert {kind}: say what to convert, {' or '.join(CONVERTERS)}.")
+        raise UsageError(f"mmcoconut convert {kind}: unknown kind. Choose {' or '.join(CONVERTERS)}.")
     main_of(CONVERTERS[kind])(rest)
 
 
@@ -78,30 +78,30 @@ def compare(words: list[str]) -> None:
     """Run `mmcoconut compare RECIPE A,B,...`: a training run with the key `compare`.
 
     Raises:
-        UsageError: neither the command nor the recipe says what is compared.
+        UsageError: neither the command nor the recipe names variants.
     """
     if not {"-h", "--help"} & {*words} and words:
         recipe, *rest = words
         if rest and not rest[0].startswith("-"):
             words = [recipe, "--compare", *rest]
         elif not compares(words):
-            raise UsageError(f"Say what to compare: mmcoconut compare {recipe} cot,no_cot,coconut")
+            raise UsageError(f"Nothing to compare. Name the variants: mmcoconut compare {recipe} cot,no_cot,coconut")
     main_of(SCRIPT)(words)
 
 
 def compares(words: list[str]) -> bool:
-    """Return True if a recipe or the words after it ask for a comparison."""
+    """Return True if a recipe or the words after it request a comparison."""
     recipe, *rest = words
     return "compare" in {**read_recipe_file(recipe).values, **read_overrides(rest, [])}
 
 
 def launch_words(words: list[str], *, num_gpus: int, is_configured: bool) -> list[str]:
-    """The words of `accelerate launch` that train on the GPUs of this machine.
+    """Return the words of `accelerate launch` to train on the GPUs of this machine.
 
     Args:
         words: recipe and options.
-        num_gpus: of this machine, as CUDA_VISIBLE_DEVICES leaves them.
-        is_configured: `accelerate config` has been run, and decides in place of these.
+        num_gpus: GPUs of this machine that CUDA_VISIBLE_DEVICES allows.
+        is_configured: True if `accelerate config` has been run; it then decides.
     """
     script = importlib.util.find_spec(SCRIPT).origin
     devices = [] if is_configured else ["--multi_gpu", "--num_processes", str(num_gpus), *ONE_MACHINE]
@@ -109,10 +109,10 @@ def launch_words(words: list[str], *, num_gpus: int, is_configured: bool) -> lis
 
 
 def launch(words: list[str]) -> None:
-    """Train in a process for each GPU, by accelerate's launcher, which then adds no traceback of its own.
+    """Train in one process per GPU with accelerate's launcher, without an additional traceback of the launcher.
 
     Raises:
-        SystemExit: with the status of the first process that failed.
+        SystemExit: with the status of the first failed process.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -126,14 +126,14 @@ def launch(words: list[str]) -> None:
 
 
 def train(words: list[str]) -> None:
-    """Run `mmcoconut train RECIPE`: in this process, or in one for each of several GPUs.
+    """Run `mmcoconut train RECIPE` in this process, or in one process per GPU.
 
-    A process that a launcher started, and a comparison, which launches its runs itself, stay as they are.
+    Processes started by a launcher, and comparisons, which launch their own runs, stay in this process.
     """
     num_gpus = torch.cuda.device_count()
     asks_help = not words or {"-h", "--help"} & {*words}
     if asks_help or num_gpus < 2 or "LOCAL_RANK" in os.environ or compares(words):
         main_of(SCRIPT)(words)
         return
-    parse_recipe(words)  # what is wrong with the recipe is said once, not by every process
+    parse_recipe(words)  # reports problems of the recipe once, not in every process
     launch(launch_words(words, num_gpus=num_gpus, is_configured=os.path.isfile(default_config_file)))

@@ -1,7 +1,7 @@
-"""Which class a recipe or a checkpoint is, and loading it completely or not at all, with its processor.
+"""Find the class of a recipe or checkpoint, and load it completely or not at all, with its processor.
 
-A checkpoint is one of the two public classes, or a vision-language model's own class with thoughts, which the fields
-of its thoughts in config.json tell.
+A checkpoint has one of the two public classes, or a vision-language model's own class with thoughts, which is
+recognized by the fields of its thoughts in config.json.
 """
 
 from collections.abc import Callable
@@ -24,30 +24,30 @@ from mmcoconut.seq2seq_mmcoconut import MMCoconutForSeq2SeqLM
 
 
 def model_class(image_fusion: str) -> type[MMCoconutForConditionalGeneration]:
-    """The class of a fusion: with `encoder` the language model has an encoder, otherwise it is a decoder alone."""
+    """Return the class of a fusion: with `encoder` an encoder-decoder, otherwise a decoder alone."""
     return MMCoconutForSeq2SeqLM if image_fusion == "encoder" else MMCoconutForConditionalGeneration
 
 
 def is_composed(config: PreTrainedConfig) -> bool:
-    """Whether a model is one of the two public classes, and no vision-language model's own class with thoughts."""
+    """Return True if a model has one of the two public classes, and no vision-language model's own class."""
     return config.model_type == MMCoconutConfig.model_type
 
 
 class CheckpointError(UsageError):
-    """A name at which there is no checkpoint of the kind that is wanted."""
+    """There is no checkpoint of the required kind at this name."""
 
 
 def _found(key: str, name: str, read: Callable):
-    """Return what `read()` gives, which looks for the files of a folder or Hub id.
+    """Return the result of `read()`, which reads the files of a folder or Hub id.
 
     Raises:
-        CheckpointError: they are not there, or cannot be reached.
+        CheckpointError: the files are missing or cannot be reached.
     """
     remedy = "Give an existing folder or a Hub id."
     if (Path(name) / "adapter_config.json").is_file():
         raise CheckpointError(
-            f"{key} = {name!r}: it holds adapters alone. Give the whole model that the run wrote, its output_dir or "
-            "stages/stage-s in it, or go on with the run by `resume_from_checkpoint`."
+            f"{key} = {name!r}: it holds only adapters. Give the run's whole model, its output_dir or "
+            "stages/stage-s in it, or resume the run with `resume_from_checkpoint`."
         )
     try:
         found = read()
@@ -69,10 +69,10 @@ def _config_values(key: str, name: str, revision: str | None = None) -> dict:
 
 
 def read_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
-    """The configuration of a checkpoint, a folder or Hub id: MMCoconutConfig, or a vision-language model's own.
+    """Read the configuration of a checkpoint, a folder or Hub id: MMCoconutConfig, or a vision-language model's own.
 
     Raises:
-        CheckpointError: no such name, or a model of another kind.
+        CheckpointError: no such name, or another kind of model.
     """
     values = _config_values("model", name, revision)
     model_type, options = values.get("model_type"), {} if revision is None else {"revision": revision}
@@ -80,17 +80,17 @@ def read_config(name: str, *, revision: str | None = None) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **options)
     if model_type != MMCoconutConfig.model_type:
         raise CheckpointError(
-            f"model = {name!r} is a {model_type!r}, not an mmcoconut checkpoint: name the folder or "
-            "Hub id of a trained one, or start from this one by `text_model`, `vision_model` or `vlm`."
+            f"model = {name!r} is a {model_type!r}, not an mmcoconut checkpoint. Name the folder or "
+            "Hub id of a trained one, or start from this model with `text_model`, `vision_model` or `vlm`."
         )
     return MMCoconutConfig.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def class_of(config: PreTrainedConfig) -> type:
-    """Return the class that a checkpoint of this configuration is of.
+    """Return the class of a checkpoint with this configuration.
 
     Raises:
-        CheckpointError: a class that this release of transformers does not have.
+        CheckpointError: this release of transformers does not have the class.
     """
     if isinstance(config, MMCoconutConfig):
         return model_class(config.image_fusion)
@@ -101,7 +101,7 @@ def class_of(config: PreTrainedConfig) -> type:
 
 
 def _checked(check: Callable, *args) -> None:
-    """Run a check; what it raises becomes a CheckpointError."""
+    """Run a check; raise its errors as CheckpointError."""
     try:
         check(*args)
     except ValueError as error:
@@ -109,10 +109,10 @@ def _checked(check: Callable, *args) -> None:
 
 
 def check_sources(model_args) -> None:
-    """Look for the models that a recipe starts from, before anything is built.
+    """Check that the models that a recipe starts from exist, before anything is built.
 
     Raises:
-        CheckpointError: one that is not there.
+        CheckpointError: a missing model.
     """
     gguf_file = model_args.gguf_file
     for key in ("vlm", "vision_model", "text_model"):
@@ -129,14 +129,14 @@ def check_sources(model_args) -> None:
 
 
 def load_model(name: str, *, dtype="auto", revision: str | None = None, new_parts=(), **config_fields):
-    """The model of a folder or Hub id; no code from the checkpoint is run.
+    """Load the model of a folder or Hub id; no code from the checkpoint is run.
 
     Args:
-        new_parts: names of sub-modules that the checkpoint may lack, and that are then new.
-        config_fields: of the configuration, in the place of the checkpoint's.
+        new_parts: sub-modules that the checkpoint may lack, and that are then initialized.
+        config_fields: fields that override the checkpoint's configuration.
 
     Raises:
-        CheckpointError: no checkpoint of that name, or one without some of the weights, which transformers would draw
+        CheckpointError: no checkpoint of that name, or one that lacks weights, which transformers would initialize
             at random.
     """
     options = {"trust_remote_code": False} | ({} if revision is None else {"revision": revision})
@@ -145,12 +145,12 @@ def load_model(name: str, *, dtype="auto", revision: str | None = None, new_part
     )
     missing = sorted(key for key in info["missing_keys"] if not {*key.split(".")} & {*new_parts})
     if missing:
-        raise CheckpointError(f"{name} lacks {len(missing)} weights, such as {missing[0]}: give a whole checkpoint.")
+        raise CheckpointError(f"{name} lacks {len(missing)} weights, such as {missing[0]}. Give a whole checkpoint.")
     return model
 
 
 def load_processor(name: str, *, revision: str | None = None, **options) -> ProcessorMixin:
-    """The processor of a checkpoint, a folder or Hub id; no code from the checkpoint is run.
+    """Load the processor of a checkpoint, a folder or Hub id; no code from the checkpoint is run.
 
     options: of `from_pretrained`, such as backend.
     """

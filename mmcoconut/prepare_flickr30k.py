@@ -1,8 +1,8 @@
 """Turn Flickr30k's pictures and captions into a data set on disk: `python -m mmcoconut.prepare_flickr30k --file …`.
 
-A row is a picture with all its captions: `image` (its bytes), `filename`, `caption`, `split`; the splits are those
-that the loader makes. `dataset: flickr30k` with `dataset_options: {path: <output_dir>}` reads it. Pictures are
-collected in <output_dir>.partial, where a run that was stopped goes on; <output_dir> appears when all are in it.
+A row is a picture with all its captions: `image` (its bytes), `filename`, `caption`, `split`; the splits are the
+same as in the loader. `dataset: flickr30k` with `dataset_options: {path: <output_dir>}` reads it. Pictures are
+collected in <output_dir>.partial, where a stopped run resumes; <output_dir> appears when all are in it.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ logger = logging.getLogger("mmcoconut")
 
 TEXT = Value("string")
 FEATURES = Features({"image": Image(), "filename": TEXT, "caption": List(TEXT), "split": TEXT})
-SHARD_SIZE = 500  # pictures: what a run that is stopped loses, and what it holds in memory
+SHARD_SIZE = 500  # pictures: lost by a stopped run, and held in memory
 SETTINGS_FILE = "preparation.json"
 JPEG_QUALITY = 95
 SOURCES = """
@@ -57,22 +57,22 @@ Flickr30k is not downloaded here. Put beside each other, and name with --image_r
 
 @dataclass
 class PreparationArguments:
-    """What the data set is made of, and where it goes."""
+    """Options of the preparation."""
 
     file: str | None = HfArg(default=None, help="Captions: results.csv, a table, dataset_flickr30k.json or a .json.")
     image_root: str | None = HfArg(default=None, help="Folder of the pictures that `file` names.")
-    output_dir: str = HfArg(default="data/flickr30k", help="Folder that is made.")
-    max_image_size: int | None = HfArg(default=None, help="Longest side of a picture; larger ones become JPEGs of it.")
+    output_dir: str = HfArg(default="data/flickr30k", help="Output folder.")
+    max_image_size: int | None = HfArg(default=None, help="Maximum side; larger pictures become JPEGs of it.")
     fractions: list[float] = HfArg(
         default_factory=lambda: list(FRACTIONS), help="Parts of train, validation and test, if `file` has no splits."
     )
     unreadable_images: str = HfArg(
-        default="error", help="`skip` leaves out, and counts, missing and damaged pictures."
+        default="error", help="`error`, or `skip` to drop and count missing and damaged pictures."
     )
 
 
 def parse_arguments(argv: list[str]) -> PreparationArguments:
-    """The arguments of the command line; RecipeError with all that is wrong with them."""
+    """Parse the command line; RecipeError lists all problems."""
     arguments = read_arguments(argv, PreparationArguments, "python -m mmcoconut.prepare_flickr30k --file … [--key …]")
     problems = [(name, None, "name it") for name in ("file", "image_root") if getattr(arguments, name) is None]
     if arguments.max_image_size is not None and arguments.max_image_size < 1:
@@ -84,33 +84,33 @@ def parse_arguments(argv: list[str]) -> PreparationArguments:
 
 
 def check_sources(arguments: PreparationArguments) -> None:
-    """Both are there; ValueError that names the missing one and says where it is published."""
+    """Check that both sources exist; ValueError names the missing one and where it is published."""
     if not Path(arguments.file).is_file():
-        raise ValueError(f"--file {arguments.file}: there is no such file.{SOURCES}")
+        raise ValueError(f"--file {arguments.file}: no such file.{SOURCES}")
     if not Path(arguments.image_root).is_dir():
-        raise ValueError(f"--image_root {arguments.image_root}: there is no such folder.{SOURCES}")
+        raise ValueError(f"--image_root {arguments.image_root}: no such folder.{SOURCES}")
 
 
 def settings_of(arguments: PreparationArguments) -> dict:
-    """All that the data set depends on; the file of captions may have changed under its name."""
+    """Return everything that the data set depends on; a hash detects a changed file of captions."""
     settings = {key: value for key, value in asdict(arguments).items() if key != "output_dir"}
     return {**settings, "sha256_of_file": hashlib.sha256(Path(arguments.file).read_bytes()).hexdigest()}
 
 
 def check_folder(folder: Path, settings: dict) -> bool:
-    """Whether the folder was made, wholly or partly, with these settings; ValueError for another or a foreign one."""
+    """Return True if the folder was made, wholly or partly, with these settings; ValueError for other content."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
     if not (folder / SETTINGS_FILE).exists():
-        raise ValueError(f"{folder} is not empty and was not made by this command: give another --output_dir.")
+        raise ValueError(f"{folder} is not empty and was not made by this command. Set another --output_dir.")
     changes = changed_settings(read_json(folder / SETTINGS_FILE), settings)
     if changes:
-        raise ValueError(f"{folder} was made with other options ({changes}): delete it, or give another --output_dir.")
+        raise ValueError(f"{folder} was made with other options ({changes}). Delete it, or set another --output_dir.")
     return True
 
 
 def pictures_by_split(arguments: PreparationArguments) -> dict[str, list[tuple[str, dict]]]:
-    """The pictures that the captions name, each with its name for errors, in the order of the file."""
+    """Return the pictures named by the captions, each with its name for errors, in the order of the file."""
     pictures = {split: [] for split in SPLITS}
     for row_id, row in captions_of(Path(arguments.file)):
         pictures[split_of_picture(row, row_id, arguments.fractions)].append((row_id, row))
@@ -118,7 +118,7 @@ def pictures_by_split(arguments: PreparationArguments) -> dict[str, list[tuple[s
 
 
 def picture_bytes(path: Path, row_id: str, max_image_size: int | None) -> bytes:
-    """The file as it is, or a JPEG of it with the longest side that is allowed; it is decoded in any case."""
+    """Return the file unchanged, or as a JPEG of the maximum size; it is decoded in either case."""
     (picture,) = open_images({"images": [{"bytes": None, "path": str(path)}], "row_id": row_id})
     if max_image_size is None or max(picture.size) <= max_image_size:
         return path.read_bytes()
@@ -129,10 +129,10 @@ def picture_bytes(path: Path, row_id: str, max_image_size: int | None) -> bytes:
 
 
 def rows_of(pictures: Iterable[tuple[str, dict]], split: str, arguments: PreparationArguments) -> list[dict]:
-    """The rows of the pictures of a split that can be read.
+    """Return the rows of the readable pictures of a split.
 
     Raises:
-        ValueError: a picture that is missing or damaged, unless `unreadable_images` is `skip`.
+        ValueError: a missing or damaged picture, unless `unreadable_images` is `skip`.
     """
     rows = []
     for row_id, row in pictures:
@@ -157,7 +157,7 @@ def counted(pictures: Iterable[tuple[str, dict]], progress: tqdm) -> Iterator[tu
 
 
 def write_shard(folder: Path, rows: list[dict]) -> None:
-    """Rows on disk, under their final name only when they are all there; no rows are an empty folder."""
+    """Write rows to disk, under their final name only when complete; no rows make an empty folder."""
     unfinished = folder.with_suffix(".new")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
@@ -170,9 +170,9 @@ def write_shard(folder: Path, rows: list[dict]) -> None:
 def write_shards(
     partial: Path, pictures: Mapping[str, list], arguments: PreparationArguments
 ) -> dict[str, list[Path]]:
-    """The shards of every split; those that are there already are not made again."""
+    """Write the shards of every split, except those that exist."""
     shards = {split: [] for split in pictures}
-    disable_progress_bars()  # of `datasets`: one a shard
+    disable_progress_bars()  # of `datasets`: one per shard
     with tqdm(total=sum(map(len, pictures.values())), unit="picture") as progress:
         for split, named in pictures.items():
             for start in range(0, len(named), SHARD_SIZE):
@@ -187,11 +187,11 @@ def write_shards(
 
 
 def join_shards(shards: Mapping[str, list[Path]], partial: Path, output_dir: Path, settings: dict) -> None:
-    """Make `output_dir` of all shards, at once; meanwhile the pictures are on disk twice."""
+    """Write `output_dir` from all shards at once; meanwhile the pictures are on disk twice."""
     parts = {split: [load_from_disk(folder) for folder in shards[split] if any(folder.iterdir())] for split in shards}
     splits = {split: concatenate_datasets(found) for split, found in parts.items() if found}
     if not splits:
-        raise ValueError(f"none of the pictures is in {settings['image_root']}: correct --image_root.{SOURCES}")
+        raise ValueError(f"None of the pictures is in {settings['image_root']}: correct --image_root.{SOURCES}")
     whole = partial / "whole"
     DatasetDict(splits).save_to_disk(whole)
     write_json(whole / SETTINGS_FILE, settings)
@@ -199,7 +199,7 @@ def join_shards(shards: Mapping[str, list[Path]], partial: Path, output_dir: Pat
 
 
 def counts_of(output_dir: Path, pictures: Mapping[str, list]) -> dict[str, dict[str, int]]:
-    """By split: the pictures and captions that are there, and the pictures that were named and left out."""
+    """Return per split: existing pictures and captions, and named pictures that were skipped."""
     counts, prepared = {}, load_from_disk(output_dir)
     for split, named in pictures.items():
         captions = [len(texts) for texts in prepared[split]["caption"]] if split in prepared else []

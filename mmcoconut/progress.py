@@ -1,4 +1,4 @@
-"""Progress of long work, with an estimate: a bar in a terminal or notebook, elsewhere a line now and then."""
+"""Progress of long work, with the estimated remaining time: a bar in a terminal or notebook, else log lines."""
 
 import os
 import sys
@@ -6,40 +6,40 @@ import sys
 from tqdm import auto, autonotebook, std
 
 
-BAR_DELAY = 2.0  # seconds that work takes before a bar is shown
+BAR_DELAY = 2.0  # seconds of work before a bar is shown
 LINE_INTERVAL = 30.0  # seconds between lines, and before the first
 LINE_FORMAT = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} left"
 
 
 class ProgressLines(std.tqdm):
-    """Progress for a log file: every LINE_INTERVAL seconds a line, and none for short work."""
+    """Progress for a log file: a line every LINE_INTERVAL seconds, and none for short work."""
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write a line; before the first and after the last item there is nothing to say."""
+        """Write a line, except before the first and after the last item."""
         if msg is None and 0 < self.n < (self.total or float("inf")):
             self.fp.write(f"{self}\n")
             self.fp.flush()
 
     def close(self) -> None:
-        """End without a last line, which would say nothing new."""
+        """Close without a last line, which would add nothing."""
         self.leave, self.delay = False, float("inf")
         super().close()
 
 
 def shows_bars() -> bool:
-    """Return True if a bar can be drawn over itself: in a terminal or a notebook."""
+    """Return True if a bar can be redrawn in place: in a terminal or a notebook."""
     return sys.stderr.isatty() or autonotebook.tqdm is not std.tqdm
 
 
 def progress(items=None, *, desc: str, unit: str = "rows", total: int | None = None, silent: bool = False) -> std.tqdm:
-    """Show how far work is: as an iterator over `items`, or, with `total`, by its method `update`.
+    """Show the progress of work: as an iterator over `items` or, with `total`, by its method `update`.
 
     Args:
-        items: what is gone through.
-        desc: what is done, a few words.
-        unit: what is counted, in the plural.
-        total: the number of items, where they are not given.
-        silent: show nothing. Processes other than the first show nothing either.
+        items: the items to iterate over.
+        desc: description of the work, a few words.
+        unit: counted unit, in the plural.
+        total: the number of items, if `items` is not given.
+        silent: show nothing. Processes other than the first never show anything.
     """
     silent = silent or os.environ.get("RANK", "0") != "0"
     shared = {"desc": desc, "unit": f" {unit}" if shows_bars() else unit, "total": total, "disable": silent}

@@ -1,4 +1,4 @@
-"""What a figure was made with: machine, versions, the commit of the code, the command."""
+"""Provenance of a result: machine, versions, the commit of the code, the command."""
 
 import datetime
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this code runs from, "+changes" behind it where files differ; None elsewhere."""
+    """Return the commit of this code's checkout, with "+changes" if files differ; None outside a checkout."""
     if not (ROOT / ".git").exists():
         return None
     git = ["git", "-C", str(ROOT)]
@@ -28,13 +28,13 @@ def commit() -> str | None:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         status = [*git, "status", "--porcelain", "--untracked-files=no"]
         changed = subprocess.run(status, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git here, or a checkout that it does not trust
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout that it does not trust
         return None
     return f"{head}+changes" if changed else head
 
 
 def machine(device) -> str:
-    """Architecture, number of cores, threads in use and the device's name."""
+    """Return architecture, number of cores, threads in use and the device's name."""
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {name}"
@@ -50,7 +50,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_mb(device) -> float:
-    """The most memory held so far: torch's on a CUDA device, the whole process's on the CPU. In MB (10⁶ bytes)."""
+    """Return the peak memory: torch's on a CUDA device, the whole process's on the CPU. In MB (10⁶ bytes)."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
@@ -59,7 +59,7 @@ def peak_memory_mb(device) -> float:
 
 
 def without_tokens(words: Sequence[str]) -> list[str]:
-    """The words of a command line without secrets, since what they are written to may be pushed.
+    """Return the words of a command line without secrets, because the output may be pushed.
 
     >>> without_tokens(["--hub_token", "hf_1", "--hub_token=hf_1", "--tokenizer", "train"])
     ['--hub_token', 'hidden', '--hub_token=hidden', '--tokenizer', 'train']
@@ -76,14 +76,14 @@ def without_tokens(words: Sequence[str]) -> list[str]:
 
 
 def command() -> str:
-    """Return what started this process, quoted as a shell needs it."""
+    """Return the command that started this process, quoted for a shell."""
     spec = sys.modules["__main__"].__spec__  # of `python -m module`
     program = [Path(sys.argv[0]).name] if spec is None else ["python", "-m", spec.name.removesuffix(".__main__")]
     return shlex.join([*program, *without_tokens(sys.argv[1:])])
 
 
 def provenance(device) -> dict:
-    """Return what stands beside every figure: command, date, machine, versions, commit."""
+    """Return the provenance of a result: command, date, machine, versions, commit."""
     return {
         "command": command(),
         "date": datetime.date.today().isoformat(),

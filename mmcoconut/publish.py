@@ -1,7 +1,7 @@
 """Publish a finished run: `python -m mmcoconut.publish --model outputs/quickstart --repo_id user/name [--audit …]`.
 
-The card is made of what lies in the folders that are named: the run's recipe and results, and what evaluation, compare
-and audit measured of it. Model, card and pictures go up as one commit; `--dry_run folder` writes them there instead.
+The card is made from the named folders: the run's recipe and results, and the output of evaluation, compare
+and audit. Model, card and pictures are uploaded as one commit; `--dry_run folder` writes them there instead.
 """
 
 import logging
@@ -35,33 +35,31 @@ from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json, read_lines
 COMPARE_FILE, COMPARE_PICTURE = "compare.json", "compare.png"
 WROTE = {"audit": (AUDIT_FILE, "mmcoconut.audit"), "evaluation": (EVALUATION_FILE, "mmcoconut.evaluation")}
 WROTE |= {"compare": (COMPARE_FILE, "train_hf.py --compare")}
-# Of the keys of a recipe that say what is learnt: those that compared runs differ in, or that change no result.
+# Recipe keys that may differ between compared runs, or that change no result.
 NOT_SHARED = ("mode", "precompute_image_features", "image_features_cache", "attn_implementation")
 NOT_SHARED += ("checkpointed_passes", "defer_weight_gradients", "log_gradient_cosine")
 
 
 @dataclass
 class PublishArguments:
-    """What is published, where, and which measurements its card shows."""
+    """Options of publishing: the model, its repository, and the measurements in its card."""
 
     model: str | None = HfArg(default=None, help="Folder of a finished run, or one of its stages/stage-s.")
-    repo_id: str | None = HfArg(default=None, help="Repository on the Hub, owner/name; made if it is not there.")
+    repo_id: str | None = HfArg(default=None, help="Repository on the Hub, owner/name; created if missing.")
     evaluation: str | None = HfArg(default=None, help="Folder that mmcoconut.evaluation wrote about this model.")
     compare: str | None = HfArg(default=None, help="Folder that train_hf.py --compare wrote about its recipe.")
     audit: str | None = HfArg(default=None, help="Folder that mmcoconut.audit wrote about this model.")
     shown_row: int | None = HfArg(default=None, help="Row of the audit whose picture is shown; default: the first.")
-    license: str | None = HfArg(default=None, help="Of the weights, an id such as mit; default: the recipe's.")
-    private: bool | None = HfArg(
-        default=None, help="Of a repository that is made; default: as its owner's settings say."
-    )
+    license: str | None = HfArg(default=None, help="License of the weights, such as mit; default: the recipe's.")
+    private: bool | None = HfArg(default=None, help="Make a new repository private; default: the owner's setting.")
     revision: str | None = HfArg(default=None, help="Branch to upload to; default: main.")
-    max_shard_size: str | None = HfArg(default=None, help="Cut the weights into files of at most this, such as 5GB.")
-    message: str = HfArg(default="Upload model, code and card", help="Of the commit.")
-    dry_run: str | None = HfArg(default=None, help="Write what would be uploaded into this new folder instead.")
+    max_shard_size: str | None = HfArg(default=None, help="Maximum size of a file of weights, such as 5GB.")
+    message: str = HfArg(default="Upload model, code and card", help="Commit message.")
+    dry_run: str | None = HfArg(default=None, help="Write the files to this new folder, without uploading.")
 
 
 def unfit(model: str | None) -> str | None:
-    """Why a folder is no model that can be published, with the remedy; None where it is one."""
+    """Return why a folder is not a model that can be published, with the remedy; None if it is."""
     remedy = "give the output_dir of a finished run, such as outputs/quickstart"
     if model is None or not Path(model).is_dir():
         return f"no such folder: {remedy}"
@@ -78,7 +76,7 @@ def unfit(model: str | None) -> str | None:
 
 
 def closure(folder: Path, names: set[str]) -> set[str]:
-    """These files and all that they load, as the library finds them, whether they are there or not."""
+    """Return these files and all modules that they load, as transformers finds them, whether they exist or not."""
     reached = set()
     while names := names - reached:
         reached |= names
@@ -96,34 +94,34 @@ def is_repo_id(name: str) -> bool:
 
 
 def missing(arguments: PublishArguments) -> Iterator[tuple]:
-    """What is not there, as (field, value, remedy)."""
+    """Yield what is missing, as (field, value, remedy)."""
     reason = unfit(arguments.model)
     if reason is not None:
         yield "model", arguments.model, reason
     if arguments.repo_id is None:
         yield "repo_id", None, "name the repository: owner/name"
     elif not is_repo_id(arguments.repo_id):
-        yield "repo_id", arguments.repo_id, "it is no name on the Hub: owner/name, of letters, digits, -, _ and ."
+        yield "repo_id", arguments.repo_id, "no valid name on the Hub: use owner/name, of letters, digits, -, _ and ."
     for field, (file, program) in WROTE.items():
         folder = getattr(arguments, field)
         if folder is not None and not Path(folder, file).is_file():
             yield field, folder, f"it has no {file}: give the folder that {program} wrote"
     if arguments.dry_run is not None and Path(arguments.dry_run).exists():
-        yield "dry_run", arguments.dry_run, "it is there already: give a new folder, or delete it"
+        yield "dry_run", arguments.dry_run, "it exists already: give a new folder, or delete it"
     if arguments.shown_row is not None and arguments.audit is None:
-        yield "shown_row", arguments.shown_row, "the rows are of an audit: give --audit too"
+        yield "shown_row", arguments.shown_row, "the rows belong to an audit: set --audit too"
     elif arguments.shown_row is not None and picture_of(arguments) is None:
         shown = [path.stem.removeprefix("row_") for path in pictures(arguments.audit)]
         yield "shown_row", arguments.shown_row, f"the audit shows row {', '.join(shown) or 'none'}: choose one of them"
 
 
 def pictures(audit: str) -> list[Path]:
-    """Of rows with their thoughts, that an audit drew."""
+    """Return the pictures of rows with their thoughts that an audit drew."""
     return sorted(Path(audit, PICTURES).glob("row_*.png"), key=lambda path: int(path.stem.removeprefix("row_")))
 
 
 def picture_of(arguments: PublishArguments) -> Path | None:
-    """The picture of the row that is shown; None where the audit drew none."""
+    """Return the picture of the selected row; None if the audit drew none."""
     if arguments.audit is None:
         return None
     wanted = arguments.shown_row
@@ -132,7 +130,7 @@ def picture_of(arguments: PublishArguments) -> Path | None:
 
 
 def read_evidence(arguments: PublishArguments) -> Evidence:
-    """All that lies in the folders that are named."""
+    """Read all results from the named folders."""
     model = Path(arguments.model)
     recipe, results = model / RECIPE_FILE, model / RESULTS_FILE
     evidence = Evidence(
@@ -158,13 +156,13 @@ def read_evidence(arguments: PublishArguments) -> Evidence:
 
 
 def of_another_model(record: Mapping, model: str, num_latents: int) -> str | None:
-    """Why an evaluation or audit is not of this checkpoint; None where nothing speaks against it."""
+    """Return why an evaluation or audit belongs to another checkpoint; None if nothing contradicts."""
     here, there = trained_with(model), record["trained_with"]
     differing = [key for key in here or {} if there is not None and here[key] != there[key]]
     if differing:
         key = differing[0]
         return (
-            f"it is of another run, {key} was {there[key]!r} there and is {here[key]!r} here: repeat it with this one"
+            f"it belongs to another run, {key} is {there[key]!r} there and {here[key]!r} here: repeat it with this one"
         )
     if record["num_latents"] != num_latents:
         return f"it was made with {record['num_latents']} thoughts, the checkpoint has {num_latents}: repeat it so"
@@ -172,7 +170,7 @@ def of_another_model(record: Mapping, model: str, num_latents: int) -> str | Non
 
 
 def of_another_recipe(compare: Mapping, evidence: Evidence) -> str | None:
-    """Why a comparison does not say anything of this model; None where nothing speaks against it."""
+    """Return why a comparison does not apply to this model; None if nothing contradicts."""
     remedy = "give the comparison of its own recipe"
     there, here = compare["recipe"], evidence.recipe
     varied = compare["modes"][0].get("settings", {})
@@ -190,7 +188,7 @@ def of_another_recipe(compare: Mapping, evidence: Evidence) -> str | None:
 
 
 def contradictions(arguments: PublishArguments, evidence: Evidence, num_latents: int) -> Iterator[tuple]:
-    """Measurements of something else, as (field, value, remedy)."""
+    """Yield results that belong to something else, as (field, value, remedy)."""
     for field in ("evaluation", "audit"):
         record = getattr(evidence, field)
         reason = None if record is None else of_another_model(record, arguments.model, num_latents)
@@ -202,10 +200,10 @@ def contradictions(arguments: PublishArguments, evidence: Evidence, num_latents:
 
 
 def read_all(arguments: PublishArguments) -> tuple[Evidence, PreTrainedConfig, ProcessorMixin]:
-    """Return what the card is made of.
+    """Return the content of the card.
 
     Raises:
-        RecipeError: everything that is missing, or else everything that was measured of something else.
+        RecipeError: all missing files, or else all results that belong to something else.
     """
     problems = [*missing(arguments)]
     if problems:
@@ -219,7 +217,7 @@ def read_all(arguments: PublishArguments) -> tuple[Evidence, PreTrainedConfig, P
 
 
 def assemble(folder: Path, arguments: PublishArguments) -> None:
-    """All files of the revision in a new folder."""
+    """Write all files of the revision to a new folder."""
     evidence, config, processor = read_all(arguments)
     copy_model(Path(arguments.model), folder)
     if arguments.max_shard_size is not None:
@@ -237,7 +235,7 @@ def assemble(folder: Path, arguments: PublishArguments) -> None:
 
 
 def main(argv: list[str] | None = None) -> str:
-    """The address of the commit, or the folder of a dry run."""
+    """Publish; return the address of the commit, or the folder of a dry run."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet_requests()
     usage = "python -m mmcoconut.publish --model … --repo_id owner/name [--key value ...]"

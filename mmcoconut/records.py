@@ -1,4 +1,4 @@
-"""How records are kept: JSON, JSON Lines, and tables in Markdown."""
+"""Read and write records: JSON, JSON Lines, and tables in Markdown."""
 
 import json
 import os
@@ -7,15 +7,15 @@ from pathlib import Path
 
 
 RECIPE_FILE = "recipe.yaml"
-RESULTS_FILE = "results.json"  # of a training run, beside its weights
+RESULTS_FILE = "results.json"  # of a training run, saved with its weights
 COURSE_FILE = "course.json"  # of a checkpoint: how it was trained
-ADAPTER_FOLDER = "adapter"  # beside the merged weights
+ADAPTER_FOLDER = "adapter"  # saved with the merged weights
 OBJECTIVES_FILE = "objectives.safetensors"  # of a checkpoint: weights of its run's objectives
-OBJECTIVES_FOLDER = "objectives"  # of a training run: those of each, for reading its thoughts
+OBJECTIVES_FOLDER = "objectives"  # of a training run: weights of each, for reading its thoughts
 
 
 def sync(path: Path) -> None:
-    """Flush a file to disk; on Windows that takes a file opened for writing, and is left to the system."""
+    """Flush a file to disk; Windows requires a file opened for writing, and is left to the system."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -26,7 +26,7 @@ def sync(path: Path) -> None:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a file that others find either as it was or whole, even if this process is killed."""
+    """Write a file that others find either unchanged or complete, even if this process is killed."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -37,7 +37,7 @@ def write_whole(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, record) -> None:
-    """Write a record as JSON, whole or not at all."""
+    """Write a record as JSON, completely or not at all."""
     write_whole(file, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -50,18 +50,18 @@ def json_line(record) -> str:
 
 
 def write_lines(file: Path, records: Iterable) -> None:
-    """One record a line."""
+    """Write one record per line."""
     file.write_text("".join(map(json_line, records)), encoding="utf-8")
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The complete lines of a JSON Lines file; a last line that was cut off in writing is left out."""
+    """Return the complete lines of a JSON Lines file; a truncated last line is ignored."""
     # Bytes: a line may end inside a character, and splitlines() also cuts at characters inside a JSON string.
     return [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
 
 
 def changed_settings(before: Mapping, now: Mapping, *, may_change: Container[str] = ()) -> str:
-    """Return what differs between the settings that a folder was made with and those of today; empty if nothing does.
+    """Return the differences between a folder's settings and the current ones; empty if there are none.
 
     >>> changed_settings({"split": "test", "seed": 1}, {"split": "train", "seed": 2, "n": 3}, may_change=["seed"])
     "split was 'test' and is 'train'; n was None and is 3"
@@ -72,7 +72,7 @@ def changed_settings(before: Mapping, now: Mapping, *, may_change: Container[str
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown.
+    """Format a table in Markdown.
 
     >>> print(markdown_table(["a", "b"], [["1", "2"]]))
     | a | b |

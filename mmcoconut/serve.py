@@ -1,11 +1,11 @@
 """`transformers serve` for a checkpoint of mmcoconut: `python -m mmcoconut.serve outputs/quickstart --port 8000`.
 
-The options are those of `transformers serve`, which looks for a model's class, and for what it reads, by names in
-transformers only; so the classes are put there, and its command is called. A vision-language model in its own class is
-loaded with its thoughts, which the server's Auto classes would leave out. A request sets the number of thoughts with
-`"chat_template_kwargs": {"num_latents": 3}`, the server its default by `--chat-template-kwargs` with such JSON. A
-request that says no length gets that of the checkpoint's recipe, and a mistake in a request is answered with status
-400 and what is wrong.
+The options are those of `transformers serve`, which looks up the classes of models and processors by name in
+transformers; so the classes are added there, and its command is called. A vision-language model in its own class is
+loaded with its thoughts, which the server's Auto classes would omit. A request sets the number of thoughts with
+`"chat_template_kwargs": {"num_latents": 3}`, the server its default with `--chat-template-kwargs` and such JSON. A
+request without a length uses that of the checkpoint's recipe, and an invalid request is answered with status
+400 and an explanation.
 """
 
 import logging
@@ -31,35 +31,35 @@ from mmcoconut.training.layout import recipe_of
 
 logger = logging.getLogger("mmcoconut")
 
-# By the arguments of build_server: what a request of each kind calls its length.
+# By argument of build_server: the field for the length in requests of each kind.
 LENGTH = {"chat_handler": "max_tokens", "completion_handler": "max_tokens", "response_handler": "max_output_tokens"}
 ANY_LENGTH = {"max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config"}
-# What processor, chat template and `generate` raise of what they are given, and of memory that runs out.
+# Errors of processor, chat template and `generate` for invalid input or missing memory.
 MISTAKES = (ValueError, TypeError, KeyError, OSError, TemplateError, RuntimeError, MemoryError)
-DEFAULT_ADDRESS = ("localhost", 8000)  # of `transformers serve`
+DEFAULT_ADDRESS = ("localhost", 8000)  # default of `transformers serve`
 
 
 @lru_cache
 def new_tokens_of(model: str) -> int:
-    """How many tokens a checkpoint, `name` or `name@revision`, writes where a request does not say."""
+    """Return the maximum tokens that a checkpoint, `name` or `name@revision`, generates by default."""
     name, _, revision = model.partition("@")
     return recipe_of(name, revision or None).get("max_new_tokens") or NEW_TOKENS
 
 
 def check_template_options(options) -> None:
-    """Raise ValueError for options of a chat template that would change the checkpoint's layout."""
+    """Raise ValueError for chat-template options that would change the checkpoint's layout."""
     if not isinstance(options, dict):
         raise ValueError(f"chat_template_kwargs must be a mapping such as {{'num_latents': 3}}, not {options!r}.")
     if "markers" in options:
-        raise ValueError(f"markers={options['markers']!r}: the checkpoint decides its markers, so leave them out.")
+        raise ValueError(f"markers={options['markers']!r}: the checkpoint decides its markers. Remove this option.")
 
 
 class CheckedHandler:
-    """A handler of `transformers serve` that gets requests with a length, and without a layout of their own.
+    """A handler of `transformers serve` whose requests have a length, and no layout of their own.
 
     Args:
-        handler: of chats, completions or responses.
-        length: the field of its requests that says how many tokens are written.
+        handler: handler of chats, completions or responses.
+        length: the field of its requests for the number of tokens.
         pinned: the model that the server was started with, if any.
     """
 
@@ -76,10 +76,10 @@ class CheckedHandler:
 
 
 def refusal_of(error: Exception) -> tuple[int, str]:
-    """The HTTP status and the text that answer a request which ended in an error.
+    """Return the HTTP status and the text of the answer to a request that raised an error.
 
-    A mistake that a command would explain has the same text here. Other errors of the kinds that a request can cause
-    are answered with their message and status 400, and a RuntimeError, which is the server's own, with 500.
+    A user error has the same text as in a command. Other errors that a request can cause are answered with their
+    message and status 400, and a RuntimeError, which is the server's own, with 500.
     """
     explained = explanation_of(error)
     if explained is not None and not isinstance(error, KeyError):
@@ -90,7 +90,7 @@ def refusal_of(error: Exception) -> tuple[int, str]:
 
 
 def check_address(words: Sequence[str]) -> None:
-    """Raise UsageError if the server cannot listen where `--host` and `--port` say, before a model is loaded."""
+    """Raise UsageError if the server cannot listen at `--host` and `--port`, before a model is loaded."""
     given = dict(zip(words, words[1:])) | dict(word.split("=", 1) for word in words if "=" in word)
     host, port = given.get("--host", DEFAULT_ADDRESS[0]), given.get("--port", DEFAULT_ADDRESS[1])
     try:
@@ -98,11 +98,11 @@ def check_address(words: Sequence[str]) -> None:
             pass
     except (OSError, OverflowError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"No server at {host}, port {port} ({reason}): give another --port or --host.") from error
+        raise UsageError(f"No server at {host}, port {port} ({reason}). Set another --port or --host.") from error
 
 
 def with_clear_errors(build_server):
-    """`build_server` of `transformers serve`, whose application says what is wrong with a request."""
+    """Wrap `build_server` of `transformers serve` so that its application explains invalid requests."""
 
     def build(model_manager, chat_handler, **parts):
         from fastapi.responses import JSONResponse  # an extra
@@ -126,9 +126,9 @@ def with_clear_errors(build_server):
 
 
 def config_of_vlm(name: str, options: dict) -> PreTrainedConfig | None:
-    """The configuration of a vision-language model's own class with thoughts; None where a name is another model's.
+    """Return the configuration of a vision-language model's own class with thoughts; None for any other model.
 
-    options: those with which it is loaded, its revision among them.
+    options: arguments of loading, including the revision.
     """
     try:
         config = read_config(name, revision=options.get("revision"))
@@ -138,7 +138,7 @@ def config_of_vlm(name: str, options: dict) -> PreTrainedConfig | None:
 
 
 def begin_answers_behind_thoughts(processor, config: PreTrainedConfig) -> None:
-    """Let the server take no thoughts at the end of a prompt for the beginning of the answer."""
+    """Make the server not read thoughts at the end of a prompt as the beginning of the answer."""
     from transformers.cli.serving.utils import get_response_template
 
     template = get_response_template(processor, SimpleNamespace(config=config)) or {}
@@ -149,7 +149,7 @@ def begin_answers_behind_thoughts(processor, config: PreTrainedConfig) -> None:
 
 
 def let_vlms_think() -> None:
-    """Let the Auto classes that the server asks give vision-language models with their thoughts."""
+    """Make the server's Auto classes load vision-language models with their thoughts."""
     own_model, own_processor = AutoModelForMultimodalLM.from_pretrained, AutoProcessor.from_pretrained
 
     def model_of(name: str, **options):
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
         setattr(transformers, model_class.__name__, model_class)
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_class.__name__] = model_class.__name__
     let_vlms_think()
-    from transformers.cli.serving import server  # which needs what was asked for above
+    from transformers.cli.serving import server  # needs the packages checked above
     from transformers.cli.transformers import app
 
     server.build_server = with_clear_errors(server.build_server)

@@ -1,7 +1,7 @@
 """Bootstrap intervals of scores: over examples, over runs and examples, and of paired differences.
 
-Shapes: S runs (seeds), n examples. The intervals are meant to hold the truth in 95 of 100 cases, and do so over
-examples; over two or three runs they are too narrow, and hold it in about three of four (tests/test_statistics.py).
+Shapes: S runs (seeds), n examples. The intervals should contain the true value in 95 of 100 cases, and do so over
+examples; over two or three runs they are too narrow, and contain it in about three of four (tests/test_statistics.py).
 Source: Efron & Tibshirani 1993, An Introduction to the Bootstrap, chapter 13 (percentile intervals).
 """
 
@@ -14,16 +14,16 @@ import numpy as np
 
 LEVEL = 0.95
 NUM_RESAMPLES = 10_000
-MAX_DRAWN = 10_000_000  # numbers held at a time; bounds the memory
+MAX_DRAWN = 10_000_000  # numbers in memory at a time
 
 
 def percent(share: float) -> str:
-    """A share from 0 to 1 as text: `50.0 %`."""
+    """Format a fraction from 0 to 1 as text: `50.0 %`."""
     return f"{100 * share:.1f} %"
 
 
 def points(difference: "Estimate") -> str:
-    """A difference of shares as text, in percentage points.
+    """Format a difference of fractions as text, in percentage points.
 
     >>> points(Estimate(-0.5, -0.6, -0.4))
     '-50.0 points [-60.0, -40.0]'
@@ -45,7 +45,7 @@ class Estimate:
 
     @classmethod
     def of(cls, record: Mapping) -> "Estimate":
-        """The estimate in a record, whatever else that holds."""
+        """Return the estimate in a record, ignoring other keys."""
         return cls(record["mean"], record["low"], record["high"])
 
     def asdict(self) -> dict[str, float]:
@@ -56,29 +56,29 @@ class Estimate:
 
 
 def as_runs(scores) -> np.ndarray:
-    """Scores (n,) or (S, n) as (S, n), all finite.
+    """Return scores (n,) or (S, n) as (S, n), all finite.
 
     Raises:
-        ValueError: no scores, rows of different lengths, or a score that is no number.
+        ValueError: no scores, rows of different lengths, or a score that is not a number.
     """
     try:
         scores = np.atleast_2d(np.asarray(scores, dtype=float))
     except ValueError as error:
         raise ValueError(
-            f"The scores are no table of numbers ({error}): give each example a number, and evaluate all runs "
+            f"The scores are not a table of numbers ({error}). Give each example a number, and evaluate all runs "
             "on the same rows."
         ) from None
     if scores.ndim != 2 or scores.size == 0:
-        raise ValueError(f"Scores of shape {scores.shape} have no mean: give (examples,) or (runs, examples).")
+        raise ValueError(f"Scores of shape {scores.shape} have no mean. Give (examples,) or (runs, examples).")
     if not np.isfinite(scores).all():
-        raise ValueError(f"{(~np.isfinite(scores)).sum()} of {scores.size} scores are not finite: score every row.")
+        raise ValueError(f"{(~np.isfinite(scores)).sum()} of {scores.size} scores are not finite. Score every row.")
     return scores
 
 
 def resampled_means(scores: np.ndarray, seed: int) -> np.ndarray:
-    """Means (NUM_RESAMPLES,) of (S, n) with runs and examples drawn anew; an example is drawn for all runs at once.
+    """Return means (NUM_RESAMPLES,) of (S, n) with resampled runs and examples; all runs share the examples drawn.
 
-    Examples with the same scores are drawn together, m kinds of them: with 0 and 1 there are at most 2^S.
+    Examples with the same scores are drawn together, as m kinds: for scores 0 and 1 there are at most 2^S kinds.
     """
     rng = np.random.default_rng(seed)
     num_runs, num_examples = scores.shape
@@ -86,7 +86,7 @@ def resampled_means(scores: np.ndarray, seed: int) -> np.ndarray:
     means, at_once = [], max(1, MAX_DRAWN // counts.size)
     for start in range(0, NUM_RESAMPLES, at_once):
         size = min(at_once, NUM_RESAMPLES - start)
-        # How often each run and each kind is drawn; the mean is then a product of the two, not a copy of the table.
+        # Counts of each run and each kind; the mean is then a product of the two, not a copy of the table.
         runs = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=size)  # (size, S)
         examples = rng.multinomial(num_examples, counts / num_examples, size=size)  # (size, m)
         means.append(((runs @ kinds) * examples).sum(axis=1) / scores.size)  # (size,)
@@ -94,7 +94,7 @@ def resampled_means(scores: np.ndarray, seed: int) -> np.ndarray:
 
 
 def sign_test(num_up: int, num_down: int) -> float:
-    """The exact two-sided p-value of so many pairs that rise and fall, where either is as likely (McNemar's test).
+    """Return the exact two-sided p-value for numbers of rising and falling pairs, equally likely (McNemar's test).
 
     >>> sign_test(0, 4), round(sign_test(0, 6), 3), sign_test(3, 3)
     (0.125, 0.031, 1.0)
@@ -105,7 +105,7 @@ def sign_test(num_up: int, num_down: int) -> float:
 
 
 def exact_bound(num_examples: int) -> float:
-    """How far the mean of a 0/1 score may be from n equal ones: Clopper and Pearson's interval is [(α/2)^(1/n), 1].
+    """Return the largest distance of a 0/1 score's mean from n equal ones (Clopper-Pearson: [(α/2)^(1/n), 1]).
 
     >>> round(exact_bound(500), 4)
     0.0074
@@ -114,9 +114,9 @@ def exact_bound(num_examples: int) -> float:
 
 
 def bootstrap_runs(scores, *, seed: int = 0, low: float = 0.0, high: float = 1.0) -> Estimate:
-    """The mean of scores (S, n) between `low` and `high`, and the percentile interval over runs and examples.
+    """Return the mean of scores (S, n) between `low` and `high`, and the percentile interval over runs and examples.
 
-    Where all scores are equal a resample could not differ, so the interval is that of `exact_bound` for one run.
+    If all scores are equal no resample can differ, so the interval is that of `exact_bound` for one run.
 
     Raises:
         ValueError: a score outside the range; see also `as_runs`.
@@ -124,7 +124,7 @@ def bootstrap_runs(scores, *, seed: int = 0, low: float = 0.0, high: float = 1.0
     scores = as_runs(scores)
     if scores.min() < low or scores.max() > high:
         raise ValueError(
-            f"Scores from {scores.min():g} to {scores.max():g} do not lie between {low:g} and {high:g}: give shares, "
+            f"Scores from {scores.min():g} to {scores.max():g} are not between {low:g} and {high:g}. Give fractions, "
             "not percent."
         )
     mean = float(scores.mean())
@@ -137,20 +137,20 @@ def bootstrap_runs(scores, *, seed: int = 0, low: float = 0.0, high: float = 1.0
 
 
 def bootstrap_mean(scores, *, seed: int = 0) -> Estimate:
-    """The mean of one run's scores (n,), each from 0 to 1, and its interval over examples."""
+    """Return the mean of one run's scores (n,), each from 0 to 1, and its interval over examples."""
     return bootstrap_runs(scores, seed=seed)
 
 
 def bootstrap_difference(scores, baseline, *, seed: int = 0) -> Estimate:
-    """The mean of scores - baseline, paired by example (and run), each (n,) or (S, n), and its interval.
+    """Return the mean of scores - baseline, paired by example (and run), each (n,) or (S, n), and its interval.
 
     Raises:
-        ValueError: tables of different shapes, which have no pairs.
+        ValueError: the tables have different shapes, so there are no pairs.
     """
     scores, baseline = as_runs(scores), as_runs(baseline)
     if scores.shape != baseline.shape:
         raise ValueError(
-            f"Scores {scores.shape} and baseline {baseline.shape} are no pairs: use the same rows and runs."
+            f"Scores {scores.shape} and baseline {baseline.shape} are not paired. Use the same rows and runs."
         )
     difference = scores - baseline
     if (difference == 0).all():  # an example may differ in either direction

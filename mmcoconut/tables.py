@@ -7,24 +7,24 @@ from mmcoconut.records import markdown_table
 from mmcoconut.statistics import Estimate, percent, points
 
 
-# Of an evaluation while training; what else it measures are the figures of the metric and of the objective.
+# Keys of an evaluation during training; other keys are figures of the metric and of the objective.
 SPEED = ("runtime", "samples_per_second", "steps_per_second")
 
 
 def stage_row(record: Mapping) -> dict:
-    """Return what an evaluation measured, without its speed, under the names of results.json."""
+    """Return the results of an evaluation, without its speed, under the names in results.json."""
     measured = {name.removeprefix("eval_"): value for name, value in record.items() if name.startswith("eval_")}
     return {name: value for name, value in measured.items() if name not in SPEED}
 
 
 def stage_rows(log_history: list[dict]) -> list[dict]:
-    """The last evaluation of every stage, out of the trainer's log."""
+    """Return the last evaluation of every stage, out of the trainer's log."""
     rows = {record["eval_stage"]: stage_row(record) for record in log_history if "eval_accuracy" in record}
     return [rows[stage] for stage in sorted(rows)]
 
 
 def stage_table(rows: list[dict]) -> str:
-    """A line a stage: latents of a prompt, mean of new tokens an answer, accuracy, rows evaluated."""
+    """Format one line per stage: latents per prompt, mean new tokens per answer, accuracy, rows evaluated."""
     cells = [
         (row["stage"], row["num_latents"], f"{row['generated_tokens']:.1f}", percent(row["accuracy"]), row["n"])
         for row in rows
@@ -41,7 +41,7 @@ def seconds_text(record: Mapping) -> str:
     return "resumed" if seconds is None else f"{seconds:.1f}"
 
 
-# Of a table of modes: head of the column, the text of a record in it, the key that a record of it has.
+# Columns of a table of modes: heading, the text for a record, the required key of a record.
 MAIN_COLUMNS = (
     ("mode", lambda record: f"`{record['mode']}`", "mode"),
     ("accuracy", lambda record: str(Estimate.of(record["accuracy"])), "accuracy"),
@@ -50,10 +50,10 @@ MAIN_COLUMNS = (
     ("tokens written", lambda record: f"{record['generated_tokens']:.1f}", "mode"),
     ("latents", lambda record: f"{record['num_latents']:g}", "mode"),
     ("decoder passes", lambda record: f"{record['decoder_passes']:.1f}", "mode"),
-    ("s an answer", lambda record: f"{record['seconds_per_answer']:.4f}", "mode"),
+    ("s per answer", lambda record: f"{record['seconds_per_answer']:.4f}", "mode"),
     ("updates", lambda record: str(record["train_steps"]), "mode"),
     ("s of training", seconds_text, "mode"),
-    ("s an update", lambda record: f"{record['seconds_per_update']:.4f}", "seconds_per_update"),
+    ("s per update", lambda record: f"{record['seconds_per_update']:.4f}", "seconds_per_update"),
     ("MB in training", lambda record: f"{record['train_peak_memory_mb']:.0f}", "train_peak_memory_mb"),
     ("answer on thoughts", lambda record: counted(record["verdicts"]), "verdicts"),
     ("thoughts alone", lambda record: necessity_text(record["necessity"]), "necessity"),
@@ -63,7 +63,7 @@ MAIN_COLUMNS = (
 
 
 def counted(labels: Sequence[str]) -> str:
-    """Return how often each label was given, where there are several.
+    """Return how often each label occurs, if there are several.
 
     >>> counted(["depends", "depends", "cannot be told"]), counted(["depends"])
     ('depends (2), cannot be told (1)', 'depends')
@@ -75,20 +75,20 @@ def counted(labels: Sequence[str]) -> str:
 
 
 def necessity_text(necessity: Mapping) -> str:
-    """Accuracy of answers that see the thoughts alone, where it was measured, and what the audit says of it."""
+    """Return the accuracy of answers that see only the thoughts, if measured, and the audit's verdict on it."""
     accuracy = necessity["accuracy"]
     return ": ".join([*([] if accuracy is None else [percent(accuracy)]), counted(necessity["labels"])])
 
 
 def main_table(records: list[dict]) -> str:
-    """A line a mode; records of older comparisons lack some columns, which are left out where none has them."""
+    """Format one line per mode; columns that no record has, as in older comparisons, are left out."""
     columns = [column for column in MAIN_COLUMNS if any(record.get(column[2]) is not None for record in records)]
     rows = [[text(record) if record.get(key) is not None else "–" for _, text, key in columns] for record in records]
     return markdown_table([head for head, _, _ in columns], rows)
 
 
 def intervals(num_seeds: int) -> str:
-    """Return what the numbers in brackets are."""
+    """Explain the numbers in brackets."""
     if num_seeds == 1:
         return "In brackets: 95 % bootstrap intervals over rows, paired for differences; other seeds may differ more."
     return (

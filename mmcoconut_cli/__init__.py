@@ -1,1 +1,1 @@
-"""The command `mmcoconut`: apart from the package, so that help and `doctor` work without torch and transformers."""
+"""The command `mmcoconut`: a separate package, so that help and `doctor` work without torch and transformers."""

@@ -1,4 +1,4 @@
-"""`python -m mmcoconut_cli`, where the console script `mmcoconut` is not on the path."""
+"""Run `mmcoconut` as `python -m mmcoconut_cli`, if the console script is not on the path."""
 
 from mmcoconut_cli.commands import main
 

@@ -1,4 +1,4 @@
-"""The commands of `mmcoconut`, and what each runs. Nothing heavy is imported before a command is known."""
+"""The commands of `mmcoconut`. Nothing heavy is imported before a command is known."""
 
 import difflib
 import importlib
@@ -14,7 +14,7 @@ OF_A_MODEL = "MODEL [--key value ...]"
 
 
 class Command(NamedTuple):
-    """What a command takes and does; `target` is the `module:function` that runs it, with its words."""
+    """Arguments and description of a command; `target` is the `module:function` that runs it with its words."""
 
     takes: str
     does: str
@@ -62,7 +62,7 @@ LIGHT = {"recipes": recipes.main, "doctor": doctor.main}
 
 
 def help_text() -> str:
-    """Return what `mmcoconut --help` prints."""
+    """Return the help text of `mmcoconut --help`."""
     width = max(len(f"{name} {command.takes}") for name, command in COMMANDS.items())
     lines = [f"  {f'{name} {command.takes}':{width}}  {command.does}" for name, command in COMMANDS.items()]
     return "\n".join(
@@ -79,13 +79,13 @@ def help_text() -> str:
 
 
 def refuse(text: str) -> None:
-    """Print what is wrong with a command line, and end with status 2."""
+    """Print the problem of a command line, and end with status 2."""
     print(text, file=sys.stderr)
     raise SystemExit(USAGE_STATUS)
 
 
 def load(target: str, debug: bool) -> tuple[Callable, Callable]:
-    """Import `run_command` and a command's function; say what is missing where that fails."""
+    """Import `run_command` and a command's function; if that fails, print what is missing."""
     module, _, function = target.partition(":")
     try:
         run_command = importlib.import_module("mmcoconut.errors").run_command
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command: `mmcoconut COMMAND ...`.
 
     Raises:
-        SystemExit: with status 2 for a mistake of the user, 130 after Ctrl-C, and a command's own.
+        SystemExit: with status 2 for a user error, 130 after Ctrl-C, and a command's own.
     """
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):

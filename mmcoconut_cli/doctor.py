@@ -1,6 +1,6 @@
-"""`mmcoconut doctor`: whether this machine can run mmcoconut, and what to do where it cannot.
+"""`mmcoconut doctor`: check if this machine can run mmcoconut, and print remedies.
 
-Reads versions and ranges from the metadata of the installed packages, so it works where one of them is missing, broken
+Reads versions and ranges from the metadata of the installed packages, so it works if one of them is missing, broken
 or out of its range.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 PACKAGE = "mmcoconut"
 CONSTRAINTS = Path(__file__).with_name("constraints.txt")
-# What each extra is for; those of the tests are left out.
+# Purpose of each extra; those of the tests are left out.
 EXTRAS = {
     "audit": "pictures and probes of `mmcoconut audit`, tables of `mmcoconut compare`",
     "captions": "metrics of captions",
@@ -37,7 +37,7 @@ LITTLE_SPACE = 5 * GIB
 
 @dataclass
 class Check:
-    """One line of the report: what was looked at, what was found, and what is wrong with it, if anything is."""
+    """One line of the report: the checked item, the finding, and the problem, if any."""
 
     name: str
     found: str
@@ -49,7 +49,7 @@ class Check:
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed package, None where it is not installed."""
+    """Return the version of an installed package, None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -57,14 +57,14 @@ def installed(name: str) -> str | None:
 
 
 def tested_versions() -> dict[str, str]:
-    """The versions that the tests run with, by the package's normalized name."""
+    """Return the versions that the tests use, by the package's normalized name."""
     lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
     pins = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
     return {normalized(name): version.strip() for name, version in pins}
 
 
 def normalized(name: str) -> str:
-    """A package's name as indexes compare it.
+    """Return a package's normalized name, as indexes compare it.
 
     >>> normalized("huggingface_Hub")
     'huggingface-hub'
@@ -73,8 +73,8 @@ def normalized(name: str) -> str:
 
 
 def requirements_of(extra: str | None = None) -> list:
-    """The requirements of this package, or of one of its extras, that apply to this machine."""
-    from packaging.requirements import Requirement  # of transformers' own requirements, and so perhaps missing
+    """Return the requirements of this package, or of one of its extras, that apply to this machine."""
+    from packaging.requirements import Requirement  # of transformers' own requirements, so it may be missing
 
     parsed = [Requirement(line) for line in importlib.metadata.requires(PACKAGE) or ()]
     for_extra = {"extra": extra or ""}
@@ -89,7 +89,7 @@ def requirements_of(extra: str | None = None) -> list:
 
 
 def check_requirement(requirement, tested: dict[str, str]) -> Check:
-    """Compare an installed version with the range that is required."""
+    """Compare an installed version with the required range."""
     version, wanted = installed(requirement.name), str(requirement.specifier)
     install = f"pip install '{requirement.name}{wanted}'"
     if version is None:
@@ -103,7 +103,7 @@ def check_requirement(requirement, tested: dict[str, str]) -> Check:
 
 
 def check_python() -> Check:
-    """Compare Python's version with the one that the package requires."""
+    """Compare Python's version with the required range."""
     version = platform.python_version()
     wanted = (importlib.metadata.metadata(PACKAGE) or {}).get("Requires-Python") or ""
     from packaging.specifiers import SpecifierSet
@@ -113,9 +113,9 @@ def check_python() -> Check:
 
 
 def check_versions() -> Iterator[Check]:
-    """Python and every required package."""
+    """Check Python and every required package."""
     if installed(PACKAGE) is None:
-        yield Check(PACKAGE, "not installed", "nothing says what it needs: pip install mmcoconut")
+        yield Check(PACKAGE, "not installed", "its requirements are unknown: pip install mmcoconut")
         return
     yield Check(PACKAGE, installed(PACKAGE))
     if installed("packaging") is None:
@@ -127,7 +127,7 @@ def check_versions() -> Iterator[Check]:
 
 
 def optional_lines() -> Iterator[str]:
-    """A line for each extra: what it is for, and what of it is missing or out of range. None of that is a problem."""
+    """Yield a line per extra: its purpose, and which packages are missing or out of range. These are not problems."""
     if installed(PACKAGE) is None or installed("packaging") is None:
         return
     tested = tested_versions()
@@ -139,7 +139,7 @@ def optional_lines() -> Iterator[str]:
 
 
 def imported(name: str) -> tuple[object | None, Check]:
-    """Import a module; what came of it. A broken installation may raise anything."""
+    """Import a module; return it and the result. A broken installation may raise any error."""
     try:
         module = importlib.import_module(name)
     except Exception as error:
@@ -149,7 +149,7 @@ def imported(name: str) -> tuple[object | None, Check]:
 
 
 def device_lines(torch) -> Iterator[str]:
-    """The processors that models can run on."""
+    """Yield the processors that models can run on."""
     yield f"  CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
@@ -157,11 +157,11 @@ def device_lines(torch) -> Iterator[str]:
     if torch.backends.mps.is_available():
         yield "  GPU: Apple's, by mps"
     if not torch.accelerator.is_available():
-        yield "  no GPU: small models train and answer on the CPU; the large recipes need one"
+        yield "  no GPU: small models train and answer on the CPU; the large recipes need a GPU"
 
 
 def folders() -> dict[str, Path]:
-    """The folders that are written to: downloads, prepared data sets, output, temporary files."""
+    """Return the folders for output: downloads, prepared data sets, results, temporary files."""
     home = Path(os.environ.get("HF_HOME", Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")))
     home = home.expanduser()
     return {
@@ -173,7 +173,7 @@ def folders() -> dict[str, Path]:
 
 
 def any_temporary_folder() -> bool:
-    """Return False where no folder for temporary files can be written."""
+    """Return False if no folder for temporary files is writable."""
     try:
         return bool(tempfile.gettempdir())
     except FileNotFoundError:
@@ -181,7 +181,7 @@ def any_temporary_folder() -> bool:
 
 
 def check_folder(name: str, folder: Path) -> Check:
-    """Try to write into a folder, or into the nearest one above it that exists, and measure the free space."""
+    """Try to write to a folder, or to its nearest existing parent, and measure the free space."""
     place = folder.absolute()
     existing = next(each for each in (place, *place.parents) if each.exists())
     try:
@@ -196,7 +196,7 @@ def check_folder(name: str, folder: Path) -> Check:
 
 
 def report() -> tuple[list[str], list[Check]]:
-    """The lines of the report, and the problems among them."""
+    """Return the lines of the report, and the problems among them."""
     versions = [*check_versions()]
     modules = {name: imported(name) for name in ("torch", "transformers", PACKAGE)}
     imports = [check for _, check in modules.values()]
@@ -210,7 +210,7 @@ def report() -> tuple[list[str], list[Check]]:
 
 
 def main(words: list[str]) -> int:
-    """Print the report; 0 if nothing is wrong, else 1."""
+    """Print the report; return 0 without problems, else 1."""
     if {"-h", "--help"} & {*words}:
         print("usage: mmcoconut doctor\n\nCheck versions, devices, folders and optional packages; status 1 if not ok.")
         return 0

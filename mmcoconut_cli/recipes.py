@@ -1,4 +1,4 @@
-"""`mmcoconut recipes`: the recipes that are installed, a line each."""
+"""`mmcoconut recipes`: list the installed recipes, one per line."""
 
 import importlib.util
 import re
@@ -8,10 +8,10 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """The folder of the recipes, of the installed package or of the checkout that it runs from.
+    """Return the folder of the recipes, in the installed package or in its checkout.
 
     Raises:
-        FileNotFoundError: the package is not there.
+        FileNotFoundError: the recipes are not installed.
     """
     spec = importlib.util.find_spec("mmcoconut")
     roots = [] if spec is None else [Path(spec.origin).parent, Path(spec.origin).parent.parent]
@@ -22,14 +22,14 @@ def folder() -> Path:
 
 
 def sentence_of(recipe: Path) -> str:
-    """The first sentence of a recipe's comment, which says what it trains."""
+    """Return the first sentence of a recipe's comment, which says what it trains."""
     lines = [line.removeprefix("#").strip() for line in recipe.read_text(encoding="utf-8").splitlines()]
     comment = " ".join(lines[: next((index for index, line in enumerate(lines) if re.match(r"\w+:", line)), None)])
     return re.split(r"(?<=\.)\s(?=[A-Z$])", comment, maxsplit=1)[0]
 
 
 def main(words: list[str]) -> int:
-    """Print every recipe's name and what it trains; the exit status."""
+    """Print every recipe's name and what it trains; return the exit status."""
     if {"-h", "--help"} & {*words}:
         print("usage: mmcoconut recipes\n\nList the recipes by name. mmcoconut train NAME runs one.")
         return 0

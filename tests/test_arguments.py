@@ -321,7 +321,7 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("prediction_loss_only: true", "prediction_loss_only", True, "always generates answers"),
         ("batch_eval_metrics: true", "batch_eval_metrics", True, "need the whole split"),
         ("eval_do_concat_batches: false", "eval_do_concat_batches", False, "need the whole split"),
-        ("do_predict: true", "do_predict", True, "by `test_split`"),
+        ("do_predict: true", "do_predict", True, "`test_split` evaluates"),
         ("greater_is_better: false", "greater_is_better", False, "set `metric_for_best_model` too"),
         ("checkpointed_passes: first", "checkpointed_passes", "first", "set `activation_checkpointing: true`"),
         ("ce_weight: 0.5", "ce_weight", 0.5, "there is no alignment: set `align_weight` too"),
@@ -337,7 +337,7 @@ def test_the_command_line_replaces_a_variable_that_is_not_set(recipe):
         ("seeds: 3", "seeds", 3, "set `compare` to its modes"),
         ("hub_strategy: all_checkpoints", "hub_strategy", "all_checkpoints", "each save is a revision already"),
         ("{compare: cot, push_to_hub: true}", "push_to_hub", True, "overwrite each other on the Hub"),
-        ("{compare: cot, resume_from_checkpoint: true}", "resume_from_checkpoint", True, "goes on by itself"),
+        ("{compare: cot, resume_from_checkpoint: true}", "resume_from_checkpoint", True, "resumes by itself"),
         (
             "{compare: cot, model: a/b, vision_config: null, text_config: null, tokenizer: null, do_train: false}",
             "do_train",
@@ -397,7 +397,7 @@ def test_an_evaluation_neither_deletes_nor_resumes_a_run(key, recipe):
 )
 def test_a_vision_language_model_brings_its_projector(key, value, recipe):
     found = only_problem(recipe(f"vlm: a/b\nuse_cpu: true\n{key}: {value}"))
-    assert found == (key, value, "the `vlm` brings its own: remove this key")
+    assert found == (key, value, "the `vlm` has its own: remove this key")
 
 
 @pytest.mark.parametrize("words", [["--num_train_epochs", "0", "--max_steps", "5"], ["--num_train_epochs", "0.01"]])
@@ -432,7 +432,7 @@ def test_updates_may_be_fewer_than_an_epoch(words, recipe):
 )
 def test_keys_that_this_run_leaves_idle_are_warned_of_in_one_line_a_reason(words, lines, recipe, caplog):
     parse_recipe([recipe(SCRATCH), *words])
-    assert [record.message for record in caplog.records] == [f"Without effect beside {line}" for line in lines]
+    assert [record.message for record in caplog.records] == [f"Without effect with {line}" for line in lines]
 
 
 def test_a_model_and_its_config_exclude_each_other(recipe):
@@ -831,7 +831,7 @@ def test_a_base_stands_in_a_file(recipe):
     assert only_problem(recipe(SCRATCH), "--base", "a.yaml") == (
         "base",
         "a.yaml",
-        "a base stands in a recipe, not on the command line",
+        "a base belongs in a recipe: remove it from the command line",
     )
 
 

@@ -57,7 +57,7 @@ def test_sections_without_figures_are_left_out(checkpoint, evidence):
     empty = model_card("user/name", Evidence(), **checkpoint)
     assert sections(empty) == ["Use", "Sequence", "Limits", "Citation"]
     assert "None" not in str(empty) and "%" not in empty.text and "![" not in empty.text
-    assert "Nothing about its answers was measured." in empty.text
+    assert "Its answers were not evaluated." in empty.text
     assert "model-index" not in empty.data.to_dict()
     whole = sections(model_card("user/name", evidence, **checkpoint))
     assert whole == ["Use", "Sequence", "Curriculum", "Controls", "Do the thoughts matter?", "Limits", "Citation"]
@@ -66,8 +66,8 @@ def test_sections_without_figures_are_left_out(checkpoint, evidence):
 @pytest.mark.parametrize("left_out", ["results", "compare", "audit"])
 def test_a_limit_stands_for_what_was_not_measured(checkpoint, evidence, left_out):
     said = {
-        "results": "Nothing about its answers was measured.",
-        "compare": "No control was trained beside it",
+        "results": "Its answers were not evaluated.",
+        "compare": "No control was trained:",
         "audit": "It was not audited",
     }
     cut = replace(evidence, **{left_out: None}, **({"audit_section": None} if left_out == "audit" else {}))

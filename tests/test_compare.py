@@ -252,7 +252,7 @@ def test_recipe_of_a_run_means_the_same_when_it_is_saved_by_the_run(recipe, tmp_
 
 def test_comparison_in_the_folder_of_a_single_run_is_refused(recipe, tmp_path):
     train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "1"])
-    with pytest.raises(ValueError, match="is the folder of a single run: give a comparison another --output_dir"):
+    with pytest.raises(ValueError, match="is the folder of a single run. Set another --output_dir"):
         train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), "--compare", "cot"])
 
 
@@ -289,7 +289,7 @@ def test_comparison_within_several_processes_is_refused(recipe, tmp_path, monkey
     monkeypatch.setattr(compare, "clear", lambda runs: pytest.fail("deleted"))
     runs = planned(recipe, "--output_dir", str(tmp_path / "out"))
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match="start it with `python train_hf.py`, in one process"):
+    with pytest.raises(ValueError, match="Start it with `python train_hf.py`, in one process"):
         compare.check_start(runs, overwrite=True)
 
 
@@ -469,7 +469,7 @@ def test_markdown_says_what_the_figures_were_made_with(outcomes):
     assert "| 75.0 / 100.0 | +37.5 points [" in cot
     for part in (
         "4 rows of `mazes` (test)",
-        "seeds: 1, 2",
+        "seeds 1, 2",
         "two cores",
         "torch 2",
         "abc",
@@ -496,7 +496,7 @@ def test_table_says_what_the_audits_found(outcomes):
     assert coconut["probe_accuracy"] == (0.625 + 0.5) / 2
     text = compare.markdown(summary(outcomes))
     assert "| depends (1), cannot be told (1) | 25.0 %: do not suffice | 56.2 % |" in text
-    assert "| – | – | – |" in text and "Audits of 300 rows" in text
+    assert "| – | – | – |" in text and "Audits use at most 300 rows" in text
 
 
 def test_table_of_an_older_comparison_has_the_columns_that_it_knows(outcomes):
@@ -596,7 +596,7 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
 
     (out / "coconut-seed2" / "results.json").unlink()
     resumed = train_hf.main(command)
-    assert "coconut seed 2: training on from checkpoint-18 … (3 of 4 runs done)" in capsys.readouterr().out
+    assert "coconut seed 2: resuming from checkpoint-18 … (3 of 4 runs done)" in capsys.readouterr().out
     changed = {name for name, written in files_of(out).items() if written != everything[name]}
     files = ("results.json", "evaluation/evaluation.json", "audit/audit.json")
     assert changed == {f"coconut-seed2/{file}" for file in files}
@@ -605,7 +605,7 @@ def test_comparison_keeps_what_finished_and_repeats_only_the_rest(recipe, tmp_pa
     with pytest.raises(ValueError) as refused:
         train_hf.main([*command, "--learning_rate", "0.5"])
     runs = "cot-seed1, coconut-seed1, cot-seed2, coconut-seed2"
-    assert f"- learning_rate: 0.003 there, 0.5 now ({runs})\nGive --overwrite true" in str(refused.value)
+    assert f"- learning_rate: 0.003 there, 0.5 now ({runs})\nSet --overwrite true" in str(refused.value)
     assert len(files_of(out)) == 10
 
 

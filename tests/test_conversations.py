@@ -140,7 +140,7 @@ def test_template_that_rewrites_answers_is_refused(processor):
     template = processor.chat_template.replace("else part['text']", "else part['text'] | upper")
     parts = (processor.image_processor, processor.tokenizer)
     shouting = MMCoconutProcessor(*parts, image_seq_length=NUM_FEATURES, chat_template=template)
-    with pytest.raises(ValueError, match="does not write the answer of turn 1, 'red', as the model does: give a chat"):
+    with pytest.raises(ValueError, match="does not write the answer of turn 1, 'red', as the model does: set a chat"):
         encode_turns(shouting, "Why?", (("Which?", "red"),), "both", num_tiles=(), num_latents=0)
 
 
@@ -375,19 +375,17 @@ def test_conversation_with_steps_is_refused():
 
 def test_conversation_has_no_thoughts_by_stage(processor):
     for mode in ("coconut", "pause"):
-        with pytest.raises(
-            ValueError, match=f"talk row 0: a row of 2 .* {mode} has thoughts by stage.* set thoughts_per"
-        ):
+        with pytest.raises(ValueError, match=f"talk row 0: the row has 2 .* {mode} needs stages.* Set thoughts_per"):
             collator(processor, mode=mode, per_turn=0)(rows_of(2))
     collator(processor, mode="no_cot", per_turn=0)(rows_of(2))
     maze = {**load_examples("arrow_mazes", split="train", num_rows=1)[0], "index": 0}
-    with pytest.raises(ValueError, match="with thoughts_per_turn=2 no stage replaces its .* steps: set it to 0"):
+    with pytest.raises(ValueError, match="With thoughts_per_turn=2 no stage replaces its .* steps. Set it to 0"):
         collator(processor)([maze])
 
 
 def test_encoder_decoder_reads_no_conversation():
     processor = tiny_processor(tiny_seq2seq())
-    with pytest.raises(ValueError, match=r"an encoder-decoder reads one question: set dataset_options.max_turns to 1"):
+    with pytest.raises(ValueError, match=r"An encoder-decoder reads one question. Set dataset_options.max_turns to 1"):
         collator(processor)(rows_of(2))
     with pytest.raises(ValueError, match="An encoder-decoder reads one question"):
         further_turn(processor, torch.ones(1, 4), torch.ones(1, 2), ["Why?"])

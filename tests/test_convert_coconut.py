@@ -82,7 +82,7 @@ def test_a_checkpoint_of_another_model_is_refused(base, tmp_path):
     with pytest.raises(ValueError, match="h.1.attn.c_attn"):
         convert(tmp_path / "short", folder, num_latents=0)
     torch.save({"model": trained.state_dict()}, tmp_path / "nested")
-    with pytest.raises(ValueError, match="no state_dict"):
+    with pytest.raises(ValueError, match="not a state_dict"):
         convert(tmp_path / "nested", folder, num_latents=0)
     narrow = {**trained.state_dict(), "transformer.wpe.weight": torch.zeros(4, 32)}
     torch.save(narrow, tmp_path / "narrow")

@@ -114,7 +114,7 @@ def test_a_composed_model_of_other_parts_is_refused_with_what_it_has():
         "its tower": {"projector_type": "pixel_shuffle"},
     }
     for reason, options in reasons.items():
-        with pytest.raises(ValueError, match=f"has no own form: {reason}.*; keep it as it is"):
+        with pytest.raises(ValueError, match=f"has no own form: {reason}.*. Keep it unchanged"):
             convert_vlm.to_own(tiny_model("qwen2", **options))
     with pytest.raises(ValueError, match="image_size is 16, and its tower's is 32"):
         convert_vlm.to_own(thinking(image_size=16))

@@ -586,7 +586,7 @@ def test_a_file_cut_inside_a_character_is_refused(load_rows, tmp_path):
 
 def test_a_broken_line_in_the_middle_is_not_called_truncated(load_rows):
     text = f'{json.dumps(ROW)}\n{{"image": \n{json.dumps(ROW)}'
-    message = error_of(lambda: load_rows(text), "train.json, line 2, character", "one whole object a line")
+    message = error_of(lambda: load_rows(text), "train.json, line 2, character", "one whole object per line")
     assert "truncated" not in message
 
 

@@ -223,7 +223,7 @@ def test_without_other_thoughts_the_last_panel_stays_empty(asker, examples):
 def test_without_thoughts_the_answer_stands_and_the_panels_say_why_they_are_empty(asker):
     answer, thoughts, others = said(asker, None, "Which?", 0)
     assert 'id="mmc-thoughts">0<' in answer
-    assert "set their number to 1 or more" in thoughts and "set their number to 1 or more" in others
+    assert "Set their number to 1 or more" in thoughts and "Set their number to 1 or more" in others
 
 
 def test_a_checkpoint_whose_thoughts_cannot_be_replaced_says_so():
@@ -248,11 +248,11 @@ def test_an_unreadable_picture_is_named_with_the_remedy(asker, tmp_path, content
 
 @pytest.mark.parametrize("question", ["", "  \n", None])
 def test_no_question_is_a_message(asker, question):
-    assert "There is no question: write one" in said(asker, None, question)[0]
+    assert "The question is empty. Write one" in said(asker, None, question)[0]
 
 
 def test_too_many_thoughts_are_a_message_with_the_remedy(asker):
-    assert "lower max_new_tokens or num_latents" in said(asker, None, "Which?", 500)[0]
+    assert "Lower max_new_tokens or num_latents" in said(asker, None, "Which?", 500)[0]
 
 
 def test_what_a_visitor_writes_is_shown_as_text(asker, tmp_path):
@@ -306,7 +306,7 @@ def test_examples_that_are_not_here_name_others():
         ["--model", "x", "--dataset", "json_steps", "--dataset_options.file", "no/{split}"]
     )
     with pytest.raises(
-        ValueError, match="there is no such file.*\n.*take other examples, such as --dataset arrow_mazes"
+        ValueError, match="there is no such file.*\n.*use other examples, such as --dataset arrow_mazes"
     ):
         demo.read_example_rows(arguments)
 
@@ -315,7 +315,7 @@ def test_a_port_that_is_taken_is_named_with_the_remedy(checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         words = ["--model", checkpoint, "--dataset_options.num_rows", "2", "--max_samples", "2", "--port", port]
-        with pytest.raises(ValueError, match=f"No page at 127.0.0.1, port {port} .*: give another --port"):
+        with pytest.raises(ValueError, match=f"No page at 127.0.0.1, port {port} .*. Set another --port"):
             demo.main(words)
 
 
@@ -364,7 +364,7 @@ def test_the_app_of_a_space_answers(space, checkpoint, asker, examples, monkeypa
 
 @pytest.mark.parametrize(
     ("package", "message"),
-    [(None, "package is None"), ("numpy", "installs numpy"), ("git+https://example.org/x", "no requirement")],
+    [(None, "package is None"), ("numpy", "installs numpy"), ("git+https://example.org/x", "not a valid requirement")],
 )
 def test_a_space_needs_to_know_where_the_package_is(tmp_path, package, message):
     with pytest.raises(ValueError, match=f"{message}.*--package 'mmcoconut @ git"):
@@ -398,7 +398,7 @@ def test_a_pushed_space_is_on_the_hub(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model", "MODEL", "--package", PACKAGE], "a Space loads from the Hub: push the checkpoint"),
+        (["--model", "MODEL", "--package", PACKAGE], "a Space loads from the Hub. Push the checkpoint"),
         (["--model", "someone/model"], "package is None"),
         (["--model", "a b", "--package", PACKAGE], "a b"),
     ],

@@ -434,7 +434,7 @@ def test_overwriting_deletes_the_evaluation_and_nothing_else(checkpoint, whole, 
 @pytest.mark.parametrize("name", ["notes.txt", "settings.json", "predictions.jsonl"])
 def test_folder_that_is_no_evaluation_is_left_alone(checkpoint, tmp_path, name, overwrite):
     (tmp_path / name).write_text("{}")
-    with pytest.raises(ValueError, match="is not empty and holds no evaluation: give another --output_dir"):
+    with pytest.raises(ValueError, match="is not empty and holds no evaluation. Set another --output_dir"):
         evaluate(checkpoint, tmp_path, *overwrite)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "{}")]
 
@@ -614,7 +614,7 @@ def test_prompt_fills_the_positions_and_no_more(checkpoint, loaded, rows, tmp_pa
     evaluate(checkpoint, tmp_path / "fits", "--max_new_tokens", str(room), "--batch_size", "7")
     message = (
         f"arrow_mazes validation row {longest}: the prompt takes {max(lengths)} tokens, images and 2 latents "
-        f"included, and {room + 1} more may follow, but the language model has 128 positions: lower max_new_tokens"
+        f"included, and {room + 1} more may follow. The language model has 128 positions. Lower max_new_tokens"
     )
     with pytest.raises(ValueError, match=message):
         evaluate(checkpoint, tmp_path / "out", "--max_new_tokens", str(room + 1), "--batch_size", "7")

@@ -139,7 +139,11 @@ def test_grouping_changes_the_order_of_training_and_not_the_rows_evaluated(recip
     ("key", "value", "remedy"),
     [
         ("train_sampling_strategy", "batch_rebalance", "choose one of random, sequential, group_by_length"),
-        ("length_column_name", "length", "their lengths change with the stage: remove this key"),
+        (
+            "length_column_name",
+            "length",
+            "lengths change with the stage, so rows have no such column: remove this key",
+        ),
     ],
 )
 def test_what_needs_one_length_a_row_is_refused(recipe, key, value, remedy):  # noqa: F811

@@ -127,7 +127,9 @@ def test_a_row_is_asked_with_its_pictures_in_front_and_scored_by_its_data_sets_m
 
 def test_options_say_where_rows_are_and_missing_ones_are_asked_for():
     assert len(tasks.load("arrow_mazes", arrow_mazes={**MAZES, "split": "validation"})["test"]) == 6
-    with pytest.raises(UsageError, match=r"task of mmvp was given \['blink'\] and no options.*--metadata '\{\"mmvp\""):
+    with pytest.raises(
+        UsageError, match=r"task of mmvp got the metadata \['blink'\], without options.*--metadata '\{\"mmvp\""
+    ):
         tasks.load("mmvp", blink={"path": "x"})
 
 

@@ -296,8 +296,8 @@ def test_a_shard_that_was_cut_is_named_and_computed_again_once_it_is_deleted(siz
     image_features.open_shard.cache_clear()
     shard.unlink()
     shard.write_bytes(whole[:size])
-    message = re.escape(f"{shard}: {len(whole[:size])} bytes that are no whole file of image features")
-    with pytest.raises(ValueError, match=f"{message} .*: delete it, and its pictures are computed again"):
+    message = re.escape(f"{shard}: not a complete file of image features ({len(whole[:size])} bytes; ")
+    with pytest.raises(ValueError, match=f"{message}.*. Delete it, and its features are computed again"):
         precompute_image_features(Trainer(*pair), [rows], tmp_path)
     shard.unlink()
     again = precompute_image_features(Trainer(*pair), [rows], tmp_path)
@@ -390,7 +390,7 @@ def test_runs_that_share_a_folder_wait_for_each_other(tmp_path):
 
 def test_a_picture_outside_the_splits_is_refused(tmp_path):
     features = precompute_image_features(Trainer(*frozen_pair()), [several_pictures()], tmp_path)
-    with pytest.raises(ValueError, match="row 0: .* holds no features of a picture of this row"):
+    with pytest.raises(ValueError, match="row 0: .* lacks the features of a picture"):
         features.of_rows(list(rows_of([picture_bytes(9)])))
 
 
@@ -487,7 +487,7 @@ def test_resuming_with_another_tower_is_refused(frozen, tmp_path):
     name = next(name for name in weights if "vision_tower" in name)
     save_file({**weights, name: weights[name] + 1}, file, metadata={"format": "pt"})
     again = ["--num_train_epochs", "1", "--resume_from_checkpoint", str(file.parent)]
-    with pytest.raises(ValueError, match="vision tower is another than the one that the recipe builds"):
+    with pytest.raises(ValueError, match="vision tower differs from the recipe's"):
         frozen("run", *again)
 
 

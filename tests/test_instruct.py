@@ -362,9 +362,9 @@ def test_answers_in_the_template_are_rewarded(recipe, objective, tmp_path):
 @pytest.mark.parametrize(
     "words, problem",
     [
-        (["--tokenizer", "train", "--chat_template", "own"], "a tokenizer that is trained has none"),
+        (["--tokenizer", "train", "--chat_template", "own"], "a new tokenizer has none"),
         (["--chat_template", "chatml"], "choose one of own, plain"),
-        (["--model", "somewhere", "--chat_template", "plain"], "the checkpoint `model` brings its own"),
+        (["--model", "somewhere", "--chat_template", "plain"], "the checkpoint `model` has its own"),
     ],
 )
 def test_recipe_says_which_template_it_cannot_have(recipe, words, problem):

@@ -296,7 +296,7 @@ def test_every_model_that_a_recipe_names_is_looked_for_before_anything_is_built(
 
 def test_what_the_checkpoints_mode_leaves_idle_is_said_of_keys_that_the_recipe_says(recipe, trained, cot, caplog):
     (found,) = warnings(caplog, recipe, cot, "--markers", "none", "--epochs_per_stage", "2")
-    assert found == "Without effect beside `mode: cot`: markers: none; epochs_per_stage: 2"
+    assert found == "Without effect with `mode: cot`: markers: none; epochs_per_stage: 2"
     (found,) = warnings(caplog, recipe, trained, "--tokenizer_vocab_size", "300")
-    assert found == "Without effect beside the checkpoint `model` (it brings its own): tokenizer_vocab_size: 300"
+    assert found == "Without effect with the checkpoint `model` (it has its own): tokenizer_vocab_size: 300"
     assert warnings(caplog, recipe, cot) == warnings(caplog, recipe, trained, "--epochs_per_stage", "2") == []

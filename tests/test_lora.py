@@ -294,7 +294,7 @@ def test_recipe_of_a_pretrained_model_trains_adapters_in_a_smoke_test(tmp_path):
     "options, message",
     [
         (["--lora.lora_alhpa", "16"], "lora.lora_alhpa = 16: peft.LoraConfig has no such field.*`lora_alpha`"),
-        (["--lora", "{}", "--push_to_hub", "true"], "hub_strategy = None: .*no whole model to push"),
+        (["--lora", "{}", "--push_to_hub", "true"], "hub_strategy = None: .*not a whole model"),
     ],
 )
 def test_recipe_with_a_wrong_adapter_is_refused(recipe, options, message):  # noqa: F811

@@ -40,7 +40,7 @@ def printed(cell) -> str:
 def test_without_a_checkpoint_it_trains_one_and_asks_it(executed):
     cells, folder = executed
     assert (folder / "outputs" / "notebook" / "model.safetensors").is_file()
-    assert "3 thoughts a question" in printed(cells[2])
+    assert "3 thoughts per question" in printed(cells[2])
     assert printed(cells[2]).count("The model says") == 4
 
 

@@ -128,7 +128,7 @@ def test_warm_up_batches_hold_nothing_to_answer_with():
 
 def test_a_batch_without_pictures_is_refused_in_the_warm_up_and_may_be_evaluated():
     _, collator = tiny_collator(warmup_epochs=1)
-    with pytest.raises(ValueError, match="b: align_warmup_epochs learns from pictures alone, and none of the 1 rows"):
+    with pytest.raises(ValueError, match="b: align_warmup_epochs trains on pictures alone, and none of the 1 rows"):
         collator([row_of("b", num_images=0)])
     assert "labels" in collator.prompts([row_of("b", num_images=0)])["supervised"]
 

@@ -541,11 +541,11 @@ def test_the_logged_cosine_equals_one_of_two_backward_passes():
         ([f"{OWN}.weight", "[1, -1]"], "objectives.guess:Guess.weight", "a weight is a finite number of at least 0"),
         ([OWN, "[]"], "objectives.guess:Guess", "a weight is a finite number of at least 0, or a list"),
         (["--objectives.step_tokens.tokens", "all"], "objectives.step_tokens", "is not one of in_order, bag"),
-        (["--objective", "distill_stops", *TWO], "objectives", "`objective: distill_stops` has no answer to learn"),
-        (["--thoughts_per_turn", "2", *TWO], "objectives.guess:Guess", "with `thoughts_per_turn` no thought stands"),
+        (["--objective", "distill_stops", *TWO], "objectives", "`objective: distill_stops` has no labelled answer"),
+        (["--thoughts_per_turn", "2", *TWO], "objectives.guess:Guess", "with `thoughts_per_turn` no thought replaces"),
         ([*ALIGNED, "target", "--objectives.step_decoder", "1"], "objectives.step_decoder", "but it trains the mo"),
         ([*ALIGNED, "target", "--mode", "pause"], "objectives.image_alignment", "`mode: pause` feeds"),
-        (["--log_gradient_cosine"], "log_gradient_cosine", "there are no `objectives` whose gradients"),
+        (["--log_gradient_cosine"], "log_gradient_cosine", "there are no `objectives` to compare"),
     ],
 )  # fmt: skip
 def test_recipe_with_objectives_that_cannot_be_is_refused(options, key, remedy, folder):
@@ -568,7 +568,7 @@ def test_weights_of_objectives_are_not_sharded():
         check_sharded_objectives(attached, compares_gradients=True)
     for name, message in (
         ("step_decoder", "has weights of its own"),
-        ("guess:Guess", "takes further forwards of the"),
+        ("guess:Guess", "runs further forward passes"),
     ):
         attached = attach(tiny_model(), make_objectives({name: 1.0}), processor)
         with pytest.raises(ValueError, match=rf"objectives.\w+ {message}.* use DDP"):
@@ -578,7 +578,9 @@ def test_weights_of_objectives_are_not_sharded():
 def test_objectives_in_several_gpus_need_a_process_for_each():
     check_not_replicated(None, 2)
     check_not_replicated(Objectives([Guess()]), 1)
-    with pytest.raises(ValueError, match="objectives guess need a process for each of the 2 GPUs: start the run by"):
+    with pytest.raises(
+        ValueError, match="objectives guess need one process for each of the 2 GPUs: start the run with"
+    ):
         check_not_replicated(Objectives([Guess()]), 2)
 
 
@@ -600,7 +602,7 @@ def test_rows_without_what_an_objective_needs_are_refused_by_the_first(caplog):
     check_objectives(rows.add_column("boxes", [[1], [2]]), [boxed], None)
     with caplog.at_level("INFO", logger="mmcoconut"):
         check_objectives(rows.add_column("boxes", [[1], []]), [boxed], None)
-    assert "field boxes: 1 of 2 rows have none, and objectives.guess leaves them alone" in caplog.text
+    assert "field boxes: 1 of 2 rows have none; objectives.guess skips them" in caplog.text
     picky = type("Picky", (Guess,), {"check": lambda self, row, processor: 1 / 0})()
     with pytest.raises(ZeroDivisionError):
         check_objectives(rows, [picky], None)

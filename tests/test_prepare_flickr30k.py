@@ -194,7 +194,7 @@ def test_a_folder_made_with_other_options_is_refused_with_their_names(partly, pr
     folder = prepare()
     if partly:
         folder.rename(tmp_path / "flickr30k.partial")
-    message = "max_image_size was None and is 9.*delete it, or give another --output_dir"
+    message = "max_image_size was None and is 9.*Delete it, or set another --output_dir"
     with pytest.raises(ValueError, match=message):
         prepare("captions.json", "--max_image_size", "9")
     with pytest.raises(ValueError, match="file was '.*captions.json' and is '.*results.csv'; sha256_of_file was"):
@@ -242,7 +242,7 @@ def test_a_picture_that_cannot_be_read_is_an_error_or_left_out_and_counted(
 def test_a_wrong_folder_of_pictures_makes_no_empty_data_set(prepare, image_root, tmp_path):
     for name in NAMES:
         (image_root / name).unlink()
-    with pytest.raises(ValueError, match="none of the pictures is in .*flickr30k-images: correct --image_root"):
+    with pytest.raises(ValueError, match="None of the pictures is in .*flickr30k-images: correct --image_root"):
         prepare("captions.json", "--unreadable_images", "skip")
     assert not (tmp_path / "flickr30k").exists()
 

@@ -183,7 +183,7 @@ def test_sharded_training_reads_kept_features_also_when_it_resumes(sharded, name
     "changed, adapted, message",
     [
         ({"fsdp_version": 1}, False, "fsdp_version is 1: set 2"),
-        ({"state_dict_type": "SHARDED_STATE_DICT"}, False, "leaves no model to load: set FULL_STATE_DICT"),
+        ({"state_dict_type": "SHARDED_STATE_DICT"}, False, "saves no loadable model: set FULL_STATE_DICT"),
         ({}, True, "`lora` is not merged from sharded weights"),
     ],
 )

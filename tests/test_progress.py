@@ -82,6 +82,6 @@ def test_the_time_left_is_said_after_ten_updates(caplog, monkeypatch):
             state.global_step, now[0] = state.global_step + 1, now[0] + seconds
             callback.on_step_end(None, state, None)
     assert caplog.messages == [
-        "110 of 210 updates done, 6 s each: about 10 min left, evaluations not counted. Stages with more latents take "
+        "110 of 210 updates done, 6 s each: about 10 min left without evaluations. Stages with more latents take "
         "longer."
     ]

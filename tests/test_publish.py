@@ -230,7 +230,7 @@ def test_a_repository_is_as_private_as_was_said(hub, trained):
     _, printed = trained
     private = {name: repository.private for (_, name), repository in hub.repositories.items()}
     assert private["user/every"] and private["user/published"] and not private["user/checkpoint"]
-    assert "user/checkpoint is there already, and public: make it private" in printed
+    assert "user/checkpoint exists and is public. Make it private" in printed
 
 
 def test_a_failed_upload_is_retried_at_the_next_save(hub, trained):
@@ -259,7 +259,7 @@ def test_uploads_and_their_failures_change_nothing_in_training(trained):
 
 def test_what_was_never_uploaded_is_said_at_the_end_with_the_remedy(hub, trained):
     _, printed = trained
-    assert "user/away cannot be made on the Hub now" in printed
+    assert "user/away cannot be created on the Hub now" in printed
     for name in ("end", "away"):
         report = next(line for line in printed.splitlines() if line.startswith(f"not uploaded to user/{name}: main ("))
         assert report.endswith(f"in {name}: python -m mmcoconut.publish --model {name} --repo_id user/{name}")
@@ -274,7 +274,7 @@ def test_a_wrong_token_ends_the_run_before_it_trains(trained):
 
 def test_a_repository_that_could_not_be_made_is_made_by_the_next_save(hub, trained):
     _, printed = trained
-    assert "user/checkpoint cannot be made on the Hub now" in printed
+    assert "user/checkpoint cannot be created on the Hub now" in printed
     assert "uploaded to user/checkpoint: main, stage-0, stage-1" in printed
 
 
@@ -345,10 +345,10 @@ def test_everything_that_is_missing_is_listed_at_once_with_the_remedy(checkpoint
         ("model", "it has no config.json"),
         ("repo_id", "name the repository"),
         ("audit", "it has no audit.json"),
-        ("dry_run", "it is there already"),
+        ("dry_run", "it exists already"),
     ]
     [(field, _, remedy)] = problems("--model", str(checkpoint), "--repo_id", "user/name", "--shown_row", "2")
-    assert (field, remedy) == ("shown_row", "the rows are of an audit: give --audit too")
+    assert (field, remedy) == ("shown_row", "the rows belong to an audit: set --audit too")
 
 
 @pytest.mark.parametrize("left_out", ["model.safetensors", "thinking_mmcoconut.py", "modeling_mmcoconut.py"])
@@ -371,7 +371,7 @@ def test_measurements_of_another_model_are_refused(checkpoint, tmp_path):
     given = ["--model", str(checkpoint), "--repo_id", "user/name", "--dry_run", str(tmp_path / "dry")]
     both = problems(*given, "--audit", str(MAZES), "--compare", str(MAZES))
     found = {field: remedy for field, _, remedy in both}
-    assert found["audit"].startswith("it is of another run, train_steps was 3000 there and is 2000 here")
+    assert found["audit"].startswith("it belongs to another run, train_steps is 3000 there and 2000 here")
     assert found["compare"].startswith("its runs made 3000 updates, the model 2000")
     changed = {**recipe, "c_thought": 2, "output_dir": "x"}
     (checkpoint / "recipe.yaml").write_text(json.dumps(changed))

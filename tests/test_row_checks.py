@@ -99,7 +99,7 @@ def test_an_answer_that_holds_the_marker_is_learnt_and_scored_whole(answer, proc
 @pytest.mark.parametrize("answer", ["### red", "#### 72", "###"])
 def test_an_answer_that_begins_with_the_marker_is_refused_with_its_row(answer):
     rows = to_dataset([row(), row(1, answers=[answer])])
-    message = f"train.json row 1, field 'answers': found {answer!r}, of which evaluation would find "
+    message = f"train.json row 1, field 'answers': found {answer!r}, which evaluation reads as "
     with pytest.raises(UsageError, match=re.escape(message)):
         check_answers(rows, "exact_match")
 
@@ -133,7 +133,7 @@ def test_an_answer_with_space_around_it_scores_by_every_metric(metric):
 
 def test_an_answer_that_scores_nothing_is_refused(monkeypatch):
     monkeypatch.setitem(REFERENCES, "exact_match", lambda row: ["another"])
-    with pytest.raises(UsageError, match=r"row 0, field 'answers': found \['2'\], and the metric exact_match .* 0: "):
+    with pytest.raises(UsageError, match=r"row 0, field 'answers': found \['2'\]; the metric exact_match .* 0. "):
         check_answers(to_dataset([row()]), "exact_match")
 
 
@@ -144,7 +144,7 @@ def test_a_text_to_align_with_that_is_too_long_or_missing_is_refused_with_its_ro
     alignment = Alignment(align_weight=1.0, targets=("question",))
     rows = to_dataset([row(), row(1, images=[], question="red " * 40), row(2, question="red " * 40)])
     check_alignment_texts(rows, collator(processor, max_length=20))
-    with pytest.raises(UsageError, match="train.json row 2: the text .* takes 41 tokens, .* 20 positions: set align"):
+    with pytest.raises(UsageError, match="train.json row 2: its alignment text takes 41 tokens.* is 20. Set align"):
         check_alignment_texts(rows, collator(processor, max_length=20, alignment=alignment))
     with pytest.raises(UsageError, match="train.json row 0: nothing to align"):
         check_alignment_texts(to_dataset([row(question=" ")]), collator(processor, alignment=alignment))

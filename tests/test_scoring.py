@@ -125,7 +125,7 @@ def test_exact_match_refuses_a_row_without_a_gold_answer(answers):
 
 
 def test_unknown_metric_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match="no metric is called 'exact_mach'; did you mean 'exact_match'"):
+    with pytest.raises(ValueError, match="unknown metric 'exact_mach'; did you mean 'exact_match'"):
         metric_folder("exact_mach")
 
 

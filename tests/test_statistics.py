@@ -183,12 +183,12 @@ def test_estimate_is_written_in_percent():
     [
         ([], r"shape \(1, 0\) have no mean"),
         ([[]], r"shape \(1, 0\) have no mean"),
-        (np.zeros((2, 2, 2)), r"shape \(2, 2, 2\) have no mean: give \(examples,\) or \(runs, examples\)"),
-        ([[1.0, 0.0], [1.0]], "no table of numbers .*evaluate all runs on the same rows"),
-        (["right"], "no table of numbers .*'right'"),
-        ([1.0, None, float("inf")], "2 of 3 scores are not finite: score every row"),
-        ([80.0, 90.0], "Scores from 80 to 90 do not lie between 0 and 1: give shares"),
-        ([0.5, -0.5], "Scores from -0.5 to 0.5 do not lie between 0 and 1"),
+        (np.zeros((2, 2, 2)), r"shape \(2, 2, 2\) have no mean. Give \(examples,\) or \(runs, examples\)"),
+        ([[1.0, 0.0], [1.0]], "not a table of numbers .*evaluate all runs on the same rows"),
+        (["right"], "not a table of numbers .*'right'"),
+        ([1.0, None, float("inf")], "2 of 3 scores are not finite. Score every row"),
+        ([80.0, 90.0], "Scores from 80 to 90 are not between 0 and 1. Give fractions"),
+        ([0.5, -0.5], "Scores from -0.5 to 0.5 are not between 0 and 1"),
     ],
 )
 def test_scores_without_an_interval_are_refused(scores, message):
@@ -197,5 +197,5 @@ def test_scores_without_an_interval_are_refused(scores, message):
 
 
 def test_scores_that_are_no_pairs_are_refused_with_both_shapes():
-    with pytest.raises(ValueError, match=r"\(1, 3\) and baseline \(2, 3\) are no pairs"):
+    with pytest.raises(ValueError, match=r"\(1, 3\) and baseline \(2, 3\) are not paired"):
         bootstrap_difference([1, 0, 1], [[1, 0, 1], [0, 0, 1]])

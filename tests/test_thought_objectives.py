@@ -449,7 +449,7 @@ def test_unknown_options_of_an_alignment_are_refused(options, found):
 def test_features_that_lie_nowhere_have_no_boxes():
     model = tiny_model(projector_type="pooled_prefix", num_visual_tokens=2)
     error_of(
-        lambda: ImageAlignment().build(model), "pooled_prefix makes features of the whole picture", "'helper_image'"
+        lambda: ImageAlignment().build(model), "pooled_prefix computes features of the whole picture", "'helper_image'"
     )
     ImageAlignment(target="helper_image").build(model)
 

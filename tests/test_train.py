@@ -117,7 +117,7 @@ def test_a_thumbnail_switched_off_where_there_are_no_tiles_is_refused(tmp_path):
 def test_the_language_models_positions_limit_max_length(max_length, limit, warned, caplog):
     assert train_hf.max_length_of(tiny_model(TEXT_CONFIGS["gpt2"](n_positions=64)), max_length) == limit
     assert [record.message for record in caplog.records] == [
-        "max_length is 90, and the language model has 64 positions: these count"
+        "max_length is 90, and the language model has 64 positions: the lower one counts"
     ] * warned
 
 
@@ -234,7 +234,7 @@ def test_folder_of_an_earlier_run_is_refused_unless_told(recipe, tmp_path):
     start = [recipe, "--output_dir", str(tmp_path / "run"), "--max_steps", "1"]
     train_hf.main(start)
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds an earlier run: give --resume_from_checkpoint"):
+    with pytest.raises(ValueError, match="holds an earlier run. Set --resume_from_checkpoint"):
         train_hf.main(start)
     train_hf.main([*start, "--overwrite", "true"])
     assert not (tmp_path / "run" / "notes.txt").exists()

@@ -34,16 +34,16 @@ def caused(error: Exception, cause: Exception) -> Exception:
 
 
 ERRORS = {
-    "gated": (lambda: answered(hub.GatedRepoError, 403), "owner/private: .*Ask for it.*hf auth login", 403),
+    "gated": (lambda: answered(hub.GatedRepoError, 403), "owner/private: .*Request it.*hf auth login", 403),
     "wrapped": (
         lambda: caused(OSError("You are trying to access a gated repo."), answered(hub.GatedRepoError, 401)),
-        "owner/private: .*Ask for it",
+        "owner/private: .*Request it",
         403,
     ),
-    "no token": (lambda: hub.LocalTokenNotFoundError("Token is required"), "a token is needed.*HF_TOKEN", 401),
+    "no token": (lambda: hub.LocalTokenNotFoundError("Token is required"), "a token is required.*HF_TOKEN", 401),
     "no model": (lambda: answered(hub.RepositoryNotFoundError, 404), "owner/private: not found.*Correct", 404),
     "no revision": (lambda: answered(hub.RevisionNotFoundError, 404), "no such revision.*branch, tag", 404),
-    "forbidden": (lambda: answered(hub.HfHubHTTPError, 403), "may not do this.*hf auth login", 403),
+    "forbidden": (lambda: answered(hub.HfHubHTTPError, 403), "has no permission.*hf auth login", 403),
     "no network": (lambda: httpx.ConnectError("Name or service not known"), "No answer from.*Check the network", 424),
     "offline": (lambda: hub.OfflineModeIsEnabled("offline mode is enabled."), "offline mode.*HF_HUB_OFFLINE", 404),
     "full disk": (lambda: OSError(errno.ENOSPC, "No space", "run/a.bin"), "run/a.bin: the disk is full. Free", 507),
@@ -154,7 +154,7 @@ def test_a_broken_file_of_weights_is_named(tmp_path):
     with pytest.raises(SafetensorError) as caught:
         read(str(file))
     said = explanation_of(caught.value).text
-    assert said.startswith(f"{file}: not a whole file of weights") and "download it anew" in said
+    assert said.startswith(f"{file}: not a complete file of weights") and "download it again" in said
 
 
 def test_a_broken_json_file_is_named(tmp_path):
@@ -195,7 +195,7 @@ def test_a_busy_port_is_told_before_a_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         for words in (["--host", "127.0.0.1", "--port", port], ["--host=127.0.0.1", f"--port={port}"]):
-            with pytest.raises(UsageError, match=f"No server at 127.0.0.1, port {port} .*give another --port"):
+            with pytest.raises(UsageError, match=f"No server at 127.0.0.1, port {port} .*Set another --port"):
                 check_address(["model", *words])
     check_address(["model", "--host", "127.0.0.1", "--port", port])
 
@@ -206,8 +206,8 @@ def test_a_busy_port_is_told_before_a_model_is_loaded():
         (["train", "quikstart"], "did you mean `quickstart`"),
         (["train", "nowhere.yaml"], "no such file"),
         (["train", "quickstart", "--dataset", "arow_mazes"], "did you mean `arrow_mazes`"),
-        (["compare", "quickstart"], "Say what to compare"),
-        (["convert", "everything"], "say what to convert"),
+        (["compare", "quickstart"], "Nothing to compare"),
+        (["convert", "everything"], "unknown kind"),
         (["ask", "model", "Q?", "--image", "none.png"], "none.png: no such file"),
         (["evla"], "Did you mean 'eval'"),
     ],

@@ -205,8 +205,8 @@ def test_a_processor_that_cuts_the_edges_off_has_a_grid_of_the_middle():
 def test_rows_that_a_token_ends_are_the_grids_rows():
     assert of_runs([5, 5, 5], ["", "", ""], [(7,), (7,)], 1.0) == [View(0, 3, 5, 5)]
     for runs, gaps in (([4, 4], [(1, 2)]), ([4, 5], [(1,)]), ([4, 4, 4], [(1,), (2,)])):
-        assert "does not say where" in of_runs(runs, [""] * len(runs), gaps, 1.0)
-    assert "no square" in of_runs([3], ["<row_1_col_1>"], [], 1.0)
+        assert "do not give their positions" in of_runs(runs, [""] * len(runs), gaps, 1.0)
+    assert "not form a square" in of_runs([3], ["<row_1_col_1>"], [], 1.0)
     assert "do not fit" in of_patches(7, 4, 4)
 
 
@@ -239,14 +239,14 @@ def test_a_number_that_changes_with_the_shape_makes_no_square(monkeypatch):
 
     monkeypatch.setattr(processor, "encode_images", without_grid)
     reasons = views_of(model, processor, [picture((32, 32), 0), picture((60, 40), 0)])
-    assert "changes with a picture's shape" in reasons[0] and "make no square" in reasons[1]
+    assert "changes with a picture's shape" in reasons[0] and "do not form a square" in reasons[1]
 
 
 @pytest.mark.slow
 def test_features_of_the_whole_picture_have_no_grid():
     model, _, processor = thinking("idefics2")
     [reason] = views_of(model, processor, [picture((40, 30), 0)])
-    assert "PerceiverResampler makes features of the whole picture" in reason
+    assert "PerceiverResampler computes features of the whole picture" in reason
 
 
 # --- stopping, and thoughts together ---------------------------------------------------------------------------------

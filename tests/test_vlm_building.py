@@ -264,7 +264,9 @@ def test_a_model_that_thinks_already_is_refused(tmp_path):
 
 def test_a_plain_model_is_no_checkpoint_to_start_from(tmp_path):
     tiny_vlm()[0].save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="is a 'llava', not an mmcoconut checkpoint.*start from this one by .*`vlm`"):
+    with pytest.raises(
+        UsageError, match="is a 'llava', not an mmcoconut checkpoint.*start from this model with .*`vlm`"
+    ):
         load_model(str(tmp_path))
 
 

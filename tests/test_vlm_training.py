@@ -380,7 +380,7 @@ def test_a_stop_head_is_distilled_and_modes_are_compared(folder):
 
 
 def test_what_needs_a_model_of_parts_is_refused_before_anything_is_loaded(folder):
-    with pytest.raises(RecipeError, match="align_weight = 0.1: a vlm has no single vector of an image.*join"):
+    with pytest.raises(RecipeError, match="align_weight = 0.1: a vlm has no single vector per image.*combine"):
         parse_recipe(["tiny.yaml", "--output_dir", "run", "--align_weight", "0.1"])
     model, processor = new_pair("qwen2_5_vl")
     for part in (model, processor):

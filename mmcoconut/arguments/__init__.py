@@ -1,1 +1,1 @@
-"""A recipe, its bases and the command line become checked dataclasses; no model and no trainer is imported."""
+"""Parse a recipe, its bases and the command line into checked dataclasses; imports no model and no trainer."""

@@ -1,4 +1,4 @@
-"""A YAML file of facebookresearch/coconut (args/*.yaml) as a recipe: its keys under their names here."""
+"""Translate a YAML file of facebookresearch/coconut (args/*.yaml) to a recipe with mmcoconut's keys."""
 
 from pathlib import Path
 
@@ -24,14 +24,14 @@ COCONUT_MODES = ("coconut", "cot", "no_thoughts", "no_cot")
 COCONUT_OTHERS = ("num_epochs", "save_path", "name", "only_eval", "save_only_improve")
 COCONUT_FILES = {"train_path": "train", "val_path": "validation"}
 COCONUT_KEYS = {*COCONUT_RENAMED, *COCONUT_MODES, *COCONUT_OTHERS, *COCONUT_FILES, "image_root"}
-# What the original's script does without being told.
+# Defaults of the original's script.
 COCONUT_HABITS = {"eval_strategy": "epoch", "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 COCONUT_HABITS |= {"new_token_init": "<<"}
 COCONUT_VISION = {"vision_model": "openai/clip-vit-base-patch32", "vision_model_type": "clip_vision_model"}
 
 
 def _coconut_settings(old: dict):
-    """What the old keys say: (old key, new key, value)."""
+    """Yield (old key, new key, value) for the old keys."""
     for key, new in COCONUT_RENAMED.items():
         if key in old and not ("load_model_path" in old and new in BACKBONES):
             yield key, new, old[key]
@@ -56,12 +56,12 @@ def _coconut_settings(old: dict):
 
 
 def _add_coconut_habits(new: dict, old: dict) -> None:
-    """What the original's script does without being told; the recipe's own keys come first."""
+    """Add defaults of the original's script; the recipe's own keys take precedence."""
     for key, value in COCONUT_HABITS.items():
         new.setdefault(key, value)
     new.setdefault("max_new_tokens", 64 if "gsm" in str(old.get("val_path")) else 128)
     if not new.keys() & {"model", "vlm", "vision_model", "vision_config"}:
-        logger.warning(f"this Coconut recipe names no vision tower: {COCONUT_VISION['vision_model']} is taken")
+        logger.warning(f"this Coconut recipe names no vision tower: using {COCONUT_VISION['vision_model']}")
         new |= COCONUT_VISION
     if "gpt2" in str(new.get("text_model")):
         new.setdefault("text_model_type", "gpt2")
@@ -70,7 +70,7 @@ def _add_coconut_habits(new: dict, old: dict) -> None:
 
 
 def _add_sources(sources: dict[str, str], old: dict) -> None:
-    """The file of each old key is also the file of what it became."""
+    """Record the file of each old key as the file of the new key."""
     names = [(old_key, key) for old_key, key, _ in _coconut_settings(old) if key != "dataset_options"]
     names += [(key, f"dataset_options.file.{split}") for key, split in COCONUT_FILES.items()]
     for old_key, key in [*names, ("image_root", "dataset_options.image_root")]:
@@ -81,7 +81,7 @@ def _add_sources(sources: dict[str, str], old: dict) -> None:
 def translate_coconut_keys(
     values: dict, problems: list[tuple] | None = None, sources: dict[str, str] | None = None
 ) -> dict:
-    """The recipe that a YAML file of facebookresearch/coconut (args/*.yaml) stands for; any other comes back as it is.
+    """Translate a YAML file of facebookresearch/coconut (args/*.yaml) to a recipe; return other recipes unchanged.
 
     | old key | becomes |
     |---|---|
@@ -92,20 +92,20 @@ def translate_coconut_keys(
     | num_epochs, resume | num_train_epochs = num_epochs - resume, start_epoch = resume |
     | batch_size_training, lr | per_device_train_batch_size, learning_rate |
     | save_path, name | output_dir = save_path/name, run_name = name |
-    | save_only_improve | true: save_strategy no (the best of each stage is kept anyhow); false: save_strategy epoch |
+    | save_only_improve | true: save_strategy no (the best of each stage is always kept); false: save_strategy epoch |
     | only_eval | true: do_train false, do_eval true |
     | debug | true: max_train_samples and max_eval_samples 32 |
 
-    All others keep their names. With model_id come the habits of the original's script, which the recipe may change:
+    All other keys keep their names. model_id adds the original script's defaults, which the recipe may override:
     COCONUT_HABITS, max_new_tokens 64 (GSM) or 128, and without image_root images_required false.
-    Contradictions are added to `problems`, or raised as RecipeError where that is None. `sources`, the files of the
-    keys, gains the new ones.
+    Contradictions are added to `problems`, or raised as RecipeError if that is None. `sources`, the files of the
+    keys, is extended by the new keys.
     """
     if not values.keys() & COCONUT_KEYS:
         return values
     found = [] if problems is None else problems
     old = {key: scalar(value) for key, value in values.items() if key in COCONUT_KEYS}
-    if isinstance(scalar(values.get("debug")), bool):  # elsewhere `debug` is text
+    if isinstance(scalar(values.get("debug")), bool):  # otherwise `debug` is text
         old["debug"] = scalar(values["debug"])
     new = {key: value for key, value in values.items() if key not in old}
     old = {key: value for key, value in old.items() if value not in (None, "None")}

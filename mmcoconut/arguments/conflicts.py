@@ -1,4 +1,4 @@
-"""What is wrong with a recipe as a whole, as (key, value, remedy): keys that contradict or miss each other."""
+"""Problems of a recipe as a whole, as (key, value, remedy): keys that contradict or require each other."""
 
 import dataclasses
 from collections.abc import Container
@@ -44,30 +44,30 @@ from mmcoconut.objectives.registry import make_objective, objective_problems, pa
 
 READ_BESIDE_THE_TEXT = ("cross_attention", "encoder")  # of the values of image_fusion
 NO_ALIGNMENT = (
-    "a vlm has no single vector of an image, and no text encoder to align it with: remove this key, or join "
-    "`vision_model` and `text_model` by a prefix projector and `image_fusion: encoder`"
+    "a vlm has no single vector per image, and no text encoder to align it with: remove this key, or combine "
+    "`vision_model` and `text_model` with a prefix projector and `image_fusion: encoder`"
 )
 
 
 def lora_fields() -> set[str]:
-    """Return what a recipe's `lora` may set."""
+    """Return the fields of a recipe's `lora`."""
     from peft import LoraConfig  # here, because peft is an optional extra
 
     return {field.name for field in dataclasses.fields(LoraConfig) if field.init}
 
 
 def _vlm_conflicts(values: dict):
-    """What a vision-language model brings itself, and what means nothing without one."""
+    """Yield keys that a vision-language model defines itself, and keys that require one."""
     if values["vlm"] is None:
         for key in OF_A_VLM if values["model"] is None else ():
             if values[key] is not None:
-                yield key, values[key], "it sets up the images of a `vlm`, and there is none: remove this key"
+                yield key, values[key], "only a `vlm` reads it, and there is none: remove this key"
         for key in ("composed", "check_vlm") if values["model"] is None else ():
             if values[key] != default_of(key):
-                yield key, values[key], "it is about a `vlm`, and there is none: remove this key"
+                yield key, values[key], "only a `vlm` reads it, and there is none: remove this key"
         return
     if values["composed"] and values["image_options"] is not None:
-        remedy = "they are of a vlm's own image processor: remove this key, or `composed`"
+        remedy = "only a vlm's own image processor reads them: remove this key, or `composed`"
         yield "image_options", values["image_options"], remedy
     for key in OF_A_COMPOSED_VLM if not values["composed"] else ():
         if values[key] is not None:
@@ -81,13 +81,13 @@ def _vlm_conflicts(values: dict):
         )
         yield "precompute_image_features", True, remedy
     for key in [key for key in (*IN_A_VLM, *JOINED_IN_A_VLM) if values[key] is not None]:
-        yield key, values[key], "the `vlm` brings its own: remove this key"
+        yield key, values[key], "the `vlm` has its own: remove this key"
     if None not in (values["min_tiles"], values["max_tiles"]) and values["min_tiles"] > values["max_tiles"]:
         yield "min_tiles", values["min_tiles"], f"`max_tiles` is {values['max_tiles']}: set it to no more than that"
 
 
 def needs_parts(values: dict):
-    """What needs a model of parts, and is not for a checkpoint that is a vision-language model's own class."""
+    """Yield keys that require a model of parts, for a checkpoint in a vision-language model's own class."""
     if values["precompute_image_features"]:
         remedy = "a vlm's own class encodes its images itself: remove this key, or convert the checkpoint first "
         yield (
@@ -100,14 +100,14 @@ def needs_parts(values: dict):
 
 
 def _schedule(values: dict, modes: list[str]):
-    """What a schedule of thoughts needs, and where there is none."""
+    """Yield conflicts of a schedule of thoughts."""
     schedule, iterations = values["thought_schedule"], values["jacobi_iterations"]
     has_own = compares_jacobi(values.get("compare"))
     if schedule is None:
         return
     if schedule != "jacobi":
         if iterations is not None and not has_own:
-            yield "jacobi_iterations", iterations, "it belongs to another schedule: set `thought_schedule: jacobi` too"
+            yield "jacobi_iterations", iterations, "only another schedule reads it: set `thought_schedule: jacobi` too"
         return
     if iterations is None:
         yield "jacobi_iterations", None, "`thought_schedule: jacobi` needs it: set 1 or more, at most all thoughts"
@@ -119,33 +119,33 @@ def _schedule(values: dict, modes: list[str]):
 
 
 def _answer_sees(values: dict):
-    """Yield what does not go with an answer that sees less than everything before it."""
+    """Yield conflicts of an answer with restricted attention."""
     sees = values["answer_sees"]
     if sees in (None, "all"):
         return
     if values["thoughts_per_turn"]:
-        remedy = "`thoughts_per_turn` puts thoughts into every turn, and only what stands behind a row's last one sees"
+        remedy = "`thoughts_per_turn` puts thoughts into every turn, and only the text after a row's last one sees"
         yield "answer_sees", sees, f"{remedy} less: set `answer_sees: all`, or train on rows of one turn"
     if values["stop_head"]:
-        remedy = "`stop_head` lets rows find out on the way which thought is their last: set `answer_sees: all`"
+        remedy = "with `stop_head` the last thought is not known in advance: set `answer_sees: all`"
         yield "answer_sees", sees, f"{remedy}, or remove `stop_head`"
 
 
 def _per_turn(values: dict):
-    """What means nothing where every turn has as many thoughts."""
+    """Yield keys without effect if every turn has the same number of thoughts."""
     for key in OF_STAGES if values["thoughts_per_turn"] else ():
         if values[key] not in (None, default_of(key)):
             yield key, values[key], "with `thoughts_per_turn` there are no stages: remove this key"
 
 
 def _layout(values: dict):
-    """Contradictions of the layout; None is what a checkpoint has that is not read yet, and contradicts nothing."""
+    """Yield contradictions of the layout; None, the value of a checkpoint not read yet, contradicts nothing."""
     modes = compared_modes(values.get("compare")) or [values["mode"]]
     yield from _schedule(values, modes)
     thinking = [mode for mode in modes if mode in THINKING_MODES]
     yield from _per_turn(values)
     if "markers" in modes and values["markers"] == "none":
-        yield "markers", "none", "`mode: markers` is about them: set both or start, or `mode: no_thoughts`"
+        yield "markers", "none", "`mode: markers` needs them: set both or start, or `mode: no_thoughts`"
     yield from _answer_sees(values)
     for key in ("c_thought", "max_latent_stage") if thinking and not values["thoughts_per_turn"] else ():
         if values[key] == 0:
@@ -153,10 +153,10 @@ def _layout(values: dict):
 
 
 def _conflicts(values: dict):
-    """The combinations of typed `values` that cannot be meant."""
+    """Yield contradictory combinations of typed `values`."""
     given = dict.fromkeys(key for key in IN_A_CHECKPOINT if values[key] is not None).keys()
     for key in given if values["model"] is not None else ():
-        yield key, values[key], f"the checkpoint `model` brings its own: remove one (--{key} null)"
+        yield key, values[key], f"the checkpoint `model` has its own: remove one (--{key} null)"
     yield from _vlm_conflicts(values)
     for part in ("vision", "text"):
         model, config = f"{part}_model", f"{part}_config"
@@ -171,7 +171,7 @@ def _conflicts(values: dict):
     if "text_model" in given and values["tokenizer"] == "train":
         yield "tokenizer", "train", "the embeddings of `text_model` belong to its own tokenizer: remove this key"
     if values["chat_template"] == "own" and values["tokenizer"] == "train" and not values.get("smoke_test"):
-        yield "chat_template", "own", "a tokenizer that is trained has none: remove this key, or name a `tokenizer`"
+        yield "chat_template", "own", "a new tokenizer has none: remove this key, or name a `tokenizer`"
     if values["gguf_file"] is not None and not any(values[key] for key in ("text_model", "model", "vlm")):
         yield "gguf_file", values["gguf_file"], "it is a file of `text_model`: set that to its folder or Hub id"
     if not values.get("do_train", True) and values["model"] is None and values["tokenizer"] == "train":
@@ -179,7 +179,7 @@ def _conflicts(values: dict):
     if values["dataset_options"].get("images_required") is False and values["dataset_options"].get("image_root"):
         yield "dataset_options.images_required", False, "no image would be read from `image_root`: keep one"
     if values["lora"] is not None and values.get("push_to_hub") and values.get("hub_strategy") != "end":
-        yield "hub_strategy", values.get("hub_strategy"), "a checkpoint with `lora` is no whole model to push: set end"
+        yield "hub_strategy", values.get("hub_strategy"), "a checkpoint with `lora` is not a whole model: set end"
     if values.get("hub_strategy") == "all_checkpoints":
         yield "hub_strategy", "all_checkpoints", "each save is a revision already: set every_save or checkpoint"
     frozen = {name.rpartition(".")[2] for name in values["freeze"]}
@@ -202,7 +202,7 @@ def _conflicts(values: dict):
 
 
 def _updates(values: dict):
-    """Yield the settings that leave a run without an update."""
+    """Yield settings that leave a run without an update."""
     if not values.get("do_train", True):
         return
     if values.get("max_steps") == 0:
@@ -212,7 +212,7 @@ def _updates(values: dict):
 
 
 def _alignment(values: dict):
-    """What an alignment of images with texts needs, and what means nothing without one."""
+    """Yield conflicts of the image–text alignment, and keys that require one."""
     for target in values["alignment_target"]:
         if target not in ALIGNMENT_TARGETS:
             remedy = f"choose from {', '.join(ALIGNMENT_TARGETS)}{did_you_mean(target, ALIGNMENT_TARGETS)}"
@@ -225,7 +225,7 @@ def _alignment(values: dict):
         yield "align_weight", values["align_weight"], NO_ALIGNMENT
         return
     if values["model"] is None and values["projector_type"] not in PREFIX_PROJECTORS:
-        remedy = f"an alignment needs one vector an image: set one of {', '.join(PREFIX_PROJECTORS)}"
+        remedy = f"an alignment needs one vector per image: set one of {', '.join(PREFIX_PROJECTORS)}"
         yield "projector_type", values["projector_type"], remedy
     if values["model"] is None and values["image_fusion"] != "encoder":
         yield "image_fusion", values["image_fusion"], "an alignment needs a text encoder: set `encoder`"
@@ -234,17 +234,17 @@ def _alignment(values: dict):
     epochs = values.get("num_train_epochs", RunArguments.num_train_epochs)
     key, available = ("epochs_per_stage", first) if values["mode"] in STAGED_MODES else ("num_train_epochs", epochs)
     if values["align_warmup_epochs"] >= available:
-        remedy = f"it leaves none of the {available} epochs of `{key}` for the answer: set that to more"
+        remedy = f"it leaves none of the {available} epochs of `{key}` for the answer: raise `{key}`"
         yield "align_warmup_epochs", values["align_warmup_epochs"], remedy
 
 
 def _objective(values: dict):
-    """What an objective needs, and what means nothing with it."""
+    """Yield conflicts of an objective, and keys that it does not read."""
     objective = values["objective"]
     if objective not in REWARDED:
         for key in OF_REWARDS:
             if values[key]:
-                yield key, values[key], "nothing is sampled and rewarded: set `objective: grpo`, or remove this key"
+                yield key, values[key], "there are no rewards: set `objective: grpo`, or remove this key"
     elif not _is_package_available("trl")[0]:
         yield "objective", objective, "rewards need trl: pip install 'mmcoconut[rl]'"
         return
@@ -255,19 +255,19 @@ def _objective(values: dict):
     elif objective == "supervised" and values["stop_head"] and values["model"] is None:
         yield "stop_head", True, "nothing trains it here: set `objective: distill_stops` or grpo, or remove this key"
     if values["stop_head"] and (values["thought_schedule"] == "jacobi" or compares_jacobi(values.get("compare"))):
-        yield "stop_head", True, "parallel thoughts do not follow each other: set `thought_schedule: sequential`"
+        yield "stop_head", True, "parallel thoughts cannot stop one by one: set `thought_schedule: sequential`"
     modes = compared_modes(values.get("compare")) or [values["mode"]]
     for mode in [mode for mode in modes if mode not in (None, "coconut")] if values["stop_head"] else []:
         yield "mode", mode, "`stop_head` ends thoughts that are fed back: set `mode: coconut`, or remove `stop_head`"
 
 
 def _objectives(values: dict):
-    """Yield what is wrong with `objectives`, and with what stands beside them."""
+    """Yield conflicts of `objectives`, with each other and with other keys."""
     objectives = values["objectives"]
     if not objectives:
         return
     if values["objective"] != "supervised":
-        yield "objectives", objectives, f"`objective: {values['objective']}` has no answer to learn from: remove one"
+        yield "objectives", objectives, f"`objective: {values['objective']}` has no labelled answer: remove one"
         return
     problems = [*objective_problems(objectives)]
     yield from problems
@@ -278,29 +278,29 @@ def _objectives(values: dict):
         if not objective.is_used:
             continue
         if objective.gives_thoughts and values["mode"] == "pause":
-            remedy = "`mode: pause` feeds nothing back, and this would feed what it gives: let latents read states"
+            remedy = "`mode: pause` feeds nothing back, and this objective would: let latents read states"
             yield f"objectives.{name}", objectives[name], f"{remedy}, or set `mode: coconut`"
         key, setting = f"objectives.{name}", objectives[name]
         if "steps" in objective.fields and values["thoughts_per_turn"]:
-            yield key, setting, "with `thoughts_per_turn` no thought stands for a written step: remove one of these"
+            yield key, setting, "with `thoughts_per_turn` no thought replaces a written step: remove one of the two"
         fusion = values["image_fusion"]
         if objective.needs_images and fusion in READ_BESIDE_THE_TEXT:
-            yield key, setting, f"`image_fusion: {fusion}` has no images among the text: set replace, or remove this"
+            yield key, setting, f"`image_fusion: {fusion}` has no images in the text: set replace, or remove this"
 
 
 def _distilled(values: dict):
-    """What is wrong with, or means nothing beside, a stop head that learns from a model which answers already."""
+    """Validate `objective: distill_stops`."""
     if values["stop_head"] is False:
         yield "stop_head", False, "`objective: distill_stops` trains that head: set `stop_head: true`"
     if values["model"] is None and not values.get("smoke_test"):
-        yield "model", None, "`objective: distill_stops` needs a model that answers already: name its checkpoint"
+        yield "model", None, "`objective: distill_stops` needs a trained model: name its checkpoint"
     for key in (*NOT_REWARDED, "lora"):
         if values.get(key):
-            yield key, values[key], "only the stop head learns, and at the last stage: remove this key"
+            yield key, values[key], "only the stop head is trained, at the last stage: remove this key"
 
 
 def _rewarded(values: dict):
-    """What is wrong with `rewards` and `rl`, and with what stands beside them."""
+    """Yield conflicts of `rewards` and `rl`, and with other keys."""
     from mmcoconut.arguments.policy_arguments import check_value, passed_on  # here, because it imports trl
     from mmcoconut.objectives.rewards import reward_problems
 
@@ -310,7 +310,7 @@ def _rewarded(values: dict):
     for key, value in values["rl"].items():
         try:
             if key not in types:
-                raise ValueError(f"not passed on to trl{did_you_mean(key, types)}; passed on are {', '.join(types)}")
+                raise ValueError(f"not passed to trl{did_you_mean(key, types)}; valid are: {', '.join(types)}")
             check_value(key, typed_value(key, value, types[key]))
         except ValueError as error:
             yield f"rl.{key}", value, str(error)
@@ -322,13 +322,13 @@ def _rewarded(values: dict):
         if values.get(key):
             yield key, values[key], remedy
     if values["ce_weight"] != CurriculumArguments.ce_weight:
-        yield "ce_weight", values["ce_weight"], "answers are rewarded, and have no cross-entropy: remove this key"
+        yield "ce_weight", values["ce_weight"], "rewards use no cross-entropy: remove this key"
     if values.get("train_sampling_strategy") == "group_by_length":
         yield "train_sampling_strategy", "group_by_length", "trl repeats rows in its own order: remove this key"
 
 
 def _comparison(values: dict):
-    """What is wrong with `compare`, and what does not go with it or without it."""
+    """Yield conflicts of `compare`, and keys that require it."""
     compare = values.get("compare")
     if compare is None:
         for key in ("seeds", "jobs"):
@@ -346,7 +346,7 @@ def _comparison(values: dict):
 
 
 def _unknown_fields(values: dict):
-    """Fields of the configurations that their architecture does not have; data sets check their own options."""
+    """Yield fields of configurations that their architecture does not have; data sets check their own options."""
     for part in ("vision_config", "text_config"):
         config = values[part] or {}
         cls = CONFIG_MAPPING[config["model_type"]] if config.get("model_type") in CONFIG_MAPPING else None
@@ -363,7 +363,7 @@ def _unknown_fields(values: dict):
 
 
 def _lora(values: dict):
-    """Fields that peft.LoraConfig does not have."""
+    """Yield fields that peft.LoraConfig does not have."""
     lora = values["lora"]
     if lora is None:
         return
@@ -375,7 +375,7 @@ def _lora(values: dict):
 
 
 def _missing(values: dict):
-    """The paths that lead nowhere; a Hub id is not looked up."""
+    """Yield paths that do not exist; Hub ids are not looked up."""
     for key in FOLDERS:
         if is_missing_folder(values.get(key)):
             yield key, values[key], "no such folder: give an existing folder or a Hub id"
@@ -389,7 +389,7 @@ def _missing(values: dict):
 
 
 def problems_of(values: dict, wrong: Container[str]) -> list[tuple]:
-    """Return what is wrong with typed values, but nothing about the keys in `wrong`, whose values cannot be read."""
+    """Return the problems of typed values, without those of the keys in `wrong`, whose values cannot be read."""
     found = [*_conflicts(values), *_comparison(values), *_unknown_fields(values), *_lora(values)]
     found += [*without_effect(values, DEFAULTS), *_layout(values), *_alignment(values)]
     found += [*_objective(values)] if "objective" not in wrong else []
@@ -399,7 +399,7 @@ def problems_of(values: dict, wrong: Container[str]) -> list[tuple]:
 
 
 def layout_problems(arguments) -> list[tuple]:
-    """Return the problems of the layout that a checkpoint has settled, as (key, value, remedy)."""
+    """Return the problems of the layout completed from a checkpoint, as (key, value, remedy)."""
     *parts, run = arguments
     values = {key: value for part in parts for key, value in vars(part).items()}
     values |= {key: getattr(run, key) for key in NAMES[-1]}

@@ -1,4 +1,4 @@
-"""The four dataclasses that a recipe becomes, with the defaults and help of every key."""
+"""The four dataclasses of a recipe, with the default and help of every key."""
 
 import dataclasses
 from typing import get_type_hints

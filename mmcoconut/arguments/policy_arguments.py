@@ -1,6 +1,6 @@
-"""What a recipe's `objective: grpo` or `rloo` says to trl: `rl`, a mapping of fields of trl's own configuration.
+"""Options of `objective: grpo` or `rloo` for trl: `rl`, a mapping of fields of trl's own configuration.
 
-Only those are passed on that this library's policy follows; the rest describe other engines of generation, tools or
+Only fields that mmcoconut's policy follows are passed on; the others configure other generation engines, tools or
 other models.
 """
 
@@ -15,12 +15,12 @@ from mmcoconut.arguments.fields import RunArguments
 
 @dataclasses.dataclass(repr=False)  # the inherited __repr__ hides tokens
 class GRPOArguments(RunArguments, GRPOConfig):
-    """RunArguments with what trl's GRPO needs beside them."""
+    """RunArguments with the fields of trl's GRPO."""
 
 
 @dataclasses.dataclass(repr=False)
 class RLOOArguments(RunArguments, RLOOConfig):
-    """RunArguments with what trl's RLOO needs beside them."""
+    """RunArguments with the fields of trl's RLOO."""
 
 
 ARGUMENTS = {"grpo": GRPOArguments, "rloo": RLOOArguments}
@@ -32,7 +32,7 @@ PASSED_ON += ("mask_truncated_completions", "top_entropy_quantile", "entropy_coe
 PASSED_ON += ("normalize_advantages", "reward_clip_range", "log_completions", "num_completions_to_print")
 
 
-# Least and greatest values, both allowed, of what trl takes as it comes.
+# Minimum and maximum, both allowed, of fields that trl does not check.
 RL_LIMITS = {
     **dict.fromkeys(("beta", "epsilon", "epsilon_high", "delta", "entropy_coef", "top_k"), (0, math.inf)),
     **dict.fromkeys(("num_iterations", "steps_per_generation", "generation_batch_size"), (1, math.inf)),
@@ -50,10 +50,10 @@ RL_CHOICES = {
 
 
 def check_value(name: str, value) -> None:
-    """Check whether trl will take a value of the right type.
+    """Check that trl accepts a value of the right type.
 
     Raises:
-        ValueError: one outside of its limits or choices.
+        ValueError: the value is outside its limits or choices.
     """
     low, high = RL_LIMITS.get(name, (-math.inf, math.inf))
     if name in RL_LIMITS and value is not None and not low <= value <= high:
@@ -63,13 +63,13 @@ def check_value(name: str, value) -> None:
 
 
 def passed_on(objective: str) -> dict[str, object]:
-    """The fields that `rl` may set, and their types."""
+    """Return the fields that `rl` may set, and their types."""
     types = get_type_hints(CONFIGS[objective])
     return {name: types[name] for name in PASSED_ON if name in types}
 
 
 def batch_problems(run: RunArguments, rl: dict):
-    """What is wrong with the size of a batch, which must hold whole groups of answers, as (key, value, remedy)."""
+    """Yield problems of the batch size, which must hold whole groups of answers, as (key, value, remedy)."""
     group = rl.get("num_generations", GRPOConfig.num_generations)
     steps = rl.get("steps_per_generation", run.gradient_accumulation_steps)
     batch = run.per_device_train_batch_size * run.world_size * steps
@@ -82,34 +82,34 @@ def batch_problems(run: RunArguments, rl: dict):
 
 
 def check_checkpoints(arguments) -> None:
-    """A run goes on exactly only where answers are sampled anew: those before are not kept.
+    """Check that checkpoints are saved only where answers are sampled anew: earlier answers are not saved.
 
     Raises:
-        ValueError: `save_steps` that fall elsewhere.
+        ValueError: `save_steps` between these updates.
     """
     updates = arguments.steps_per_generation * arguments.num_iterations / arguments.gradient_accumulation_steps
     if arguments.save_strategy == "steps" and updates > 1 and arguments.save_steps % updates:
         raise ValueError(
-            f"{updates:g} updates learn from the same answers, and save_steps={arguments.save_steps:g} is no multiple "
-            "of that, so that a run could not be resumed there exactly: set save_steps to one."
+            f"{updates:g} updates learn from the same answers, and save_steps={arguments.save_steps:g} is not a "
+            "multiple of that, so a run could not resume exactly. Set save_steps to a multiple."
         )
 
 
 def policy_arguments(objective: str, values: dict, *, rl: dict, rewards: dict[str, float], max_new_tokens: int):
-    """The run's arguments as trl takes them.
+    """Return the run's arguments for trl.
 
-    values: of RunArguments.
+    values: values of RunArguments.
 
     Raises:
-        ValueError: what trl refuses, such as batches that do not hold whole groups of answers; checkpoints that would
-            fall between two updates which learn from the same answers.
+        ValueError: trl refuses them, as with batches that do not hold whole groups of answers; or checkpoints would
+            fall between two updates that learn from the same answers.
     """
     made = ARGUMENTS[objective](
         **values,
         **rl,
         max_completion_length=max_new_tokens,
         reward_weights=[float(weight) for weight in rewards.values()],
-        num_generations_eval=1,  # evaluation answers once, and greedily
+        num_generations_eval=1,  # evaluation answers once, greedily
     )
     check_checkpoints(made)
     return made

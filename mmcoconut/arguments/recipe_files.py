@@ -1,7 +1,7 @@
-"""What a recipe's YAML, its bases and the words `--key value` say, before any key has a type.
+"""Read a recipe's YAML, its bases and the words `--key value`, before keys have types.
 
-A recipe that says `base: other.yaml` holds only what differs from that file, which stands beside it and may have a
-base of its own.
+A recipe with `base: other.yaml` holds only its differences from that file, which is in the same folder and may have
+a base too.
 """
 
 import difflib
@@ -26,7 +26,7 @@ WHERE_FILES_ARE = {"recipe": "the first argument is a YAML file", BASE: "its pat
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """Safe YAML that reads 1e-5 as a number (YAML 1.2) and notes the keys that are written twice."""
+    """Safe YAML loader that reads 1e-5 as a number (YAML 1.2) and records duplicate keys."""
 
     def __init__(self, stream):
         super().__init__(stream)
@@ -43,7 +43,7 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 class RecipeDumper(yaml.SafeDumper):
-    """Quotes the text that RecipeLoader would read as a number."""
+    """Quote text that RecipeLoader would read as a number."""
 
 
 for _class in (RecipeLoader, RecipeDumper):
@@ -51,7 +51,7 @@ for _class in (RecipeLoader, RecipeDumper):
 
 
 def scalar(value):
-    """Return what text means as YAML; text that is not YAML, and what is not text, stands for itself."""
+    """Return the YAML value of a text; text that is not YAML, and other types, are returned unchanged."""
     try:
         return yaml.load(value, RecipeLoader) if isinstance(value, str) else value
     except (yaml.YAMLError, ValueError):  # a ValueError is a date such as 2024-13-01
@@ -59,21 +59,21 @@ def scalar(value):
 
 
 def read_overrides(words: list[str], problems: list[tuple]) -> dict:
-    """`--key value`, `--key=value`, `--key a b` (a list) and a bare `--key` (true)."""
+    """Parse `--key value`, `--key=value`, `--key a b` (a list) and a bare `--key` (true)."""
     given, key = {}, None
     for word in words:
         if word.startswith("--"):
             key, equals, value = word[2:].partition("=")
             given[key] = [value] if equals else []
         elif key is None:
-            problems.append(("command line", word, "stands before the first --key"))
+            problems.append(("command line", word, "it precedes the first --key: remove it"))
         else:
             given[key].append(word)
     return {key: [*map(scalar, some)] if some[1:] else some[0] if some else True for key, some in given.items()}
 
 
 def assign(values: dict, key: str, value, *, problems: list[tuple]) -> None:
-    """values["a"]["b"] = value for the key a.b; what stands inside a mapping has no type, so text is read as YAML."""
+    """Set values["a"]["b"] = value for the key a.b; entries of a mapping have no type, so text is read as YAML."""
     *parents, last = key.split(".")
     for parent in parents:
         values[parent] = {} if values.get(parent) is None else scalar(values[parent])
@@ -85,7 +85,7 @@ def assign(values: dict, key: str, value, *, problems: list[tuple]) -> None:
 
 
 def expand(value, key: str, problems: list[tuple]):
-    """`value` with ${VAR}, ${VAR:-default} and a leading ~ replaced, also inside mappings and lists."""
+    """Return `value` with ${VAR}, ${VAR:-default} and a leading ~ expanded, also inside mappings and lists."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         parts = {name: expand(item, f"{key}.{name}".lstrip("."), problems) for name, item in items}
@@ -105,7 +105,7 @@ def expand(value, key: str, problems: list[tuple]):
 
 
 def merge(far: dict, near: dict) -> dict:
-    """`far` with what `near` says instead, also inside mappings; None takes away what `far` says.
+    """Return `far` overridden by `near`, also inside mappings; None in `near` removes a key of `far`.
 
     >>> merge({"seed": 1, "mode": "cot", "sizes": {"a": 1, "b": 2}}, {"seed": 2, "mode": None, "sizes": {"b": 3}})
     {'seed': 2, 'sizes': {'a': 1, 'b': 3}}
@@ -122,7 +122,7 @@ def merge(far: dict, near: dict) -> dict:
 
 
 def _leaves(values: dict, path: tuple = ()) -> Iterator[tuple]:
-    """The keys that lead to each value which is not a mapping of others."""
+    """Yield the path of each value that is not a mapping of others."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
             yield from _leaves(value, (*path, key))
@@ -139,13 +139,13 @@ def _says(values, path: tuple) -> bool:
 
 
 def _refused(chain: tuple[str, ...], value, remedy: str, key: str = BASE) -> RecipeError:
-    """The error of a file that cannot be read, with the files that led to it."""
+    """Return the error of a file that cannot be read, with the chain of files."""
     way = f"; the files: {' → '.join(chain)}" if chain[1:] else ""
     return RecipeError(chain[0], [(key, value, remedy + way)])
 
 
 def _read_file(chain: tuple[str, ...]) -> tuple[dict, list[tuple]]:
-    """Return what the last file of the chain says, and the keys that it writes twice."""
+    """Return the values of the last file of the chain, and its duplicate keys."""
     file, key = chain[-1], BASE if chain[1:] else "recipe"
     if not Path(file).is_file():
         raise _refused(chain, file, f"no such file: {WHERE_FILES_ARE[key]}", key)
@@ -161,7 +161,7 @@ def _read_file(chain: tuple[str, ...]) -> tuple[dict, list[tuple]]:
 
 
 def _base_of(chain: tuple[str, ...], base) -> str:
-    """The file that the last one of the chain names as its base."""
+    """Return the file that the last file of the chain names as its base."""
     problems = []
     path = expand(base, BASE, problems)
     if problems:
@@ -175,7 +175,7 @@ def _base_of(chain: tuple[str, ...], base) -> str:
 
 
 def _read_chain(chain: tuple[str, ...]) -> list[tuple[str, dict, list]]:
-    """The last file of the chain and its bases, nearest first: name, values, keys that it writes twice."""
+    """Return the last file of the chain and its bases, nearest first: name, values, duplicate keys."""
     values, twice = _read_file(chain)
     base = values.pop(BASE, None)
     bases = [] if base is None else _read_chain((*chain, _base_of(chain, base)))
@@ -183,17 +183,17 @@ def _read_chain(chain: tuple[str, ...]) -> list[tuple[str, dict, list]]:
 
 
 def installed_recipes() -> dict[str, Path]:
-    """The recipes of this package, or of the checkout it runs from, by name."""
+    """Return the recipes of this package, or of its checkout, by name."""
     folders = [Path(root, "recipes") for root in mmcoconut.__path__]
     found = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
     return {file.stem: file for file in reversed(found)}
 
 
 def located(recipe: str) -> str:
-    """The file of a recipe: a path as it is, or, where there is no such file, a recipe of this package by its name.
+    """Return the file of a recipe: an existing path unchanged, otherwise the recipe of this name in the package.
 
     Raises:
-        RecipeError: a bare word that is neither.
+        RecipeError: neither a file nor a recipe of this package.
     """
     if Path(recipe).is_file() or not recipe or Path(recipe).name != recipe or Path(recipe).suffix:
         return recipe
@@ -207,7 +207,7 @@ def located(recipe: str) -> str:
 
 
 class MergedRecipe(NamedTuple):
-    """What a recipe and its bases say: values, the file that each comes from (nested ones as a.b), and mistakes."""
+    """A recipe merged with its bases: values, the file of each value (nested ones as a.b), and problems."""
 
     values: dict
     sources: dict[str, str]
@@ -215,10 +215,10 @@ class MergedRecipe(NamedTuple):
 
 
 def read_recipe_file(recipe: str) -> MergedRecipe:
-    """A recipe with what its bases say where it says nothing, key by key.
+    """Read a recipe and complete it key by key from its bases.
 
     Raises:
-        RecipeError: a file that is not there or holds no mapping, a base of itself; with the files that led there.
+        RecipeError: a file is missing or holds no mapping, or is a base of itself; names the chain of files.
     """
     files = _read_chain((located(recipe),))
     merged = functools.reduce(merge, [values for _, values, _ in reversed(files)])
@@ -230,14 +230,14 @@ def read_recipe_file(recipe: str) -> MergedRecipe:
 
 
 def forget_sources(sources: dict[str, str], keys) -> None:
-    """The values of these keys, and what stands inside them, no longer come from a file."""
+    """Remove the sources of these keys and of the values inside them."""
     for name in [*sources]:
         if any(name == key or name.startswith(f"{key}.") for key in keys):
             del sources[name]
 
 
 def name_sources(problems: list[tuple], sources: dict[str, str], recipe: str) -> list[tuple]:
-    """The problems, each with the files that its keys are set in unless that is the recipe itself."""
+    """Return the problems, with the files of their keys unless that is the recipe itself."""
     named = []
     for key, value, remedy in problems:
         for name in dict.fromkeys([key, *KEY_IN_A_REMEDY.findall(remedy)]):

@@ -1,4 +1,4 @@
-"""The recipe of a run: a YAML file, its bases and `--key value` overrides become four checked dataclasses."""
+"""Parse the recipe of a run: a YAML file, its bases and `--key value` overrides, as four checked dataclasses."""
 
 import dataclasses
 import inspect
@@ -46,18 +46,18 @@ from mmcoconut.records import write_whole
 
 logger = logging.getLogger("mmcoconut")
 
-# Renamed with transformers 5.23, which knows both names; before it there is the second only.
+# Renamed in transformers 5.23, which accepts both names; earlier versions accept only the second.
 RENAMED = {f"activation_{name}": f"gradient_{name}" for name in ("checkpointing", "checkpointing_kwargs")}
 RENAMED = {new: old for new, old in RENAMED.items() if new not in TrainingArguments.__dataclass_fields__}
 # Set by the launcher, or secret: a run's folder may be pushed.
 NOT_SAVED = ("local_rank", "hub_token")
-if not RENAMED:  # saved under their new name
+if not RENAMED:  # save them under their new name
     NOT_SAVED += ("gradient_checkpointing", "gradient_checkpointing_kwargs")
-# About one launch, not about the run: repeating them from a run's own recipe would delete or re-enter it.
+# Options of one launch, not of the run: repeated from a run's own recipe they would delete or resume it.
 NOT_SAVED += ("overwrite", "resume_from_checkpoint", "compare", "seeds", "jobs")
-# What TrainingArguments, and trl's, raise for values that they refuse or packages that are not there.
+# Errors of TrainingArguments, and of trl's, for values that they refuse or missing packages.
 REFUSALS = (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError)
-# What TrainingArguments makes of a field that was not given.
+# Values that TrainingArguments derives for fields that were not given.
 NOT_GIVEN = {"report_to": [], "include_for_metrics": [], "include_num_input_tokens_seen": "no"}
 NOT_GIVEN |= {"disable_tqdm": False, "activation_checkpointing": False}
 HELP = """and every field of transformers.TrainingArguments.
@@ -67,9 +67,9 @@ A recipe with `base: other.yaml` (relative to its own folder) overrides that fil
 
 
 def warn_of_idle(values: dict, run: RunArguments) -> None:
-    """Log the keys that this run's mode, checkpoint or objective leaves without effect, in one process.
+    """Log the keys without effect in this run's mode, checkpoint or objective, in one process.
 
-    values: what the recipe says, with the mode that a checkpoint settled.
+    values: of the recipe, with the mode completed from a checkpoint.
     """
     modes = compared_modes(values.get("compare")) or [values["mode"]]
     for line in idle_keys(values, DEFAULTS, modes) if run.process_index == 0 else ():
@@ -77,7 +77,7 @@ def warn_of_idle(values: dict, run: RunArguments) -> None:
 
 
 def _build(values: dict, problems: list[tuple]) -> list:
-    """The four dataclasses; RunArguments last, as it sets up devices, and only from values that are right."""
+    """Build the four dataclasses; RunArguments last, because it sets up devices, and only from valid values."""
     parts = [{key: values[key] for key in names if key in values} for names in NAMES]
     built = [cls(**part) for cls, part in zip(CLASSES[:-1], parts[:-1], strict=True)]
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
@@ -86,7 +86,7 @@ def _build(values: dict, problems: list[tuple]) -> list:
     if values.get("smoke_test") and not torch.cuda.is_available():
         parts[-1] |= {"bf16": False, "fp16": False}
     if parts[-1].get("bf16") and not torch.accelerator.is_available():
-        parts[-1].setdefault("use_cpu", True)  # without which TrainingArguments refuses bf16 on a CPU, which has it
+        parts[-1].setdefault("use_cpu", True)  # without it TrainingArguments refuses bf16 on a CPU, which supports it
     if not {key for key, _, _ in problems} & {*NAMES[-1]}:
         try:
             built.append(RunArguments(**parts[-1]))
@@ -96,15 +96,15 @@ def _build(values: dict, problems: list[tuple]) -> list:
                 _, data, curriculum, run = built
                 problems += batch_problems(run, complete["rl"])
                 built[-1] = run if problems else rewarded_arguments(run, data, curriculum)
-            if values.get("model") is None or values.get("smoke_test"):  # else the checkpoint settles the mode first
+            if values.get("model") is None or values.get("smoke_test"):  # else the checkpoint decides the mode
                 warn_of_idle(complete, built[-1])
-        except REFUSALS as error:  # it belongs in the list of problems
+        except REFUSALS as error:  # becomes one of the problems
             problems.append(("TrainingArguments", type(error).__name__, str(error)))
     return built
 
 
 def _run_values(run: RunArguments) -> dict:
-    """The fields that differ from their defaults, as a recipe spells them."""
+    """Return the fields that differ from their defaults, in the form of a recipe."""
     values = {key: value for key, value in run.to_dict().items() if key in NAMES[-1] and key not in NOT_SAVED}
     values["debug"] = " ".join(values["debug"])
     if run.accelerator_config == AcceleratorConfig():
@@ -114,10 +114,10 @@ def _run_values(run: RunArguments) -> dict:
 
 
 def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: CurriculumArguments) -> RunArguments:
-    """The run's arguments with what trl needs beside them.
+    """Return the run's arguments with the fields that trl needs.
 
     Raises:
-        ValueError: what trl refuses, such as batches that do not hold whole groups of answers.
+        ValueError: trl refuses them, as with batches that do not hold whole groups of answers.
     """
     from mmcoconut.arguments.policy_arguments import passed_on, policy_arguments  # here, because it imports trl
 
@@ -135,7 +135,7 @@ def rewarded_arguments(run: RunArguments, data: DataArguments, curriculum: Curri
 
 
 def _default(field) -> str:
-    """Return what help adds for a field that a checkpoint decides."""
+    """Return the default in help of a field that a checkpoint decides."""
     if field.name not in NEW_MODEL:
         return ""
     return f" Default: the checkpoint's, or {NEW_MODEL[field.name]} for a new model."
@@ -154,10 +154,10 @@ def help_text(usage: str, classes=CLASSES) -> str:
 
 
 def read_arguments(argv: list[str], cls, usage: str):
-    """`--key value ...` as the dataclass `cls`, for commands without a recipe of their own.
+    """Parse `--key value ...` as the dataclass `cls`, for commands without a recipe of their own.
 
     Raises:
-        RecipeError: everything that is wrong with the command line.
+        RecipeError: all problems of the command line.
     """
     if {"-h", "--help"} & {*argv}:
         print(help_text(usage, [cls]))
@@ -172,15 +172,15 @@ def read_arguments(argv: list[str], cls, usage: str):
 
 
 def read_values(recipe: str, words: list[str]) -> MergedRecipe:
-    """What a recipe, its bases and the command line say together, variables expanded and old keys translated."""
+    """Read and merge a recipe, its bases and the command line, with variables expanded and old keys translated."""
     values, sources, problems = read_recipe_file(recipe)
     overrides = read_overrides(words, problems)
     if BASE in overrides:
-        problems.append((BASE, overrides.pop(BASE), "a base stands in a recipe, not on the command line"))
+        problems.append((BASE, overrides.pop(BASE), "a base belongs in a recipe: remove it from the command line"))
     old = {key: overrides.pop(key) for key in overrides.keys() & {*COCONUT_KEYS, "debug"}}
     values |= old
     forget_sources(sources, old)
-    if values.keys() & COCONUT_KEYS:  # before the rest of the command line, which may change what this implies
+    if values.keys() & COCONUT_KEYS:  # before the rest of the command line, which may override its implications
         values = translate_coconut_keys(expand(values, "", problems), problems, sources)
     for key, value in overrides.items():
         assign(values, key, value, problems=problems)
@@ -190,7 +190,7 @@ def read_values(recipe: str, words: list[str]) -> MergedRecipe:
 
 
 def read_recipe(recipe: str | os.PathLike) -> dict:
-    """What a recipe says of the data and the training text, typed, as far as it is said; the rest is not looked at."""
+    """Read the data and training-text keys of a recipe, typed, as far as they are set; other keys are ignored."""
     values, sources, problems = read_values(str(recipe), [])
     values = as_types({key: value for key, value in values.items() if key in TYPES}, TYPES, problems)
     if problems:
@@ -199,7 +199,7 @@ def read_recipe(recipe: str | os.PathLike) -> dict:
 
 
 def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, CurriculumArguments, RunArguments]:
-    """The arguments of `recipe.yaml [--key value ...]`; RecipeError lists everything that is wrong with them."""
+    """Parse `recipe.yaml [--key value ...]`; RecipeError lists all problems."""
     recipe, *words = argv or [""]
     if {"-h", "--help"} & {*argv}:
         print(help_text("train_hf.py recipe.yaml [--key value ...]"))
@@ -218,8 +218,8 @@ def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, Curric
 
 
 def recipe_text(*arguments) -> str:
-    """What `parse_recipe` returned as a recipe that gives the same again: all of ours, and of TrainingArguments what
-    differs from its defaults, without the Hub token and what belongs to one launch."""
+    """Return the result of `parse_recipe` as a recipe that reproduces it: all our keys, and those of TrainingArguments
+    that differ from their defaults, without the Hub token and the options of one launch."""
     sections = []
     for part in arguments:
         values = dataclasses.asdict(part) if not isinstance(part, RunArguments) else _run_values(part)
@@ -228,6 +228,6 @@ def recipe_text(*arguments) -> str:
 
 
 def save_recipe(path: str | os.PathLike, *arguments) -> None:
-    """Write `recipe_text` whole or not at all, and make the folder it goes to."""
+    """Write `recipe_text` completely or not at all, and create its folder."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), recipe_text(*arguments))

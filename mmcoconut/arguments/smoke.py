@@ -1,4 +1,4 @@
-"""Turn any recipe into one that runs offline in seconds: tiny random weights, a few rows in its data's format."""
+"""Turn any recipe into a smoke test that runs offline in seconds: tiny random weights, a few rows of made-up data."""
 
 import dataclasses
 import json
@@ -49,7 +49,7 @@ OPTIONS_FILE = "sample_options.json"
 
 
 def tiny_config(model_type: str | None, config: dict | None, name: str | None, *, sizes: dict, key: str) -> dict:
-    """The same architecture with the tiny sizes that it has; its type is the recipe's, for nothing is downloaded."""
+    """Return the same architecture with tiny sizes; the recipe must give its type, because nothing is downloaded."""
     model_type = model_type or (config or {}).get("model_type")
     if model_type is None:
         raise ValueError(
@@ -62,10 +62,10 @@ def tiny_config(model_type: str | None, config: dict | None, name: str | None, *
 
 
 def write_smoke_vlm(folder: Path, model_type: str | None) -> None:
-    """Write a vision-language model of random weights with its processor, as from_vlm reads them.
+    """Write a vision-language model with random weights and its processor, in the format that from_vlm reads.
 
     Raises:
-        UsageError: no model type, or one that cannot be made tiny.
+        UsageError: no model type, or one without a tiny version.
     """
     known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if model_type not in known:
@@ -75,7 +75,7 @@ def write_smoke_vlm(folder: Path, model_type: str | None) -> None:
 
 
 def tiny_backbones(model_args) -> dict:
-    """Return what a recipe of two backbones changes for a smoke test: the same architectures with tiny sizes."""
+    """Return a recipe's changes for a smoke test of two backbones: the same architectures with tiny sizes."""
     return {
         "vision_model": None,
         "text_model": None,
@@ -101,7 +101,7 @@ def tiny_backbones(model_args) -> dict:
 
 
 def smoke_rewards(curriculum_args, data_args, run_args) -> tuple:
-    """Two answers to each row, in batches that a few rows fill; models that judge are not here, and left out."""
+    """Set two answers per row, in batches that a few rows fill, and drop reward models, which are not available."""
     of_batches = ("generation_batch_size", "steps_per_generation")
     rl = {key: value for key, value in curriculum_args.rl.items() if key not in of_batches}
     rewards = {name: weight for name, weight in (curriculum_args.rewards or {}).items() if name in REWARDS} or None
@@ -111,7 +111,7 @@ def smoke_rewards(curriculum_args, data_args, run_args) -> tuple:
 
 
 def smoke_arguments(model_args, data_args, curriculum_args, run_args) -> tuple:
-    """The recipe's architecture, fusion, curriculum and objective on tiny sizes, two stages of one epoch each."""
+    """Return the recipe's architecture, fusion, curriculum and objective in tiny sizes, two stages of one epoch."""
     folder = Path(run_args.output_dir)
     folder = folder.with_name(f"{folder.name}-smoke")
     from_vlm = bool(model_args.vlm or model_args.vlm_model_type)  # a `model` may have been a vlm before

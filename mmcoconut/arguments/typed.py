@@ -1,4 +1,4 @@
-"""Values of a recipe as the types of their fields, within their choices and limits."""
+"""Convert values of a recipe to the types of their fields, within their choices and limits."""
 
 import difflib
 import math
@@ -22,15 +22,15 @@ def _choices(key: str, kind) -> tuple:
 
 
 def typed_value(key: str, value, kind):
-    """`value` as the type `kind` of the field `key`, within its choices and limits; ValueError with the remedy.
+    """Return `value` as the type `kind` of the field `key`, within its choices and limits; ValueError with the remedy.
 
-    Words on the command line and in variables have no type: the first meaning that fits the field is taken.
+    Words on the command line and in variables have no type: the first interpretation that fits the field is used.
     """
     choices, (low, high) = _choices(key, kind), LIMITS.get(key, (-math.inf, math.inf))
     if value is None and type(None) in get_args(kind):
         return None
     field = TypedDict("Given", {key: kind}, total=False)
-    if value is False and "no" in choices:  # YAML 1.1 takes a bare `no` for false
+    if value is False and "no" in choices:  # YAML 1.1 reads a bare `no` as false
         value = "no"
     if isinstance(value, str) and (key, value) in NOT_THERE:
         raise ValueError(NOT_THERE[key, value])
@@ -54,7 +54,7 @@ def typed_value(key: str, value, kind):
 
 
 def as_types(values: dict, types: dict, problems: list[tuple], *, others=()) -> dict:
-    """The values as the types of their fields; `others` are names that an unknown key may have been meant for."""
+    """Return the values as the types of their fields; `others` are further names for hints on unknown keys."""
     typed = {}
     for key, value in values.items():
         try:

@@ -1,10 +1,10 @@
-"""The variants of a comparison: a mode, with a schedule of its thoughts and objectives beside the answer's loss.
+"""Variants of a comparison: a mode, with a schedule of thoughts and objectives in addition to the answer's loss.
 
     coconut                the mode, without further objectives
     jacobi                 mode coconut with `thought_schedule: jacobi`
     coconut+step_tokens    with the objective of that name, one of mmcoconut.objectives; several are joined by +
 
-Options of an objective come from the recipe's `objectives`, and which of them are on from the variant's name.
+Options of an objective are taken from the recipe's `objectives`; the variant's name decides which are on.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -16,15 +16,15 @@ from mmcoconut.objectives import OBJECTIVES
 
 
 JACOBI = "jacobi"
-# Updates of a `jacobi` variant where the recipe says none.
+# Updates of a `jacobi` variant if the recipe sets none.
 JACOBI_ITERATIONS = 3
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Name what the runs of a line of the table have for themselves; the rest is the recipe's.
+    """Settings of one line of the table; all other settings are the recipe's.
 
-    schedule: `jacobi`, or None where the recipe's own holds.
+    schedule: `jacobi`, or None for the recipe's.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Variant:
     schedule: str | None = None
 
     def settings(self, recipe: Mapping) -> dict:
-        """Return mode, schedule and objectives as keys of a recipe, where `recipe` is the one that is compared.
+        """Return mode, schedule and objectives as recipe keys; `recipe` is the compared recipe.
 
         >>> variant = variant_of("jacobi+step_tokens", ["step_tokens"])
         >>> variant.settings({"thought_schedule": "sequential", "objectives": {"other": 2.0}})
@@ -55,7 +55,7 @@ class Variant:
 
 
 def known_objectives() -> tuple[str, ...]:
-    """Return the names of the objectives that there are."""
+    """Return the names of all objectives."""
     return tuple(OBJECTIVES)
 
 
@@ -70,7 +70,7 @@ def variant_names(compare: str | list[str] | None) -> list[str]:
 
 
 def compared_modes(compare: str | list[str] | None) -> list[str]:
-    """Return the modes of the variants in `compare`, each once and in order.
+    """Return the modes of the variants in `compare`, without duplicates and in order.
 
     >>> compared_modes("cot, jacobi,coconut+a"), compared_modes(None)
     (['cot', 'coconut'], [])
@@ -80,7 +80,7 @@ def compared_modes(compare: str | list[str] | None) -> list[str]:
 
 
 def compares_jacobi(compare: str | list[str] | None) -> bool:
-    """Return True if a variant in `compare` has the schedule `jacobi` of its own."""
+    """Return True if a variant in `compare` sets the schedule `jacobi`."""
     return any(name.split("+")[0].strip() == JACOBI for name in variant_names(compare))
 
 
@@ -88,7 +88,7 @@ def variant_of(name: str, known: Collection[str] = ()) -> Variant:
     """Return the variant of this name; known: names of objectives.
 
     Raises:
-        ValueError: an unknown mode or objective, one that is named twice, or one for a mode without thoughts.
+        ValueError: an unknown mode or objective, a repeated objective, or one for a mode without thoughts.
 
     >>> variant_of("coconut+a+b", ["a", "b"])
     Variant(name='coconut+a+b', mode='coconut', objectives=('a', 'b'), schedule=None)
@@ -106,7 +106,7 @@ def variant_of(name: str, known: Collection[str] = ()) -> Variant:
             choices = ", ".join(known) or "none"
             raise ValueError(f"no objective {objective!r}: choose from {choices}{did_you_mean(objective, known)}")
         if objectives.count(objective) > 1:
-            raise ValueError(f"`{objective}` stands there twice: name it once")
+            raise ValueError(f"`{objective}` is named twice: name it once")
         if mode not in THINKING_MODES:
             remedy = f"add `{objective}` to {', '.join(sorted((*THINKING_MODES, JACOBI)))}, or remove it"
             raise ValueError(f"`{mode}` has no thoughts for an objective: {remedy}")
@@ -119,7 +119,7 @@ def variants_of(compare: str | list[str] | None, known: Collection[str] = ()) ->
 
 
 def variant_problems(compare: str | list[str], known: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """Yield (name, remedy) for each variant that is unknown, or is named twice."""
+    """Yield (name, remedy) for each unknown or repeated variant."""
     found = {}
     for name in variant_names(compare) or [""]:
         try:

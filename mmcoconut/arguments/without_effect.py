@@ -1,7 +1,7 @@
-"""Find the keys of a recipe that have no effect beside the others, as errors or as warnings.
+"""Find the keys of a recipe that have no effect, as errors or as warnings.
 
-A key that lacks its partner, or contradicts it, is an error. A key that the run's mode, checkpoint or objective leaves
-idle is a warning, because matched controls and runs that follow each other share recipes.
+A key that lacks a required key, or contradicts another one, is an error. A key without effect in the run's mode,
+checkpoint or objective is a warning, because matched controls and consecutive runs share recipes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +27,7 @@ OF_ALIGNMENT = ("ce_weight", "alignment_target")
 OF_PUSHING = ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_revision", "hub_always_push")
 OF_A_LAUNCH = ("overwrite", "resume_from_checkpoint")
 RECOMPUTING = ("gradient_checkpointing", "activation_checkpointing")
-# By key, the modes in which it means something.
+# By key, the modes that read it.
 OF_MODES = {
     "c_thought": THINKING_MODES,
     "pad_latent_to_max": THINKING_MODES,
@@ -36,7 +36,7 @@ OF_MODES = {
     "max_latent_stage": STAGED_MODES,
     "epochs_per_stage": STAGED_MODES,
     "uniform_prob": STAGED_MODES,
-    "reset_optimizer": tuple(mode for mode in STAGED_MODES if mode != "icot"),  # which does it anyway
+    "reset_optimizer": tuple(mode for mode in STAGED_MODES if mode != "icot"),  # which always resets it
     "start_epoch": STAGED_MODES,
     "thought_norm": ("coconut",),
     "thought_schedule": ("coconut",),
@@ -56,24 +56,24 @@ def _of_building(values: Mapping, changed: set[str]) -> Iterator[Problem]:
         remedy = "no tokenizer is trained: set `tokenizer: train`, or remove this key"
         yield "tokenizer_vocab_size", values["tokenizer_vocab_size"], remedy
     for key, (projectors, remedy) in OF_PROJECTORS.items():
-        needed = values["align_weight"] and projectors is PREFIX_PROJECTORS  # then projector_type is what is wrong
+        needed = values["align_weight"] and projectors is PREFIX_PROJECTORS  # then projector_type is the problem
         if key in changed and values["projector_type"] not in projectors and not needed:
             yield key, values[key], remedy
     layers = values["vision_feature_layer"]
     if values["vision_last_norm"] and -1 not in ([layers] if isinstance(layers, int) else layers):
-        remedy = f"only layer -1 has that norm behind it, and vision_feature_layer is {layers}: remove this key"
+        remedy = f"only layer -1 is followed by that norm, and vision_feature_layer is {layers}: remove this key"
         yield "vision_last_norm", True, remedy
 
 
 def _of_training(values: Mapping, changed: set[str]) -> Iterator[Problem]:
-    """Yield keys whose partner is missing."""
+    """Yield keys that lack a required key."""
     if values["checkpointed_passes"] != "all" and not any(values.get(key) for key in RECOMPUTING):
         remedy = "nothing is recomputed: set `activation_checkpointing: true`, or remove this key"
         yield "checkpointed_passes", values["checkpointed_passes"], remedy
     if values["log_gradient_cosine"] and not values["objectives"]:
-        remedy = "there are no `objectives` whose gradients it could compare: set them, or remove this key"
+        remedy = "there are no `objectives` to compare gradients of: set them, or remove this key"
         yield "log_gradient_cosine", True, remedy
-    if values["align_weight"] == 0 and values["objective"] not in ("grpo", "rloo"):  # which say it themselves
+    if values["align_weight"] == 0 and values["objective"] not in ("grpo", "rloo"):  # which report it themselves
         for key in OF_ALIGNMENT:
             if key in changed:
                 yield key, values[key], "there is no alignment: set `align_weight` too, or remove this key"
@@ -83,7 +83,7 @@ def _of_training(values: Mapping, changed: set[str]) -> Iterator[Problem]:
 
 
 def _of_the_launch(values: Mapping) -> Iterator[Problem]:
-    """Yield keys about an earlier run in output_dir that is not looked at."""
+    """Yield keys about an earlier run in output_dir that is not read."""
     if values.get("overwrite") and values.get("resume_from_checkpoint"):
         yield "overwrite", True, "the earlier run is resumed, not deleted: remove this key or `resume_from_checkpoint`"
     for key in OF_A_LAUNCH if not values.get("do_train", True) else ():
@@ -92,9 +92,9 @@ def _of_the_launch(values: Mapping) -> Iterator[Problem]:
 
 
 def without_effect(values: Mapping, defaults: Mapping) -> Iterator[Problem]:
-    """Yield the keys of typed `values` that contradict the others so that nothing reads them, with the remedy.
+    """Yield the typed `values` that nothing reads because of other keys, with the remedy.
 
-    defaults: the values of keys that were not given; what equals its default, or is None, was not set.
+    defaults: values of keys that were not given; a value that equals its default, or is None, was not set.
     """
     changed = {key for key, default in defaults.items() if values.get(key) not in (None, default)}
     yield from _of_building(values, changed)
@@ -108,15 +108,15 @@ def num_lengths(values: Mapping) -> int:
 
 
 def idle_keys(values: Mapping, defaults: Mapping, modes: Sequence[str]) -> list[str]:
-    """Return a line for each reason that leaves keys idle in this run, with the keys that are set.
+    """Return a line for each reason why keys have no effect in this run, with the keys that are set.
 
-    modes: the run's, or all that are compared.
+    modes: the run's mode, or all compared modes.
     """
     changed = {key for key, default in defaults.items() if values.get(key) not in (None, default)}
     staged = not {*modes}.isdisjoint(STAGED_MODES)
     idle = {f"`mode: {', '.join(modes)}`": [key for key, read_in in OF_MODES.items() if {*modes}.isdisjoint(read_in)]}
     if values["model"] is not None:
-        idle["the checkpoint `model` (it brings its own)"] = [*OF_NEW_PARTS]
+        idle["the checkpoint `model` (it has its own)"] = [*OF_NEW_PARTS]
     if staged and values["objective"] != "supervised":
         idle[f"`objective: {values['objective']}` (it stays at the last stage)"] = ["epochs_per_stage"]
     elif staged and num_lengths(values) > values["max_latent_stage"] + 2:
@@ -124,4 +124,4 @@ def idle_keys(values: Mapping, defaults: Mapping, modes: Sequence[str]) -> list[
     if not values.get("push_to_hub"):
         idle["`push_to_hub: false`"] = [*OF_PUSHING]
     set_keys = {reason: [f"{key}: {values[key]}" for key in keys if key in changed] for reason, keys in idle.items()}
-    return [f"Without effect beside {reason}: {'; '.join(keys)}" for reason, keys in set_keys.items() if keys]
+    return [f"Without effect with {reason}: {'; '.join(keys)}" for reason, keys in set_keys.items() if keys]

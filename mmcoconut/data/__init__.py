@@ -1,4 +1,4 @@
-"""One schema for every data set: a row is a few pictures, a question, its reasoning steps and its accepted answers."""
+"""One schema for all data sets: a row has pictures, a question, reasoning steps and accepted answers."""
 
 import difflib
 import hashlib
@@ -18,7 +18,7 @@ from mmcoconut.errors import UsageError
 from mmcoconut.images_mmcoconut import UnreadableImageError
 
 
-# Modules by name, imported on first use: a data set costs nothing to those who use another one.
+# Modules by name, imported on first use, so unused data sets cost nothing.
 DATASETS = {
     "aokvqa": "mmcoconut.data.aokvqa",
     "arrow_mazes": "mmcoconut.data.arrow_mazes",
@@ -39,7 +39,7 @@ DATASETS = {
     "vqav2": "mmcoconut.data.vqav2",
     "vstar": "mmcoconut.data.vstar",
 }
-# Benchmarks that are published for evaluation alone: they have the split `test` and no other.
+# Benchmarks that are published only for evaluation: they have the split `test` and no other.
 TEST_ONLY = ("blink", "mmstar", "mmvp", "vstar")
 
 SPLITS = ("train", "validation", "test")
@@ -55,7 +55,7 @@ FEATURES = Features(
         "history": List({"question": Value("string"), "answer": Value("string")}),
     }
 )
-# What objectives and metrics read of a row; only the data sets that have some have the column.
+# Columns that objectives and metrics read; only data sets with such values have them.
 OPTIONAL_FEATURES = Features(
     {
         "boxes": List(List(Value("float64"))),
@@ -74,17 +74,17 @@ class Example:
     images: `{"bytes": ..., "path": ...}` each, as in `datasets.Image(decode=False)`: none, one or several, decoded
         only when `open_images` is called.
     question: what is asked, without the choices when `choices` holds them.
-    choices: the options in the order shown; empty when the question is open.
+    choices: the options in the order shown; empty for an open question.
     steps: the written reasoning, one thought each; may be empty.
     answers: every accepted answer; the first one is the training target.
-    row_id: where the row comes from, for error messages: `"train.json row 17"`, counted from 0.
-    history: of a conversation the turns before the question, `{"question": ..., "answer": ...}` each, to which the
-        pictures and all answers are given; the other fields are its last turn, which has no steps.
-    boxes: of each written step the part of the first picture that it is about, [left, top, right, bottom] in pixels
-        from its upper left corner, or None; no boxes at all where nothing is known.
-    helper_image: a picture that shows the way to the answer, for training alone; stored as images are, or None.
-    category: the kind of question, in benchmarks that name it; results are also given for each kind.
-    pair: the same text in the two rows of a pair, which counts as right where both answers are (`pair_accuracy`).
+    row_id: the source of the row for error messages: `"train.json row 17"`, counted from 0.
+    history: for a conversation the turns before the question, `{"question": ..., "answer": ...}` each, which share the
+        pictures; the other fields are its last turn, which has no steps.
+    boxes: per written step its region in the first picture, [left, top, right, bottom] in pixels from the upper left
+        corner, or None; empty if nothing is known.
+    helper_image: a picture that shows the path to the answer, for training only; stored like images, or None.
+    category: the kind of question, in benchmarks with categories; results are also reported per category.
+    pair: the same text in both rows of a pair, which is right if both answers are (`pair_accuracy`).
     """
 
     images: list[dict]
@@ -111,20 +111,20 @@ class Example:
                 raise UsageError(f"{self.row_id}, field 'history': found {turn!r}; give a question and an answer each")
         if self.history and self.steps:
             raise UsageError(
-                f"{self.row_id}, field 'steps': found {self.steps!r} behind {len(self.history)} earlier turns; a "
-                "conversation has no steps: write them into the answers, or leave the earlier turns out"
+                f"{self.row_id}, field 'steps': found {self.steps!r} after {len(self.history)} earlier turns; a "
+                "conversation has no steps: write them into the answers, or remove the earlier turns"
             )
 
 
 def check_boxes(boxes: Sequence[Sequence[float] | None], steps: Sequence[str], row_id: str) -> None:
-    """Check that each step has a box or None, and that a box is one.
+    """Check that there is one box or None per step, and that each box is valid.
 
     Raises:
-        ValueError: another number of boxes than of steps; a box without four numbers in their order, or below 0.
+        ValueError: another number of boxes than of steps; a box without four ordered numbers, or below 0.
     """
     if len(boxes) != len(steps):
         raise UsageError(
-            f"{row_id}, field 'boxes': found {len(boxes)} for {len(steps)} steps; give one for each step, null where "
+            f"{row_id}, field 'boxes': found {len(boxes)} for {len(steps)} steps; give one per step, null where "
             "there is none, or leave the field out"
         )
     for number, box in enumerate(boxes):
@@ -139,7 +139,7 @@ def check_boxes(boxes: Sequence[Sequence[float] | None], steps: Sequence[str], r
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the nearest valid one, then all of them."""
+    """Return the end of an error message about an unknown name: the nearest valid one, then all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(str(name), valid, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -152,7 +152,7 @@ def check_split(dataset: str, split: str) -> None:
 
 
 def check_test_only(dataset: str, split: str, *, published: str) -> None:
-    """Refuse every split but `test` of a benchmark; `published` is what its publishers call these rows.
+    """Refuse every split but `test` of a benchmark; `published` is the publishers' name of these rows.
 
     Raises:
         UsageError: another split.
@@ -166,7 +166,7 @@ def check_test_only(dataset: str, split: str, *, published: str) -> None:
 
 
 def rows_of_split(dataset: str, num_rows: int | Mapping[str, int], split: str) -> int:
-    """How many rows of a split a generated data set is asked for: a number for every split, or one for each."""
+    """Return the number of rows requested for a split of a generated data set: one number, or one per split."""
     check_split(dataset, split)
     if isinstance(num_rows, Mapping):
         if split not in num_rows:
@@ -178,8 +178,8 @@ def rows_of_split(dataset: str, num_rows: int | Mapping[str, int], split: str) -
 
 
 def split_of(content: bytes, fractions: Sequence[float]) -> str:
-    """The split `content` belongs to, whatever else is in the data set: its SHA-256 as a number in [0, 1), cut at the
-    running sums of `fractions` (train, validation, test)."""
+    """Return the split of `content`, independent of the rest of the data: its SHA-256 as a number in [0, 1), cut at
+    the running sums of `fractions` (train, validation, test)."""
     position = int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
     if position < fractions[0]:
         return "train"
@@ -187,7 +187,7 @@ def split_of(content: bytes, fractions: Sequence[float]) -> str:
 
 
 def check_fractions(fractions: Sequence[float]) -> None:
-    """Raise UsageError unless these are parts of train, validation and test that add up to 1."""
+    """Raise UsageError unless these are fractions of train, validation and test that add up to 1."""
     if len(fractions) != len(SPLITS) or min(fractions) < 0 or not math.isclose(sum(fractions), 1):
         raise UsageError(
             f"the option fractions is {list(fractions)}; write {len(SPLITS)} numbers, for {', '.join(SPLITS)}, that "
@@ -196,7 +196,7 @@ def check_fractions(fractions: Sequence[float]) -> None:
 
 
 def to_dataset(examples: Iterable[Example]) -> Dataset:
-    """A `datasets.Dataset` with `FEATURES` from examples, and those of OPTIONAL_FEATURES that any of them has."""
+    """Return a `datasets.Dataset` with `FEATURES`, and those OPTIONAL_FEATURES that any example has."""
     rows = [asdict(example) for example in examples]
     optional = {name: kind for name, kind in OPTIONAL_FEATURES.items() if any(row[name] for row in rows)}
     features = Features({**FEATURES, **optional})
@@ -204,33 +204,33 @@ def to_dataset(examples: Iterable[Example]) -> Dataset:
 
 
 def without_pictures(rows: Dataset) -> Dataset:
-    """Return rows with what is asked, written and answered alone, which costs little to read."""
+    """Return rows with only their texts, which are cheap to read."""
     return rows.remove_columns([name for name in ABOUT_PICTURES if name in rows.column_names])
 
 
 def question_text(row: Mapping[str, Any]) -> str:
-    """Return what the model reads: the question, and under it the choices if there are any."""
+    """Return the text that the model reads: the question, followed by the choices if there are any."""
     if not row["choices"]:
         return row["question"]
     return f"{row['question']}\nChoices: {', '.join(row['choices'])}"
 
 
 def history_of(row: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Question and answer of each turn before the row's own; rows made by hand may do without the field."""
+    """Return question and answer of each turn before the row's own; the field may be missing in rows made by hand."""
     return tuple((turn["question"], turn["answer"]) for turn in row.get("history", ()))
 
 
 def image_counts(rows: Dataset) -> list[int]:
-    """Count the pictures of each row, without reading one."""
+    """Count the pictures of each row without reading them."""
     tables = rows.select_columns(["images"]).with_format("arrow").iter(batch_size=1000)
     return [count for table in tables for count in pc.list_value_length(table["images"]).to_pylist()]
 
 
 def drop_unreadable(dataset: Dataset) -> tuple[Dataset, list[str]]:
-    """The rows whose pictures can all be read, and one message for each row left out.
+    """Return the rows whose pictures can all be read, and one message for each row left out.
 
-    Decodes every picture once. This is the policy "skip", for the caller to choose and to report; under the policy
-    "error" nobody calls this and `open_images` stops the run.
+    Decodes every picture once. This implements the policy "skip", which the caller chooses and reports; under the
+    policy "error" this is not called, and `open_images` stops the run.
     """
     kept, errors = [], []
     for index, row in enumerate(dataset):
@@ -244,15 +244,15 @@ def drop_unreadable(dataset: Dataset) -> tuple[Dataset, list[str]]:
 
 
 def loader_of(name: str) -> ModuleType:
-    """The module of data set `name`: it has `load(*, split, **options)` and `write_sample(folder, *, num_rows, seed)`,
-    which writes a few made-up rows in the data set's own format and returns the options that load them."""
+    """Return the module of data set `name`: `load(*, split, **options)`, and `write_sample(folder, *, num_rows, seed)`
+    that writes a few made-up rows in the data set's own format and returns the options that load them."""
     if name not in DATASETS:
         raise UsageError(f"no data set is called {name!r}; {nearest(name, DATASETS)}")
     return importlib.import_module(DATASETS[name])
 
 
 def load_examples(name: str, *, split: str, **options) -> Dataset:
-    """Split `split` of data set `name`, with `FEATURES`; the options are those of the data set's `load`."""
+    """Load a split of data set `name`, with `FEATURES`; the options are those of the data set's `load`."""
     load = loader_of(name).load
     parameters = {key: value for key, value in inspect.signature(load).parameters.items() if key != "split"}
     for option in options:

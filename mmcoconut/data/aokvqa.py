@@ -1,7 +1,7 @@
-"""Loads A-OKVQA as published: `aokvqa_v1p0_<split>.json` and COCO 2017 pictures, or the Hub's copy.
+"""Load A-OKVQA as published: `aokvqa_v1p0_<split>.json` and COCO 2017 pictures, or the Hub's copy.
 
-The rationales of a question are alternatives by different people, not steps that follow each other: one of them is
-taken, and its sentences are the steps. The public test file has no answers, so it cannot be loaded. Paper:
+The rationales of a question are alternatives by different people, not consecutive steps: one of them is
+used, and its sentences are the steps. The public test file has no answers, so it cannot be loaded. Paper:
 https://arxiv.org/abs/2206.01718
 """
 
@@ -44,10 +44,10 @@ FILES = {"train": "train", "validation": "val", "test": "test"}
 
 
 def _list_in(text: str, field: str, row_id: str) -> Any:
-    """The list that a text spells as Python does.
+    """Return the list that a text spells as Python does.
 
     Raises:
-        ValueError: no literal; strings with no comma between them, as numpy prints them, which Python would join.
+        ValueError: no Python literal; strings without commas, as numpy prints them, which Python would join.
     """
     try:
         value = ast.literal_eval(text)
@@ -57,13 +57,13 @@ def _list_in(text: str, field: str, row_id: str) -> Any:
     num_strings = sum(token.type == tokenize.STRING for token in tokens)
     num_answers = len(value) if isinstance(value, list) else 1
     if num_strings > num_answers:
-        remedy = f"{num_strings} strings stand there for {num_answers} answers; write commas between them"
+        remedy = f"it has {num_strings} strings for {num_answers} answers; write commas between them"
         raise field_error(row_id, field, text, remedy)
     return value
 
 
 def _direct_answers(row: Mapping[str, Any], row_id: str) -> list[str]:
-    """The ten answers; the Hub's copy writes the list as text, `"['a', 'b']"`."""
+    """Return the ten answers; the Hub's copy writes the list as text, `"['a', 'b']"`."""
     value = field_of(row, "direct_answers", row_id)
     if isinstance(value, str):
         value = _list_in(value, "direct_answers", row_id)
@@ -111,7 +111,7 @@ def _examples(
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as the published files and COCO pictures; returns the options for `load`.
+    """Write `num_rows` arrow mazes per split as the published files and COCO pictures; return the options for `load`.
 
     Here the test file has answers too."""
     folder = Path(folder)
@@ -149,15 +149,15 @@ def load(
     skip_difficult: bool = False,
     images_required: bool = True,
 ) -> Dataset:
-    """The rows of a split: one picture, and as steps the sentences of one rationale.
+    """Return the rows of a split: one picture, and as steps the sentences of one rationale.
 
     folder: holds `aokvqa_v1p0_{train,val,test}.json`. image_root: holds COCO's `train2017`, `val2017` and `test2017`.
     path: instead of them, a Hub id such as `HuggingFaceM4/A-OKVQA`, or a folder as `hub.read_published` takes it.
     task: "multiple_choice" gives the choices and the right one; "direct_answer" gives an open question and the ten
-        answers, repeated as people gave them, the most frequent first.
-    rationale: which of the alternatives, from 0.
-    skip_difficult: leaves out questions marked as difficult for direct answers, as the official evaluation does.
-    images_required: False reads no picture and gives every row an empty list.
+        answers, with repetitions, the most frequent first.
+    rationale: index of the rationale to use, from 0.
+    skip_difficult: drop questions marked as difficult for direct answers, as the official evaluation does.
+    images_required: False reads no pictures and gives every row an empty list.
     """
     check_split("aokvqa", split)
     check_source("aokvqa", folder=folder, path=path)

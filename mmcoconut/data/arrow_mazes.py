@@ -1,6 +1,6 @@
 """Pictures of coloured grids with an arrow in every cell: which colour is reached after following a few arrows?
 
-The data set is generated, so it needs no download, and its steps are certain: each names one cell of the way,
+The data set is generated, so it needs no download, and its steps are certain: each names one cell of the path,
 from the marked start to the cell whose colour is asked for. The grid is a torus: an arrow that leaves at one edge
 enters at the opposite one.
 """
@@ -34,18 +34,18 @@ PALETTE = {
 DIRECTIONS = {"up": (-1, 0), "right": (0, 1), "down": (1, 0), "left": (0, -1)}  # (rows, columns)
 
 NUM_ROWS = {"train": 15_000, "validation": 500, "test": 500}
-FRACTIONS = (0.8, 0.1, 0.1)  # of all possible grids, by hash; the rows asked for are drawn inside a split's part
+FRACTIONS = (0.8, 0.1, 0.1)  # of all possible grids, by hash; rows are drawn within a split's part
 
 MAX_GRID_SIZE = 26  # columns are named by letters
-MIN_CELL_SIZE = 8  # pixels; below, the four arrows are no longer distinct beside the mark
-GREY = (128, 128, 128)  # of a cell beside the way
+MIN_CELL_SIZE = 8  # pixels; below, the four arrows are no longer distinct next to the mark
+GREY = (128, 128, 128)  # of a cell off the path
 PATH_SCALE = 8  # how many times larger `draw_path` shows the picture
 
 Cell = tuple[int, int]  # (row, column), from 0 at the top left
 
 
 def cell_name(cell: Cell) -> str:
-    """`"B3"` for row 2, column 1: the column's letter and the row's number from 1."""
+    """Return `"B3"` for row 2, column 1: the column's letter and the row's number from 1."""
     row, column = cell
     return f"{chr(ord('A') + column)}{row + 1}"
 
@@ -66,7 +66,7 @@ class Maze:
         return self.arrows[cell[0] * self.grid_size + cell[1]]
 
     def path(self, hops: int) -> list[Cell]:
-        """The cells stood on while following `hops` arrows: the start, then one cell a hop."""
+        """Return the cells visited while following `hops` arrows: the start, then one cell per hop."""
         cells = [self.start]
         for _ in range(hops):
             down, right = DIRECTIONS[self.arrow_at(cells[-1])]
@@ -76,18 +76,18 @@ class Maze:
         return cells
 
     def layout(self) -> bytes:
-        """The grid without its mark, as bytes: what decides the split, so that no grid is in two splits."""
+        """Return the grid without its mark, as bytes: it determines the split, so that no grid is in two splits."""
         return " ".join((str(self.grid_size), *self.colors, *self.arrows)).encode()
 
 
 def _mark_widths(cell_size: int) -> tuple[int, int, int]:
-    """Pixels of the start mark's white ring, of the black ring in it, and of the gap between that and the arrow."""
+    """Return the pixels of the start mark's white ring, of the black ring inside it, and of the gap to the arrow."""
     return max(1, cell_size // 8), max(1, cell_size // 16), cell_size // 16
 
 
 @functools.cache
 def _arrow_mask(arrow: str, size: int) -> np.ndarray:
-    """True where the arrow is: a triangle over a thin shaft, so that one half of the square is darker. (size, size)"""
+    """Return a mask (size, size) of the arrow: a triangle over a thin shaft, so one half of the square is darker."""
     y, x = np.indices((size, size))
     off_axis = np.abs(x - (size - 1) / 2)
     head = (y < size // 2) & (off_axis <= y + 0.5)
@@ -110,7 +110,7 @@ def _tile(color: str, arrow: str, *, marked: bool, cell_size: int) -> Image.Imag
 
 
 def draw(maze: Maze, cell_size: int = 16) -> Image.Image:
-    """The picture of a maze, `grid_size * cell_size` pixels square; the start wears a white and black frame."""
+    """Draw a maze, `grid_size * cell_size` pixels square; the start has a white and black frame."""
     if cell_size < MIN_CELL_SIZE:
         raise UsageError(f"cell_size is {cell_size} pixels and an arrow needs {MIN_CELL_SIZE}; raise cell_size")
     side = maze.grid_size * cell_size
@@ -124,7 +124,7 @@ def draw(maze: Maze, cell_size: int = 16) -> Image.Image:
 
 
 def _draw_hop(canvas: ImageDraw.ImageDraw, maze: Maze, *, cells: tuple[Cell, Cell], side: int) -> None:
-    """A line out of one cell and a line into the next: the same line, but for a hop over the edge of the torus."""
+    """Draw a line from one cell to the next; a hop over the edge of the torus is drawn as two lines."""
     down, right = DIRECTIONS[maze.arrow_at(cells[0])]
     for (row, column), sign in zip(cells, (1, -1), strict=True):
         x, y = (column + 0.5) * side, (row + 0.5) * side
@@ -134,7 +134,7 @@ def _draw_hop(canvas: ImageDraw.ImageDraw, maze: Maze, *, cells: tuple[Cell, Cel
 
 
 def draw_path(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
-    """The same picture `PATH_SCALE` times larger, for reports: the way is a line, and each cell on it wears the
+    """Draw the picture `PATH_SCALE` times larger, for reports: the path is a line, and each cell on it shows the
     numbers of the hops that reach it (0 is the start)."""
     side = cell_size * PATH_SCALE
     picture = draw(maze, cell_size)
@@ -152,7 +152,7 @@ def draw_path(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
 
 
 def draw_way(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
-    """The picture of a maze with the cells of the way alone, the others grey: what a helper image shows."""
+    """Draw the picture of a maze with only the cells of the path, the others grey: a helper image."""
     picture = draw(maze, cell_size)
     way = set(maze.path(hops))
     for row in range(maze.grid_size):
@@ -163,7 +163,7 @@ def draw_way(maze: Maze, hops: int, cell_size: int = 16) -> Image.Image:
 
 
 def box_of(cell: Cell, cell_size: int) -> tuple[int, int, int, int]:
-    """A cell's left, top, right and bottom in pixels of the picture.
+    """Return a cell's left, top, right and bottom in pixels of the picture.
 
     >>> box_of((2, 1), 16)
     (16, 32, 32, 48)
@@ -217,10 +217,10 @@ def generate(
     min_hops: int = 1,
     max_hops: int = 3,
 ) -> Iterator[tuple[Maze, int]]:
-    """The puzzles of a split, `(maze, hops)`, in the order of `load`'s rows.
+    """Yield the puzzles of a split, `(maze, hops)`, in the order of `load`'s rows.
 
-    Mazes are drawn at random and kept when the hash of their grid falls in this split's part, so two splits never
-    share a grid, whatever their seeds; inside a split no puzzle comes twice. More rows continue the same list.
+    Mazes are drawn at random and kept if the hash of their grid falls in this split's part, so two splits never
+    share a grid, whatever their seeds; within a split no puzzle is repeated. More rows continue the same list.
     """
     num_rows = rows_of_split("arrow_mazes", num_rows, split)
     _check_shape(grid_size, num_colors, min_hops=min_hops, max_hops=max_hops)
@@ -243,13 +243,13 @@ def generate(
 
 
 def question_of(hops: int, start: str = "the marked cell") -> str:
-    """Return the question about a maze whose way has so many arrows."""
+    """Return the question about a maze whose path has `hops` arrows."""
     arrows = "arrow" if hops == 1 else "arrows"
     return f"Start at {start} and follow {hops} {arrows}. Which color do you stand on?"
 
 
 def in_words(maze: Maze) -> str:
-    """Return a maze as text, one line per cell: its name, the cell that its arrow leads to, and its color.
+    """Return a maze as text, one line per cell: its name, the cell its arrow leads to, and its color.
 
     >>> print(in_words(Maze(colors=("red",), arrows=("up",), start=(0, 0), grid_size=1)))
     A1>A1 red
@@ -295,7 +295,7 @@ def _example(
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """The options for `num_rows` rows a split; no file is written, for the data set has none."""
+    """Return the options for `num_rows` rows per split; no file is written, because the data set needs none."""
     return {"num_rows": num_rows, "seed": seed, "helper_image": True}
 
 
@@ -312,15 +312,15 @@ def load(
     helper_image: bool = False,
     as_text: bool = False,
 ) -> Dataset:
-    """The rows of a split: one picture, an open question, hops + 1 steps (the cells stood on), the colour's
+    """Load the rows of a split: one picture, an open question, hops + 1 steps (the visited cells), the colour's
     name; and the box of each step's cell.
 
-    num_rows: for every split, or for each by name. min_hops, max_hops: the number of arrows is uniform between them.
-    cell_size: pixels of a cell's side. helper_image: also a picture of the way's cells alone (`draw_way`).
-    as_text: no picture; the same maze is written out in front of the question (`in_words`).
+    num_rows: for every split, or a mapping by split. min_hops, max_hops: range of the uniform number of arrows.
+    cell_size: pixels of a cell's side. helper_image: add a picture of only the path's cells (`draw_way`).
+    as_text: no picture; the maze is written before the question (`in_words`).
     """
     if as_text and helper_image:
-        raise UsageError("helper_image is true and as_text is true, which draws no pictures: remove one of them")
+        raise UsageError("helper_image is true and as_text is true, which draws no pictures. Remove one of them.")
     puzzles = generate(
         split,
         num_rows=num_rows,

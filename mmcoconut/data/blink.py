@@ -1,7 +1,7 @@
-"""Loads BLINK, 14 tasks of visual perception with one to four pictures a question: parquet, one configuration a task.
+"""Load BLINK, 14 tasks of visual perception with one to four pictures per question: parquet, a configuration per task.
 
 The rows are those of the published `val`; the answers of the published `test` are withheld. The question is the
-published prompt, which says which picture is which, up to the list of its options; these are the choices. The letter
+published prompt, which names the pictures, without its list of options; these are the choices. The letter
 in `answer` becomes the text of its choice. Paper: https://arxiv.org/abs/2404.12390. Data:
 https://huggingface.co/datasets/BLINK-Benchmark/BLINK; scoring: `eval/evaluate.py` of
 https://github.com/zeyofu/BLINK_Benchmark, whose total is the mean of the tasks' accuracies
@@ -65,7 +65,7 @@ def _check_tasks(tasks: Sequence[str]) -> list[str]:
 
 
 def _load_task(path: str | os.PathLike, task: str) -> Dataset:
-    """The rows of a task: of its own folder below `path`, or of the configuration of its name."""
+    """Return the rows of a task: of its own folder below `path`, or of the configuration of its name."""
     below = Path(path) / task
     if below.is_dir():
         dataset, path = read_benchmark(below), below
@@ -75,7 +75,7 @@ def _load_task(path: str | os.PathLike, task: str) -> Dataset:
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Write `num_rows` arrow mazes: questions of one picture as Counting, of two as Jigsaw; return the options."""
+    """Write `num_rows` arrow mazes: questions with one picture as Counting, with two as Jigsaw; return the options."""
     rows = {"Counting": [], "Jigsaw": []}
     puzzles = list(sample_puzzles("test", num_rows=2 * num_rows, seed=seed))
     for number, (puzzle, other) in enumerate(zip(puzzles[:num_rows], puzzles[num_rows:])):
@@ -103,9 +103,9 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, path: str | os.PathLike, tasks: Sequence[str] = TASKS) -> Dataset:
-    """The rows of `test`, which the publishers call val: one to four pictures, a question, its choices, no steps.
+    """Load the rows of `test`, published as val: one to four pictures, a question, its choices, no steps.
 
-    path: the Hub id `BLINK-Benchmark/BLINK`, or a folder that holds one folder a task.
+    path: the Hub id `BLINK-Benchmark/BLINK`, or a folder that holds one folder per task.
     tasks: names of configurations, such as `Jigsaw`; all by default. The category of a row is its task.
     """
     check_test_only("blink", split, published="val")

@@ -1,7 +1,7 @@
-"""Conversations: rows that are longer than a model may read, and further turns over the cache of the last one.
+"""Conversations: cut rows that are longer than a model can read, and add turns to a cached conversation.
 
-Of a row that is too long whole turns go, from the end, and what went is counted. A row whose first turn, or only one,
-is too long is left out.
+In a row that is too long, whole turns are cut from the end and counted. A row whose first or only turn is
+too long is dropped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ TEXTS = [column for column in FEATURES if column not in ("images", "row_id")]
 
 @dataclass
 class Cut:
-    """How many rows were too long, how many turns they lost, and how many rows were left out whole."""
+    """Counts of rows that were too long, of turns cut from them, and of rows dropped."""
 
     rows: int = 0
     turns: int = 0
@@ -39,17 +39,17 @@ class Cut:
 
 
 def without_last_turn(row: Mapping[str, Any]) -> dict:
-    """A conversation that ends one turn earlier."""
+    """Return a conversation without its last turn."""
     *history, last = row["history"]
     texts = {"question": last["question"], "answers": [last["answer"]], "choices": [], "steps": []}
     return {**row, **texts, "history": history}
 
 
 def fit_rows(rows: Dataset, length_of: Callable[[Mapping[str, Any]], int], limit: int) -> tuple[Dataset, Cut]:
-    """The rows of no more than `limit` tokens by `length_of`, whole turns being cut from the ends of longer ones.
+    """Return the rows of at most `limit` tokens by `length_of`; whole turns are cut from the ends of longer rows.
 
     Raises:
-        ValueError: not one row is left.
+        ValueError: no row is left.
     """
     cut, kept, texts = Cut(), [], []
     for index, row in enumerate(progress(rows, desc="row lengths")):
@@ -73,10 +73,10 @@ def fit_rows(rows: Dataset, length_of: Callable[[Mapping[str, Any]], int], limit
 
 
 def turn_behind_answer(processor, question: str, num_latents: int | None) -> list[int]:
-    """Return the ids of what a processor's template writes behind an answer when another question follows.
+    """Return the ids that a processor's template writes between an answer and the next question.
 
     Raises:
-        ValueError: a template that leaves earlier answers out.
+        ValueError: the template drops earlier answers.
     """
     tokens = control_tokens_of(processor.tokenizer, processor.chat_template)
     variables = {**processor.layout(num_latents), "add_generation_prompt": True}
@@ -84,35 +84,35 @@ def turn_behind_answer(processor, question: str, num_latents: int | None) -> lis
     chat, _ = render(processor.tokenizer, processor.chat_template, messages, variables)
     _, found, behind = chat.rpartition(SAMPLE)
     if not found:
-        raise UsageError("The chat template leaves earlier answers out: give one that keeps them, or ask anew.")
+        raise UsageError("The chat template drops earlier answers. Set one that keeps them, or start again.")
     return encode_marked(processor.tokenizer, behind, follows=True)[0]
 
 
 def further_turn(
     processor, sequences, attention_mask, text: Sequence[str], *, num_latents: int | None = None
 ) -> BatchFeature:
-    """Make prompts of a further turn for `generate` over the `past_key_values` that it returned with the last one.
+    """Make prompts of a further turn for `generate` with the `past_key_values` that it returned for the last turn.
 
-        q q <lat> a a eos · · · · q q q <lat>        the mask hides what a row generated after its end, and the
-        q q <lat> a a a a a eos q q q q <lat>        padding in front of its new question
+        q q <lat> a a eos · · · · q q q <lat>        the mask hides tokens that a row generated after its end, and the
+        q q <lat> a a a a a eos q q q q <lat>        padding before its new question
 
     Args:
         sequences (B, T): ids as `generate` returned them, their prompts included.
-        attention_mask (B, prompt): of those prompts.
-        text: the next question of each row; special tokens' strings in it stay text.
+        attention_mask (B, prompt): mask of the prompts.
+        text: the next question of each row; strings of special tokens in it stay plain text.
         num_latents: latents before the next answers; default: the processor's.
 
     Returns:
         input_ids, attention_mask (B, T + new).
 
     Raises:
-        ValueError: sequences, masks and texts differ in number; an encoder-decoder.
+        ValueError: sequences, masks and texts differ in number; the model is an encoder-decoder.
     """
     if processor.decoder_start_token_id is not None:
-        raise UsageError("An encoder-decoder reads one question, and no further turn: ask anew.")
+        raise UsageError("An encoder-decoder reads one question and no further turn. Ask it as a new question.")
     if not len(sequences) == len(attention_mask) == len(text):
         raise UsageError(
-            f"{len(sequences)} sequences, {len(attention_mask)} masks and {len(text)} texts: give one text a row, "
+            f"{len(sequences)} sequences, {len(attention_mask)} masks and {len(text)} texts: give one text per row, "
             "and one generated sequence (num_beams and num_return_sequences of 1)."
         )
     eos, pad = processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id
@@ -120,7 +120,7 @@ def further_turn(
     for written, question in zip(sequences[:, attention_mask.shape[1] :].tolist(), text):
         turn = turn_behind_answer(processor, question, num_latents)
         is_ended, writes_end = eos in written, turn[0] == eos
-        padding = len([*takewhile(pad.__eq__, reversed(written))])  # behind an end other than eos
+        padding = len([*takewhile(pad.__eq__, reversed(written))])  # after an end token other than eos
         seen = written.index(eos) + writes_end if is_ended else len(written) - padding
         masks.append([1] * seen + [0] * (len(written) - seen))
         turns.append(turn[1:] if is_ended and writes_end else turn)

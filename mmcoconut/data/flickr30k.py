@@ -1,8 +1,8 @@
-"""Loads Flickr30k: five captions a picture, from `results.csv`, Karpathy's `dataset_flickr30k.json`, a JSON object
-`{"image.jpg": ["caption", ...]}`, the Hub, or what `python -m mmcoconut.prepare_flickr30k` made of these files.
+"""Load Flickr30k: five captions per picture, from `results.csv`, Karpathy's `dataset_flickr30k.json`, a JSON object
+`{"image.jpg": ["caption", ...]}`, the Hub, or the output of `python -m mmcoconut.prepare_flickr30k`.
 
-A picture is in one split with all its captions: in the split that the source gives it, else by the hash of its file
-name. There is no question and there are no steps. Paper: https://aclanthology.org/Q14-1006
+A picture is in one split with all its captions: the split given by the source, else by the hash of its file
+name. There are no questions and no steps. Paper: https://aclanthology.org/Q14-1006
 """
 
 import csv
@@ -47,7 +47,7 @@ NAME_COLUMNS, CAPTION_COLUMNS = ("image", "image_name", "filename"), ("caption",
 
 
 def _bar_lines(text: str, file: Path) -> Iterator[tuple[str, dict]]:
-    """`file name| number| caption`, which is no CSV: captions hold quotes."""
+    """Parse `file name| number| caption`, which is not CSV, because captions hold quotes."""
     for index, line in enumerate(text.strip().split("\n")[1:]):
         row_id, found = f"{file.name} row {index}", BARS.fullmatch(line.strip())
         if found is None:
@@ -56,7 +56,7 @@ def _bar_lines(text: str, file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _captions(cell: Any, row_id: str) -> list:
-    """The column `raw` holds the captions of a picture as one JSON list."""
+    """Parse the column `raw`, which holds the captions of a picture as one JSON list."""
     try:
         return json.loads(cell)
     except (json.JSONDecodeError, TypeError) as error:
@@ -80,7 +80,7 @@ def _comma_lines(text: str, file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _table(file: Path) -> Iterator[tuple[str, dict]]:
-    """One row a picture, named and ordered by its first line."""
+    """Read a table as one row per picture, named and ordered by its first line."""
     text = read_text(file)
     lines = _bar_lines(text, file) if "|" in text.split("\n", 1)[0] else _comma_lines(text, file)
     pictures = {}
@@ -98,7 +98,7 @@ def _karpathy(content: Mapping[str, Any], file: Path) -> Iterator[tuple[str, dic
 
 
 def _json(file: Path) -> Iterator[tuple[str, dict]]:
-    """Karpathy's file, known by its list `images`, or file names with their captions."""
+    """Read Karpathy's file, recognized by its list `images`, or a mapping from file names to captions."""
     content = read_object(file)
     if "images" in content:
         yield from _karpathy(content, file)
@@ -120,13 +120,13 @@ def _one_split_each(named: Iterable[tuple[str, dict]]) -> Iterator[tuple[str, di
 
 
 def captions_of(file: Path) -> Iterator[tuple[str, dict]]:
-    """The pictures of a file of captions: the name for errors, and `filename`, `captions`, and `split` where the file
-    gives one."""
+    """Read the pictures of a file of captions: a name for errors, and `filename`, `captions`, and `split` if the file
+    has one."""
     return _one_split_each(_json(file)) if file.suffix == ".json" else _table(file)
 
 
 def split_of_picture(row: Mapping[str, Any], row_id: str, fractions: Sequence[float]) -> str:
-    """The split that the source gives a picture, else the one of its file name."""
+    """Return the split that the source gives a picture, else that of its file name's hash."""
     given = row.get("split")
     if given is None:
         return split_of(text_of(row, "filename", row_id).encode(), fractions)
@@ -163,7 +163,7 @@ def _examples(
 
 
 def _published(path: str | os.PathLike, split: str, *, examples: Callable, fractions: Sequence[float]) -> Dataset:
-    """A repository of one split holds all pictures; they are divided here like those of a table."""
+    """Load a repository of one split, which holds all pictures; divide them like those of a table."""
     names = published_splits(path)
     divided = len(names) > 1
     in_split = (lambda row, row_id: True) if divided else partial(_in_split, split=split, fractions=fractions)
@@ -173,7 +173,7 @@ def _published(path: str | os.PathLike, split: str, *, examples: Callable, fract
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split into one `results.csv`, two captions each; returns the options."""
+    """Write `num_rows` arrow mazes per split into one `results.csv`, two captions each; return the options."""
     folder, lines = Path(folder), ["image_name| comment_number| comment"]
     for split in SPLITS:
         names = (f"{number}.jpg" for number in itertools.count(1))
@@ -195,17 +195,17 @@ def load(
     question: str = QUESTION,
     row_per_caption: bool | Mapping[str, bool] = False,
 ) -> Dataset:
-    """The rows of a split: one picture and its captions as accepted answers.
+    """Load the rows of a split: one picture and its captions as accepted answers.
 
     file: `results.csv` with bars, a table with commas and a header (`image,caption`, or `filename,raw,split`),
         Karpathy's JSON, or `{"image.jpg": ["caption", ...]}` in a .json; one file for all splits. image_root: holds
         the pictures that it names.
     path: instead of them, a Hub id such as `lmms-lab/flickr30k`, or a folder as `hub.read_published` takes it, such
         as `mmcoconut.prepare_flickr30k` writes it.
-    fractions: parts of train, validation and test where the source gives no splits; the same for every split you load.
-    question: what every row asks.
-    row_per_caption: one row a caption, which is then the training target; by default one row a picture, and the
-        target is its first caption. Also as {train: true}, for some splits.
+    fractions: parts of train, validation and test if the source has no splits; use the same for every split.
+    question: the question of every row.
+    row_per_caption: one row per caption, which is then the training target; by default one row per picture, and the
+        target is its first caption. May be a mapping, as {train: true}, for some splits.
     """
     check_split("flickr30k", split)
     check_source("flickr30k", file=file, path=path)

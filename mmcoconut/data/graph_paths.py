@@ -1,4 +1,4 @@
-"""Random directed acyclic graphs in words: which of two nodes can be reached from a given one?
+"""Random directed acyclic graphs in words: which of two nodes can be reached from a given node?
 
 The data set is generated, so it needs no file, and its steps are certain: each is one edge of a shortest path. The
 task is that of ProsQA (https://arxiv.org/abs/2412.06769), in its sentences or in short symbols for tiny models:
@@ -6,9 +6,9 @@ task is that of ProsQA (https://arxiv.org/abs/2412.06769), in its sentences or i
     wording: prosqa    Alex is a bempus. Every bempus is a dimpus. … Is Alex a dimpus or forpus?    Alex is a dimpus.
     wording: symbols   a>b ⏎ b>c ⏎ … ⏎ a > c d ?                                                    c
 
-Nothing gives the answer away. A second root reaches the second option in as many hops as the root that is asked about
-reaches the first, and both pairs are made by the same steps: the same facts and options, asked about the other root,
-are as probable and have the other answer. So whatever a guess looks at, without the root it is right half the time.
+No shortcut reveals the answer. A second root reaches the second option in as many hops as the root in the question
+reaches the first, and both pairs are generated in the same way: the same facts and options, with the other root,
+are equally probable and have the other answer. A guess that ignores the root is therefore right half the time.
 """
 
 import os
@@ -27,7 +27,7 @@ from mmcoconut.errors import UsageError
 
 
 NUM_ROWS = {"train": 15_000, "validation": 500, "test": 500}
-FRACTIONS = (0.8, 0.1, 0.1)  # of all possible graphs, by hash; the rows asked for are drawn inside a split's part
+FRACTIONS = (0.8, 0.1, 0.1)  # of all possible graphs, by hash; rows are drawn within a split's part
 
 WORDINGS = ("prosqa", "symbols")
 NAMES = ("Alex", "Bob", "Carol", "Davis", "Eva", "Fae", "Jack", "Max", "Polly", "Rex", "Sally", "Stella", "Tom")
@@ -36,7 +36,7 @@ RIMES = ("empus", "impus", "orpus", "umpus")
 WORDS = tuple(onset + rime for onset in ONSETS for rime in RIMES)
 SYMBOLS = tuple("abcdefghijklmnopqrstuvwxyz0123456789")  # none differs from another by case alone, as answers must
 MAX_NODES = {"prosqa": len(WORDS), "symbols": len(SYMBOLS)}
-MAX_DRAWS = 100  # of a graph with too many edges, before it is said to be impossible
+MAX_DRAWS = 100  # of a graph with too many edges, before an error is raised
 
 Edge = tuple[int, int]  # (from, to), both by number
 Nodes = tuple[int, ...]
@@ -46,7 +46,7 @@ Nodes = tuple[int, ...]
 
 
 def hops_from(edges: Iterable[Edge], start: int) -> dict[int, int]:
-    """The fewest edges from `start` to every node that can be reached from it, itself included."""
+    """Return the fewest edges from `start` to every reachable node, itself included."""
     below = {}
     for source, target in edges:
         below.setdefault(source, []).append(target)
@@ -64,9 +64,9 @@ def _shuffled(rng: random.Random, items) -> list:
 
 
 def _grow(rng: random.Random, paths: tuple[Nodes, Nodes], num_nodes: int) -> list[Edge]:
-    """Two paths, and further nodes one by one, each below or above a random earlier one; nothing is above a root.
+    """Grow two paths by further nodes, each below or above a random earlier one; nothing is above a root.
 
-    A new node has one edge, so it makes no cycle, no shorter way and no way from one root to the other's option.
+    A new node has one edge, so it makes no cycle, no shorter path and no path from one root to the other's option.
     """
     edges = [edge for path in paths for edge in pairwise(path)]
     for node in range(len(paths[0]) + len(paths[1]), num_nodes):
@@ -77,7 +77,7 @@ def _grow(rng: random.Random, paths: tuple[Nodes, Nodes], num_nodes: int) -> lis
 
 
 def _spoils(edge: Edge, *, from_roots: list[dict], to_options: list[dict], hops: int) -> bool:
-    """Return True if an edge would shorten a path, or lead from a root to the other's option."""
+    """Return True if an edge would shorten a path, or connect a root to the other's option."""
     for root, option in product((0, 1), repeat=2):
         if edge[0] in from_roots[root] and edge[1] in to_options[option]:
             shortened = from_roots[root][edge[0]] + 1 + to_options[option][edge[1]] < hops
@@ -87,7 +87,7 @@ def _spoils(edge: Edge, *, from_roots: list[dict], to_options: list[dict], hops:
 
 
 def _new_edge(rng: random.Random, edges: list[Edge], paths: tuple[Nodes, Nodes], num_nodes: int) -> Edge | None:
-    """A random edge that makes no cycle, enters no root and spoils no path; None where there is no room for one."""
+    """Return a random edge that makes no cycle, enters no root and spoils no path; None if there is none."""
     backwards = [(target, source) for source, target in edges]
     from_roots = [hops_from(edges, path[0]) for path in paths]
     to_options = [hops_from(backwards, path[-1]) for path in paths]
@@ -104,7 +104,7 @@ def _new_edge(rng: random.Random, edges: list[Edge], paths: tuple[Nodes, Nodes],
 
 
 def _filled(rng: random.Random, paths: tuple[Nodes, Nodes], *, num_nodes: int, num_edges: int) -> list[Edge] | None:
-    """The edges of a random graph around two paths; None where it filled up before it had `num_edges`."""
+    """Return the edges of a random graph around two paths; None if no edge can be added before it has `num_edges`."""
     edges = _grow(rng, paths, num_nodes)
     while len(edges) < num_edges:
         edge = _new_edge(rng, edges, paths, num_nodes)
@@ -115,14 +115,14 @@ def _filled(rng: random.Random, paths: tuple[Nodes, Nodes], *, num_nodes: int, n
 
 
 def _random_edges(rng: random.Random, paths: tuple[Nodes, Nodes], *, num_nodes: int, num_edges: int) -> list[Edge]:
-    """As `_filled`, drawn anew while it fills up; the lengths of paths stay as they were drawn."""
+    """Return the edges of `_filled`, drawn again while it fails; the lengths of paths stay as drawn."""
     for _ in range(MAX_DRAWS):
         edges = _filled(rng, paths, num_nodes=num_nodes, num_edges=num_edges)
         if edges is not None:
             return edges
     raise UsageError(
         f"num_edges is {num_edges}, and none of {MAX_DRAWS} random graphs of {num_nodes} nodes around two paths of "
-        f"{len(paths[0]) - 1} hops had room for so many; lower num_edges, or raise num_nodes"
+        f"{len(paths[0]) - 1} hops could have that many; lower num_edges, or raise num_nodes"
     )
 
 
@@ -133,10 +133,10 @@ def _random_edges(rng: random.Random, paths: tuple[Nodes, Nodes], *, num_nodes: 
 class Puzzle:
     """A graph and a question about it.
 
-    symbols: what the nodes are called; all other fields hold node numbers, which index it.
+    symbols: names of the nodes; all other fields hold node numbers, which index it.
     edges: in the order of the facts.
-    path: a shortest one from the root that is asked about to the right option.
-    neg_path: as long, from a root that is not asked about to the wrong option.
+    path: a shortest path from the root in the question to the right option.
+    neg_path: equally long, from the other root to the wrong option.
     options: the last nodes of both, in the order of the question.
     """
 
@@ -151,13 +151,13 @@ class Puzzle:
         return len(self.path) - 1
 
     def layout(self) -> bytes:
-        """The graph without the order of its facts and without a question: what decides the split, so that no graph
-        is in two splits."""
+        """Return the graph without the order of its facts and without a question: it determines the split, so that no
+        graph is in two splits."""
         return " ".join(sorted(f"{self.symbols[a]}>{self.symbols[b]}" for a, b in self.edges)).encode()
 
 
 def _symbols(rng: random.Random, wording: str, *, num_nodes: int, roots: Nodes) -> tuple[str, ...]:
-    """What the nodes are called: always the first letters and digits, or words drawn anew, and names for the roots."""
+    """Return the names of the nodes: the first letters and digits, or words drawn per graph, and names for roots."""
     if wording == "symbols":
         return SYMBOLS[:num_nodes]
     symbols = _shuffled(rng, WORDS)[:num_nodes]
@@ -169,7 +169,7 @@ def _symbols(rng: random.Random, wording: str, *, num_nodes: int, roots: Nodes) 
 def _random_puzzle(rng: random.Random, hops: int, *, num_nodes: int, num_edges: int, wording: str) -> Puzzle:
     paths = (tuple(range(hops + 1)), tuple(range(hops + 1, 2 * hops + 2)))
     edges = _random_edges(rng, paths, num_nodes=num_nodes, num_edges=num_edges)
-    numbers = _shuffled(rng, range(num_nodes))  # until here the paths' numbers gave the answer away
+    numbers = _shuffled(rng, range(num_nodes))  # until here the paths' numbers would reveal the answer
     path, neg_path = (tuple(numbers[node] for node in path) for path in paths)
     return Puzzle(
         symbols=_symbols(rng, wording, num_nodes=num_nodes, roots=(path[0], neg_path[0])),
@@ -209,10 +209,10 @@ def generate(
     max_hops: int = 5,
     wording: str = "prosqa",
 ) -> Iterator[Puzzle]:
-    """The puzzles of a split, in the order of `load`'s rows; the options are those of `load`.
+    """Yield the puzzles of a split in the order of `load`'s rows; the options are those of `load`.
 
-    Puzzles are drawn at random and kept when the hash of their graph falls in this split's part, so two splits never
-    share a graph, whatever their seeds; inside a split no question about a graph comes twice. More rows continue the
+    Puzzles are drawn at random and kept if the hash of their graph falls in this split's part, so two splits never
+    share a graph, whatever their seeds; within a split no question about a graph is repeated. More rows continue the
     same list.
     """
     num_rows = rows_of_split("graph_paths", num_rows, split)
@@ -258,8 +258,8 @@ def _prosqa_texts(puzzle: Puzzle) -> dict:
 
 
 def _symbol_texts(puzzle: Puzzle) -> dict:
-    """An edge is one word on one line: `train_tokenizer` makes one token of it with its line end, in facts and steps
-    alike, if its vocabulary is large enough: 300 + num_nodes² entries will do."""
+    """Return a puzzle's texts in symbols. An edge is one word on one line: `train_tokenizer` makes one token of it and
+    its line end, in facts and steps alike, if its vocabulary is large enough (300 + num_nodes² entries)."""
     symbols = puzzle.symbols
     root, target = symbols[puzzle.path[0]], symbols[puzzle.path[-1]]
     first, second = (symbols[node] for node in puzzle.options)
@@ -272,7 +272,7 @@ def _symbol_texts(puzzle: Puzzle) -> dict:
 
 
 def row_of(puzzle: Puzzle, wording: str) -> dict:
-    """The puzzle as a row of the public ProsQA files; `edges` are in the order of the facts."""
+    """Return the puzzle as a row of the public ProsQA files; `edges` are in the order of the facts."""
     return {
         **(_prosqa_texts(puzzle) if wording == "prosqa" else _symbol_texts(puzzle)),
         "idx_to_symbol": list(puzzle.symbols),
@@ -288,15 +288,15 @@ def _rows(split: str, *, wording: str = "prosqa", **options) -> list[dict]:
 
 
 def write_prosqa_files(folder: str | os.PathLike, **options) -> dict:
-    """Writes the rows of `load` with these options as `prosqa_train.json`, `prosqa_valid.json` and `prosqa_test.json`,
-    the public format; returns the options with which `mmcoconut.data.prosqa.load` reads them back."""
+    """Write the rows of `load` with these options as `prosqa_train.json`, `prosqa_valid.json` and `prosqa_test.json`,
+    the public format; return the options with which `mmcoconut.data.prosqa.load` reads them back."""
     for split, name in FILES.items():
         save_json(Path(folder) / f"prosqa_{name}.json", _rows(split, **options))
     return {"folder": str(folder)}
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """The options for `num_rows` rows a split; no file is written, for the data set has none."""
+    """Return the options for `num_rows` rows per split; no file is written, because the data set needs none."""
     return {"num_rows": num_rows, "seed": seed}
 
 
@@ -311,14 +311,14 @@ def load(
     max_hops: int = 5,
     wording: str = "prosqa",
 ) -> Dataset:
-    """The rows of a split: no picture, the facts and the question, an edge of a shortest path a step, the option that
-    can be reached.
+    """Load the rows of a split: no picture, the facts and the question, one edge of a shortest path per step, the
+    reachable option.
 
-    num_rows: for every split, or for each by name.
-    num_nodes, num_edges: of every graph. num_nodes - 2 edges make two trees, a root and an option in each, so that
-        directions need not be read; every further edge makes a second way, or joins the trees.
-    min_hops, max_hops: the length of the path is uniform between them.
-    wording: `prosqa`, sentences as in the public files; `symbols`, a letter a node and a token an edge (see
+    num_rows: for every split, or a mapping by split.
+    num_nodes, num_edges: of every graph. num_nodes - 2 edges make two trees with a root and an option each, so
+        directions can be ignored; every further edge adds a second path, or joins the trees.
+    min_hops, max_hops: the length of the path is uniform in this range.
+    wording: `prosqa`, sentences as in the public files; `symbols`, a letter per node and a token per edge (see
         `_symbol_texts`).
     """
     rows = _rows(

@@ -1,4 +1,4 @@
-"""Loads GSM8k-Aug, text-only arithmetic with equations as steps: `<split>.txt`, Coconut's JSON, or the Hub's copies.
+"""Load GSM8k-Aug, text-only arithmetic with equations as steps: `<split>.txt`, Coconut's JSON, or the Hub's copies.
 
 A line of the text files is `question||<<16-3-4=9>> <<9*2=18>> #### 18`; it may have no equations. Coconut's files
 `gsm_<split>.json` are those of `json_steps` without pictures. Papers: https://arxiv.org/abs/2405.14838 (the data),
@@ -39,7 +39,7 @@ def _lines(file: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _examples(row: Mapping[str, Any], row_id: str) -> Iterator[Example]:
-    """Of a line, or of the Hub's copies, whose equations are a list `steps` or a text `cot`."""
+    """Yield the example of a line, or of a Hub row, whose equations are a list `steps` or a text `cot`."""
     if "cot" in row and "steps" not in row:
         row = {**row, "steps": row["cot"].split() if isinstance(row["cot"], str) else row["cot"]}
     yield Example(
@@ -53,7 +53,7 @@ def _examples(row: Mapping[str, Any], row_id: str) -> Iterator[Example]:
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` sums a split as `<split>.txt`; returns the options for `load`."""
+    """Write `num_rows` sums per split as `<split>.txt`; return the options for `load`."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for split, name in FILES.items():
@@ -68,10 +68,10 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, folder: str | os.PathLike | None = None, path: str | os.PathLike | None = None) -> Dataset:
-    """The rows of a split: no picture, an open question, an equation a step, the number.
+    """Load the rows of a split: no picture, an open question, one equation per step, the number.
 
     folder: holds `train.txt`, `valid.txt` and `test.txt`, or else `gsm_train.json`, `gsm_valid.json`, `gsm_test.json`.
-    path: instead of it, a Hub id such as `whynlp/gsm8k-aug`, or a folder as `hub.read_published` takes it.
+    path: instead of folder, a Hub id such as `whynlp/gsm8k-aug`, or a folder as `hub.read_published` reads it.
     """
     check_split("gsm8k_aug", split)
     check_source("gsm8k_aug", folder=folder, path=path)

@@ -1,5 +1,5 @@
-"""Reads data sets published with pictures in a column `image`: from the Hub, from a folder of parquet files, or from
-`save_to_disk`. The pictures stay where they are, undecoded and, if their file is memory-mapped, on disk."""
+"""Read data sets published with pictures in a column `image`: from the Hub, from a folder of parquet files, or from
+`save_to_disk`. The pictures stay undecoded and, in memory-mapped files, on disk."""
 
 import os
 import re
@@ -19,11 +19,11 @@ from mmcoconut.errors import UsageError
 
 
 IMAGE_COLUMN = re.compile(r"image(_\d+)?")
-PUBLISHED_NAMES = {"validation": ("validation", "valid", "val", "dev")}  # of our splits; the others have one
+PUBLISHED_NAMES = {"validation": ("validation", "valid", "val", "dev")}  # of our splits; the others have one name
 
 
 def published_splits(path: str | os.PathLike, config: str | None = None) -> list[str]:
-    """The names of the splits at `path`, without loading them; ValueError where there is nothing to load."""
+    """Return the names of the splits at `path`, without loading them; ValueError where there is nothing to load."""
     path = str(path)
     if path.startswith((".", "/", "~")) and not os.path.isdir(path):
         raise UsageError(f"{path}: there is no such folder; give the option path a folder or a Hub id")
@@ -50,7 +50,7 @@ def _read(path: str | os.PathLike, name: str, config: str | None) -> Dataset:
 
 
 def read_published(path: str | os.PathLike, split: str, *, config: str | None = None) -> Dataset:
-    """One split of the data set at `path`, its pictures undecoded; `config` is for repositories that hold several."""
+    """Read one split of the data set at `path`, its pictures undecoded; `config` is for repositories with several."""
     names = published_splits(path, config)
     known = [name for name in PUBLISHED_NAMES.get(split, (split,)) if name in names]
     if not known:
@@ -59,13 +59,13 @@ def read_published(path: str | os.PathLike, split: str, *, config: str | None = 
 
 
 def read_benchmark(path: str | os.PathLike, *, config: str | None = None) -> Dataset:
-    """Read the rows of a benchmark at `path`, undecoded: of its validation split, or of the only one that it has.
+    """Read the rows of a benchmark at `path`, undecoded: its validation split, or its only split.
 
-    Benchmarks call the rows that come with answers `val`; a bare parquet file, without the Hub's README, is one
-    split that `datasets` calls train.
+    Benchmarks call the rows with published answers `val`; a bare parquet file, without the Hub's README, is one
+    split, which `datasets` calls train.
 
     Raises:
-        UsageError: several splits, none of which is a validation split.
+        UsageError: several splits without a validation split.
     """
     names = published_splits(path, config)
     known = [name for name in PUBLISHED_NAMES["validation"] if name in names] or (names if len(names) == 1 else [])
@@ -75,14 +75,14 @@ def read_benchmark(path: str | os.PathLike, *, config: str | None = None) -> Dat
 
 
 def rows_name(path: str | os.PathLike, split: str) -> str:
-    """Return what error messages call the rows: the Hub id, or the folder's last name, and the split."""
+    """Return the name of the rows for error messages: the Hub id, or the folder's last name, and the split."""
     return f"{Path(path).name if os.path.isdir(path) else path} {split}"
 
 
 def _check_pictures(
     pictures: pa.Table, name: str, row_ids: Sequence[str], path: str | os.PathLike, *, required: bool
 ) -> None:
-    """A row may do without its bytes only when the file it names lies inside the folder `path`."""
+    """Check that a row without bytes names a file inside the folder `path`."""
     column = pictures[name]
     for index in np.flatnonzero(pc.struct_field(column, "bytes").is_null()):
         item = column[int(index)].as_py()
@@ -95,7 +95,7 @@ def _check_pictures(
 
 
 def _lists(columns: Sequence[pa.StructArray]) -> pa.ListArray:
-    """One list a row: of the pictures in its columns, in their order, without those that are null."""
+    """Return one list per row: the pictures in its columns, in order, without nulls."""
     valid = np.stack([column.is_valid().to_numpy(zero_copy_only=False) for column in columns], axis=1)
     offsets = pa.array(np.concatenate([np.zeros(1, np.int32), np.cumsum(valid.sum(axis=1), dtype=np.int32)]))
     rows, numbers = np.nonzero(valid)
@@ -123,7 +123,7 @@ def from_published(
     images: str = "required",
     columns: Sequence[str] = ("image",),
 ) -> Dataset:
-    """A data set of the examples of `rows` (all by default) of what `read_published` gave, with their pictures.
+    """Make a data set of the examples of `rows` (all by default) from `read_published`, with their pictures.
 
     images: "required", "optional" (a null is a text row), or "none" for text only.
     columns: hold the pictures, one each; nulls in any but the first are always allowed.
@@ -155,8 +155,8 @@ def save_published(
     columns: Sequence[str] = ("image",),
     below: str = "data",
 ) -> None:
-    """Writes rows with PIL pictures (or None) in `columns` as the Hub stores them: a parquet file in the folder
-    `below` that holds the PNG bytes."""
+    """Write rows with PIL pictures (or None) in `columns` as the Hub stores them: a parquet file with the PNG bytes in
+    the folder `below`."""
     content = {key: [row[key] for row in rows] for key in rows[0]}
     for name in columns:
         pictures = content[name]

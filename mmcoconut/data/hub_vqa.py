@@ -1,4 +1,4 @@
-"""Loads PathVQA and VQA-RAD, medical questions published on the Hub as parquet with `image`, `question` and `answer`.
+"""Load PathVQA and VQA-RAD, medical questions published on the Hub as parquet with `image`, `question` and `answer`.
 
 There are no steps. VQA-RAD has no validation split, and its train and test share pictures as published. Papers:
 https://arxiv.org/abs/2003.10286 (PathVQA), https://www.nature.com/articles/sdata2018251 (VQA-RAD)
@@ -29,7 +29,7 @@ def _examples(row: Mapping[str, Any], row_id: str) -> Iterator[Example]:
 
 
 def _part(dataset: Dataset, split: str, *, validation_fraction: float, name: str) -> set[int]:
-    """The rows of the published train split that are in `split`, by the hash of their pictures' bytes."""
+    """Return the rows of the published train split that are in `split`, by the hash of their pictures' bytes."""
     if not 0 < validation_fraction < 1:
         raise UsageError(f"the option validation_fraction is {validation_fraction}; choose a number between 0 and 1")
     rows = set()
@@ -43,7 +43,7 @@ def _part(dataset: Dataset, split: str, *, validation_fraction: float, name: str
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as parquet files; returns the options for `load`."""
+    """Write `num_rows` arrow mazes per split as parquet files; return the options for `load`."""
     for split in SPLITS:
         puzzles = sample_puzzles(split, num_rows=num_rows, seed=seed)
         rows = [{"image": p["picture"], "question": p["question"], "answer": p["answer"]} for p in puzzles]
@@ -52,12 +52,12 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, path: str | os.PathLike, validation_fraction: float | None = None) -> Dataset:
-    """The rows of a split: one picture, an open question, one answer.
+    """Load the rows of a split: one picture, an open question, one answer.
 
     path: a Hub id such as `flaviagiammarino/path-vqa` or `flaviagiammarino/vqa-rad`, or a folder as
         `hub.read_published` takes it.
-    validation_fraction: takes this part of the published train split's pictures as validation and leaves the others
-        for train, instead of a published validation split; the same for every split you load, or pictures are shared.
+    validation_fraction: use this part of the published train split's pictures as validation and the others as
+        train, instead of a published validation split; use the same for every split, or pictures are shared.
     """
     check_split("this data set", split)
     if validation_fraction is None or split == "test":

@@ -1,10 +1,10 @@
-"""What a frozen vision tower gives of a run's pictures, computed once and kept on disk for all epochs and runs.
+"""Cache the features of a frozen vision tower for a run's pictures on disk, for all epochs and runs.
 
-    <cache>/<fingerprint>/description.json        what the features are of: tower, image processor, layers, precision
+    <cache>/<fingerprint>/description.json        tower, image processor, layers, precision of the features
                          /<name>.safetensors      SHA-256 of a picture's file → its features (tiles, patches, W)
 
-The fingerprint is that of the description, so another tower or other settings never find these features. A shard is
-written whole or not at all: a run that is stopped loses the pictures of one.
+The fingerprint is a hash of the description, so other towers or settings never use these features. A shard is
+written completely or not at all: a stopped run loses the pictures of one shard.
 
 Shapes: I images or tiles, patches of one, W width of the layers that the projector reads.
 """
@@ -44,7 +44,7 @@ OPEN_SHARDS = 256
 
 
 def hash_of(module: nn.Module) -> str:
-    """SHA-256 of a module's weights, their names and types; under FSDP2 every process must call this."""
+    """Return the SHA-256 of a module's weights, with names and types; under FSDP2 call this in every process."""
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         tensor = whole_tensor(tensor).cpu().contiguous()
@@ -54,10 +54,10 @@ def hash_of(module: nn.Module) -> str:
 
 
 def description_of(model, processor, mixed_precision: str) -> dict:
-    """All that the features of a picture depend on, beside the picture."""
+    """Return everything that the features of a picture depend on, other than the picture."""
     tower = model.vision_tower
     vision_config = json.loads(tower.config.to_json_string())
-    vision_config.pop("_name_or_path", None)  # the same weights may lie in several places
+    vision_config.pop("_name_or_path", None)  # the same weights may have several paths
     return {
         "weights": hash_of(tower),
         "vision_config": vision_config,
@@ -78,27 +78,27 @@ def fingerprint(description: Mapping) -> str:
 
 @lru_cache(maxsize=OPEN_SHARDS)
 def open_shard(path: Path):
-    """Open a shard, mapped into memory and kept open; each process has its own.
+    """Open a shard, memory-mapped and kept open; each process opens its own.
 
     Raises:
-        ValueError: a file that was cut short or is none.
+        ValueError: the file is truncated or no shard.
     """
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: {path.stat().st_size} bytes that are no whole file of image features ({error}): delete it, and "
-            "its pictures are computed again."
+            f"{path}: not a complete file of image features ({path.stat().st_size} bytes; {error}). Delete it, and "
+            "its features are computed again."
         ) from error
 
 
 class ImageFeatures:
-    """Features of pictures by the content of their files, read from a folder of shards when they are asked for.
+    """Features of pictures by the content of their files, read on demand from a folder of shards.
 
     Args:
-        folder: of one fingerprint.
-        tower_hash: `hash_of` the tower that they are of.
-        tiled: whether a picture may have several tiles, so that batches count them.
+        folder: folder of one fingerprint.
+        tower_hash: `hash_of` the tower that computed them.
+        tiled: True if a picture may have several tiles, so batches count them.
     """
 
     def __init__(self, folder: Path, *, tower_hash: str, tiled: bool):
@@ -107,7 +107,7 @@ class ImageFeatures:
         self.refresh()
 
     def refresh(self) -> None:
-        """Look for shards that were written since."""
+        """Look for new shards."""
         known = {*self.shards.values()}
         for path in sorted({*self.folder.glob(f"*{SHARD}")} - known):
             self.shards |= dict.fromkeys(open_shard(path).keys(), path)
@@ -116,20 +116,20 @@ class ImageFeatures:
         return key in self.shards
 
     def of_rows(self, rows: Sequence[Mapping]) -> tuple[dict, list[list[int]]]:
-        """Return what the model reads for all rows' images in order, and the tiles of each image of each row.
+        """Return the features of all rows' images in order, and the tiles of each image of each row.
 
         Returns:
-            image_features (I, patches, W), and num_tiles (images,) where pictures have tiles; {} without pictures.
+            image_features (I, patches, W), and num_tiles (images,) if pictures have tiles; {} without pictures.
 
         Raises:
-            ValueError: a picture whose features were not computed.
+            ValueError: the features of a picture are missing.
         """
         found, tiles = [], []
         for row in rows:
             keys = content_keys(row)
             if any(key not in self for key in keys):
                 raise ValueError(
-                    f"{row['row_id']}: {self.folder} holds no features of a picture of this row: rows outside the "
+                    f"{row['row_id']}: {self.folder} lacks the features of a picture. Rows outside the "
                     "run's splits need precompute_image_features: false."
                 )
             of_row = [open_shard(self.shards[key]).get_tensor(key) for key in keys]  # (tiles, patches, W) each
@@ -141,32 +141,32 @@ class ImageFeatures:
         return {"image_features": torch.cat(found), **counts}, tiles
 
     def check_tower(self, model) -> None:
-        """Raise if the weights of the model's tower are not those that the features are of."""
+        """Raise if the weights of the model's tower are not those that computed the features."""
         if hash_of(model.vision_tower) != self.tower_hash:
             raise ValueError(
-                "The checkpoint's vision tower is another than the one that the recipe builds and that "
-                f"{self.folder} is of: resume without precompute_image_features."
+                "The checkpoint's vision tower differs from the recipe's, which computed the features in "
+                f"{self.folder}. Resume without precompute_image_features."
             )
 
 
 def check_frozen(model) -> None:
-    """Features of a tower that is trained would be those of an earlier one, and a VLM's own class reads pixels."""
+    """Refuse a trained tower, whose features would be outdated, and a VLM's own class, which reads pixels."""
     if isinstance(model, ThinkingVLM):
         raise ValueError(
-            f"precompute_image_features caches what a composed model reads, and this is a {type(model).__name__}: "
-            "remove this key, or convert an InternVL or LLaVA with `python -m mmcoconut.convert_vlm … --to composed`."
+            f"precompute_image_features needs a composed model, and this is a {type(model).__name__}. "
+            "Remove this key, or convert an InternVL or LLaVA with `python -m mmcoconut.convert_vlm … --to composed`."
         )
     trained = [name for name, parameter in model.vision_tower.named_parameters() if parameter.requires_grad]
     if trained:
         raise ValueError(
             f"precompute_image_features needs a frozen vision tower, and {len(trained)} of its parameters are trained "
-            f"({trained[0]}, …): add vision_tower to `freeze`, keep `lora` out of it, or remove this key."
+            f"({trained[0]}, …). Add vision_tower to `freeze`, keep `lora` out of it, or remove this key."
         )
 
 
 @contextmanager
 def tower_in_place(trainer) -> Iterator[None]:
-    """Inside, the tower is in evaluation mode and on the run's device; a model that is to be sharded is not yet."""
+    """Within this context the tower is in evaluation mode and on the run's device; models are sharded later."""
     tower, device = trainer.model.vision_tower.eval(), trainer.model.vision_tower.device
     tower.to(trainer.args.device)
     yield
@@ -175,10 +175,10 @@ def tower_in_place(trainer) -> Iterator[None]:
 
 @contextmanager
 def one_run_at_a_time(folder: Path, accelerator) -> Iterator[None]:
-    """Runs that share a folder fill it one after the other, and the processes of one run together."""
+    """Make runs that share a folder fill it one after the other, with all processes of a run together."""
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "lock") if accelerator.is_main_process else nullcontext():
-        for path in folder.glob(f"*{PARTIAL}") if accelerator.is_main_process else ():  # of a run that was stopped
+        for path in folder.glob(f"*{PARTIAL}") if accelerator.is_main_process else ():  # of a stopped run
             path.unlink()
         accelerator.wait_for_everyone()
         yield
@@ -186,7 +186,7 @@ def one_run_at_a_time(folder: Path, accelerator) -> Iterator[None]:
 
 
 def distinct_pictures(datasets: Sequence[Dataset], *, silent: bool) -> dict[str, tuple[int, int, int]]:
-    """Where each distinct picture first stands, by its key: data set, row, number within the row."""
+    """Return the first location of each distinct picture by key: data set, row, number within the row."""
     places = {}
     with progress(total=sum(map(len, datasets)), desc="reading pictures", silent=silent) as bar:
         for number, rows in enumerate(datasets):
@@ -198,7 +198,7 @@ def distinct_pictures(datasets: Sequence[Dataset], *, silent: bool) -> dict[str,
 
 
 def load_pixels(pictures, *, datasets: Sequence[Dataset], processor) -> tuple[list[str], torch.Tensor, list[int]]:
-    """Keys, pixels (I, channels, height, width) and numbers of tiles of pictures (key, place)."""
+    """Return keys, pixels (I, channels, height, width) and numbers of tiles of pictures (key, location)."""
     groups = []
     for _, (number, index, position) in pictures:
         row = datasets[number][index]
@@ -209,7 +209,7 @@ def load_pixels(pictures, *, datasets: Sequence[Dataset], processor) -> tuple[li
 
 @torch.no_grad()
 def run_tower(model, pixel_values: torch.Tensor, *, batch_size: int, accelerator) -> torch.Tensor:
-    """Features (I, patches, W) in the tower's own precision, as training's forward pass would compute them."""
+    """Return features (I, patches, W) in the tower's own precision, as training's forward pass would compute them."""
     tower = model.vision_tower
     parts = pixel_values.to(tower.dtype).split(batch_size)
     with accelerator.autocast():
@@ -218,14 +218,14 @@ def run_tower(model, pixel_values: torch.Tensor, *, batch_size: int, accelerator
 
 
 def write_shard(folder: Path, features: Mapping[str, torch.Tensor]) -> None:
-    """A file that is there whole or not at all, named by its first picture."""
+    """Write a shard completely or not at all, named by its first picture."""
     path = folder / f"{next(iter(features))}{SHARD}"
     save_file(dict(features), path.with_suffix(PARTIAL))
     path.with_suffix(PARTIAL).replace(path)
 
 
 def write_features(batches: Iterable, folder: Path, *, bar) -> None:
-    """Shards of batches (keys, features (I, patches, W), tiles of each picture)."""
+    """Write shards of batches (keys, features (I, patches, W), tiles of each picture)."""
     shard, num_bytes = {}, 0
     for keys, features, tiles in batches:
         for key, of_picture in zip(keys, features.split(tiles)):
@@ -240,10 +240,10 @@ def write_features(batches: Iterable, folder: Path, *, bar) -> None:
 
 
 def compute_features(trainer, datasets: Sequence[Dataset], pictures: list[tuple], folder: Path) -> None:
-    """Run this process's pictures through image processor and tower, and write their features."""
+    """Compute and write the features of this process's pictures."""
     args, batch_size = trainer.args, trainer.args.per_device_eval_batch_size
     load = partial(load_pixels, datasets=datasets, processor=trainer.processing_class)
-    apart = torch.Generator()  # the run's own draws, of rows and dropout, stay those of a run without features
+    apart = torch.Generator()  # keeps the run's random draws, of rows and dropout, as without features
     loader = DataLoader(
         pictures, batch_size, collate_fn=load, num_workers=args.dataloader_num_workers, generator=apart
     )
@@ -254,7 +254,7 @@ def compute_features(trainer, datasets: Sequence[Dataset], pictures: list[tuple]
 
 
 def fill_cache(trainer, datasets: Sequence[Dataset], cache: str | Path) -> tuple[ImageFeatures, dict]:
-    """What `precompute_image_features` gives, and where each picture stands, before it is known to be complete."""
+    """Fill the cache; return the features and the location of each picture, before completeness is checked."""
     accelerator, processor = trainer.accelerator, trainer.processing_class
     description = description_of(trainer.model, processor, accelerator.mixed_precision)
     folder = Path(cache, fingerprint(description))
@@ -266,21 +266,21 @@ def fill_cache(trainer, datasets: Sequence[Dataset], cache: str | Path) -> tuple
         if trainer.is_world_process_zero():
             (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
             logger.info("image features: %d of %d pictures to compute, %s", len(missing), len(pictures), folder)
-        accelerator.wait_for_everyone()  # until all know what is missing, nobody writes
+        accelerator.wait_for_everyone()  # nobody writes until all know what is missing
         compute_features(trainer, datasets, missing[accelerator.process_index :: accelerator.num_processes], folder)
     features.refresh()
     return features, pictures
 
 
 def precompute_image_features(trainer, datasets: Sequence[Dataset], cache: str | Path) -> ImageFeatures:
-    """The features of all pictures of the data sets; what the cache lacks is computed, by each process its part.
+    """Return the features of all pictures of the data sets; each process computes its part of those not cached.
 
     Args:
         trainer: a CurriculumTrainer before training.
-        cache: a folder that runs may share, also at the same time.
+        cache: a folder that runs may share, also concurrently.
 
     Raises:
-        ValueError: a tower that is trained; a folder that is not the same for all processes.
+        ValueError: the tower is trained; the processes do not share the folder.
     """
     check_frozen(trainer.model)
     with tower_in_place(trainer):
@@ -288,7 +288,7 @@ def precompute_image_features(trainer, datasets: Sequence[Dataset], cache: str |
     absent = pictures.keys() - features.shards.keys()
     if absent:
         raise ValueError(
-            f"Features of {len(absent)} pictures are missing from {features.folder}, as other processes wrote them "
-            "elsewhere: set image_features_cache to a folder that all machines share."
+            f"Features of {len(absent)} pictures are missing from {features.folder}, because other processes wrote "
+            "them elsewhere. Set image_features_cache to a folder that all machines share."
         )
     return features

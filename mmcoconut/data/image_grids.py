@@ -1,7 +1,7 @@
-"""Where on a picture the features of its image lie, for each way in which a model cuts pictures.
+"""Locate the features of an image on the picture, for every way in which models cut pictures.
 
-A model's own processor says it: by the number of patches that it hands on, by what stands between the placeholders of
-an image, or by their number alone. Where none of these tells, there is a reason in the place of a map.
+The model's own processor determines it: by the number of patches it returns, by the tokens between the placeholders
+of an image, or by their number. If none of these suffices, a reason is returned in place of a map.
 
 Shapes: N thoughts, I images of a row, P features of an image, R rows and C columns of a grid over a picture.
 """
@@ -20,11 +20,11 @@ from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
 from mmcoconut.models import is_composed
 
 
-# How a tile's place is written in front of its features (SmolVLM, Idefics 3, LFM2-VL).
+# How a tile's position is written before its features (SmolVLM, Idefics 3, LFM2-VL).
 PLACE_OF_TILE = re.compile(r"row_(\d+)_col_(\d+)")
-# Shapes (width, height) of pictures that have as many features as any other, where these make a square.
+# Shapes (width, height) of pictures with the same number of features as any other, if those form a square.
 NARROW = ((64, 256), (256, 64))
-# Parts of a tower that make features of the whole picture.
+# Modules of a tower that compute features of the whole picture.
 MIXES_PLACES = re.compile("Perceiver|QFormer|Resampler")
 
 
@@ -32,8 +32,8 @@ MIXES_PLACES = re.compile("Perceiver|QFormer|Resampler")
 class View:
     """Features that lie in rows on a picture, or on a part of it, in reading order.
 
-    first: the number of the first among the P of the image. step: from the start of a row to the next one's.
-    top, left, height, width: of the part, in shares of the picture's height and width; beyond it where it was padded.
+    first: index of the first feature among the P of the image. step: from the start of a row to the start of the next.
+    top, left, height, width: of the part, as fractions of the picture's height and width; beyond 0 to 1 if padded.
     """
 
     first: int
@@ -47,9 +47,9 @@ class View:
 
 
 def on_picture(weights: np.ndarray, views: Sequence[View]) -> np.ndarray:
-    """Weights (P,) as a grid (R, C) over the picture, as fine as the finest view; what lies in no view is left out.
+    """Return weights (P,) as a grid (R, C) on the picture, as fine as the finest view; others are left out.
 
-    Each feature's weight is shared out among the cells whose middle it covers.
+    Each feature's weight is distributed over the cells whose centre it covers.
     """
     rows = max(1, max(round(view.rows / view.height) for view in views))
     columns = max(1, max(round(view.columns / view.width) for view in views))
@@ -65,7 +65,7 @@ def on_picture(weights: np.ndarray, views: Sequence[View]) -> np.ndarray:
 
 
 def picture_grid(num_features: int) -> tuple[int, int] | None:
-    """(rows, columns) of an image's features in reading order: a square, also behind one class token, else None.
+    """Return (rows, columns) of features in reading order if they form a square, also after a class token, else None.
 
     >>> picture_grid(9), picture_grid(50), picture_grid(12)
     ((3, 3), (7, 7), None)
@@ -78,13 +78,13 @@ def picture_grid(num_features: int) -> tuple[int, int] | None:
 
 
 def rows_and_columns(count: int, ratio: float) -> tuple[int, int]:
-    """Rows and columns of so many cells whose columns / rows is nearest to a ratio."""
+    """Return rows and columns of `count` cells whose columns / rows is nearest to a ratio."""
     pairs = [(count // columns, columns) for columns in range(1, count + 1) if count % columns == 0]
     return min(pairs, key=lambda pair: abs(math.log(pair[1] / pair[0] / ratio)))
 
 
 def tiles(first: int, layout: tuple[int, int], side: int, num_features: int, extent=(1.0, 1.0)) -> list[View]:
-    """Views of tiles of side × side features, the last of num_features each, in rows over an extent of the picture."""
+    """Return views of tiles of side × side features, the last of num_features each, in rows over an extent."""
     rows, columns = layout
     size = {"height": extent[0] / rows, "width": extent[1] / columns}
     starts = [first + (number + 1) * num_features - side * side for number in range(rows * columns)]
@@ -103,16 +103,16 @@ def tiles(first: int, layout: tuple[int, int], side: int, num_features: int, ext
 
 
 def of_patches(num_features: int, rows: int, columns: int) -> list[View] | str:
-    """The grid of a picture of patches (rows, columns), of which k × k at a time became a feature."""
+    """Return the grid of a picture of patches (rows, columns), of which k × k at a time became a feature."""
     side = math.isqrt(rows * columns // num_features)
     rows, columns = rows // max(side, 1), columns // max(side, 1)
     if rows * columns != num_features:
-        return f"{num_features} features do not fit the {rows} × {columns} patches that its processor speaks of"
+        return f"{num_features} features do not fit the {rows} × {columns} patches of its processor"
     return [View(0, rows, columns, columns)]
 
 
 def of_runs(runs: Sequence[int], before: Sequence[str], gaps: Sequence[tuple], ratio: float) -> list[View] | str:
-    """The grid of features in several runs, by the text before each and the ids between them.
+    """Return the grid of features in several runs, given the text before each run and the ids between them.
 
     ratio: of the picture's width to its height.
     """
@@ -124,28 +124,28 @@ def of_runs(runs: Sequence[int], before: Sequence[str], gaps: Sequence[tuple], r
         for start, count, place in zip(first, runs, places):
             side = math.isqrt(count)
             if side * side != count:
-                return f"a tile has {count} features, which make no square"
+                return f"a tile has {count} features, which do not form a square"
             row, column = place or (1, 1)
             rows, columns = layout if place else (1, 1)
             where = {"top": (row - 1) / rows, "left": (column - 1) / columns, "height": 1 / rows, "width": 1 / columns}
             views.append(View(start, side, side, side, **where))
         return views
     side = math.isqrt(runs[0])
-    if {*runs} == {side * side} and "global" in before[-1].lower():  # behind tiles that are only numbered (Aya Vision)
+    if {*runs} == {side * side} and "global" in before[-1].lower():  # after tiles that are only numbered (Aya Vision)
         layout = rows_and_columns(len(runs) - 1, ratio)
         return [*tiles(0, layout, side, runs[0]), *tiles(first[-1], (1, 1), side, runs[0])]
     if len({*runs}) == len({*gaps}) == 1 and len(gaps[0]) == 1:  # one token ends each row
         return [View(0, len(runs), runs[0], runs[0])]
-    return f"its features stand in {len(runs)} groups, and what is between them does not say where these lie"
+    return f"its features are in {len(runs)} groups, and the tokens between them do not give their positions"
 
 
 def runs_of(ids: Sequence[int], image_id: int) -> list[int]:
-    """How many placeholders stand in each run of them."""
+    """Return the number of placeholders in each run."""
     return [len([*group]) for is_image, group in groupby(ids, key=lambda token: token == image_id) if is_image]
 
 
 def part_seen(image_processor, size: tuple[int, int]) -> dict:
-    """The part of a picture (height, width) that a processor keeps, as fields of a View."""
+    """Return the part of a picture (height, width) that a processor keeps, as fields of a View."""
     height, width = size
     if getattr(image_processor, "background_color", None) is not None:  # it pads to a square
         side = max(height, width)
@@ -159,7 +159,7 @@ def part_seen(image_processor, size: tuple[int, int]) -> dict:
 
 
 def of_cross_attention(processor, tensors: Mapping, index: int, count: int, size: tuple[int, int]) -> list[View]:
-    """The grid of tiles that are looked at beside the text, on a canvas that the picture does not fill (mllama)."""
+    """Return the grid of tiles in cross-attention, on a canvas that the picture does not fill (mllama)."""
     mask, (height, width) = tensors["aspect_ratio_mask"][0, index], size
     per_tile, pixels = count // len(mask), processor.image_processor.size["height"]
     rows, columns = rows_and_columns(int(mask.sum()), width / height)
@@ -170,11 +170,11 @@ def of_cross_attention(processor, tensors: Mapping, index: int, count: int, size
 
 
 def of_tiles(processor, num_tiles: int, size: tuple[int, int]) -> list[View] | str:
-    """The grids of a picture (height, width) of a composed model, whose processor cuts it into so many tiles."""
+    """Return the grids of a picture (height, width) that a composed model's processor cuts into num_tiles tiles."""
     per_tile = processor.image_seq_length
     grid = picture_grid(per_tile)
     if grid is None:
-        return f"{per_tile} image features make no square, so it is not known where on the picture they lie"
+        return f"{per_tile} image features do not form a square, so their positions on the picture are unknown"
     side, image_processor = grid[0], processor.image_processor
     if num_tiles == 1:
         return [View(per_tile - side * side, side, side, side, **part_seen(image_processor, size))]
@@ -185,10 +185,10 @@ def of_tiles(processor, num_tiles: int, size: tuple[int, int]) -> list[View] | s
 
 @dataclass(frozen=True)
 class FeatureLayout:
-    """What a model says of where the features of its images lie; its processor says the rest for each picture.
+    """The layout of image features in a model; its processor adds the details per picture.
 
-    image_token_id: of their placeholders. composed: whether it is a model of parts. nowhere: why features lie nowhere
-    on a picture; None where they do. newline_side: patches on a side, of a tower whose rows end with a feature.
+    image_token_id: of their placeholders. composed: True for a model of parts. nowhere: reason why features have no
+    position on a picture, or None. newline_side: patches per side, for a tower whose rows end with a feature.
     """
 
     image_token_id: int
@@ -198,23 +198,23 @@ class FeatureLayout:
 
     @classmethod
     def of(cls, model) -> "FeatureLayout":
-        """Read it from a model, with or without adapters."""
+        """Read the layout from a model, with or without adapters."""
         model = model.get_base_model() if hasattr(model, "get_base_model") else model
         composed, nowhere, side = is_composed(model.config), None, None
         mixing = [name for module in model.modules() if MIXES_PLACES.search(name := type(module).__name__)]
         if composed and model.config.projector_type in PREFIX_PROJECTORS:
             mixing = [model.config.projector_type]
         if mixing:
-            nowhere = f"its {mixing[0]} makes features of the whole picture, which lie nowhere on it"
+            nowhere = f"its {mixing[0]} computes features of the whole picture, which have no position on it"
         if not composed and getattr(model.base_model, "image_newline", None) is not None:
             tower = model.config.vision_config
             side = tower.image_size // tower.patch_size
         return cls(model.config.image_token_id, composed, nowhere, side)
 
     def views(self, processor, pictures: Sequence[Image.Image], counts: Sequence[int] | None = None) -> list:
-        """For each picture of a prompt the views of its features, or the reason why it is not known where these lie.
+        """Return per picture of a prompt the views of its features, or the reason why their positions are unknown.
 
-        counts: of features, where they are no placeholders.
+        counts: number of features, if they have no placeholders.
         """
         if self.nowhere is not None:
             return [self.nowhere] * len(pictures)
@@ -227,7 +227,7 @@ class FeatureLayout:
         ]
 
     def _of_picture(self, processor, tensors: Mapping, ids: Sequence[int], index: int, picture, counts) -> list | str:
-        """The views of a picture of a vision-language model's own class, whose ids stand for it."""
+        """Return the views of a picture in a vision-language model's own class, given its placeholder ids."""
         size = picture.height, picture.width
         groups = [(is_image, tuple(group)) for is_image, group in groupby(ids, key=lambda i: i == self.image_token_id)]
         runs = runs_of(ids, self.image_token_id)
@@ -247,10 +247,10 @@ class FeatureLayout:
         return self._of_one_run(processor, count, size)
 
     def _of_one_run(self, processor, count: int, size: tuple[int, int]) -> list[View] | str:
-        """The grid of features that nothing divides, of a picture (height, width).
+        """Return the grid of features without separators, for a picture (height, width).
 
-        LLaVA-NeXT and its kin have features of the whole picture, then of its parts, put together without their
-        padding, with a feature at the end of each row.
+        LLaVA-NeXT and similar models have features of the whole picture, then of its parts, joined without padding and
+        with a feature at the end of each row.
         """
         image_processor, ratio = processor.image_processor, size[1] / size[0]
         if self.newline_side is not None:
@@ -267,27 +267,27 @@ class FeatureLayout:
             return [*tiles(0, layout, side, per_tile), *tiles(num_tiles * per_tile, (1, 1), side, per_tile)]
         grid = picture_grid(count)
         if grid is None:
-            return f"{count} image features make no square, so it is not known where on the picture they lie"
+            return f"{count} image features do not form a square, so their positions on the picture are unknown"
         _, [narrow] = processor.encode_images([[Image.new("RGB", shape) for shape in NARROW]], return_tensors="pt")
         if {runs_of(ids, self.image_token_id)[0] for ids in narrow} != {count}:
-            return "the number of features changes with a picture's shape, and nothing says how many are in a row"
+            return "the number of features changes with a picture's shape, and the number per row is unknown"
         rows, columns = grid
         return [View(count - rows * columns, rows, columns, columns, **part_seen(image_processor, size))]
 
 
 def views_of(model, processor, pictures: Sequence[Image.Image], counts: Sequence[int] | None = None) -> list:
-    """`FeatureLayout.views` of a model."""
+    """Return `FeatureLayout.views` of a model."""
     return FeatureLayout.of(model).views(processor, pictures, counts)
 
 
 @lru_cache(maxsize=1024)
 def views_of_sizes(layout: FeatureLayout, processor, sizes: tuple[tuple[int, int], ...]) -> list:
-    """`FeatureLayout.views` of pictures of so many pixels, (width, height) each, once for each such prompt."""
+    """Return `FeatureLayout.views` for pictures of these (width, height), cached per list of sizes."""
     return layout.views(processor, [Image.new("RGB", size) for size in sizes])
 
 
 def features_under(box: Sequence[float], views: Sequence[View], size: tuple[int, int]) -> np.ndarray:
-    """How much of a box lies under each feature (P,), as shares that add up to 1; all 0 where none sees the box.
+    """Return the fraction of a box under each feature (P,), adding up to 1; all 0 if no feature sees the box.
 
     box: left, top, right, bottom in pixels of a picture of size (width, height).
 
@@ -307,12 +307,12 @@ def features_under(box: Sequence[float], views: Sequence[View], size: tuple[int,
 
 
 def overlaps(edges: np.ndarray, start: float, end: float) -> np.ndarray:
-    """How much of start … end lies between each edge and the next, (R,) of edges (R + 1,)."""
+    """Return the length of start … end between each edge and the next, (R,), for edges (R + 1,)."""
     return (np.minimum(edges[1:], end) - np.maximum(edges[:-1], start)).clip(min=0)
 
 
 def counts_of(model, processor, pictures: Sequence[Image.Image], num_features: int) -> list[int]:
-    """How many of a row's features each of its pictures has: its placeholders, or as many as every other."""
+    """Return the number of features per picture of a row: its placeholders, or an equal share."""
     _, [handles] = processor.encode_images([list(pictures)], return_tensors="pt")
     counts = [ids.count(model.config.image_token_id) for ids in handles]
     return counts if sum(counts) == num_features else [num_features // len(pictures)] * len(pictures)

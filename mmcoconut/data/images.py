@@ -1,4 +1,4 @@
-"""Opens the pictures of a row as RGB, or says which row and which file cannot be read and what to do about it."""
+"""Open the pictures of a row as RGB, or raise an error with row, file and remedy."""
 
 import hashlib
 import io
@@ -20,9 +20,9 @@ from mmcoconut.images_mmcoconut import (
 )
 
 
-REMEDY = "replace the file, or leave such rows out with `unreadable_images: skip` in the recipe"
+REMEDY = "replace the file, or drop such rows with `unreadable_images: skip` in the recipe"
 HELPER_REMEDY = "replace the file, or leave the field out"
-TURNED = (5, 6, 7, 8)  # of EXIF's orientations, those that lie on a side
+TURNED = (5, 6, 7, 8)  # EXIF orientations that are rotated by 90°
 
 
 def _open_source(item: Mapping[str, Any], where: str) -> BinaryIO:
@@ -34,15 +34,15 @@ def _open_source(item: Mapping[str, Any], where: str) -> BinaryIO:
 
 
 def resolve_image_path(image_root: str | os.PathLike, relative: str, row_id: str, field: str = "image") -> Path:
-    """The absolute path of `relative` under `image_root`.
+    """Return the absolute path of `relative` under `image_root`.
 
-    Raises ValueError when it leaves the root: a data file from elsewhere must not choose which files are read.
+    Raises ValueError if it leaves the root: an untrusted data file must not choose which files are read.
     """
     root = Path(os.path.realpath(image_root))
     where = f"{row_id}, field {field!r}: found {relative!r}"
     remedy = f"write a path relative to the image root {str(root)!r} and keep the file inside it"
     if not relative.strip() or "\0" in relative:
-        raise UsageError(f"{where}, which is no file name; {remedy}")
+        raise UsageError(f"{where}, which is not a file name; {remedy}")
     if Path(relative).is_absolute():
         raise UsageError(f"{where}, an absolute path; {remedy}")
     if ".." in Path(relative).parts:
@@ -54,13 +54,13 @@ def resolve_image_path(image_root: str | os.PathLike, relative: str, row_id: str
 
 
 def _named_items(row: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
-    """The pictures of a row as they are stored, each with its name for messages."""
+    """Yield the stored pictures of a row, each with its name for messages."""
     for number, item in enumerate(row["images"]):
         yield item, f"{row['row_id']}: image file {item['path'] or f'{number} (bytes in the data set)'}"
 
 
 def content_keys(row: Mapping[str, Any]) -> list[str]:
-    """SHA-256 of each picture of a row, as it is stored: equal pictures have equal keys, wherever they lie."""
+    """Return the SHA-256 of each stored picture of a row: equal pictures have equal keys, in any location."""
     keys = []
     for item, where in _named_items(row):
         with _open_source(item, where) as source:
@@ -72,18 +72,18 @@ def _size_of(source: BinaryIO, where: str) -> tuple[int, int]:
     try:
         image = Image.open(source, formats=READABLE_FORMATS)
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in TURNED
-    except (*TOO_LARGE, *DAMAGE):  # which decoding names
+    except (*TOO_LARGE, *DAMAGE):  # which decoding reports
         return decode_image(source, where, REMEDY).size
     return image.size[::-1] if turned else image.size
 
 
 def image_sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
-    """Width and height in pixels of each picture of a row, upright, out of the heads of their files.
+    """Return (width, height) in pixels of each picture of a row, upright, from the headers of their files.
 
-    Only a PNG is decoded, which may say behind its pixels how it is turned.
+    Only a PNG is decoded, because its orientation may follow its pixels.
 
     Raises:
-        UnreadableImageError: as `open_images`.
+        UnreadableImageError: as in `open_images`.
     """
     sizes = []
     for item, where in _named_items(row):
@@ -93,7 +93,7 @@ def image_sizes(row: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 
 def open_helper_image(row: Mapping[str, Any]) -> Image.Image:
-    """The helper image of a row that has one, decoded as `open_images` does."""
+    """Open the helper image of a row that has one, as `open_images` does."""
     item = row["helper_image"]
     where = f"{row['row_id']}, field 'helper_image': image file {item['path'] or '(bytes in the data set)'}"
     with _open_source(item, where) as source:
@@ -101,12 +101,12 @@ def open_helper_image(row: Mapping[str, Any]) -> Image.Image:
 
 
 def open_images(row: Mapping[str, Any]) -> list[Image.Image]:
-    """The pictures of a row, decoded, RGB, in order; nothing is ever put in the place of one that cannot be read.
+    """Open the pictures of a row, decoded, RGB, in order; an unreadable picture is never replaced.
 
     The processor reads images in the same way (images_mmcoconut.py).
 
     Raises:
-        UnreadableImageError: as `decode_image`, with row and file.
+        UnreadableImageError: as in `decode_image`, with row and file.
     """
     images = []
     for item, where in _named_items(row):

@@ -1,9 +1,9 @@
-"""Loads questions with written steps from JSON or JSON Lines: `{"image", "question", "steps", "answer"}` a row.
+"""Load questions with written steps from JSON or JSON Lines: `{"image", "question", "steps", "answer"}` per row.
 
-This is the format of the A-OKVQA files made for Coconut. There the choices stand in the question and the answer is the
-index of the right one: both are kept as they are. Optional fields: `choices`, a list; `answers`, all accepted
-answers, repeated as people gave them; and for objectives `boxes`, the part of the picture that each step is about, and
-`helper_image`, a picture that shows the way to the answer.
+This is the format of the A-OKVQA files made for Coconut. There the question includes the choices and the answer is
+the index of the right one: both are kept unchanged. Optional fields: `choices`, a list; `answers`, all accepted
+answers, with repetitions; and for objectives `boxes`, the region of the picture for each step, and
+`helper_image`, a picture that shows the path to the answer.
 """
 
 import difflib
@@ -25,9 +25,9 @@ from mmcoconut.errors import UsageError
 OPTIONAL_FIELDS = ("image", "choices", "answers", "boxes", "helper_image")
 FIELDS = ("question", "steps", "answer", *OPTIONAL_FIELDS)
 
-LARGEST_WHOLE = 2**53  # from here on a float stands for several whole numbers
+LARGEST_WHOLE = 2**53  # from here on a float represents several integers
 
-# Half of a UTF-16 pair: JSON can spell it ("\ud83d"), text files and tokenizers cannot hold it.
+# Half of a UTF-16 pair: JSON can encode it ("\ud83d"), text files and tokenizers cannot.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -36,7 +36,7 @@ def field_error(row_id: str, field: str, found: Any, remedy: str) -> UsageError:
 
 
 def _parse(text: str, file: Path, *, first_line: int, last: bool) -> Any:
-    """`json.loads` whose error says where in the file, and whether the file seems to have been cut short."""
+    """Call `json.loads`; an error names the position in the file, and says if the file seems to be truncated."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -46,7 +46,7 @@ def _parse(text: str, file: Path, *, first_line: int, last: bool) -> Any:
         if cut:
             remedy = "it looks truncated: copy or download the file again"
         else:
-            remedy = "write one JSON list, or JSON Lines with one whole object a line"
+            remedy = "write one JSON list, or JSON Lines with one whole object per line"
         raise UsageError(f"{at}: not valid JSON ({error.msg}); {remedy}") from error
 
 
@@ -66,13 +66,13 @@ def read_text(file: Path) -> str:
 
 
 def read_rows(file: str | os.PathLike) -> list[dict]:
-    """The objects of a JSON list or of JSON Lines, told apart by the first character."""
+    """Read the objects of a JSON list or of JSON Lines, distinguished by the first character."""
     file = Path(file)
     text = read_text(file)
     if text.lstrip().startswith("["):
         rows = _parse(text, file, first_line=1, last=True)
     else:
-        # Not splitlines(): it also cuts at characters that may stand inside a JSON string.
+        # Not splitlines(): it also splits at characters that may be inside a JSON string.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         rows = [_parse(line, file, first_line=number, last=number == lines[-1][0]) for number, line in lines]
     if not rows:
@@ -90,7 +90,7 @@ def field_of(row: Mapping[str, Any], field: str, row_id: str) -> Any:
 
 
 def check_text(value: Any, field: str, row_id: str) -> str:
-    """`value` unchanged, if it is text with something in it."""
+    """Return `value` unchanged if it is non-empty text."""
     if not isinstance(value, str):
         raise field_error(row_id, field, value, f"write a string, not {type(value).__name__}")
     if not value.strip():
@@ -107,7 +107,7 @@ def check_list(value: Any, field: str, row_id: str) -> list:
 
 
 def answer_text(value: Any, field: str, row_id: str) -> str:
-    """A string as it is, a number as its string, without a point where it is whole: 3.0 is "3"."""
+    """Return a string unchanged, and a number as a string, without a decimal point if it is whole: 3.0 is "3"."""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise field_error(row_id, field, value, f"write a string or a number, not {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):
@@ -124,7 +124,7 @@ def check_among(answer: str, choices: list[str], *, choices_field: str, row_id: 
 
 
 def existing_image(image_root: str | os.PathLike, relative: Any, row_id: str, field: str = "image") -> dict:
-    """The `images` item of a file under `image_root`, which must exist; it is not decoded."""
+    """Return the `images` item of an existing file under `image_root`; it is not decoded."""
     path = resolve_image_path(image_root, check_text(relative, field, row_id), row_id, field)
     if not os.path.isfile(path):
         remedy = f"there is no file {str(path)!r}; correct the path or image_root, or put the file there"
@@ -133,7 +133,7 @@ def existing_image(image_root: str | os.PathLike, relative: Any, row_id: str, fi
 
 
 def _check_spelling(row: Mapping[str, Any], row_id: str) -> None:
-    """Refuses a misspelt optional field, which would otherwise be lost without a word: `images` for `image`."""
+    """Refuse a misspelt optional field, which would otherwise be ignored: `images` for `image`."""
     for field in sorted(row.keys() - set(FIELDS)):
         close = difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.8)
         if close and close[0] not in row:
@@ -167,7 +167,7 @@ def _helper_image(row: Mapping[str, Any], image_root: str | os.PathLike | None, 
 def _boxes(row: Mapping[str, Any], images: list[dict], row_id: str) -> list:
     boxes = [] if row.get("boxes") is None else check_list(row["boxes"], "boxes", row_id)
     if boxes and not images:
-        raise field_error(row_id, "boxes", boxes, "the row has no picture that they could lie on; give `image`")
+        raise field_error(row_id, "boxes", boxes, "the row has no picture for them; give `image`")
     for box in boxes:
         if box is None:
             continue
@@ -178,9 +178,9 @@ def _boxes(row: Mapping[str, Any], images: list[dict], row_id: str) -> list:
 
 
 def _answers(row: Mapping[str, Any], row_id: str) -> list[str]:
-    """`answers` with `answer`, the target, in front; `answers` alone will do, and its first is the target.
+    """Return `answers` with `answer`, the target, first; with `answers` alone, its first is the target.
 
-    Repeated answers stay, because metrics count how many people gave one.
+    Repeated answers are kept, because metrics count how many people gave each.
     """
     if row.get("answers") is None:
         return [answer_text(field_of(row, "answer", row_id), "answer", row_id)]
@@ -228,9 +228,9 @@ def _file_of_split(
             raise UsageError(f"the option file has no entry for split {split!r}; {nearest(split, file)}")
         return Path(file[split])
     if "{split}" not in str(file):
-        # One file for every split would put the training rows into the validation.
+        # One file for every split would validate on the training rows.
         raise UsageError(
-            f"the option file is {str(file)!r} for every split; write {{split}} in it where the split's name stands, "
+            f"the option file is {str(file)!r} for every split; write {{split}} in it for the split's name, "
             f"map splits to files: {{{split!r}: {str(file)!r}}}; or divide the file with fractions: [0.8, 0.1, 0.1]"
         )
     return Path(str(file).replace("{split}", split))
@@ -246,13 +246,13 @@ def _read_example(row: dict, row_id: str, *, image_root: str | None, images_requ
 
 
 def _identity(row: Mapping[str, Any]) -> bytes:
-    """Return what decides a row's split: its picture's path, so that no picture is in two splits, or its question."""
+    """Return what determines a row's split: its picture's path, so no picture is in two splits, or its question."""
     return json.dumps(row.get("image") or row["question"]).encode()
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as `<split>.json` with their pictures, boxes and helper images; returns
-    the options for `load`."""
+    """Write `num_rows` arrow mazes per split as `<split>.json` with pictures, boxes and helper images; return the
+    options for `load`."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for split in SPLITS:
@@ -276,14 +276,14 @@ def load(
     images_required: bool = True,
     fractions: Sequence[float] | None = None,
 ) -> Dataset:
-    """The rows of a split's file.
+    """Load the rows of a split's file.
 
-    file: a path with `{split}` in it, or a mapping from split to path; or one path, with fractions.
+    file: a path with `{split}` in it, a mapping from split to path, or one path with fractions.
     fractions: parts of train, validation and test into which one file is divided, by the hash of a row's picture path
-        (of its question, if it has no picture); the same for every split you load.
-    image_root: the folder that `image` paths are relative to; may hold `{split}` too.
-    images_required: True checks that every picture named is there, and that at least one row names one (a row without
-        `image` is a text row); False reads no picture at all and gives every row an empty list.
+        (of its question without a picture); use the same for every split.
+    image_root: the folder of relative `image` paths; may contain `{split}` too.
+    images_required: True checks that every named picture exists, and that at least one row names one (a row without
+        `image` is a text row); False reads no pictures and gives every row an empty list.
     """
     if image_root is not None and not images_required:
         raise UsageError(

@@ -1,11 +1,11 @@
-"""Loads conversations about pictures: LLaVA-Instruct's JSON, and the chat messages of later data sets.
+"""Load conversations about pictures: LLaVA-Instruct's JSON, and the chat messages of later data sets.
 
     {"id", "image", "conversations": [{"from": "human" | "gpt", "value"}, …]}
     {"images": […], "messages": [{"role": "user" | "assistant", "content": a text, or parts with a type}, …]}
 
-The pictures belong to the first question and stand in front of it, wherever it is marked. The last turn of a
-conversation is the row's question and answer, the turns before it are its `history`. The file has no splits, so a
-picture's conversations go to one by the hash of its name.
+The pictures belong to the first question and precede it, wherever they are marked. The last turn of a
+conversation is the row's question and answer, the turns before it are its `history`. The file has no splits, so all
+conversations about a picture are in one split, by the hash of its name.
 Paper: https://arxiv.org/abs/2304.08485
 """
 
@@ -36,7 +36,7 @@ from mmcoconut.errors import UsageError
 
 FRACTIONS = (0.98, 0.01, 0.01)  # train, validation, test
 IMAGE_MARK = "<image>"
-# By the field that holds the turns: who asks and who answers, the field that says so, and the field of the text.
+# By field of the turns: the two speakers, the field of the speaker, and the field of the text.
 FORMATS = {
     "conversations": (("human", "gpt"), "from", "value"),
     "messages": (("user", "assistant"), "role", "content"),
@@ -46,7 +46,7 @@ SAMPLE_TURNS = 3
 
 
 def _part(part: Any, field: str, row_id: str) -> str:
-    """The text of a part of a message, or the mark of a picture."""
+    """Return the text of a part of a message, or the mark of a picture."""
     kind = part.get("type") if isinstance(part, Mapping) else part
     if kind not in PART_TYPES:
         remedy = f"write an object whose type is one of {', '.join(PART_TYPES)}; {nearest(str(kind), PART_TYPES)}"
@@ -55,7 +55,7 @@ def _part(part: Any, field: str, row_id: str) -> str:
 
 
 def _text(turn: Mapping[str, Any], field: str, row_id: str) -> str:
-    """Return what is said in a turn, with a mark for each picture."""
+    """Return the text of a turn, with a mark for each picture."""
     content = field_of(turn, field, row_id)
     if field == "content" and isinstance(content, list):
         content = "".join(_part(part, field, row_id) for part in content)
@@ -63,7 +63,7 @@ def _text(turn: Mapping[str, Any], field: str, row_id: str) -> str:
 
 
 def _turns(row: Mapping[str, Any], row_id: str) -> tuple[str, list[tuple[str, str]]]:
-    """The field that holds the turns, and each question with its answer; what is answered before one is left out."""
+    """Return the field of the turns, and each question with its answer; answers before a question are dropped."""
     named = [field for field in FORMATS if field in row]
     if len(named) != 1:
         raise field_error(row_id, "conversations", sorted(row), f"give one of {', '.join(FORMATS)} among these")
@@ -74,19 +74,19 @@ def _turns(row: Mapping[str, Any], row_id: str) -> tuple[str, list[tuple[str, st
     start = 1 if found[0] == speakers[1] else 0
     pairs = len(found[start:]) // 2
     if pairs == 0 or found[start:] != [*speakers] * pairs:
-        remedy = f"the turns must be from {' and '.join(speakers)}, again and again"
+        remedy = f"the turns must alternate between {' and '.join(speakers)}"
         raise field_error(row_id, name, found, remedy)
     texts = [_text(turn, said, row_id) for turn in turns[start:]]
     return name, list(zip(texts[::2], texts[1::2]))
 
 
 def _unmarked(marked: str, field: str, row_id: str) -> str:
-    """A question without its marks, and without the spaces in front of them."""
+    """Return a question without its marks and the spaces before them."""
     return check_text(re.sub(rf"[^\S\n]*{IMAGE_MARK}", "", marked).strip(), field, row_id)
 
 
 def _first_question(marked: str, num_images: int, field: str, row_id: str) -> str:
-    """The first question without its marks, of which there must be one for each picture."""
+    """Return the first question without its marks; it must have one mark per picture."""
     if marked.count(IMAGE_MARK) != num_images:
         remedy = f"the row has {num_images} picture(s), so mark {num_images} in its first question ({IMAGE_MARK})"
         raise field_error(row_id, field, marked, remedy)
@@ -94,14 +94,14 @@ def _first_question(marked: str, num_images: int, field: str, row_id: str) -> st
 
 
 def _check_unmarked(turns: Sequence[tuple[str, str]], field: str, row_id: str) -> None:
-    """Pictures may be marked in the first question only."""
+    """Check that pictures are marked in the first question only."""
     for text in [*itertools.chain(*turns)][1:]:
         if IMAGE_MARK in text:
             raise field_error(row_id, field, text, f"write {IMAGE_MARK} in the first question only")
 
 
 def _pictures(row: Mapping[str, Any], name: str, row_id: str) -> list[str]:
-    """The paths of a row's pictures."""
+    """Return the paths of a row's pictures."""
     if name == "conversations":
         return [] if row.get("image") is None else [text_of(row, "image", row_id)]
     return [check_text(path, "images", row_id) for path in check_list(row.get("images", []), "images", row_id)]
@@ -143,7 +143,7 @@ def _sample_turns(puzzle: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as conversations of one to three turns; returns the options for `load`."""
+    """Write `num_rows` arrow mazes per split as conversations of one to three turns; return the options for `load`."""
     folder, rows = Path(folder), []
     for split in SPLITS:
         names = (f"{number:012}.jpg" for number in itertools.count(1))
@@ -166,13 +166,13 @@ def load(
     images_required: bool = True,
     max_turns: int | None = None,
 ) -> Dataset:
-    """The rows of a split: one picture, or several, or none, and the turns of a conversation.
+    """Load the rows of a split: zero, one or several pictures, and the turns of a conversation.
 
-    file: such as `llava_instruct_150k.json`; one file for all splits. image_root: holds the pictures that it names,
+    file: such as `llava_instruct_150k.json`; one file for all splits. image_root: folder of its pictures,
         for that file COCO's `train2017`.
-    fractions: parts of train, validation and test; the same for every split you load.
-    images_required: False reads no picture and gives every row an empty list.
-    max_turns: the first so many turns of each conversation; all by default.
+    fractions: parts of train, validation and test; use the same for every split.
+    images_required: False reads no pictures and gives every row an empty list.
+    max_turns: maximum number of first turns per conversation; default: all.
     """
     check_split("llava_instruct", split)
     check_fractions(fractions)

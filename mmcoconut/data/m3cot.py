@@ -1,4 +1,4 @@
-"""Loads M3CoT, multiple-choice questions with a long rationale: `<split>.jsonl` and `images/`, or the Hub's copy.
+"""Load M3CoT, multiple-choice questions with a long rationale: `<split>.jsonl` and `images/`, or the Hub's copy.
 
 The rationale is one text; its sentences are the steps. The answer, a letter, becomes the text of its choice. Paper:
 https://arxiv.org/abs/2405.16473
@@ -56,7 +56,7 @@ def _examples(row: Mapping[str, Any], row_id: str, *, images: FindImages) -> Ite
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as JSON Lines with their pictures; returns the options for `load`."""
+    """Write `num_rows` arrow mazes per split as JSON Lines with their pictures; return the options for `load`."""
     folder = Path(folder)
     for split, name in FILES.items():
         lines = []
@@ -78,12 +78,12 @@ def load(
     path: str | os.PathLike | None = None,
     images_required: bool = True,
 ) -> Dataset:
-    """The rows of a split: one picture, the context under the question, the choices, the rationale's sentences.
+    """Load the rows of a split: one picture, the context after the question, the choices, the rationale's sentences.
 
     folder: holds `train.jsonl`, `dev.jsonl` and `test.jsonl`. image_root: holds `<id>.png`; by default `images` in
         the folder.
-    path: instead of them, a Hub id such as `LightChen2333/M3CoT`, or a folder as `hub.read_published` takes it.
-    images_required: False reads no picture and gives every row an empty list.
+    path: instead of these, a Hub id such as `LightChen2333/M3CoT`, or a folder as `hub.read_published` reads it.
+    images_required: False reads no pictures and gives every row an empty list.
     """
     check_split("m3cot", split)
     check_source("m3cot", folder=folder, path=path)

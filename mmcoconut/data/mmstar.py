@@ -1,8 +1,8 @@
-"""Loads MMStar, 1,500 questions that need their picture: parquet with `image`, `question`, `answer` and categories.
+"""Load MMStar, 1,500 questions that need their picture: parquet with `image`, `question`, `answer` and categories.
 
 The options are in the question's text, in one of two layouts: `…\\nOptions: A: …, B: …`, or lines that begin with
-`(A)`, in part behind a hint about letters. Both become choices; the letter in `answer` becomes the text of its choice.
-Options `nan`, which fill rows up to four, are left out. Paper: https://arxiv.org/abs/2403.20330. Data:
+`(A)`, some after a hint about letters. Both become choices; the letter in `answer` becomes the text of its choice.
+Options `nan`, which fill rows up to four, are dropped. Paper: https://arxiv.org/abs/2403.20330. Data:
 https://huggingface.co/datasets/Lin-Chen/MMStar; scoring: `eval/vlmeval/evaluate/mmstar.py` of
 https://github.com/MMStar-Benchmark/MMStar
 """
@@ -25,7 +25,7 @@ from mmcoconut.errors import UsageError
 
 
 CATEGORIES = ("category", "l2_category")  # 6 abilities, and 18 that divide them
-# What stands between the question and its options: a line of its own, or the first option itself.
+# The text between the question and its options: a line of its own, or the first option itself.
 HEADER = re.compile(r"\n\s*(?:(?:Options|Choices):\s*|(?=\(A\)))")
 MARK = r"(?:^|[,\n]\s*)(?:{0}:|{0}\.\s|\({0}\))"
 HINT = re.compile(r"^Hint:.*\nQuestion:\s*")
@@ -79,10 +79,10 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, path: str | os.PathLike, categories: str = "category") -> Dataset:
-    """The rows of `test`, which the publishers call val: one picture, a question, its options as choices, no steps.
+    """Load the rows of `test`, published as val: one picture, a question, its options as choices, no steps.
 
     path: the Hub id `Lin-Chen/MMStar`, or a folder as `hub.read_published` takes it.
-    categories: the column that results are broken down by: `category`, or the finer `l2_category`.
+    categories: the column for results per category: `category`, or the finer `l2_category`.
     """
     check_test_only("mmstar", split, published="val")
     if categories not in CATEGORIES:

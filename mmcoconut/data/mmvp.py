@@ -1,6 +1,6 @@
-"""Loads MMVP, 300 questions about pairs of pictures that CLIP takes for the same: `Questions.csv` and `MMVP Images/`.
+"""Load MMVP, 300 questions about pairs of pictures that CLIP confuses: `Questions.csv` and `MMVP Images/`.
 
-Rows 1 and 2, 3 and 4, and so on, ask the same about two pictures, and a pair counts as right where both answers are:
+Rows 1 and 2, 3 and 4, and so on, ask the same about two pictures, and a pair is right if both answers are:
 the data set's metric is `pair_accuracy`. Paper: https://arxiv.org/abs/2401.06209. Data:
 https://huggingface.co/datasets/MMVP/MMVP; scoring: `scripts/gpt_grader.py` of https://github.com/tsb0601/MMVP
 """
@@ -75,7 +75,7 @@ def _examples(row: Mapping[str, Any], row_id: str, *, images: FindImages) -> Ite
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
     """Write arrow mazes as pairs, `num_rows` rows and one more if that is odd; return the options for `load`.
 
-    Of each pair the first picture answers the question by its first option, and the second by its second.
+    In each pair the first option answers the question for the first picture, the second for the second.
     """
     folder = Path(folder)
     num_pairs = (num_rows + 1) // 2
@@ -97,10 +97,10 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, folder: str | os.PathLike, images_required: bool = True) -> Dataset:
-    """The rows of `test`, the only split: one picture, a question, two choices, no steps, and the number of the pair.
+    """Load the rows of `test`, the only split: one picture, a question, two choices, no steps, the pair's number.
 
     folder: holds `Questions.csv` and `MMVP Images/<number>.jpg`, as the Hub's repository `MMVP/MMVP` does.
-    images_required: False reads no picture and gives every row an empty list.
+    images_required: False reads no pictures and gives every row an empty list.
     """
     check_test_only("mmvp", split, published=FILE)
     folder = Path(folder)

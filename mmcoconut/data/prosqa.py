@@ -1,4 +1,4 @@
-"""Loads ProsQA, text-only questions about paths in a graph of made-up words, from the files of Coconut's repository.
+"""Load ProsQA, text-only questions about paths in a graph of made-up words, from the files of Coconut's repository.
 
 `prosqa_<split>.json` is the format of `json_steps` without pictures; its fields about the graph are not read. Paper:
 https://arxiv.org/abs/2412.06769
@@ -19,7 +19,7 @@ WORDS = ("bompus", "dumpus", "gorpus", "hilpus", "jelpus", "kerpus", "lempus", "
 
 
 def _sample_row(rng: random.Random) -> dict:
-    """A name, a chain of three words that it is, and another chain that it is not."""
+    """Return a row with a name, a chain of three words that apply to it, and another chain that does not."""
     words = sorted(WORDS, key=lambda word: rng.random())
     path, others = words[:3], words[3:6]
     edges = [*zip(path, path[1:], strict=False), *zip(others, others[1:], strict=False)]
@@ -39,7 +39,7 @@ def _sample_row(rng: random.Random) -> dict:
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` small graphs a split as the published files; returns the options for `load`."""
+    """Write `num_rows` small graphs per split as the published files; return the options for `load`."""
     for split, name in FILES.items():
         rng = random.Random(f"prosqa {split} {seed}")
         save_json(Path(folder) / f"prosqa_{name}.json", [_sample_row(rng) for _ in range(num_rows)])
@@ -47,7 +47,7 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, folder: str | os.PathLike) -> Dataset:
-    """The rows of a split: no picture, the facts and the question, a fact of the path a step, the answer's sentence.
+    """Load the rows of a split: no picture, the facts and the question, one fact of the path per step, the answer.
 
     folder: holds `prosqa_train.json`, `prosqa_valid.json` and `prosqa_test.json`.
     """

@@ -1,4 +1,4 @@
-"""What the loaders of public data sets share: their splits, their JSON, sentences as steps, and made-up rows."""
+"""Shared code of the loaders of public data sets: splits, JSON, sentences as steps, and made-up rows."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from mmcoconut.data.json_steps import check_list, check_text, existing_image, fi
 from mmcoconut.errors import UsageError
 
 
-# Words before a full stop that ends no sentence. A rule, not a parser: "George W. Bush" is cut in two.
+# Words before a full stop that does not end a sentence. A rule, not a parser: "George W. Bush" is cut in two.
 ABBREVIATION = re.compile(r"(?:^|[\s(])(?:Mr|Mrs|Ms|Dr|St|Fig|vs|approx|e\.g|i\.e)\.$", re.IGNORECASE)
 LIST_NUMBER = re.compile(r"^\(?(?:\d+|[A-Za-z])[.)]$")  # "1." or "a)" alone
 BREAK = re.compile(r"\n+|(?<=[.!?])\s+|(?<=[.!?][\"')\]”’])\s+")
 
-# A loader's own function: the examples of a row (none leaves the row out) from the row and its name.
+# A loader's own function: yields the examples of a row (none drops the row), given the row and its name.
 Examples = Callable[[Mapping[str, Any], str], Iterable[Example]]
 
-# Where the pictures of a row are: its `images`, from the same two.
+# Returns the `images` of a row, given the same two arguments.
 FindImages = Callable[[Mapping[str, Any], str], list[dict]]
 
 
@@ -33,18 +33,18 @@ FindImages = Callable[[Mapping[str, Any], str], list[dict]]
 
 
 def check_source(dataset: str, **options: Any) -> None:
-    """Exactly one of `options`, such as a folder of the original files and a Hub id, says where the rows are."""
+    """Check that exactly one of `options`, such as a folder of the original files or a Hub id, gives the source."""
     given = [option for option, value in options.items() if value is not None]
     if len(given) != 1:
         raise UsageError(f"{dataset} was given {given or 'no source'}; give one of the options {', '.join(options)}")
 
 
 def check_not_beside_path(dataset: str, path: Any, **options: Any) -> None:
-    """Refuse options about files on disk beside `path`, whose data set brings what they would say."""
+    """Refuse options about files on disk together with `path`, whose data set has its own."""
     for option, value in options.items():
         if path is not None and value is not None:
             raise UsageError(
-                f"{dataset}: the option {option} is {value!r}, and what path={str(path)!r} holds brings its own; "
+                f"{dataset}: the option {option} is {value!r}, and the data set at path={str(path)!r} has its own; "
                 "remove one of them"
             )
 
@@ -53,7 +53,7 @@ def check_not_beside_path(dataset: str, path: Any, **options: Any) -> None:
 
 
 def read_object(file: Path) -> dict:
-    """The one JSON object that fills `file`."""
+    """Read the single JSON object in `file`."""
     text = read_text(file)
     try:
         content = json.loads(text)
@@ -68,7 +68,7 @@ def read_object(file: Path) -> dict:
 
 
 def objects_in(content: Mapping[str, Any], field: str, where: str) -> list[dict]:
-    """The list of objects in a field of a JSON file; `where` names the file."""
+    """Return the list of objects in a field of a JSON file; `where` names the file."""
     rows = check_list(field_of(content, field, where), field, where)
     if not rows:
         raise field_error(where, field, rows, "the list holds no rows; copy or download the file again")
@@ -79,12 +79,12 @@ def objects_in(content: Mapping[str, Any], field: str, where: str) -> list[dict]
 
 
 def numbered(rows: Iterable[dict], name: str) -> Iterator[tuple[str, dict]]:
-    """Rows with their names for error messages, `"<name> row 3"`, counted from 0."""
+    """Yield rows with their names for error messages, `"<name> row 3"`, counted from 0."""
     return ((f"{name} row {index}", row) for index, row in enumerate(rows))
 
 
 def from_rows(named: Iterable[tuple[str, dict]], examples: Examples, *, source: str | os.PathLike) -> Dataset:
-    """A data set of all examples that rows give; `source` is what an error calls them together."""
+    """Make a data set of all examples of the rows; `source` is their common name in errors."""
     found = [example for row_id, row in named for example in examples(row, row_id)]
     return to_dataset(not_empty(found, str(source)))
 
@@ -103,13 +103,13 @@ def text_of(row: Mapping[str, Any], field: str, row_id: str) -> str:
 
 
 def optional_text(row: Mapping[str, Any], field: str, row_id: str) -> str:
-    """The text of a field that may be null or empty, which gives `""`; the field itself must be there."""
+    """Return the text of a field that may be null or empty (`""`); the field itself must exist."""
     value = field_of(row, field, row_id)
     return "" if value is None or value == "" else check_text(value, field, row_id).strip()
 
 
 def texts_of(row: Mapping[str, Any], field: str, row_id: str) -> list[str]:
-    """A list with at least one text."""
+    """Return a list with at least one text."""
     values = check_list(field_of(row, field, row_id), field, row_id)
     if not values:
         raise field_error(row_id, field, values, "the list is empty; write at least one text")
@@ -124,7 +124,7 @@ def integer_of(row: Mapping[str, Any], field: str, row_id: str) -> int:
 
 
 def choice_at(row: Mapping[str, Any], field: str, choices: list[str], row_id: str) -> str:
-    """The choice whose index, from 0, is in a field."""
+    """Return the choice whose index, from 0, is in a field."""
     index = integer_of(row, field, row_id)
     if not 0 <= index < len(choices):
         raise field_error(row_id, field, index, f"write the index of one of the {len(choices)} choices, from 0")
@@ -132,7 +132,7 @@ def choice_at(row: Mapping[str, Any], field: str, choices: list[str], row_id: st
 
 
 def choice_of_letter(letter: str, field: str, choices: list[str], row_id: str) -> str:
-    """The choice that a capital letter names, A for the first."""
+    """Return the choice that a capital letter names, A for the first."""
     letters = string.ascii_uppercase[: len(choices)]
     if len(letter) != 1 or letter not in letters:
         remedy = f"write the letter of one of the {len(choices)} choices, {letters[0]} to {letters[-1]}"
@@ -141,9 +141,9 @@ def choice_of_letter(letter: str, field: str, choices: list[str], row_id: str) -
 
 
 def lettered(text: str, mark: str) -> list[str]:
-    """Return the texts behind the marks of A, B, C and so on, in this order, each up to the next mark.
+    """Return the texts after the marks of A, B, C and so on, in this order, each up to the next mark.
 
-    mark: a regular expression with `{}` for the letter; the first letter that is not found ends the list.
+    mark: a regular expression with `{}` for the letter; the first missing letter ends the list.
 
     >>> lettered("(A) red (B) blue, (A) or so", r"\\({}\\)")
     ['red', 'blue, (A) or so']
@@ -160,14 +160,14 @@ def lettered(text: str, mark: str) -> list[str]:
 
 
 def check_choices(choices: list[str], field: str, found: Any, row_id: str) -> list[str]:
-    """`choices`, if they are two or more and each has a text."""
+    """Return `choices` if there are at least two and none is empty."""
     if len(choices) < 2 or not all(choices):
         raise field_error(row_id, field, found, f"read the options {choices} there; write two or more, as published")
     return choices
 
 
 def image_under(image_root: str | os.PathLike | None, relative: str, row_id: str) -> list[dict]:
-    """The `images` of a row with one picture below `image_root`, which must be there; it is not decoded."""
+    """Return the `images` of a row with one existing picture below `image_root`; it is not decoded."""
     if image_root is None:
         remedy = "give the option image_root, or images_required: false for text only"
         raise field_error(row_id, "image", relative, remedy)
@@ -175,13 +175,13 @@ def image_under(image_root: str | os.PathLike | None, relative: str, row_id: str
 
 
 def no_images(row: Mapping[str, Any], row_id: str) -> list[dict]:
-    """For text only, and for rows whose pictures `hub.from_published` adds."""
+    """Return no pictures: for text only, and for rows whose pictures `hub.from_published` adds."""
     return []
 
 
 def most_frequent_first(answers: Sequence[str]) -> list[str]:
-    """The same answers, repetitions kept for metrics that count them, with the most frequent (the first such) in
-    front as the training target."""
+    """Return the answers with the most frequent (the first such) first, as the training target; repetitions are kept
+    for metrics that count them."""
     target, _ = Counter(answers).most_common(1)[0]
     rest = list(answers)
     rest.remove(target)
@@ -193,8 +193,8 @@ def with_context(question: str, context: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """A text as steps where the data has none: cut at line breaks and after `.`, `!` and `?` before a space, but not
-    after a few abbreviations and list numbers. Joined with spaces they are the text again, with single spaces."""
+    """Split a text into steps if the data has none: at line breaks and after `.`, `!` and `?` before a space, but not
+    after a few abbreviations and list numbers. Joined with spaces they give the text again, with single spaces."""
     found = []
     for piece in BREAK.split(text.strip()):
         piece = " ".join(piece.split())
@@ -209,7 +209,7 @@ def sentences(text: str) -> list[str]:
 
 
 def sample_puzzles(split: str, *, num_rows: int, seed: int) -> Iterator[dict]:
-    """Arrow mazes of one arrow for `write_sample`: picture, question, four choices, two sentences and the answer.
+    """Yield arrow mazes of one arrow for `write_sample`: picture, question, four choices, two sentences, the answer.
 
     No picture is in two splits."""
     for maze, hops in arrow_mazes.generate(split, num_rows=num_rows, seed=seed, max_hops=1):

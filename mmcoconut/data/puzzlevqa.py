@@ -1,7 +1,7 @@
-"""Loads PuzzleVQA: abstract visual puzzles in JSON Lines, one file a kind, pictures beside them.
+"""Load PuzzleVQA: abstract visual puzzles in JSON Lines, one file per kind, with their pictures.
 
-The files come without splits. A row goes to train, validation or test by the hash of its picture's bytes, so that the
-puzzles which share a picture (the data has some, with other options) always share a split. Paper:
+The files have no splits. A row is in train, validation or test by the hash of its picture's bytes, so
+puzzles that share a picture (the data has some, with other options) are always in the same split. Paper:
 https://arxiv.org/abs/2403.13315
 """
 
@@ -35,7 +35,7 @@ STEP_FIELDS = ("caption", "explanation", "deduction")
 def _files(folder: Path, kinds: Sequence[str] | None) -> list[Path]:
     found = {path.stem: path for path in sorted(folder.glob("*.json"))}
     if not found:
-        raise UsageError(f"{folder}: no *.json file in it; give the folder that holds one file a kind")
+        raise UsageError(f"{folder}: no *.json file in it; give the folder with one file per kind")
     if kinds is None:
         return list(found.values())
     if isinstance(kinds, str) or not kinds:
@@ -70,7 +70,7 @@ def _example(row: Mapping[str, Any], image: dict, row_id: str) -> Example:
 
 
 def _examples(file: Path, split: str, *, fractions: Sequence[float]) -> Iterator[Example]:
-    """The file's rows in `split`; every row is checked, so that a bad one stops each split alike."""
+    """Yield the file's rows in `split`; every row is checked, so an invalid one stops each split alike."""
     for index, row in enumerate(read_rows(file)):
         row_id = f"{file.name} row {index}"
         image = existing_image(file.parent, field_of(row, "image", row_id), row_id)
@@ -80,7 +80,7 @@ def _examples(file: Path, split: str, *, fractions: Sequence[float]) -> Iterator
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes arrow mazes as puzzles of the kind `arrow_maze` until every split has `num_rows`; returns the options."""
+    """Write arrow mazes as puzzles of the kind `arrow_maze` until every split has `num_rows`; return the options."""
     folder = Path(folder)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     counts, lines = dict.fromkeys(SPLITS, 0), []
@@ -119,11 +119,11 @@ def load(
     kinds: Sequence[str] | None = None,
     fractions: Sequence[float] = FRACTIONS,
 ) -> Dataset:
-    """The rows of a split: one picture, the options as choices, three steps (caption, explanation, deduction).
+    """Load the rows of a split: one picture, the options as choices, three steps (caption, explanation, deduction).
 
-    folder: holds `<kind>.json` and the pictures they name.
+    folder: holds `<kind>.json` and their pictures.
     kinds: names of files without `.json`; all by default.
-    fractions: parts of train, validation and test; the same for every split you load, or pictures are shared.
+    fractions: parts of train, validation and test; use the same for every split, or pictures are shared.
     """
     _check_split(split, fractions)
     files = _files(Path(folder), kinds)

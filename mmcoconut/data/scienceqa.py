@@ -1,4 +1,4 @@
-"""Loads ScienceQA as published: `problems.json`, `pid_splits.json` and `images/`, or the Hub's copy.
+"""Load ScienceQA as published: `problems.json`, `pid_splits.json` and `images/`, or the Hub's copy.
 
 About half of the problems have no picture; they are text rows. A problem's lecture and its solution are its two steps,
 either may be missing. Paper: https://arxiv.org/abs/2209.09513
@@ -41,7 +41,7 @@ STEP_FIELDS = ("lecture", "solution")
 
 
 def _problems(folder: Path, split: str) -> Iterator[tuple[str, dict]]:
-    """The problems of a split, in the order of `pid_splits.json`, each with its name, and its id as `pid`."""
+    """Yield the problems of a split, in the order of `pid_splits.json`, each with its name, and its id as `pid`."""
     file = folder / "problems.json"
     problems = read_object(file)
     ids = read_object(folder / "pid_splits.json")
@@ -71,7 +71,7 @@ def _examples(row: Mapping[str, Any], row_id: str, *, images: FindImages, split_
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as the published files; returns the options for `load`."""
+    """Write `num_rows` arrow mazes per split as the published files; return the options for `load`."""
     folder = Path(folder)
     problems, ids = {}, {name: [] for name in FILES.values()}
     for split in SPLITS:
@@ -109,14 +109,14 @@ def load(
     split_sentences: bool = False,
     images_required: bool = True,
 ) -> Dataset:
-    """The rows of a split: one picture or none, the hint under the question, the choices, lecture and solution.
+    """Load the rows of a split: one picture or none, the hint after the question, the choices, lecture and solution.
 
     folder: holds `problems.json` and `pid_splits.json`. image_root: holds `<split>/<problem>/image.png`; by default
         `images` in the folder.
-    path: instead of them, a Hub id such as `derek-thomas/ScienceQA`, or a folder as `hub.read_published` takes it;
-        config: for repositories that hold several, such as `ScienceQA-IMG` of `lmms-lab/ScienceQA`.
-    split_sentences: makes each sentence of lecture and solution a step.
-    images_required: True needs the pictures that problems name; False reads none and gives text rows only.
+    path: instead of these, a Hub id such as `derek-thomas/ScienceQA`, or a folder as `hub.read_published` reads it;
+        config: for repositories with several, such as `ScienceQA-IMG` of `lmms-lab/ScienceQA`.
+    split_sentences: make each sentence of lecture and solution a step.
+    images_required: True requires the pictures that problems name; False reads none and gives only text rows.
     """
     check_split("scienceqa", split)
     check_source("scienceqa", folder=folder, path=path)

@@ -1,4 +1,4 @@
-"""Which metric scores the answers to a data set, and the references it takes from the rows."""
+"""The metric of each data set, and the references that each metric takes from the rows."""
 
 import functools
 from collections import Counter
@@ -10,15 +10,15 @@ from mmcoconut.data import nearest
 
 
 def correct_choice(row: Mapping) -> dict:
-    """The row as `aokvqa_mc` takes it.
+    """Return the row in the format of `aokvqa_mc`.
 
     Raises:
-        ValueError: a row whose answer is none of its choices.
+        ValueError: the answer of a row is none of its choices.
     """
     choices, answer = row["choices"], row["answers"][0]
     if answer not in choices:
         raise ValueError(
-            f"{row['row_id']}: the answer {answer!r} is none of the choices {choices}: take another metric than "
+            f"{row['row_id']}: the answer {answer!r} is none of the choices {choices}. Use another metric than "
             "aokvqa_mc, or correct the row."
         )
     return {"choices": choices, "correct_choice_idx": choices.index(answer)}
@@ -26,8 +26,8 @@ def correct_choice(row: Mapping) -> dict:
 
 # Metrics in metrics/, and the reference that each takes from a row.
 REFERENCES = {
-    # Rows have no mark of difficult questions: the loader leaves them out (skip_difficult).
-    # The answer that was written comes without surrounding space, and is compared letter by letter.
+    # Rows have no mark of difficult questions: the loader drops them (skip_difficult).
+    # Generated answers come without surrounding space, and are compared character by character.
     "aokvqa_da": lambda row: {
         "direct_answers": [answer.strip() for answer in row["answers"]],
         "difficult_direct_answer": False,
@@ -40,9 +40,9 @@ REFERENCES = {
     "pair_accuracy": lambda row: {"answers": row["answers"], "pair": row.get("pair", "")},
     "vqa_accuracy": lambda row: row["answers"],
 }
-# These score a row by another row's answer too, so that they are no rewards.
+# These also score a row by another row's answer, so they cannot be rewards.
 OF_SEVERAL_ROWS = ("pair_accuracy",)
-# These read the whole text that was written, not the answer after `###`.
+# These read the whole generated text, not the answer after `###`.
 READ_WHOLE_TEXT = ("numeric_answer",)
 METRIC_OF_DATASET = {
     "flickr30k": "captions",
@@ -55,44 +55,44 @@ METRIC_OF_DATASET = {
 
 
 def default_metric(dataset: str, row: Mapping) -> str:
-    """The metric of a data set in `mmcoconut.data.DATASETS`, one of whose rows is given; most have `exact_match`."""
+    """Return the default metric of a data set in `mmcoconut.data.DATASETS`, given one of its rows."""
     if dataset == "aokvqa":
         return "aokvqa_mc" if row["choices"] else "aokvqa_da"
     return METRIC_OF_DATASET.get(dataset, "exact_match")
 
 
 def metric_folder(name: str) -> Path:
-    """Where a metric's module lies: in the repository's metrics/, or in the installed package.
+    """Return the folder of a metric's module: in the repository's metrics/, or in the installed package.
 
     Raises:
         ValueError: an unknown name.
     """
     if name not in REFERENCES:
-        raise ValueError(f"no metric is called {name!r}; {nearest(name, REFERENCES)}")
+        raise ValueError(f"unknown metric {name!r}; {nearest(name, REFERENCES)}")
     return next(folder for root in mmcoconut.__path__ if (folder := Path(root, "metrics", name)).is_dir())
 
 
 @functools.cache
 def load_metric(name: str):
-    """The `evaluate.EvaluationModule` of a metric."""
+    """Return the `evaluate.EvaluationModule` of a metric."""
     import evaluate  # here, because it imports all of transformers' pipelines
 
     return evaluate.load(str(metric_folder(name)), keep_in_memory=True)
 
 
 def references_of(name: str, rows: Iterable[Mapping]) -> list:
-    """Return what a metric takes as references; raises ValueError for a row that it cannot score."""
+    """Return a metric's references; raise ValueError for a row that it cannot score."""
     return [REFERENCES[name](row) for row in rows]
 
 
 def score(name: str, outputs: Sequence[str], answers: Sequence[str], *, rows: Sequence[Mapping]) -> dict:
-    """A metric's results for the texts written for rows and the answers in them, each (n,); `scores` is (n,)."""
+    """Return a metric's results for generated texts and the answers in them, each (n,); `scores` is (n,)."""
     predictions = outputs if name in READ_WHOLE_TEXT else answers
     return load_metric(name).compute(predictions=list(predictions), references=references_of(name, rows))
 
 
 def figures_of(results: Mapping) -> dict[str, float]:
-    """The numbers that a metric gives for all rows together, by name; a mean over no rows (None) is left out.
+    """Return the figures of a metric for all rows together, by name; a mean over no rows (None) is left out.
 
     >>> figures_of({"medical_vqa": 0.5, "scores": [1.0, 0.0], "n": 2, "yes_no_accuracy": 0.5, "open_f1": None})
     {'medical_vqa': 0.5, 'n': 2, 'yes_no_accuracy': 0.5}
@@ -101,7 +101,7 @@ def figures_of(results: Mapping) -> dict[str, float]:
 
 
 def commonest_answer(rows: Sequence[Mapping], metric: str) -> tuple[str, float]:
-    """The gold answer of most rows, and the accuracy of always giving it."""
+    """Return the most common gold answer, and the accuracy of always giving it."""
     answer, _ = Counter(text for row in rows for text in dict.fromkeys(row["answers"])).most_common(1)[0]
     always = [answer] * len(rows)
     scores = score(metric, always, always, rows=rows)["scores"]

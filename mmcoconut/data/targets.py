@@ -1,8 +1,8 @@
-"""What a model is to write of a row, as ids: steps on their lines, `### answer`, eos, each tokenized apart.
+"""Target ids of a row: steps on separate lines, `### answer`, eos, each tokenized separately.
 
     step 1 ⏎ step 2 ⏎ ### answer <eos>
 
-Training learns it, and objectives take what a thought is to say from the same functions, so both have the same ids.
+Training and objectives use the same functions, so a thought's target has the same ids as the written text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,12 @@ from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER
 
 
 IGNORED = -100
-RECURRING_TEXTS = 1024  # few, as the ids of a prompt may hold thousands of an image's
+RECURRING_TEXTS = 1024  # few, because the ids of a prompt may include thousands for an image
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Say what is done to a row: how many of its first steps go, and how many latents come, in each turn."""
+    """The plan of a row: number of first steps to remove, and number of latents per turn."""
 
     skipped_steps: int
     num_latents: int
@@ -29,41 +29,41 @@ class RowPlan:
 
 @lru_cache(maxsize=RECURRING_TEXTS)
 def encode_step(processor, step: str) -> tuple:
-    """Return the ids of a written step, on its line, once for steps that recur."""
+    """Return the ids of a written step with its line end, cached."""
     return tuple(processor.encode_text(f"{step}\n"))
 
 
 @lru_cache(maxsize=RECURRING_TEXTS)
 def encode_answer(processor, answer: str) -> tuple:
-    """Return the ids of `### answer`, eos, once for answers that recur."""
+    """Return the ids of `### answer`, eos, cached."""
     return (*processor.encode_text(f"{ANSWER_MARKER} {answer}"), processor.tokenizer.eos_token_id)
 
 
 def encode_target(processor, steps: Sequence[str], answer: str) -> list[int]:
-    """Return the ids of steps on their lines, `### answer`, eos."""
+    """Return the ids of steps on separate lines, `### answer`, eos."""
     return [*chain(*(encode_step(processor, step) for step in steps)), *encode_answer(processor, answer)]
 
 
 def marker_length(processor, answer: str) -> int:
-    """Return how many of encode_answer's ids are the marker's; 1 where a tokenizer joins it with the text."""
+    """Return the number of the marker's ids in encode_answer's result; 1 if a tokenizer merges it with the text."""
     marker, written = processor.encode_text(ANSWER_MARKER), encode_answer(processor, answer)
     return max(1, sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(marker, written))))
 
 
 def predicted(labels: torch.Tensor, processor) -> torch.Tensor:
-    """Return what each column is to predict (B, T), of a batch's labels (B, T), which say so for encoder-decoders."""
+    """Return the target of each column (B, T) for labels (B, T), which are shifted already for encoder-decoders."""
     if processor.decoder_start_token_id is not None:
         return labels
     return torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], IGNORED)], dim=1)
 
 
 def answer_columns(rows: Sequence[Mapping], targets: torch.Tensor, processor) -> torch.Tensor:
-    """Return the column (B,) of the token before each row's answer, the marker's last one.
+    """Return the column (B,) of the token before each row's answer, the last one of the marker.
 
     Args:
-        targets: what each column is to predict (B, T), see `predicted`; a row's last one is its eos.
+        targets: the target of each column (B, T), see `predicted`; a row's last one is its eos.
     """
-    last = (targets != IGNORED).long().cumsum(dim=1).argmax(dim=1)  # (B,): which predicts the eos
+    last = (targets != IGNORED).long().cumsum(dim=1).argmax(dim=1)  # (B,): the column that predicts the eos
     behind = []
     for row in rows:
         answer = row["answers"][0]

@@ -1,4 +1,4 @@
-"""A byte-level BPE trained on a data set's own texts, for language models that start from random weights."""
+"""Train a byte-level BPE on a data set's own texts, for language models with random weights."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -11,15 +11,15 @@ from mmcoconut.configuration_mmcoconut import PAD_TOKEN, SPECIAL_TOKENS
 
 EOS_TOKEN = "<|endoftext|>"
 SPECIAL_STRING = re.compile("|".join(map(re.escape, (EOS_TOKEN, PAD_TOKEN, *SPECIAL_TOKENS))))
-# A word with the space before it and the line end after it, so that a one-word step is one token, as a thought is one.
+# A word with the space before it and the line end after it, so a one-word step is one token, as a thought is one.
 WORD = r" ?[^\s]+\n?|\s+"
 
 
 class TokenizersBackend(transformers.TokenizersBackend):
-    """The library's tokenizer, whose `save_pretrained` writes the BPE's vocab.json and merges.txt beside
-    tokenizer.json, for programs that read only these.
+    """transformers' tokenizer; `save_pretrained` also writes the BPE's vocab.json and merges.txt for
+    programs that read only these.
 
-    It keeps the library's name, which is what tokenizer_config.json tells AutoTokenizer to load.
+    It keeps the class name, by which AutoTokenizer loads it from tokenizer_config.json.
     """
 
     def _save_pretrained(self, save_directory, file_names, legacy_format=None, filename_prefix=None):
@@ -28,9 +28,9 @@ class TokenizersBackend(transformers.TokenizersBackend):
 
 
 def without_special_strings(texts: Iterable[str]) -> Iterator[str]:
-    """Yield what stands between the strings of special tokens, so that no merge can build one of them.
+    """Yield the text between the strings of special tokens, so that no merge can build one of them.
 
-    An entry of that string would be the special token itself, and plain text would be read as latents or as an end.
+    Such a vocabulary entry would be the special token itself, and plain text would be read as latents or as an end.
 
     >>> list(without_special_strings(["Go <image> on", "<|latent|>"]))
     ['Go ', ' on', '', '']
@@ -40,9 +40,9 @@ def without_special_strings(texts: Iterable[str]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int) -> TokenizersBackend:
-    """Train on texts; any string can be encoded and decoded without loss, whatever the texts were.
+    """Train a tokenizer on texts; it encodes and decodes any string without loss.
 
-    The strings of special tokens (`<image>`, `<|latent|>`, …) in the texts are not learnt: they stay ordinary text.
+    The strings of special tokens (`<image>`, `<|latent|>`, …) in the texts are skipped: they stay ordinary text.
     """
     tokenizer = Tokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(WORD), behavior="isolated")

@@ -1,8 +1,8 @@
-"""Loads VQAv2 as published: a file of questions, a file of annotations and COCO 2014 pictures, or the Hub's copy.
+"""Load VQAv2 as published: a file of questions, a file of annotations and COCO 2014 pictures, or the Hub's copy.
 
-The ten answers of a question are kept as people gave them, repetitions and all, for the official accuracy counts them;
-the most frequent is the training target. There are no steps. The public test questions have no annotations, so they
-cannot be loaded. Paper: https://arxiv.org/abs/1612.00837
+The ten answers of a question are kept with repetitions, because the official accuracy counts them;
+the most frequent one is the training target. There are no steps. The public test questions have no annotations, so
+they cannot be loaded. Paper: https://arxiv.org/abs/1612.00837
 """
 
 import os
@@ -41,13 +41,13 @@ ANNOTATIONS = "v2_mscoco_{}_annotations.json"
 
 
 def _annotations(file: Path) -> dict[int, dict]:
-    """Annotations by question, each with its name as `annotation`."""
+    """Return annotations by question, each with its name as `annotation`."""
     rows = numbered(objects_in(read_object(file), "annotations", file.name), file.name)
     return {integer_of(row, "question_id", row_id): {**row, "annotation": row_id} for row_id, row in rows}
 
 
 def _questions(folder: Path, split: str) -> Iterator[tuple[str, dict]]:
-    """Every question with its annotation's fields."""
+    """Yield every question with its annotation's fields."""
     annotations = _annotations(folder / ANNOTATIONS.format(FILES[split]))
     file = folder / QUESTIONS.format(FILES[split])
     for row_id, question in numbered(objects_in(read_object(file), "questions", file.name), file.name):
@@ -80,7 +80,7 @@ def _examples(row: Mapping[str, Any], row_id: str, *, images: FindImages) -> Ite
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:
-    """Writes `num_rows` arrow mazes a split as the published files and COCO pictures; returns the options for `load`.
+    """Write `num_rows` arrow mazes per split as the published files and COCO pictures; return the options for `load`.
 
     Here the test questions have annotations too."""
     folder = Path(folder)
@@ -108,12 +108,12 @@ def load(
     path: str | os.PathLike | None = None,
     images_required: bool = True,
 ) -> Dataset:
-    """The rows of a split: one picture, an open question, the ten answers.
+    """Load the rows of a split: one picture, an open question, the ten answers.
 
     folder: holds `v2_OpenEnded_mscoco_train2014_questions.json`, `v2_mscoco_train2014_annotations.json` and the same
         for `val2014`. image_root: holds COCO's `train2014` and `val2014`.
-    path: instead of them, a Hub id such as `lmms-lab/VQAv2`, or a folder as `hub.read_published` takes it.
-    images_required: False reads no picture and gives every row an empty list.
+    path: instead of these, a Hub id such as `lmms-lab/VQAv2`, or a folder as `hub.read_published` reads it.
+    images_required: False reads no pictures and gives every row an empty list.
     """
     check_split("vqav2", split)
     check_source("vqav2", folder=folder, path=path)

@@ -1,8 +1,8 @@
-"""Loads V*Bench, 191 questions about small things in large pictures: `test_questions.jsonl`, annotations and pictures.
+"""Load V*Bench, 191 questions about small things in large pictures: `test_questions.jsonl`, annotations and pictures.
 
 The repository holds the questions twice. `test_questions.jsonl` has short options with letters, in the order in which
-published scores by letter show them. The JSON file beside each picture has options that are whole sentences, the
-right one always first; the paper compares their likelihoods. Shown in that order they would give the answer away, so
+scores by letter are published. The JSON file of each picture has options that are whole sentences, the
+right one always first; the paper compares their likelihoods. In that order they would reveal the answer, so
 they are sorted by the SHA-256 of picture and option: the same order in every run, whatever else is in the folder.
 Paper: https://arxiv.org/abs/2312.14135. Data: https://huggingface.co/datasets/craigwu/vstar_bench; scoring:
 `vstar_bench_eval.py` of https://github.com/penghao-wu/vstar
@@ -43,7 +43,7 @@ from mmcoconut.errors import UsageError
 KINDS = ("direct_attributes", "relative_position")
 FILE = "test_questions.jsonl"
 SOURCES = ("questions", "annotations")
-# What the file says under the options, for models that answer by letter.
+# The file's instruction after the options, for models that answer by letter.
 INSTRUCTION = re.compile(r"\n\s*Answer with the option's letter[^\n]*$")
 FIRST_OPTION = re.compile(r"\s*\n\s*(?=\(A\))")
 MARK = r"(?:^|\n)\s*\({}\)"
@@ -88,7 +88,7 @@ def _of_annotations(row: Mapping[str, Any], row_id: str, *, images: FindImages) 
 
 
 def _annotations(folder: Path) -> Iterator[tuple[str, dict]]:
-    """Name and content of each JSON file, with its category, and its picture as `test_questions.jsonl` names it."""
+    """Yield name and content of each JSON file, with its category, and the picture's name there."""
     for kind in KINDS:
         pictures = {file.stem: file for file in sorted((folder / kind).glob("*")) if file.suffix != ".json"}
         files = sorted((folder / kind).glob("*.json"))
@@ -98,13 +98,13 @@ def _annotations(folder: Path) -> Iterator[tuple[str, dict]]:
             )
         for file in files:
             if file.stem not in pictures:
-                raise UsageError(f"{file}: there is no picture of the same name beside it; download it again")
+                raise UsageError(f"{file}: it has no picture of the same name; download it again")
             image = f"{kind}/{pictures[file.stem].name}"
             yield f"{kind}/{file.name}", {**read_object(file), "image": image, "category": kind}
 
 
 def _sample_rows(puzzle: Mapping[str, Any], number: int, kind: str) -> tuple[dict, dict]:
-    """A line of test_questions.jsonl and the annotation of a maze."""
+    """Return a line of test_questions.jsonl and the annotation of a maze."""
     wrong = [choice for choice in puzzle["choices"] if choice != puzzle["answer"]]
     choices = puzzle["choices"] if kind == KINDS[0] else sorted([puzzle["answer"], wrong[0]])
     lines = "\n".join(f"({letter}) {choice}" for letter, choice in zip("ABCD", choices))
@@ -131,13 +131,13 @@ def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict
 
 
 def load(*, split: str, folder: str | os.PathLike, source: str = "questions", images_required: bool = True) -> Dataset:
-    """The rows of `test`, the only split: one picture, a question, two or four choices, no steps, and the category.
+    """Load the rows of `test`, the only split: one picture, a question, two or four choices, no steps, the category.
 
     folder: holds `test_questions.jsonl`, `direct_attributes/` and `relative_position/`, as the Hub's repository
         `craigwu/vstar_bench` does.
-    source: `questions`, short options in the published order, or `annotations`, the paper's sentences in an order of
-        their own.
-    images_required: False reads no picture and gives every row an empty list.
+    source: `questions`, short options in the published order, or `annotations`, the paper's sentences in sorted
+        order.
+    images_required: False reads no pictures and gives every row an empty list.
     """
     check_test_only("vstar", split, published=FILE)
     if source not in SOURCES:

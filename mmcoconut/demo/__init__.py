@@ -1,1 +1,1 @@
-"""A page that asks a checkpoint and shows its thoughts: `python -m mmcoconut.demo`."""
+"""A web page that asks a checkpoint questions and shows its thoughts: `python -m mmcoconut.demo`."""

@@ -1,8 +1,8 @@
-"""One question to a checkpoint: its answer, what its thoughts hold, and its answers with other thoughts.
+"""Ask a checkpoint one question: show its answer, its decoded thoughts, and its answers with other thoughts.
 
-The audit (mmcoconut/audit.py) does the same over many rows and counts; one question shows, and proves nothing.
+The audit (mmcoconut/audit) does the same for many rows with statistics; one question illustrates, and proves nothing.
 
-Shapes: B rows of a batch, n examples, N thoughts a row, D hidden.
+Shapes: B rows of a batch, n examples, N thoughts per row, D hidden.
 """
 
 import json
@@ -42,17 +42,17 @@ from mmcoconut.evaluation.answering import Answerer
 
 EXAMPLES_FILE = "examples.json"
 ROW_ID = "your question"
-KEPT_NUMBERS = 8  # of thoughts, for which the examples' own are remembered
+KEPT_NUMBERS = 8  # of thoughts; the examples' thoughts are cached for the last ones
 
 
 def said(answer: str, output: str) -> str:
-    """The answer, or, where none was marked, all that was written."""
+    """Return the answer, or the whole output if no answer was marked."""
     return answer or output.strip()
 
 
 @dataclass
 class Asked:
-    """A row and what was answered to it, in `seconds`. gold: the answers in the data; none for a user's question."""
+    """A row and its answer, generated in `seconds`. gold: the answers in the data; none for a user's question."""
 
     row: Mapping
     answerer: Answerer
@@ -75,10 +75,10 @@ class Asked:
 
 @dataclass
 class Thought:
-    """What a state decodes to, (token, probability) with the likeliest first, and where its thought looks.
+    """Tokens that a state decodes to, (token, probability), most likely first, and where its thought attends.
 
-    image_share: of all attention, what goes to the picture; None without one. heat_map: None where `Look.no_map` says
-    why.
+    image_share: fraction of attention on the picture; None without one. heat_map: None for the reason in
+    `Look.no_map`.
     """
 
     tokens: list[tuple[str, float]]
@@ -88,9 +88,9 @@ class Thought:
 
 @dataclass
 class Look:
-    """The N thoughts of a question, and the state behind them, which writes the first token; why there is no map.
+    """The N thoughts of a question, and the state after them, which predicts the first token; the reason for no map.
 
-    steps: what the run's step decoder reads in the thoughts; None where it has none.
+    steps: text that the run's step decoder reads in the thoughts; None without one.
     """
 
     thoughts: list[Thought]
@@ -101,7 +101,7 @@ class Look:
 
 @dataclass
 class Variant:
-    """An answer with other thoughts. donor_answer: the answer to the question that the thoughts belong to."""
+    """An answer with other thoughts. donor_answer: the answer to the question that the thoughts are taken from."""
 
     name: str
     description: str
@@ -114,7 +114,7 @@ class Variant:
 
 @dataclass
 class Variants:
-    """The answers with other thoughts in the place of all and of one, with other numbers of them; what was not run."""
+    """The answers with all thoughts or one replaced, and with other numbers of thoughts; and what was not run."""
 
     replaced: list[Variant] = field(default_factory=list)
     one_replaced: list[Variant] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Variants:
 
 @dataclass
 class Donor:
-    """A row whose N thoughts (1, N, D) and answer are another's."""
+    """A row whose N thoughts (1, N, D) and answer belong to another question."""
 
     name: str
     description: str
@@ -133,26 +133,26 @@ class Donor:
 
 
 def with_bytes(file: str) -> dict:
-    """A picture of a row: the file's bytes, which are not decoded, and its path."""
+    """Return the `images` item of a file: its bytes, not decoded, and its path."""
     return {"bytes": Path(file).read_bytes(), "path": file}
 
 
 def row_of(question: str, picture: str | None) -> dict:
-    """A row of `mmcoconut.data` for a question and the file of a picture, or None; the file is read, not decoded.
+    """Return a row of `mmcoconut.data` for a question and a picture's file or None; the file is not decoded.
 
     Raises:
         ValueError: no question.
     """
     if not question or not question.strip():
-        raise ValueError("There is no question: write one, or choose an example.")
+        raise ValueError("The question is empty. Write one, or choose an example.")
     images = [] if picture is None else [with_bytes(picture)]
     return {"images": images, "question": question, "choices": [], "steps": [], "answers": [], "row_id": ROW_ID}
 
 
 def write_examples(folder: Path, rows: Sequence[Mapping]) -> None:
-    """Rows of at most one picture as `examples.json` and their pictures as PNG, for `read_examples`; others are left.
+    """Write rows of at most one picture as `examples.json` and PNG pictures, for `read_examples`; skip other rows.
 
-    Questions hold their choices, as the model reads them.
+    Questions include their choices, as the model reads them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -166,7 +166,7 @@ def write_examples(folder: Path, rows: Sequence[Mapping]) -> None:
 
 
 def read_examples(folder: Path) -> list[dict]:
-    """The rows that `write_examples` wrote, with their pictures' bytes, by which a picture is known again."""
+    """Return the rows written by `write_examples`, with their pictures' bytes, which identify a picture."""
     with_pictures = any(Path(folder).glob("*.png"))
     options = {"image_root": str(folder)} if with_pictures else {"images_required": False}
     rows = json_steps.load(split="test", file={"test": Path(folder, EXAMPLES_FILE)}, **options)
@@ -174,7 +174,7 @@ def read_examples(folder: Path) -> list[dict]:
 
 
 def think(answerer: Answerer, rows: Sequence[Mapping]) -> tuple[list[dict], torch.Tensor]:
-    """The answers to rows, in one batch, and their thoughts (B, N, D)."""
+    """Return the answers to rows, in one batch, and their thoughts (B, N, D)."""
     seen = []
     with intervening(answerer.model, recording(keep, seen)):
         lines = answerer.answer(rows)
@@ -182,7 +182,7 @@ def think(answerer: Answerer, rows: Sequence[Mapping]) -> tuple[list[dict], torc
 
 
 def answer_with(answerer: Answerer, row: Mapping, replace_of: ReplaceOf) -> dict:
-    """The answer to one row, the first of those that the replacement knows."""
+    """Return the answer to one row, the first of those in the replacement."""
     with intervening(answerer.model, replace_of([0])):
         return answerer.answer([row])[0]
 
@@ -195,13 +195,13 @@ def variant_of(asked: Asked, name: str, description: str, line: Mapping, donor_a
 
 
 class Asker:
-    """A checkpoint that is asked one question at a time, and the examples whose thoughts a question may be given.
+    """Ask a checkpoint one question at a time, also with the thoughts of example rows.
 
     Args:
-        model, processor: of `load_checkpoint`, or of `AutoModel` and `AutoProcessor`.
-        examples: rows of `mmcoconut.data`; without any there are no thoughts of other rows and no mean.
-        max_new_tokens, num_beams: of every answer.
-        seed: of noise.
+        model, processor: as from `load_checkpoint`, or from `AutoModel` and `AutoProcessor`.
+        examples: rows of `mmcoconut.data`; without them there are no thoughts of other rows and no mean.
+        max_new_tokens, num_beams: generation options of every answer.
+        seed: seed of the noise.
         reader: the step decoder of the checkpoint's run.
     """
 
@@ -222,7 +222,7 @@ class Asker:
         self.thoughts_of_examples, self.reader = {}, reader
 
     def ask(self, row: Mapping, num_latents: int) -> Asked:
-        """Answer a row, untouched, with so many thoughts."""
+        """Answer a row with num_latents unmodified thoughts."""
         answerer = Answerer(
             self.model,
             self.processor,
@@ -236,19 +236,19 @@ class Asker:
         return Asked(row, answerer, seconds=time.perf_counter() - start, gold=self.gold_of(row), **line)
 
     def gold_of(self, row: Mapping) -> list[str]:
-        """Return what the data say, where the row asks an example's question about an example's picture."""
+        """Return the gold answers, if the row asks an example's question about its picture."""
         asked = (images_key(row), question_text(row))
         same = [example for example in self.examples if (images_key(example), question_text(example)) == asked]
         return same[0]["answers"] if same else []
 
     def look(self, asked: Asked, *, top_k: int = 5) -> Look:
-        """Return what the thoughts of an answered row decode to and where they look.
+        """Return what the thoughts of an answered row decode to and where they attend.
 
         Raises:
             ValueError: a row without thoughts.
         """
         if asked.num_latents == 0:
-            raise ValueError("There were no thoughts: set their number to 1 or more to look at them.")
+            raise ValueError("The answer has no thoughts to show. Set their number to 1 or more.")
         inputs = asked.answerer.inputs([asked.row])
         readings = read_thoughts(self.model, inputs, top_k=top_k)
         *lens, last = [state[-1] for state in decoded(readings, self.processor.tokenizer, 0)]
@@ -264,7 +264,7 @@ class Asker:
         return Look(thoughts, writes, reason, self.reader.read(readings.thoughts[0], self.processor.tokenizer))
 
     def of_examples(self, answerer: Answerer) -> tuple[list[dict], torch.Tensor]:
-        """Answers and thoughts (n, N, D) of the examples, computed once for each of the last numbers of thoughts."""
+        """Return answers and thoughts (n, N, D) of the examples, cached for the last numbers of thoughts."""
         key = answerer.num_latents
         if key not in self.thoughts_of_examples:
             while len(self.thoughts_of_examples) >= KEPT_NUMBERS:
@@ -273,12 +273,12 @@ class Asker:
         return self.thoughts_of_examples[key]
 
     def donors(self, asked: Asked) -> Iterator[Donor | str]:
-        """Rows that are answered otherwise, so that it can be seen whether the answer comes with their thoughts."""
+        """Yield rows with other answers, to test if the answer changes with the thoughts; or why there is none."""
         row, images = asked.row, images_key(asked.row)
         pictures = [e for e in self.examples if len(images_key(e)) == len(images) > 0 and images_key(e) != images]
         questions = [e for e in self.examples if images and question_text(e) != question_text(row)]
         for name, description, rows in (
-            ("shuffled", "of an example that is answered otherwise", self.examples),
+            ("shuffled", "of an example with another answer", self.examples),
             ("other_image", "on this question about another picture", [with_images_of(row, e) for e in pictures]),
             (
                 "other_question",
@@ -289,7 +289,7 @@ class Asker:
             yield self.first_that_differs(asked, rows, name=name, description=f"the thoughts {description}")
 
     def first_that_differs(self, asked: Asked, rows: Sequence[Mapping], *, name: str, description: str) -> Donor | str:
-        """The first of the rows that is answered otherwise, or why there is none."""
+        """Return the first row with another answer, or the reason why there is none."""
         if not rows:
             return f"{description}: there is no example to take them from"
         lines, thoughts = self.of_examples(asked.answerer) if rows is self.examples else think(asked.answerer, rows)
@@ -300,7 +300,7 @@ class Asker:
         return f"{description}: all of them are answered like this question"
 
     def tables(self, asked: Asked) -> tuple[Table, Table]:
-        """What no row thought in the place of all thoughts; means, over the examples and this row, in that of one."""
+        """Return replacements of all thoughts, by thoughts of no row, and of one, by means over examples and row."""
         _, own = think(asked.answerer, [asked.row])
         if not self.examples:
             return [entry for entry in emptied(own, self.seed) if entry[0] != "mean"], []
@@ -308,14 +308,14 @@ class Asker:
         return emptied(thoughts, self.seed), one_taken_out(thoughts)
 
     def intervene(self, asked: Asked) -> Variants:
-        """The same question with other thoughts in the place of the model's, with nothing else in the answer's sight,
-        and with other numbers of thoughts.
+        """Answer the question with replaced thoughts, with an answer that sees only the thoughts, and with other
+        numbers of thoughts.
 
         Raises:
-            ValueError: a row without thoughts; a checkpoint that does not think one thought after the other.
+            ValueError: a row without thoughts; a checkpoint without sequential thoughts.
         """
         if asked.num_latents == 0:
-            raise ValueError("There were no thoughts to replace: set their number to 1 or more.")
+            raise ValueError("The answer has no thoughts to replace. Set their number to 1 or more.")
         variants, answerer = Variants(), asked.answerer
         for donor in self.donors(asked):
             if isinstance(donor, str):

@@ -1,7 +1,7 @@
-"""A page that asks a checkpoint about a picture and shows its thoughts: `python -m mmcoconut.demo --model …`.
+"""A web page that asks a checkpoint about a picture and shows its thoughts: `python -m mmcoconut.demo --model …`.
 
-What the page shows is computed in mmcoconut/demo/one_question.py; here are its layout, its command line, and, with
-`--push_space`, the way to a Space (mmcoconut/demo/spaces.py). It needs `pip install mmcoconut[demo]`.
+mmcoconut/demo/one_question.py computes the content; this module has the layout, the command line, and, for
+`--push_space`, the upload to a Space (mmcoconut/demo/spaces.py). It needs `pip install mmcoconut[demo]`.
 """
 
 import sys
@@ -30,48 +30,48 @@ gr = load_extra("gradio", "demo")
 PANELS = Path(__file__).with_name("panels.html")
 STYLE = Path(__file__).with_name("page.css")
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the visitor's machine
-SMALL_SIDE = 128  # pixels; smaller pictures are shown enlarged, with their pixels as squares
+SMALL_SIDE = 128  # pixels; smaller pictures are enlarged, with their pixels as squares
 PICTURE_BOX = {"sources": ["upload", "clipboard"], "label": "Picture", "show_label": False, "height": 300}
-TOP_K = 3  # tokens that are shown of each thought
+TOP_K = 3  # tokens shown per thought
 DEFAULT_DATASET = "arrow_mazes"
 
 
 @dataclass
 class DemoArguments:
-    """What is asked, which examples stand on the page, and where the page is served."""
+    """Options of the page: checkpoint, examples, server."""
 
     model: str | None = HfArg(default=None, help="Folder or Hub id of a trained checkpoint.")
     revision: str | None = HfArg(default=None, help="Branch, tag or commit of a checkpoint on the Hub.")
     recipe: str | None = HfArg(default=None, help="Recipe that names the examples' data; default: the one in `model`.")
-    dataset: str | None = HfArg(default=None, help="The examples'; default: the recipe's, or arrow_mazes.")
-    dataset_options: dict | None = HfArg(default=None, help="Passed to the data set: --dataset_options.folder …")
+    dataset: str | None = HfArg(default=None, help="Data set of the examples; default: the recipe's, or arrow_mazes.")
+    dataset_options: dict | None = HfArg(default=None, help="Options of the data set: --dataset_options.folder …")
     split: str = HfArg(default="test", help="Split whose first rows are the examples.")
-    max_samples: int = HfArg(default=6, help="Examples; their thoughts may take the place of a question's own.")
+    max_samples: int = HfArg(default=6, help="Number of examples; their thoughts can replace a question's own.")
     unreadable_images: str | None = HfArg(default=None, help="`error` or `skip`; default: the recipe's, or `error`.")
-    num_latents: int | None = HfArg(default=None, help="Thoughts at first; default: the checkpoint's.")
-    max_new_tokens: int | None = HfArg(default=None, help="Longest text written; default: the recipe's, or 64.")
-    num_beams: int | None = HfArg(default=None, help="Beams of the search; default: the recipe's, or 1: greedy.")
-    dtype: str = HfArg(default="auto", help="Of the weights; `auto`: as they were saved.")
-    seed: int = HfArg(default=0, help="Of noise.")
-    server_name: str | None = HfArg(default=None, help="Address to listen at; default: 127.0.0.1, this machine alone.")
-    port: int | None = HfArg(default=None, help="Default: the first free one from 7860.")
-    share: bool = HfArg(default=False, help="Also give the page a public address for a week, through gradio's server.")
-    push_space: str | None = HfArg(default=None, help="Serve nothing; make the page a Space of this name: user/name.")
-    package: str | None = HfArg(default=None, help="What the Space installs: 'mmcoconut @ git+https://…'.")
-    private: bool = HfArg(default=False, help="The Space is seen by its owner alone.")
+    num_latents: int | None = HfArg(default=None, help="Initial number of thoughts; default: the checkpoint's.")
+    max_new_tokens: int | None = HfArg(default=None, help="Maximum tokens per answer; default: the recipe's, or 64.")
+    num_beams: int | None = HfArg(default=None, help="Number of beams; default: the recipe's, or 1 (greedy).")
+    dtype: str = HfArg(default="auto", help="Data type of the weights; `auto`: as they were saved.")
+    seed: int = HfArg(default=0, help="Seed of the noise.")
+    server_name: str | None = HfArg(default=None, help="Address to listen on; default: 127.0.0.1, this machine only.")
+    port: int | None = HfArg(default=None, help="Port; default: the first free one from 7860.")
+    share: bool = HfArg(default=False, help="Add a public address for a week, through gradio's server.")
+    push_space: str | None = HfArg(default=None, help="Upload the page as the Space user/name; do not serve it.")
+    package: str | None = HfArg(default=None, help="Requirement of the Space: 'mmcoconut @ git+https://…'.")
+    private: bool = HfArg(default=False, help="Make the Space private.")
 
 
 def file_of(self, payload) -> str | None:
-    """The uploaded file as it is: why one cannot be read is said by the library, which reads it, and not by gradio."""
+    """Return the uploaded file unchanged: mmcoconut, which reads it, reports unreadable files, not gradio."""
     return None if payload is None else payload.path
 
 
-# An ordinary `class` statement would have gradio's metaclass write a .pyi file beside this one.
+# An ordinary `class` statement would make gradio's metaclass write a .pyi file next to this one.
 Picture = ABCMeta.__new__(type(gr.Image), "Picture", (gr.Image,), {"preprocess": file_of, "is_template": True})
 
 
 def panels():
-    """The macros of demo_panels.html by name: functions that give HTML, with all texts escaped."""
+    """Return the macros of demo_panels.html by name: functions that return HTML, with all texts escaped."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "uri": data_uri,
@@ -82,7 +82,7 @@ def panels():
 
 
 def panel_of(html, name: str, compute: Callable[[], object]) -> str:
-    """Return what was computed as a panel; in its place what is wrong, with the remedy."""
+    """Return a result as a panel; in case of an error its message with the remedy."""
     try:
         return getattr(html, name)(compute())
     except ValueError as error:
@@ -90,7 +90,7 @@ def panel_of(html, name: str, compute: Callable[[], object]) -> str:
 
 
 def responder(asker: Asker) -> Callable[..., Iterator[tuple[str, str, str]]]:
-    """The function behind the button: what the three panels show, again and again as more of it is known."""
+    """Return the function of the button, which yields the three panels again whenever more is known."""
     html = panels()
 
     def respond(picture: str | None, question: str, num_latents: float, with_others: bool):
@@ -112,7 +112,7 @@ def responder(asker: Asker) -> Callable[..., Iterator[tuple[str, str, str]]]:
 
 
 def build_page(asker: Asker, *, name: str, num_latents: int | None = None):
-    """The page about a checkpoint of this name, a `gradio.Blocks`; `num_latents` thoughts until told otherwise."""
+    """Build the page of a checkpoint, a `gradio.Blocks`; num_latents: initial number of thoughts."""
     count = asker.processor.num_latents if num_latents is None else num_latents
     heading = panels().heading(name, asker.processor.num_latents, asker.model.config.thought_mode)
     with gr.Blocks(title=f"mmcoconut: {name}", analytics_enabled=False, fill_width=True) as page:
@@ -122,16 +122,16 @@ def build_page(asker: Asker, *, name: str, num_latents: int | None = None):
                 inputs, ask = question_column(asker.examples, count)
             with gr.Column(scale=5, min_width=480):
                 outputs = [gr.HTML(elem_id=panel) for panel in ("answer", "thoughts", "others")]
-        # One question at a time: other thoughts are put in by hooks on the one model.
+        # One question at a time: hooks on the one model replace the thoughts.
         events = {"triggers": [ask.click, inputs[1].submit], "concurrency_limit": 1, "api_name": "ask"}
         gr.on(fn=responder(asker), inputs=inputs, outputs=outputs, show_progress="minimal", **events)
     return page
 
 
 def question_column(examples: list[dict], count: int) -> tuple[list, gr.Button]:
-    """Picture, question, number of thoughts, whether other thoughts are tried; the button; examples to choose.
+    """Return picture, question, number of thoughts and the choice of other thoughts; the button; the examples.
 
-    Without a picture in any example the checkpoint is one for text, and the page has no place for one.
+    If no example has a picture, the checkpoint is for text, and the page has no input for a picture.
     """
     pictures = [picture for row in examples for picture in open_images(row)]
     small = bool(pictures) and max(side for picture in pictures for side in picture.size) <= SMALL_SIDE
@@ -149,7 +149,7 @@ def question_column(examples: list[dict], count: int) -> tuple[list, gr.Button]:
 
 
 def show_examples(rows: list[dict], inputs: list) -> None:
-    """Examples that fill picture and question when they are chosen."""
+    """Show examples that fill picture and question when chosen."""
     if not rows:
         return
     if any(row["images"] for row in rows):
@@ -160,7 +160,7 @@ def show_examples(rows: list[dict], inputs: list) -> None:
 
 
 def launch(page, **options):
-    """Serve a page of `build_page`, without analytics, fonts or scripts from elsewhere; options of `Blocks.launch`."""
+    """Serve a page of `build_page`, without analytics or external fonts and scripts; options: of `Blocks.launch`."""
     theme = gr.themes.Default(**FONTS)
     return page.launch(
         theme=theme,
@@ -173,7 +173,7 @@ def launch(page, **options):
 
 
 def read_example_rows(arguments) -> list[dict]:
-    """The first rows of the data set that is named, or of mazes.
+    """Return the first rows of the named data set, or of mazes.
 
     Raises:
         ValueError: the data cannot be read here.
@@ -184,29 +184,29 @@ def read_example_rows(arguments) -> list[dict]:
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{error}\nThe page takes its examples from {arguments.dataset!r}: put its files where "
-            f"--dataset_options says, or take other examples, such as --dataset {DEFAULT_DATASET}."
+            f"--dataset_options says, or use other examples, such as --dataset {DEFAULT_DATASET}."
         ) from error
 
 
 def parse_demo_arguments(argv: list[str]) -> DemoArguments:
-    """The command line, completed from the checkpoint's recipe.
+    """Parse the command line, completed from the checkpoint's recipe.
 
     Raises:
-        RecipeError: everything that is wrong with it.
+        RecipeError: all problems of the command line.
     """
     arguments = read_asked(argv, DemoArguments, "mmcoconut.demo", data="")
     if arguments.push_space is None and arguments.package is not None:
-        problem = ("package", arguments.package, "only a Space installs one: name it with `push_space`")
+        problem = ("package", arguments.package, "only a Space installs one: set `push_space` too")
         raise RecipeError("command line", [problem])
     complete_from_recipe(arguments)
     return arguments
 
 
 def serve(arguments: DemoArguments, rows: list[dict]) -> None:
-    """Load the checkpoint and show the page until it is stopped.
+    """Load the checkpoint and serve the page until it is stopped.
 
     Raises:
-        ValueError: the address or the port cannot be had.
+        ValueError: the address or the port is not available.
     """
     device = join_processes().device
     model, processor = load_checkpoint(
@@ -228,7 +228,7 @@ def serve(arguments: DemoArguments, rows: list[dict]) -> None:
             launch(page, server_name=arguments.server_name, server_port=arguments.port, share=arguments.share)
         except OSError as error:
             where = f"{arguments.server_name or '127.0.0.1'}, port {arguments.port or 'from 7860'}"
-            raise ValueError(f"No page at {where} ({error}): give another --port or --server_name.") from error
+            raise ValueError(f"No page at {where} ({error}). Set another --port or --server_name.") from error
 
 
 def main(argv: list[str] | None = None) -> None:

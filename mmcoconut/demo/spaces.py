@@ -1,6 +1,6 @@
-"""The demo as a Space: a folder that runs `mmcoconut.demo` on a checkpoint of the Hub, and its upload.
+"""Upload the demo as a Space: a folder that runs `mmcoconut.demo` on a checkpoint of the Hub.
 
-The Space loads the checkpoint by its name on the Hub, and installs this package for the page and the model's code.
+The Space loads the checkpoint by its Hub name, and installs this package for the page and the model's code.
 """
 
 import sys
@@ -17,10 +17,10 @@ from mmcoconut.demo.one_question import write_examples
 
 
 EXAMPLES = "examples"
-PINNED = ("torch", "transformers")  # to what the page was tried with; the Space installs gradio by sdk_version
+PINNED = ("torch", "transformers")  # to the tested versions; the Space installs gradio by sdk_version
 PACKAGE_REMEDY = (
-    "say where the Space installs this package from, as pip does: --package 'mmcoconut @ git+https://<host>/<owner>/"
-    "<repository>'; there is no release to take it from by name alone."
+    "set the requirement that installs this package: --package 'mmcoconut @ git+https://<host>/<owner>/"
+    "<repository>'; there is no release on a package index."
 )
 APP = '''"""A page that asks {model}, shows its thoughts, and replaces them."""
 
@@ -53,37 +53,37 @@ they look, and asks again with other thoughts in their place. Made with `python 
 
 
 def check_package(package: str | None) -> None:
-    """Check whether pip can install this package from what is given.
+    """Check that a requirement installs this package.
 
     Raises:
-        ValueError: nothing, no requirement of pip's, or one of another package.
+        ValueError: no requirement, an invalid one, or one of another package.
     """
     if package is None:
         raise ValueError(f"package is None: {PACKAGE_REMEDY}")
     try:
         name = Requirement(package).name
     except InvalidRequirement as error:
-        raise ValueError(f"package is {package!r}, which is no requirement of pip's: {PACKAGE_REMEDY}") from error
+        raise ValueError(f"package is {package!r}, which is not a valid requirement: {PACKAGE_REMEDY}") from error
     if name != "mmcoconut":
         raise ValueError(f"package is {package!r}, which installs {name}: {PACKAGE_REMEDY}")
 
 
 def check_on_the_hub(model: str) -> None:
-    """Check whether a Space could load the model by this name; the Hub itself is not asked.
+    """Check that a Space could load the model by this name; does not contact the Hub.
 
     Raises:
-        ValueError: a folder on this machine, or no name.
+        ValueError: a local folder, or no name.
     """
     if Path(model).exists():
         raise ValueError(
-            f"model is the folder {model!r} of this machine, and a Space loads from the Hub: push the checkpoint, and "
-            "give its name, --model user/name, with --recipe or --dataset for the examples."
+            f"model is the local folder {model!r}, and a Space loads from the Hub. Push the checkpoint, and "
+            "set its name, --model user/name, with --recipe or --dataset for the examples."
         )
     validate_repo_id(model)
 
 
 def readme_of(model: str) -> str:
-    """README.md of the Space; its head is what the Hub reads."""
+    """Return README.md of the Space; its header is read by the Hub."""
     title = f"{model.rpartition('/')[2]}: continuous thoughts"
     metadata = SpaceCardData(
         title=title,
@@ -109,11 +109,11 @@ def build_space(
     revision: str | None = None,
     **options,
 ) -> None:
-    """Write app.py, requirements.txt, README.md and the examples, with their pictures, into a folder.
+    """Write app.py, requirements.txt, README.md and the examples, with their pictures, to a folder.
 
     Args:
         rows: the examples, of `mmcoconut.data`.
-        model, revision: what app.py loads.
+        model, revision: checkpoint that app.py loads.
         package: the requirement that installs mmcoconut.
         options: `num_latents`, `max_new_tokens`, `num_beams`, `seed` of the page.
 
@@ -131,12 +131,12 @@ def build_space(
 
 
 def push_demo(arguments, rows: Sequence[Mapping]) -> str:
-    """Upload the demo of `mmcoconut.demo.page.DemoArguments` as the Space `push_space`; returns its address.
+    """Upload the demo of `mmcoconut.demo.page.DemoArguments` as the Space `push_space`; return its address.
 
-    What is uploaded: the three files and the examples' pictures. The token is that of `hf auth login`, or HF_TOKEN.
+    Uploads the three files and the examples' pictures. The token is that of `hf auth login`, or HF_TOKEN.
 
     Raises:
-        ValueError: a model, a Space or a package whose name cannot be right.
+        ValueError: an invalid name of a model, a Space or a package.
     """
     validate_repo_id(arguments.push_space)
     check_on_the_hub(arguments.model)

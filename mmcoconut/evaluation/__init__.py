@@ -1,1 +1,1 @@
-"""A checkpoint answers rows, alone (`python -m mmcoconut.evaluation`) or beside its controls."""
+"""Evaluation of checkpoints, alone (`python -m mmcoconut.evaluation`) or in comparison with their controls."""

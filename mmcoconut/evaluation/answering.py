@@ -1,4 +1,4 @@
-"""A checkpoint that answers rows of `mmcoconut.data` in batches: by writing, or by choosing the likeliest choice.
+"""Answer rows of `mmcoconut.data` in batches with a checkpoint: generate, or choose the most likely choice.
 
 Shapes: B rows of a batch, T tokens, D hidden, V vocabulary.
 """
@@ -21,19 +21,19 @@ from mmcoconut.training.generating import count_generated, generate_and_count
 
 
 def image_key(image: Mapping) -> str:
-    """What tells a picture from others: the start of the SHA-256 of its bytes, or, where it has none, its path."""
+    """Return an identifier of a picture: the start of the SHA-256 of its bytes or, without bytes, its path."""
     if image["bytes"] is None:
         return image["path"]
     return f"sha256:{hashlib.sha256(image['bytes']).hexdigest()[:16]}"
 
 
 def image_name(image: Mapping) -> str:
-    """The path of a picture, or, where it has none, its key."""
+    """Return the path of a picture, or, where it has none, its key."""
     return image["path"] or image_key(image)
 
 
 def load_checkpoint(name: str, *, revision: str | None = None, dtype: str = "auto", device="cpu"):
-    """Model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run."""
+    """Return model (eval, on `device`) and processor of a folder or Hub id; no code from the checkpoint is run."""
     model = load_model(name, dtype=dtype if dtype == "auto" else getattr(torch, dtype), revision=revision)
     return model.to(device).eval(), load_processor(name, revision=revision)
 
@@ -42,12 +42,12 @@ class Answerer:
     """A checkpoint that answers rows of `mmcoconut.data` in batches.
 
     Args:
-        model, processor: of `load_checkpoint`.
-        num_latents: thoughts a question; None takes the checkpoint's.
-        max_new_tokens: longest text written.
-        num_beams: of the search; 1 is greedy.
-        stop_threshold: of a model with a stop head, see its `generate`; None thinks all thoughts.
-        begin_with: text that every answer is made to begin with, such as "###" for an answer without written steps.
+        model, processor: as returned by `load_checkpoint`.
+        num_latents: thoughts per question; None uses the checkpoint's.
+        max_new_tokens: maximum tokens per answer.
+        num_beams: number of beams; 1 is greedy.
+        stop_threshold: for a model with a stop head, see its `generate`; None disables stopping.
+        begin_with: text that every answer begins with, such as "###" for an answer without written steps.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Answerer:
         self.max_new_tokens, self.num_beams, self.begin_with = max_new_tokens, num_beams, begin_with
 
     def with_count(self, num_latents: int, *, begin_with: str = "") -> "Answerer":
-        """The same checkpoint with another number of thoughts, exactly so many."""
+        """Return the same checkpoint with another number of thoughts, exactly so many."""
         return Answerer(
             self.model,
             self.processor,
@@ -79,12 +79,12 @@ class Answerer:
         )
 
     def inputs(self, rows: Sequence[Mapping], *, room: int | None = None):
-        """What the model reads for rows: input_ids, attention_mask (B, T), what its processor makes of images, such as
-        pixel_values (I, channels, height, width), and of an encoder-decoder also the decoder's prompt.
+        """Return the model inputs of rows: input_ids, attention_mask (B, T), the tensors of images, such as
+        pixel_values (I, channels, height, width), and for an encoder-decoder also the decoder's prompt.
 
         Raises:
-            UsageError: a prompt that leaves no room for `room` tokens, by default `max_new_tokens`, within the
-                language model's table of positions.
+            UsageError: a prompt that leaves fewer than `room` positions (default: `max_new_tokens`) in the language
+                model's position table.
         """
         room = self.max_new_tokens if room is None else room
         images = [open_images(row) for row in rows]
@@ -109,22 +109,22 @@ class Answerer:
         if limit is not None and length + room > limit:
             raise UsageError(
                 f"{rows[longest]['row_id']}: the prompt takes {length} tokens, images and {self.num_latents} latents "
-                f"included, and {room} more may follow, but the language model has {limit} positions: lower "
+                f"included, and {room} more may follow. The language model has {limit} positions. Lower "
                 "max_new_tokens or num_latents, or shorten the question."
             )
         return batch.to(self.model.device, dtype=self.model.dtype)
 
     def prompt_length(self, row: Mapping) -> int:
-        """Tokens of a row's prompt, of an encoder-decoder those that thoughts stand in."""
+        """Return the tokens of a row's prompt; for an encoder-decoder those of the side with the thoughts."""
         _, [num_tiles] = self.processor.encode_images([open_images(row)], return_tensors="pt")
         layout = {"num_tiles": num_tiles, "num_latents": self.num_latents}
         prompt = self.processor.encode_prompt(question_text(row), history=history_of(row), **layout)
         return len(self.processor.split_prompt(prompt)[1])
 
     def decoder_passes(self, row: Mapping, generated_tokens: int, num_thoughts: int) -> int:
-        """Calls of the decoder, one after the other, that a row's answer needs: one a token, and one a thought, those
-        of its earlier turns included, or, where thoughts are updated together, one an update and one for the text
-        before them; and one for what stands behind the last thought, where that sees less."""
+        """Return the number of sequential decoder passes for a row's answer: one per token and per thought, including
+        the thoughts of earlier turns. Parallel thoughts take one pass per update and one for the text before them. One
+        pass is added for the tokens after the last thought if their attention is restricted."""
         config, fed_back = self.model.config, num_thoughts
         if config.thought_mode != "feedback":
             fed_back = 0
@@ -136,7 +136,7 @@ class Answerer:
 
     @torch.no_grad()
     def answer(self, rows: Sequence[Mapping]) -> list[dict]:
-        """`output`, `answer`, `generated_tokens`, `num_thoughts`, `decoder_passes` of each row; all in one batch."""
+        """Return `output`, `answer`, `generated_tokens`, `num_thoughts`, `decoder_passes` per row, in one batch."""
         inputs = self.inputs(rows)
         options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": self.num_beams}
         tokens, num_thoughts = generate_and_count(
@@ -163,15 +163,15 @@ class Answerer:
 
     @torch.no_grad()
     def choice_log_probs(self, row: Mapping) -> list[tuple[float, int]]:
-        """For each choice of a row: the log-probability of `### choice <eos>` after the thoughts, and its tokens.
+        """Return per choice the log-probability of `### choice <eos>` after the thoughts, and its number of tokens.
 
         Raises:
             ValueError: a row without choices.
         """
         if not row["choices"]:
-            raise UsageError(f"{row['row_id']} has no choices, so there is none to score by likelihood: generate.")
+            raise UsageError(f"{row['row_id']} has no choices to score by likelihood. Use --score_by generation.")
         targets = [encode_target(self.processor, [], choice) for choice in row["choices"]]
-        # The row once for each choice, as each processor batches its images; only the prompts get longer.
+        # One copy of the row per choice, as each processor batches its images; only the prompts get longer.
         inputs = self.inputs([row] * len(targets), room=max(map(len, targets)))
         ids, mask = self.processor.prompt_names
         prompt = inputs[ids][0].tolist()
@@ -187,7 +187,7 @@ class Answerer:
         columns = labelled.any(dim=0).nonzero()[:, 0]  # (kept,)
         if getattr(self.model, "keeps_logits", True):
             logits = self.model(**inputs, logits_to_keep=columns).logits  # (B, kept, V)
-        else:  # a vision-language model that gives all
+        else:  # a vision-language model that always computes all
             logits = self.model(**inputs).logits[:, columns]
         log_probs = logits[labelled[:, columns]].float().log_softmax(dim=-1)  # (labelled, V)
         of_labels = torch.zeros(labels.shape, device=log_probs.device)
@@ -195,12 +195,12 @@ class Answerer:
         return list(zip(of_labels.sum(dim=1).tolist(), labelled.sum(dim=1).tolist()))
 
     def choose(self, rows: Sequence[Mapping], per_token: bool) -> list[dict]:
-        """As `answer`, with the likeliest choice of each row; `log_probs` holds what was compared."""
+        """Answer like `answer` with the most likely choice of each row; `log_probs` holds the compared values."""
         answers = []
         for row in rows:
             scores = [total / (count if per_token else 1) for total, count in self.choice_log_probs(row)]
             if not all(map(math.isfinite, scores)):
-                raise UsageError(f"{row['row_id']}: log-probabilities {scores} are not finite: pass --dtype float32.")
+                raise UsageError(f"{row['row_id']}: log-probabilities {scores} are not finite. Set --dtype float32.")
             best = row["choices"][scores.index(max(scores))]
             answers.append(
                 {

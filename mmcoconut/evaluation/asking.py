@@ -1,4 +1,4 @@
-"""What evaluation, audit and demo share: which checkpoint is asked which rows, from the command line and a recipe."""
+"""Arguments that evaluation, audit and demo share: checkpoint and rows, from the command line and a recipe."""
 
 import logging
 from dataclasses import dataclass, fields
@@ -21,18 +21,18 @@ from mmcoconut.training.layout import read_layout, refused
 
 logger = logging.getLogger("mmcoconut")
 
-# How an answer is found: written by `generate`, or the choice that the model thinks likeliest.
+# Answers are generated, or the most likely choice is taken.
 SCORE_BY = ("generation", "likelihood", "likelihood_per_token")
 CHOICES = {"score_by": SCORE_BY, "long_rows": LONG_ROWS, "dtype": ("auto", "float32", "bfloat16", "float16")}
-# What a run's own recipe says where the command does not.
+# Keys that default to the run's own recipe.
 FROM_RECIPE = ("dataset", "dataset_options", "metric", "max_new_tokens", "num_beams", "unreadable_images")
 FROM_RECIPE += ("max_length", "long_rows")
-NEW_TOKENS = 64  # where neither says how many
+NEW_TOKENS = 64  # if neither command nor recipe sets it
 
 
 @dataclass
 class EvaluationArguments:
-    """What is evaluated, on what, and how answers are scored."""
+    """Checkpoint, data and scoring of an evaluation."""
 
     model: str | None = HfArg(default=None, help="Folder or Hub id of a trained checkpoint.")
     revision: str | None = HfArg(default=None, help="Branch, tag or commit of a checkpoint on the Hub.")
@@ -64,7 +64,7 @@ class EvaluationArguments:
 
 
 def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …"):
-    """Arguments of the command line of a module that asks a checkpoint.
+    """Parse the command line of a module that runs a checkpoint on rows.
 
     Raises:
         RecipeError: every argument that is unknown, of the wrong type or missing.
@@ -85,7 +85,7 @@ def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …
 
 
 def check_layout(arguments) -> None:
-    """Raise RecipeError if the recipe that a command names says another layout than the checkpoint has."""
+    """Raise RecipeError if the recipe named in a command has another layout than the checkpoint."""
     said = read_recipe(arguments.recipe)
     problems = refused(said, read_layout(arguments.model, revision=arguments.revision))
     if problems:
@@ -93,11 +93,11 @@ def check_layout(arguments) -> None:
 
 
 def complete_from_recipe(arguments) -> None:
-    """Fill in what the command leaves open from the recipe named there, or the one beside the weights.
+    """Complete the arguments from the recipe named in the command, or the one saved with the weights.
 
     Raises:
-        RecipeError: a recipe that is named and has another layout than the checkpoint.
-        CheckpointError: no checkpoint.
+        RecipeError: the named recipe has another layout than the checkpoint.
+        CheckpointError: no checkpoint of that name.
     """
     beside = Path(arguments.model, RECIPE_FILE)
     if arguments.recipe is None and beside.is_file():
@@ -118,7 +118,7 @@ def complete_from_recipe(arguments) -> None:
 
 
 def parse_arguments(argv: list[str], cls=EvaluationArguments, module: str = "mmcoconut.evaluation"):
-    """Arguments of the command line, completed from the recipe named there or found beside the weights.
+    """Parse the command line, completed from the recipe named there or saved with the weights.
 
     Raises:
         RecipeError: every argument that is unknown, of the wrong type or missing.
@@ -131,7 +131,7 @@ def parse_arguments(argv: list[str], cls=EvaluationArguments, module: str = "mmc
 
 
 def read_rows(arguments):
-    """The rows to be answered; those left out by `unreadable_images: skip` are named in the log."""
+    """Return the rows to answer; log the rows dropped by `unreadable_images: skip`."""
     with PartialState().main_process_first():
         rows = load_examples(arguments.dataset, split=arguments.split, **arguments.dataset_options)
     count = len(rows) if arguments.max_samples is None else min(arguments.max_samples, len(rows))
@@ -141,12 +141,12 @@ def read_rows(arguments):
         for message in skipped:
             logger.warning("left out: %s", message)
     if len(rows) == 0:
-        raise UsageError(f"No row of {arguments.dataset} ({arguments.split}) is left to be answered: see the log.")
+        raise UsageError(f"No row of {arguments.dataset} ({arguments.split}) is left to answer. See the log.")
     return rows
 
 
 def fit_to(answerer: Answerer, rows, arguments):
-    """The rows without what `long_rows: cut` cuts; how much that is, is in the log."""
+    """Return the rows after `long_rows: cut`; log what was cut."""
     limits = (arguments.max_length, position_limit(answerer.model.get_decoder()))
     limit = min((limit for limit in limits if limit is not None), default=None)
     if arguments.long_rows != "cut" or limit is None:
@@ -158,18 +158,18 @@ def fit_to(answerer: Answerer, rows, arguments):
 
 
 def default_folder(arguments, room: str) -> Path:
-    """outputs/<room>/, and in it the checkpoint's path in one word, the data set and the split."""
+    """Return outputs/<room>/<checkpoint's path in one word>-<data set>-<split>."""
     model = arguments.model.strip("/.").replace("/", "-")
     return Path("outputs", room, f"{model}-{arguments.dataset}-{arguments.split}")
 
 
 def join_processes() -> PartialState:
-    """The processes of `accelerate launch`; on a CPU, unless told, each would take itself for the only one."""
+    """Join the processes of `accelerate launch`; on a CPU each would otherwise consider itself the only one."""
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def trained_with(model: str) -> dict | None:
-    """How the checkpoint was trained, from the results.json beside its weights; None where there is none."""
+    """Return how the checkpoint was trained, from the results.json saved with its weights; None without one."""
     file = Path(model, RESULTS_FILE)
     if not file.exists():
         return None

@@ -1,14 +1,14 @@
 """Compare modes and objectives: train each with each seed on the same rows, order and updates, and write one table.
 
-`python train_hf.py recipe.yaml --compare cot,no_cot,coconut,coconut+step_tokens --seeds 3` makes below the recipe's
+`python train_hf.py recipe.yaml --compare cot,no_cot,coconut,coconut+step_tokens --seeds 3` writes to the recipe's
 output_dir
 
-    coconut-seed1/              a run of train_hf.py like any other; in evaluation/ what mmcoconut.evaluation wrote, in
-                                audit/ a brief audit of its thoughts
-    coconut-seed1.yaml, .log    the recipe it was started with, and what it printed
-    compare.json, .md, .png     the table, as figures, for a README and as a picture
+    coconut-seed1/              a run of train_hf.py; evaluation/ is written by mmcoconut.evaluation, audit/ a
+                                brief audit of its thoughts
+    coconut-seed1.yaml, .log    its recipe and its printed output
+    compare.json, .md, .png     the table as JSON, Markdown and picture
 
-Called again, also with further variants, it repeats only what is not finished. Shapes: S runs of a variant, one a
+Called again, also with more variants, it repeats only unfinished runs. Shapes: S runs of a variant, one per
 seed; n examples.
 """
 
@@ -47,7 +47,7 @@ BASELINE = "coconut"
 AUDIT_FILE = "audit.json"
 # Keys of a recipe in which variants differ.
 VARIED = ("mode", "thought_schedule", "jacobi_iterations", "objectives")
-# Okabe and Ito's colours, which the colour-blind can tell apart, and a marker: a mode has the same in every plot.
+# Okabe and Ito's colours, distinguishable for the colour-blind, and a marker: constant per mode in all plots.
 STYLES = {
     "coconut": {"color": "#0072B2", "marker": "o"},
     "jacobi": {"color": "#56B4E9", "marker": "o"},
@@ -62,7 +62,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run left: results.json, evaluation.json, its predictions by index, and audit.json, or None."""
+    """The output of a finished run: results.json, evaluation.json, predictions by index, and audit.json, or None."""
 
     run: Run
     results: dict
@@ -72,7 +72,7 @@ class Finished:
 
     @cached_property
     def rows(self) -> list[tuple]:
-        """What the run was asked; equal in all runs of a comparison."""
+        """The rows of the evaluation; equal in all runs of a comparison."""
         return [(row["index"], row["row_id"], row["num_steps"]) for row in self.predictions]
 
     @cached_property
@@ -91,13 +91,13 @@ def read_outcome(run: Run) -> Finished:
 
 
 def check_matched(outcomes: list[Finished]) -> None:
-    """Raise ValueError unless all runs made as many updates and answered the same rows."""
+    """Raise ValueError unless all runs made equally many updates and answered the same rows."""
     first = outcomes[0]
     for other in outcomes[1:]:
         steps = first.results["train_steps"], other.results["train_steps"]
         if steps[0] != steps[1]:
             raise UsageError(
-                f"{first.run} made {steps[0]} updates and {other.run} made {steps[1]}, so they do not compare: did "
+                f"{first.run} made {steps[0]} updates and {other.run} made {steps[1]}, so they do not compare. Did "
                 "the training data change between them? Repeat the comparison with --overwrite true."
             )
         if first.rows != other.rows:
@@ -110,20 +110,20 @@ def check_matched(outcomes: list[Finished]) -> None:
 
 
 def commonest_gold(finished: Finished) -> dict:
-    """The gold answer of most rows, and the accuracy of always giving it."""
+    """Return the gold answer of most rows, and the accuracy of always giving it."""
     rows = [{**row, "answers": row["gold"]} for row in finished.predictions]
     answer, accuracy = commonest_answer(rows, finished.evaluation["metric"])
     return {"answer": answer, "accuracy": accuracy}
 
 
 def training_seconds(outcomes: list[Finished]) -> float | None:
-    """Mean over runs; None if each was resumed, since a resumed run only knows the time after it."""
+    """Return the mean over runs; None if all were resumed, since a resumed run only knows the time after resuming."""
     whole = [outcome for outcome in outcomes if "--resume_from_checkpoint" not in outcome.results["command"]]
     return float(np.mean([outcome.results["train_seconds"] for outcome in whole])) if whole else None
 
 
 def mean_known(values) -> float | None:
-    """The mean of those that are no None.
+    """Return the mean of the values that are not None.
 
     >>> mean_known([1.0, None, 2.0]), mean_known([None])
     (1.5, None)
@@ -133,13 +133,13 @@ def mean_known(values) -> float | None:
 
 
 def probe_accuracy(audit: dict) -> float | None:
-    """The mean over thoughts of the best target that a linear probe reads in each; None where it could not be made."""
+    """Return the mean over thoughts of the accuracy of each thought's best probe target; None without probes."""
     best = [max((value for value in row if value is not None), default=None) for row in audit["probe"]["accuracy"]]
     return mean_known(best)
 
 
 def audited(outcomes: list[Finished]) -> dict:
-    """Return what the audits of a variant's runs say, by seed or as means; None where none says it."""
+    """Return the results of the audits of a variant's runs, by seed or as means; None where no audit has them."""
     audits = [outcome.audit for outcome in outcomes if outcome.audit is not None]
     findings = [audit["necessity"] for audit in audits if "necessity" in audit]
     accuracy = mean_known((found.get("accuracy") or {}).get("mean") for found in findings)
@@ -152,7 +152,7 @@ def audited(outcomes: list[Finished]) -> dict:
 
 
 def mode_record(outcomes: list[Finished], baseline: list[Finished] | None) -> dict:
-    """All figures of a variant, from its runs; `baseline` holds those of coconut with the same seeds."""
+    """Return all figures of a variant from its runs; `baseline` holds the coconut runs with the same seeds."""
     scores = np.array([outcome.scores for outcome in outcomes])  # (S, n)
     num_steps = np.array([row["num_steps"] for row in outcomes[0].predictions])  # (n,)
     groups = {str(number): scores[:, num_steps == number] for number in np.unique(num_steps)}
@@ -181,24 +181,24 @@ def mode_record(outcomes: list[Finished], baseline: list[Finished] | None) -> di
 
 
 def distinct(values) -> list:
-    """The different values, in order; one, where all runs were made alike."""
+    """Return the distinct values in order; a single one if all runs agree."""
     return [json.loads(text) for text in dict.fromkeys(json.dumps(value) for value in values)]
 
 
 def settings_of(run: Run) -> dict:
-    """Return the keys of a recipe in which variants differ, with the run's values."""
+    """Return the keys of a recipe that differ between variants, with the run's values."""
     values = yaml.safe_load(run.recipe)
     return {key: values.get(key) for key in VARIED}
 
 
 def shared_recipe(run: Run) -> dict:
-    """Return what all runs have in common."""
+    """Return the recipe keys that all runs share."""
     own = ("seed", "output_dir", "run_name", *VARIED)
     return {key: value for key, value in yaml.safe_load(run.recipe).items() if key not in own}
 
 
 def summarise(outcomes: list[Finished], *, command: str) -> dict:
-    """compare.json: a record a variant, in the order given, and what the figures were made with."""
+    """Return the content of compare.json: one record per variant, in order, and the settings of the comparison."""
     by_mode: dict[str, list[Finished]] = {}
     for outcome in outcomes:
         by_mode.setdefault(outcome.run.variant.name, []).append(outcome)
@@ -231,7 +231,7 @@ def steps_table(records: list[dict]) -> str:
 
 
 def listed(values) -> str:
-    """Different values in one line; mappings as `torch 2.13.0, …`."""
+    """Format distinct values in one line; mappings as `torch 2.13.0, …`."""
     parts = [
         ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)
         for value in values
@@ -240,32 +240,32 @@ def listed(values) -> str:
 
 
 def audit_notes(summary: dict) -> list[str]:
-    """Say what the columns of the audits mean, where there is one."""
+    """Explain the columns of the audits, if there are any."""
     if not any(record.get("verdicts") for record in summary["modes"]):
         return []
     return [
-        f"Audits of {AUDITED_ROWS} rows or fewer a run. Whether the answer depends on the thoughts is told by giving "
-        "rows the thoughts of others. Thoughts alone: the accuracy where the answer sees nothing else, on which a "
-        "model that was not trained so (`answer_sees: thoughts`) may fail for that reason only. Positions alone: "
-        "whether latents that feed nothing back would do, told by the runs of `pause` and `markers` with the same "
-        "seed, if there are any, and by this model with the latent token's embedding in place of its thoughts. "
-        "Probe: what a linear classifier reads in a thought on held-out rows, of the written step or answer that it "
-        "reads best; the mean over thoughts. "
+        f"Audits use at most {AUDITED_ROWS} rows per run. `answer on thoughts` tests the dependence by giving "
+        "rows the thoughts of other rows. `thoughts alone`: accuracy if the answer sees nothing else; a "
+        "model that was not trained with `answer_sees: thoughts` may fail for that reason only. `positions alone`: "
+        "whether latents that feed nothing back suffice, from the runs of `pause` and `markers` with the same "
+        "seed, if any, and from this model with the latent token's embedding in place of its thoughts. "
+        "`probe`: accuracy of a linear classifier on held-out rows, for the written step or answer that it "
+        "reads best in each thought; the mean over thoughts. "
         "Modes that feed back no thought are not audited."
     ]
 
 
 def markdown(summary: dict) -> str:
-    """compare.md: the table, accuracy by number of steps, and below what they were made with."""
+    """Return compare.md: the table, accuracy by number of steps, and the settings of the comparison."""
     commonest = summary["commonest_answer"]
     seeds = ", ".join(map(str, summary["seeds"]))
     notes = [
         f"{summary['n']} rows of `{summary['dataset']}` ({summary['split']}), metric `{summary['metric']}`. Each line "
-        f"was trained on the same rows in the same order, with the seeds: {seeds}. "
-        f"{intervals(len(summary['seeds']))} Always answering `{commonest['answer']}`, the commonest answer, gives "
+        f"was trained on the same rows in the same order, with the seeds {seeds}. "
+        f"{intervals(len(summary['seeds']))} Always answering `{commonest['answer']}`, the most common answer, gives "
         f"{percent(commonest['accuracy'])}.",
-        "Seconds of training hold the evaluation at the end of each stage, those of an update do not; both depend on "
-        "what ran beside. MB: the most memory of the training process.",
+        "Training seconds include the evaluation at the end of each stage, seconds per update do not; both depend on "
+        "other load of the machine. MB: peak memory of the training process.",
         *audit_notes(summary),
         f"Trained on {listed(summary['machine'])}; evaluated on {listed(summary['evaluation_machine'])}; "
         f"{listed(summary['versions'])}; commit {listed(summary['commit'])}; {summary['date']}:",
@@ -275,27 +275,27 @@ def markdown(summary: dict) -> str:
 
 
 def error_bars(estimates: list[dict]) -> np.ndarray:
-    """Lengths (2, number) of the bars below and above the means, in %."""
+    """Return the lengths (2, number) of the bars below and above the means, in %."""
     below = [estimate["mean"] - estimate["low"] for estimate in estimates]
     above = [estimate["high"] - estimate["mean"] for estimate in estimates]
     return 100 * np.maximum([below, above], 0)
 
 
 def style_of(name: str) -> dict:
-    """Return colour and marker of a variant: the mode's own, and with objectives a plus."""
+    """Return colour and marker of a variant: its mode's, and a plus with objectives."""
     start, _, objectives = name.partition("+")
     return STYLES[start] | ({"marker": "P"} if objectives else {})
 
 
 def draw_modes(axes, records: list[dict], commonest: dict) -> None:
-    """Accuracy of each variant with its interval and, smaller, its seeds; a line where the commonest answer is."""
+    """Draw each variant's accuracy with its interval and, smaller, its seeds; a line marks the most common answer."""
     for place, record in enumerate(records):
         style, accuracy = style_of(record["mode"]), record["accuracy"]
         bars = error_bars([accuracy])
         axes.errorbar(100 * accuracy["mean"], place, xerr=bars, markersize=6, capsize=3, **style)
         seeds = [100 * share for share in record["accuracy_by_seed"].values()]
         axes.plot(seeds, [place + 0.27] * len(seeds), linestyle="", marker="|", color=style["color"], markersize=5)
-    axes.axvline(100 * commonest["accuracy"], color="grey", linestyle=":", label="commonest answer")
+    axes.axvline(100 * commonest["accuracy"], color="grey", linestyle=":", label="most common answer")
     axes.set_yticks(range(len(records)), [record["mode"] for record in records])
     axes.set_ylim(len(records) - 0.5, -0.5)
     axes.set_xlim(-3, 103)
@@ -306,7 +306,7 @@ def draw_modes(axes, records: list[dict], commonest: dict) -> None:
 
 
 def draw_steps(axes, records: list[dict]) -> None:
-    """Accuracy by the number of written steps as colours and figures, a line a variant, in the lines beside it."""
+    """Draw accuracy by the number of written steps as colours and numbers, one line per variant."""
     steps = list(records[0]["by_num_steps"])
     shares = np.array([[100 * group["mean"] for group in record["by_num_steps"].values()] for record in records])
     axes.imshow(shares, vmin=0, vmax=100, cmap="Blues", aspect="auto")
@@ -319,7 +319,7 @@ def draw_steps(axes, records: list[dict]) -> None:
 
 
 def draw(summary: dict, file: Path) -> None:
-    """compare.png, 1600 pixels wide and as high as its lines need, to be shown at half of that."""
+    """Draw compare.png, 1600 pixels wide and as high as its lines need, to be shown at half that size."""
     from matplotlib.figure import Figure
 
     records = summary["modes"]
@@ -331,27 +331,27 @@ def draw(summary: dict, file: Path) -> None:
 
 
 def check_start(runs: list[Run], *, overwrite: bool) -> None:
-    """What would stop the comparison in the end stops it now."""
+    """Check at the start what would otherwise stop the comparison at its end."""
     needed = {"matplotlib": "draws its table", "sklearn": "audits thoughts"}
     for name, does in needed.items():
         if find_spec(name) is None:
             raise ImportError(f"A comparison {does} with {name}, which is missing: pip install mmcoconut[audit]")
     if "LOCAL_RANK" in os.environ:
-        raise UsageError("A comparison launches its runs itself: start it with `python train_hf.py`, in one process.")
+        raise UsageError("A comparison launches its runs itself. Start it with `python train_hf.py`, in one process.")
     if overwrite:
         clear(runs)
     check_folders(runs)
 
 
 def compare(model_args, data_args, curriculum_args, run_args, *, script: str, argv: list[str]) -> dict:
-    """Train, evaluate, audit and tabulate every variant in `run_args.compare`; returns what compare.json holds.
+    """Train, evaluate, audit and tabulate every variant in `run_args.compare`; return the content of compare.json.
 
     Args:
-        script: path of train_hf.py, which trains a run.
-        argv: the command line, to be written beside the figures.
+        script: path of train_hf.py, which trains each run.
+        argv: the command line, to be saved with the results.
 
     Raises:
-        ComparisonError: runs that failed; those that finished stay.
+        ComparisonError: failed runs; finished runs are kept.
         ValueError: folders of another recipe, or runs that do not compare.
     """
     folder = Path(run_args.output_dir)

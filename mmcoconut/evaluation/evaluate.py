@@ -1,7 +1,7 @@
 """Answer a data set with a checkpoint and score it: `python -m mmcoconut.evaluation --model … --dataset …`.
 
-Writes evaluation.json (one record) and predictions.jsonl (a line a row) into `--output_dir`. A run that was stopped
-goes on where it stopped; `accelerate launch -m mmcoconut.evaluation …` shares the rows among processes.
+Writes evaluation.json (one record) and predictions.jsonl (one line per row) to `--output_dir`. A stopped evaluation
+resumes; `accelerate launch -m mmcoconut.evaluation …` shares the rows among processes.
 """
 
 import hashlib
@@ -41,16 +41,16 @@ PREDICTIONS_FILE = "predictions.jsonl"
 NEW_PREDICTIONS_FILE = "predictions.jsonl.new"
 RECORD_FILE = "evaluation.json"
 PART = "predictions.part-{}.jsonl"
-# All that an evaluation writes, and that `overwrite` deletes; its settings last, by which the folder is known.
+# All files of an evaluation, which `overwrite` deletes; its settings, which identify the folder, come last.
 OWN_FILES = (RECORD_FILE, PREDICTIONS_FILE, NEW_PREDICTIONS_FILE, PART.format("*"), SETTINGS_FILE)
-# What does not change the answers, and may differ when an evaluation goes on.
+# Settings that do not change the answers, and may differ when an evaluation resumes.
 ABOUT_ONE_LAUNCH = ("output_dir", "overwrite", "recipe")
-# What may change when a stopped evaluation goes on, for lack of memory.
+# Settings that may change when a stopped evaluation resumes with less memory.
 MAY_CHANGE = ("batch_size",)
 
 
 def described(row: Mapping, answerer: Answerer) -> dict:
-    """Return what a line of predictions.jsonl repeats of its row."""
+    """Return the fields of a row that its line in predictions.jsonl repeats."""
     labels = {name: row[name] for name in ("category", "pair") if row.get(name)}
     return {
         "index": row["index"],
@@ -66,7 +66,7 @@ def described(row: Mapping, answerer: Answerer) -> dict:
 
 
 def answered_rows(answerer: Answerer, batch: Sequence[Mapping], score_by: str) -> Iterator[dict]:
-    """The lines of predictions.jsonl for a batch, all but their scores; `seconds` is the batch's time by row."""
+    """Yield the lines of predictions.jsonl for a batch, without scores; `seconds` is the batch's time per row."""
     began = time.perf_counter()
     if score_by == "generation":
         answers = answerer.answer(batch)
@@ -78,46 +78,46 @@ def answered_rows(answerer: Answerer, batch: Sequence[Mapping], score_by: str) -
 
 
 def read_parts(folder: Path) -> dict[int, dict]:
-    """All rows that were answered, by index: of a finished evaluation, and of parts of any number of processes."""
+    """Return all answered rows by index: of a finished evaluation, or of the parts of any number of processes."""
     files = [*folder.glob(PREDICTIONS_FILE), *sorted(folder.glob(PART.format("*")))]
     return {line["index"]: line for file in files for line in read_lines(file)}
 
 
 def trim(file: Path) -> None:
-    """Cut off a last line that was not written to its end, so that the next one starts on a line of its own."""
+    """Remove an incomplete last line, so that the next line starts on a line of its own."""
     if file.exists():
         whole = file.read_bytes().rpartition(b"\n")
         file.write_bytes(whole[0] + whole[1])
 
 
 def check_settings(folder: Path, settings: dict) -> None:
-    """The folder holds nothing, or parts of an evaluation with the same settings.
+    """Check that the folder is empty or holds parts of an evaluation with the same settings.
 
     Raises:
-        ValueError: another evaluation, with each setting that differs.
+        ValueError: another evaluation; names each setting that differs.
     """
     file = folder / SETTINGS_FILE
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty and holds no evaluation: give another --output_dir.")
+            raise UsageError(f"{folder} is not empty and holds no evaluation. Set another --output_dir.")
         return
     changes = changed_settings(read_json(file), settings, may_change=MAY_CHANGE)
     if changes:
         raise UsageError(
-            f"{folder} holds an evaluation with other settings ({changes}): give --overwrite true to delete it, or "
+            f"{folder} holds an evaluation with other settings ({changes}). Set --overwrite true to delete it, or "
             "another --output_dir."
         )
 
 
 def clear(folder: Path) -> None:
-    """Delete what an evaluation wrote into its folder, and nothing else."""
+    """Delete the files of an evaluation in its folder, and nothing else."""
     for name in OWN_FILES:
         for file in folder.glob(name):
             file.unlink()
 
 
 def prepare_folder(folder: Path, settings: dict, *, overwrite: bool) -> None:
-    """A folder that belongs to this evaluation; the main process writes, the others wait."""
+    """Prepare the folder of this evaluation; the main process writes, the others wait."""
     state = PartialState()
     with state.main_process_first():
         if state.is_main_process:
@@ -130,10 +130,10 @@ def prepare_folder(folder: Path, settings: dict, *, overwrite: bool) -> None:
 
 
 def answer_all(answerer: Answerer, rows, folder: Path, *, batch_size: int, score_by: str) -> list[dict]:
-    """The lines of all rows in order; each process answers its share of those that are missing in the folder."""
+    """Return the lines of all rows in order; each process answers its share of the rows missing in the folder."""
     state = PartialState()
     done = read_parts(folder)
-    state.wait_for_everyone()  # everyone has read before anyone writes
+    state.wait_for_everyone()  # all processes have read before any writes
     missing = [index for index in range(len(rows)) if index not in done]
     if done:
         logger.info("%d of %d rows were answered before", len(done), len(rows))
@@ -149,18 +149,18 @@ def answer_all(answerer: Answerer, rows, folder: Path, *, batch_size: int, score
             bar.update(len(batch))
     state.wait_for_everyone()
     done = read_parts(folder)
-    state.wait_for_everyone()  # everyone has read before the parts become one file
+    state.wait_for_everyone()  # all processes have read before the parts become one file
     return [done[index] for index in range(len(rows))]
 
 
 def check_references(rows, metric: str) -> None:
-    """Raise ValueError for a row that the metric cannot score: before the rows are answered, not after."""
+    """Raise ValueError for a row that the metric cannot score, before rows are answered."""
     nothing = [""] * len(rows)
     score(metric, nothing, nothing, rows=without_pictures(rows))
 
 
 def add_scores(lines: list[dict], rows, metric: str) -> dict:
-    """Set `score` and `correct` of each line; the metric's other results."""
+    """Set `score` and `correct` of each line; return the metric's other results."""
     outputs, answers = [line["output"] for line in lines], [line["answer"] for line in lines]
     results = score(metric, outputs, answers, rows=without_pictures(rows))
     for line, value in zip(lines, results.pop("scores"), strict=True):
@@ -173,7 +173,7 @@ def mean_of(lines: Sequence[Mapping], key: str) -> float:
 
 
 def accuracy_of(lines: Sequence[Mapping], seed: int) -> dict:
-    """Mean and interval of the scores; the two rows of a pair are drawn together."""
+    """Return mean and interval of the scores; the two rows of a pair are resampled together."""
     drawn = {}
     for line in lines:
         drawn.setdefault(line.get("pair", line["index"]), []).append(line["score"])
@@ -181,8 +181,8 @@ def accuracy_of(lines: Sequence[Mapping], seed: int) -> dict:
 
 
 def accuracy_by(lines: Sequence[Mapping], key: str, seed: int) -> dict[str, dict]:
-    """Accuracy and number of the rows that have the same value of `key`: of gold steps, which is how hard they are,
-    or the category of a benchmark's question."""
+    """Return accuracy and number of rows by the value of `key`: the number of gold steps, a measure of difficulty, or
+    the category of a benchmark's question."""
     groups = {}
     for line in lines:
         groups.setdefault(line[key], []).append(line)
@@ -190,7 +190,7 @@ def accuracy_by(lines: Sequence[Mapping], key: str, seed: int) -> dict[str, dict
 
 
 def accuracy_by_category(lines: Sequence[Mapping], seed: int) -> dict:
-    """What the record of a benchmark with categories adds: their accuracies, and the mean of these."""
+    """Return what a benchmark with categories adds to the record: accuracy per category, and their mean."""
     if not all("category" in line for line in lines):
         return {}
     groups = accuracy_by(lines, "category", seed)
@@ -199,7 +199,7 @@ def accuracy_by_category(lines: Sequence[Mapping], seed: int) -> dict:
 
 
 def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dict:
-    """The one record of an evaluation."""
+    """Return the record of an evaluation."""
     seed, seconds = settings["seed"], sum(line["seconds"] for line in lines)
     return {
         **{key: settings[key] for key in ("model", "revision", "dataset", "dataset_options", "split", "metric")},
@@ -227,7 +227,7 @@ def record_of(lines: list[dict], details: dict, settings: dict, *, model) -> dic
 
 
 def write_results(folder: Path, lines: list[dict], record: dict) -> None:
-    """predictions.jsonl in the rows' order in the place of the parts, and then the record."""
+    """Write predictions.jsonl in row order, replacing the parts, and then the record."""
     whole = folder / NEW_PREDICTIONS_FILE
     write_lines(whole, lines)
     whole.replace(folder / PREDICTIONS_FILE)
@@ -241,21 +241,21 @@ def short_hash(*parts: bytes) -> str:
 
 
 def hash_of_weights(model) -> str:
-    """Changes when the model is trained: of the first values of every parameter, which is quick for large ones too."""
+    """Return a hash that changes with training: of the first values of every parameter, which is fast."""
     return short_hash(
         *(weight.detach().flatten()[:256].float().cpu().numpy().tobytes() for weight in model.parameters())
     )
 
 
 def hash_of_rows(rows) -> str:
-    """Changes with what is asked: of all but the pictures."""
+    """Return a hash of the rows without their pictures."""
     return short_hash(json.dumps(without_pictures(rows)[:]).encode())
 
 
 def settings_of(arguments, answerer: Answerer, rows) -> dict:
-    """All that the answers depend on; folders and files may have changed under the same name since."""
+    """Return all settings that the answers depend on; hashes detect changes under the same name."""
     settings = {key: value for key, value in asdict(arguments).items() if key not in ABOUT_ONE_LAUNCH}
-    if not answerer.model.config.stop_head:  # which nothing depends on then, and older folders do not have
+    if not answerer.model.config.stop_head:  # then nothing depends on it, and older folders lack it
         del settings["stop_threshold"]
     return {
         **settings,
@@ -268,7 +268,7 @@ def settings_of(arguments, answerer: Answerer, rows) -> dict:
 
 
 def finished_record(folder: Path, num_rows: int) -> dict | None:
-    """The record of an evaluation that is complete, with the machine and the date of the time when it ran."""
+    """Return the record of a finished evaluation, with the machine and date of its run; None if it is incomplete."""
     file = folder / RECORD_FILE
     if not file.exists() or len(read_parts(folder)) < num_rows:
         return None
@@ -276,16 +276,16 @@ def finished_record(folder: Path, num_rows: int) -> dict | None:
 
 
 def summary(record: dict) -> str:
-    """The record as a few lines for the reader."""
+    """Format the record as a few lines of text."""
     accuracy, metric = record["accuracy"], record["metric"]
     figures = {
         name: value for name, value in figures_of(record["metric_details"]).items() if name not in (metric, "n")
     }
     lines = [
         f"{metric} on {record['n']} rows of {record['dataset']} ({record['split']}): "
-        f"{Estimate.of(accuracy)}, in brackets the 95 % interval",
+        f"{Estimate.of(accuracy)}, 95 % interval in brackets",
         f"{record['num_thoughts']:.3g} thoughts, {record['generated_tokens']:.1f} tokens and "
-        f"{record['decoder_passes']:.1f} decoder passes an answer; {record['seconds']:.1f} s, summed over "
+        f"{record['decoder_passes']:.1f} decoder passes per answer; {record['seconds']:.1f} s, summed over "
         "processes",
     ]
     lines += [f"  {name}: {value:.4g}" for name, value in figures.items()]
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> dict:
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=state.device
     )
     if arguments.stop_threshold != 0.5 and not model.config.stop_head:
-        remedy = f"{arguments.model} has no stop head, so that nothing stops: remove this key"
+        remedy = f"{arguments.model} has no stop head: remove this key"
         raise RecipeError("command line", [("stop_threshold", arguments.stop_threshold, remedy)])
     answerer = Answerer(
         model,

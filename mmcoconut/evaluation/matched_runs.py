@@ -1,8 +1,8 @@
-"""The runs of a comparison: a variant and a seed each, trained, evaluated and audited in processes of their own.
+"""The runs of a comparison, one per variant and seed: trained, evaluated and audited in separate processes.
 
-A run is finished when its results.json and evaluation.json are there and, where its thoughts are audited, its
-audit.json. What is finished is never repeated; what has a checkpoint goes on from it. Audits come last, because
-an audit compares a run with its controls.
+A run is finished when its results.json and evaluation.json exist and, if its thoughts are audited, its audit.json.
+Finished steps are never repeated; training resumes from a checkpoint. Audits come last, because an audit compares
+a run with its controls.
 """
 
 import copy
@@ -32,21 +32,21 @@ from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 from mmcoconut.training.checkpoints import newest_whole
 
 
-# One process each, whatever `accelerate config` says of this machine.
+# One process each, whatever `accelerate config` says on this machine.
 LAUNCH = ("-m", "accelerate.commands.launch", "--quiet", "--num_processes", "1", "--num_machines", "1")
 LAUNCH += ("--gpu_ids", "all", "--main_process_port", "0", "--mixed_precision", "no", "--dynamo_backend", "no")
 LOG_LINES = 8
 AUDITED_ROWS = 300
-CONTROLS = ("pause", "markers")  # modes that an audit compares a run of the same seed with
+CONTROLS = ("pause", "markers")  # modes that an audit compares with a run of the same seed
 
 
 class ComparisonError(RuntimeError):
-    """Runs that failed, with the end of what each printed."""
+    """Runs failed; the message holds the end of each log."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One variant with one seed: its folder, and the recipe that makes it."""
+    """One variant with one seed: its folder and its recipe."""
 
     variant: Variant
     seed: int
@@ -82,13 +82,13 @@ class Run:
 
     @cached_property
     def has_thoughts(self) -> bool:
-        """Return True if an audit can replace thoughts: they are fed back, before a single answer."""
+        """True if an audit can replace thoughts: they are fed back, before a single answer."""
         values = yaml.safe_load(self.recipe)
         return values["mode"] == "coconut" and not values.get("thoughts_per_turn")
 
     @property
     def is_audited(self) -> bool:
-        """Return True if there is an audit, or cannot be one, as where training ended before the first thought."""
+        """True if there is an audit, or none is possible because training ended before the first thought."""
         if not self.has_thoughts or (self.audit / "audit.json").exists():
             return True
         return self.is_trained and read_json(self.folder / "processor_config.json").get("num_latents", 0) == 0
@@ -103,17 +103,17 @@ class Run:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The newest checkpoint that training can go on from exactly."""
+        """The newest checkpoint that training can resume from exactly."""
         return newest_whole(self.folder)
 
 
 def with_fields(part, values: dict):
-    """Return a dataclass with those of the values that are fields of it."""
+    """Return a copy of a dataclass with those values that are among its fields."""
     return replace(part, **{each.name: values[each.name] for each in fields(part) if each.name in values})
 
 
 def plan_runs(model_args, data_args, curriculum_args, run_args) -> list[Run]:
-    """Every variant with every seed, one seed after the other; the runs differ in these and in their folder."""
+    """Return every variant with every seed, seed by seed; the runs differ in these and in their folder."""
     runs = []
     given = {**vars(model_args), **vars(curriculum_args)}
     for seed in range(run_args.seed, run_args.seed + run_args.seeds):
@@ -130,7 +130,7 @@ def plan_runs(model_args, data_args, curriculum_args, run_args) -> list[Run]:
 
 
 def evaluation_options(data_args, run_args) -> list[str]:
-    """Return what `mmcoconut.evaluation` is told of the recipe beside the recipe itself."""
+    """Return the options of `mmcoconut.evaluation` for a recipe, other than the recipe itself."""
     options = {
         "split": data_args.test_split or data_args.eval_split,
         "max_samples": data_args.max_eval_samples,
@@ -140,13 +140,13 @@ def evaluation_options(data_args, run_args) -> list[str]:
 
 
 def without(options: list[str], key: str) -> list[str]:
-    """Return words of a command line, pairs of a key and a value, without those of a key."""
+    """Return the words of a command line, pairs of key and value, without those of a key."""
     pairs = zip(options[::2], options[1::2])
     return [word for pair in pairs if pair[0] != key for word in pair]
 
 
 def differences(run: Run) -> list[str]:
-    """The keys in which the recipe of an earlier run in this folder differs, with both values."""
+    """Return the keys in which the recipe of an earlier run in this folder differs, with both values."""
     file = run.folder / RECIPE_FILE
     earlier = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
     wanted = yaml.safe_load(run.recipe)
@@ -155,14 +155,14 @@ def differences(run: Run) -> list[str]:
 
 
 def check_folders(runs: list[Run]) -> None:
-    """Refuse to mix runs of two recipes in one table; what has not reached a checkpoint may go.
+    """Refuse to mix runs of two recipes in one table; runs without a checkpoint may be replaced.
 
     Raises:
         ValueError: names the differing keys, both values and the runs.
     """
     folder = runs[0].folder.parent
     if (folder / RECIPE_FILE).exists():
-        raise UsageError(f"{folder} is the folder of a single run: give a comparison another --output_dir.")
+        raise UsageError(f"{folder} is the folder of a single run. Set another --output_dir for the comparison.")
     found = {}
     for run in runs:
         for difference in differences(run) if run.is_trained or run.checkpoint else ():
@@ -171,12 +171,12 @@ def check_folders(runs: list[Run]) -> None:
         lines = [f"{difference} ({', '.join(names)})" for difference, names in found.items()]
         raise UsageError(
             "\n  - ".join([f"{folder} holds runs of another recipe:", *lines])
-            + "\nGive --overwrite true to delete and repeat them, or another --output_dir."
+            + "\nSet --overwrite true to delete and repeat them, or another --output_dir."
         )
 
 
 def clear(runs: list[Run]) -> None:
-    """Delete earlier runs, and nothing that is no run."""
+    """Delete earlier runs, and nothing else."""
     for run in runs:
         if (run.folder / RECIPE_FILE).exists():
             shutil.rmtree(run.folder)
@@ -184,13 +184,13 @@ def clear(runs: list[Run]) -> None:
 
 
 def device_of_runs(device) -> str:
-    """The one device of every run, as CUDA_VISIBLE_DEVICES names it: the first CUDA device, elsewhere none."""
+    """Return the device of all runs for CUDA_VISIBLE_DEVICES: the first CUDA device, or none."""
     return os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if device.type == "cuda" else ""
 
 
 @contextmanager
 def terminated_as_interrupted():
-    """SIGTERM, and SIGHUP unless it is ignored as under nohup, end the comparison the way Ctrl-C does."""
+    """Make SIGTERM, and SIGHUP unless ignored as under nohup, end the comparison like Ctrl-C."""
     numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, signal.default_int_handler)
@@ -202,13 +202,13 @@ def terminated_as_interrupted():
 
 
 class Runner:
-    """Takes runs through training, evaluation and audit, `jobs` of them at a time, each in processes of its own.
+    """Run training, evaluation and audit of runs, `jobs` of them at a time, each in separate processes.
 
     Args:
         script: path of train_hf.py.
-        options: of the evaluations.
+        options: options of the evaluations.
         device: CUDA_VISIBLE_DEVICES of the runs.
-        jobs: runs at a time; the threads of this process are shared among them.
+        jobs: runs at a time; they share the threads of this process.
     """
 
     def __init__(self, script: str, *, options: list[str], device: str, jobs: int = 1):
@@ -229,7 +229,7 @@ class Runner:
         return [*command, *self.options]
 
     def audit_command(self, run: Run) -> list[str]:
-        """Ask for as few rows and interventions as the table needs; an audit that was cut short is made anew."""
+        """Return the command of an audit with the rows and interventions that the table needs."""
         command = [sys.executable, "-m", "mmcoconut.audit", "--model", str(run.folder), "--output_dir", str(run.audit)]
         command += ["--parts", "verdict,necessity,positions,probe", "--overwrite", "true"]
         if any(other.is_control and other.is_evaluated and other.seed == run.seed for other in self.runs):
@@ -237,13 +237,13 @@ class Runner:
         return [*command, *without(self.options, "--max_samples"), "--max_samples", str(AUDITED_ROWS)]
 
     def environment(self) -> dict[str, str]:
-        """This process's own, with the runs' device and threads, and the package that is running now."""
+        """Return this process's environment with the runs' device and threads, and the running package."""
         paths = [str(Path(self.script).parent), os.environ.get("PYTHONPATH")]
         values = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": self.threads}
         return os.environ | values | {"CUDA_VISIBLE_DEVICES": self.device}
 
     def start(self, command: list[str], log: TextIO) -> subprocess.Popen:
-        """Start a command, its words in the log.
+        """Start a command and log its words.
 
         Raises:
             CancelledError: all commands were ended.
@@ -251,17 +251,17 @@ class Runner:
         with self.lock:
             if self.is_ended:
                 raise CancelledError
-            # A session of its own, so that a signal reaches the launcher's children too.
+            # A separate session, so that a signal reaches the launcher's children too.
             options = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
             process = subprocess.Popen(command, env=self.environment(), **options)
             self.processes.add(process)
         return process
 
     def call(self, command: list[str], run: Run) -> None:
-        """Run a command to its end, its words in the run's log.
+        """Run a command to its end and log its words.
 
         Raises:
-            CalledProcessError: it failed.
+            CalledProcessError: the command failed.
         """
         with run.log.open("a", encoding="utf-8") as log:
             log.write(f"$ {shlex.join(command)}\n")
@@ -274,22 +274,22 @@ class Runner:
             raise subprocess.CalledProcessError(status, command)
 
     def end(self) -> None:
-        """End every command that runs, with its children, and let no other start."""
+        """End every running command with its children, and prevent new ones."""
         with self.lock:
             self.is_ended = True
             for process in self.processes:
-                with suppress(ProcessLookupError):  # it ended at this moment
+                with suppress(ProcessLookupError):  # it ended in the meantime
                     os.killpg(process.pid, signal.SIGTERM)
 
     def say(self, run: Run, what: str) -> None:
-        """A line for a run whose state changed, with the number of runs that are done."""
+        """Print a line for a run whose state changed, with the number of finished runs."""
         print(f"{run}: {what} ({self.num_done} of {len(self.runs)} runs done)\n", end="", flush=True)
 
     def train_and_evaluate(self, run: Run) -> None:
-        """Do what is not done yet."""
+        """Train and evaluate, unless already done."""
         if not run.is_trained:
-            self.say(run, "training …" if run.checkpoint is None else f"training on from {run.checkpoint.name} …")
-            for folder in (run.evaluation, run.audit):  # they belong to the weights that are replaced now
+            self.say(run, "training …" if run.checkpoint is None else f"resuming from {run.checkpoint.name} …")
+            for folder in (run.evaluation, run.audit):  # they belong to the weights that are about to be replaced
                 shutil.rmtree(folder, ignore_errors=True)
             run.recipe_file.write_text(run.recipe, encoding="utf-8")
             self.call(self.train_command(run), run)
@@ -302,7 +302,7 @@ class Runner:
         self.call(self.audit_command(run), run)
 
     def attempt(self, step: Callable[[Run], None], run: Run) -> int:
-        """Take a step of a run; the exit status of what failed, or 0."""
+        """Run a step of a run; return the exit status of a failed command, or 0."""
         try:
             step(run)
             if run.is_audited:
@@ -316,13 +316,13 @@ class Runner:
         return 0
 
     def finish_all(self, runs: list[Run]) -> dict[Run, int]:
-        """Finish every run; those that failed, with their exit status. Ctrl-C ends the runs that are going on."""
+        """Finish every run; return the exit status of failed runs. Ctrl-C ends the runs in progress."""
         self.runs, self.num_done = runs, sum(run.is_finished for run in runs)
         failed = self.each(self.train_and_evaluate, [run for run in runs if not run.is_evaluated])
         return failed | self.each(self.audit, [run for run in runs if run.is_evaluated and not run.is_audited])
 
     def each(self, step: Callable[[Run], None], runs: list[Run]) -> dict[Run, int]:
-        """Take a step of every run, `jobs` at a time; those that failed, with their exit status."""
+        """Run a step for every run, `jobs` at a time; return the exit status of failed runs."""
         with terminated_as_interrupted(), ThreadPoolExecutor(self.jobs) as pool:
             try:
                 started = {run: pool.submit(self.attempt, step, run) for run in runs}
@@ -334,7 +334,7 @@ class Runner:
 
 
 def check_finished(failed: dict[Run, int], num_runs: int) -> None:
-    """Name the runs that failed, and show how the log of each ends."""
+    """Raise ComparisonError with the failed runs and the end of each log."""
     if not failed:
         return
     message = [f"{len(failed)} of {num_runs} runs failed. The same command repeats only these; the others are kept."]

@@ -8,7 +8,7 @@ from mmcoconut.harnesses import TASK_FOLDERS
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print one folder; raise UsageError for anything but the name of one program."""
+    """Print one folder; raise UsageError unless given the name of one program."""
     words = sys.argv[1:] if argv is None else argv
     if len(words) != 1 or words[0] not in TASK_FOLDERS:
         usage = "python -m mmcoconut.harnesses lm_eval"

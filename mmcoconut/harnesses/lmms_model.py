@@ -1,6 +1,6 @@
 """A checkpoint as a model of lmms-eval: `python -m lmms_eval --model mmcoconut --model_args pretrained=…`.
 
-lmms-eval finds it by the entry point `lmms_eval.models` of this package, and hands it the chats of any of its tasks.
+lmms-eval finds it by the entry point `lmms_eval.models` of this package, and passes it the chats of any of its tasks.
 The thoughts come from the checkpoint's own chat template. Works with lmms-eval 0.7.3.
 """
 
@@ -22,16 +22,16 @@ from mmcoconut.training.generating import count_generated, generate_and_count
 
 
 class MMCoconut(lmms):
-    """A checkpoint of this library that answers the tasks of lmms-eval.
+    """An mmcoconut checkpoint that answers the tasks of lmms-eval.
 
     Args:
         pretrained: folder or Hub id.
         revision: branch, tag or commit on the Hub.
-        batch_size: chats answered at once.
-        device: of the model, such as `cuda`; None takes a GPU where there is one.
+        batch_size: chats per batch.
+        device: of the model, such as `cuda`; None uses a GPU if there is one.
         dtype: of the weights; `auto` as they were saved.
-        num_latents: thoughts before an answer; None takes the checkpoint's.
-        answer_only: True gives a task what follows `###` alone, without written steps, where there is such an answer.
+        num_latents: thoughts per answer; None uses the checkpoint's.
+        answer_only: True returns only the text after `###`, without written steps, if there is such an answer.
     """
 
     is_simple = False
@@ -50,7 +50,7 @@ class MMCoconut(lmms):
         super().__init__()
         if kwargs:
             raise UsageError(f"model mmcoconut has no arguments {', '.join(sorted(kwargs))}: remove them")
-        ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval fills cut pictures up, which no score should rest on
+        ImageFile.LOAD_TRUNCATED_IMAGES = False  # lmms-eval fills truncated pictures, which would invalidate scores
         found = "cpu" if not torch.accelerator.is_available() else str(torch.accelerator.current_accelerator())
         self.model, self.processor = load_checkpoint(
             pretrained, revision=revision, dtype=dtype, device=device or found
@@ -58,7 +58,7 @@ class MMCoconut(lmms):
         self.num_latents, self.answer_only, self.batch_size = num_latents, answer_only, int(batch_size)
 
     def inputs(self, chats: Sequence[list[dict]]):
-        """Return what the model reads for chats as lmms-eval writes them, images inside, in one batch."""
+        """Return the model inputs for a batch of chats in lmms-eval's format, images included."""
         layout = {} if self.num_latents is None else {"num_latents": self.num_latents}
         inputs = self.processor.apply_chat_template(
             [ChatMessages(messages=chat).to_hf_messages() for chat in chats],
@@ -86,12 +86,12 @@ class MMCoconut(lmms):
             yield GenerationResult(text=text, token_counts=TokenCounts(output_tokens=count))
 
     def chat(self, request: Instance) -> list[dict]:
-        """Return the messages that a request asks, with their images."""
+        """Return the messages of a request, with their images."""
         _, to_messages, _, doc_id, task, split = request.args
         return to_messages(self.task_dict[task][split][doc_id])
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer the requests in order; those in one batch follow each other and have the same options."""
+        """Answer the requests in order; each batch holds consecutive requests with the same options."""
         results, begin = [], 0
         with tqdm(total=len(requests), unit="row", desc="mmcoconut") as bar:
             while begin < len(requests):
@@ -104,16 +104,16 @@ class MMCoconut(lmms):
         return results
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Refuse: tasks of chats are generated; `mmcoconut.evaluation --score_by likelihood` compares choices."""
-        raise NotImplementedError("mmcoconut scores by likelihood in `python -m mmcoconut.evaluation` alone")
+        """Refuse: chat tasks are generated; `mmcoconut.evaluation --score_by likelihood` compares choices."""
+        raise NotImplementedError("no likelihoods here: use `python -m mmcoconut.evaluation --score_by likelihood`")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        """Refuse: a task of several rounds cannot be asked."""
-        raise NotImplementedError("mmcoconut answers tasks of one round: choose another task")
+        """Refuse: tasks of several rounds are not supported."""
+        raise NotImplementedError("tasks of several rounds are not supported: choose another task")
 
 
 def manifest():
-    """Return what the entry point `lmms_eval.models` gives: the name `mmcoconut` and this class."""
+    """Return the entry point `lmms_eval.models`: the name `mmcoconut` and this class."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="mmcoconut", chat_class_path=f"{__name__}.{MMCoconut.__name__}")

@@ -1,7 +1,7 @@
-"""What task files name: the rows of a data set, what a model is asked about one, and the data set's own metric.
+"""Functions that task files name: the rows of a data set, the prompt of a row, and the data set's own metric.
 
-The question is the one that the model is trained on and that `python -m mmcoconut.evaluation` asks, pictures first;
-the score is that of the metric in metrics/, computed over all rows at once, so that pairs and captions count too.
+The question is the same as in training and in `python -m mmcoconut.evaluation`, pictures first; the
+score is that of the metric in metrics/, computed over all rows at once, so that pairs and captions count too.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,28 +17,28 @@ from mmcoconut.data.scoring import default_metric, score
 from mmcoconut.errors import UsageError
 
 
-IMAGE_PLACEHOLDER = "<image>"  # which lm-eval looks for in a text, whatever the model's own is
+IMAGE_PLACEHOLDER = "<image>"  # lm-eval looks for it in a text, regardless of the model's own
 SPLIT = "test"
 NOT_SCORED = ("images", "boxes", "helper_image", "dataset")
-NEW_TOKENS = 64  # where a task does not say how many
-# What else of a task's generation_kwargs goes to `generate`; `until` is applied to the text.
+NEW_TOKENS = 64  # if a task sets no number
+# Other generation_kwargs of a task that are passed to `generate`; `until` is applied to the text.
 PASSED_ON = ("do_sample", "num_beams", "temperature", "top_p")
 
 
 def load(dataset: str, **metadata: Any) -> dict[str, Dataset]:
     """Return the rows of a data set, with its name in a column, under `test`.
 
-    metadata: what `--metadata` gives; its entry of the data set's name holds the options of its `load`, as in
-        `{"mmvp": {"folder": "data/mmvp"}}`, and `split` where that is not `test`. Entries for other data sets, and
-        what else a program adds, are ignored.
+    metadata: value of `--metadata`; its entry for the data set holds the options of its `load`, as in
+        `{"mmvp": {"folder": "data/mmvp"}}`, and `split` if that is not `test`. Entries for other data sets, and
+        other entries of a program, are ignored.
 
     Raises:
-        UsageError: no such entry, or another mistake in the options.
+        UsageError: no such entry, or an invalid option.
     """
     options = metadata.get(dataset)
     if not isinstance(options, Mapping):
         raise UsageError(
-            f"the task of {dataset} was given {sorted(metadata)} and no options of its data; pass them, such as "
+            f"the task of {dataset} got the metadata {sorted(metadata)}, without options of its data; set them: "
             f'--metadata \'{{"{dataset}": {{"folder": "…"}}}}\''
         )
     rows = load_examples(dataset, **{"split": SPLIT, **options})
@@ -51,30 +51,30 @@ def images_of(doc: Mapping) -> list[Image.Image]:
 
 
 def text_of(doc: Mapping) -> str:
-    """Return the question of a row behind a placeholder for each of its pictures."""
+    """Return the question of a row after one placeholder per picture."""
     return IMAGE_PLACEHOLDER * len(doc["images"]) + question_text(doc)
 
 
 def target_of(doc: Mapping) -> str:
-    """Return the first accepted answer, which no model is shown."""
+    """Return the first accepted answer, which is not shown to the model."""
     return doc["answers"][0]
 
 
 def outcome_of(doc: Mapping, results: Sequence[str]) -> dict[str, dict]:
-    """Return a row without pictures, and what was written for it, under `score`, which `mean_score` reads."""
+    """Return a row without pictures, with its output, under `score`, which `mean_score` reads."""
     row = {name: value for name, value in doc.items() if name not in NOT_SCORED}
     return {"score": {"dataset": doc["dataset"], "row": row, "output": results[0]}}
 
 
 def mean_score(outcomes: Sequence[Mapping]) -> float:
-    """Return what the metric of the rows' data set gives for all outcomes together, each of `outcome_of`."""
+    """Return the result of the data set's metric for all outcomes together, each from `outcome_of`."""
     rows, outputs = [outcome["row"] for outcome in outcomes], [outcome["output"] for outcome in outcomes]
     metric = default_metric(outcomes[0]["dataset"], rows[0])
     return score(metric, outputs, [parse_answer(output) for output in outputs], rows=rows)[metric]
 
 
 def generation_options(task_options: dict) -> tuple[dict, list[str]]:
-    """Return the options of `generate` in generation_kwargs of lmms-eval, and the texts that end an answer.
+    """Return the `generate` options in lmms-eval's generation_kwargs, and the texts that end an answer.
 
     >>> generation_options({"max_new_tokens": 16, "temperature": 0, "top_p": None, "until": "\\n"})
     ({'do_sample': False, 'max_new_tokens': 16}, ['\\n'])

@@ -1,1 +1,1 @@
-"""What goes to the Hub: the model card and the uploads of a run."""
+"""Model cards and uploads to the Hub."""

@@ -1,4 +1,4 @@
-"""A model card out of what was measured: README.md, from model_card.md. What was not measured does not stand in it."""
+"""Write a model card, README.md, from measurements and model_card.md. Anything not measured is left out."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ CARD = "README.md"
 EVAL_RESULTS = ".eval_results"
 PIPELINE, TEXT_PIPELINE = "image-text-to-text", "text-generation"
 TAGS = ("mmcoconut", "coconut", "latent-reasoning")
-# Of a run's recipe, what its card shows.
+# Recipe keys in the card.
 SETTINGS = (
     "model",
     "objective",
@@ -60,11 +60,11 @@ STARTS = ("model", "vlm", "vision_model", "text_model")
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a model; None where it was not measured.
+    """Measurements of a model; None if not measured.
 
     recipe, results, evaluation, compare, audit: recipe.yaml, results.json, evaluation.json, compare.json, audit.json.
     audit_section: the audit's card.md. asked: the row of answers.jsonl whose thoughts are shown.
-    figures: pictures by what they show, `thoughts` and `modes`.
+    figures: pictures by content, `thoughts` and `modes`.
     """
 
     recipe: Mapping = field(default_factory=dict)
@@ -78,13 +78,13 @@ class Evidence:
 
 
 def template() -> str:
-    """The text of model_card.md: the repository's, or, where that is installed, the package's own."""
+    """Return the text of model_card.md: the repository's, or the installed package's."""
     files = (Path(mmcoconut.__path__[-1], TEMPLATE), Path(__file__).with_name(TEMPLATE))
     return next(file for file in files if file.is_file()).read_text(encoding="utf-8")
 
 
 def steps_table(evaluation: Mapping) -> str:
-    """Accuracy by the written steps of a row, of evaluation.json."""
+    """Return the accuracy by written steps per row, from evaluation.json."""
     groups = evaluation["by_num_steps"].items()
     return markdown_table(
         ["written steps of a row", "accuracy", "n"],
@@ -93,23 +93,23 @@ def steps_table(evaluation: Mapping) -> str:
 
 
 def hub_id(name) -> str | None:
-    """`owner/name` where that is no folder here."""
+    """Return a name `owner/name` that is not a local folder; otherwise None."""
     is_id = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not Path(name).exists()
     return name if is_id else None
 
 
 def base_models(recipe: Mapping) -> list[str]:
-    """The Hub ids that the training started from."""
+    """Return the Hub ids of the models that training started from."""
     return list(dict.fromkeys(name for key in STARTS if (name := hub_id(recipe.get(key)))))
 
 
 def hub_dataset(recipe: Mapping) -> str | None:
-    """The Hub id of the data, where they were read from there."""
+    """Return the Hub id of the data if it was loaded from the Hub."""
     return hub_id((recipe.get("dataset_options") or {}).get("path"))
 
 
 def measurements(evidence: Evidence) -> list[tuple[str, str, float]]:
-    """(split, metric, mean score) of all that was measured; an evaluation takes the place of the test in training."""
+    """Return (split, metric, mean score) of all measurements; an evaluation replaces the test during training."""
     results, evaluation, found = evidence.results, evidence.evaluation, {}
     if results is not None and results["stages"]:
         found[results["split"], results["metric"]] = results["stages"][-1]["accuracy"]
@@ -121,14 +121,14 @@ def measurements(evidence: Evidence) -> list[tuple[str, str, float]]:
 
 
 def sees_pictures(config) -> bool:
-    """Return True if a checkpoint was made for pictures: the tower of one for text alone has a single patch."""
+    """Return True if a checkpoint was made for pictures: a text-only model has a tower with a single patch."""
     vision = getattr(config, "vision_config", None)
     size, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     return size is None or size != patch  # Qwen2-VL's and others read pictures of any size
 
 
 def model_index(evidence: Evidence, task: str) -> list[EvalResult]:
-    """The measurements as the card's metadata has them."""
+    """Return the measurements in the format of the card's metadata."""
     name = dataset_name(evidence)
     if name is None:
         return []
@@ -146,7 +146,7 @@ def model_index(evidence: Evidence, task: str) -> list[EvalResult]:
 
 
 def eval_entries(evidence: Evidence) -> list[EvalResultEntry]:
-    """The measurements for `.eval_results`, which the Hub shows beside the data set: only for one that is there."""
+    """Return the measurements for `.eval_results`, which the Hub shows with the data set; only for data on the Hub."""
     dataset = hub_dataset(evidence.recipe)
     if dataset is None:
         return []
@@ -158,12 +158,12 @@ def eval_entries(evidence: Evidence) -> list[EvalResultEntry]:
 
 
 def dataset_name(evidence: Evidence) -> str | None:
-    """Of the data that the model was trained on, or else evaluated on."""
+    """Return the data set that the model was trained on, or else evaluated on."""
     return evidence.recipe.get("dataset") or (evidence.evaluation or evidence.audit or {}).get("dataset")
 
 
 def card_data(title: str, evidence: Evidence, license: str | None, task: str) -> ModelCardData:
-    """The metadata."""
+    """Return the card's metadata."""
     results, dataset = model_index(evidence, task), hub_dataset(evidence.recipe)
     return ModelCardData(
         library_name="transformers",
@@ -179,7 +179,7 @@ def card_data(title: str, evidence: Evidence, license: str | None, task: str) ->
 
 
 def layout(processor, pictures: bool) -> str:
-    """A prompt as the chat template renders it, runs of placeholders written as `×n`."""
+    """Return a prompt as the chat template renders it, runs of placeholders written as `×n`."""
     question = [{"type": "image"}] * pictures + [{"type": "text", "text": "Your question?"}]
     text = processor.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
@@ -190,19 +190,18 @@ def layout(processor, pictures: bool) -> str:
 
 
 def limits(evidence: Evidence, mode: str | None, num_latents: int, *, stops: bool) -> list[str]:
-    """Return what does not follow from what was measured; stops: whether rows end thinking by themselves."""
+    """Return the limitations of the measurements; stops: True if rows stop thinking by themselves."""
     name = dataset_name(evidence)
     seeds = len(evidence.compare["seeds"]) if evidence.compare else 0
     thinks = mode == "coconut" and num_latents > 0
     often = times(num_latents, stops=stops)
     possible = {
-        f"This run trained it on `{name}` alone; of other pictures and questions nothing is known.": name is not None,
-        "Nothing about its answers was measured.": not measurements(evidence),
-        f"It thinks {often} about every question; with another `num_latents` it is a model that was not measured "
+        f"This run trained it on `{name}` only; other pictures and questions were not tested.": name is not None,
+        "Its answers were not evaluated.": not measurements(evidence),
+        f"It thinks {often} per question; with another `num_latents` it is a model that was not measured "
         "here.": thinks,
-        "No control was trained beside it: whether thoughts are what it owes its accuracy to is not known.": thinks
-        and not seeds,
-        "One seed of each control: another may differ by more than the intervals say.": seeds == 1,
+        "No control was trained: whether the thoughts cause its accuracy is not known.": thinks and not seeds,
+        "One seed per control: other seeds may differ by more than the intervals.": seeds == 1,
         "It was not audited: whether its answers depend on its thoughts is not known.": thinks
         and evidence.audit is None,
         "Loading it with thoughts runs the code in this repository: read it, and pin a `revision`.": True,
@@ -211,7 +210,7 @@ def limits(evidence: Evidence, mode: str | None, num_latents: int, *, stops: boo
 
 
 def times(number: int, *, stops: bool = False) -> str:
-    """How often a model thinks before it writes; at most so often where rows stop by themselves.
+    """Return how often a model thinks before the answer; an upper limit if rows stop by themselves.
 
     >>> times(1), times(7), times(7, stops=True)
     ('once', '7 times', 'up to 7 times')
@@ -220,19 +219,19 @@ def times(number: int, *, stops: bool = False) -> str:
 
 
 def shown(value) -> str:
-    """A setting in a cell."""
+    """Format a setting for a table cell."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def settings_of(recipe: Mapping) -> dict[str, str]:
-    """Return what a card shows of a recipe; of rewards nothing where there are none."""
+    """Return the recipe settings of a card; those of rewards only with rewards."""
     rewarded = recipe.get("objective") in REWARDED
     keys = [key for key in SETTINGS if rewarded or key not in OF_REWARDS]
     return {key: shown(recipe[key]) for key in keys if recipe.get(key) not in (None, [], {})}
 
 
 def parts(evidence: Evidence) -> dict:
-    """Tables and sentences that the template places."""
+    """Return the tables and sentences of the template."""
     results, evaluation, compare = evidence.results, evidence.evaluation, evidence.compare
     recipe = evidence.recipe
     return {
@@ -250,7 +249,7 @@ def parts(evidence: Evidence) -> dict:
 
 
 def figure_name(name: str) -> str:
-    """Of a picture, beside the card."""
+    """Return the file name of a picture in the card's folder."""
     return f"{name}.png"
 
 
@@ -263,12 +262,12 @@ def model_card(
     license: str | None = None,
     branches: Sequence[str] = (),
 ) -> ModelCard:
-    """The card of a model.
+    """Make the card of a model.
 
     Args:
-        name: the Hub id or folder that it is loaded from.
+        name: the Hub id or folder to load it from.
         config, processor: of the checkpoint.
-        branches: of its repository, with the best model of each stage.
+        branches: branches of its repository, with the best model of each stage.
     """
     pictures = sees_pictures(config)
     title = name.rstrip("/").rpartition("/")[-1]
@@ -301,7 +300,7 @@ def model_card(
 
 
 def write_card(folder: Path, card: ModelCard, evidence: Evidence) -> None:
-    """README.md, the pictures that it shows, and `.eval_results` where the Hub has the data."""
+    """Write README.md, its pictures, and `.eval_results` if the data is on the Hub."""
     card.save(folder / CARD)
     for name, picture in evidence.figures.items():
         (folder / figure_name(name)).write_bytes(picture.read_bytes())

@@ -1,4 +1,4 @@
-"""To the Hub: a folder as a revision of a repository; and the uploads of a run, of which none can end it.
+"""Upload a folder as a revision of a Hub repository; upload a run during training, where a failure never ends the run.
 
 A revision is complete: weights as safetensors, configurations, processor, the code that reads them, README.md.
 """
@@ -24,26 +24,26 @@ from mmcoconut.records import ADAPTER_FOLDER, COURSE_FILE, OBJECTIVES_FILE, RECI
 
 logger = logging.getLogger("mmcoconut")
 
-# Of a run's folder, what is published: by name, since logs, data and secrets may lie there too.
+# Published files of a run's folder: by name, since logs, data and secrets may be there too.
 PUBLISHED = ("*.json", "*.safetensors", "*.py", "*.jinja", "merges.txt", "vocab.txt", "*.model", "*.spm", RECIPE_FILE)
-# Weights of an earlier revision, which another number of shards would leave beside the new ones.
+# Weights of an earlier revision, which would remain if the number of shards changes.
 STALE = ["model*.safetensors", "model.safetensors.index.json"]
 STATE_FILES = (TRAINER_STATE_NAME, COURSE_FILE, OBJECTIVES_FILE)
 LAST_CHECKPOINT = "last-checkpoint"
 MAIN = "main"
 NOT_ALLOWED = (401, 403)
-PATIENCE = 120  # seconds that the Hub may say nothing
-HTTP_LOGGERS = ("httpx", "httpx2")  # they name every request
+PATIENCE = 120  # seconds; timeout of the Hub
+HTTP_LOGGERS = ("httpx", "httpx2")  # they log every request
 
 
 def quiet_requests() -> None:
-    """Keep the requests of an upload, some dozens, out of a log that shows what happens."""
+    """Remove the dozens of requests of an upload from the log."""
     for name in HTTP_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def copy_model(source: Path, target: Path) -> None:
-    """The files of a checkpoint that are published, its adapter's too; no pickles, and nothing of a run's state."""
+    """Copy the published files of a checkpoint, its adapter's too; no pickles, and no state of the run."""
     target.mkdir(parents=True)
     for file in sorted(source.iterdir()):
         wanted = any(fnmatch(file.name, pattern) for pattern in PUBLISHED) and file.name not in STATE_FILES
@@ -54,16 +54,16 @@ def copy_model(source: Path, target: Path) -> None:
 
 
 def copy_checkpoint(source: Path, target: Path) -> None:
-    """All that a run resumes from; not its arguments, which resuming does not read: a pickle with the Hub's token."""
+    """Copy all files that a run resumes from, but not its pickled arguments, which hold the Hub's token."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns(TRAINING_ARGS_NAME))
 
 
 class Repository:
-    """A model repository on the Hub, made when it is first needed.
+    """A model repository on the Hub, created on first use.
 
     Args:
-        name: `owner/name`, or the name alone for one of the token's user.
-        private: of a repository that is made; None leaves it to the owner's default.
+        name: `owner/name`, or the name alone for the token's user.
+        private: visibility of a new repository; None uses the owner's default.
     """
 
     def __init__(self, name: str, *, private: bool | None = None, token: str | None = None):
@@ -71,24 +71,24 @@ class Repository:
         self.api, self.is_made = HfApi(token=token), False
 
     def make(self) -> None:
-        """Make sure that it is there; `name` is its whole one from then on.
+        """Create the repository if necessary; `name` is its full name afterwards.
 
         Raises:
-            ValueError: it is there already, and private or public where it should be the other.
+            ValueError: it exists with the other visibility.
         """
-        get_session().timeout = PATIENCE  # the library would wait for ever, and with it the end of a run
+        get_session().timeout = PATIENCE  # by default an upload, and with it the end of a run, would wait forever
         if self.is_made:
             return
         self.name = self.api.create_repo(self.name, private=self.private, exist_ok=True).repo_id
         if self.private is not None and self.api.model_info(self.name).private != self.private:
             found, wanted = ("public", "private") if self.private else ("private", "public")
             raise ValueError(
-                f"{self.name} is there already, and {found}: make it {wanted} in its settings, or give another name."
+                f"{self.name} exists and is {found}. Make it {wanted} in its settings, or set another name."
             )
         self.is_made = True
 
     def upload(self, folder: Path, *, message: str, branch: str | None = None, replace: bool = False) -> str:
-        """A commit of all files in the folder; its address. `replace`: the branch then holds nothing else."""
+        """Upload the files in a folder as a commit; return its address. `replace`: delete all other files there."""
         self.make()
         if branch is not None:
             self.api.create_branch(self.name, branch=branch, exist_ok=True)
@@ -103,22 +103,22 @@ class Repository:
 
 
 class Revision(NamedTuple):
-    """A folder that waits to be uploaded."""
+    """A folder that waits for its upload."""
 
     folder: Path
     message: str
 
 
 class Uploads:
-    """The uploads of a run, one after the other behind training's back.
+    """Uploads of a run, one after the other in the background.
 
-    What is uploaded is copied first, so that training may go on writing. What fails stays, unless the same branch has
-    something newer by then, and is tried again with the next; `errors` holds why, by branch.
+    Each upload is copied first, so training may continue to write. A failed upload is retried with the next, unless
+    the same branch has a newer one by then; `errors` holds the reasons by branch.
 
     Args:
-        repository: where to.
-        folder: for the copies; it is deleted at the end.
-        main: the branch of the latest model; None is the repository's own.
+        repository: target of the uploads.
+        folder: for the copies; deleted at the end.
+        main: branch of the latest model; None uses the repository's default.
     """
 
     def __init__(self, repository: Repository, folder: Path, *, main: str | None = None):
@@ -129,22 +129,22 @@ class Uploads:
         self.numbers, self.lock, self.pool = itertools.count(), threading.Lock(), ThreadPoolExecutor(1)
 
     def attempt(self, what: str, action: Callable[[], None]) -> bool:
-        """Whether it went well; the one place where whatever goes wrong is only noted, for training to go on."""
+        """Run an action and return True if it succeeded; any error is only logged, so that training continues."""
         try:
             action()
         except Exception as error:
             self.errors[what] = reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            logger.warning("%s is not uploaded (%s); it is tried again with the next save", what, reason)
-            logger.debug("where that was:", exc_info=True)
+            logger.warning("%s is not uploaded (%s); the next save tries again", what, reason)
+            logger.debug("traceback:", exc_info=True)
             return False
         self.errors.pop(what, None)
         return True
 
     def start(self) -> None:
-        """Make the repository; a Hub that does not answer is only noted.
+        """Create the repository; if the Hub does not answer, only log it.
 
         Raises:
-            ValueError, HfHubHTTPError: a name or a token that no later attempt could do better with.
+            ValueError, HfHubHTTPError: an invalid name or token, which no later attempt could fix.
         """
         try:
             self.repository.make()
@@ -152,17 +152,17 @@ class Uploads:
             refused = isinstance(error, HfHubHTTPError) and error.response.status_code in NOT_ALLOWED
             if refused or isinstance(error, ValueError):
                 raise
-            message = "%s cannot be made on the Hub now (%s); training starts, and every save tries again"
+            message = "%s cannot be created on the Hub now (%s); training starts, and every save tries again"
             logger.warning(message, self.repository.name, error)
 
     @property
     def branches(self) -> list[str]:
-        """Those of stages that are there."""
+        """The branches of stages that exist."""
         with self.lock:
             return sorted(self.stages)
 
     def add(self, branch: str, fill: Callable[[Path], None], message: str) -> None:
-        """A revision of that branch: `fill` makes its folder; it takes the place of one that still waits."""
+        """Queue a revision of a branch: `fill` writes its folder; it replaces a waiting revision of the branch."""
         folder = self.folder / str(next(self.numbers))
         if self.attempt(branch, partial(fill, folder)):
             with self.lock:
@@ -171,11 +171,11 @@ class Uploads:
                 shutil.rmtree(older.folder)
 
     def begin(self) -> Future:
-        """Upload what waits, behind the caller's back; the future is done when everything was tried."""
+        """Upload the waiting revisions in the background; the future is done when all were tried."""
         return self.pool.submit(self.upload_waiting)
 
     def upload_waiting(self) -> None:
-        """Every revision that waits, once; those that fail wait again."""
+        """Try to upload every waiting revision once; failed ones wait again."""
         with self.lock:
             revisions, self.waiting = self.waiting, {}
         for branch, revision in revisions.items():
@@ -198,7 +198,7 @@ class Uploads:
                 self.stages.add(branch)
 
     def finish(self, run: Path) -> None:
-        """The last attempt, and what came of it; `run` is the folder that holds everything anyway."""
+        """Make the last attempt and log the result; `run` is the folder that holds everything anyway."""
         self.begin().result()
         shutil.rmtree(self.folder, ignore_errors=True)
         name = self.repository.name
@@ -207,4 +207,4 @@ class Uploads:
             return
         failed = "; ".join(f"{branch} ({error})" for branch, error in sorted(self.errors.items()))
         remedy = f"python -m mmcoconut.publish --model {run} --repo_id {name}"
-        logger.error("not uploaded to %s: %s. All of it is in %s: %s", name, failed, run, remedy)
+        logger.error("not uploaded to %s: %s. All files are in %s. Upload them with: %s", name, failed, run, remedy)

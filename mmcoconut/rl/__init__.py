@@ -1,1 +1,1 @@
-"""Learning from a model's own answers: rewards on sampled ones, and when to stop thinking."""
+"""Reinforcement learning with rewards on sampled answers, and training of the stop head."""

@@ -1,16 +1,16 @@
-"""A model that thinks as the policy of reinforcement learning: it answers rows, and says how likely its answers were.
+"""The policy of reinforcement learning: sample answers with thoughts, and compute their log-probabilities.
 
-A rollout is one answer: what the model read, how it thought, what it wrote. Thoughts belong to the context of what is
-written, not to the actions: given the row and the noise they are deterministic, so that
+A rollout is one answer: the prompt, the thoughts and the generated tokens. Thoughts belong to the context of the
+tokens, not to the actions: given the row and the noise they are deterministic, so that
 
     log P(answer) = Σ_t log P(token_t | row, thoughts, tokens before)
 
-is differentiated through the thoughts. Gaussian noise on thoughts, drawn anew for each answer, is kept and read again
-when the log-probability is formed: its distribution does not depend on the weights, so the gradient of the expected
-reward is still that of the log-probability. Where a row stops thinking is an action; `schedules_mmcoconut` has its
-log-probability.
+is differentiated through the thoughts. Gaussian noise on thoughts, drawn per answer, is stored and reused when the
+log-probability is computed: its distribution does not depend on the weights, so the gradient of the expected
+reward is still that of the log-probability. The number of thoughts before a row stops is an action;
+`schedules_mmcoconut` computes its log-probability.
 
-Shapes: B rollouts, P tokens of a prompt, C tokens written, N latents, D hidden, V vocabulary.
+Shapes: B rollouts, P tokens of a prompt, C generated tokens, N latents, D hidden, V vocabulary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,11 +28,11 @@ from mmcoconut.vlm_processing_mmcoconut import ThinkingVLMProcessor
 
 @dataclass
 class Prompt:
-    """What the model reads of a row before it writes.
+    """The model inputs of a row before generation.
 
-    ids: all of it; begun: the part that thoughts stand in and the answer follows; encoded: of an encoder-decoder what
-    its encoder reads, else empty. pixels: the tensors of this row's pictures, by the model's arguments. images: these
-    pictures, of a vision-language model in its own class, whose processor says how several rows' are batched.
+    ids: the whole prompt; begun: the part with thoughts that the answer follows; encoded: the encoder's input of an
+    encoder-decoder, else empty. pixels: the tensors of this row's pictures, by the model's argument names. images: the
+    pictures, for a vision-language model in its own class, whose processor batches the pictures of several rows.
     """
 
     ids: list[int]
@@ -44,9 +44,9 @@ class Prompt:
 
 @dataclass
 class Rollout:
-    """How one answer came about: its prompt, at which of its latents it thought, the noise (N, D) on the thoughts.
+    """How an answer was generated: its prompt, the latents at which it thought, the noise (N, D) on the thoughts.
 
-    stop_log_prob: log P of thinking just there, of the policy that did, where that was kept.
+    stop_log_prob: log P of thinking at exactly these latents under the sampling policy, if it was kept.
     """
 
     prompt: Prompt
@@ -61,7 +61,7 @@ class Rollout:
 
 @dataclass
 class Likelihood:
-    """Of tokens written: log_probs and entropies (B, C), and log P (B,) of where rows stopped thinking, or None."""
+    """log_probs and entropies (B, C) of the generated tokens; log P (B,) of where rows stopped thinking, or None."""
 
     log_probs: torch.Tensor
     entropies: torch.Tensor
@@ -69,17 +69,17 @@ class Likelihood:
 
     @classmethod
     def join(cls, parts: Iterable["Likelihood"]) -> "Likelihood":
-        """Return that of all rows from those of parts of them."""
+        """Return the concatenation of several parts of a batch."""
         columns = zip(*((part.log_probs, part.entropies, part.stop_log_probs) for part in parts))
         return cls(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 @dataclass
 class Sampling:
-    """How answers are drawn.
+    """The settings of sampling.
 
-    thought_noise: standard deviation of the noise on thoughts, in units of a thought's root mean square; 0: none.
-    options: of `generate`, such as max_new_tokens and temperature.
+    thought_noise: standard deviation of the noise on thoughts, relative to a thought's root mean square; 0: none.
+    options: arguments of `generate`, such as max_new_tokens and temperature.
     """
 
     thought_noise: float = 0.0
@@ -87,10 +87,10 @@ class Sampling:
 
 
 def read_prompts(collator: CurriculumCollator, rows: Sequence[Mapping]) -> list[Prompt]:
-    """The prompts of rows at the collator's stage; a row that recurs is read once.
+    """Return the prompts of rows at the collator's stage; a repeated row is encoded once.
 
     Raises:
-        ValueError: a prompt that leaves no room for the answer.
+        ValueError: a prompt that leaves no positions for the answer.
     """
     num_latents, known = collator.curriculum.num_latents(collator.stage), {}
     for row in rows:
@@ -108,10 +108,10 @@ def read_prompts(collator: CurriculumCollator, rows: Sequence[Mapping]) -> list[
 
 
 def joined_pixels(prompts: Sequence[Prompt], processor) -> dict[str, torch.Tensor]:
-    """The tensors of all rows' pictures.
+    """Return the tensors of all rows' pictures.
 
-    Those of a vision-language model in its own class are joined where all have the same kinds and sizes; else they are
-    encoded anew together, as only its processor knows what it pads, and what stands for a row without pictures.
+    Those of a vision-language model in its own class are concatenated if all have the same kinds and sizes. Otherwise
+    they are encoded again together: only its processor knows the padding, and what to pass for a row without pictures.
     """
     kinds = {tuple((name, tensor.shape[1:]) for name, tensor in prompt.pixels.items()) for prompt in prompts}
     if len(kinds) > 1 and isinstance(processor, ThinkingVLMProcessor):
@@ -123,8 +123,8 @@ def joined_pixels(prompts: Sequence[Prompt], processor) -> dict[str, torch.Tenso
 def joined(
     prompts: Sequence[Prompt], processor, *, ids: torch.Tensor, mask: torch.Tensor, num_written: int = 0
 ) -> dict[str, torch.Tensor]:
-    """What the model reads beside ids and mask (B, T): pixels of all rows, what has an entry for each of these ids, of
-    which the last num_written are an answer's, and encoders' ids (B, S)."""
+    """Return the model inputs other than ids and mask (B, T): pixels of all rows, tensors with an entry per id, of
+    which the last num_written are the answer's, and encoders' ids (B, S)."""
     inputs = joined_pixels(prompts, processor)
     written = torch.zeros_like(mask, dtype=torch.bool)  # (B, T)
     written[:, written.shape[1] - num_written :] = True
@@ -136,7 +136,7 @@ def joined(
 
 
 def placed(inputs: Mapping[str, torch.Tensor], model) -> dict[str, torch.Tensor]:
-    """Tensors on the model's device, numbers with a point in its dtype."""
+    """Move tensors to the model's device, and floating-point ones to its dtype."""
     return {
         name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
         for name, tensor in inputs.items()
@@ -145,9 +145,9 @@ def placed(inputs: Mapping[str, torch.Tensor], model) -> dict[str, torch.Tensor]
 
 @torch.no_grad()
 def sample(model, processor, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[list[list[int]], list[Rollout]]:
-    """An answer to each prompt, and how it came about; a model with a stop head draws where it stops.
+    """Sample an answer to each prompt; a model with a stop head samples where it stops. Return ids and rollouts.
 
-    The ids of an answer end with the end token if it was written.
+    The ids of an answer end with the end token if it was generated.
     """
     ids_name, mask_name = processor.prompt_names
     batch = placed(processor.pad_prompts([prompt.ids for prompt in prompts], padding=True, return_tensors="pt"), model)
@@ -177,7 +177,7 @@ def sample(model, processor, prompts: Sequence[Prompt], sampling: Sampling) -> t
 
 
 def where_thought(rollouts: Sequence[Rollout], latent_mask: torch.Tensor) -> torch.Tensor:
-    """(B, T), True at those of the latents (B, T) at which the rollouts thought."""
+    """Return a mask (B, T), True at those of the latents (B, T) at which the rollouts thought."""
     most = int(latent_mask.sum(dim=1).max())
     lists = [[*rollout.thought, *[False] * (most - len(rollout.thought))] for rollout in rollouts]
     thought = torch.tensor(lists, dtype=torch.bool, device=latent_mask.device).view(len(rollouts), most)  # (B, N)
@@ -196,16 +196,16 @@ def likelihood(
     temperature: float = 1.0,
     entropy_gradients: bool = False,
 ) -> Likelihood:
-    """How likely the last C = num_written tokens of ids (B, P + C) are, thought again, with gradients.
+    """Compute the likelihood of the last C = num_written tokens of ids (B, P + C), thoughts included, with gradients.
 
-    It is that of the model's distribution at this temperature, without what `generate` may leave out (top_p, top_k,
+    It uses the model's distribution at this temperature, without the restrictions of `generate` (top_p, top_k,
     suppressed placeholders, …).
 
     Args:
-        model: the model, or it inside of DDP; its mode says whether there is dropout.
-        mask (B, P + C): 0 at padding; where rows did not think is put into it here.
-        temperature: that answers were sampled with.
-        entropy_gradients: whether the entropies have gradients, which takes the memory of the logits once more.
+        model: the model, or its DDP wrapper; its mode decides about dropout.
+        mask (B, P + C): 0 at padding; latents at which rows did not think are masked here.
+        temperature: the temperature of sampling.
+        entropy_gradients: whether entropies have gradients, which needs the memory of the logits a second time.
     """
     ids_name, mask_name = processor.prompt_names
     own = getattr(model, "module", model)
@@ -216,7 +216,7 @@ def likelihood(
     inputs = placed(joined(prompts, processor, ids=ids, mask=mask, num_written=num_written), own)
     inputs |= {ids_name: ids, mask_name: mask.masked_fill(latent_mask & ~thought, 0)}
     if rollouts[0].noise is not None:
-        most = int(latent_mask.sum(dim=1).max())  # of these rows, which may be fewer than of those sampled together
+        most = int(latent_mask.sum(dim=1).max())  # in these rows, which may be fewer than those sampled together
         inputs["thought_noise"] = torch.stack([rollout.noise[:most] for rollout in rollouts])  # (B, N, D)
     if own.config.stop_head:
         inputs["output_stop_logits"] = True
@@ -238,14 +238,14 @@ def stop_loss(
     counted: torch.Tensor,
     limits: tuple[float, float],
 ) -> torch.Tensor:
-    """Return the clipped loss () of where rows stopped thinking, meaned over the rows that count.
+    """Return the clipped loss () of where rows stopped thinking, averaged over the counted rows.
 
     Args:
         log_probs (B,): of stopping there, with gradients.
-        kept: the same of the policy that sampled, for each row; with None in it, it is this one.
+        kept: the same under the sampling policy, per row; if it contains None, the current policy is used.
         advantages (B,): of the rows' answers.
         counted (B,): 1 for rows that count, else 0.
-        limits: of the ratio of both probabilities.
+        limits: clipping limits of the probability ratio.
     """
     old = log_probs.detach() if None in kept else log_probs.new_tensor(kept)  # (B,)
     ratio = (log_probs - old).exp()  # (B,)

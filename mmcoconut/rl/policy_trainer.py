@@ -1,13 +1,13 @@
-"""GRPO and RLOO of trl over a policy that thinks, with this library's data, evaluation, checkpoints and trackers.
+"""GRPO and RLOO of trl for a policy that thinks, with mmcoconut's data, evaluation, checkpoints and trackers.
 
-trl is the engine: which rows are repeated how often, rewards, advantages, clipping, KL, their logs. `policy` answers
-what it asks of the model and the processor: prompts are those of the curriculum's last stage, answers are sampled with
-thoughts, and their log-probabilities think again.
+trl repeats rows and computes rewards, advantages, clipping, KL and their logs. `policy` supplies what trl needs from
+the model and the processor: the prompts of the curriculum's last stage, answers sampled with thoughts, and
+log-probabilities that compute the thoughts again.
 
     questions_of(rows) -> Rollouts(prompts, trainer) -> rewards -> batch -> compute_loss -> Rollouts.likelihood
 
-trl's batches have no place for how a row was answered: a number in their ids stands for it (`Rollouts`). The methods
-in OVERRIDDEN_METHODS are not public: `tests/test_policy.py` fails by name when one of them moves and compares what
+trl's batches cannot hold how a row was answered, so a number in their ids refers to it (`Rollouts`). The methods
+in OVERRIDDEN_METHODS are not public: `tests/test_policy.py` names the one that changed, and compares what
 they return with a plain forward pass, and constraints.txt pins trl.
 
 Sources: Shao et al. 2024, https://arxiv.org/abs/2402.03300 (GRPO); Ahmadian et al. 2024,
@@ -30,14 +30,14 @@ from mmcoconut.training.lora import has_lora, without_adapters
 from mmcoconut.training.trainer import CurriculumTrainer
 
 
-# Of trl's settings for generation; what else a model's own generation_config says stays.
+# trl's fields for generation; other fields of a model's own generation_config stay.
 SAMPLING_OPTIONS = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 # Private methods of trl that are overridden here, with the reason for each.
 OVERRIDDEN_METHODS = {
-    # Its public hooks say what is written, not how likely that is; its own way knows no thoughts, noise or stop head.
+    # Its public hooks return the generated text, not its likelihood; its method ignores thoughts, noise, stop head.
     "_get_per_token_logps_and_entropies": "log-probabilities think again",
-    # The public switch, HF_HUB_DISABLE_TELEMETRY, is for the whole process and read before this is imported.
+    # The public switch, HF_HUB_DISABLE_TELEMETRY, applies to the whole process and is read before this import.
     "_send_telemetry": "nothing is sent",
     # GRPOTrainer calls a `rollout_func`; RLOOTrainer has none and takes prompts and answers from these two.
     "_tokenize_prompts": "RLOO answers with thoughts",
@@ -46,7 +46,7 @@ OVERRIDDEN_METHODS = {
 
 
 class WithoutAdapters:
-    """The model as it was before its adapters, which is the reference that they are held near to."""
+    """The model without its adapters, the reference of the KL term."""
 
     def __init__(self, model):
         self.model = model
@@ -60,14 +60,14 @@ class WithoutAdapters:
 
 
 def reference_of(model):
-    """Return what the policy is held near to: itself as it is now, with its weights kept, or without its adapters."""
+    """Return the reference of the KL term: a copy of the current model, or the model without its adapters."""
     if has_lora(model):
         return WithoutAdapters(model)
     return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 class Question(str):
-    """The question of a row, as trl hands it on and logs it, with the `index` that the row is found by."""
+    """The question of a row as trl passes it on and logs it, with the row's `index`."""
 
     def __new__(cls, text: str, index: int | None = None):
         question = super().__new__(cls, text)
@@ -76,12 +76,12 @@ class Question(str):
 
 
 def questions_of(rows: Sequence[Mapping]) -> list[dict]:
-    """Return rows as trl reads them: with the question as `prompt`; their columns go to reward functions."""
+    """Return rows in trl's format, with the question as `prompt`; their columns are passed to reward functions."""
     return [{"prompt": Question(question_text(row), row["index"]), **row} for row in rows]
 
 
 class Answer(list):
-    """The ids of an answer, which trl hands on to reward functions, with the number of thoughts before it."""
+    """The ids of an answer, which trl passes to reward functions, with the number of thoughts before it."""
 
     def __init__(self, ids: Sequence[int], num_thoughts: int):
         super().__init__(ids)
@@ -89,7 +89,7 @@ class Answer(list):
 
 
 def with_thoughts(reward: Callable) -> Callable:
-    """Return a reward function that also takes `num_thoughts` of the answers, and logs their mean."""
+    """Return a reward function that also receives `num_thoughts` of the answers, and logs their mean."""
 
     @wraps(reward, updated=())
     def called(completion_ids: Sequence[Answer], log_metric: Callable, **columns):
@@ -101,15 +101,15 @@ def with_thoughts(reward: Callable) -> Callable:
 
 
 class Rollouts:
-    """A `rollout_func` of trl that answers with thoughts, and says later how likely its answers are.
+    """A `rollout_func` of trl that answers with thoughts, and later computes the likelihood of the answers.
 
-    trl's batches hold ids alone. In them the last id of a prompt is therefore a number, by which the rest of its
-    rollout, such as pictures and noise, is found for as long as trl learns from it: until the next call.
+    trl's batches hold only ids. The last id of a prompt is therefore a number that refers to the rest of its rollout,
+    such as pictures and noise. It is valid until the next call.
 
     Args:
-        rows: that questions are about, with their pictures.
+        rows: the rows of the questions, with their pictures.
         collator: of the run, at its last stage.
-        sampling: how answers are drawn.
+        sampling: settings of sampling.
         entropy_gradients: see policy.likelihood.
     """
 
@@ -134,11 +134,11 @@ class Rollouts:
         }
 
     def of(self, prompt_ids: torch.Tensor) -> list[Rollout]:
-        """Return the rollouts whose prompts (B, P), padded in front, stand in a batch."""
+        """Return the rollouts of a batch, whose prompts (B, P) are left-padded."""
         return [self.kept[number] for number in prompt_ids[:, -1].tolist()]
 
     def likelihood(self, model, ids: torch.Tensor, mask: torch.Tensor, num_written: int, size: int) -> Likelihood:
-        """Return how likely the last C = num_written tokens of a batch (B, P + C) are, by `size` rows at a time."""
+        """Return the likelihood of the last C = num_written tokens of a batch (B, P + C), by `size` rows at a time."""
         rollouts, ids = self.of(ids[:, :-num_written]), ids.clone()
         ids[:, -num_written - 1] = ids.new_tensor([rollout.prompt.begun[-1] for rollout in rollouts])
         return Likelihood.join(
@@ -157,7 +157,7 @@ class Rollouts:
 
 
 class Asked:
-    """A model for trl to form its loss with; `likelihood` is all that it said of the batch, also what trl leaves."""
+    """The model that trl computes its loss with; `likelihood` keeps everything computed for the batch."""
 
     def __init__(self, model):
         self.model = model
@@ -165,9 +165,9 @@ class Asked:
 
 
 def without_dropout(model) -> None:
-    """Switch off all dropout of a model, that of layers and that which is a number in a module or a configuration.
+    """Disable all dropout of a model: layers, and dropout rates in modules and configurations.
 
-    trl's `disable_dropout` knows layers only, and Marian, BART and Qwen2 have numbers.
+    trl's `disable_dropout` only finds layers, and Marian, BART and Qwen2 use rates.
     """
     for module in model.modules():
         for name, value in vars(module).items():
@@ -176,19 +176,19 @@ def without_dropout(model) -> None:
 
 
 class ThinkingPolicy:
-    """Give a trainer of trl, which stands after this class, a policy that thinks.
+    """Mixin before a trl trainer that makes its policy think.
 
     Args:
         data_collator: of the run, at its last stage.
         train_dataset: rows with their `index`.
-        reward_funcs: as trl's; they are given `num_thoughts`, too.
+        reward_funcs: as in trl; they also receive `num_thoughts`.
         thought_noise: see policy.Sampling.
-        kwargs: of trl's trainer.
+        kwargs: arguments of trl's trainer.
     """
 
     def __init__(self, *, data_collator, train_dataset, reward_funcs, thought_noise: float = 0.0, **kwargs):
         args, model = kwargs["args"], kwargs["model"]
-        beta, args.beta = args.beta, 0.0  # else trl would load a reference by the model's name
+        beta, args.beta = args.beta, 0.0  # otherwise trl would load a reference by the model's name
         reference = reference_of(model) if beta else None
         without_dropout(model)
         super().__init__(
@@ -199,24 +199,24 @@ class ThinkingPolicy:
         del model.forward  # trl's own, for a head that answers without logits
         args.beta = self.beta = beta
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("objective: grpo and rloo sample from whole weights: use DDP, not FSDP or DeepSpeed.")
+            raise ValueError("objective: grpo and rloo need whole weights to sample. Use DDP, not FSDP or DeepSpeed.")
         if isinstance(reference, torch.nn.Module):
             reference = self.accelerator.prepare_model(reference, evaluation_mode=True)
         self.ref_model = reference
         self.data_collator = questions_of
         options = {name: self.generation_kwargs[name] for name in SAMPLING_OPTIONS}
         sampling = Sampling(thought_noise, {name: value for name, value in options.items() if value is not None})
-        bonus = bool(getattr(args, "entropy_coef", 0.0))  # of GRPO alone
+        bonus = bool(getattr(args, "entropy_coef", 0.0))  # GRPO only
         self.rollout_func = Rollouts(train_dataset, data_collator, sampling, entropy_gradients=bonus)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return trl's loss () and, of a model with a stop head, that of where rows stopped thinking."""
+        """Return trl's loss (), plus the stopping loss of a model with a stop head."""
         asked = Asked(model)
         loss = super().compute_loss(asked, inputs, return_outputs, num_items_in_batch)
         if asked.likelihood.stop_log_probs is None:
             return loss
         steps = self.current_gradient_accumulation_steps if self.loss_is_scaled_for_ga else 1
-        counted = inputs["completion_mask"].any(dim=1).to(loss.dtype)  # (B,), without cut answers that are masked
+        counted = inputs["completion_mask"].any(dim=1).to(loss.dtype)  # (B,), 0 for truncated, masked answers
         stopping = stop_loss(
             asked.likelihood.stop_log_probs,
             [rollout.stop_log_prob for rollout in self.rollout_func.of(inputs["prompt_ids"])],
@@ -242,7 +242,7 @@ class ThinkingPolicy:
         with self.accelerator.autocast():
             found = self.rollout_func.likelihood(asked.model, input_ids, attention_mask, logits_to_keep, size)
         asked.likelihood = found
-        if model is self.model and found.stop_log_probs is not None:  # the policy that sampled, before it learns
+        if model is self.model and found.stop_log_probs is not None:  # the policy that sampled, before its update
             rollouts = self.rollout_func.of(input_ids[:, :-logits_to_keep])
             for rollout, value in zip(rollouts, found.stop_log_probs.tolist()):
                 rollout.stop_log_prob = value
@@ -253,13 +253,13 @@ class ThinkingPolicy:
 
 
 class GRPO(ThinkingPolicy, GRPOTrainer):
-    """trl's GRPO over a policy that thinks."""
+    """trl's GRPO for a policy that thinks."""
 
 
 class RLOO(ThinkingPolicy, RLOOTrainer):
-    """trl's RLOO, whose baseline is the mean of a row's other answers, over a policy that thinks.
+    """trl's RLOO, whose baseline is the mean of a row's other answers, for a policy that thinks.
 
-    It does not call a `rollout_func` itself: its first step of generation does, and its second takes the answers.
+    RLOO does not call a `rollout_func`: its first generation step does here, and its second takes the answers.
     """
 
     def _tokenize_prompts(self, prompts: list) -> tuple:
@@ -271,20 +271,20 @@ class RLOO(ThinkingPolicy, RLOOTrainer):
 
 
 class PolicyTrainer(CurriculumTrainer):
-    """CurriculumTrainer, before one of trl's trainers: evaluation, checkpoints, cards and uploads are the same."""
+    """CurriculumTrainer, before a trl trainer: evaluation, checkpoints, cards and uploads are the same."""
 
     def create_model_card(self, *args, model_name: str | None = None, **kwargs) -> None:
-        """Write a card as CurriculumTrainer does; trl asks by `model_name` for one in each checkpoint: write none."""
+        """Write a card as CurriculumTrainer does; do nothing if trl asks with `model_name`, as in each checkpoint."""
         if model_name is None:
             super().create_model_card(*args, **kwargs)
 
 
 class GRPOPolicyTrainer(PolicyTrainer, GRPO):
-    """PolicyTrainer whose updates are GRPO's."""
+    """PolicyTrainer with GRPO's updates."""
 
 
 class RLOOPolicyTrainer(PolicyTrainer, RLOO):
-    """PolicyTrainer whose updates are RLOO's."""
+    """PolicyTrainer with RLOO's updates."""
 
 
 POLICY_TRAINERS = {"grpo": GRPOPolicyTrainer, "rloo": RLOOPolicyTrainer}

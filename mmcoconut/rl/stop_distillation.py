@@ -1,8 +1,8 @@
-"""A stop head learns from the model itself: from the fewest thoughts after which it answers a row right.
+"""Train a stop head on the model's own answers: stop after the fewest thoughts with a right answer.
 
-Every training row is answered with 0, 1, … N thoughts, and the head is trained to stop after the first number with
-which the answer is right and comes at once; at N where none is. (With fewer thoughts a model of the curriculum writes
-the steps that it has not thought.) Nothing else is trained: a row that thinks on answers as it did before.
+Every training row is answered with 0, 1, … N thoughts. The target is the first number of thoughts with which the
+answer is right and comes at once; N if there is none. (With fewer thoughts a model of the curriculum writes the
+steps that it has not thought.) Nothing else is trained: a row that continues thinking answers as before.
 
     loss = -mean over rows of log P(the row stops after its number)
 
@@ -27,7 +27,7 @@ TARGET = "num_thoughts"
 
 
 def fewest_right(right: Sequence[Sequence[bool]]) -> list[int]:
-    """Of each row the first number of thoughts with a right answer, or the last; right[number][row].
+    """Return per row the first number of thoughts with a right answer, or the last; input: right[number][row].
 
     >>> fewest_right([[False, True, False], [True, True, False], [True, False, False]])
     [1, 0, 2]
@@ -37,7 +37,7 @@ def fewest_right(right: Sequence[Sequence[bool]]) -> list[int]:
 
 
 def right_with(answerer: Answerer, rows: Sequence[Mapping], metric: str) -> list[bool]:
-    """Whether each row is answered fully right and without a written step, with the answerer's number of thoughts."""
+    """Return per row whether the answer is fully right and without a written step, with the answerer's thoughts."""
     answers = answerer.answer(rows)
     outputs, given = [answer["output"] for answer in answers], [answer["answer"] for answer in answers]
     scores = score(metric, outputs, given, rows=rows)["scores"]
@@ -45,7 +45,7 @@ def right_with(answerer: Answerer, rows: Sequence[Mapping], metric: str) -> list
 
 
 def stopping_points(trainer: "StopDistiller", rows, *, batch_size: int) -> list[int]:
-    """The number of thoughts after which each row is to stop; every process answers its share of the rows."""
+    """Return the number of thoughts after which each row should stop; each process answers its share of the rows."""
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     collator = trainer.curriculum_collator
     num_latents = collator.curriculum.num_latents(collator.stage)
@@ -62,7 +62,7 @@ def stopping_points(trainer: "StopDistiller", rows, *, batch_size: int) -> list[
 
 
 class StopCollator:
-    """Prompts of the last stage, and `num_thoughts` (B,) after which each is to stop.
+    """The prompts of the last stage, with the target `num_thoughts` (B,) per row.
 
     Args:
         collator: of the run.
@@ -78,7 +78,7 @@ class StopCollator:
 
 
 class StopDistiller(CurriculumTrainer):
-    """CurriculumTrainer that trains the stop head of a model which answers already, and nothing else of it."""
+    """CurriculumTrainer that trains only the stop head of a model that already answers."""
 
     def __init__(self, *, model, **kwargs):
         model.requires_grad_(False)
@@ -87,7 +87,7 @@ class StopDistiller(CurriculumTrainer):
         self.data_collator = StopCollator(self.curriculum_collator)
 
     def train(self, *args, **kwargs):
-        """As the library's, when the rows have been answered with every number of thoughts."""
+        """Answer the rows with every number of thoughts, then train."""
         self.curriculum_collator.fixed_stage = self.curriculum_collator.curriculum.last_stage
         size = self.args.per_device_eval_batch_size
         points = stopping_points(self, self.train_dataset, batch_size=size)
@@ -95,11 +95,11 @@ class StopDistiller(CurriculumTrainer):
         return super().train(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """-mean log P of where rows are to stop, in each turn after as many thoughts."""
+        """Return -mean log P of stopping at the targets, in each turn after the same number of thoughts."""
         targets = inputs.pop(TARGET)  # (B,)
         ids = inputs[self.processing_class.prompt_names[0]]
         latent_mask = ids == self.curriculum_collator.processor.latent_token_id  # (B, P)
-        model.eval()  # as when it answered, and as when it will stop
+        model.eval()  # as for answering and stopping
         outputs = model(**inputs, output_stop_logits=True, **keeping(self.model, 1))
         loss = -stop_log_probs(outputs.stop_logits, first_thoughts(latent_mask, targets), latent_mask).mean()
         return (loss, outputs) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""Callbacks of the trainer: stages, and sharded models."""
+"""Callbacks of the trainer: stages of the curriculum, and sharded models."""
 
 import logging
 
@@ -12,15 +12,15 @@ logger = logging.getLogger(__name__)
 
 
 class CurriculumCallback(TrainerCallback):
-    """Moves the collator through the stages, and evaluates and saves at the end of each.
+    """Move the collator through the stages; evaluate and save at the end of each stage.
 
-    Epochs are counted as the Trainer counts them, from the updates that are done and `updates_per_epoch`, which the
-    trainer sets, so a resumed run is at the right stage. It is set before the epoch's data loader starts its workers;
-    persistent workers would keep the first stage, and are refused.
+    Epochs are counted as the Trainer counts them, from the completed updates and `updates_per_epoch` (set by the
+    trainer), so a resumed run continues at the right stage. The epoch is set before its data loader starts workers;
+    persistent workers would keep the first stage and are refused.
 
     Args:
         collator: the trainer's.
-        reset_optimizer: forget the optimizer's moments when a stage begins.
+        reset_optimizer: reset the optimizer's moments at the start of each stage.
     """
 
     def __init__(self, collator: CurriculumCollator, *, reset_optimizer: bool = False):
@@ -30,12 +30,12 @@ class CurriculumCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if args.dataloader_persistent_workers:
-            raise UsageError("dataloader_persistent_workers keeps the workers at the first stage: set it to false.")
+            raise UsageError("dataloader_persistent_workers keeps the workers at the first stage. Set it to false.")
         alignment = self.collator.alignment
         if alignment is not None and alignment.warms_up(state.num_train_epochs - 1):
             raise UsageError(
                 f"All {state.max_steps} updates of this run lie in the {alignment.warmup_epochs} epochs of "
-                "align_warmup_epochs, so that the answer is never learnt: set max_steps to more, or that to less."
+                "align_warmup_epochs, so the answer is never learnt. Raise max_steps or lower align_warmup_epochs."
             )
         if state.is_world_process_zero and not args.smoke_test:  # which always stops early
             self.announce_last_stage(state.num_train_epochs)
@@ -46,21 +46,21 @@ class CurriculumCallback(TrainerCallback):
         self.enter(min(self.next_epoch, state.num_train_epochs - 1))
 
     def check_resumed(self, state) -> None:
-        """Refuse a checkpoint that counted other epochs, as it would go on in the wrong stage.
+        """Refuse a checkpoint that counted other epochs, because the run would continue at the wrong stage.
 
         Raises:
-            ValueError: names the checkpoint's epoch and the one that its updates are in this run.
+            ValueError: names the checkpoint's epoch and the epoch of the same updates in this run.
         """
         saved, present = state.epoch or 0.0, state.global_step / self.updates_per_epoch
         if int(saved + 1e-6) != int(present) or abs(saved - present) > 1 / self.updates_per_epoch:
             raise UsageError(
-                f"The checkpoint was saved after {state.global_step} updates, in its run {saved:.4g} epochs, and with "
-                f"this run's {self.updates_per_epoch} updates per epoch {present:.4g} epochs: take the rows, batch "
-                "size, gradient_accumulation_steps and number of processes that it was trained with."
+                f"The checkpoint was saved after {state.global_step} updates. These are {saved:.4g} epochs in its run "
+                f"and {present:.4g} epochs here ({self.updates_per_epoch} updates per epoch). Use the rows, batch "
+                "size, gradient_accumulation_steps and number of processes of the original run."
             )
 
     def announce_last_stage(self, num_epochs: int) -> None:
-        """Log the stage that a run of so many epochs ends in, as a warning where it is not the last one."""
+        """Log the stage that a run of num_epochs ends in; warn if it is not the last stage."""
         curriculum = self.collator.curriculum
         stage, last = curriculum.stage_at(num_epochs - 1), curriculum.last_stage
         if stage < last:
@@ -74,7 +74,7 @@ class CurriculumCallback(TrainerCallback):
             logger.info("The run ends in stage %d of %d.", stage, last)
 
     def enter(self, epoch: int) -> None:
-        """Set the collator's epoch, and the latents that a checkpoint's processor is saved with."""
+        """Set the collator's epoch, and the number of latents that is saved with a checkpoint's processor."""
         self.collator.epoch = epoch
         self.collator.processor.num_latents = self.collator.curriculum.num_latents(self.collator.stage)
 
@@ -92,7 +92,7 @@ class CurriculumCallback(TrainerCallback):
                 getattr(optimizer, "optimizer", optimizer).state.clear()
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """The stage's last epoch: evaluate and save, whatever the run's own strategy."""
+        """Evaluate and save after the stage's last epoch, whatever the run's own strategy."""
         next_epoch = self.collator.epoch + 1
         ends = self.collator.curriculum.stage_at(next_epoch) != self.collator.stage
         if ends or state.global_step >= state.max_steps:
@@ -101,10 +101,10 @@ class CurriculumCallback(TrainerCallback):
 
 
 class ShardingCallback(TrainerCallback):
-    """Gives parameters that a sharded model did not use in a step a gradient of zero.
+    """Set zero gradients for parameters that a sharded model did not use in a step.
 
-    Processes must reduce the same gradients, and one of them may have a batch without images; and an optimizer is not
-    restored without a state of every parameter.
+    All processes must reduce the same gradients, and a process may have a batch without images. In addition, an
+    optimizer can only be restored if every parameter has a state.
     """
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):

@@ -1,4 +1,4 @@
-"""Save checkpoints so that a run killed at any moment finds a whole one, and choose the one that it goes on from.
+"""Save checkpoints so that a killed run leaves a complete one, and choose the checkpoint to resume from.
 
 A checkpoint is written to .saving/checkpoint-n, described by course.json with the size of each file, flushed to disk,
 and then renamed to checkpoint-n.
@@ -23,7 +23,7 @@ from mmcoconut.records import COURSE_FILE, read_json, sync, write_json
 logger = logging.getLogger("mmcoconut")
 
 ASIDE = ".saving"
-# What resuming reads, and the files that may hold it: one process, FSDP, DeepSpeed.
+# The files that resuming reads, by what wrote them: one process, FSDP, DeepSpeed.
 STATE = {
     "weights": ("*model*.safetensors", "pytorch_model*", "global_step*"),
     "optimizer.pt": ("optimizer*", "global_step*"),
@@ -34,19 +34,19 @@ STATE = {
 
 
 def files_of(folder: Path) -> dict[str, int]:
-    """Bytes of each file that resuming may read, by path; the pickled arguments are not read."""
+    """Return the bytes of each file that resuming may read, by path; the pickled arguments are not read."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
     return {name: size for name, size in sizes.items() if name not in (COURSE_FILE, TRAINING_ARGS_NAME)}
 
 
 def describe(folder: Path, course: Mapping) -> None:
-    """Write what a checkpoint holds, the size of each file, and the course of its run; nothing is added later."""
+    """Write course.json: a checkpoint's contents, the size of each file and the run's course. Call this last."""
     write_json(folder / COURSE_FILE, {"course": course, "files": files_of(folder)})
 
 
 def start_aside(folder: Path) -> Path:
-    """Return the place to write a folder of a run before it is whole; remove what a killed run left there."""
+    """Return a temporary folder for an incomplete checkpoint or model; delete what a killed run left there."""
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -54,7 +54,7 @@ def start_aside(folder: Path) -> Path:
 
 
 def put_in_place(written: Path, folder: Path) -> None:
-    """Flush a whole folder to disk and rename it to its final path; an earlier one there is deleted afterwards."""
+    """Flush a complete folder to disk and rename it to its final path; then delete an earlier folder of that path."""
     for path in written.rglob("*"):
         if path.is_file():
             sync(path)
@@ -68,7 +68,7 @@ def put_in_place(written: Path, folder: Path) -> None:
 
 
 def checkpoints_of(folder: Path) -> list[Path]:
-    """The folders checkpoint-n of a run, newest first."""
+    """Return the folders checkpoint-n of a run, newest first."""
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [(match, path) for path in folder.glob("*") if (match := pattern.fullmatch(path.name)) and path.is_dir()]
     return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
@@ -86,7 +86,7 @@ def rotate(folder: Path, limit: int | None, *, keep: Container[Path]) -> None:
 
 
 def is_cut(file: Path) -> bool:
-    """Return True if the end of a file is missing; of formats that tell."""
+    """Return True if the end of a file is missing, for formats that show it."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt"):
@@ -102,7 +102,7 @@ def is_cut(file: Path) -> bool:
 
 
 def damage(checkpoint: Path) -> list[str]:
-    """Return what keeps a run from going on from a checkpoint; empty for a whole one.
+    """Return the reasons why a run cannot resume from a checkpoint; empty for a complete checkpoint.
 
     Checkpoints of earlier versions have no course.json: their files are opened instead.
     """
@@ -122,7 +122,7 @@ def damage(checkpoint: Path) -> list[str]:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run that can be resumed from."""
+    """Return the newest checkpoint of a run that is complete."""
     return next((path for path in checkpoints_of(folder) if not damage(path)), None)
 
 
@@ -135,12 +135,12 @@ def report_of(checkpoints: list[Path], folder: Path) -> list[str]:
 
 
 def choose_checkpoint(folder: Path, wanted: bool | str) -> Path:
-    """Return the checkpoint to resume from: the one named, or with True the newest whole one of the folder.
+    """Return the checkpoint to resume from: the named one, or with True the newest complete one in the folder.
 
-    Warns of newer ones that are not whole.
+    Warn of newer checkpoints that are incomplete.
 
     Raises:
-        ValueError: the named one is not whole, or none is; with what each lacks.
+        ValueError: the named checkpoint is incomplete, or all are; lists what each lacks.
     """
     if wanted is not True:
         found = damage(Path(wanted))

@@ -1,4 +1,4 @@
-"""Rows of `mmcoconut.data` become the batches of a stage."""
+"""Collate rows of `mmcoconut.data` into the batches of a stage."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -27,26 +27,26 @@ from mmcoconut.objectives.base import Objective, RowsOfBatch
 from mmcoconut.training.curriculum import Curriculum, RowPlan
 
 
-# What the model reads before it writes, and what it is to write: ids.
+# Token ids of a prompt, and of the text to write after it.
 Turn = tuple[Sequence[int], Sequence[int]]
 DECODER_INPUTS = ("decoder_input_ids", "decoder_attention_mask")
-USUAL_SIZE = (448, 448)  # of a picture, in pixels
+USUAL_SIZE = (448, 448)  # in pixels; for images of unknown size
 
 
 def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: Sequence[int], length: int) -> torch.Tensor:
-    """Rows of ids as (B, length), `left[b]` pads before row b and the rest behind it."""
+    """Pad rows of ids to (B, length): `left[b]` columns before row b, the rest after it."""
     padded = [[value] * pad + list(row) + [value] * (length - pad - len(row)) for row, pad in zip(rows, left)]
     return torch.tensor(padded)
 
 
 def align_rows(rows: Sequence[Sequence[Turn]], *, pad_id: int, latent_id: int):
-    """Batch rows of turns so that the first latents share a column, and label what is written in each turn only.
+    """Batch rows of turns so that the first latents share a column; label only the text to write in each turn.
 
         pad pad <img> q q <start> <lat> <lat> <end> ### a eos
-        <img> q q q q <start> <lat> <lat> <end> s ⏎ ### a eos     (rows are moved right, then padded behind)
+        <img> q q q q <start> <lat> <lat> <end> s ⏎ ### a eos     (rows are shifted right, then padded on the right)
 
-    A column with a latent costs a pass of the decoder, so shared columns cost the fewest. Without latents nothing
-    is moved. Returns input_ids, attention_mask, labels, each (B, T).
+    Each column with a latent costs a decoder pass, so sharing columns minimizes the passes. Rows without latents are
+    not shifted. Return input_ids, attention_mask, labels, each (B, T).
     """
     labels = [[*chain(*([*[IGNORED] * len(prompt), *target] for prompt, target in turns))] for turns in rows]
     rows = [[*chain(*chain(*turns))] for turns in rows]
@@ -61,7 +61,7 @@ def align_rows(rows: Sequence[Sequence[Turn]], *, pad_id: int, latent_id: int):
 
 
 def first_place(part: Sequence[int], whole: Sequence[int], *, start: int) -> int:
-    """Return where ids stand in others for the first time from `start` on; -1 if nowhere.
+    """Return the first index from `start` at which `part` occurs in `whole`; -1 if there is none.
 
     >>> first_place([1, 2], [1, 2, 0, 1, 2], start=1), first_place([2, 1], [1, 2], start=0)
     (3, -1)
@@ -72,12 +72,12 @@ def first_place(part: Sequence[int], whole: Sequence[int], *, start: int) -> int
 
 @lru_cache(maxsize=RECURRING_TEXTS)
 def encode_size(processor, size: tuple[int, int]):
-    """Return what stands for a picture of this width and height, as `encode_images` gives it, once for each size."""
+    """Return the tiles or ids of a picture of this (width, height), as `encode_images` gives them; cached."""
     return processor.encode_images([[Image.new("RGB", size)]], return_tensors="pt")[1][0][0]
 
 
 def usual_image_length(processor) -> int:
-    """Return the tokens of a picture where its size is not known: those of one tile, or of a picture of USUAL_SIZE."""
+    """Return the tokens of a picture of unknown size: those of one tile, or of a picture of USUAL_SIZE."""
     return len(processor.image_ids(1 if processor.most_tiles else encode_size(processor, USUAL_SIZE)))
 
 
@@ -85,12 +85,12 @@ def usual_image_length(processor) -> int:
 def encode_turns(
     processor, question: str, history: tuple, markers: str, *, num_tiles: tuple, num_latents: int
 ) -> tuple:
-    """Return of each earlier turn its prompt and what is to be written, and the last prompt, as tuples of ids.
+    """Return (prompt, target) of each earlier turn, and the last prompt, as tuples of ids.
 
-    What is to be written is the answer and, where the chat template has it, the end token. markers: the processor's.
+    A target is the answer, with the end token if the chat template writes one. markers: the processor's.
 
     Raises:
-        ValueError: a chat template that writes an answer otherwise than `encode_answer`.
+        ValueError: the chat template writes an answer differently from `encode_answer`.
     """
     messages = messages_of(question, history, len(num_tiles))
     layout = {**processor.layout(num_latents), "add_generation_prompt": True}
@@ -104,7 +104,7 @@ def encode_turns(
         if first < 0:
             raise UsageError(
                 f"The chat template does not write the answer of turn {number}, {answer!r}, as the model does: "
-                "give a chat_template that keeps earlier answers, with no space added in front of them."
+                "set a chat_template that keeps earlier answers and adds no space before them."
             )
         end = first + len(written)
         end += whole[end : end + 1] == [eos]
@@ -114,21 +114,21 @@ def encode_turns(
 
 
 class CurriculumCollator:
-    """Rows of `mmcoconut.data` → batches of the present stage.
+    """Collate rows of `mmcoconut.data` into batches of the current stage.
 
-    Calling it gives training batches; `prompts` gives evaluation batches, which end where the model is to go on.
-    `epoch` is set by `CurriculumCallback`; a data loader's workers read it when they start.
+    Calling it returns training batches; `prompts` returns evaluation batches, which end where generation begins.
+    `CurriculumCallback` sets `epoch`; the workers of a data loader read it when they start.
 
     Args:
-        curriculum, processor: the schedule and the layout.
-        max_length: positions of the language model; longer rows are refused.
-        max_new_tokens: what evaluation will add to a prompt.
-        alignment: what the rows' pictures are aligned with, if anything.
-        num_epochs: epochs of the run, where known; stages that it does not reach are not measured.
-        objectives: of the thoughts; what they need of rows is in batches under `objective_inputs`.
+        curriculum, processor: define the schedule and the layout.
+        max_length: maximum positions of the language model; longer rows are refused.
+        max_new_tokens: maximum tokens that evaluation generates after a prompt.
+        alignment: text targets for image–text alignment, if any.
+        num_epochs: epochs of the run, if known; stages that it does not reach are not checked.
+        objectives: losses on thoughts; the batches hold their inputs under `objective_inputs`.
 
-    With `image_features` batches hold these in the place of pixels. What a processor says of an image, the number of
-    its tiles or the ids that stand for it, is called num_tiles.
+    With `image_features` batches hold features instead of pixels. num_tiles is what the processor returns per image:
+    the number of its tiles, or its placeholder ids.
     """
 
     def __init__(
@@ -151,11 +151,11 @@ class CurriculumCollator:
 
     @property
     def stage(self) -> int:
-        """The stage of the present epoch, unless one was fixed, as for evaluating a trained checkpoint."""
+        """The stage of the current epoch, or the fixed stage when a trained checkpoint is evaluated."""
         return self.curriculum.stage_at(self.epoch) if self.fixed_stage is None else self.fixed_stage
 
     def weights(self, stage: int | None = None) -> dict[str, float]:
-        """Return the weights of the objectives that have one at a stage, by default the present one, by name."""
+        """Return the weights of the objectives that are active at a stage (default: the current one), by name."""
         stage = self.stage if stage is None else stage
         weights = {objective.name: objective.weight_at(stage) for objective in self.objectives}
         return {name: weight for name, weight in weights.items() if weight > 0}
@@ -163,29 +163,29 @@ class CurriculumCollator:
     def check_length(self, row: dict, length: int, what: str) -> None:
         if self.max_length is not None and length > self.max_length:
             raise UsageError(
-                f"{row['row_id']}: {what} takes {length} tokens, images and latents included, and the language "
-                f"model, or max_length, has {self.max_length} positions: shorten the question or the steps, use "
-                "fewer latents or image tokens, lower max_new_tokens, raise max_length or take a language model "
+                f"{row['row_id']}: {what} takes {length} tokens, images and latents included. The maximum of the "
+                f"language model, or max_length, is {self.max_length}. Shorten the question or the steps, use "
+                "fewer latents or image tokens, lower max_new_tokens, raise max_length, use a language model "
                 "with more positions, or set `long_rows: cut`."
             )
 
     def check_turns(self, row: dict) -> None:
-        """Check whether this run can lay out the turns of a row.
+        """Check that this run can lay out the turns of a row.
 
         Raises:
-            ValueError: a conversation whose turns would have thoughts by stage, or for an encoder-decoder; steps where
-                there are no stages.
+            ValueError: a conversation with thoughts by stage or for an encoder-decoder; a row with steps without
+                stages.
         """
         num_turns, per_turn = 1 + len(history_of(row)), self.curriculum.thoughts_per_turn
         if num_turns > 1 and self.processor.decoder_start_token_id is not None:
-            remedy = "an encoder-decoder reads one question: set dataset_options.max_turns to 1"
+            remedy = "An encoder-decoder reads one question. Set dataset_options.max_turns to 1"
         elif num_turns > 1 and self.curriculum.mode in THINKING_MODES and not per_turn:
-            remedy = f"mode {self.curriculum.mode} has thoughts by stage, and it has no stages: set thoughts_per_turn"
+            remedy = f"Mode {self.curriculum.mode} needs stages, and a conversation has none. Set thoughts_per_turn"
         elif row["steps"] and per_turn:
-            remedy = f"with thoughts_per_turn={per_turn} no stage replaces its {len(row['steps'])} steps: set it to 0"
+            remedy = f"With thoughts_per_turn={per_turn} no stage replaces its {len(row['steps'])} steps. Set it to 0"
         else:
             return
-        raise UsageError(f"{row['row_id']}: a row of {num_turns} turn(s), and {remedy}.")
+        raise UsageError(f"{row['row_id']}: the row has {num_turns} turn(s). {remedy}.")
 
     def training_plan(self, row: dict) -> RowPlan:
         num_steps = len(row["steps"])
@@ -193,12 +193,12 @@ class CurriculumCollator:
         return self.curriculum.plan(stage, num_steps)
 
     def evaluation_plan(self, row: dict) -> RowPlan:
-        """The stage's own, with the latents that an evaluation prompt has."""
+        """Return the plan of the stage, with the number of latents of an evaluation prompt."""
         skipped = self.curriculum.plan(self.stage, len(row["steps"])).skipped_steps
         return RowPlan(skipped, self.curriculum.num_latents(self.stage))
 
     def encode_turns(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> tuple[list[Turn], list[int]]:
-        """Earlier turns and last prompt of a row; num_tiles: of each of its images."""
+        """Return the earlier turns and the last prompt of a row; num_tiles: one entry per image of the row."""
         self.check_turns(row)
         layout = {"num_tiles": tuple(num_tiles), "num_latents": num_latents}
         asked, markers = (question_text(row), history_of(row)), self.processor.markers
@@ -206,24 +206,24 @@ class CurriculumCollator:
         return [*turns], [*prompt]
 
     def encode_prompt(self, row: dict, num_tiles: Sequence[int], num_latents: int) -> list[int]:
-        """All that comes before a row's last answer."""
+        """Return all tokens before a row's last answer."""
         turns, prompt = self.encode_turns(row, num_tiles, num_latents)
         return [*chain(*chain(*turns)), *prompt]
 
     def encode_row(self, row: dict, plan: RowPlan, num_tiles: Sequence[int]) -> list[Turn]:
-        """The turns of a row under a plan, the last of which has what is left of its steps."""
+        """Return the turns of a row under a plan; the last turn has the remaining steps."""
         turns, prompt = self.encode_turns(row, num_tiles, plan.num_latents)
         target = encode_target(self.processor, row["steps"][plan.skipped_steps :], row["answers"][0])
         return [*turns, (prompt, target)]
 
     def length_of(self, turns: Sequence[Turn]) -> int:
-        """Tokens of a row; of an encoder-decoder those of the longer side."""
+        """Return the tokens of a row; for an encoder-decoder those of the longer side."""
         *before, (prompt, target) = turns
         return self.longest_part([*chain(*chain(*before)), *prompt], len(target))
 
     @property
     def stages(self) -> range:
-        """The stages that rows may be laid out at: the fixed one, or all from the run's first epoch to its last."""
+        """Return the stages of rows: the fixed one, or all from the run's first epoch to its last."""
         curriculum = self.curriculum
         if self.fixed_stage is not None:
             return range(self.fixed_stage, self.fixed_stage + 1)
@@ -233,14 +233,14 @@ class CurriculumCollator:
         return range(curriculum.stage_at(0), last + 1)
 
     def longest_form(self, row: dict, num_tiles: Sequence[int], *, room: int = 0) -> tuple[int, str]:
-        """The most tokens that a row takes at any of `stages`, and as what it does.
+        """Return the maximum number of tokens of a row at any of `stages`, and a description of that form.
 
-        Each text is tokenized once, not once a stage: a latent is one token, and a row whose latents change with the
+        Each text is tokenized once, not once per stage: a latent is one token, and a row whose latents change with the
         stage has no earlier turns.
 
         Args:
-            num_tiles: of each of its images.
-            room: new tokens that may follow its prompt. A row with room is evaluated too, so that its own number of
+            num_tiles: one entry per image of the row.
+            room: maximum new tokens after its prompt. A row with room is evaluated too, so its own number of
                 steps never caps the latents.
         """
         curriculum, (steps, answer) = self.curriculum, self.target_lengths(row)
@@ -267,15 +267,15 @@ class CurriculumCollator:
         return max(forms, key=lambda form: form[0])
 
     def target_lengths(self, row: dict) -> tuple[list[int], int]:
-        """Tokens of each written step, and of the answer."""
+        """Return the tokens of each written step, and of the answer."""
         steps = [len(encode_step(self.processor, step)) for step in row["steps"]]
         return steps, len(encode_answer(self.processor, row["answers"][0]))
 
     def measure(self, row: dict, num_images: int, whole_row, *, room: int = 0) -> tuple[int, str]:
-        """`longest_form` of a row with so many images; `whole_row()` gives the row with its images.
+        """Return `longest_form` of a row with num_images images; `whole_row()` returns the row with its images.
 
-        Only a row that would be too long with the most tiles that its images can have is read to count them; one for
-        whose images their size says what stands for them is always read.
+        A row is read to count its tiles only if the maximum number of tiles would make it too long. It is always read
+        if the tokens of an image depend on its size.
         """
         most = self.processor.most_tiles
         if num_images and most is None:
@@ -287,24 +287,24 @@ class CurriculumCollator:
         return self.longest_form(row, self.pixels([whole_row()])[1][0], room=room)
 
     def longest(self, row: dict, *, room: int = 0) -> int:
-        """The most tokens of a row at any stage, as `measure` counts them."""
+        """Return the maximum number of tokens of a row at any stage, as `measure` counts them."""
         return self.measure(row, len(row["images"]), lambda: row, room=room)[0]
 
     def longest_part(self, prompt: list[int], num_following: int) -> int:
-        """Tokens of a prompt and what follows it; of an encoder-decoder those of the longer side."""
+        """Return the tokens of a prompt and the text after it; for an encoder-decoder those of the longer side."""
         encoder, decoder = self.processor.split_prompt(prompt)
         return max(len(encoder), len(decoder) + num_following)
 
     def pixels(self, rows: Sequence[dict]) -> tuple[dict, list[list]]:
-        """Return what the model reads for all rows' images in order, and num_tiles of each image of each row."""
+        """Return the model inputs for all rows' images in order, and num_tiles of each image of each row."""
         if self.image_features is not None:
             return self.image_features.of_rows(rows)
         return self.processor.encode_images([open_images(row) for row in rows], return_tensors="pt")
 
     def supervised(self, rows: Sequence[dict], plan_of, tiles: Sequence[Sequence], images: dict | None = None) -> dict:
-        """input_ids, attention_mask, labels (B, T), each row under its plan; images and tiles as `pixels` gives them.
+        """Return input_ids, attention_mask, labels (B, T) of rows under their plans; images, tiles: as from `pixels`.
 
-        For an encoder-decoder these are the decoder's, labels what each column predicts, beside the encoder's.
+        For an encoder-decoder these are the decoder's, with the encoder's; labels are what each column predicts.
         """
         encoder, decoder = [], []
         for row, num_tiles in zip(rows, tiles):
@@ -327,7 +327,7 @@ class CurriculumCollator:
         }
 
     def steps_of_latents(self, rows: Sequence[dict], ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return which written step each latent of ids (B, T) stands for, -1 for none, and its place in it, (B, N)."""
+        """Return the step that each latent of ids (B, T) replaces (-1: none), and its index in it, both (B, N)."""
         counts = (ids == self.processor.latent_token_id).sum(dim=1)  # (B,)
         known = torch.tensor([len(row["steps"]) for row in rows])  # (B,)
         per_step = self.curriculum.thoughts_per_turn or self.curriculum.c_thought
@@ -337,7 +337,7 @@ class CurriculumCollator:
         return torch.where(stands_for_one, steps, -1), latents % per_step
 
     def for_objectives(self, rows: Sequence[dict], batch: dict, tiles: Sequence[Sequence], images: dict) -> dict:
-        """Return what the objectives of this stage read beside labelled inputs of the rows; empty without any."""
+        """Return the inputs of this stage's objectives for a labelled batch; empty without objectives."""
         present = [objective for objective in self.objectives if objective.name in self.weights()]
         if not present:
             return {}
@@ -356,7 +356,7 @@ class CurriculumCollator:
         return {INPUTS: {"steps": steps, "places": places, "answer_column": columns, **encoded}}
 
     def aligned(self, rows: Sequence[dict]) -> dict:
-        """alignment_input_ids and alignment_attention_mask (images, S): of each row's text, once for each picture."""
+        """Return alignment_input_ids and alignment_attention_mask (images, S): each row's text, once per picture."""
         texts = [self.alignment.text(row) for row in rows for _ in row["images"]]
         if not texts:
             return {}
@@ -364,8 +364,8 @@ class CurriculumCollator:
         batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt", split_special_tokens=True)
         if self.max_length is not None and batch["input_ids"].shape[1] > self.max_length:
             raise UsageError(
-                f"A text to align a picture with takes {batch['input_ids'].shape[1]} tokens, and the language model "
-                f"has {self.max_length} positions: set alignment_target to a shorter one."
+                f"A text for alignment takes {batch['input_ids'].shape[1]} tokens. The maximum of the language model "
+                f"is {self.max_length}. Set alignment_target to a shorter text."
             )
         return {f"alignment_{name}": batch[name] for name in ("input_ids", "attention_mask")}
 
@@ -377,17 +377,17 @@ class CurriculumCollator:
         if self.alignment.warms_up(self.epoch):
             if not any(row["images"] for row in rows):
                 raise UsageError(
-                    f"{rows[0]['row_id']}: align_warmup_epochs learns from pictures alone, and none of the "
-                    f"{len(rows)} rows of this batch has one: set it to 0, or leave rows without pictures out."
+                    f"{rows[0]['row_id']}: align_warmup_epochs trains on pictures alone, and none of the "
+                    f"{len(rows)} rows of this batch has one. Set it to 0, or remove rows without pictures."
                 )
             batch = {name: tensor for name, tensor in batch.items() if name not in ("labels", *DECODER_INPUTS)}
             return {**batch, **self.aligned(rows)}
         return {**batch, **self.for_objectives(rows, batch, tiles, pixels), **self.aligned(rows)}
 
     def prompts(self, rows: Sequence[dict]) -> dict:
-        """Left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` the labelled rows.
+        """Return left-padded prompts (B, T), pixels, `index` (B,) of the rows, and under `supervised` labelled rows.
 
-        With an alignment also `num_images` (B,) of each row.
+        With an alignment add `num_images` (B,) of each row.
         """
         num_latents = self.curriculum.num_latents(self.stage)
         pixels, tiles = self.pixels(rows)

@@ -1,4 +1,4 @@
-"""The curriculum of Coconut: which stage an epoch has, and what that does to a row.
+"""The curriculum of Coconut: the stage of each epoch, and its effect on a row.
 
 At stage s the first s reasoning steps of a row are replaced by c_thought · s latents:
 
@@ -6,7 +6,7 @@ At stage s the first s reasoning steps of a row are replaced by c_thought · s l
     stage 1   question ⏎ <start> <latent> <end>             step 2 ⏎ step 3 ⏎ ### answer
     stage 3   question ⏎ <start> <latent>×3 <end>           ### answer
 
-A conversation has no steps and no stages: `thoughts_per_turn` latents stand before each of its answers, all of which
+A conversation has no steps and no stages: each of its answers follows `thoughts_per_turn` latents, and all answers
 are learnt.
 
 Source: Hao et al. 2024, https://arxiv.org/abs/2412.06769, section 3, and its published configurations. `icot`: Deng et
@@ -21,7 +21,7 @@ from mmcoconut.arguments.choices import MODES, STAGED_MODES, THINKING_MODES
 from mmcoconut.data.targets import RowPlan
 
 
-# λ of the paper: of the rows of `icot`, exp(-λk) lose k steps or more beyond those of the stage.
+# λ of the paper: in `icot`, a share exp(-λk) of the rows lose k steps or more beyond those of the stage.
 REMOVAL_SMOOTHING = 4.0
 
 
@@ -31,17 +31,17 @@ class Curriculum:
 
     Args:
         mode: `coconut` and the matched controls `cot` (all steps written), `no_cot` (none), `no_thoughts` (curriculum,
-            no latents), `markers` (the same behind the markers of thoughts, with nothing between them), `pause`
+            no latents), `markers` (as `no_thoughts`, with thought markers and nothing between them), `pause`
             (latents that feed nothing back); `icot` (implicit chain of thought: `no_thoughts` with removal smoothing,
-            and an optimizer that forgets its moments whenever more steps go).
-        c_thought: latents for each replaced step.
-        max_latent_stage: the last stage that adds latents; one stage later every remaining step goes too.
-        epochs_per_stage: length of each stage, or one length a stage, the last one repeating.
-        uniform_prob: probability that a training row takes a stage drawn uniformly from 0 to its number of steps.
-        pad_latent_to_max: give a row the stage's latents even if it has fewer steps; otherwise its steps cap them.
-        thoughts_per_turn: where it is not 0, latents before every answer of a conversation; there are no stages then.
-        start_epoch: epochs that were trained elsewhere and count as done.
-        seed: of the draws of `uniform_prob`.
+            and the optimizer's moments are reset whenever more steps are removed).
+        c_thought: latents per replaced step.
+        max_latent_stage: last stage that adds latents; the stage after it removes every remaining step.
+        epochs_per_stage: epochs per stage, or a list with one entry per stage, whose last entry repeats.
+        uniform_prob: probability that a training row uses a stage drawn uniformly from 0 to its number of steps.
+        pad_latent_to_max: give rows with fewer steps all latents of the stage; otherwise their steps cap the latents.
+        thoughts_per_turn: if not 0, latents before every answer of a conversation; there are no stages then.
+        start_epoch: epochs that were trained elsewhere and count as completed.
+        seed: seed of the draws of `uniform_prob`.
     """
 
     mode: str = "coconut"
@@ -63,16 +63,16 @@ class Curriculum:
 
     @property
     def stage_lengths(self) -> tuple[int, ...]:
-        """Epochs of the first stages; the last number repeats."""
+        """The epochs of the first stages; the last number repeats."""
         return (self.epochs_per_stage,) if isinstance(self.epochs_per_stage, int) else tuple(self.epochs_per_stage)
 
     @property
     def last_stage(self) -> int:
-        """The stage from which on nothing changes."""
+        """The stage after which nothing changes."""
         return self.max_latent_stage + 1 if self.mode in STAGED_MODES and not self.thoughts_per_turn else 0
 
     def stage_at(self, epoch: int) -> int:
-        """The stage of an epoch, both counted from 0: epoch // epochs_per_stage where the stages are equally long."""
+        """Return the stage of an epoch, both from 0: epoch // epochs_per_stage if all stages are equally long."""
         epoch += self.start_epoch
         for stage in range(self.last_stage):
             epoch -= self.stage_lengths[min(stage, len(self.stage_lengths) - 1)]
@@ -82,17 +82,17 @@ class Curriculum:
 
     @property
     def resets_optimizer(self) -> bool:
-        """Return True for a mode whose paper resets the optimizer whenever more steps go."""
+        """True for a mode whose paper resets the optimizer whenever more steps are removed."""
         return self.mode == "icot"
 
     @property
     def epochs_before_last_stage(self) -> int:
-        """Epochs that all stages but the last take together."""
+        """The total epochs of all stages but the last."""
         lengths = self.stage_lengths
         return sum(lengths[min(stage, len(lengths) - 1)] for stage in range(self.last_stage))
 
     def plan(self, stage: int, num_steps: int | None) -> RowPlan:
-        """Return what stage does to a row of num_steps steps; None where they are unknown, as at inference."""
+        """Return the plan of a row with num_steps steps at a stage; num_steps is None if unknown, as at inference."""
         if self.mode == "no_cot":
             return RowPlan(skipped_steps=num_steps or 0, num_latents=0)
         if self.mode == "cot":
@@ -107,14 +107,14 @@ class Curriculum:
         return RowPlan(skipped_steps=min(skipped or 0, num_steps or 0), num_latents=num_latents)
 
     def num_latents(self, stage: int) -> int:
-        """Latents of a prompt at this stage, for evaluation and inference: no row's own steps are looked at."""
+        """Return the latents per prompt at this stage for evaluation and inference; independent of a row's steps."""
         return self.plan(stage, None).num_latents
 
     def training_stage(self, stage: int, *, num_steps: int, epoch: int, index: int) -> int:
-        """The stage of a row in an epoch, equal in every worker: the run's, or with `uniform_prob` a uniform one.
+        """Return the stage of a row in an epoch, equal in all workers: the epoch's, or a random one (`uniform_prob`).
 
-        A row of `icot` may be some stages further, k or more with a probability of exp(-4 k), so that the next removal
-        is no surprise.
+        In `icot` a row may be at a later stage, by k or more with probability exp(-4 k), which smooths the next
+        removal.
         """
         draw = random.Random(f"{self.seed} {epoch} {index}")
         if self.mode in STAGED_MODES and draw.random() < self.uniform_prob:

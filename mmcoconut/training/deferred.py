@@ -1,13 +1,13 @@
-"""Weight gradients of all passes of one forward pass, formed once instead of once a pass.
+"""Compute the weight gradients of all passes of a forward pass once, instead of once per pass.
 
-A latent step holds a token a row, so the gradient it gives a weight matrix is the product of two thin matrices: as
-large as the weight, and made of next to nothing. n steps would write and add n of them. Here every pass leaves its two
-factors, and one product of all of them gives the sum:
+A latent step holds one token per row, so the gradient of a weight matrix is the product of two thin matrices: as
+large as the weight, and of very low rank. n steps would write and add n such products. Here every pass stores its
+two factors, and a single product of all factors computes the sum:
 
     Σ_passes gᵢᵀ xᵢ = [g₁; …; g_n]ᵀ [x₁; …; x_n]
 
-It is formed layer by layer, as soon as the backward pass has left the layer in the first pass, the longest as a rule;
-until then the factors of the later passes are kept.
+The sum is computed per layer, as soon as the backward pass has left the layer in the first pass, usually the
+longest; until then the factors of the later passes are kept in memory.
 
 Shapes: R rows (tokens) of all passes, I and O the width before and after a weight.
 """
@@ -24,15 +24,15 @@ from mmcoconut.compat_mmcoconut import is_sharded
 from mmcoconut.kernels.private import current_backward_pass
 
 
-# Both from benchmarks/LOG.md. With more rows, parts of a product gain nothing.
+# Both from benchmarks/LOG.md. With more rows, splitting a product gains nothing.
 FEW_ROWS = 32
-# Below this width, weights are so small that what Python does for each product costs more than it saves (128: a tenth
-# of a step), and above it less (768: a quarter is saved).
+# Below this width, the Python overhead per product exceeds the saving (128: a tenth of a step lost).
+# Above it there is a saving (768: a quarter of a step).
 LEAST_WIDTH = 512
 
 
 class Ledger:
-    """A weight's factors, in the order in which the backward pass comes by: what went in (R, I), gradients (R, O)."""
+    """The factors of a weight's gradient in backward order: inputs (R, I) and output gradients (R, O)."""
 
     def __init__(self, transposed: bool):
         self.transposed = transposed
@@ -41,13 +41,13 @@ class Ledger:
         self.backward_pass: int | None = None
 
     def enter(self) -> None:
-        """Forget what another backward pass left, one for some gradients only, which did not come to the weight."""
+        """Discard the factors of an earlier backward pass for some gradients only, which did not reach the weight."""
         if self.backward_pass != current_backward_pass():
             self.inputs, self.gradients = [], []
             self.backward_pass = current_backward_pass()
 
     def take(self, weight_dtype: torch.dtype) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradients of weight and bias; the ledger is empty afterwards."""
+        """Return the gradients of weight and bias; the ledger is empty afterwards."""
         if not self.gradients:
             return None, None
         inputs, gradients = torch.cat(self.inputs), torch.cat(self.gradients)  # (R, I), (R, O)
@@ -57,7 +57,7 @@ class Ledger:
 
 
 class Share(torch.autograd.Function):
-    """A weight and its bias as all passes read them; their gradients come back through here, once."""
+    """Shared view of a weight and its bias for all passes; their gradients come back through it once."""
 
     @staticmethod
     def forward(ctx, weight, bias, ledger):
@@ -65,7 +65,7 @@ class Share(torch.autograd.Function):
         ctx.ledger, ctx.dtype, ctx.has_bias = ledger, weight.dtype, bias is not None
         device, dtype = weight.device.type, weight.dtype
         if torch.is_autocast_enabled(device) and dtype == torch.float32:
-            dtype = torch.get_autocast_dtype(device)  # here once, and not in every product
+            dtype = torch.get_autocast_dtype(device)  # once here, not in every product
         return tuple(None if part is None else part.view_as(part).to(dtype) for part in (weight, bias))
 
     @staticmethod
@@ -77,7 +77,7 @@ class Share(torch.autograd.Function):
 
 
 def product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    """Rows (R, I) times a matrix (I, O); few rows on a CPU in a part a thread, as it would use one thread for all."""
+    """Multiply rows (R, I) by a matrix (I, O); on a CPU few rows are split by thread, which would use only one."""
     num_parts = torch.get_num_threads()
     if rows.device.type != "cpu" or rows.shape[0] > FEW_ROWS or matrix.shape[1] % num_parts:
         return rows @ matrix
@@ -86,7 +86,7 @@ def product(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Product(torch.autograd.Function):
-    """x (…, I) times a shared weight, plus its bias: (…, O)."""
+    """Compute x (…, I) times a shared weight plus its bias: (…, O)."""
 
     @staticmethod
     def forward(ctx, inputs, weight, bias, ledger):
@@ -113,15 +113,15 @@ class Product(torch.autograd.Function):
 
 
 def defers(args: tuple, kwargs: dict, *, weight: int) -> bool:
-    """Return True if a call is a product with a trained parameter at that place, and nothing more."""
+    """Return True if a call is only a product with a trained parameter at this position."""
     is_plain = len(args) > weight and not kwargs and torch.is_grad_enabled()
     return is_plain and isinstance(args[weight], nn.Parameter) and args[weight].requires_grad
 
 
 class DeferredWeightGradients(TorchFunctionMode):
-    """Within it, `linear` and `addmm` with a parameter that is trained leave its gradient to the end.
+    """Context in which `linear` and `addmm` with a trained parameter defer its gradient to the end.
 
-    One instance is for one forward pass; each parameter gets one gradient through it.
+    Use one instance per forward pass; each parameter gets one gradient through it.
     """
 
     def __init__(self):
@@ -147,9 +147,9 @@ class DeferredWeightGradients(TorchFunctionMode):
 
 
 def defers_gradients(decoder: nn.Module, choice: bool | None) -> bool:
-    """Return True if the passes of a training step are to form a thinking decoder's weight gradients once.
+    """Return True if the passes of a training step should compute a thinking decoder's weight gradients once.
 
-    choice: whether they should; None is where it was measured to pay: on a CPU and for wide decoders.
+    choice: True or False decides; None enables it where it was measured to pay: on a CPU, for wide decoders.
     """
     if choice is None:
         choice = decoder.device.type == "cpu" and decoder.config.hidden_size >= LEAST_WIDTH
@@ -157,12 +157,12 @@ def defers_gradients(decoder: nn.Module, choice: bool | None) -> bool:
 
 
 def context_of_passes(decoder: nn.Module, choice: bool | None):
-    """Return the context that every pass of one training step is run in."""
+    """Return the context in which every pass of one training step runs."""
     return DeferredWeightGradients() if defers_gradients(decoder, choice) else nullcontext()
 
 
 def defer_weight_gradients(model, choice: bool | None = None) -> None:
-    """Let the passes of each training step form the decoder's weight gradients once, together.
+    """Make the passes of each training step compute the decoder's weight gradients once, together.
 
     choice: True always, False never, None where it was measured to pay.
     """

@@ -1,4 +1,4 @@
-"""Generate answers and count what they took: tokens and thoughts."""
+"""Generate answers and count their tokens and thoughts."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from mmcoconut.caches_mmcoconut import ThoughtState
 
 
 def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
-    """How many of a row's new tokens it wrote: up to its first eos, that one included; what follows is padding.
+    """Return the number of new tokens in a row up to and including its first eos; the rest is padding.
 
     >>> count_generated([5, 6, 0, 9, 9], [0]), count_generated([5, 6], [0])
     (3, 2)
@@ -18,12 +18,12 @@ def count_generated(tokens: Sequence[int], eos_token_ids: Sequence[int]) -> int:
 
 
 def keeping(model, columns: int | torch.Tensor) -> dict:
-    """The argument by which a model forms logits of these columns alone; empty for one that always forms all."""
+    """Return the argument that restricts a model's logits to these columns; empty if it always computes all."""
     return {"logits_to_keep": columns} if getattr(model, "keeps_logits", True) else {}
 
 
 def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
-    """At which of the latents (B, P) of their prompts rows thought, (B, P), by what a filled cache says."""
+    """Return which latents (B, P) of their prompts rows thought at, (B, P), according to a filled cache."""
     stopped = ThoughtState.of(past_key_values).attention_mask
     if stopped is None:
         return latent_mask
@@ -32,9 +32,9 @@ def thought_latents(past_key_values, latent_mask: torch.Tensor) -> torch.Tensor:
 
 
 def generate_and_count(model, processor, inputs: Mapping, *, stop_threshold: float | None, **options):
-    """Return what `generate` gives, (B, P + new), and how many thoughts each prompt (B, P) took, (B,).
+    """Return the output of `generate`, (B, P + new), and the number of thoughts per prompt (B,).
 
-    stop_threshold: of a model with a stop head.
+    stop_threshold: for a model with a stop head.
     """
     latent_mask = inputs[processor.prompt_names[0]] == model.config.latent_token_id  # (B, P)
     if not model.config.stop_head:

@@ -1,9 +1,9 @@
-"""How the gradient of each objective agrees with that of the answer's loss: the cosine of the two.
+"""Compute the cosine between the gradient of each objective and the gradient of the answer's loss.
 
-Near 1 a term helps the answer, near 0 it asks for something else, below 0 it works against it. Gradients are those of
-a whole update, of all its batches and processes, over the weights of the model that are trained; an objective's own
-are not among them, since the answer does not depend on them. Nothing of the run changes: these are further backward
-passes over the same graph, whose results are kept aside.
+Near 1 an objective helps the answer, near 0 it is unrelated, below 0 it conflicts. The gradients are those of a
+whole update, over all batches and processes, for the trained weights of the model; weights of the objectives are
+excluded, since the answer does not depend on them. The run is unchanged: these are additional backward passes
+over the same graph, and their results are stored separately.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ ANSWER = "answer"
 
 
 class GradientCosines:
-    """Sums the gradients of an update's terms, each in one vector as long as all trained weights.
+    """Sum the gradients of an update's terms, each as one vector over all trained weights.
 
     Args:
         weights: of the model, without those of its objectives.
@@ -28,7 +28,7 @@ class GradientCosines:
         self.sums: dict[str, torch.Tensor] = {}
 
     def add(self, update: int, ce_loss: torch.Tensor, terms: Mapping[str, torch.Tensor]) -> None:
-        """Add the gradients of a batch's losses (); a new update forgets those of the one before."""
+        """Add the gradients of a batch's losses (); a new update resets those of the previous one."""
         if update != self.update:
             self.update, self.sums = update, {}
         for name, loss in {ANSWER: ce_loss, **terms}.items():
@@ -44,9 +44,9 @@ class GradientCosines:
         return torch.cat([(torch.zeros_like(weight) if each is None else each).flatten() for each, weight in pairs])
 
     def cosines(self, accelerator) -> dict[str, float]:
-        """Return the cosine of each term's gradient and the answer's by term, of the last update, and forget it.
+        """Return the cosine of each term's gradient with the answer's, by term, for the last update; then reset.
 
-        A term without a gradient, as at a stage without latents, has none. Every process must call it at the same
+        A term without a gradient, as at a stage without latents, is left out. Call this in every process at the same
         time.
         """
         sums, self.sums = self.sums, {}

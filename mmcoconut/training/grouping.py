@@ -1,11 +1,11 @@
-"""Batches of rows that cost alike at the present stage: as many latents, and as many tokens.
+"""Group batches by cost at the current stage: number of latents, then number of tokens.
 
     train_sampling_strategy: group_by_length
 
-A batch costs a decoder pass for each column with a latent, and all of its columns in every row, so rows with few of
-either pay for the others. The library's own sampler of this name knows one length a row for the whole run; here
-lengths change with the stage, and the order of an epoch follows from seed and epoch alone, so that a run is resumed
-exactly and all processes draw the same.
+A batch costs a decoder pass per column with a latent, and every row is padded to all of its columns, so rows with
+few of either pay for the others. transformers' sampler of this name uses one length per row for the whole run; here
+the lengths change with the stage. The order of an epoch depends on seed and epoch only, so a run resumes exactly
+and all processes draw the same order.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ TEXT_COLUMNS = ["question", "choices", "steps", "answers", "history"]
 
 
 class RowLengths(NamedTuple):
-    """Tokens of a row: its images and question, earlier turns included, each step, its answer; without what a template
-    adds to all alike. num_turns: its answers, each of which has latents before it."""
+    """Tokens of a row: images and question with earlier turns, each step, and the answer; without the tokens that
+    a template adds to all rows. num_turns: number of answers, each with latents before it."""
 
     prompt: int
     steps: tuple[int, ...]
@@ -38,12 +38,12 @@ class RowLengths(NamedTuple):
         return plan.num_latents * self.num_turns
 
     def under(self, plan: RowPlan) -> int:
-        """Tokens under a plan, latents included."""
+        """Return the tokens under a plan, latents included."""
         return self.prompt + self.latents(plan) + sum(self.steps[plan.skipped_steps :]) + self.answer
 
 
 def token_counts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = False) -> dict[str, int]:
-    """The number of tokens of each distinct text."""
+    """Return the number of tokens of each distinct text."""
     distinct = list(dict.fromkeys(texts))
     if not distinct:
         return {}
@@ -52,13 +52,13 @@ def token_counts(tokenizer, texts: Sequence[str], *, add_special_tokens: bool = 
 
 
 def prompt_texts(row) -> list[str]:
-    """Return what stands before a row's last answer: the earlier questions with their answers, and its own."""
+    """Return the texts before a row's last answer: the earlier questions and answers, and its own question."""
     earlier = ((question, f"{ANSWER_MARKER} {answer}") for question, answer in history_of(row))
     return [*chain(*earlier), question_text(row)]
 
 
 def row_lengths(rows: Dataset, processor) -> list[RowLengths]:
-    """Lengths of rows of mmcoconut.data; a picture counts as `usual_image_length`, however large it is."""
+    """Return the lengths of rows of mmcoconut.data; each picture counts as `usual_image_length`."""
     image_length = usual_image_length(processor) if any(image_counts(rows)) else 0
     texts = [
         (prompt_texts(row), [f"{step}\n" for step in row["steps"]], f"{ANSWER_MARKER} {row['answers'][0]}")
@@ -77,13 +77,13 @@ def row_lengths(rows: Dataset, processor) -> list[RowLengths]:
 
 
 class StageGroupedSampler(LengthGroupedSampler):
-    """The library's grouping, by number of latents and then of tokens, at the stage of the collator's epoch.
+    """Group rows as transformers does, by number of latents and then of tokens, at the stage of the collator's epoch.
 
     Args:
-        batch_size: rows of an update, of all processes and accumulated batches together.
+        batch_size: rows per update, over all processes and accumulated batches.
         rows: with their number in `index`.
-        collator: the trainer's; its epoch is read whenever an epoch is drawn.
-        seed: of the order, together with the epoch.
+        collator: the trainer's; its epoch is read at the start of each epoch.
+        seed: seed of the order, together with the epoch.
     """
 
     def __init__(self, batch_size: int, rows: Dataset, collator: CurriculumCollator, *, seed: int):
@@ -92,7 +92,7 @@ class StageGroupedSampler(LengthGroupedSampler):
         super().__init__(batch_size, lengths=[0] * len(rows))
 
     def costs(self) -> list[int]:
-        """A number for each row that orders them by latents, and by tokens where these are equal."""
+        """Return a number for each row that orders them by latents, and by tokens where these are equal."""
         plans = [
             self.collator.training_plan({"steps": row.steps, "index": index})
             for row, index in zip(self.of_rows, self.index, strict=True)

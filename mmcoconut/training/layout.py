@@ -1,7 +1,7 @@
-"""A checkpoint decides its own layout: mode, markers, number of thoughts, how they are fed back, tiles, projector.
+"""Read the layout of a checkpoint: mode, markers, number of thoughts, feedback, tiles, projector.
 
-What a recipe leaves open is what the checkpoint has. What it says otherwise is a warning in training, and an error
-wherever a checkpoint is only asked, as the answers would be those of another layout than the trained one.
+The checkpoint supplies what a recipe leaves open. A different value in the recipe is a warning in training, and an
+error in evaluation, because the answers would come from another layout than the trained one.
 """
 
 import logging
@@ -24,7 +24,7 @@ from mmcoconut.training.curriculum import Curriculum
 
 logger = logging.getLogger("mmcoconut")
 
-# Fields of the model's configuration that a recipe sets when it builds a model out of backbones.
+# Fields of the model's configuration that a recipe sets when it builds a model from backbones.
 CONFIG_FIELDS = (
     "image_fusion",
     "projector_type",
@@ -41,9 +41,9 @@ CONFIG_FIELDS = (
     "answer_sees",
     "stop_head",
 )
-# Of these, what training may change.
+# Of these, the ones that training may change.
 HOW_THOUGHTS_ARE_FED_BACK = ("thought_norm", "thought_schedule", "jacobi_iterations", "answer_sees", "stop_head")
-# The others, and what the number of placeholders depends on, are what the weights were trained for.
+# The others, and those that the number of placeholders depends on, are fixed by the trained weights.
 FIXED = (*(name for name in CONFIG_FIELDS if name not in HOW_THOUGHTS_ARE_FED_BACK), "image_size")
 TILES = {"min_tiles": "min_patches", "max_tiles": "max_patches"}
 COUNTS = ("c_thought", "max_latent_stage", "thoughts_per_turn")
@@ -51,10 +51,10 @@ COUNTS = ("c_thought", "max_latent_stage", "thoughts_per_turn")
 
 @dataclass(frozen=True)
 class Layout:
-    """The settings of a checkpoint, by the keys of a recipe; a key is missing where its files do not say it.
+    """Settings of a checkpoint by recipe key; a key is missing if the checkpoint's files do not define it.
 
-    num_latents: of its prompts. recipe_known: whether there is a recipe beside the weights; counts_known: whether it
-    says how the latents came about. composed: whether it is a model of parts, not a vision-language model's own class.
+    num_latents: per prompt. recipe_known: True if a recipe is saved with the weights; counts_known: True if it
+    defines the number of latents. composed: True for a model of parts, False for a vision-language model's own class.
     """
 
     name: str
@@ -70,9 +70,9 @@ class Layout:
 
 
 def recipe_of(name: str, revision: str | None) -> dict:
-    """Read the recipe of the run that made a checkpoint, a folder or Hub id; {} without one.
+    """Read the recipe of the run that saved a checkpoint, a folder or Hub id; {} without one.
 
-    A checkpoint-n and a stages/stage-s stand inside of the run's folder.
+    Folders checkpoint-n and stages/stage-s use the recipe of the run's folder.
     """
     folder = Path(name)
     if folder.is_dir():
@@ -86,10 +86,10 @@ def recipe_of(name: str, revision: str | None) -> dict:
 
 
 def _mode_of(thought_mode: str, markers: str, num_latents: int, said: str | None) -> str | None:
-    """Return the mode of a checkpoint, as far as it can be told: from its files, then from its recipe."""
+    """Return the mode of a checkpoint, as far as it is known: from its files, then from its recipe."""
     if thought_mode == "pause":
         return "pause"
-    if said == "markers" and markers != "none" and num_latents == 0:  # as a stage 0 of coconut, but for its recipe
+    if said == "markers" and markers != "none" and num_latents == 0:  # else stage 0 of coconut
         return said
     thinks = markers != "none" or num_latents > 0
     if said == "coconut" or (said not in (None, "pause") and not thinks):
@@ -108,13 +108,13 @@ def read_layout(name: str, *, revision: str | None = None) -> Layout:
     processor = ProcessorMixin.get_processor_dict(name, **options)[0]
     markers, num_latents = processor.get("markers", "both"), processor.get("num_latents", 0)
     mode = _mode_of(config.thought_mode, markers, num_latents, recipe.get("mode"))
-    # None where the VLM's own class decides it.
+    # None if the VLM's own class decides it.
     values = {key: getattr(config, key, LATER_FIELDS.get(key)) for key in CONFIG_FIELDS}
     own_size = getattr(getattr(config, "vision_config", None), "image_size", None)
     values["image_size"] = getattr(config, "image_size", None) or own_size
     image_processor = processor.get("image_processor", {})
     values |= {key: image_processor.get(name) for key, name in TILES.items()}
-    composed = config.model_type == MMCoconutConfig.model_type  # elsewhere the own processor decides it
+    composed = config.model_type == MMCoconutConfig.model_type  # otherwise its own processor decides it
     has_choice = composed and "max_patches" in image_processor
     values["use_thumbnail"] = processor.get("use_thumbnail", True) if has_choice else None
     if mode is not None:
@@ -134,10 +134,10 @@ def stages_with(curriculum: Curriculum, num_latents: int) -> list[int]:
 
 
 def differences(said: Mapping, layout: Layout) -> Iterator[tuple]:
-    """Yield (key, value in the recipe, value in the checkpoint) where they differ; None in a recipe leaves a key open.
+    """Yield (key, recipe's value, checkpoint's value) for each difference; None in a recipe is no difference.
 
-    Markers compare only where both have them, numbers of thoughts where both think. Markers with nothing between them
-    may be a stage 0 of coconut or the mode `markers`, and nothing but a recipe beside the weights tells them apart.
+    Markers are compared only if both have them, numbers of thoughts only if both think. Markers with nothing between
+    them may be stage 0 of coconut or mode `markers`; only a recipe saved with the weights distinguishes these.
     """
     mode = said.get("mode") or layout.values.get("mode")
     both_think = mode in THINKING_MODES and layout.thinks
@@ -154,7 +154,7 @@ def differences(said: Mapping, layout: Layout) -> Iterator[tuple]:
 
 
 def refused(said: Mapping, layout: Layout) -> list[tuple]:
-    """Return the differences as problems of a recipe that does not train, (key, value, remedy)."""
+    """Return the differences as problems, (key, value, remedy), for a recipe that does not train."""
     return [
         (key, value, f"the checkpoint {layout.name} has {own!r}, and only training changes it: remove this key")
         for key, value, own in differences(said, layout)
@@ -162,16 +162,16 @@ def refused(said: Mapping, layout: Layout) -> list[tuple]:
 
 
 def _fixed(said: Mapping, layout: Layout) -> list[tuple]:
-    """Return the differences that training cannot make either."""
+    """Return the differences that training cannot change either."""
     return [
-        (key, value, f"the checkpoint {layout.name} has {own!r}, and its weights are made for that: remove this key")
+        (key, value, f"the checkpoint {layout.name} has {own!r}, and its weights need that value: remove this key")
         for key, value, own in differences(said, layout)
         if key in FIXED or (own is None and key in (*TILES, "use_thumbnail"))
     ]
 
 
 def _counts(said: dict, own: dict, layout: Layout, *, objective: str) -> dict:
-    """The COUNTS that a recipe with these of its own leaves to the checkpoint; stages and turns exclude each other."""
+    """Return the COUNTS that a recipe leaves to the checkpoint; stages and turns exclude each other."""
     if said["thoughts_per_turn"]:
         return {key: NEW_MODEL[key] for key in COUNTS}
     c_thought, last = said["c_thought"], said["max_latent_stage"]
@@ -187,7 +187,7 @@ def _counts(said: dict, own: dict, layout: Layout, *, objective: str) -> dict:
 
 
 def _settled(said: dict, layout: Layout, *, objective: str) -> dict:
-    """The recipe's values, completed by the checkpoint's and, where that has none, by those of a new model."""
+    """Return the recipe's values, completed by the checkpoint's and, where that has none, by those of a new model."""
     own = {**NEW_MODEL, **{key: value for key, value in layout.values.items() if value is not None}}
     own |= {"use_thumbnail": layout.values["use_thumbnail"]} | _counts(said, own, layout, objective=objective)
     settled = {key: own[key] if said[key] is None else said[key] for key in NEW_MODEL}
@@ -203,16 +203,16 @@ def last_number(values: Mapping) -> int:
 
 
 def settle(arguments: tuple, recipe: str) -> tuple:
-    """Complete a recipe by what the checkpoint that it starts from has; without one it stays as it is.
+    """Complete a recipe with the values of the checkpoint that it starts from; without one return it unchanged.
 
     Args:
-        arguments: of `parse_recipe`.
+        arguments: the result of `parse_recipe`.
         recipe: its file, for errors.
 
     Raises:
-        RecipeError: with `do_train: false` what the recipe says otherwise, with both values; in training only what the
-            weights cannot follow, and the rest is a warning.
-        CheckpointError: names of models that lead nowhere.
+        RecipeError: with `do_train: false` every different value, with both values; in training only differences that
+            the weights do not allow, and the rest is a warning.
+        CheckpointError: no model of that name.
     """
     model_args, data_args, curriculum_args, run_args = arguments
     check_sources(model_args)
@@ -222,10 +222,10 @@ def settle(arguments: tuple, recipe: str) -> tuple:
     said = {**vars(model_args), **vars(curriculum_args)}
     own_class = [] if layout.composed else needs_parts({**said, **vars(data_args)})
     if run_args.compare is not None:
-        said["mode"] = None  # each run has its own, and is settled by itself
+        said["mode"] = None  # each run has its own mode, and is completed separately
     problems = [*own_class, *(_fixed(said, layout) if run_args.do_train else refused(said, layout))]
     if not problems and said["mode"] is None and run_args.compare is None and "mode" not in layout.values:
-        remedy = f"the checkpoint {layout.name} has no thoughts, and nothing says how it was trained: set it to "
+        remedy = f"the checkpoint {layout.name} has no thoughts, and its mode is not recorded: set it to "
         problems = [("mode", None, f"{remedy}cot, no_cot, no_thoughts or icot, or to a mode with thoughts")]
     settled = _settled(said, layout, objective=curriculum_args.objective)
     if not problems and not run_args.do_train:
@@ -246,12 +246,12 @@ def settle(arguments: tuple, recipe: str) -> tuple:
 
 
 def _with(part, settled: dict):
-    """One of the dataclasses with its settled fields."""
+    """Return one of the dataclasses with its completed fields."""
     return replace(part, **{each.name: settled[each.name] for each in fields(part) if each.name in settled})
 
 
 def _unreached(settled: dict, layout: Layout) -> list[tuple]:
-    """Why an evaluation would have no stage with the checkpoint's number of latents, as (key, value, remedy)."""
+    """Return (key, value, remedy) if no stage of an evaluation has the checkpoint's number of latents."""
     curriculum = Curriculum(mode=settled["mode"], **{key: settled[key] for key in COUNTS})
     if stages_with(curriculum, layout.num_latents):
         return []
@@ -262,10 +262,10 @@ def _unreached(settled: dict, layout: Layout) -> list[tuple]:
 
 
 def tell(said: dict, settled: dict, layout: Layout, *, objective: str) -> None:
-    """Log what is taken from a checkpoint, and warn of what training changes in it, with both values."""
+    """Log the values taken from a checkpoint, and warn of those that training changes, with both values."""
     left_open = [f"{key} {settled[key]}" for key in ("mode", "markers", *COUNTS) if said[key] is None]
     if left_open:
-        logger.info("as in the checkpoint %s: %s", layout.name, ", ".join(left_open))
+        logger.info("taken from the checkpoint %s: %s", layout.name, ", ".join(left_open))
     for key, value, own in differences(said, layout):
         logger.warning(
             "%s is %r in the checkpoint %s and becomes %r, as the recipe says: remove `%s` to keep the checkpoint's.",
@@ -280,6 +280,6 @@ def tell(said: dict, settled: dict, layout: Layout, *, objective: str) -> None:
         )
     if thinks and not layout.counts_known:
         logger.info(
-            "no recipe beside the weights of %s says how its %d latents came about: c_thought × stage is assumed",
+            "no recipe is saved with the weights of %s; its %d latents are assumed to be c_thought × stage",
             *(layout.name, layout.num_latents),
         )

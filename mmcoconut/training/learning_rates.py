@@ -1,4 +1,4 @@
-"""Learning rates of their own for parts of a model, such as a vision tower and a decoder of different age."""
+"""Separate learning rates for parts of a model, such as vision tower and decoder."""
 
 from collections.abc import Mapping
 
@@ -10,17 +10,17 @@ from mmcoconut.training.parts import nearest_part, parameters_named
 
 
 def parts_of_parameters(model: nn.Module, names) -> dict[nn.Parameter, str]:
-    """Return the part of each parameter that lies in one of these; in several, the one with the fewest parameters."""
+    """Return the named part of each parameter; in several, the part with the fewest parameters."""
     found = {name: parameters_named(model, name) for name in names}
     order = sorted(found, key=lambda name: (-len(found[name]), len(name)))
     return {parameter: name for name in order for parameter in found[name].values()}
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, model: nn.Module, rates: Mapping[str, float]) -> None:
-    """Split the optimizer's groups so that parameters in a named part have its rate and the others keep theirs.
+    """Split the optimizer's groups so that parameters of a named part use its rate and the others keep theirs.
 
     Raises:
-        ValueError: a part that no trained parameter lies in.
+        ValueError: a part without trained parameters.
     """
     part = parts_of_parameters(model, rates)
     trained = {part.get(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -1,7 +1,7 @@
-"""LoRA through peft: adapters on the language model, and the rows and modules that are new and so trained in full.
+"""LoRA through peft: adapters on the language model; new rows and modules are trained in full.
 
-peft adds the adapters inside the model, whose class stays what it was. Two forms are saved: the adapter alone, in
-peft's own files, and a whole model with the adapter added to its weights, which loads without peft.
+peft adds the adapters inside the model, which keeps its class. Two forms are saved: the adapter alone, in peft's
+format, and a whole model with the adapter merged into its weights, which loads without peft.
 Source: Hu et al. 2021, https://arxiv.org/abs/2106.09685.
 """
 
@@ -37,30 +37,30 @@ if is_peft_available():  # an optional extra; recipes with `lora` are refused wi
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_NAME = "default"
-# What peft's files put before every name, as if the model stood inside a PeftModel.
+# Prefix of every name in peft's files, as if the model were inside a PeftModel.
 FILE_PREFIX = "base_model.model."
-# Parts that no pretrained backbone brings; a vision-language model in its own class has a projector.
+# Parts that no pretrained backbone includes; a vision-language model in its own class has a projector.
 NEW_PARTS = ("multi_modal_projector", *THOUGHT_MODULES)
 ALL_LINEAR = "all-linear"
-# Of an adapter's configuration, what decides its weights and how they are read.
+# Fields of an adapter's configuration that define its weights and how they are read.
 SHAPING = ("r", "lora_alpha", "target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices")
 SHAPING += ("bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform")
 
 
 def linear_layers(model) -> dict[str, nn.Module]:
-    """The linear layers of the language model by their path in the whole model; GPT-2's are Conv1D."""
+    """Return the linear layers of the language model by their full path in the model; GPT-2's are Conv1D."""
     prefix, decoder = path_of(model, model.get_decoder()), model.get_decoder()
     layers = {path: module for path, module in decoder.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     return {f"{prefix}.{path}": module for path, module in layers.items()}
 
 
 def targets(model, wanted: str | list[str] | None) -> dict:
-    """Return peft's `target_modules` and `exclude_modules`, by which a bare name means layers of the language model.
+    """Return peft's `target_modules` and `exclude_modules`; a bare name means layers of the language model.
 
-    Names with a dot and regular expressions reach the whole model, as in peft.
+    Names with a dot and regular expressions apply to the whole model, as in peft.
 
     Raises:
-        ValueError: a bare name that no layer of the language model has; lists the names that are there.
+        ValueError: the language model has no layer of that bare name; lists the existing names.
     """
     layers = linear_layers(model)
     known = sorted({path.rpartition(".")[2] for path in layers})
@@ -76,8 +76,8 @@ def targets(model, wanted: str | list[str] | None) -> dict:
     for name in bare:
         if not any(is_named(path, name) for path in inside):
             raise UsageError(
-                f"lora.target_modules: the language model has no layer {name!r}: {nearest(name, known)}. Layers of "
-                "other parts are reached by longer names, such as encoder.layers.0.self_attn.q_proj, or by a regular "
+                f"lora.target_modules: the language model has no layer {name!r}: {nearest(name, known)}. Name layers "
+                "of other parts by a longer name, such as encoder.layers.0.self_attn.q_proj, or by a regular "
                 "expression."
             )
     outside = [path for path in paths if path not in inside and any(is_named(path, name) for name in bare)]
@@ -86,25 +86,25 @@ def targets(model, wanted: str | list[str] | None) -> dict:
 
 
 def merged_exclusions(ours: list[str], own: str | list[str] | None) -> str | list[str]:
-    """Return what both exclude, as peft reads it."""
+    """Return the union of two exclusions in peft's format."""
     if not isinstance(own, str):
         return [*ours, *(own or [])]
     return "|".join([f"({own})", *map(re.escape, ours)])
 
 
 def names_of_modules(paths: list[str]) -> set[str]:
-    """Return the last parts of paths, without the numbers of layers."""
+    """Return the last components of paths, without layer numbers."""
     return {name for path in paths if not (name := path.rpartition(".")[2]).isdigit()}
 
 
 def token_rows(model, fields: dict, *, whole: bool, tied: bool) -> list[int] | None:
-    """Return the rows of the embedding that are trained by themselves: those of the special tokens, unless told.
+    """Return the embedding rows to train: by default those of the special tokens.
 
-    With `whole` none are, as the table is trained in full; of one that the head is tied to all are, because peft keeps
-    single rows tied and whole modules not.
+    Return None with `whole`, because the table is trained in full. If the head is tied to it, return all rows,
+    because peft keeps single rows tied but not whole modules.
 
     Raises:
-        ValueError: rows that are named beside the whole table.
+        ValueError: rows are named although the whole table is trained.
     """
     num_rows, named = len(model.get_input_embeddings().weight), fields.get("trainable_token_indices")
     if whole and named:
@@ -119,10 +119,10 @@ def token_rows(model, fields: dict, *, whole: bool, tied: bool) -> list[int] | N
 
 
 def trained_in_full(model, fields: dict) -> dict:
-    """Return peft's `modules_to_save` and `trainable_token_indices`; the new parts that learn are always among them.
+    """Return peft's `modules_to_save` and `trainable_token_indices`; trained new parts are always included.
 
     Raises:
-        ValueError: a name that no module has.
+        ValueError: no module of that name.
     """
     wanted, paths = [], [path for path, _ in model.named_modules() if path]
     for name in fields.get("modules_to_save") or []:
@@ -144,8 +144,8 @@ def trained_in_full(model, fields: dict) -> dict:
 
 
 def lora_config(model, fields: dict) -> "LoraConfig":
-    """Return peft's configuration with these fields; for what they leave out, all linear layers of the language model
-    and the rows of the special tokens, and always the new parts that `freeze` has left trainable.
+    """Return peft's configuration with these fields. Defaults: all linear layers of the language model, and the rows
+    of the special tokens; new parts that `freeze` leaves trainable are always included.
 
     Raises:
         ValueError: names that the model does not have.
@@ -158,14 +158,14 @@ def lora_config(model, fields: dict) -> "LoraConfig":
 
 
 def describe_trained(path: str, module: nn.Module) -> str:
-    """Return the path of what is trained in full, of an embedding with the number of its rows."""
+    """Return the path of a part that is trained in full; for an embedding with the number of its rows."""
     if isinstance(module, ModulesToSaveWrapper):
         return path
     return f"{len(module.token_indices[ADAPTER_NAME])} rows of {path.removesuffix('.token_adapter')}"
 
 
 def describe_adapters(model) -> str:
-    """Return a line that says how many layers of which part have adapters, and what is trained in full."""
+    """Return a line with the number of adapted layers per part, and the parts that are trained in full."""
     found, whole = {}, []
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
@@ -181,10 +181,10 @@ def describe_adapters(model) -> str:
 
 
 def add_lora(model, fields: dict) -> None:
-    """Put a fresh adapter into the model and stop the gradients of everything else, but for the new rows and parts.
+    """Add a new adapter to the model and stop all other gradients, except for the new rows and parts.
 
-    By peft's own function: the method of transformers 5.24 asks for peft 0.22, which is not published, and needs
-    nothing of it.
+    Uses peft's own function: the method of transformers 5.24 requires peft 0.22, which is not published, and needs
+    nothing from it.
     """
     config = lora_config(model, fields)
     config.base_model_name_or_path = model.name_or_path
@@ -196,7 +196,7 @@ def has_lora(model) -> bool:
 
 
 def save_adapter(model, folder: Path) -> None:
-    """Write the adapter of a model as peft does, so that `PeftModel.from_pretrained` reads it too."""
+    """Write a model's adapter in peft's format, so that `PeftModel.from_pretrained` reads it too."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = get_peft_model_state_dict(model, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     weights = {f"{FILE_PREFIX}{name}": weight.contiguous() for name, weight in weights.items()}
@@ -206,9 +206,9 @@ def save_adapter(model, folder: Path) -> None:
 
 @contextmanager
 def without_adapters(model):
-    """Inside, the model is what it was before `add_lora`.
+    """Within this context the model is as before `add_lora`.
 
-    The library's own disable_adapters() and enable_adapters() leave the parts that are trained in full switched off.
+    transformers' disable_adapters() and enable_adapters() leave the parts that are trained in full disabled.
     """
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper)]
     for module in adapted:
@@ -221,13 +221,13 @@ def without_adapters(model):
 
 
 def settings_of(config: dict) -> dict:
-    """Return what shapes an adapter, of peft's configuration as JSON or as an object says it."""
+    """Return the settings that define an adapter, from peft's configuration as JSON or as an object."""
     values = {key: config.get(key) for key in SHAPING}
     return {key: sorted(value) if isinstance(value, set | list) else value for key, value in values.items()}
 
 
 def check_adapter(model, folder: Path) -> None:
-    """Refuse an adapter of other settings than the model's.
+    """Refuse an adapter whose settings differ from the model's.
 
     Raises:
         ValueError: names each setting with both values.
@@ -244,7 +244,7 @@ def check_adapter(model, folder: Path) -> None:
 
 
 def check_whole_model(folder: str | Path) -> None:
-    """Refuse a checkpoint that is an adapter alone, for a model that has none.
+    """Refuse a checkpoint that holds only an adapter, for a model that has none.
 
     Raises:
         ValueError: names its settings.
@@ -259,10 +259,10 @@ def check_whole_model(folder: str | Path) -> None:
 
 
 def load_adapter(model, folder: str | Path) -> None:
-    """Set the adapter of a model that has one to the values saved in a folder.
+    """Load an adapter from a folder into a model that has one.
 
     Raises:
-        ValueError: a folder without an adapter, or with one of other settings or layers.
+        ValueError: the folder has no adapter, or one with other settings or layers.
     """
     if not Path(folder, ADAPTER_CONFIG).is_file():
         raise UsageError(f"{folder} holds no adapter: remove `lora` from the recipe, or resume a run that had it.")
@@ -280,10 +280,10 @@ def load_adapter(model, folder: str | Path) -> None:
 
 
 def merged_weights(layer: "BaseTunerLayer") -> dict[str, torch.Tensor]:
-    """The layer's own weights with its adapter added; the layer keeps what it has, to the bit."""
+    """Return the layer's weights with its adapter merged; the layer itself is unchanged, bit for bit."""
     base = layer.get_base_layer()
     own = {name: parameter.data for name, parameter in base.named_parameters()}
-    layer.merge(safe_merge=True)  # into copies
+    layer.merge(safe_merge=True)  # merges into copies
     merged = {name: parameter.data for name, parameter in base.named_parameters()}
     for name, parameter in base.named_parameters():
         parameter.data = own[name]
@@ -292,7 +292,7 @@ def merged_weights(layer: "BaseTunerLayer") -> dict[str, torch.Tensor]:
 
 
 def merged_model(model):
-    """A model of the same class without adapters, with theirs added to the weights; the rest is shared, not copied."""
+    """Return a model of the same class with its adapters merged into the weights; other tensors are shared."""
     weights = model.state_dict()
     for path, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):

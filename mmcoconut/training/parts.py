@@ -1,7 +1,7 @@
-"""Parts of a model by the names that recipes use: the end of a path or, in a vision-language model, a role.
+"""Parts of a model by the names in recipes: the end of a path or, in a vision-language model, a role.
 
-    vision_tower             what encodes images, without the projector, which some towers have inside
-    multi_modal_projector    what makes embeddings of the tower's features
+    vision_tower             the image encoder, without the projector that some towers contain
+    multi_modal_projector    maps the tower's features to embeddings
     language_model           the decoder, without its head
 
 A role is looked up where no part has that name: Qwen2.5-VL's tower is `visual`, and its projector `visual.merger`.
@@ -24,12 +24,12 @@ def path_of(model, part: nn.Module) -> str:
 
 
 def is_named(path: str, name: str) -> bool:
-    """Return True if a name is the end of a path, in whole parts."""
+    """Return True if a path ends with a name, in whole components."""
     return path == name or path.endswith(f".{name}")
 
 
 def _projector_paths(model: ThinkingVLM, tower: nn.Module | None) -> list[str]:
-    """What stands in the base model beside tower and decoder, or else in the tower under one of the usual names."""
+    """Return modules of the base model other than tower and decoder, or else the tower's modules with a usual name."""
     others = {tower, model.get_decoder(), model.get_output_embeddings()}
     beside = [
         child
@@ -41,7 +41,7 @@ def _projector_paths(model: ThinkingVLM, tower: nn.Module | None) -> list[str]:
 
 
 def roles_of(model) -> dict[str, list[str]]:
-    """Return the paths of modules and parameters by role, of a vision-language model in its own class; else none."""
+    """Return the paths of modules and parameters by role, for a vision-language model in its own class; else none."""
     if not isinstance(model, ThinkingVLM):
         return {}
     tower = model.get_encoder(modality="image")
@@ -57,18 +57,18 @@ def roles_of(model) -> dict[str, list[str]]:
 
 
 def paths_named(model, name: str) -> list[str]:
-    """Return the paths of what a name means: modules whose path it ends, or else a role; empty for no part."""
+    """Return the paths that a name refers to: modules whose path ends with it, or else a role; empty if unknown."""
     own = [path for path, _ in model.named_modules() if path and is_named(path, name)]
     return own or roles_of(model).get(name, [])
 
 
 def parameters_named(model, name: str) -> dict[str, nn.Parameter]:
-    """Return the parameters of what a name means, by their path."""
+    """Return the parameters that a name refers to, by path."""
     inside = tuple(f"{path}." for path in paths_named(model, name))
     return {path: weight for path, weight in model.named_parameters() if f"{path}.".startswith(inside)}
 
 
 def nearest_part(model, name: str) -> str:
-    """Return what a message says of a name that no part has: the nearest one, or those that there are."""
+    """Return the hint of an error message about an unknown part: the nearest name, or all names."""
     base = model.base_model if isinstance(model, PreTrainedModel) else model
     return nearest(name, list(dict.fromkeys([*(part for part, _ in base.named_children()), *roles_of(model)])))

@@ -1,4 +1,4 @@
-"""What a run will do, as a table before its first update, and after ten updates how long it will take."""
+"""Print the plan of a run as a table before its first update, and the remaining time after ten updates."""
 
 import logging
 import math
@@ -17,7 +17,7 @@ TIMED_UPDATES = 10
 
 
 def duration(seconds: float) -> str:
-    """Say how long something takes, as precisely as an estimate deserves.
+    """Format a duration with the precision of an estimate.
 
     >>> duration(42), duration(600), duration(9000)
     ('42 s', '10 min', '2.5 h')
@@ -28,7 +28,7 @@ def duration(seconds: float) -> str:
 
 
 def stage_lines(curriculum, num_epochs: float) -> list[list[str]]:
-    """For each stage of a run of so many epochs: its number, its epochs counted from 1, its latents per answer."""
+    """Return for each stage of a run: its number, its epochs counted from 1, its latents per answer."""
     epochs_of: dict[int, list[int]] = {}
     for epoch in range(math.ceil(num_epochs)):
         epochs_of.setdefault(curriculum.stage_at(epoch), []).append(epoch + 1)
@@ -39,13 +39,13 @@ def stage_lines(curriculum, num_epochs: float) -> list[list[str]]:
 
 
 def plan_text(curriculum, splits: Mapping[str, Sized], *, args, max_steps: int, updates_per_epoch: int, counts) -> str:
-    """The table of a run.
+    """Return the table of a run.
 
     Args:
         splits: rows by `train`, `eval` and `test`.
         args: of the run.
-        max_steps: its updates.
-        counts: of `count_parameters`.
+        max_steps: number of updates.
+        counts: result of `count_parameters`.
     """
     rows = ", ".join(f"{name} {len(some):,}" for name, some in splits.items())
     per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -56,14 +56,14 @@ def plan_text(curriculum, splits: Mapping[str, Sized], *, args, max_steps: int, 
         ["parameters", f"{of_all:,}, of which {trained:,} are trained ({100 * trained / of_all:.3g} %)"],
     ]
     if "objective_parameters" in counts:
-        lines.append(["of objectives", f"{counts['objective_parameters']:,} parameters, beside the model's"])
+        lines.append(["of objectives", f"{counts['objective_parameters']:,} parameters, in addition to the model's"])
     stages = stage_lines(curriculum, max_steps / updates_per_epoch)
     tables = markdown_table(["mode", curriculum.mode], lines), markdown_table(["stage", "epochs", "latents"], stages)
     return "\n\n".join(tables)
 
 
 class PlanCallback(TrainerCallback):
-    """Prints the table of a run when it begins, and after ten updates the time that is left.
+    """Print the table of a run when it begins, and the remaining time after ten updates.
 
     Args:
         trainer: the run's.
@@ -88,7 +88,7 @@ class PlanCallback(TrainerCallback):
             logger.info("\n%s\n", plan)
 
     def on_step_end(self, args, state, control, **kwargs):
-        """The first update is not counted, because it compiles and allocates."""
+        """Estimate from the second update on, because the first one compiles and allocates."""
         done = state.global_step - self.first_update
         if done == 1:
             self.began = time.perf_counter()
@@ -96,7 +96,7 @@ class PlanCallback(TrainerCallback):
             seconds = (time.perf_counter() - self.began) / (TIMED_UPDATES - 1)
             left = duration(seconds * (state.max_steps - state.global_step))
             logger.info(
-                "%d of %d updates done, %.2g s each: about %s left, evaluations not counted. Stages with more latents "
+                "%d of %d updates done, %.2g s each: about %s left without evaluations. Stages with more latents "
                 "take longer.",
                 *(state.global_step, state.max_steps, seconds, left),
             )

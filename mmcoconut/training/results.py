@@ -1,4 +1,4 @@
-"""What a run leaves in its results.json, and what it prints at its end."""
+"""Write a run's results.json, and print its results."""
 
 from pathlib import Path
 
@@ -9,12 +9,12 @@ from mmcoconut.statistics import percent
 from mmcoconut.tables import SPEED, stage_rows, stage_table
 
 
-# Of an evaluation; what else it measures are the figures of the metric and of the objective.
+# Keys of an evaluation; other keys are figures of the metric and of the objective.
 COMMON_FIGURES = ("accuracy", "generated_tokens", "loss", "n", "num_latents", "stage")
 
 
 def count_parameters(model) -> dict[str, int]:
-    """Return how many numbers a model has, how many are trained, and how many are its objectives', beside these."""
+    """Return the number of parameters of a model, of trained parameters, and of its objectives' own parameters."""
     weights, attached = own_weights(model), attached_to(model)
     counts = {"parameters": sum(weight.numel() for weight in weights)}
     counts["trainable_parameters"] = sum(weight.numel() for weight in weights if weight.requires_grad)
@@ -24,7 +24,7 @@ def count_parameters(model) -> dict[str, int]:
 
 
 def save_results(trainer, *, arguments, test: dict, train_seconds: float, skipped: list[str], cut: dict) -> dict:
-    """results.json in the output folder: accuracy by stage, and what the numbers were made with."""
+    """Write results.json to the output folder: accuracy by stage, and the settings that produced it."""
     _, data_args, curriculum_args, run_args = arguments
     results = {
         "mode": curriculum_args.mode,

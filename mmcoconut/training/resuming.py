@@ -1,7 +1,7 @@
-"""Compare the run that a checkpoint was saved by with the one that is to go on from it, before anything is written.
+"""Compare a checkpoint's run with the run that resumes from it, before anything is written.
 
-The course of a run is all that decides its updates and what its evaluations measure: its recipe, the training and
-evaluation rows, the rows per update. Each checkpoint holds it in course.json.
+The course of a run is everything that determines its updates and evaluations: its recipe, the training and
+evaluation rows, the rows per update. Each checkpoint saves it in course.json.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from mmcoconut.training.checkpoints import choose_checkpoint
 logger = logging.getLogger("mmcoconut")
 
 ROWS_AT_A_TIME = 1000
-# Changing these changes neither the updates nor what evaluations measure, but for rounding and dropout's draws.
+# Keys that change neither the updates nor the evaluations, except for rounding and dropout's random draws.
 HARMLESS = ("output_dir", "smoke_test", "do_train", "do_eval", "do_predict", "license", "test_split", "use_cpu")
 HARMLESS += ("logging_strategy", "logging_steps", "logging_first_step", "log_on_each_node", "logging_nan_inf_filter")
 HARMLESS += ("include_num_input_tokens_seen", "log_level", "log_level_replica", "disable_tqdm", "report_to")
@@ -46,16 +46,16 @@ HARMLESS += ("gradient_checkpointing_kwargs", "checkpointed_passes", "defer_weig
 HARMLESS += ("torch_compile", "torch_compile_backend", "torch_compile_mode", "image_features_cache")
 HARMLESS += ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph")
 HARMLESS += ("ddp_backend", "ddp_timeout", "log_gradient_cosine")
-# Harmless where the rows that they name are the same.
+# Harmless if the rows are the same.
 NAME_ROWS = ("dataset", "dataset_options", "max_train_samples", "max_eval_samples", "unreadable_images")
-# Harmless where their product with the devices is the same.
+# Harmless if their product with the number of devices is the same.
 SPLIT_BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 ROWS_PER_UPDATE = "rows per update"
 LENGTHS = ("num_train_epochs", "max_steps")
 
 
 class Change(NamedTuple):
-    """A setting that differs between a checkpoint's run and the present one; `key` is its key in a recipe."""
+    """A setting that differs between a checkpoint's run and the current run; `key` is its key in a recipe."""
 
     key: str
     name: str
@@ -71,7 +71,7 @@ def said(value) -> str:
 
 
 class Rows(NamedTuple):
-    """The number of rows of a split, and a fingerprint of what they hold."""
+    """The number of rows of a split, and a fingerprint of their content."""
 
     number: int
     fingerprint: str
@@ -81,7 +81,7 @@ class Rows(NamedTuple):
 
 
 def picture_mark(picture: Mapping) -> str:
-    """Return what stands for a picture: a hash of its bytes, or of a file the name, as folders may move."""
+    """Return an identifier of a picture: a hash of its bytes, or its file name, since folders may move."""
     if picture["bytes"] is None:
         return Path(picture["path"]).name
     return hashlib.sha256(picture["bytes"]).hexdigest()
@@ -90,9 +90,9 @@ def picture_mark(picture: Mapping) -> str:
 def fingerprint(dataset, fields: Collection[str] = ()) -> Rows:
     """Return the number of rows and a SHA-256 of their texts and pictures, in order.
 
-    Pictures in files are known by their file name, and `row_id`, which may hold a path, is left out.
+    Picture files are identified by file name; `row_id`, which may hold a path, is left out.
 
-    fields: of OPTIONAL_FEATURES, those that are read.
+    fields: fields of OPTIONAL_FEATURES that are read.
     """
     left_out = {"row_id", "index", *OPTIONAL_FEATURES} - {*fields}
     digest = hashlib.sha256()
@@ -107,12 +107,12 @@ def fingerprint(dataset, fields: Collection[str] = ()) -> Rows:
 
 
 def recipe_of(arguments) -> dict:
-    """Return the recipe as recipe.yaml says it."""
+    """Return the recipe in the form of recipe.yaml."""
     return yaml.load(recipe_text(*arguments), RecipeLoader)
 
 
 def course_of(arguments, splits: Mapping) -> dict:
-    """Return the course of a run with these arguments and splits `train` and `eval`, as JSON holds it."""
+    """Return the course of a run with these arguments and splits `train` and `eval`, in JSON types."""
     _, _, curriculum_args, run_args = arguments
     fields = {field for objective in make_objectives(curriculum_args.objectives) for field in objective.fields}
     return {
@@ -124,7 +124,7 @@ def course_of(arguments, splits: Mapping) -> dict:
 
 
 def recorded_course(checkpoint: Path) -> dict:
-    """Return the course that a checkpoint was saved on; of earlier versions the recipe in the run's folder, if any."""
+    """Return the course saved in a checkpoint; for earlier versions the recipe in the run's folder, if any."""
     record, recipe = checkpoint / COURSE_FILE, checkpoint.parent / RECIPE_FILE
     if record.is_file():
         return read_json(record)["course"]
@@ -134,7 +134,7 @@ def recorded_course(checkpoint: Path) -> dict:
 
 
 def changes_in(before: Mapping, now: Mapping, *, key: str = "", path: str = "") -> Iterator[Change]:
-    """Yield what differs between two recipes, of mappings the entries; keys that this version lacks are left out."""
+    """Yield the differences between two recipes, per entry in mappings; keys that this version lacks are left out."""
     for name in {**before, **now}:
         old, new = (values.get(name, None if path else default_of(name)) for values in (before, now))
         if old == new or not (path or name in TYPES):
@@ -146,27 +146,27 @@ def changes_in(before: Mapping, now: Mapping, *, key: str = "", path: str = "") 
 
 
 def changed_rows(before: Mapping, now: Mapping) -> list[Change]:
-    """Return the splits that differ; what an earlier version has not recorded does not."""
+    """Return the splits that differ; a split that an earlier version did not record counts as equal."""
     names = {"train": "training rows", "eval": "evaluation rows"}
     pairs = [(name, before["rows"][name], now["rows"][name]) for name in names if "rows" in before]
     return [Change("rows", names[name], Rows(**old), Rows(**new)) for name, old, new in pairs if old != new]
 
 
 def changed_batches(before: Mapping, now: Mapping) -> list[Change]:
-    """Return the rows per update if they differ, and the processes."""
+    """Return the differences in rows per update and in the number of processes."""
     keys = [key for key in (ROWS_PER_UPDATE, "processes") if key in before]
     return [Change(key, key, before[key], now[key]) for key in keys if before[key] != now[key]]
 
 
 def constant_rate(recipe: Mapping) -> bool:
     """Return True if the learning rate does not depend on the length of the run."""
-    warmup = recipe.get("warmup_steps", 0)  # below 1 it is a share of the length
+    warmup = recipe.get("warmup_steps", 0)  # below 1 it is a fraction of the length
     kind = recipe.get("lr_scheduler_type")
     return kind == "constant" or (kind == "constant_with_warmup" and (not warmup or warmup >= 1))
 
 
 def lengthens(change: Change, recipe: Mapping) -> bool:
-    """Return True if a run only becomes longer by a change, and its updates stay the same up to there."""
+    """Return True if a change only makes a run longer and leaves its earlier updates unchanged."""
     of_epochs = recipe.get("max_steps", default_of("max_steps")) < 0
     if change.key == "num_train_epochs" and not of_epochs:
         return True  # max_steps decides
@@ -175,12 +175,12 @@ def lengthens(change: Change, recipe: Mapping) -> bool:
 
 def splits_alike(recipe: Mapping) -> bool:
     """Return True if the loss of an update does not depend on how its rows are split into batches."""
-    terms = recipe.get("align_weight") or recipe.get("objectives")  # means of batches
+    terms = recipe.get("align_weight") or recipe.get("objectives")  # means over batches
     return recipe.get("objective") == "supervised" and not terms
 
 
 def sort_changes(before: Mapping, now: Mapping) -> tuple[list[Change], list[Change]]:
-    """Return the changes that are refused, and those that are adopted because they do not change the course."""
+    """Return the changes to refuse, and the changes to adopt because they do not affect the course."""
     recipe, rows, batches = now["recipe"], changed_rows(before, now), changed_batches(before, now)
     same_rows = "rows" in before and not rows
     same_batches = ROWS_PER_UPDATE in before and splits_alike(recipe)
@@ -208,20 +208,20 @@ def remedy_for(checkpoint: Path) -> str:
 
 
 def check_course(checkpoint: Path, course: Mapping) -> None:
-    """Refuse to resume a run on another course; log what is adopted, and what cannot be compared.
+    """Refuse to resume a run with another course; log adopted changes, and what cannot be compared.
 
     Raises:
         ValueError: lists every setting that differs, with both values.
     """
     before = recorded_course(checkpoint)
     if not before:
-        logger.warning("%s does not say how it was trained, so that nothing can be compared", checkpoint)
+        logger.warning("%s does not record how it was trained: nothing can be compared", checkpoint)
         return
     if "rows" not in before:
-        logger.warning("%s is of an earlier version: its rows and devices cannot be compared", checkpoint)
+        logger.warning("%s was saved by an earlier version: its rows and devices cannot be compared", checkpoint)
     refused, adopted = sort_changes(before, json.loads(json.dumps(course)))
     if refused:
-        lines = [f"{checkpoint} was trained otherwise than this run would go on", *map(str, refused)]
+        lines = [f"{checkpoint} was trained with other settings than this run", *map(str, refused)]
         raise UsageError("\n  - ".join(lines) + f"\n{remedy_for(checkpoint)}")
     adopted = [change for change in adopted if change.key != "output_dir"]
     if adopted:
@@ -229,7 +229,7 @@ def check_course(checkpoint: Path, course: Mapping) -> None:
 
 
 def check_tokenizer(checkpoint: Path, tokenizer) -> None:
-    """Refuse a tokenizer that has other ids than a checkpoint's.
+    """Refuse a tokenizer whose ids differ from the checkpoint's.
 
     Raises:
         ValueError: names one of the tokens.
@@ -240,13 +240,13 @@ def check_tokenizer(checkpoint: Path, tokenizer) -> None:
     if changed:
         token = changed[0]
         raise UsageError(
-            f"The tokenizer differs from that of {checkpoint} in {len(changed)} tokens, such as {token!r}, which has "
-            f"id {saved.get(token)} there and {present.get(token)} now: set `tokenizer` as the run was started with."
+            f"The tokenizer differs from that of {checkpoint} in {len(changed)} tokens, such as {token!r}: its id is "
+            f"{saved.get(token)} there and {present.get(token)} now. Set `tokenizer` as in the original run."
         )
 
 
 def agree(choose: Callable[[], Path], run_args) -> Path:
-    """Return what process 0 chooses, in all processes; its ValueError is raised in all."""
+    """Return the choice of process 0 in all processes; a ValueError there is raised in all."""
     outcome = [None, None]
     if run_args.process_index == 0:
         try:
@@ -275,8 +275,8 @@ def check_output(arguments) -> Path | None:
     """Return the checkpoint to resume from, if any; nothing is written yet.
 
     Raises:
-        ValueError: a folder with an earlier run and no word of what to do with it; no whole checkpoint; a folder that
-            --overwrite should not delete.
+        ValueError: the folder holds an earlier run and no option decides what to do with it; no complete checkpoint; a
+            folder that --overwrite must not delete.
     """
     run_args = arguments[-1]
     folder, resume = Path(run_args.output_dir), run_args.resume_from_checkpoint
@@ -286,21 +286,21 @@ def check_output(arguments) -> Path | None:
         return None
     if not run_args.overwrite:
         raise UsageError(
-            f"{folder} holds an earlier run: give --resume_from_checkpoint true to go on with it, --overwrite true to "
+            f"{folder} holds an earlier run. Set --resume_from_checkpoint true to resume it, --overwrite true to "
             "delete it, or another --output_dir."
         )
     if not (folder / RECIPE_FILE).exists():
         raise UsageError(f"{folder} holds no {RECIPE_FILE}, so no run of this script: --overwrite does not delete it.")
     for key, path in read_paths(arguments).items():
         if Path(path).resolve().is_relative_to(folder.resolve()):
-            raise UsageError(f"--overwrite would delete {path}, which `{key}` reads: give another --output_dir.")
+            raise UsageError(f"--overwrite would delete {path}, which `{key}` reads: set another --output_dir.")
     return None
 
 
 def prepare_output(arguments) -> None:
-    """Delete the run that is overwritten, and write recipe.yaml; called once nothing else can be refused.
+    """Delete the run to overwrite, and write recipe.yaml; call this once nothing else can be refused.
 
-    The old recipe.yaml stays until the new one replaces it, so that a run killed in between can be repeated.
+    The old recipe.yaml remains until the new one replaces it, so a run killed in between can be repeated.
     """
     run_args = arguments[-1]
     folder = Path(run_args.output_dir)

@@ -1,6 +1,6 @@
-"""Check every row before the first update: its tokens at each stage, its picture's text, its own answer by the metric.
+"""Check every row before the first update: its tokens at each stage, its alignment text, its own answer by the metric.
 
-A mistake in a data file or a recipe otherwise ends a run only when its stage begins, or its split is evaluated.
+Without this check, a mistake in a data file or recipe ends a run only when its stage begins or its split is evaluated.
 """
 
 import logging
@@ -23,14 +23,14 @@ from mmcoconut.training.grouping import token_counts
 
 logger = logging.getLogger("mmcoconut")
 
-LONG = 5.0  # seconds, from which on the log says how long a check took
+LONG = 5.0  # seconds; longer checks are logged with their duration
 SCORED = ["question", "choices", "steps", "answers", "row_id"]
 ANSWER_LINE = re.compile(rf"^{ANSWER_MARKER}", re.MULTILINE)
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Log how long the block took, if that is long."""
+    """Log the duration of the block if it is long."""
     began = time.perf_counter()
     yield
     seconds = time.perf_counter() - began
@@ -39,10 +39,10 @@ def timed(what: str) -> Iterator[None]:
 
 
 def check_lengths(rows: Dataset, collator: CurriculumCollator, *, room: int = 0) -> None:
-    """Check that every row fits into the language model at every stage, without decoding a picture where it can.
+    """Check that every row fits into the language model at every stage; pictures are decoded only if necessary.
 
     Args:
-        room: new tokens that may follow a prompt; 0 for rows that are never generated from.
+        room: maximum new tokens after a prompt; 0 for rows that are never generated from.
 
     Raises:
         ValueError: a row that takes more than `collator.max_length` tokens, or whose turns cannot be laid out.
@@ -56,7 +56,7 @@ def check_lengths(rows: Dataset, collator: CurriculumCollator, *, room: int = 0)
 
 
 def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
-    """Check that every row with pictures has a text to align them with, which the text encoder can read.
+    """Check that every row with pictures has an alignment text that the text encoder can read.
 
     Raises:
         ValueError: a row without such a text, or with one that is too long.
@@ -69,16 +69,16 @@ def check_alignment_texts(rows: Dataset, collator: CurriculumCollator) -> None:
     for row_id, text in texts:
         if collator.max_length is not None and lengths[text] > collator.max_length:
             raise UsageError(
-                f"{row_id}: the text to align its pictures with takes {lengths[text]} tokens, and the language model, "
-                f"or max_length, has {collator.max_length} positions: set alignment_target to a shorter one."
+                f"{row_id}: its alignment text takes {lengths[text]} tokens. The maximum of the language model, "
+                f"or max_length, is {collator.max_length}. Set alignment_target to a shorter text."
             )
 
 
 def check_objectives(rows: Dataset, objectives: Sequence[Objective], processor) -> None:
-    """Check that rows have what objectives need of them.
+    """Check that rows have the fields that the objectives need.
 
-    A row without steps, or without boxes, has nothing that a thought could stand for: its loss is 0, and only a split
-    of such rows is refused.
+    A row without steps or boxes has no target for a thought: its loss is 0. Only a split in which no row has a target
+    is refused.
 
     Raises:
         ValueError: names the first row of a split that lacks a field, or that an objective cannot learn from.
@@ -95,7 +95,7 @@ def check_objectives(rows: Dataset, objectives: Sequence[Objective], processor) 
                 )
             if lacking:
                 found = (name, len(lacking), len(rows), objective.name)
-                logger.info("field %s: %d of %d rows have none, and objectives.%s leaves them alone", *found)
+                logger.info("field %s: %d of %d rows have none; objectives.%s skips them", *found)
         if type(objective).check is not Objective.check:
             for row in rows:
                 try:
@@ -105,7 +105,7 @@ def check_objectives(rows: Dataset, objectives: Sequence[Objective], processor) 
 
 
 def distinct(rows: Dataset) -> list[dict]:
-    """The first row of each that a metric cannot tell apart, with the columns that it reads."""
+    """Return one row of each group that the metric cannot distinguish, with the columns that it reads."""
     found = {}
     for row in rows.select_columns(SCORED):
         found.setdefault((tuple(row["answers"]), tuple(row["choices"])), row)
@@ -113,7 +113,7 @@ def distinct(rows: Dataset) -> list[dict]:
 
 
 def check_steps(rows: Dataset) -> None:
-    """Check that no written step would be taken for the answer, which is what follows the first line with a marker.
+    """Check that no written step is read as the answer, which follows the first line that begins with the marker.
 
     Raises:
         ValueError: a step with a line that begins with the marker.
@@ -129,7 +129,7 @@ def check_steps(rows: Dataset) -> None:
 
 
 def check_beginnings(rows: Sequence[Mapping]) -> None:
-    """Check that each answer is found whole behind the marker.
+    """Check that evaluation finds each answer completely after the marker.
 
     Raises:
         ValueError: an answer that begins with the marker.
@@ -139,13 +139,13 @@ def check_beginnings(rows: Sequence[Mapping]) -> None:
         found = parse_answer(f"{ANSWER_MARKER} {answer}")
         if found != answer.strip():
             raise UsageError(
-                f"{row['row_id']}, field 'answers': found {answer!r}, of which evaluation would find {found!r}, as "
-                f"{ANSWER_MARKER} stands before every answer: write it without {ANSWER_MARKER} at its beginning."
+                f"{row['row_id']}, field 'answers': found {answer!r}, which evaluation reads as {found!r}, because "
+                f"{ANSWER_MARKER} precedes every answer: write it without {ANSWER_MARKER} at its beginning."
             )
 
 
 def own_scores(metric: str, rows: Sequence[Mapping]) -> list[float]:
-    """The score of each row's own first answer, as evaluation would find it in the text that is learnt.
+    """Return the score of each row's own first answer, as evaluation would find it in the target text.
 
     Raises:
         ValueError: a row that the metric cannot read.
@@ -153,7 +153,7 @@ def own_scores(metric: str, rows: Sequence[Mapping]) -> list[float]:
     texts = [f"{ANSWER_MARKER} {row['answers'][0]}" for row in rows]
     try:
         return score(metric, texts, [parse_answer(text) for text in texts], rows=rows)["scores"]
-    except ValueError as error:  # raised anew for the row that it is about
+    except ValueError as error:  # raised again with the row's name
         if len(rows) == 1:
             raise UsageError(
                 f"{rows[0]['row_id']}, field 'answers': found {rows[0]['answers']!r}, which the metric {metric} "
@@ -165,11 +165,11 @@ def own_scores(metric: str, rows: Sequence[Mapping]) -> list[float]:
 
 
 def check_answers(rows: Dataset, metric: str) -> None:
-    """Check that every row's own answer can be found in what the model learns to write, and scores by the metric.
+    """Check that every row's own answer is found in the target text and scores above 0 by the metric.
 
     Raises:
-        ValueError: a step that would be taken for the answer, or an answer that begins as its marker does; an answer
-            that the metric cannot read, or gives 0.
+        ValueError: a step that is read as the answer, or an answer that begins with the marker; an answer that the
+            metric cannot read, or scores 0.
     """
     check_steps(rows)
     answered = distinct(rows)
@@ -177,7 +177,7 @@ def check_answers(rows: Dataset, metric: str) -> None:
     for row, value in zip(answered, own_scores(metric, answered), strict=True):
         if value <= 0:
             raise UsageError(
-                f"{row['row_id']}, field 'answers': found {row['answers']!r}, and the metric {metric} gives the first "
-                f"one, which is learnt, {value:g}: correct the row, leave it out, or set `metric` to another one of "
+                f"{row['row_id']}, field 'answers': found {row['answers']!r}; the metric {metric} scores the first "
+                f"one, which is learnt, {value:g}. Correct the row, leave it out, or set `metric` to another one of "
                 f"{', '.join(REFERENCES)}."
             )

@@ -1,4 +1,4 @@
-"""What a run saves is an ordinary model, whatever it was trained inside of: adapters, or shards of several GPUs."""
+"""Save a run as an ordinary model, whether it was trained with adapters or sharded over several GPUs."""
 
 import copy
 
@@ -6,9 +6,9 @@ import torch
 
 
 def ordinary_model(model_class, model, weights: dict[str, torch.Tensor]):
-    """A model of that class with these weights, which it shares, and with the configurations of `model`.
+    """Return a model of model_class with these weights (shared) and with the configurations of `model`.
 
-    weights may hold more than the class has.
+    weights may have entries that the class does not.
     """
     with torch.device("meta"):
         ordinary = model_class(copy.deepcopy(model.config))

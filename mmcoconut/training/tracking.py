@@ -1,9 +1,9 @@
-"""What trackers show of a run beside losses and accuracy: how thoughts are, and pictures with what was answered.
+"""Log to trackers, besides losses and accuracy, figures of the thoughts and example answers with pictures.
 
-With `report_to` trackio, tensorboard or wandb, each evaluation within training looks once at the first rows of the
-evaluation data. All processes compute, because a sharded model needs all of them; the first one sends.
+With `report_to` trackio, tensorboard or wandb, each evaluation within training runs the first rows of the evaluation
+data once. All processes compute, because a sharded model needs all of them; the first process sends.
 
-Shapes: B rows, N thoughts a row, D hidden.
+Shapes: B rows, N thoughts per row, D hidden.
 """
 
 from dataclasses import astuple, dataclass
@@ -20,14 +20,14 @@ from mmcoconut.records import markdown_table
 
 
 NUM_SAMPLES = 8
-LONGEST_SIDE = 256  # pixels of a picture that is sent
+LONGEST_SIDE = 256  # pixels; longest side of a logged picture
 TAG = "samples"
 COLUMNS = ["picture", "question", "expected", "given"]
 
 
 @dataclass
 class Sample:
-    """A row's first picture, None for a row without; what was asked; its first accepted answer; the model's."""
+    """A row's first picture (or None), its question, its first accepted answer, and the model's answer."""
 
     picture: Image.Image | None
     question: str
@@ -36,8 +36,8 @@ class Sample:
 
 
 def thought_figures(thoughts: torch.Tensor) -> dict[str, float]:
-    """Of thoughts (B, N, D): their mean norm, and the mean cosine of each to the next; what there is none of is left
-    out.
+    """Return the mean norm of thoughts (B, N, D), and the mean cosine of each to the next; undefined figures are
+    left out.
 
     >>> thought_figures(torch.tensor([[[3.0, 4.0], [4.0, 3.0]]]))  # doctest: +ELLIPSIS
     {'eval_thought_norm': 5.0, 'eval_thought_cosine': 0.96...}
@@ -52,7 +52,7 @@ def thought_figures(thoughts: torch.Tensor) -> dict[str, float]:
 
 
 def small_picture(row: dict) -> Image.Image | None:
-    """The row's first picture, no longer than LONGEST_SIDE."""
+    """Return the row's first picture, resized to at most LONGEST_SIDE."""
     images = open_images(row)
     if not images:
         return None
@@ -62,7 +62,7 @@ def small_picture(row: dict) -> Image.Image | None:
 
 
 def in_a_cell(text: str) -> str:
-    """A text for one cell of a Markdown table.
+    """Escape a text for one cell of a Markdown table.
 
     >>> in_a_cell("a|b\\nc")
     'a\\\\|b<br>c'
@@ -71,7 +71,7 @@ def in_a_cell(text: str) -> str:
 
 
 def send_to_tensorboard(samples: list[Sample], step: int, callbacks: list) -> None:
-    """A picture each, and one table of the texts."""
+    """Send each picture separately, and one table of the texts."""
     writer = next(callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback))
     lines = []
     for number, sample in enumerate(samples):
@@ -84,7 +84,7 @@ def send_to_tensorboard(samples: list[Sample], step: int, callbacks: list) -> No
 
 
 def send_to_trackio(samples: list[Sample], step: int, callbacks: list) -> None:
-    """One table with the pictures in it."""
+    """Send one table that includes the pictures."""
     import trackio
 
     rows = [astuple(sample) for sample in samples]
@@ -93,7 +93,7 @@ def send_to_trackio(samples: list[Sample], step: int, callbacks: list) -> None:
 
 
 def send_to_wandb(samples: list[Sample], step: int, callbacks: list) -> None:
-    """A table of the texts, and the pictures with theirs: those in a table are not kept offline."""
+    """Send a table of the texts, and the pictures with captions: pictures in a table are not kept offline."""
     import wandb
 
     rows = [astuple(sample) for sample in samples]
@@ -108,12 +108,12 @@ SENDERS = {"tensorboard": send_to_tensorboard, "trackio": send_to_trackio, "wand
 
 
 def is_tracked(args) -> bool:
-    """Return True if a run reports to a tracker that this file knows."""
+    """Return True if a run reports to a tracker that this module supports."""
     return bool(SENDERS.keys() & {*args.report_to})
 
 
 class TrackingCallback(TrainerCallback):
-    """Logs `eval_thought_norm` and `eval_thought_cosine`, and sends samples, at each evaluation within training.
+    """Log `eval_thought_norm` and `eval_thought_cosine`, and send samples, at each evaluation within training.
 
     Args:
         trainer: a CurriculumTrainer.
@@ -124,7 +124,7 @@ class TrackingCallback(TrainerCallback):
 
     @torch.no_grad()
     def look(self, rows: list[dict]) -> tuple[list[Sample], dict[str, float]]:
-        """Return what the model answers to rows, and how its thoughts are."""
+        """Return the model's answers to rows, and the figures of its thoughts."""
         trainer, collator = self.trainer, self.trainer.curriculum_collator
         processor, model = trainer.processing_class, trainer.accelerator.unwrap_model(trainer.model).eval()
         batch = collator.prompts(rows)

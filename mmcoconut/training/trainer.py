@@ -1,4 +1,4 @@
-"""The library's Trainer with a curriculum: batches of the present stage, and evaluation by generating answers."""
+"""transformers' Trainer with a curriculum: batches of the current stage, and evaluation by generating answers."""
 
 import math
 import time
@@ -46,34 +46,34 @@ ALIGNED_TEXTS = ("alignment_input_ids", "alignment_attention_mask")
 
 
 def with_index(dataset):
-    """The rows with their number in `index`, by which metrics and `uniform_prob` know them."""
+    """Add each row's number as `index`, which metrics and `uniform_prob` use."""
     return dataset if "index" in dataset.column_names else dataset.add_column("index", list(range(len(dataset))))
 
 
 class CurriculumTrainer(UploadsSaves, Trainer):
     """Trainer whose `evaluate` generates, and which keeps the best checkpoint of every stage.
 
-    Metrics: `accuracy` (the mean score of `metric`), the other figures of `metric` under its own names (such as
-    `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean of new tokens an answer, its eos included), `loss` (mean over
-    the labelled tokens of the whole split, whatever the batches), `stage`, `num_latents`, `n`, and of a model with a
-    stop head `num_thoughts` (mean). With an alignment `loss` is the weighted sum of that mean, `ce_loss`, and of
+    Metrics: `accuracy` (mean score of `metric`), the other figures of `metric` under their own names (such as
+    `yes_no_accuracy`, `bleu4`), `generated_tokens` (mean new tokens per answer, its eos included), `loss` (mean over
+    all labelled tokens of the split, independent of batches), `stage`, `num_latents`, `n`, and for a model with a stop
+    head `num_thoughts` (mean). With an alignment `loss` is the weighted sum of that mean, `ce_loss`, and of
     `align_loss`, the mean over pictures; both are logged too. With objectives their weighted terms are a part of it,
     each logged as `<name>_loss`, the mean over rows. The best model of stage s
     by `metric_for_best_model`, by default accuracy, is kept in <output_dir>/stages/stage-s; epochs of alignment alone
-    do not count.
+    are ignored.
 
     Args:
         metric: a name in mmcoconut.data.scoring.REFERENCES.
-        num_beams: of the search that evaluation generates by.
+        num_beams: beams of generation in evaluation.
         reset_optimizer: see CurriculumCallback.
         log_gradient_cosine: log `cosine_<name>` of objectives in training, see GradientCosines.
-        data_collator: a CurriculumCollator, which brings processor and schedule.
-        kwargs: of the library's Trainer.
+        data_collator: a CurriculumCollator, with processor and schedule.
+        kwargs: arguments of transformers' Trainer.
     """
 
-    course: Mapping = {}  # what checkpoints say of how they were trained, see mmcoconut.training.resuming
-    aside: Path | None = None  # where a checkpoint is being written
-    seconds_aside: float = 0.0  # of evaluations and checkpoints within training
+    course: Mapping = {}  # how the run was trained; saved in checkpoints, see mmcoconut.training.resuming
+    aside: Path | None = None  # folder of the checkpoint being written
+    seconds_aside: float = 0.0  # spent on evaluations and checkpoints within training
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         if kwargs.get("train_dataset") is not None:
             kwargs["train_dataset"] = with_index(kwargs["train_dataset"])
         super().__init__(data_collator=data_collator, **kwargs)
-        self.model_class = type(self.model)  # before it is sharded, which changes it
+        self.model_class = type(self.model)  # before sharding changes it
         if self.is_fsdp_enabled:
             check_sharding(self.accelerator.state.fsdp_plugin, adapted=has_lora(self.model))
             check_sharded_objectives(attached_to(self.model), compares_gradients=log_gradient_cosine)
@@ -111,7 +111,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
             self.add_callback(TrackingCallback(self))
 
     def create_optimizer(self, *args, **kwargs):
-        """As the library's, with the rates of `learning_rates` for the parts that it names."""
+        """Create the optimizer with the rates of `learning_rates` for the parts that it names."""
         created = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
         if self.args.learning_rates and not created:
@@ -119,7 +119,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As the library's plus weighted terms of objectives and of an alignment, or in its warm-up that alone."""
+        """Return the loss plus weighted terms of objectives and alignment; in the warm-up the alignment alone."""
         if not self.has_terms:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         ce_loss, steps = None, 1
@@ -127,7 +127,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
             ce_loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch=num_items_in_batch)
         else:
             outputs = model(**inputs)
-        if num_items_in_batch is not None:  # then the labels' loss is divided by all batches of an update already
+        if num_items_in_batch is not None:  # then the labels' loss is already divided by all batches of an update
             steps = self.current_gradient_accumulation_steps
         terms = {name: rows.mean() for name, rows in (outputs.get(LOSSES) or {}).items()}
         align_loss = outputs.get("alignment_loss")
@@ -147,7 +147,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
 
     @property
     def compares_gradients(self) -> bool:
-        """Return True in an update that will be logged, of a run that compares gradients."""
+        """True in an update that will be logged, if the run compares gradients."""
         args, update = self.args, self.state.global_step + 1
         if self.gradient_cosines is None or not self.model.training:
             return False
@@ -157,13 +157,13 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return by_steps or (args.logging_first_step and update == 1)
 
     def set_initial_training_values(self, *args, **kwargs):
-        """Tell the callback by how many updates transformers counts an epoch."""
+        """Set the callback's number of updates per epoch as transformers counts them."""
         values = super().set_initial_training_values(*args, **kwargs)
         self.curriculum_callback.updates_per_epoch = values[1]
         return values
 
     def _get_train_sampler(self, train_dataset=None):
-        """As the library's; `group_by_length` groups by what rows cost at the present stage."""
+        """Return transformers' sampler; `group_by_length` groups by the cost of rows at the current stage."""
         args, rows = self.args, train_dataset or self.train_dataset
         if args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
@@ -172,11 +172,11 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return StageGroupedSampler(batch_size, rows, self.curriculum_collator, seed=seed)
 
     def _get_eval_sampler(self, eval_dataset):
-        """In order, however training is sampled."""
+        """Evaluate rows in order, independent of the training sampler."""
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def prompt_dataloader(self, make, dataset):
-        """A data loader of the library, collated by `prompts`: what is generated from never holds the answer."""
+        """Return a transformers data loader that collates with `prompts`, which never contain the answer."""
         self.evaluated = with_index(dataset)
         collator, self.data_collator = self.data_collator, self.curriculum_collator.prompts
         try:
@@ -191,10 +191,10 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return self.prompt_dataloader(super().get_test_dataloader, test_dataset)
 
     def row_losses(self, model, supervised: dict, pixels: dict, num_images: torch.Tensor | None) -> torch.Tensor:
-        """Return for each row (B, 4 + objectives): the sum of its tokens' losses, their number, and the same of its
-        pictures; then the losses of the objectives of this stage.
+        """Return per row (B, 4 + objectives): sum of its token losses, number of tokens, the same for its pictures,
+        then the losses of this stage's objectives.
 
-        num_images (B,): of each row, where pictures are aligned with texts.
+        num_images (B,): images per row, if pictures are aligned with texts.
         """
         texts = {name: supervised.pop(name) for name in ALIGNED_TEXTS if name in supervised}
         own_model = self.accelerator.unwrap_model(model)
@@ -216,8 +216,8 @@ class CurriculumTrainer(UploadsSaves, Trainer):
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return no loss, new tokens (B, up to max_new_tokens), and of the rows index and thoughts (B, 2) and the sums
-        of `row_losses`, so that the loss does not depend on how rows were put into batches."""
+        """Return no loss, new tokens (B, up to max_new_tokens), and per row its index and thoughts (B, 2) and the sums
+        of `row_losses`, so that the loss does not depend on how rows are batched."""
         inputs = self._prepare_input(inputs)
         index, supervised, num_images = inputs.pop("index"), inputs.pop("supervised"), inputs.pop("num_images", None)
         processor = self.processing_class
@@ -230,20 +230,20 @@ class CurriculumTrainer(UploadsSaves, Trainer):
                 model,
                 processor,
                 inputs,
-                stop_threshold=None if self.is_fsdp_enabled else 0.5,  # passes must be equally many there
+                stop_threshold=None if self.is_fsdp_enabled else 0.5,  # all processes must run equally many passes
                 max_new_tokens=self.curriculum_collator.max_new_tokens,
                 do_sample=False,
                 num_beams=self.num_beams,
                 use_cache=True,
-                # A process that is done goes on calling the shards that others still need.
+                # A process that is done keeps calling the shards that other processes still need.
                 synced_gpus=self.is_fsdp_enabled or None,
             )
         counted = torch.stack([index, num_thoughts.to(index)], dim=1)  # (B, 2)
         return None, tokens[:, inputs[self.processing_class.prompt_names[0]].shape[1] :], (counted, sums)
 
     def score_answers(self, prediction) -> dict[str, float]:
-        """Metrics of generated ids (n, new tokens) padded with -100, and for each the index into the evaluation data
-        and the number of thoughts, (n, 2), and the sums (n, 4 + objectives) of its losses."""
+        """Return the metrics of generated ids (n, new tokens) padded with -100, with each row's index into the data
+        and number of thoughts (n, 2), and the sums (n, 4 + objectives) of its losses."""
         processor, collator = self.processing_class, self.curriculum_collator
         tokens = torch.as_tensor(prediction.predictions)
         eos = self.model.generation_config.eos_token_id
@@ -275,7 +275,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         }
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
-        """As the library's; within training the stage's best model so far is saved."""
+        """Evaluate as transformers does; within training also save the stage's best model so far."""
         with self.aside_of_updates():
             metrics = super().evaluate(eval_dataset, *args, **kwargs)
             if self.is_in_train:
@@ -283,16 +283,16 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return metrics
 
     def seconds_per_update(self, train_seconds: float) -> float | None:
-        """Return what an update took of the seconds of `train`, without evaluations and checkpoints within it.
+        """Return the seconds per update in `train`, without evaluations and checkpoints within it.
 
-        None if there was none, as when a finished run is resumed.
+        None without updates, as when a finished run is resumed.
         """
         updates = self.state.global_step - self.curriculum_callback.first_update
         return round((train_seconds - self.seconds_aside) / updates, 6) if updates else None
 
     @contextmanager
     def aside_of_updates(self):
-        """Count the seconds inside, within training, as none of the updates'."""
+        """Exclude the seconds within this context from the time of updates."""
         began = time.perf_counter()
         try:
             yield
@@ -300,14 +300,14 @@ class CurriculumTrainer(UploadsSaves, Trainer):
             self.seconds_aside += (time.perf_counter() - began) * self.is_in_train
 
     def warmed_up(self, record: dict) -> bool:
-        """Return True if the epoch that an evaluation stands at the end of, or within, learnt the answer."""
+        """Return True if the epoch of an evaluation trained the answer."""
         return self.alignment is None or not self.alignment.warms_up(math.ceil(record["epoch"] - 1e-6) - 1)
 
     def keep_best_of_stage(self, metrics: dict) -> None:
-        """Save the model if no evaluation of this stage was better; the log's history is restored on resuming.
+        """Save the model if no evaluation of this stage was better; the log history is restored on resuming.
 
         Raises:
-            ValueError: a `metric_for_best_model` that evaluation does not give.
+            ValueError: evaluation does not compute `metric_for_best_model`.
         """
         name = f"eval_{(self.args.metric_for_best_model or 'accuracy').removeprefix('eval_')}"
         if name not in metrics:
@@ -320,7 +320,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         self.save_stage(Path(self.args.output_dir, "stages", f"stage-{metrics['eval_stage']}"), metrics)
 
     def save_stage(self, folder: Path, metrics: dict) -> None:
-        """Save the model and what chose it, whole or not at all."""
+        """Save the model and its evaluation, completely or not at all."""
         written = self.start_aside() / folder.name
         self.save_model(str(written))
         if self.args.should_save:
@@ -330,7 +330,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
             self.add_best_of_stage(folder)
 
     def start_aside(self) -> Path:
-        """Return an empty folder for what is not whole yet; all processes write there."""
+        """Return an empty folder for an incomplete checkpoint; all processes write there."""
         folder = Path(self.args.output_dir)
         self.accelerator.wait_for_everyone()
         aside = start_aside(folder) if self.args.should_save else folder / ASIDE
@@ -338,11 +338,11 @@ class CurriculumTrainer(UploadsSaves, Trainer):
         return aside
 
     def _get_output_dir(self, trial):
-        """Return the output folder, or while a checkpoint is being written the folder aside."""
+        """Return the output folder, or the temporary folder while a checkpoint is being written."""
         return super()._get_output_dir(trial) if self.aside is None else str(self.aside)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        """Write a checkpoint aside, put it in place once it is whole, and only then upload and rotate."""
+        """Write a checkpoint to a temporary folder, move it to its place when complete, and then upload and rotate."""
         with self.aside_of_updates():
             self.write_checkpoint(*args, **kwargs)
 
@@ -368,11 +368,11 @@ class CurriculumTrainer(UploadsSaves, Trainer):
             self.upload_checkpoint(checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As the library's, but always an ordinary model: of one with an adapter, the merged one and, in a folder
-        inside, the adapter; of a sharded one, its own class, whose code goes with it, with the gathered weights.
+        """Save an ordinary model: the merged model of one with an adapter, and the adapter in a subfolder; the
+        gathered weights of a sharded model, in its own class and with the model code.
 
-        Only what a run with an adapter resumes from, checkpoint-n, is the adapter alone. Objectives are never a part
-        of the model: what a run resumes from has their weights beside it, and the run's folder a file of each.
+        Only checkpoint-n of a run with an adapter, which resuming reads, holds the adapter alone. Objectives are never
+        part of the model: a checkpoint saves their weights separately, and the run's folder has one file for each.
         """
         folder = Path(output_dir or self.args.output_dir)
         if state_dict is not None:
@@ -388,7 +388,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
                 objective.save(folder / OBJECTIVES_FOLDER)
 
     def save_without_objectives(self, folder: Path, state_dict: dict | None) -> None:
-        """Save as `_save` does, of a model that has no objectives."""
+        """Save as `_save` does a model that has no objectives."""
         trained = self.model
         adapted, sharded = has_lora(trained), type(trained) is not self.model_class
         resumed_from = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
@@ -422,7 +422,7 @@ class CurriculumTrainer(UploadsSaves, Trainer):
             self.curriculum_collator.image_features.check_tower(self.model)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Every record carries the stage, so that trackers show where it changed, and the parts of the loss."""
+        """Add the stage to every record, so that trackers show where it changed, and the parts of the loss."""
         if "loss" in logs and self.has_terms:
             logs = {**logs, **self.terms.means(self.accelerator)}
         if "loss" in logs and self.gradient_cosines is not None:

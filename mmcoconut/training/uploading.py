@@ -1,4 +1,4 @@
-"""What the trainer uploads to the Hub while it trains, and its model cards."""
+"""Upload saved models and their model cards to the Hub during training."""
 
 from functools import partial
 from pathlib import Path
@@ -17,16 +17,16 @@ UPLOADS = ".uploads"
 
 
 class UploadsSaves:
-    """In front of the library's Trainer: saves go up behind training's back, each stage's best to a branch."""
+    """Mixin before transformers' Trainer: upload saves in the background, and each stage's best model to a branch."""
 
-    uploads: Uploads | None = None  # of the process that uploads, once it has a repository to name
+    uploads: Uploads | None = None  # in the process that uploads, once the repository is known
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = True) -> None:
-        """As the library's, but saving uploads nothing by itself."""
+        """Save the model without uploading it."""
         super().save_model(output_dir, _internal_call=True)
 
     def init_hf_repo(self, *args, **kwargs) -> None:
-        """The repository that `push_to_hub` names, or a note that there is none yet (see Uploads.start)."""
+        """Create the repository of `push_to_hub`; if that fails for now, log it (see Uploads.start)."""
         if not self.is_world_process_zero():
             return
         args = self.args
@@ -37,14 +37,14 @@ class UploadsSaves:
 
     @property
     def uploads_saves(self) -> bool:
-        """Return True if what is saved while training goes up at once; in the process that uploads."""
+        """True if saves are uploaded during training, in the process that uploads."""
         args = self.args
         return args.push_to_hub and args.hub_strategy != HubStrategy.END and self.is_world_process_zero()
 
     def create_model_card(self, folder: Path | None = None, *, results: dict | None = None, rows=None) -> None:
-        """README.md from model_card.md, with results.json or, while training, with the stages so far.
+        """Write README.md from model_card.md, with results.json or, during training, with the stages so far.
 
-        folder: where the model is saved; default output_dir. rows: of the stages, where they are not the log's.
+        folder: where the model is saved; default output_dir. rows: of the stages; default: from the log.
         """
         folder = Path(folder or self.args.output_dir)
         recipe = Path(self.args.output_dir, RECIPE_FILE)
@@ -68,14 +68,14 @@ class UploadsSaves:
         write_card(folder, card, evidence)
 
     def fill_revision(self, copy: Path, saved: Path, *, checkpoint: bool = False, **card) -> None:
-        """A folder for the Hub: what was saved, its card and, for `hub_strategy: checkpoint`, what resuming needs."""
+        """Fill a folder for the Hub: the model, its card and, for `hub_strategy: checkpoint`, files to resume from."""
         copy_model(saved, copy)
         if checkpoint:
             copy_checkpoint(saved, copy / LAST_CHECKPOINT)
         self.create_model_card(copy, **card)
 
     def add_best_of_stage(self, folder: Path) -> None:
-        """The stage's branch, to go up with the next save; its card ends with the evaluation that chose it."""
+        """Queue the stage's branch for the next upload; its card ends with the evaluation that selected the model."""
         record = read_json(folder / STAGE_FILE)
         rows = [row for row in stage_rows(self.state.log_history) if row["stage"] < record["eval_stage"]]
         message = f"Best of stage {record['eval_stage']}, step {record['global_step']}"
@@ -83,10 +83,10 @@ class UploadsSaves:
         self.uploads.add(folder.name, fill, message)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing yet: the checkpoint is uploaded when it is whole and in its place."""
+        """Do nothing: the checkpoint is uploaded when it is complete and in its place."""
 
     def upload_checkpoint(self, saved: Path) -> None:
-        """Upload a checkpoint behind training's back, and the stages' best that wait."""
+        """Upload a checkpoint and the waiting best models of stages in the background."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         whole = self.args.hub_strategy == HubStrategy.CHECKPOINT
         message = f"Training in progress, step {self.state.global_step}"
@@ -95,9 +95,9 @@ class UploadsSaves:
         self.uploads.begin()
 
     def push_to_hub(self, commit_message: str = "End of training", *, results: dict | None = None) -> None:
-        """Upload the model as it is, and what still waits. What fails is reported, not raised: the run is on disk.
+        """Upload the current model and waiting revisions. Failures are reported, not raised: the run is on disk.
 
-        results: as results.json has them, for the card; default: the stages so far.
+        results: in the format of results.json, for the card; default: the stages so far.
         """
         self.save_model()
         if not self.is_world_process_zero():
