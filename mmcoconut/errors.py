@@ -1,5 +1,6 @@
 """User errors with complete messages: commands print them without a traceback, and end with status 2."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,8 @@ from mmcoconut.explanations import Explanation, explain, explain_causes
 
 
 DEBUG = "--debug"
+DEBUG_VARIABLE = "MMCOCONUT_DEBUG"  # set by --debug, for the processes that a command starts
+DEBUG_VALUES = ("underflow_overflow", "tpu_metrics_debug")  # of the Trainer's argument of the same name
 USAGE_STATUS, INTERRUPTED_STATUS = 2, 130
 # By command: how to resume after Ctrl-C.
 RESUME = {
@@ -55,14 +58,17 @@ def is_missing_folder(name) -> bool:
 def split_debug(words: list[str]) -> tuple[list[str], bool]:
     """Return the words of a command line without a bare `--debug`, and whether it was among them.
 
-    `--debug VALUE` is an argument of transformers' Trainer, and is kept.
+    `--debug VALUE` is an argument of transformers' Trainer, and is kept if the value is one of DEBUG_VALUES.
 
     >>> split_debug(["recipe.yaml", "--debug", "--seed", "1"])
     (['recipe.yaml', '--seed', '1'], True)
     >>> split_debug(["recipe.yaml", "--debug", "underflow_overflow"])
     (['recipe.yaml', '--debug', 'underflow_overflow'], False)
     """
-    bare = [word == DEBUG and after.startswith("--") for word, after in zip(words, [*words[1:], "--"])]
+    bare = [
+        word == DEBUG and not {*after.replace(",", " ").split()} & {*DEBUG_VALUES}
+        for word, after in zip(words, [*words[1:], ""])
+    ]
     return [word for word, is_bare in zip(words, bare) if not is_bare], any(bare)
 
 
@@ -76,6 +82,9 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
         name: command name, for the hint of RESUME after Ctrl-C.
     """
     words, debug = split_debug(sys.argv[1:] if argv is None else argv)
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    debug = bool(os.environ.get(DEBUG_VARIABLE))
     try:
         main(words)
     except KeyboardInterrupt:

@@ -49,7 +49,7 @@ EXTRA_OF |= {"uvicorn": "serve", "openai": "serve", "pycocoevalcap": "captions",
 EXTRA_OF |= {"sacrebleu": "captions"}
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
 # Types that our code raises on purpose, with a message for the user.
-OWN_KINDS = (ValueError, ImportError, OSError, RuntimeError, KeyError, TypeError)
+OWN_KINDS = (ValueError, ImportError, OSError, RuntimeError)
 
 
 class Explanation(NamedTuple):
@@ -60,12 +60,17 @@ class Explanation(NamedTuple):
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield the error and its causes, nearest first."""
+    """Yield the error and its causes, nearest first.
+
+    An error that was raised while another one was handled is explained by that one only if libraries report it so: a
+    bug in an `except` block is a bug.
+    """
     seen = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        hides = isinstance(error, OSError | ImportError) and not error.__suppress_context__
+        error = error.__cause__ or (error.__context__ if hides else None)
 
 
 def is_of(error: BaseException, module: str, *names: str) -> bool:
@@ -107,8 +112,10 @@ def explain_hub(error: BaseException) -> Explanation | None:
         return Explanation(f"{where}the token has no permission (status {status}). {SIGN_IN}", status)
     if is_of(error, module, "OfflineModeIsEnabled", "LocalEntryNotFoundError"):
         return Explanation(f"{first_line(error)} {NO_NETWORK}", 404)
-    if is_of(error, module, "HfHubHTTPError"):
-        return Explanation(f"{where}{first_line(error)} Try again later; finished work is kept.", 424)
+    if is_of(error, module, "HfHubHTTPError") and not is_of(error, module, "EntryNotFoundError"):
+        passes = status is None or status == 429 or status >= 500
+        later = " Try again later; finished work is kept." if passes else ""
+        return Explanation(f"{where}{first_line(error)}{later}", 424)
     if is_of(error, "httpx", "TransportError") or is_of(error, "requests.exceptions", "ConnectionError"):
         return Explanation(f"No answer from the network: {first_line(error)}. {NO_NETWORK}", 424)
     return None
@@ -120,7 +127,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return (
         isinstance(error, MemoryError)
         or is_of(error, "torch", "OutOfMemoryError")
-        or (isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text))
+        or (
+            isinstance(error, RuntimeError)
+            and ("out of memory" in text or "can't allocate memory" in text)
+            and not is_raised_here(error)
+        )
     )
 
 
@@ -140,8 +151,8 @@ def explain_file(error: BaseException) -> Explanation | None:
         name = file_in_frames(error, ".safetensors") or "a .safetensors file"
         return Explanation(f"{name}: not a complete file of weights ({first_line(error)}). {BROKEN_FILE}")
     if is_of(error, "pyarrow.lib", "ArrowInvalid"):
-        name = file_in_frames(error, ".parquet") or file_in_frames(error, ".arrow") or "a file of the data set"
-        return Explanation(f"{name}: not a complete file ({first_line(error)}). {BROKEN_FILE}")
+        name = file_in_frames(error, ".parquet") or file_in_frames(error, ".arrow")
+        return Explanation(f"{name}: not a complete file ({first_line(error)}). {BROKEN_FILE}") if name else None
     if isinstance(error, UnicodeDecodeError) or is_of(error, "json.decoder", "JSONDecodeError"):
         name = file_in_frames(error, ".json") or file_in_frames(error, ".jsonl")
         return Explanation(f"{name}: not JSON ({first_line(error)}). {BROKEN_FILE}") if name else None
@@ -167,7 +178,7 @@ def explain_import(error: BaseException) -> Explanation | None:
     if not isinstance(error, ImportError):
         return None
     module = (error.name or "").partition(".")[0]
-    if module in EXTRA_OF:
+    if module in EXTRA_OF and isinstance(error, ModuleNotFoundError) and error.name == module:
         return Explanation(f"{module} is not installed: pip install mmcoconut[{EXTRA_OF[module]}]")
     return Explanation(str(error).strip()) if "pip install" in str(error) else None
 
@@ -177,7 +188,7 @@ def is_raised_here(error: BaseException) -> bool:
     traceback = error.__traceback__
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
-    if traceback is None or not isinstance(error, OWN_KINDS):
+    if traceback is None or not isinstance(error, OWN_KINDS) or isinstance(error, NotImplementedError):
         return False
     file = Path(traceback.tb_frame.f_code.co_filename)
     ours = OWN_FOLDER in file.resolve().parents or file.stem.endswith("_mmcoconut") or file.name in SCRIPTS
@@ -194,13 +205,14 @@ def explain(error: BaseException) -> Explanation | None:
     """Explain an error to the user; None if it is a bug in the code."""
     if is_out_of_memory(error):
         return Explanation(f"Out of memory: {first_line(error)}. {LESS_MEMORY}", 413)
-    if explained := explain_causes(error):
-        return explained
+    caused = explain_causes(error)
+    if is_raised_here(error) and str(error).strip():
+        return Explanation(str(error), 400 if caused is None else caused.status)
+    if caused:
+        return caused
     if is_of(error, "wandb.errors", "Error") or is_of(error, "jinja2.exceptions", "TemplateError"):
         return Explanation(str(error))
     if explained := explain_import(error):
         return explained
     numbered = (each for each in causes(error) if isinstance(each, OSError) and each.errno in BY_NUMBER)
-    if explained := explain_system(next(numbered, error)):
-        return explained
-    return Explanation(str(error)) if is_raised_here(error) else None
+    return explain_system(next(numbered, error))

@@ -7,6 +7,7 @@ test`. Modules are imported when their command runs, because some need optional 
 import importlib
 import importlib.util
 import os
+import subprocess
 
 import torch
 from accelerate.commands.config.config_args import default_config_file
@@ -120,7 +121,10 @@ def launch(words: list[str]) -> None:
     try:
         launch_command(launch_command_parser().parse_args(words))
     except ChildFailedError as error:
-        raise SystemExit(abs(error.get_first_failure()[1].exitcode) or 1) from None
+        status = error.get_first_failure()[1].exitcode
+        raise SystemExit((128 - status if status < 0 else status) or 1) from None  # as a shell, after a signal
+    except subprocess.CalledProcessError as error:  # of a configuration with one process
+        raise SystemExit(error.returncode) from None
     except SignalException as error:
         raise KeyboardInterrupt from error
 

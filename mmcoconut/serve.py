@@ -36,6 +36,7 @@ LENGTH = {"chat_handler": "max_tokens", "completion_handler": "max_tokens", "res
 ANY_LENGTH = {"max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config"}
 # Errors of processor, chat template and `generate` for invalid input or missing memory.
 MISTAKES = (ValueError, TypeError, KeyError, OSError, TemplateError, RuntimeError, MemoryError)
+INTERNAL = "The server failed to answer this request. Its log has the reason."
 DEFAULT_ADDRESS = ("localhost", 8000)  # default of `transformers serve`
 
 
@@ -79,22 +80,24 @@ def refusal_of(error: Exception) -> tuple[int, str]:
     """Return the HTTP status and the text of the answer to a request that raised an error.
 
     A user error has the same text as in a command. Other errors that a request can cause are answered with their
-    message and status 400, and a RuntimeError, which is the server's own, with 500.
+    message and status 400. A RuntimeError is the server's own: status 500, and its text stays in the log.
     """
     explained = explanation_of(error)
     if explained is not None and not isinstance(error, KeyError):
         return explained.status, explained.text
     if isinstance(error, KeyError):
         return 400, f"The request lacks {error}."
-    return (500 if isinstance(error, RuntimeError) else 400), str(error)
+    return (500, INTERNAL) if isinstance(error, RuntimeError) else (400, str(error))
 
 
 def check_address(words: Sequence[str]) -> None:
     """Raise UsageError if the server cannot listen at `--host` and `--port`, before a model is loaded."""
+    if {"-h", "--help"} & {*words}:
+        return
     given = dict(zip(words, words[1:])) | dict(word.split("=", 1) for word in words if "=" in word)
     host, port = given.get("--host", DEFAULT_ADDRESS[0]), given.get("--port", DEFAULT_ADDRESS[1])
     try:
-        with socket.create_server((host, int(port))):
+        with socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except (OSError, OverflowError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error

@@ -152,7 +152,11 @@ def device_lines(torch) -> Iterator[str]:
     """Yield the processors that models can run on."""
     yield f"  CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use"
     for index in range(torch.cuda.device_count()):
-        found = torch.cuda.get_device_properties(index)
+        try:
+            found = torch.cuda.get_device_properties(index)
+        except RuntimeError as error:  # such as a driver that is too old for this build of torch
+            yield f"  GPU {index}: cannot be used: {str(error).strip().partition(chr(10))[0]}"
+            continue
         yield f"  GPU {index}: {found.name}, {found.total_memory / GIB:.0f} GiB"
     if torch.backends.mps.is_available():
         yield "  GPU: Apple's, by mps"
@@ -183,8 +187,8 @@ def any_temporary_folder() -> bool:
 def check_folder(name: str, folder: Path) -> Check:
     """Try to write to a folder, or to its nearest existing parent, and measure the free space."""
     place = folder.absolute()
-    existing = next(each for each in (place, *place.parents) if each.exists())
     try:
+        existing = next(each for each in (place, *place.parents) if each.exists())
         with tempfile.TemporaryFile(dir=existing):
             free = shutil.disk_usage(existing).free
     except OSError as error:

@@ -21,8 +21,9 @@ OPTIONS = inspect.signature(json_steps.load).parameters
 
 
 def rows() -> list[list[str]]:
-    """The cells of all tables without their heads."""
-    lines = [line.strip("|").split(" | ") for page in PAGES for line in page.splitlines() if line.startswith("|")]
+    """The cells of all tables without their heads; tables in code blocks are outputs."""
+    pages = [re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE) for page in PAGES]
+    lines = [line.strip("|").split(" | ") for page in pages for line in page.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line] for line in lines if line[0].strip() not in ("there", "---|---|---")]
 
 

@@ -130,7 +130,7 @@ def test_what_has_that_form_already_is_refused():
     own = from_vlm(vlm, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="it is internvl in its own class already"):
         convert_vlm.to_own(own)
-    with pytest.raises(ValueError, match="has no composed form: it is mmcoconut and none of internvl, llava"):
+    with pytest.raises(ValueError, match="has no composed form: it is mmcoconut and not one of internvl, llava"):
         convert_vlm.to_composed(thinking())
     processor = processor_from_vlm(own_processor("internvl"), config=own.config)
     processor.image_options = {"max_patches": 3}

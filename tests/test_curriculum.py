@@ -142,7 +142,7 @@ def test_pieces_tokenized_apart_equal_the_whole(processor, rows):
 
 def test_row_longer_than_the_positions_is_refused_by_name(processor, rows):
     made = CurriculumCollator(Curriculum(), processor, max_length=20)
-    with pytest.raises(ValueError, match=r"arrow_mazes train row 0: .* tokens, .* 20 positions: shorten"):
+    with pytest.raises(ValueError, match=r"arrow_mazes train row 0: .* tokens, .* max_length, is 20\. Shorten"):
         made(rows)
 
 

@@ -522,7 +522,7 @@ def test_a_visitor_is_told_what_is_wrong(visit, tmp_path):
     page, _ = visit
     page.click("#ask")
     page.wait_for_selector("#answer .mmc-message")
-    assert "There is no question" in page.inner_text("#answer")
+    assert "The question is empty" in page.inner_text("#answer")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.set_input_files("#picture input[type=file]", tmp_path / "broken.png")
     page.fill("#question textarea", "Which?")

@@ -554,7 +554,7 @@ def test_score_may_lie_between_wrong_and_right(checkpoint, choices_data, tmp_pat
 
 
 def test_row_without_choices_has_no_likelihood(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="arrow_mazes validation row 0 has no choices.*generate"):
+    with pytest.raises(ValueError, match="arrow_mazes validation row 0 has no choices.*generation"):
         evaluate(checkpoint, tmp_path / "out", "--score_by", "likelihood")
 
 

@@ -196,7 +196,7 @@ def test_best_checkpoint_may_be_chosen_by_the_loss(recipe, tmp_path):
     assert best["step"] > 3  # else the first, which accuracy would keep
     kept = json.loads((tmp_path / "run" / "stages" / "stage-0" / "stage.json").read_text())
     assert (kept["global_step"], kept["eval_loss"]) == (best["step"], best["eval_loss"])
-    with pytest.raises(ValueError, match="metric_for_best_model is 'bleu': choose one of accuracy, align_loss"):
+    with pytest.raises(ValueError, match="metric_for_best_model is 'bleu'. Choose one of accuracy, align_loss"):
         train_hf.main([recipe, "--output_dir", str(tmp_path / "other"), "--metric_for_best_model", "bleu"])
 
 

@@ -201,7 +201,7 @@ def test_checkpoint_without_the_objectives_weights_or_with_others_is_refused(fol
     options = [*TWO, "--save_strategy", "steps", "--save_steps", "4", *RESUMED]
     (stopped / "course.json").unlink()  # which would know that a file is missing
     (stopped / "objectives.safetensors").unlink()
-    with pytest.raises(ValueError, match="no readable objectives.safetensors, and step_tokens, guess have 2"):
+    with pytest.raises(ValueError, match="no readable objectives.safetensors, but step_tokens, guess have 2"):
         run(folder, "bare", *options)
     with pytest.raises(
         ValueError, match="differ in 2, such as guess.layer.weight: set `objectives` as when the run was"

@@ -268,7 +268,7 @@ def test_what_is_missing_is_named_with_where_it_is_published(lost, tmp_path, ima
     given = {"file": tmp_path / "captions.json", "image_root": image_root}
     given["file"].write_text(FILES["captions.json"]())
     given[lost] = tmp_path / "nowhere"
-    with pytest.raises(ValueError, match=f"--{lost} {tmp_path / 'nowhere'}: there is no such") as error:
+    with pytest.raises(ValueError, match=f"--{lost} {tmp_path / 'nowhere'}: no such") as error:
         main([word for key, value in given.items() for word in (f"--{key}", str(value))])
     for part in (
         "shannon.cs.illinois.edu/DenotationGraph",

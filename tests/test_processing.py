@@ -373,7 +373,7 @@ def test_a_flat_list_of_images_is_shared_out_to_rendered_prompts(processor):
 def test_rendered_text_needs_an_image_for_each_image_token(processor, image, copied):
     prompt = processor.apply_chat_template([user(image, QUESTION)], add_generation_prompt=True)
     prompt = str.__str__(prompt) if copied else prompt
-    with pytest.raises(ValueError, match="has 1 <image> and 2 images are given"):
+    with pytest.raises(ValueError, match="has 1 <image>, but 2 images are given"):
         processor(text=prompt, images=[image, image])
 
 

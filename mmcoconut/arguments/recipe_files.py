@@ -202,7 +202,7 @@ def located(recipe: str) -> str:
         return str(known[recipe])
     nearest = difflib.get_close_matches(recipe, known, n=1)
     meant = f"; did you mean `{nearest[0]}`?" if nearest else ""
-    remedy = f"neither a file nor a recipe of this package{meant} `mmcoconut recipes` lists these"
+    remedy = f"neither a file nor a recipe of this package{meant or '.'} `mmcoconut recipes` lists these"
     raise RecipeError(recipe, [("recipe", recipe, remedy)])
 
 

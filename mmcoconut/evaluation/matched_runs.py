@@ -319,7 +319,9 @@ class Runner:
         """Finish every run; return the exit status of failed runs. Ctrl-C ends the runs in progress."""
         self.runs, self.num_done = runs, sum(run.is_finished for run in runs)
         failed = self.each(self.train_and_evaluate, [run for run in runs if not run.is_evaluated])
-        return failed | self.each(self.audit, [run for run in runs if run.is_evaluated and not run.is_audited])
+        without_controls = {run.seed for run in failed if run.is_control}  # which the same command repeats
+        audits = [run for run in runs if run.is_evaluated and not run.is_audited and run.seed not in without_controls]
+        return failed | self.each(self.audit, audits)
 
     def each(self, step: Callable[[Run], None], runs: list[Run]) -> dict[Run, int]:
         """Run a step for every run, `jobs` at a time; return the exit status of failed runs."""

@@ -53,7 +53,7 @@ def plan_text(curriculum, splits: Mapping[str, Sized], *, args, max_steps: int, 
     lines = [
         ["rows", rows],
         ["updates", f"{max_steps:,}, {updates_per_epoch:,} per epoch, {per_update:,} rows each"],
-        ["parameters", f"{of_all:,}, of which {trained:,} are trained ({100 * trained / of_all:.3g} %)"],
+        ["parameters", f"{of_all:,}, of which {trained:,} are trained ({100 * trained / max(of_all, 1):.3g} %)"],
     ]
     if "objective_parameters" in counts:
         lines.append(["of objectives", f"{counts['objective_parameters']:,} parameters, in addition to the model's"])
