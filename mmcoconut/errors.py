@@ -75,17 +75,19 @@ def split_debug(words: list[str]) -> tuple[list[str], bool]:
 def run_command(main: Callable[[list[str]], object], argv: list[str] | None = None, *, name: str = "") -> None:
     """Run `main(argv)`; print a user error without a traceback, and end with status 2.
 
-    A bare `--debug` among the words shows the traceback. Ctrl-C ends with status 130.
+    A bare `--debug` among the words shows the traceback, also of the processes that the command starts. Ctrl-C ends
+    with status 130.
 
     Args:
         argv: words of the command line; default: those of this process.
         name: command name, for the hint of RESUME after Ctrl-C.
     """
-    words, debug = split_debug(sys.argv[1:] if argv is None else argv)
-    if debug:
-        os.environ[DEBUG_VARIABLE] = "1"
-    debug = bool(os.environ.get(DEBUG_VARIABLE))
+    words, asked = split_debug(sys.argv[1:] if argv is None else argv)
+    inherited = DEBUG_VARIABLE in os.environ
+    debug = asked or inherited
     try:
+        if debug:
+            os.environ[DEBUG_VARIABLE] = "1"
         main(words)
     except KeyboardInterrupt:
         if debug:
@@ -99,3 +101,6 @@ def run_command(main: Callable[[list[str]], object], argv: list[str] | None = No
         hint = "" if isinstance(error, UsageError) else f"\n({DEBUG} shows where it was raised.)"
         print(f"{explanation.text}{hint}", file=sys.stderr)
         raise SystemExit(USAGE_STATUS) from None
+    finally:
+        if not inherited:
+            os.environ.pop(DEBUG_VARIABLE, None)

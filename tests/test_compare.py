@@ -172,6 +172,7 @@ def trained(recipe: str, folder: Path, mode: str, monkeypatch, *options: str) ->
     return order.read_text().splitlines(), weights, results
 
 
+@pytest.mark.slow
 def test_all_modes_start_from_the_same_weights_and_train_on_the_same_rows_in_the_same_order(
     recipe, tmp_path, monkeypatch
 ):
@@ -191,6 +192,7 @@ def test_all_modes_start_from_the_same_weights_and_train_on_the_same_rows_in_the
     assert written == {mode: "both" if mode in ("coconut", "pause", "markers") else "none" for mode in MODES}
 
 
+@pytest.mark.slow
 def test_order_of_rows_does_not_depend_on_the_mode_with_a_worker_either(recipe, tmp_path, monkeypatch):
     options = ["--dataloader_num_workers", "1", "--dataloader_multiprocessing_context", "fork"]
     orders = {mode: trained(recipe, tmp_path / mode, mode, monkeypatch)[0] for mode in ("coconut",)}

@@ -367,9 +367,7 @@ def test_earlier_turn_without_question_or_answer_is_refused(turn):
 
 
 def test_conversation_with_steps_is_refused():
-    with pytest.raises(
-        ValueError, match=r"field 'steps': found \['x'\] after 1 earlier turns; a conversation has no"
-    ):
+    with pytest.raises(ValueError, match=r"field 'steps': found \['x'\] after 1 earlier turns; a conversation has no"):
         Example([], "Why?", [], ["x"], ["a"], "talk row 0", history=[{"question": "a", "answer": "b"}])
 
 

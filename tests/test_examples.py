@@ -23,7 +23,7 @@ def test_an_animation_has_a_frame_for_the_question_each_thought_and_the_answer(t
     monkeypatch.setattr(sys, "argv", words)
     animate_maze.main()
     assert Image.open(tmp_path / "a.gif").n_frames == 4
-    assert not (tmp_path / "a.png").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yaml", "run", "a.gif"}
 
 
 def test_cells_are_numbered_where_they_are_and_other_words_nowhere():

@@ -49,6 +49,7 @@ def recipe(request, tmp_path):
     return write_recipe(request.param, tmp_path)
 
 
+@pytest.mark.slow
 def test_run_resumed_inside_a_stage_continues_exactly(recipe, tmp_path):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     options = ["--save_strategy", "steps", "--save_steps", "4", "--text_config.dropout", "0.1"]

@@ -105,6 +105,7 @@ def test_pictures_are_counted_without_being_read(rows):
     assert image_counts(some) == [len(row["images"]) for row in some]
 
 
+@pytest.mark.slow
 def test_grouped_run_is_resumed_exactly_inside_a_stage(recipe, tmp_path):  # noqa: F811
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     options = [*GROUPED, "--save_strategy", "steps", "--save_steps", "4", "--uniform_prob", "0.3"]

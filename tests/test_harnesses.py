@@ -178,7 +178,7 @@ def test_lmms_eval_finds_the_same_answers_and_scores(checkpoint, options, ours, 
     )
     found = evaluator.simple_evaluate(
         model="mmcoconut",
-        model_args=f"pretrained={checkpoint},answer_only=False",
+        model_args=f"pretrained={checkpoint}",
         tasks=[f"own_{name}" for name in ASKED],
         task_manager=manager,
         batch_size=4,

@@ -446,6 +446,7 @@ def broken_once_computed(monkeypatch) -> None:
 DROPOUT = ["--text_config.resid_pdrop", "0.3"]  # drawn anew in every pass: both runs must draw the same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--bf16"], ["--dataloader_num_workers", "2"], DROPOUT])
 def test_training_and_evaluation_never_run_the_tower_and_equal_those_that_do(options, frozen, tmp_path, monkeypatch):
     options = [*options, "--num_train_epochs", "2", "--test_split", "test", "--dataset_options.num_rows.test", "6"]

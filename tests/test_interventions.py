@@ -309,6 +309,7 @@ def test_model_that_reads_its_thoughts_is_found_to_depend_on_them(thinking):
     assert outcomes["without_3"].changed.low > 0
 
 
+@pytest.mark.slow
 def test_model_that_does_not_read_its_thoughts_is_found_not_to_depend_on_them(deaf):
     outcomes = outcomes_of(deaf)
     verdict = verdict_of(deaf, outcomes)

@@ -252,6 +252,7 @@ assert not any("lora" in name for name, _ in model.named_parameters())
 """
 
 
+@pytest.mark.slow
 def test_run_resumes_exactly_and_leaves_a_whole_model_beside_its_adapter(recipe, tmp_path):  # noqa: F811
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     results = train_hf.main([recipe, "--output_dir", str(whole), *LORA])

@@ -38,6 +38,7 @@ from mmcoconut.training.layout import settle
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 300  # processes that wait for each other for ever fail the tests here
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
+FAST_RECIPES = ("gpt2_clip_aokvqa.yaml", "quickstart.yaml", "internvl3_coconut.yaml", "jepa_pathvqa.yaml")
 TINY = """
 vision_config: {model_type: clip_vision_model, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1,
   num_attention_heads: 2, image_size: 24, patch_size: 8}
@@ -67,6 +68,11 @@ def recipe(tmp_path):
     return str(path)
 
 
+def recipes_in_order() -> list:
+    """Return all recipes, of which one of each kind is in the fast suite."""
+    return [pytest.param(name, marks=() if name in FAST_RECIPES else pytest.mark.slow) for name in RECIPES]
+
+
 def losses(folder: Path) -> dict[int, float]:
     """Loss of every update, out of the newest checkpoint's log."""
     newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
@@ -87,7 +93,7 @@ def launch(*words: str, folder: Path, script: Path = ROOT / "train_hf.py", proce
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", recipes_in_order())
 def test_recipe_trains_evaluates_saves_and_reloads_in_a_smoke_test(name, tmp_path):
     results = train_hf.main(
         [str(ROOT / "recipes" / name), "--smoke_test", "--output_dir", str(tmp_path / "run"), "--disable_tqdm", "true"]
@@ -128,6 +134,7 @@ def test_rows_cut_to_no_length_are_refused():
         train_hf.fit({}, collator, **arguments, run_args=None)
 
 
+@pytest.mark.slow
 def test_internvl_recipes_go_from_cot_over_coconut_to_evaluation(tmp_path, monkeypatch):
     write_tiny_vlm(tmp_path / "vlm", "internvl")
     json_steps.write_sample(tmp_path / "steps", num_rows=8, seed=0)
@@ -199,6 +206,7 @@ def test_run_resumed_in_a_stage_or_between_two_continues_exactly(recipe, tmp_pat
         torch.testing.assert_close(weights[1][name], weight, atol=0, rtol=0, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tower, sizes", [("vit", {"intermediate_size": 32}), ("dinov2", {"mlp_ratio": 2})])
 def test_resuming_restores_towers_with_older_key_names(recipe, tmp_path, tower, sizes):
     config = {"model_type": tower, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, **sizes}
@@ -415,6 +423,7 @@ def test_icot_forgets_the_moments_of_the_optimizer_whenever_more_steps_go(recipe
     assert [row["num_latents"] for row in results["stages"]] == [0, 0, 0]
 
 
+@pytest.mark.slow
 def test_seconds_of_an_update_leave_out_evaluations_and_checkpoints(recipe, tmp_path, monkeypatch):
     """Evaluations that sleep make training longer, and not its updates."""
     evaluation_loop = trainer.CurriculumTrainer.evaluation_loop

@@ -94,6 +94,24 @@ def test_debug_shows_where_an_error_was_raised(failing):
         failing(KeyboardInterrupt(), "--debug")
 
 
+def test_processes_of_a_command_with_debug_show_it_too(failing, monkeypatch):
+    monkeypatch.setenv("MMCOCONUT_DEBUG", "1")
+    with pytest.raises(UsageError):
+        failing(UsageError("no"))
+
+
+def test_a_bug_in_an_except_block_is_a_bug():
+    def look():
+        try:
+            open("/nowhere/at/all")
+        except FileNotFoundError:
+            return None.name
+
+    with pytest.raises(AttributeError) as caught:
+        look()
+    assert explanation_of(caught.value) is None
+
+
 def test_a_mistake_in_the_code_keeps_its_traceback(failing):
     with pytest.raises(AssertionError):
         failing(AssertionError("a bug"))
@@ -118,11 +136,11 @@ def test_the_server_answers_with_the_same_text_and_its_status(kind):
 
 
 @pytest.mark.parametrize("kind, status", [(KeyError, 400), (TypeError, 400), (RuntimeError, 500)])
-def test_the_server_answers_what_a_request_lacks(kind, status):
+def test_the_server_answers_what_a_request_lacks_and_keeps_its_own_errors_to_itself(kind, status):
     from mmcoconut.serve import refusal_of
 
     given, text = refusal_of(kind("messages"))
-    assert given == status and "messages" in text
+    assert given == status and ("messages" in text) == (status < 500)
 
 
 @pytest.mark.parametrize("number", BY_NUMBER)

@@ -180,6 +180,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl"])
 def test_a_fresh_process_thinks_the_same_by_the_code_of_the_checkpoint(model_type, tmp_path):
     model = thinking(model_type, thought_norm="projection")

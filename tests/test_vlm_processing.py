@@ -336,6 +336,7 @@ processor.save_pretrained("again")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["qwen2_5_vl", "gemma3"])
 def test_a_fresh_process_opens_it_with_remote_code(model_type, tmp_path):
     _, processor = own_and_thinking(model_type, num_latents=2)

@@ -68,6 +68,7 @@ def test_a_run_resumed_inside_a_stage_continues_exactly(recipe, more, tmp_path):
     assert all(torch.equal(before[name], weight) for name, weight in after.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_a_stop_head_and_is_evaluated(tmp_path):
     recipe = written("qwen2_5_vl", tmp_path)
     train_hf.main([recipe, "--output_dir", str(tmp_path / "first")])

@@ -49,7 +49,7 @@ from mmcoconut.audit.thoughts import (
 )
 from mmcoconut.audit.verdict import MARGIN, image_finding, necessity_of, positions_of, verdict_of
 from mmcoconut.data import question_text
-from mmcoconut.data.scoring import default_metric
+from mmcoconut.data.scoring import OF_SEVERAL_ROWS, default_metric
 from mmcoconut.errors import RecipeError, UsageError
 from mmcoconut.evaluation.answering import Answerer, load_checkpoint
 from mmcoconut.evaluation.asking import (
@@ -374,6 +374,9 @@ def main(argv: list[str] | None = None) -> dict:
     answerer = Answerer(model, processor, stop_threshold=None, **counts)
     rows = fit_to(answerer, rows, arguments)
     metric = arguments.metric or default_metric(arguments.dataset, rows[0])
+    if metric in OF_SEVERAL_ROWS:
+        remedy = "it scores rows together, and an audit changes and draws them one by one; use exact_match"
+        raise RecipeError("command line", [("metric", metric, remedy)])
     controls = controls_of(arguments, rows, metric)
     logger.info("answering %d rows untouched", len(rows))
     num_runs = 1 + sum(runs_of(ask, answerer.num_latents) for ask in asked_in(arguments.asked_parts))

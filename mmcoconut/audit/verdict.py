@@ -82,7 +82,7 @@ def note_on_removal(outcomes: Mapping[str, Outcome]) -> str | None:
     hurt = [name for name in ("zero", "noise", "mean") if name in outcomes and outcomes[name].difference.high < 0]
     if not hurt:
         return None
-    return f"Accuracy does fall with {' and '.join(hurt)}: the positions matter, their content does not."
+    return f"Accuracy does fall with {' and '.join(hurt)}: it needs thoughts there, but not those of its own row."
 
 
 def note_on_words(outcomes: Mapping[str, Outcome], untouched: Answers) -> str | None:

@@ -246,8 +246,10 @@ def _read_example(row: dict, row_id: str, *, image_root: str | None, images_requ
 
 
 def _identity(row: Mapping[str, Any]) -> bytes:
-    """Return what determines a row's split: its picture's path, so no picture is in two splits, or its question."""
-    return json.dumps(row.get("image") or row["question"]).encode()
+    """Return what determines a row's split: its first picture's path, which is in no other split, or its question."""
+    image = row.get("image")
+    first = image[0] if isinstance(image, list) and image else image
+    return str(first or row["question"]).encode()
 
 
 def write_sample(folder: str | os.PathLike, *, num_rows: int, seed: int) -> dict:

@@ -173,10 +173,12 @@ def mean_of(lines: Sequence[Mapping], key: str) -> float:
 
 
 def accuracy_of(lines: Sequence[Mapping], seed: int) -> dict:
-    """Return mean and interval of the scores; the two rows of a pair are resampled together."""
+    """Return mean and interval of the scores; the rows of a pair are resampled together, if all pairs are whole."""
     drawn = {}
     for line in lines:
         drawn.setdefault(line.get("pair", line["index"]), []).append(line["score"])
+    if len({len(scores) for scores in drawn.values()}) > 1:
+        drawn = {line["index"]: [line["score"]] for line in lines}
     return bootstrap_mean([sum(scores) / len(scores) for scores in drawn.values()], seed=seed).asdict()
 
 

@@ -32,6 +32,7 @@ class MMCoconut(lmms):
         dtype: of the weights; `auto` as they were saved.
         num_latents: thoughts per answer; None uses the checkpoint's.
         answer_only: True returns only the text after `###`, without written steps, if there is such an answer.
+            A task's generation_kwargs may say otherwise, as ours for own rows do.
     """
 
     is_simple = False
@@ -82,7 +83,7 @@ class MMCoconut(lmms):
             text = self.processor.tokenizer.decode(row[:count], skip_special_tokens=True)
             for end in until:
                 text = text.split(end)[0]
-            text = (parse_answer(text) or text) if self.answer_only else text
+            text = (parse_answer(text) or text) if task_options.get("answer_only", self.answer_only) else text
             yield GenerationResult(text=text, token_counts=TokenCounts(output_tokens=count))
 
     def chat(self, request: Instance) -> list[dict]:
