@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -103,7 +104,7 @@ def test_processes_of_a_command_with_debug_show_it_too(failing, monkeypatch):
 def test_a_bug_in_an_except_block_is_a_bug():
     def look():
         try:
-            open("/nowhere/at/all")
+            Path("/nowhere/at/all").read_text()
         except FileNotFoundError:
             return None.name
 
