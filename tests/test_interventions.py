@@ -357,7 +357,7 @@ def test_verdict_says_that_something_must_stand_there(deaf):
     outcomes["zero"] = replace(outcomes["zero"], difference=Estimate(-0.5, -0.6, -0.4))
     verdict = verdict_of(deaf, outcomes)
     assert verdict.label == DOES_NOT
-    assert any("fall with zero: the positions matter" in note for note in verdict.notes)
+    assert any("fall with zero: it needs thoughts there" in note for note in verdict.notes)
 
 
 def test_untouched_accuracy_and_own_thoughts_are_exact(thinking):

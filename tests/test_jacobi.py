@@ -315,7 +315,7 @@ def test_shards_are_refused():
         ({"jacobi_iterations": 3}, "jacobi_iterations=3 is unused with thought_schedule='sequential'"),
         (
             {"thought_schedule": "jacobi", "jacobi_iterations": 3, "thought_mode": "pause"},
-            "thought_mode='pause' feeds nothing back",
+            "thought_schedule='jacobi' has no effect with thought_mode='pause'",
         ),
     ],
     ids=str,
