@@ -262,7 +262,8 @@ def test_what_was_never_uploaded_is_said_at_the_end_with_the_remedy(hub, trained
     assert "user/away cannot be created on the Hub now" in printed
     for name in ("end", "away"):
         report = next(line for line in printed.splitlines() if line.startswith(f"not uploaded to user/{name}: main ("))
-        assert report.endswith(f"All files are in {name}. Upload them with: python -m mmcoconut.publish --model {name} --repo_id user/{name}")
+        remedy = f"Upload them with: python -m mmcoconut.publish --model {name} --repo_id user/{name}"
+        assert report.endswith(f"All files are in {name}. {remedy}")
     assert hub.titles("user/end") == ["initial commit"]
 
 
