@@ -292,7 +292,7 @@ def test_the_best_checkpoint_may_be_chosen_by_a_term_that_all_stages_have(folder
     options = [OWN, "0.3", "--objectives.step_tokens", "[0, 1]"]
     run(folder, "best", *options, "--metric_for_best_model", "guess_loss")
     with pytest.raises(
-        ValueError, match="'step_tokens_loss': choose one of accuracy, ce_loss, exact_match, generated"
+        ValueError, match="'step_tokens_loss'. Choose one of accuracy, ce_loss, exact_match, generated"
     ):
         run(folder, "none", *options, "--metric_for_best_model", "step_tokens_loss")
 

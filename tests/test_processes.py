@@ -100,7 +100,7 @@ def test_sharded_model_generates_what_a_whole_one_does_from_ragged_prompts(found
 
 
 def test_sequence_too_short_to_be_cut_is_refused_in_both_processes(found):
-    message = "every process runs the decoder 3 times in this step, .* another has 2 columns"
+    message = "every process runs the decoder 3 times in this step, .* one has only 2 columns"
     assert all(re.search(message, error) for error in found["too short"]), found["too short"]
 
 
