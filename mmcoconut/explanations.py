@@ -53,7 +53,7 @@ OWN_KINDS = (ValueError, ImportError, OSError, RuntimeError)
 
 
 class Explanation(NamedTuple):
-    """What happened, where and what to do, as one text; and the HTTP status for a server."""
+    """One text that says what happened, where and what to do, and the HTTP status for a server."""
 
     text: str
     status: int = 400
