@@ -345,11 +345,12 @@ def counts_to_try(own: int, room: int) -> list[int]:
 
 
 def room_for_more(answerer: Answerer, rows: Sequence[Mapping]) -> int:
-    """Return how many positions the longest prompt and `max_new_tokens` leave free."""
+    """Return how many positions the longest prompt and `max_new_tokens` leave free, per turn of the longest row."""
     limit = position_limit(answerer.model.get_decoder())
     if limit is None:
         return 2 * answerer.num_latents
-    return limit - max(map(answerer.prompt_length, rows)) - answerer.max_new_tokens
+    free = limit - max(map(answerer.prompt_length, rows)) - answerer.max_new_tokens
+    return free // max(1 + len(history_of(row)) for row in rows)
 
 
 def shuffled(study: Study) -> Outcome | str:

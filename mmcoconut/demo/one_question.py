@@ -35,8 +35,10 @@ from mmcoconut.audit.interventions import (
 from mmcoconut.audit.necessity import ONLY_THOUGHTS, refusal, seeing
 from mmcoconut.audit.step_reader import StepReader
 from mmcoconut.audit.thoughts import read_thoughts, visible
-from mmcoconut.data import json_steps, question_text
+from mmcoconut.data import history_of, json_steps, question_text
 from mmcoconut.data.images import open_images
+from mmcoconut.demo.conversation import check_holds_conversations, first_turn, in_last_turn, last_turn
+from mmcoconut.errors import UsageError
 from mmcoconut.evaluation.answering import Answerer
 
 
@@ -90,7 +92,8 @@ class Thought:
 class Look:
     """The N thoughts of a question, and the state after them, which predicts the first token; the reason for no map.
 
-    steps: text that the run's step decoder reads in the thoughts; None without one.
+    In a conversation, the thoughts before the last answer. steps: text that the run's step decoder reads in the
+    thoughts; None without one.
     """
 
     thoughts: list[Thought]
@@ -141,10 +144,10 @@ def row_of(question: str, picture: str | None) -> dict:
     """Return a row of `mmcoconut.data` for a question and a picture's file or None; the file is not decoded.
 
     Raises:
-        ValueError: no question.
+        UsageError: no question.
     """
     if not question or not question.strip():
-        raise ValueError("The question is empty. Write one, or choose an example.")
+        raise UsageError("The question is empty. Write one, or choose an example.")
     images = [] if picture is None else [with_bytes(picture)]
     return {"images": images, "question": question, "choices": [], "steps": [], "answers": [], "row_id": ROW_ID}
 
@@ -152,12 +155,13 @@ def row_of(question: str, picture: str | None) -> dict:
 def write_examples(folder: Path, rows: Sequence[Mapping]) -> None:
     """Write rows of at most one picture as `examples.json` and PNG pictures, for `read_examples`; skip other rows.
 
-    Questions include their choices, as the model reads them.
+    Questions include their choices, as the model reads them. Of a conversation only the first turn is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
-    for row in (row for row in rows if len(row["images"]) <= 1):
+    for row in (first_turn(row) for row in rows if len(row["images"]) <= 1):
         line = {"question": question_text(row), "steps": row["steps"], "answers": row["answers"]}
+        line["name"] = row["row_id"]
         for picture in open_images(row):
             line["image"] = f"{len(lines)}.png"
             picture.save(folder / line["image"])
@@ -166,15 +170,23 @@ def write_examples(folder: Path, rows: Sequence[Mapping]) -> None:
 
 
 def read_examples(folder: Path) -> list[dict]:
-    """Return the rows written by `write_examples`, with their pictures' bytes, which identify a picture."""
+    """Return the rows written by `write_examples`, with their pictures' bytes, which identify a picture.
+
+    Their `row_id` is that of the data. Folders written before 0.2 do not have it, and keep the file's.
+    """
     with_pictures = any(Path(folder).glob("*.png"))
     options = {"image_root": str(folder)} if with_pictures else {"images_required": False}
-    rows = json_steps.load(split="test", file={"test": Path(folder, EXAMPLES_FILE)}, **options)
-    return [{**row, "images": [with_bytes(image["path"]) for image in row["images"]]} for row in rows]
+    file = Path(folder, EXAMPLES_FILE)
+    rows = json_steps.load(split="test", file={"test": file}, **options)
+    names = [line.get("name") for line in json_steps.read_rows(file)]
+    return [
+        {**row, "images": [with_bytes(image["path"]) for image in row["images"]], "row_id": name or row["row_id"]}
+        for row, name in zip(rows, names, strict=True)
+    ]
 
 
 def think(answerer: Answerer, rows: Sequence[Mapping]) -> tuple[list[dict], torch.Tensor]:
-    """Return the answers to rows, in one batch, and their thoughts (B, N, D)."""
+    """Return the answers to rows, in one batch, and the thoughts (B, N, D) of their last turns."""
     seen = []
     with intervening(answerer.model, recording(keep, seen)):
         lines = answerer.answer(rows)
@@ -182,8 +194,9 @@ def think(answerer: Answerer, rows: Sequence[Mapping]) -> tuple[list[dict], torc
 
 
 def answer_with(answerer: Answerer, row: Mapping, replace_of: ReplaceOf) -> dict:
-    """Return the answer to one row, the first of those in the replacement."""
-    with intervening(answerer.model, replace_of([0])):
+    """Return the answer to one row, the first of those in the replacement; earlier turns keep their thoughts."""
+    num_earlier = answerer.num_latents * len(history_of(row))
+    with intervening(answerer.model, in_last_turn(replace_of, num_earlier)([0])):
         return answerer.answer([row])[0]
 
 
@@ -221,13 +234,20 @@ class Asker:
         self.max_new_tokens, self.num_beams, self.seed = max_new_tokens, num_beams, seed
         self.thoughts_of_examples, self.reader = {}, reader
 
-    def ask(self, row: Mapping, num_latents: int) -> Asked:
-        """Answer a row with num_latents unmodified thoughts."""
+    def ask(self, row: Mapping, num_latents: int, *, max_new_tokens: int | None = None) -> Asked:
+        """Answer a row with num_latents unmodified thoughts before each of its answers.
+
+        max_new_tokens: of this answer; default: the Asker's.
+
+        Raises:
+            UsageError: the row has earlier turns, and the model is an encoder-decoder.
+        """
+        check_holds_conversations(row, self.processor)
         answerer = Answerer(
             self.model,
             self.processor,
             num_latents=num_latents,
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=max_new_tokens or self.max_new_tokens,
             num_beams=self.num_beams,
             stop_threshold=None,
         )
@@ -236,21 +256,23 @@ class Asker:
         return Asked(row, answerer, seconds=time.perf_counter() - start, gold=self.gold_of(row), **line)
 
     def gold_of(self, row: Mapping) -> list[str]:
-        """Return the gold answers, if the row asks an example's question about its picture."""
+        """Return the gold answers, if the row asks an example's question about its picture, and asks it first."""
+        if history_of(row):
+            return []
         asked = (images_key(row), question_text(row))
         same = [example for example in self.examples if (images_key(example), question_text(example)) == asked]
         return same[0]["answers"] if same else []
 
     def look(self, asked: Asked, *, top_k: int = 5) -> Look:
-        """Return what the thoughts of an answered row decode to and where they attend.
+        """Return what the thoughts before the answer to a row decode to and where they attend.
 
         Raises:
-            ValueError: a row without thoughts.
+            UsageError: a row without thoughts.
         """
         if asked.num_latents == 0:
-            raise ValueError("The answer has no thoughts to show. Set their number to 1 or more.")
+            raise UsageError("The answer has no thoughts to show. Set their number to 1 or more.")
         inputs = asked.answerer.inputs([asked.row])
-        readings = read_thoughts(self.model, inputs, top_k=top_k)
+        readings = last_turn(read_thoughts(self.model, inputs, top_k=top_k), asked.num_latents)
         *lens, last = [state[-1] for state in decoded(readings, self.processor.tokenizer, 0)]
         maps, reason = maps_of(self.model, self.processor, asked.row, inputs, readings)
         shares = readings.image_share(0).tolist() if asked.row["images"] else [None] * len(lens)
@@ -264,8 +286,8 @@ class Asker:
         return Look(thoughts, writes, reason, self.reader.read(readings.thoughts[0], self.processor.tokenizer))
 
     def of_examples(self, answerer: Answerer) -> tuple[list[dict], torch.Tensor]:
-        """Return answers and thoughts (n, N, D) of the examples, cached for the last numbers of thoughts."""
-        key = answerer.num_latents
+        """Return answers and thoughts (n, N, D) of the examples, cached by number of thoughts and of tokens."""
+        key = answerer.num_latents, answerer.max_new_tokens
         if key not in self.thoughts_of_examples:
             while len(self.thoughts_of_examples) >= KEPT_NUMBERS:
                 del self.thoughts_of_examples[next(iter(self.thoughts_of_examples))]
@@ -312,10 +334,10 @@ class Asker:
         numbers of thoughts.
 
         Raises:
-            ValueError: a row without thoughts; a checkpoint without sequential thoughts.
+            UsageError: a row without thoughts; a checkpoint that feeds no hidden state back.
         """
         if asked.num_latents == 0:
-            raise ValueError("The answer has no thoughts to replace. Set their number to 1 or more.")
+            raise UsageError("The answer has no thoughts to replace. Set their number to 1 or more.")
         variants, answerer = Variants(), asked.answerer
         for donor in self.donors(asked):
             if isinstance(donor, str):

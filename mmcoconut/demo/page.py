@@ -1,24 +1,26 @@
 """A web page that asks a checkpoint about a picture and shows its thoughts: `python -m mmcoconut.demo --model …`.
 
-mmcoconut/demo/one_question.py computes the content; this module has the layout, the command line, and, for
-`--push_space`, the upload to a Space (mmcoconut/demo/spaces.py). It needs `pip install mmcoconut[demo]`.
+mmcoconut/demo/one_question.py computes the content, mmcoconut/demo/panels.py shows it, and mmcoconut/demo/links.py
+keeps a question in the page's address. This module has the layout, the command line, and, for `--push_space`, the
+upload to a Space (mmcoconut/demo/spaces.py). It needs `pip install mmcoconut[demo]`.
 """
 
+import json
 import sys
 import tempfile
 from abc import ABCMeta
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from transformers.hf_argparser import HfArg
 
-from mmcoconut.audit.report import data_uri
 from mmcoconut.audit.step_reader import StepReader
 from mmcoconut.audit.thoughts import load_extra
 from mmcoconut.data.images import open_images
-from mmcoconut.demo.one_question import Asker, read_examples, row_of, write_examples
+from mmcoconut.demo.conversation import Conversation, holds_conversations
+from mmcoconut.demo.links import KEYS, Limits, Settings, example_name, read_query, write_query
+from mmcoconut.demo.one_question import Asker, read_examples, write_examples
+from mmcoconut.demo.panels import Responder, panels
 from mmcoconut.demo.spaces import push_demo
 from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation.answering import load_checkpoint
@@ -27,12 +29,19 @@ from mmcoconut.evaluation.asking import complete_from_recipe, join_processes, re
 
 gr = load_extra("gradio", "demo")
 
-PANELS = Path(__file__).with_name("panels.html")
 STYLE = Path(__file__).with_name("page.css")
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # of the visitor's machine
+# White on the theme's own orange is hard to read: its contrast is 2.8, and WCAG 2.2 asks for 4.5.
+BUTTON_COLORS = {
+    f"button_primary_background_fill{state}{mode}": f"*primary_{shade}"
+    for state, shade in (("", 700), ("_hover", 800))
+    for mode in ("", "_dark")
+}
 SMALL_SIDE = 128  # pixels; smaller pictures are enlarged, with their pixels as squares
 PICTURE_BOX = {"sources": ["upload", "clipboard"], "label": "Picture", "show_label": False, "height": 300}
-TOP_K = 3  # tokens shown per thought
+NARROW = 320  # pixels; columns are at least so wide, so on a phone they stack
+KEPT_SECONDS = 3600  # a conversation is kept so long after its last turn
+KEPT_VISITORS = 200  # whose conversations are kept
 DEFAULT_DATASET = "arrow_mazes"
 
 
@@ -70,82 +79,155 @@ def file_of(self, payload) -> str | None:
 Picture = ABCMeta.__new__(type(gr.Image), "Picture", (gr.Image,), {"preprocess": file_of, "is_template": True})
 
 
-def panels():
-    """Return the macros of demo_panels.html by name: functions that return HTML, with all texts escaped."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "uri": data_uri,
-        "percent": lambda share: f"{100 * share:.0f} %",
-        "milliseconds": lambda seconds: f"{1000 * seconds:.0f}",
-    }
-    return environment.from_string(PANELS.read_text(encoding="utf-8")).module
+# The page's address with the settings of the question in it, without a reload.
+WRITE_ADDRESS = """
+(query) => {
+    const address = new URL(window.location.href);
+    for (const key of KEYS) address.searchParams.delete(key);
+    for (const [key, value] of new URLSearchParams(query)) address.searchParams.set(key, value);
+    window.history.replaceState(window.history.state, "", address);
+    return [query ? address.href : ""];
+}
+""".replace("KEYS", json.dumps(KEYS))
 
 
-def panel_of(html, name: str, compute: Callable[[], object]) -> str:
-    """Return a result as a panel; in case of an error its message with the remedy."""
-    try:
-        return getattr(html, name)(compute())
-    except ValueError as error:
-        return html.message(str(error))
+@dataclass
+class Inputs:
+    """The components of the page that a question is asked with."""
 
+    picture: gr.Image
+    question: gr.Textbox
+    thoughts: gr.Slider
+    max_new_tokens: gr.Slider
+    others: gr.Checkbox
+    ask: gr.Button
+    link: gr.Textbox
 
-def responder(asker: Asker) -> Callable[..., Iterator[tuple[str, str, str]]]:
-    """Return the function of the button, which yields the three panels again whenever more is known."""
-    html = panels()
+    @property
+    def numbers(self) -> list:
+        return [self.thoughts, self.max_new_tokens, self.others]
 
-    def respond(picture: str | None, question: str, num_latents: float, with_others: bool):
-        try:
-            asked = asker.ask(row_of(question, picture), int(num_latents))
-        except ValueError as error:
-            yield html.message(str(error)), "", ""
-            return
-        answer = html.answer(asked)
-        yield answer, html.waiting("reading its thoughts"), ""
-        thoughts = panel_of(html, "thoughts", lambda: asker.look(asked, top_k=TOP_K))
-        if not with_others:
-            yield answer, thoughts, ""
-            return
-        yield answer, thoughts, html.waiting("asking again with other thoughts")
-        yield answer, thoughts, panel_of(html, "variants", lambda: asker.intervene(asked))
-
-    return respond
+    @property
+    def first(self) -> list:
+        """The inputs of the first question."""
+        return [self.picture, self.question, *self.numbers]
 
 
 def build_page(asker: Asker, *, name: str, num_latents: int | None = None):
     """Build the page of a checkpoint, a `gradio.Blocks`; num_latents: initial number of thoughts."""
     count = asker.processor.num_latents if num_latents is None else num_latents
+    limits = Limits(count, asker.max_new_tokens)
     heading = panels().heading(name, asker.processor.num_latents, asker.model.config.thought_mode)
     with gr.Blocks(title=f"mmcoconut: {name}", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(heading)
         with gr.Row():
-            with gr.Column(scale=2, min_width=320):
-                inputs, ask = question_column(asker.examples, count)
-            with gr.Column(scale=5, min_width=480):
-                outputs = [gr.HTML(elem_id=panel) for panel in ("answer", "thoughts", "others")]
-        # One question at a time: hooks on the one model replace the thoughts.
-        events = {"triggers": [ask.click, inputs[1].submit], "concurrency_limit": 1, "api_name": "ask"}
-        gr.on(fn=responder(asker), inputs=inputs, outputs=outputs, show_progress="minimal", **events)
+            with gr.Column(scale=2, min_width=NARROW):
+                inputs = question_column(asker.examples, limits)
+            with gr.Column(scale=5, min_width=NARROW):
+                outputs, further, ask_further = answer_column(holds_conversations(asker.processor))
+        connect(asker, inputs, outputs, further, ask_further)
+        share(page, asker.examples, inputs, outputs[1], limits)
     return page
 
 
-def question_column(examples: list[dict], count: int) -> tuple[list, gr.Button]:
-    """Return picture, question, number of thoughts and the choice of other thoughts; the button; the examples.
+def answer_column(with_further: bool) -> tuple[list, gr.Textbox, gr.Button]:
+    """Return the panels with the conversation, and the input and button of a further question."""
+    earlier, answer = gr.HTML(elem_id="earlier"), gr.HTML(elem_id="answer")
+    with gr.Row(visible=with_further):
+        further = gr.Textbox(
+            label="Further question about the same picture", lines=1, scale=4, min_width=160, elem_id="further"
+        )
+        ask_further = gr.Button("Ask further", scale=1, min_width=120, elem_id="ask_further")
+    thoughts, others = gr.HTML(elem_id="thoughts"), gr.HTML(elem_id="others")
+    return [earlier, answer, thoughts, others, gr.State(None, time_to_live=KEPT_SECONDS)], further, ask_further
+
+
+def connect(asker: Asker, inputs: Inputs, outputs: list, further: gr.Textbox, ask_further: gr.Button) -> None:
+    """Answer questions when they are asked: one at a time, because hooks on the one model replace the thoughts."""
+    responder = Responder(asker)
+    options = {
+        "outputs": outputs,
+        "show_progress": "minimal",
+        "concurrency_limit": 1,
+        "concurrency_id": "model",
+    }
+    gr.on([inputs.ask.click, inputs.question.submit], responder.ask, inputs=inputs.first, api_name="ask", **options)
+    gr.on(
+        [ask_further.click, further.submit],
+        responder.ask_further,
+        inputs=[outputs[-1], further, *inputs.numbers],
+        api_visibility="private",
+        **options,
+    ).then(left_to_ask, inputs=[outputs[-1], further], outputs=further, api_visibility="private")
+
+
+def left_to_ask(conversation: Conversation | None, question: str) -> str:
+    """Return what stays in the box of further questions: nothing if the last turn answers it."""
+    is_answered = conversation is not None and conversation.turns[-1].question == question
+    return "" if is_answered else question
+
+
+def share(page, examples: list[dict], inputs: Inputs, message: gr.HTML, limits: Limits) -> None:
+    """Fill the page from its address when it is opened, and write the settings there when a question is asked."""
+    html, pictures = panels(), {row["row_id"]: row["images"][0]["path"] for row in examples if row["images"]}
+
+    def fill(request: gr.Request):
+        read = read_query(request.query_params, examples, limits)
+        if read is None:
+            return [gr.skip()] * (len(inputs.first) + 1)
+        asked, problems = read
+        values = [asked.question, asked.thoughts, asked.max_new_tokens, asked.others]
+        return [pictures.get(asked.example), *values, html.from_link(problems)]
+
+    def query_of(picture: str | None, question: str, thoughts: float, max_new_tokens: float, others: bool) -> str:
+        example = example_name(examples, picture, question)
+        if picture is not None and example is None:
+            return ""
+        return write_query(Settings(question, example, int(thoughts), int(max_new_tokens), others))
+
+    private = {"show_progress": "hidden", "api_visibility": "private"}
+    page.load(fill, outputs=[*inputs.first, message], **private)
+    gr.on(
+        [inputs.ask.click, inputs.question.submit], query_of, inputs=inputs.first, outputs=inputs.link, **private
+    ).then(None, inputs=inputs.link, outputs=inputs.link, js=WRITE_ADDRESS)
+
+
+def question_column(examples: list[dict], limits: Limits) -> Inputs:
+    """Return the inputs of a question, above the examples.
 
     If no example has a picture, the checkpoint is for text, and the page has no input for a picture.
     """
     pictures = [picture for row in examples for picture in open_images(row)]
     small = bool(pictures) and max(side for picture in pictures for side in picture.size) <= SMALL_SIDE
     crisp = {"elem_classes": ["mmc-crisp"]} if small else {}
-    inputs = [
-        Picture(visible=bool(pictures) or not examples, elem_id="picture", **PICTURE_BOX, **crisp),
-        gr.Textbox(label="Question", lines=2, elem_id="question"),
-        gr.Slider(0, max(8, 2 * count), value=count, step=1, label="Thoughts", elem_id="num_thoughts"),
-        gr.Checkbox(value=True, label="ask again with other thoughts", elem_id="with_others"),
-    ]
-    ask = gr.Button("Ask", variant="primary", elem_id="ask")
+    picture = Picture(visible=bool(pictures) or not examples, elem_id="picture", **PICTURE_BOX, **crisp)
+    question = gr.Textbox(label="Question", lines=2, elem_id="question")
+    inputs = Inputs(
+        picture,
+        question,
+        gr.Slider(0, limits.most_thoughts, value=limits.thoughts, step=1, label="Thoughts", elem_id="num_thoughts"),
+        gr.Slider(
+            1,
+            limits.most_new_tokens,
+            value=limits.max_new_tokens,
+            step=1,
+            label="Maximum tokens per answer",
+            elem_id="max_new_tokens",
+        ),
+        gr.Checkbox(value=True, label="Ask again with other thoughts", elem_id="with_others"),
+        gr.Button("Ask", variant="primary", elem_id="ask"),
+        gr.Textbox(
+            label="Link to this question",
+            placeholder="It appears when you ask. It cannot hold a picture of your own.",
+            interactive=False,
+            max_lines=2,
+            buttons=["copy"],
+            elem_id="link",
+        ),
+    )
     with gr.Column(**crisp):
-        show_examples(examples, inputs[:2])
-    return inputs, ask
+        show_examples(examples, [picture, question])
+    return inputs
 
 
 def show_examples(rows: list[dict], inputs: list) -> None:
@@ -161,13 +243,14 @@ def show_examples(rows: list[dict], inputs: list) -> None:
 
 def launch(page, **options):
     """Serve a page of `build_page`, without analytics or external fonts and scripts; options: of `Blocks.launch`."""
-    theme = gr.themes.Default(**FONTS)
+    theme = gr.themes.Default(**FONTS).set(**BUTTON_COLORS)
     return page.launch(
         theme=theme,
         css_paths=STYLE,
         footer_links=[],
         ssr_mode=False,
         max_file_size="20mb",
+        state_session_capacity=KEPT_VISITORS,
         **{"share": False} | options,
     )
 
