@@ -1,4 +1,4 @@
-# make quickstart | audit | demo | compare | test | test-slow | test-releases | edge | style
+# make quickstart | audit | demo | screenshots | compare | test | test-slow | test-releases | edge | style
 # The first call of any makes .venv and installs the package into it.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ CORE_TESTS := $(addprefix tests/test_,compat.py latent.py modeling.py generation
 	remote_code.py versions.py)
 PYTEST_OPTIONS := -n auto --maxprocesses 4 --dist worksteal
 
-.PHONY: quickstart audit demo compare test test-slow releases test-releases edge style
+.PHONY: quickstart audit demo screenshots compare test test-slow releases test-releases edge style
 .NOTPARALLEL:
 
 .venv/installed: setup.cfg pyproject.toml constraints.txt
@@ -30,6 +30,9 @@ audit: .venv/installed
 
 demo: .venv/installed
 	$(BIN)/python -m mmcoconut.demo --model $(QUICKSTART)
+
+screenshots: .venv/installed
+	$(BIN)/python examples/screenshot_demo.py $(QUICKSTART) docs/demo.png --example 3
 
 compare: .venv/installed
 	$(BIN)/python train_hf.py recipes/quickstart.yaml --compare cot,no_cot,no_thoughts,pause,coconut --output_dir $(QUICKSTART)-compare

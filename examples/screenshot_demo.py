@@ -1,9 +1,9 @@
-"""Take a picture of the demo in use: the page of a checkpoint, its example, the answer, thoughts and interventions.
+"""Make the docs' screenshots of the demo: an example's answer, thoughts and interventions; light, dark, on a phone.
 
-    python examples/screenshot_demo.py outputs/quickstart docs/demo.png [--example 2]
+    python examples/screenshot_demo.py outputs/quickstart docs/demo.png [--example 3]
 
-The demo's own options may follow. Needs `pip install mmcoconut[demo]`, Playwright for Python, and Debian's chromium or
-another that --chromium names.
+writes demo.png, demo-dark.png and demo-phone.png. Other options are those of `mmcoconut demo`. It needs
+`pip install mmcoconut[demo]`, Playwright for Python, and Debian's chromium or another that --chromium names.
 """
 
 import argparse
@@ -15,15 +15,25 @@ import urllib.request
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-SIZE = {"width": 1440, "height": 1000}
+# By the end of the file's name: size of the window, color scheme, pixels per CSS pixel.
+WINDOWS = {
+    "": ({"width": 1440, "height": 1000}, "light", 1),
+    "-dark": ({"width": 1440, "height": 1000}, "dark", 1),
+    "-phone": ({"width": 360, "height": 740}, "light", 2),
+}
 
 
 def wait_for(url: str, server: subprocess.Popen, seconds: int = 120) -> None:
-    """Until the page answers."""
+    """Wait until the page answers.
+
+    Raises:
+        RuntimeError: the demo ended.
+        TimeoutError: it does not answer in time.
+    """
     for _ in range(seconds):
         if server.poll() is not None:
             raise RuntimeError(f"The demo ended with {server.returncode}: its message is above.")
@@ -35,29 +45,34 @@ def wait_for(url: str, server: subprocess.Popen, seconds: int = 120) -> None:
     raise TimeoutError(f"The demo did not answer at {url} within {seconds} s.")
 
 
-def take(url: str, file: Path, *, example: int, chromium: str) -> None:
-    """Choose an example, ask, and photograph the whole page."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        page = browser.new_page(viewport=SIZE, color_scheme="light")
-        page.goto(url)
-        page.locator("#examples tbody tr").nth(example).click()
-        page.wait_for_selector("#picture img")
-        for _ in range(2):  # the first answer's time is not the model's alone
-            page.click("#ask")
-            page.wait_for_selector("#others table", state="detached")
-            page.wait_for_selector("#others table", timeout=120_000)
-        page.mouse.move(0, 0)
-        page.wait_for_timeout(500)
-        page.screenshot(path=file, full_page=True)
-        browser.close()
+def ask(page: Page, example: int) -> None:
+    """Ask an example's question twice: the first answer's time includes the start of the model."""
+    page.locator("#examples tbody tr").nth(example).click()
+    page.wait_for_selector("#picture img")
+    for _ in range(2):
+        page.click("#ask")
+        page.wait_for_selector("#others table", state="detached")
+        page.wait_for_selector("#others table", timeout=120_000)
+
+
+def take(browser: Browser, url: str, file: Path, *, example: int, window: tuple) -> None:
+    """Ask an example's question, and save a screenshot of the whole page."""
+    size, scheme, scale = window
+    page = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=scale)
+    page.goto(url)
+    ask(page, example)
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(500)
+    page.screenshot(path=file, full_page=True)
+    page.close()
     Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)  # a fraction of the size
+    print(f"{file}: {file.stat().st_size / 1000:.0f} kB")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint")
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=Path, help="the light screenshot; the others are written next to it")
     parser.add_argument("--example", type=int, default=0, help="which example, from 0")
     parser.add_argument("--port", type=int, default=7861)
     parser.add_argument("--chromium", default="/usr/bin/chromium")
@@ -68,10 +83,15 @@ def main() -> None:
     server = subprocess.Popen([*command, *others])
     try:
         wait_for(url, server)
-        take(url, arguments.file, example=arguments.example, chromium=arguments.chromium)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=arguments.chromium, args=ARGUMENTS)
+            for end, window in WINDOWS.items():
+                file = arguments.file.with_stem(arguments.file.stem + end)
+                take(browser, url, file, example=arguments.example, window=window)
+            browser.close()
     finally:
         server.terminate()
-    print(f"{arguments.file}: {arguments.file.stat().st_size / 1000:.0f} kB")
+        server.wait()
 
 
 if __name__ == "__main__":

@@ -1,19 +1,15 @@
 """The demo: what is computed for one question, the page in a real browser, the Space that holds it."""
 
-import json
 import os
 import runpy
-import shutil
 import socket
 import subprocess
 import sys
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from functools import partialmethod
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
+from demo_parts import NEW_TOKENS, NUM_LATENTS, asker_of, by_name, path_of, tiny_examples
 from hub import Hub
 from tiny import max_difference, tiny_image, tiny_model, tiny_processor, tiny_seq2seq
 
@@ -24,6 +20,7 @@ from mmcoconut.data import load_examples
 from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.demo import one_question
 from mmcoconut.demo.one_question import Asker, answer_with, read_examples, row_of, think, write_examples
+from mmcoconut.demo.panels import Responder
 from mmcoconut.errors import RecipeError
 from mmcoconut.evaluation import answering, asking
 from mmcoconut.evaluation.answering import Answerer
@@ -39,11 +36,7 @@ from mmcoconut.demo import spaces
 
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_LATENTS = 3
-NEW_TOKENS = 4
 PACKAGE = "mmcoconut @ git+https://example.org/someone/mmcoconut"
-CHROMIUM = shutil.which("chromium")
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,14 +47,7 @@ def no_marker_needed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("examples")
-    write_examples(folder, load_examples("arrow_mazes", split="test", num_rows=4, cell_size=8))
-    return read_examples(folder)
-
-
-def asker_of(model, examples=()) -> Asker:
-    processor = tiny_processor(model, markers="start", num_latents=NUM_LATENTS)
-    return Asker(model, processor, examples, max_new_tokens=NEW_TOKENS)
+    return tiny_examples(tmp_path_factory.mktemp("examples"))
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +61,6 @@ def checkpoint(tmp_path_factory) -> str:
     model.save_pretrained(folder)
     tiny_processor(model, markers="start", num_latents=NUM_LATENTS).save_pretrained(folder)
     return str(folder)
-
-
-def by_name(variants) -> dict:
-    return {variant.name: variant for variant in [*variants.replaced, *variants.one_replaced, *variants.counted]}
 
 
 def test_examples_are_the_rows_they_were_written_from(examples):
@@ -107,7 +89,7 @@ def test_the_answer_is_the_answerers(asker, examples, num_latents):
 
 
 def test_an_example_is_known_again_by_its_picture_and_question(asker, examples):
-    path = examples[0]["images"][0]["path"]
+    path = path_of(examples[0])
     assert asker.gold_of(row_of(examples[0]["question"], path)) == examples[0]["answers"]
     assert asker.gold_of(row_of("Another question?", path)) == []
     assert asker.gold_of(row_of(examples[0]["question"], None)) == []
@@ -203,13 +185,14 @@ def test_a_question_without_a_picture_has_thoughts_and_no_map(asker):
     assert "zero" in by_name(asker.intervene(asked))
 
 
-def said(asker, picture, question, num_latents=NUM_LATENTS, with_others=True) -> list[str]:
-    """The panels at the end."""
-    return list(demo.responder(asker)(picture, question, num_latents, with_others))[-1]
+def said(asker, picture, question, num_latents=NUM_LATENTS, with_others=True) -> tuple[str, ...]:
+    """The panels of answer, thoughts and other thoughts at the end."""
+    return list(Responder(asker).ask(picture, question, num_latents, NEW_TOKENS, with_others))[-1][1:4]
 
 
 def test_panels_fill_one_after_the_other(asker, examples):
-    steps = list(demo.responder(asker)(examples[0]["images"][0]["path"], examples[0]["question"], NUM_LATENTS, True))
+    asked = (path_of(examples[0]), examples[0]["question"], NUM_LATENTS, NEW_TOKENS, True)
+    steps = [shown[1:4] for shown in Responder(asker).ask(*asked)]
     assert [[bool(panel) for panel in step] for step in steps] == [[1, 1, 0], [1, 1, 1], [1, 1, 1]]
     assert len({step[0] for step in steps}) == 1  # the answer is there from the first
     assert "thought 3" in steps[1][1] and 'data-name="zero"' in steps[2][2]
@@ -407,131 +390,3 @@ def test_what_no_space_could_load_is_not_uploaded(checkpoint, monkeypatch, words
     monkeypatch.setattr(HfApi, "create_repo", lambda *args, **kwargs: pytest.fail("a Space was made"))
     with pytest.raises(ValueError, match=message):
         demo.main(pushing(*(checkpoint if word == "MODEL" else word for word in words)))
-
-
-@pytest.fixture(scope="module")
-def served(asker):
-    """The address of a page that this process serves, and the hosts that it looked up meanwhile."""
-    hosts, look_up = set(), socket.getaddrinfo
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket, "getaddrinfo", lambda host, *args, **kw: hosts.add(host) or look_up(host, *args, **kw))
-        page = demo.build_page(asker, name="tiny")
-        _, url, _ = demo.launch(page, prevent_thread_lock=True, quiet=True)
-        yield url, hosts
-        page.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
-    if CHROMIUM is None:
-        pytest.skip("chromium is not installed: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser, served):
-    """A fresh visitor on the page, and the hosts that the page asked for anything."""
-    page, hosts = browser.new_page(), set()
-    page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
-    page.set_default_timeout(60_000)  # a busy machine is no fault of the page
-    page.goto(served[0])
-    yield page, hosts
-    page.close()
-
-
-def test_serving_the_page_looks_up_no_other_host(served):
-    url, hosts = served
-    assert urllib.request.urlopen(url).status == 200
-    assert {host.decode() if isinstance(host, bytes) else host for host in hosts} <= {"127.0.0.1", "localhost"}
-    assert hosts
-
-
-def called(url: str, *values) -> str:
-    """All that the function behind the button sends for these values."""
-    body = json.dumps({"data": values}).encode()
-    request = urllib.request.Request(f"{url}gradio_api/call/ask", body, {"Content-Type": "application/json"})
-    event = json.load(urllib.request.urlopen(request))["event_id"]
-    return urllib.request.urlopen(f"{url}gradio_api/call/ask/{event}").read().decode()
-
-
-def test_a_caller_cannot_name_a_file_of_the_machine(served, tmp_path):
-    url, _ = served
-    tiny_image().save(tmp_path / "private.png")
-    picture = {"path": str(tmp_path / "private.png"), "meta": {"_type": "gradio.FileData"}}
-    assert "event: error" in called(url, picture, "Which?", NUM_LATENTS, False)
-    assert "mmc-tokens" in called(url, None, "Which?", NUM_LATENTS, False)  # so it was the file
-
-
-def test_questions_of_several_visitors_do_not_mix(served, asker, examples):
-    """Other thoughts are put in by hooks on the one model, so questions wait for each other."""
-    url, _ = served
-    with ThreadPoolExecutor(2) as pool:
-        busy = pool.submit(called, url, None, examples[0]["question"], NUM_LATENTS, True)
-        answers = [called(url, None, "Which?", NUM_LATENTS, False) for _ in range(3)]
-    expected = json.dumps(demo.panels().answer(asker.ask(row_of("Which?", None), NUM_LATENTS)))
-    written = expected[expected.index("<code>") : expected.index("</code>")]
-    assert all(written in answer for answer in answers) and "data-name" in busy.result()
-
-
-def number(page, name: str) -> int:
-    return int(page.inner_text(f"#mmc-{name}"))
-
-
-def test_a_visitor_picks_an_example_asks_and_changes_the_number_of_thoughts(visit, asker, examples):
-    page, hosts = visit
-    page.locator("#examples tbody tr").nth(1).click()
-    page.wait_for_selector("#picture img")
-    page.click("#ask")
-    page.wait_for_selector("#others [data-name=zero]")
-    asked = asker.ask(examples[1], NUM_LATENTS)
-    assert page.input_value("#question textarea") == examples[1]["question"]
-    assert page.inner_text("#answer .mmc-small code").split() == asked.output.split()
-    assert (number(page, "thoughts"), number(page, "tokens")) == (NUM_LATENTS, asked.generated_tokens)
-    assert page.locator("#thoughts .mmc-card").count() == NUM_LATENTS + 1
-    assert page.locator("#thoughts .mmc-card img").count() == NUM_LATENTS
-
-    page.fill("#num_thoughts input[type=number]", "1")
-    page.click("#ask")
-    page.wait_for_selector("#answer [data-thoughts='1']")
-    page.wait_for_selector("#others [data-name=count_2]")
-    assert page.inner_text("#answer .mmc-small code").split() == asker.ask(examples[1], 1).output.split()
-    assert page.locator("#thoughts .mmc-card").count() == 2
-    assert hosts == {"127.0.0.1"}
-
-
-def test_a_visitors_own_picture_is_read_as_it_was_uploaded(visit, asker, tmp_path):
-    page, hosts = visit
-    file, question = tmp_path / "mine.png", "What colour is the left square?"
-    tiny_image(5).save(file)
-    page.set_input_files("#picture input[type=file]", file)
-    page.wait_for_selector("#picture img")
-    page.fill("#question textarea", question)
-    page.click("#ask")
-    page.wait_for_selector("#others [data-name=zero]")
-    expected = asker.ask(row_of(question, str(file)), NUM_LATENTS)
-    assert page.inner_text("#answer .mmc-small code").split() == expected.output.split()
-    assert expected.output != asker.ask(row_of(question, None), NUM_LATENTS).output
-    assert hosts == {"127.0.0.1"}
-
-
-def test_a_visitor_is_told_what_is_wrong(visit, tmp_path):
-    page, _ = visit
-    page.click("#ask")
-    page.wait_for_selector("#answer .mmc-message")
-    assert "The question is empty" in page.inner_text("#answer")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    page.set_input_files("#picture input[type=file]", tmp_path / "broken.png")
-    page.fill("#question textarea", "Which?")
-    page.wait_for_timeout(1000)  # the upload
-    page.click("#ask")
-    page.wait_for_selector("#answer :text('broken.png')")
-    assert "replace the file" in page.inner_text("#answer")
-
-
-def test_the_page_leaves_no_file_beside_the_code():
-    """gradio's metaclass writes one beside every component that is made by a class statement."""
-    assert not list(Path(demo.__file__).parent.glob("*.pyi"))

@@ -40,6 +40,7 @@ BUTTON_COLORS = {
 SMALL_SIDE = 128  # pixels; smaller pictures are enlarged, with their pixels as squares
 PICTURE_BOX = {"sources": ["upload", "clipboard"], "label": "Picture", "show_label": False, "height": 300}
 NARROW = 320  # pixels; columns are at least so wide, so on a phone they stack
+PHONE = 640  # pixels; narrower windows are a phone's, as in page.css
 KEPT_SECONDS = 3600  # a conversation is kept so long after its last turn
 KEPT_VISITORS = 200  # whose conversations are kept
 DEFAULT_DATASET = "arrow_mazes"
@@ -79,16 +80,18 @@ def file_of(self, payload) -> str | None:
 Picture = ABCMeta.__new__(type(gr.Image), "Picture", (gr.Image,), {"preprocess": file_of, "is_template": True})
 
 
-# The page's address with the settings of the question in it, without a reload.
+# Write the settings into the page's address without a reload. On a phone, scroll to the answer, below the examples.
 WRITE_ADDRESS = """
 (query) => {
     const address = new URL(window.location.href);
     for (const key of KEYS) address.searchParams.delete(key);
     for (const [key, value] of new URLSearchParams(query)) address.searchParams.set(key, value);
     window.history.replaceState(window.history.state, "", address);
+    const answer = document.getElementById("answer");
+    if (window.innerWidth <= PHONE && answer) answer.scrollIntoView({behavior: "smooth"});
     return [query ? address.href : ""];
 }
-""".replace("KEYS", json.dumps(KEYS))
+""".replace("KEYS", json.dumps(KEYS)).replace("PHONE", str(PHONE))
 
 
 @dataclass
