@@ -7,7 +7,7 @@ from demo_parts import NEW_TOKENS, NUM_LATENTS, asker_of, by_name, path_of, tiny
 from tiny import max_difference, tiny_image, tiny_model, tiny_seq2seq
 
 from mmcoconut.audit import image_grids
-from mmcoconut.audit.interventions import given, intervening, keep, zero
+from mmcoconut.audit.interventions import given, intervening, keep, with_other_counts, zero
 from mmcoconut.audit.thoughts import read_thoughts
 from mmcoconut.build import from_vlm, processor_from_vlm
 from mmcoconut.build.tiny_models import tiny_vlm
@@ -151,18 +151,22 @@ def test_a_mistake_in_a_further_question_keeps_the_conversation(asker, examples)
 
 
 def test_a_conversation_that_no_longer_fits_is_a_message(asker, examples):
-    conversation = Conversation(examples[0]["images"], [Turn("What colour is it?" * 8, "red")])
+    conversation = Conversation(examples[0]["images"], [Turn("What colour is it?" * 40, "red")])
     shown = further(Responder(asker), conversation)
     assert "The language model has 128 positions" in shown.answer and "Traceback" not in shown.answer
 
 
 def test_more_thoughts_are_tried_only_where_every_turn_has_room(asker, examples):
     row = {**further_row(examples[0]), "history": 2 * HISTORY}
-    prompt = Answerer(asker.model, asker.processor, num_latents=NUM_LATENTS).prompt_length(row)
-    room = 4  # for one more thought in each of the three turns, not for two
-    tokens = 128 - prompt - room
-    variants = by_name(asker.intervene(asker.ask(row, NUM_LATENTS, max_new_tokens=tokens)))
-    assert "count_4" in variants and "count_5" not in variants
+    options = {"num_latents": NUM_LATENTS}
+    free = 128 - Answerer(asker.model, asker.processor, **options).prompt_length(row)
+    # Four positions are left: for one more thought in each of the three turns, not for two.
+    answerer = Answerer(asker.model, asker.processor, max_new_tokens=free - 4, **options)
+    names = {name for name, *_ in with_other_counts(answerer, [row])}
+    assert "count_4" in names and "count_5" not in names
+    assert answerer.with_count(4).inputs([row]) is not None
+    with pytest.raises(ValueError, match="Lower max_new_tokens or num_latents"):
+        answerer.with_count(5).inputs([row])
 
 
 def test_what_was_said_is_shown_as_text(asker, examples):

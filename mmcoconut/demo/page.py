@@ -42,7 +42,7 @@ PICTURE_BOX = {"sources": ["upload", "clipboard"], "label": "Picture", "show_lab
 NARROW = 320  # pixels; columns are at least so wide, so on a phone they stack
 PHONE = 640  # pixels; narrower windows are a phone's, as in page.css
 KEPT_SECONDS = 3600  # a conversation is kept so long after its last turn
-KEPT_VISITORS = 200  # whose conversations are kept
+KEPT_VISITORS = 100  # whose conversations are kept
 DEFAULT_DATASET = "arrow_mazes"
 
 
