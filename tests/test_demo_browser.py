@@ -100,8 +100,11 @@ def test_serving_the_page_looks_up_no_other_host(served):
 
 
 def called(url: str, *values) -> str:
-    """All that the function behind the button sends: picture, question, thoughts, tokens, with other thoughts."""
-    body = json.dumps({"data": values}).encode()
+    """All that the function behind the button sends: picture, question, thoughts, tokens, with other thoughts.
+
+    Without more pictures.
+    """
+    body = json.dumps({"data": [*values, None]}).encode()
     request = urllib.request.Request(f"{url}gradio_api/call/ask", body, {"Content-Type": "application/json"})
     event = json.load(urllib.request.urlopen(request))["event_id"]
     return urllib.request.urlopen(f"{url}gradio_api/call/ask/{event}").read().decode()

@@ -213,6 +213,22 @@ def test_a_vision_language_models_maps_are_on_its_own_grid_in_every_turn(example
     assert 'data-name="zero"' in first.others and 'data-turn="2"' in then.answer
 
 
+def test_every_turn_is_about_all_pictures(examples):
+    responder, paths = Responder(vlm_asker()), [path_of(example) for example in examples]
+    first = last(responder.ask(paths[0], "What?", 2, 2, False, paths[1:]))
+    then = last(responder.ask_further(first.conversation, "Why?", 2, 2, False))
+    assert len(then.conversation.images) == 2 and then.thoughts.count("<img") == 2
+    alone = asked_of(vlm_asker(), then.conversation.images[:1], first.conversation.turns)
+    both = asked_of(vlm_asker(), then.conversation.images, first.conversation.turns)
+    assert then.conversation.turns[-1].answer == both.said
+    shapes = [one.answerer.inputs([one.row])["input_ids"].shape[1] for one in (alone, both)]
+    assert shapes[0] < shapes[1]
+
+
+def asked_of(asker: Asker, images: list, turns: list):
+    return asker.ask(Conversation(images, turns).row_after(row_of("Why?", None)), 2)
+
+
 def test_a_grid_that_is_unknown_is_explained(examples, monkeypatch):
     reason = "its resampler computes features of the whole picture"
     monkeypatch.setattr(image_grids, "views_of", lambda *args: [reason])

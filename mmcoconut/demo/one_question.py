@@ -140,15 +140,17 @@ def with_bytes(file: str) -> dict:
     return {"bytes": Path(file).read_bytes(), "path": file}
 
 
-def row_of(question: str, picture: str | None) -> dict:
-    """Return a row of `mmcoconut.data` for a question and a picture's file or None; the file is not decoded.
+def row_of(question: str, picture: str | None, more: Sequence[str] = ()) -> dict:
+    """Return a row of `mmcoconut.data` for a question, a picture's file or None, and files of more pictures.
+
+    The files are not decoded.
 
     Raises:
         UsageError: no question.
     """
     if not question or not question.strip():
         raise UsageError("The question is empty. Write one, or choose an example.")
-    images = [] if picture is None else [with_bytes(picture)]
+    images = [with_bytes(file) for file in (picture, *more) if file is not None]
     return {"images": images, "question": question, "choices": [], "steps": [], "answers": [], "row_id": ROW_ID}
 
 

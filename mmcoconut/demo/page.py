@@ -103,6 +103,7 @@ class Inputs:
     thoughts: gr.Slider
     max_new_tokens: gr.Slider
     others: gr.Checkbox
+    more: gr.File
     ask: gr.Button
     link: gr.Textbox
 
@@ -113,7 +114,7 @@ class Inputs:
     @property
     def first(self) -> list:
         """The inputs of the first question."""
-        return [self.picture, self.question, *self.numbers]
+        return [self.picture, self.question, *self.numbers, self.more]
 
 
 def build_page(asker: Asker, *, name: str, num_latents: int | None = None):
@@ -180,11 +181,11 @@ def share(page, examples: list[dict], inputs: Inputs, message: gr.HTML, limits: 
             return [gr.skip()] * (len(inputs.first) + 1)
         asked, problems = read
         values = [asked.question, asked.thoughts, asked.max_new_tokens, asked.others]
-        return [pictures.get(asked.example), *values, html.from_link(problems)]
+        return [pictures.get(asked.example), *values, None, html.from_link(problems)]
 
-    def query_of(picture: str | None, question: str, thoughts: float, max_new_tokens: float, others: bool) -> str:
+    def query_of(picture, question, thoughts, max_new_tokens, others, more) -> str:
         example = example_name(examples, picture, question)
-        if picture is not None and example is None:
+        if more or (picture is not None and example is None):
             return ""
         return write_query(Settings(question, example, int(thoughts), int(max_new_tokens), others))
 
@@ -203,7 +204,10 @@ def question_column(examples: list[dict], limits: Limits) -> Inputs:
     pictures = [picture for row in examples for picture in open_images(row)]
     small = bool(pictures) and max(side for picture in pictures for side in picture.size) <= SMALL_SIDE
     crisp = {"elem_classes": ["mmc-crisp"]} if small else {}
-    picture = Picture(visible=bool(pictures) or not examples, elem_id="picture", **PICTURE_BOX, **crisp)
+    reads_pictures = bool(pictures) or not examples
+    picture = Picture(visible=reads_pictures, elem_id="picture", **PICTURE_BOX, **crisp)
+    with gr.Accordion("More pictures", open=False, visible=reads_pictures):
+        more = gr.File(file_count="multiple", file_types=["image"], label="Read after the first", elem_id="more")
     question = gr.Textbox(label="Question", lines=2, elem_id="question")
     inputs = Inputs(
         picture,
@@ -218,10 +222,11 @@ def question_column(examples: list[dict], limits: Limits) -> Inputs:
             elem_id="max_new_tokens",
         ),
         gr.Checkbox(value=True, label="Ask again with other thoughts", elem_id="with_others"),
+        more,
         gr.Button("Ask", variant="primary", elem_id="ask"),
         gr.Textbox(
             label="Link to this question",
-            placeholder="It appears when you ask. It cannot hold a picture of your own.",
+            placeholder="It appears when you ask. It cannot hold pictures of your own.",
             interactive=False,
             max_lines=2,
             buttons=["copy"],

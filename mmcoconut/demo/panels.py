@@ -1,6 +1,6 @@
 """The page's panels as HTML, and the functions of its buttons, which fill them one after the other."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -58,12 +58,18 @@ class Responder:
         self.asker, self.html = asker, panels()
 
     def ask(
-        self, picture: str | None, question: str, num_latents: float, max_new_tokens: float, with_others: bool
+        self,
+        picture: str | None,
+        question: str,
+        num_latents: float,
+        max_new_tokens: float,
+        with_others: bool,
+        more: Sequence[str] | None = None,
     ) -> Iterator[Shown]:
-        """Ask the first question of a conversation."""
+        """Ask the first question of a conversation; more: files of further pictures."""
         numbers = {"num_latents": int(num_latents), "max_new_tokens": int(max_new_tokens)}
         try:
-            row = row_of(question, picture)
+            row = row_of(question, picture, more or ())
             asked = self.asker.ask(row, **numbers)
         except ValueError as error:
             yield Shown("", self.html.message(str(error)), "", "", None)
