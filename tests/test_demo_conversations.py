@@ -81,7 +81,8 @@ def test_a_look_at_one_turn_is_what_it_was_before(asker, examples):
 
 def test_earlier_thoughts_are_kept_when_others_are_replaced(asker, examples):
     row = further_row(examples[0])
-    variants = by_name(asker.intervene(asker.ask(row, NUM_LATENTS)))
+    found = asker.intervene(asker.ask(row, NUM_LATENTS))
+    variants = by_name(found)
     answerer, read = Answerer(asker.model, asker.processor, num_latents=NUM_LATENTS, max_new_tokens=NEW_TOKENS), []
 
     def zero_behind(position, thought):
@@ -92,11 +93,12 @@ def test_earlier_thoughts_are_kept_when_others_are_replaced(asker, examples):
         expected = answerer.answer([row])[0]["output"]
     assert read == list(range(2 * NUM_LATENTS))
     assert variants["zero"].output == expected
-    assert {"zero", "noise", "mean", "only_thoughts", "without_3", "count_0"} <= variants.keys()
+    assert any("the answer sees only the thoughts: " in reason for reason in found.not_run)
+    assert {"zero", "noise", "mean", "without_3", "count_0"} <= variants.keys()
 
 
 def test_a_donors_thoughts_are_counted_from_the_last_turn(asker, examples):
-    _, thoughts = think(Answerer(asker.model, asker.processor, num_latents=NUM_LATENTS), [examples[1]])
+    _, thoughts = think(asker.ask(examples[1], NUM_LATENTS).answerer, [examples[1]])
     own = thoughts[:, 0] + 1
     replace = in_last_turn(given(thoughts), 2)([0])
     assert replace(1, own) is own

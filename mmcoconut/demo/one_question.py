@@ -316,7 +316,12 @@ class Asker:
         """Return the first row with another answer, or the reason why there is none."""
         if not rows:
             return f"{description}: there is no example to take them from"
-        lines, thoughts = self.of_examples(asked.answerer) if rows is self.examples else think(asked.answerer, rows)
+        try:
+            lines, thoughts = (
+                self.of_examples(asked.answerer) if rows is self.examples else think(asked.answerer, rows)
+            )
+        except UsageError as error:  # a longer question may not fit after the earlier turns
+            return f"{description}: {str(error).rstrip('.')}"
         for index, line in enumerate(lines):
             answer = said(line["answer"], line["output"])
             if answer != asked.said:
