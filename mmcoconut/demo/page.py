@@ -37,6 +37,11 @@ BUTTON_COLORS = {
     for state, shade in (("", 700), ("_hover", 800))
     for mode in ("", "_dark")
 }
+SUBDUED_COLORS = {
+    f"{name}_text_color{end}": shade
+    for name, ends in (("body", ("_subdued", "_subdued_dark")), ("block_info", ("", "_dark")))
+    for end, shade in zip(ends, ("*neutral_600", "*neutral_300"))
+}
 SMALL_SIDE = 128  # pixels; smaller pictures are enlarged, with their pixels as squares
 PICTURE_BOX = {"sources": ["upload", "clipboard"], "label": "Picture", "show_label": False, "height": 300}
 NARROW = 320  # pixels; columns are at least so wide, so on a phone they stack
@@ -251,7 +256,7 @@ def show_examples(rows: list[dict], inputs: list) -> None:
 
 def launch(page, **options):
     """Serve a page of `build_page`, without analytics or external fonts and scripts; options: of `Blocks.launch`."""
-    theme = gr.themes.Default(**FONTS).set(**BUTTON_COLORS)
+    theme = gr.themes.Default(**FONTS).set(**BUTTON_COLORS, **SUBDUED_COLORS)
     return page.launch(
         theme=theme,
         css_paths=STYLE,
