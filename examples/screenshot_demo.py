@@ -46,13 +46,19 @@ def wait_for(url: str, server: subprocess.Popen, seconds: int = 120) -> None:
 
 
 def ask(page: Page, example: int) -> None:
-    """Ask an example's question twice: the first answer's time includes the start of the model."""
+    """Ask an example's question twice: the first answer's time includes the start of the model.
+
+    Raises:
+        RuntimeError: the page shows a message instead of an answer.
+    """
     page.locator("#examples tbody tr").nth(example).click()
     page.wait_for_selector("#picture img")
     for _ in range(2):
         page.click("#ask")
         page.wait_for_selector("#others table", state="detached")
-        page.wait_for_selector("#others table", timeout=120_000)
+        page.wait_for_selector("#others table, .mmc-message", timeout=120_000)
+        if page.locator(".mmc-message").count():
+            raise RuntimeError(f"The page says: {page.inner_text('.mmc-message')}")
 
 
 def take(browser: Browser, url: str, file: Path, *, example: int, window: tuple) -> None:

@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 
 
 # Fixtures whose tests are slow, as they start processes, servers, browsers or compilers.
-SLOW_FIXTURES = {"fresh_compiler", "trained", "server", "results", "workplace", "interpreted_module"}
+SLOW_FIXTURES = {"browser", "fresh_compiler", "trained", "server", "results", "workplace", "interpreted_module"}
 
 
 # Of a product with decoders, the first decoder has all of it in the fast suite, and each other every so many cases.

@@ -1,4 +1,4 @@
-"""The demo: what is computed for one question, the page in a real browser, the Space that holds it."""
+"""The demo: what is computed for one question, the panels, the command line, the Space."""
 
 import os
 import runpy

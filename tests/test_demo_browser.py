@@ -185,7 +185,6 @@ def test_a_visitor_is_told_what_is_wrong(visit, tmp_path):
 
 
 # --- conversations and links -----------------------------------------------------------------------------------------
-@pytest.mark.slow
 def test_a_visitor_asks_further_and_begins_anew(visit, asker, examples):
     page, hosts = visit
     ask_example(page, 0)
@@ -207,7 +206,6 @@ def test_a_visitor_asks_further_and_begins_anew(visit, asker, examples):
     assert hosts == {"127.0.0.1"}
 
 
-@pytest.mark.slow
 def test_a_question_is_shared_by_its_link(visit, browser, served, examples):
     """One visitor asks, with settings of their own; another opens the link and asks the same."""
     page, _ = visit
@@ -236,7 +234,6 @@ def test_a_question_is_shared_by_its_link(visit, browser, served, examples):
     other.close()
 
 
-@pytest.mark.slow
 def test_a_link_with_wrong_values_is_explained_and_opens_no_file(visit, served):
     page, _ = visit
     secret = Path(demo.__file__).resolve()
@@ -249,7 +246,6 @@ def test_a_link_with_wrong_values_is_explained_and_opens_no_file(visit, served):
     assert page.locator("#picture img").count() == 0
 
 
-@pytest.mark.slow
 def test_a_picture_of_ones_own_is_in_no_link(visit, tmp_path):
     page, _ = visit
     tiny_image(5).save(tmp_path / "mine.png")
@@ -324,7 +320,6 @@ def coloured(browser, served, request):
     page.close()
 
 
-@pytest.mark.slow
 def test_the_page_is_light_or_dark_as_the_system_is_and_can_be_read(coloured):
     page, scheme = coloured
     ask_example(page, 0)
@@ -339,7 +334,6 @@ def test_the_page_is_light_or_dark_as_the_system_is_and_can_be_read(coloured):
     assert number > 50 and too_faint == []
 
 
-@pytest.mark.slow
 def test_the_page_follows_a_system_that_turns_dark(coloured):
     page, scheme = coloured
     other = {"light": "dark", "dark": "light"}[scheme]
@@ -359,7 +353,6 @@ TOO_WIDE = """
 """
 
 
-@pytest.mark.slow
 def test_on_a_phone_the_panels_stack_and_nothing_scrolls_sideways(browser, served):
     page = browser.new_page(viewport=PHONE)
     page.set_default_timeout(60_000)
@@ -381,10 +374,10 @@ def test_on_a_phone_the_panels_stack_and_nothing_scrolls_sideways(browser, serve
     page.close()
 
 
-@pytest.mark.slow
 def test_screenshots_of_the_docs_are_made(browser, checkpoint, tmp_path):
     command = [sys.executable, str(ROOT / "examples" / "screenshot_demo.py"), checkpoint, str(tmp_path / "demo.png")]
     command += ["--chromium", CHROMIUM, "--dataset_options.num_rows", "2", "--max_samples", "2"]
+    command += ["--max_new_tokens", str(NEW_TOKENS)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
