@@ -19,15 +19,16 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
-# By the end of the file's name: size of the window, color scheme, pixels per CSS pixel.
+# By the end of the file's name: options of the browser's page.
 WINDOWS = {
-    "": ({"width": 1440, "height": 1000}, "light", 1),
-    "-dark": ({"width": 1440, "height": 1000}, "dark", 1),
-    "-phone": ({"width": 360, "height": 740}, "light", 2),
+    "": {"viewport": {"width": 1440, "height": 1000}, "color_scheme": "light"},
+    "-dark": {"viewport": {"width": 1440, "height": 1000}, "color_scheme": "dark"},
+    "-phone": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light", "device_scale_factor": 2},
 }
+PATIENCE = 600  # seconds for the server to start and for each step in the browser, also on a busy machine
 
 
-def wait_for(url: str, server: subprocess.Popen, seconds: int = 120) -> None:
+def wait_for(url: str, server: subprocess.Popen, seconds: int = PATIENCE) -> None:
     """Wait until the page answers.
 
     Raises:
@@ -56,15 +57,15 @@ def ask(page: Page, example: int) -> None:
     for _ in range(2):
         page.click("#ask")
         page.wait_for_selector("#others table", state="detached")
-        page.wait_for_selector("#others table, .mmc-message", timeout=120_000)
+        page.wait_for_selector("#others table, .mmc-message")
         if page.locator(".mmc-message").count():
             raise RuntimeError(f"The page says: {page.inner_text('.mmc-message')}")
 
 
-def take(browser: Browser, url: str, file: Path, *, example: int, window: tuple) -> None:
+def take(browser: Browser, url: str, file: Path, *, example: int, window: dict) -> None:
     """Ask an example's question, and save a screenshot of the whole page."""
-    size, scheme, scale = window
-    page = browser.new_page(viewport=size, color_scheme=scheme, device_scale_factor=scale)
+    page = browser.new_page(**window)
+    page.set_default_timeout(1000 * PATIENCE)
     page.goto(url)
     ask(page, example)
     page.mouse.move(0, 0)

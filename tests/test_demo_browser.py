@@ -271,7 +271,7 @@ TOO_FAINT = """
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2];
     };
     const ratio = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    const contrast = (element) => {
+    const contrast = (element, part) => {
         const line = [];
         for (let node = element; node; node = node.parentElement) line.unshift(node);
         let ground = [255, 255, 255], opacity = 1;
@@ -285,7 +285,7 @@ TOO_FAINT = """
                 ground = over(parts(behind.backgroundColor), Number(behind.opacity), ground);
             }
         }
-        const [r, g, b, alpha] = parts(getComputedStyle(element).color);
+        const [r, g, b, alpha] = parts(getComputedStyle(element, part).color);
         return ratio(light(over([r, g, b], alpha * opacity, ground)), light(ground));
     };
     const found = [], texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
@@ -295,8 +295,11 @@ TOO_FAINT = """
         if (!text || element.closest("script, style, svg, [disabled]") || !element.getClientRects().length) continue;
         found.push([text, contrast(element)]);
     }
-    for (const input of document.querySelectorAll("input[type=number], textarea"))
-        if (input.value && input.getClientRects().length) found.push([input.value, contrast(input)]);
+    for (const input of document.querySelectorAll("input[type=number], input[type=text], textarea")) {
+        if (!input.getClientRects().length) continue;
+        if (input.value) found.push([input.value, contrast(input)]);
+        else if (input.placeholder) found.push([input.placeholder, contrast(input, "::placeholder")]);
+    }
     return [found.length, found.filter(([, value]) => value < least)];
 }
 """
@@ -322,6 +325,9 @@ def coloured(browser, served, request):
 
 def test_the_page_is_light_or_dark_as_the_system_is_and_can_be_read(coloured):
     page, scheme = coloured
+    page.click("#ask")
+    page.wait_for_selector("#answer .mmc-message")  # with the box for a picture empty
+    assert page.evaluate(TOO_FAINT, READABLE)[1] == []
     ask_example(page, 0)
     page.fill("#further textarea, #further input", "Why?")
     page.click("#ask_further")

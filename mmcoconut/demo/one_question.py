@@ -283,9 +283,8 @@ class Asker:
             for j, (tokens, share) in enumerate(zip(lens, shares))
         ]
         writes = Thought([(visible(text), p) for text, p in last])
-        if self.reader is None:
-            return Look(thoughts, writes, reason)
-        return Look(thoughts, writes, reason, self.reader.read(readings.thoughts[0], self.processor.tokenizer))
+        steps = self.reader and self.reader.read(readings.thoughts[0], self.processor.tokenizer)
+        return Look(thoughts, writes, reason, steps)
 
     def of_examples(self, answerer: Answerer) -> tuple[list[dict], torch.Tensor]:
         """Return answers and thoughts (n, N, D) of the examples, cached by number of thoughts and of tokens."""

@@ -10,7 +10,6 @@ from jinja2 import Environment, StrictUndefined
 from mmcoconut.audit.report import data_uri
 from mmcoconut.demo.conversation import Conversation, Turn
 from mmcoconut.demo.one_question import Asked, Asker, row_of
-from mmcoconut.errors import UsageError
 
 
 PANELS = Path(__file__).with_name("panels.html")
@@ -85,16 +84,16 @@ class Responder:
         with_others: bool,
     ) -> Iterator[Shown]:
         """Ask a further question about the conversation's picture; without a conversation, say so."""
-        numbers = {"num_latents": int(num_latents), "max_new_tokens": int(max_new_tokens)}
-        before = Conversation([]) if conversation is None else conversation
-        try:
-            if conversation is None:
-                raise UsageError(NO_CONVERSATION)
-            asked = self.asker.ask(before.row_after(row_of(question, None)), **numbers)
-        except ValueError as error:
-            yield Shown(self.html.earlier(before.turns), self.html.message(str(error)), "", "", conversation)
+        if conversation is None:
+            yield Shown("", self.html.message(NO_CONVERSATION), "", "", None)
             return
-        yield from self.show(asked, before, with_others)
+        numbers = {"num_latents": int(num_latents), "max_new_tokens": int(max_new_tokens)}
+        try:
+            asked = self.asker.ask(conversation.row_after(row_of(question, None)), **numbers)
+        except ValueError as error:
+            yield Shown(self.html.earlier(conversation.turns), self.html.message(str(error)), "", "", conversation)
+            return
+        yield from self.show(asked, conversation, with_others)
 
     def show(self, asked: Asked, before: Conversation, with_others: bool) -> Iterator[Shown]:
         """Yield the panels of an answered question, which follows the turns of `before`."""
