@@ -283,8 +283,10 @@ class Asker:
             for j, (tokens, share) in enumerate(zip(lens, shares))
         ]
         writes = Thought([(visible(text), p) for text, p in last])
-        steps = self.reader and self.reader.read(readings.thoughts[0], self.processor.tokenizer)
-        return Look(thoughts, writes, reason, steps)
+        look = Look(thoughts, writes, reason)
+        if self.reader is not None:
+            look.steps = self.reader.read(readings.thoughts[0], self.processor.tokenizer)
+        return look
 
     def of_examples(self, answerer: Answerer) -> tuple[list[dict], torch.Tensor]:
         """Return answers and thoughts (n, N, D) of the examples, cached by number of thoughts and of tokens."""

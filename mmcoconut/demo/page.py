@@ -37,8 +37,6 @@ COLORS = {
     "button_primary_background_fill_hover": "*primary_800",
     "body_text_color_subdued": "*neutral_600",
     "input_placeholder_color": "*neutral_600",
-}
-DARK_COLORS = {
     "button_primary_background_fill_dark": "*primary_700",
     "button_primary_background_fill_hover_dark": "*primary_800",
     "body_text_color_subdued_dark": "*neutral_300",
@@ -258,7 +256,7 @@ def show_examples(rows: list[dict], inputs: list) -> None:
 
 def launch(page, **options):
     """Serve a page of `build_page`, without analytics or external fonts and scripts; options: of `Blocks.launch`."""
-    theme = gr.themes.Default(**FONTS).set(**COLORS, **DARK_COLORS)
+    theme = gr.themes.Default(**FONTS).set(**COLORS)
     return page.launch(
         theme=theme,
         css_paths=STYLE,
