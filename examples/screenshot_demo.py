@@ -19,11 +19,12 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+DESKTOP, PHONE = {"width": 1440, "height": 1000}, {"width": 360, "height": 740}
 # By the end of the file's name: options of the browser's page.
 WINDOWS = {
-    "": {"viewport": {"width": 1440, "height": 1000}, "color_scheme": "light"},
-    "-dark": {"viewport": {"width": 1440, "height": 1000}, "color_scheme": "dark"},
-    "-phone": {"viewport": {"width": 360, "height": 740}, "color_scheme": "light", "device_scale_factor": 2},
+    "": {"viewport": DESKTOP, "color_scheme": "light"},
+    "-dark": {"viewport": DESKTOP, "color_scheme": "dark"},
+    "-phone": {"viewport": PHONE, "color_scheme": "light", "device_scale_factor": 2},
 }
 PATIENCE = 600  # seconds for the server to start and for each step in the browser, also on a busy machine
 
@@ -63,14 +64,14 @@ def ask(page: Page, example: int) -> None:
 
 
 def take(browser: Browser, url: str, file: Path, *, example: int, window: dict) -> None:
-    """Ask an example's question, and save a screenshot of the whole page."""
+    """Ask an example's question, and save a screenshot: of the whole page, or of the answer that fills a phone."""
     page = browser.new_page(**window)
     page.set_default_timeout(1000 * PATIENCE)
     page.goto(url)
     ask(page, example)
     page.mouse.move(0, 0)
     page.wait_for_timeout(500)
-    page.screenshot(path=file, full_page=True)
+    page.screenshot(path=file, full_page=window["viewport"] is not PHONE)
     page.close()
     Image.open(file).convert("RGB").quantize(256).save(file, optimize=True)  # a fraction of the size
     print(f"{file}: {file.stat().st_size / 1000:.0f} kB")

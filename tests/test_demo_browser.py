@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = shutil.which("chromium")
 CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 PHONE = {"width": 360, "height": 740}
+PATIENCE = 60_000  # ms; a busy machine is no fault of the page
 READABLE = 4.5  # contrast of text to its background, WCAG 2.2 at level AA
 
 
@@ -81,12 +82,18 @@ def browser():
         browser.close()
 
 
+def fresh_page(browser, **options):
+    """A window of a new visitor, with nothing in it yet."""
+    page = browser.new_page(**options)
+    page.set_default_timeout(PATIENCE)
+    return page
+
+
 @pytest.fixture
 def visit(browser, served):
     """A fresh visitor on the page, and the hosts that the page asked for anything."""
-    page, hosts = browser.new_page(), set()
+    page, hosts = fresh_page(browser), set()
     page.on("request", lambda request: hosts.add(urlsplit(request.url).hostname))
-    page.set_default_timeout(60_000)  # a busy machine is no fault of the page
     page.goto(served[0])
     yield page, hosts
     page.close()
@@ -220,7 +227,7 @@ def test_a_question_is_shared_by_its_link(visit, browser, served, examples):
     link, written = page.input_value("#link textarea, #link input"), page.inner_text("#answer .mmc-small code")
     assert page.url == link and urlsplit(link).hostname == "127.0.0.1" and "example=arrow_mazes+test+row+2" in link
 
-    other = browser.new_page()
+    other = fresh_page(browser)
     other.goto(link)
     other.wait_for_selector("#answer :text('Press Ask')")
     other.wait_for_selector("#picture img")
@@ -316,8 +323,7 @@ def ask_example(page, number: int) -> None:
 @pytest.fixture(params=["light", "dark"])
 def coloured(browser, served, request):
     """A page of a visitor whose system is light or dark, and which."""
-    page = browser.new_page(color_scheme=request.param)
-    page.set_default_timeout(60_000)
+    page = fresh_page(browser, color_scheme=request.param)
     page.goto(served[0])
     yield page, request.param
     page.close()
@@ -360,8 +366,7 @@ TOO_WIDE = """
 
 
 def test_on_a_phone_the_panels_stack_and_nothing_scrolls_sideways(browser, served):
-    page = browser.new_page(viewport=PHONE)
-    page.set_default_timeout(60_000)
+    page = fresh_page(browser, viewport=PHONE)
     page.goto(served[0])
     ask_example(page, 0)
     page.fill("#further textarea, #further input", "Why?")

@@ -142,9 +142,9 @@ def build_page(asker: Asker, *, name: str, num_latents: int | None = None):
 def answer_column(with_further: bool) -> tuple[list, gr.Textbox, gr.Button]:
     """Return the panels with the conversation, and the input and button of a further question."""
     earlier, answer = gr.HTML(elem_id="earlier"), gr.HTML(elem_id="answer")
-    with gr.Row(visible=with_further):
+    with gr.Row(visible=with_further, equal_height=True):
         further = gr.Textbox(
-            label="Further question about the same picture", lines=1, scale=4, min_width=160, elem_id="further"
+            label="Further question about the same picture", lines=1, scale=4, min_width=240, elem_id="further"
         )
         ask_further = gr.Button("Ask further", scale=1, min_width=120, elem_id="ask_further")
     thoughts, others = gr.HTML(elem_id="thoughts"), gr.HTML(elem_id="others")
@@ -231,9 +231,9 @@ def question_column(examples: list[dict], limits: Limits) -> Inputs:
         gr.Button("Ask", variant="primary", elem_id="ask"),
         gr.Textbox(
             label="Link to this question",
-            placeholder="It appears when you ask. It cannot hold pictures of your own.",
+            placeholder="Ask about an example to get one.",
             interactive=False,
-            max_lines=2,
+            max_lines=1,
             buttons=["copy"],
             elem_id="link",
         ),
