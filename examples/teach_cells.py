@@ -3,7 +3,7 @@
     python examples/teach_cells.py weights/maze_tower weights/smollm2 weights/smollm2_mazes
 
 Each cell is one patch of the picture. Its image token is trained towards the sum of the embeddings of the words for
-the cell: its color, its arrow and its name, such as ` red`, ` up` and `A1`. The language model is not trained and does
+the cell: its color, its arrow, its name and, if it is the start, ` marked`. The language model is not trained and does
 not run, so this takes minutes on one core. It writes a checkpoint for `model:` of a recipe, and says how much of the
 variance of these sums the image tokens explain on mazes that were not trained on.
 """
@@ -31,10 +31,11 @@ def words_of(maze: Maze, index: int) -> list[str]:
     """Return the words for a cell, by its number row by row.
 
     >>> words_of(Maze(colors=("red",), arrows=("up",), start=(0, 0), grid_size=1), 0)
-    [' red', ' up', 'A1']
+    [' red', ' up', 'A1', ' marked']
     """
     cell = divmod(index, maze.grid_size)
-    return [f" {maze.color_at(cell)}", f" {maze.arrow_at(cell)}", cell_name(cell)]
+    words = [f" {maze.color_at(cell)}", f" {maze.arrow_at(cell)}", cell_name(cell)]
+    return words + [" marked"] * (cell == maze.start)
 
 
 def read_mazes(split: str, *, model, tokenizer, image_processor) -> tuple[torch.Tensor, torch.Tensor]:
