@@ -112,8 +112,8 @@ def generate(
             if len(seen) == num_rows:
                 return
     raise UsageError(
-        f"num_rows is {num_rows} for split {split!r}, and only {len(seen)} different questions of {num_letters} letters "
-        "were drawn; lower num_rows, or raise num_letters"
+        f"num_rows is {num_rows} for split {split!r}, and only {len(seen)} different questions of {num_letters} "
+        "letters were drawn; lower num_rows, or raise num_letters"
     )
 
 
