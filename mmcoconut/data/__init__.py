@@ -32,6 +32,7 @@ DATASETS = {
     "mmstar": "mmcoconut.data.mmstar",
     "mmvp": "mmcoconut.data.mmvp",
     "path_vqa": "mmcoconut.data.hub_vqa",
+    "pointer_chasing": "mmcoconut.data.pointer_chasing",
     "prosqa": "mmcoconut.data.prosqa",
     "puzzlevqa": "mmcoconut.data.puzzlevqa",
     "scienceqa": "mmcoconut.data.scienceqa",
