@@ -65,7 +65,7 @@ def test_the_doctor_finds_this_machine_fit(capsys):
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert "No problems found." in said and "PROBLEM" not in said
-    assert f"transformers       {importlib.metadata.version('transformers')}" in said
+    assert f"transformers        {importlib.metadata.version('transformers')}" in said
 
 
 @pytest.mark.parametrize(

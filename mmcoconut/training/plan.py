@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sized
 
 from transformers import TrainerCallback
 
+from mmcoconut.progress import duration
 from mmcoconut.records import markdown_table
 from mmcoconut.training.results import count_parameters
 
@@ -14,17 +15,6 @@ from mmcoconut.training.results import count_parameters
 logger = logging.getLogger("mmcoconut")
 
 TIMED_UPDATES = 10
-
-
-def duration(seconds: float) -> str:
-    """Format a duration with the precision of an estimate.
-
-    >>> duration(42), duration(600), duration(9000)
-    ('42 s', '10 min', '2.5 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def stage_lines(curriculum, num_epochs: float) -> list[list[str]]:
