@@ -38,11 +38,13 @@ def plan_text(curriculum, splits: Mapping[str, Sized], *, args, max_steps: int, 
         counts: result of `count_parameters`.
     """
     rows = ", ".join(f"{name} {len(some):,}" for name, some in splits.items())
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    answers = getattr(args, "num_generations", 1)  # per row, of trl's GRPO and RLOO, whose batches count answers
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size / answers
+    each = f"{per_update:,g} rows each" + (f", {answers} answers per row" if answers > 1 else "")
     trained, of_all = counts["trainable_parameters"], counts["parameters"]
     lines = [
         ["rows", rows],
-        ["updates", f"{max_steps:,}, {updates_per_epoch:,} per epoch, {per_update:,} rows each"],
+        ["updates", f"{max_steps:,}, {updates_per_epoch:,} per epoch, {each}"],
         ["parameters", f"{of_all:,}, of which {trained:,} are trained ({100 * trained / max(of_all, 1):.3g} %)"],
     ]
     if "objective_parameters" in counts:
