@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 IMAGE_TOKEN = "<image>"
 LATENT_TOKEN = "<|latent|>"
 START_LATENT_TOKEN = "<|start-latent|>"

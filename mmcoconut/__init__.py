@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 __path__.append(str(Path(__file__).resolve().parent.parent))
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 PUBLIC_NAMES = {
     "MMCoconutConfig": "configuration_mmcoconut",

@@ -14,7 +14,7 @@ from accelerate.commands.config.config_args import default_config_file
 from accelerate.commands.launch import launch_command, launch_command_parser
 
 from mmcoconut.arguments.recipe_files import read_overrides, read_recipe_file
-from mmcoconut.arguments.recipes import parse_recipe
+from mmcoconut.arguments.recipes import check_recipe
 from mmcoconut.errors import UsageError
 
 
@@ -139,5 +139,5 @@ def train(words: list[str]) -> None:
     if asks_help or num_gpus < 2 or "LOCAL_RANK" in os.environ or compares(words):
         main_of(SCRIPT)(words)
         return
-    parse_recipe(words)  # reports problems of the recipe once, not in every process
+    check_recipe(words)  # reports problems of the recipe once, not in every process, and sets up no device
     launch(launch_words(words, num_gpus=num_gpus, is_configured=os.path.isfile(default_config_file)))

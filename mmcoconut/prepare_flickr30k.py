@@ -26,7 +26,7 @@ from datasets import (
     enable_progress_bars,
     load_from_disk,
 )
-from tqdm.auto import tqdm
+from tqdm.std import tqdm
 from transformers.hf_argparser import HfArg
 
 from mmcoconut.arguments.recipes import read_arguments
@@ -35,6 +35,7 @@ from mmcoconut.data.flickr30k import FRACTIONS, captions_of, split_of_picture
 from mmcoconut.data.images import open_images, resolve_image_path
 from mmcoconut.errors import RecipeError, run_command
 from mmcoconut.images_mmcoconut import UnreadableImageError
+from mmcoconut.progress import progress
 from mmcoconut.records import changed_settings, markdown_table, read_json, write_json
 
 
@@ -150,10 +151,10 @@ def rows_of(pictures: Iterable[tuple[str, dict]], split: str, arguments: Prepara
     return rows
 
 
-def counted(pictures: Iterable[tuple[str, dict]], progress: tqdm) -> Iterator[tuple[str, dict]]:
+def counted(pictures: Iterable[tuple[str, dict]], bar: tqdm) -> Iterator[tuple[str, dict]]:
     for picture in pictures:
         yield picture
-        progress.update()
+        bar.update()
 
 
 def write_shard(folder: Path, rows: list[dict]) -> None:
@@ -173,14 +174,14 @@ def write_shards(
     """Write the shards of every split, except those that exist."""
     shards = {split: [] for split in pictures}
     disable_progress_bars()  # of `datasets`: one per shard
-    with tqdm(total=sum(map(len, pictures.values())), unit="picture") as progress:
+    with progress(desc="preparing", unit="pictures", total=sum(map(len, pictures.values()))) as bar:
         for split, named in pictures.items():
             for start in range(0, len(named), SHARD_SIZE):
                 part, folder = named[start : start + SHARD_SIZE], partial / f"{split}-{start:06d}"
                 if folder.exists():
-                    progress.update(len(part))
+                    bar.update(len(part))
                 else:
-                    write_shard(folder, rows_of(counted(part, progress), split, arguments))
+                    write_shard(folder, rows_of(counted(part, bar), split, arguments))
                 shards[split].append(folder)
     enable_progress_bars()
     return shards

@@ -9,6 +9,7 @@ request without a length uses that of the checkpoint's recipe, and an invalid re
 """
 
 import logging
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,9 @@ LENGTH = {"chat_handler": "max_tokens", "completion_handler": "max_tokens", "res
 ANY_LENGTH = {"max_tokens", "max_completion_tokens", "max_output_tokens", "generation_config"}
 # Errors of processor, chat template and `generate` for invalid input or missing memory.
 MISTAKES = (ValueError, TypeError, KeyError, OSError, TemplateError, RuntimeError, MemoryError)
+# Absolute paths in a text: in quotes, before a colon, or up to a space; no part of a URL.
+QUOTED = r"""(?<=')[/~][^'\n]*(?=')|(?<=")[/~][^"\n]*(?=")"""
+ABSOLUTE = re.compile(QUOTED + r"|^(?:/|~/)[^:\n]*(?=: )|(?<![\w:/.])(?:/|~/)[\w.~/+@=-]+")
 INTERNAL = "The server failed to answer this request. Its log has the reason."
 DEFAULT_ADDRESS = ("localhost", 8000)  # default of `transformers serve`
 
@@ -76,18 +80,28 @@ class CheckedHandler:
         return await self.handler.handle_request(body, request_id)
 
 
+def without_folders(text: str) -> str:
+    """Return a text whose absolute paths are cut to their last part, because clients may not know the server's files.
+
+    >>> without_folders("/srv/models/maze/config.json: not JSON. See https://hub.test/a")
+    'config.json: not JSON. See https://hub.test/a'
+    """
+    return ABSOLUTE.sub(lambda path: path[0].rstrip("/").rpartition("/")[2], text)
+
+
 def refusal_of(error: Exception) -> tuple[int, str]:
     """Return the HTTP status and the text of the answer to a request that raised an error.
 
-    A user error has the same text as in a command. Other errors that a request can cause are answered with their
-    message and status 400. A RuntimeError is the server's own: status 500, and its text stays in the log.
+    A user error has the same text as in a command, without the folders of its files. Other errors that a request can
+    cause are answered with their message and status 400. A RuntimeError is the server's own: status 500, and its text
+    stays in the log.
     """
     explained = explanation_of(error)
     if explained is not None and not isinstance(error, KeyError):
-        return explained.status, explained.text
+        return explained.status, without_folders(explained.text)
     if isinstance(error, KeyError):
         return 400, f"The request lacks {error}."
-    return (500, INTERNAL) if isinstance(error, RuntimeError) else (400, str(error))
+    return (500, INTERNAL) if isinstance(error, RuntimeError) else (400, without_folders(str(error)))
 
 
 def check_address(words: Sequence[str]) -> None:

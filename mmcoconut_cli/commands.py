@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
-from mmcoconut_cli import doctor, recipes
+from mmcoconut_cli import doctor
 
 
 USAGE_STATUS = 2
@@ -19,6 +19,11 @@ class Command(NamedTuple):
     takes: str
     does: str
     target: str
+
+    @property
+    def is_light(self) -> bool:
+        """True if the command is of this package, so that it runs without torch and transformers."""
+        return self.target.startswith("mmcoconut_cli.")
 
 
 COMMANDS = {
@@ -58,7 +63,6 @@ COMMANDS = {
     "recipes": Command("", "list the recipes", "mmcoconut_cli.recipes:main"),
     "doctor": Command("", "check versions, devices, optional packages and folders", "mmcoconut_cli.doctor:main"),
 }
-LIGHT = {"recipes": recipes.main, "doctor": doctor.main}
 
 
 def help_text() -> str:
@@ -113,8 +117,9 @@ def main(argv: list[str] | None = None) -> None:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
         meant = f" Did you mean {nearest[0]!r}?" if nearest else ""
         refuse(f"mmcoconut has no command {name!r}.{meant} mmcoconut --help lists the commands.")
-    if name in LIGHT:
-        raise SystemExit(LIGHT[name](words))
     command = COMMANDS[name]
+    if command.is_light:
+        module, _, function = command.target.partition(":")
+        raise SystemExit(getattr(importlib.import_module(module), function)(words))
     run_command, function = load(command.target, "--debug" in words)
     run_command(function, words, name=name)

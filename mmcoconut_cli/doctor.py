@@ -45,7 +45,7 @@ class Check:
 
     def __str__(self) -> str:
         mark = "PROBLEM" if self.problem else "ok"
-        return f"  {mark:8} {self.name:18} {self.found}" + (f"\n{'':11}{self.problem}" if self.problem else "")
+        return f"  {mark:8} {self.name:19} {self.found}" + (f"\n{'':11}{self.problem}" if self.problem else "")
 
 
 def installed(name: str) -> str | None:

@@ -21,6 +21,15 @@ def folder() -> Path:
     return found
 
 
+def installed_recipes() -> dict[str, Path]:
+    """Return the files of the recipes by name.
+
+    Raises:
+        FileNotFoundError: the recipes are not installed.
+    """
+    return {file.stem: file for file in sorted(folder().glob("*.yaml"))}
+
+
 def sentence_of(recipe: Path) -> str:
     """Return the first sentence of a recipe's comment, which says what it trains."""
     lines = [line.removeprefix("#").strip() for line in recipe.read_text(encoding="utf-8").splitlines()]
@@ -34,13 +43,13 @@ def main(words: list[str]) -> int:
         print("usage: mmcoconut recipes\n\nList the recipes by name. mmcoconut train NAME runs one.")
         return 0
     try:
-        files = sorted(folder().glob("*.yaml"))
+        found = installed_recipes()
     except FileNotFoundError as error:
         print(error)
         return 1
-    names = max(len(file.stem) for file in files)
+    names = max(map(len, found))
     room = max(30, shutil.get_terminal_size((119, 24)).columns - names - 2)
-    for file in files:
-        print(f"{file.stem:{names}}  {textwrap.shorten(sentence_of(file), room, placeholder=' …')}")
+    for name, file in found.items():
+        print(f"{name:{names}}  {textwrap.shorten(sentence_of(file), room, placeholder=' …')}")
     print(f"\nThe files are in {folder()}. Start one with: mmcoconut train quickstart")
     return 0

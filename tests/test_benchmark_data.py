@@ -114,6 +114,11 @@ def test_a_published_row_of_mmstar(tmp_path):
             ["10", "15"],
         ),
         ("<image 1> Which one?\n(A) the first (A) of them\n(B) the second", "Which one?", None),
+        ("Is it day? Options: A: Yes, sir, B: No", "Is it day?", ["Yes, sir", "No"]),
+        ("Is it day? Options: A. Yes B. No", "Is it day?", ["Yes", "No"]),
+        ("Is it day?\nOptions: (A) Yes (B) No", "Is it day?", ["Yes", "No"]),
+        ("How many options: 3 or 4? Choices: (A) 3 (B) 4", "How many options: 3 or 4?", ["3", "4"]),
+        ("<image 1> Is it day? (A) Yes (B) No", "Is it day?", ["Yes", "No"]),
     ],
 )
 def test_both_layouts_of_options_become_choices(text, question, choices, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from mmcoconut import launching
-from mmcoconut.arguments.recipe_files import installed_recipes, located
+from mmcoconut.arguments.recipe_files import located
+from mmcoconut.errors import RecipeError
 from mmcoconut_cli import commands, doctor, recipes
 
 
@@ -47,7 +48,7 @@ def test_every_command_runs_what_it_names_and_shows_its_help(name, capsys):
 def test_recipes_are_listed_by_name_and_found_by_it(capsys, tmp_path, monkeypatch):
     assert recipes.main([]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line and line[0] != "T"]
-    assert listed == RECIPES == sorted(installed_recipes())
+    assert listed == RECIPES == sorted(recipes.installed_recipes())
     monkeypatch.chdir(tmp_path)
     assert Path(located("quickstart")) == ROOT / "recipes" / "quickstart.yaml"
     (tmp_path / "quickstart").write_text("seed: 1")
@@ -65,7 +66,7 @@ def test_the_doctor_finds_this_machine_fit(capsys):
     assert doctor.main([]) == 0
     said = capsys.readouterr().out
     assert "No problems found." in said and "PROBLEM" not in said
-    assert f"transformers       {importlib.metadata.version('transformers')}" in said
+    assert f"transformers        {importlib.metadata.version('transformers')}" in said
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,7 @@ def test_training_takes_a_process_for_each_gpu(num_gpus, words, rank, launches, 
     monkeypatch.setattr(launching, "main_of", lambda module: ran.append)
     monkeypatch.setattr(launching, "launch_command", launched.append)
     monkeypatch.setattr(launching, "default_config_file", "nowhere")
+    monkeypatch.setattr("mmcoconut.arguments.recipes.RunArguments", None)  # it would take a GPU in this process too
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -142,6 +144,14 @@ def test_training_takes_a_process_for_each_gpu(num_gpus, words, rank, launches, 
     for given in launched:
         assert (given.multi_gpu, given.num_processes, given.training_script_args) == (True, 4, words)
         assert given.training_script == str(ROOT / "train_hf.py")
+
+
+def test_a_wrong_recipe_is_refused_before_anything_is_launched(monkeypatch):
+    monkeypatch.setattr(launching.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launching, "launch_command", lambda arguments: pytest.fail("it was launched"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(RecipeError, match="sed = '3': no such key; did you mean `seed`"):
+        launching.train(["quickstart", "--sed", "3"])
 
 
 def test_what_accelerate_config_says_goes_first():

@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -369,6 +370,32 @@ def test_jobs_run_at_a_time_and_an_interrupt_ends_all(recipe, tmp_path, monkeypa
         signal.signal(signal.SIGINT, earlier)
     assert time.monotonic() - began < 30
     assert runner.num_done == 2 and runner.processes == set()
+
+
+def test_after_the_first_run_the_time_left_is_said(recipe, tmp_path, monkeypatch, capsys):
+    """Training takes 100 s each; a run that fails counts in neither number."""
+    modes = "cot,no_cot,coconut,pause"
+    runs = planned(recipe, "--compare", modes, "--seeds", "1", "--output_dir", str(tmp_path))
+    now, evaluated = [0.0], set()
+    monkeypatch.setattr(matched_runs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Run, "is_evaluated", property(lambda self: self in evaluated))
+    monkeypatch.setattr(Run, "is_audited", property(lambda self: not self.has_thoughts))
+    monkeypatch.setattr(Runner, "train_command", lambda self, run: ["train"])
+
+    def call(self, command, run):
+        now[0] += 100.0 if command == ["train"] else 7.0 if "mmcoconut.audit" in command else 0.0
+        if "mmcoconut.evaluation" in command:
+            if run.variant.name == "no_cot":
+                raise subprocess.CalledProcessError(1, command)
+            evaluated.add(run)
+
+    monkeypatch.setattr(Runner, "call", call)
+    Runner("train_hf.py", options=[], device="").finish_all(runs)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.endswith(" left")]
+    assert said == [
+        "1 of 4 runs trained and evaluated, 100 s each: about 5 min left",
+        "2 of 3 runs trained and evaluated, 100 s each: about 100 s left",
+    ]
 
 
 def test_audits_come_last_and_name_the_controls_of_their_seed(recipe, tmp_path, monkeypatch):

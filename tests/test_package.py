@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import mmcoconut
 
@@ -74,6 +75,7 @@ def test_sub_packages_are_all_installed_with_what_they_show():
         "CONTRIBUTING.md",
         "CITATION.cff",
         "LICENSE",
+        "MANIFEST.in",
         "Makefile",
         "model_card.md",
         "constraints.txt",
@@ -81,6 +83,13 @@ def test_sub_packages_are_all_installed_with_what_they_show():
 )
 def test_repository_has(file):
     assert (ROOT / file).stat().st_size > 0
+
+
+def test_citation_and_changelog_name_this_version_and_its_date():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    [newest, *_] = re.findall(r"^## .*$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert cited["version"] == mmcoconut.__version__
+    assert newest == f"## {mmcoconut.__version__} ({cited['date-released']})"
 
 
 def test_no_pickle_is_loaded():

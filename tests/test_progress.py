@@ -71,6 +71,15 @@ def test_the_table_says_what_a_run_will_do():
     assert text.endswith("| 0 | 1–2 | 0 |\n| 1 | 3 | 2 |\n| 2 | 4 | 4 |\n| 3 | 5 | 4 |")
 
 
+def test_batches_of_answers_are_counted_in_rows():
+    """8 answers per device, 2 batches, 3 processes: 48 answers per update, 6 to each row."""
+    run = run_of()
+    run["args"].num_generations = 6
+    counts = {"parameters": 4000, "trainable_parameters": 1000}
+    text = plan.plan_text(Curriculum(max_latent_stage=1), {"train": range(120)}, counts=counts, **run)
+    assert "| updates | 50, 10 per epoch, 8 rows each, 6 answers per row |" in text
+
+
 def test_the_time_left_is_said_after_ten_updates(caplog, monkeypatch):
     now, state = [0.0], SimpleNamespace(global_step=100, max_steps=210, is_world_process_zero=True)
     monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])

@@ -20,7 +20,7 @@ from mmcoconut.explanations import BY_NUMBER
 from mmcoconut_cli import commands
 
 
-HEAVY = [name for name in commands.COMMANDS if name not in commands.LIGHT]
+HEAVY = [name for name, command in commands.COMMANDS.items() if not command.is_light]
 
 
 def answered(kind, status: int, path: str = "api/models/owner/private"):
@@ -130,10 +130,26 @@ def test_ctrl_c_ends_with_130_and_says_how_to_go_on(failing, capsys):
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_the_server_answers_with_the_same_text_and_its_status(kind):
-    from mmcoconut.serve import refusal_of
+    from mmcoconut.serve import refusal_of, without_folders
 
     make, _, status = ERRORS[kind]
-    assert refusal_of(make()) == (status, explanation_of(make()).text)
+    assert refusal_of(make()) == (status, without_folders(explanation_of(make()).text))
+
+
+@pytest.mark.parametrize(
+    "error, text",
+    [
+        (UsageError("/srv/models/maze: no such folder. Correct it."), "maze: no such folder. Correct it."),
+        (UsageError("'/srv/my models/maze.png': not a picture"), "'maze.png': not a picture"),
+        (FileNotFoundError(errno.ENOENT, "no", "/srv/x y/a.bin"), "a.bin: no such file or folder. Correct the path."),
+        (ValueError(f"{Path.home()}/a/c.json lacks 'x' (~/d/e.json)"), "c.json lacks 'x' (e.json)"),
+        (ValueError("see https://hub.test/a/b, 3/4 and num_latents"), "see https://hub.test/a/b, 3/4 and num_latents"),
+    ],
+)
+def test_the_server_names_files_without_its_folders(error, text):
+    from mmcoconut.serve import refusal_of
+
+    assert refusal_of(error) == (400, text)
 
 
 @pytest.mark.parametrize("kind, status", [(KeyError, 400), (TypeError, 400), (RuntimeError, 500)])

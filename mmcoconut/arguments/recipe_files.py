@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import yaml
 
-import mmcoconut
 from mmcoconut.errors import RecipeError
+from mmcoconut_cli.recipes import installed_recipes
 
 
 VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
@@ -180,13 +180,6 @@ def _read_chain(chain: tuple[str, ...]) -> list[tuple[str, dict, list]]:
     base = values.pop(BASE, None)
     bases = [] if base is None else _read_chain((*chain, _base_of(chain, base)))
     return [(chain[-1], values, twice), *bases]
-
-
-def installed_recipes() -> dict[str, Path]:
-    """Return the recipes of this package, or of its checkout, by name."""
-    folders = [Path(root, "recipes") for root in mmcoconut.__path__]
-    found = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
-    return {file.stem: file for file in reversed(found)}
 
 
 def located(recipe: str) -> str:

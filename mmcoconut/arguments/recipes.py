@@ -76,13 +76,19 @@ def warn_of_idle(values: dict, run: RunArguments) -> None:
         logger.warning("%s", line)
 
 
-def _build(values: dict, problems: list[tuple]) -> list:
-    """Build the four dataclasses; RunArguments last, because it sets up devices, and only from valid values."""
+def _build_first(values: dict, problems: list[tuple]) -> tuple[list, dict]:
+    """Build the dataclasses before RunArguments, and add the problems of all values, which are returned complete."""
     parts = [{key: values[key] for key in names if key in values} for names in NAMES]
     built = [cls(**part) for cls, part in zip(CLASSES[:-1], parts[:-1], strict=True)]
     complete = {**vars(built[0]), **vars(built[1]), **vars(built[2]), **parts[-1]}
-    wrong = {key for key, _, _ in problems}
-    problems += problems_of(complete, wrong)
+    problems += problems_of(complete, {key for key, _, _ in problems})
+    return [*built, parts[-1]], complete
+
+
+def _build(values: dict, problems: list[tuple]) -> list:
+    """Build the four dataclasses; RunArguments last, because it sets up devices, and only from valid values."""
+    parts, complete = _build_first(values, problems)
+    built = parts[:-1]
     if values.get("smoke_test") and not torch.cuda.is_available():
         parts[-1] |= {"bf16": False, "fp16": False}
     if parts[-1].get("bf16") and not torch.accelerator.is_available():
@@ -200,21 +206,35 @@ def read_recipe(recipe: str | os.PathLike) -> dict:
 
 def parse_recipe(argv: list[str]) -> tuple[ModelArguments, DataArguments, CurriculumArguments, RunArguments]:
     """Parse `recipe.yaml [--key value ...]`; RecipeError lists all problems."""
-    recipe, *words = argv or [""]
     if {"-h", "--help"} & {*argv}:
         print(help_text("train_hf.py recipe.yaml [--key value ...]"))
         print(HELP)
         raise SystemExit(0)
+    return tuple(_checked(argv, _build))
+
+
+def check_recipe(argv: list[str]) -> None:
+    """Check a recipe as `parse_recipe` does, without TrainingArguments, which would set up this process's device.
+
+    Raises:
+        RecipeError: all problems but those that TrainingArguments itself finds.
+    """
+    _checked(argv, _build_first)
+
+
+def _checked(argv: list[str], build):
+    """Return what `build(values, problems)` returns for a recipe; RecipeError lists all problems."""
+    recipe, *words = argv or [""]
     values, sources, problems = read_values(recipe, words)
     values = as_types(values, TYPES, problems, others=COCONUT_KEYS)
     values["output_dir"] = values.get("output_dir") or f"outputs/{Path(recipe).stem}"
     values = completed_for_a_new_model(values)
-    arguments = _build(values, problems)
+    built = build(values, problems)
     if values.get("smoke_test"):  # it makes its own data
         problems = [problem for problem in problems if not problem[0].startswith("dataset_options.")]
     if problems:
         raise RecipeError(recipe, name_sources(problems, sources, recipe))
-    return tuple(arguments)
+    return built
 
 
 def recipe_text(*arguments) -> str:

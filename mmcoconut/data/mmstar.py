@@ -1,10 +1,10 @@
 """Load MMStar, 1,500 questions that need their picture: parquet with `image`, `question`, `answer` and categories.
 
 The options are in the question's text, in one of two layouts: `…\\nOptions: A: …, B: …`, or lines that begin with
-`(A)`, some after a hint about letters. Both become choices; the letter in `answer` becomes the text of its choice.
-Options `nan`, which fill rows up to four, are dropped. Paper: https://arxiv.org/abs/2403.20330. Data:
-https://huggingface.co/datasets/Lin-Chen/MMStar; scoring: `eval/vlmeval/evaluate/mmstar.py` of
-https://github.com/MMStar-Benchmark/MMStar
+`(A)`, some after a hint about letters. Copies of the data have both also within one line. All become choices; the
+letter in `answer` becomes the text of its choice. Options `nan`, which fill rows up to four, are dropped. Paper:
+https://arxiv.org/abs/2403.20330. Data: https://huggingface.co/datasets/Lin-Chen/MMStar; scoring:
+`eval/vlmeval/evaluate/mmstar.py` of https://github.com/MMStar-Benchmark/MMStar
 """
 
 import os
@@ -27,19 +27,30 @@ from mmcoconut.errors import UsageError
 CATEGORIES = ("category", "l2_category")  # 6 abilities, and 18 that divide them
 # The text between the question and its options: a line of its own, or the first option itself.
 HEADER = re.compile(r"\n\s*(?:(?:Options|Choices):\s*|(?=\(A\)))")
+HEADER_IN_LINE = re.compile(r"\s(?:(?:Options|Choices):\s*(?=A:|A\.\s|\(A\))|(?=\(A\)))")
 MARK = r"(?:^|[,\n]\s*)(?:{0}:|{0}\.\s|\({0}\))"
+MARK_IN_LINE = r"(?:^|,?\s)(?:{0}:\s|{0}\.\s|\({0}\))"
+LAYOUTS = [(header, mark) for header in (HEADER, HEADER_IN_LINE) for mark in (MARK, MARK_IN_LINE)]
 HINT = re.compile(r"^Hint:.*\nQuestion:\s*")
 MISSING = "nan"
 CATEGORIES_OF_SAMPLE = (("coarse perception", "image emotion"), ("logical reasoning", "diagram reasoning"))
 
 
+def _headers_in(text: str) -> Iterator[tuple[re.Match, str]]:
+    """Yield where the options of a text may begin, with how they would be marked, the published layouts first."""
+    for header, mark in LAYOUTS:
+        if (begin := header.search(text)) is not None:
+            yield begin, mark
+
+
 def _question_and_options(text: str, row_id: str) -> tuple[str, list[str]]:
-    header = HEADER.search(text)
-    if header is None:
+    """Return the question and its options, by the first layout that finds two or more."""
+    found = [(header, lettered(text[header.end() :].strip(), mark)) for header, mark in _headers_in(text)]
+    if not found:
         raise field_error(
             row_id, "question", text, "there is no line `Options:` in it; write the options as published"
         )
-    options = lettered(text[header.end() :].strip(), MARK)
+    header, options = next((each for each in found if len(each[1]) > 1), found[0])
     question = HINT.sub("", text[: header.start()]).replace("<image 1>", "").strip()
     return question, check_choices(options, "question", text, row_id)
 

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from mmcoconut.arguments.fields import default_of
 from mmcoconut.arguments.recipes import recipe_text
 from mmcoconut.arguments.variants import Variant, known_objectives, variants_of
 from mmcoconut.errors import UsageError
+from mmcoconut.progress import Pace
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
 from mmcoconut.training.checkpoints import newest_whole
 
@@ -214,7 +216,7 @@ class Runner:
     def __init__(self, script: str, *, options: list[str], device: str, jobs: int = 1):
         self.script, self.options, self.device, self.jobs = script, options, device, jobs
         self.threads = str(max(1, torch.get_num_threads() // jobs))
-        self.runs, self.num_done = [], 0
+        self.runs, self.num_done, self.pace = [], 0, Pace(0)
         self.lock, self.processes, self.is_ended = Lock(), set(), False
 
     def train_command(self, run: Run) -> list[str]:
@@ -285,6 +287,11 @@ class Runner:
         """Print a line for a run whose state changed, with the number of finished runs."""
         print(f"{run}: {what} ({self.num_done} of {len(self.runs)} runs done)\n", end="", flush=True)
 
+    def say_time_left(self, unit: str) -> None:
+        """Print how much time is left, if any is."""
+        if (text := self.pace.text(unit)) is not None:
+            print(f"{text}\n", end="", flush=True)
+
     def train_and_evaluate(self, run: Run) -> None:
         """Train and evaluate, unless already done."""
         if not run.is_trained:
@@ -301,15 +308,20 @@ class Runner:
         self.say(run, "auditing …")
         self.call(self.audit_command(run), run)
 
-    def attempt(self, step: Callable[[Run], None], run: Run) -> int:
+    def attempt(self, step: Callable[[Run], None], run: Run, unit: str) -> int:
         """Run a step of a run; return the exit status of a failed command, or 0."""
+        began = time.monotonic()
         try:
             step(run)
+            with self.lock:
+                self.pace.add(time.monotonic() - began)
+                self.num_done += run.is_audited
             if run.is_audited:
-                with self.lock:
-                    self.num_done += 1
                 self.say(run, "done")
+            self.say_time_left(unit)
         except subprocess.CalledProcessError as error:
+            with self.lock:
+                self.pace.leave_out()
             if not self.is_ended:
                 self.say(run, f"failed, see {run.log}")
             return error.returncode
@@ -318,16 +330,22 @@ class Runner:
     def finish_all(self, runs: list[Run]) -> dict[Run, int]:
         """Finish every run; return the exit status of failed runs. Ctrl-C ends the runs in progress."""
         self.runs, self.num_done = runs, sum(run.is_finished for run in runs)
-        failed = self.each(self.train_and_evaluate, [run for run in runs if not run.is_evaluated])
+        unfinished = [run for run in runs if not run.is_evaluated]
+        failed = self.each(self.train_and_evaluate, unfinished, "runs trained and evaluated")
         without_controls = {run.seed for run in failed if run.is_control}  # which the same command repeats
         audits = [run for run in runs if run.is_evaluated and not run.is_audited and run.seed not in without_controls]
-        return failed | self.each(self.audit, audits)
+        return failed | self.each(self.audit, audits, "runs audited")
 
-    def each(self, step: Callable[[Run], None], runs: list[Run]) -> dict[Run, int]:
-        """Run a step for every run, `jobs` at a time; return the exit status of failed runs."""
+    def each(self, step: Callable[[Run], None], runs: list[Run], unit: str) -> dict[Run, int]:
+        """Run a step for every run, `jobs` at a time; return the exit status of failed runs.
+
+        Args:
+            unit: what the runs are after this step, for the line about the remaining time.
+        """
+        self.pace = Pace(len(runs), self.jobs)
         with terminated_as_interrupted(), ThreadPoolExecutor(self.jobs) as pool:
             try:
-                started = {run: pool.submit(self.attempt, step, run) for run in runs}
+                started = {run: pool.submit(self.attempt, step, run, unit) for run in runs}
                 return {run: status for run, future in started.items() if (status := future.result()) != 0}
             except BaseException:
                 self.end()

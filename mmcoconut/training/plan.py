@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sized
 
 from transformers import TrainerCallback
 
+from mmcoconut.progress import duration
 from mmcoconut.records import markdown_table
 from mmcoconut.training.results import count_parameters
 
@@ -14,17 +15,6 @@ from mmcoconut.training.results import count_parameters
 logger = logging.getLogger("mmcoconut")
 
 TIMED_UPDATES = 10
-
-
-def duration(seconds: float) -> str:
-    """Format a duration with the precision of an estimate.
-
-    >>> duration(42), duration(600), duration(9000)
-    ('42 s', '10 min', '2.5 h')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def stage_lines(curriculum, num_epochs: float) -> list[list[str]]:
@@ -48,11 +38,13 @@ def plan_text(curriculum, splits: Mapping[str, Sized], *, args, max_steps: int, 
         counts: result of `count_parameters`.
     """
     rows = ", ".join(f"{name} {len(some):,}" for name, some in splits.items())
-    per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    answers = getattr(args, "num_generations", 1)  # per row, of trl's GRPO and RLOO, whose batches count answers
+    per_update = args.train_batch_size * args.gradient_accumulation_steps * args.world_size / answers
+    each = f"{per_update:,g} rows each" + (f", {answers} answers per row" if answers > 1 else "")
     trained, of_all = counts["trainable_parameters"], counts["parameters"]
     lines = [
         ["rows", rows],
-        ["updates", f"{max_steps:,}, {updates_per_epoch:,} per epoch, {per_update:,} rows each"],
+        ["updates", f"{max_steps:,}, {updates_per_epoch:,} per epoch, {each}"],
         ["parameters", f"{of_all:,}, of which {trained:,} are trained ({100 * trained / max(of_all, 1):.3g} %)"],
     ]
     if "objective_parameters" in counts:
