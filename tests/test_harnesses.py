@@ -166,7 +166,7 @@ def test_choices_are_compared_as_they_were_trained_and_only_without_pictures(che
 
 
 def run_program(words: list, folder: Path) -> dict:
-    """Run lm-eval's command in the new `folder`; return its results file, with `samples` by task, in the rows' order."""
+    """Run lm-eval's command in the new `folder`; return its results, with `samples` by task in the rows' order."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     command = [sys.executable, "-m", *map(str, words), "--output_path", "out", "--log_samples"]
     folder.mkdir()
