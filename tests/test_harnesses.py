@@ -110,9 +110,9 @@ def test_every_task_file_names_a_data_set_and_what_all_share():
     names = [yaml.safe_load(file.read_text())["dataset_kwargs"]["dataset"] for file in files]
     assert [file.stem.removesuffix("_likelihood") for file in files] == [f"mmcoconut_{name}" for name in names]
     assert {*names} <= DATASETS.keys() and {"blink", "m3cot", "mmstar", "mmvp", "scienceqa", "vstar"} <= {*names}
-    shared = (TASK_FOLDERS["lm_eval"] / "_rows_yaml").read_text()
+    shared = "".join((TASK_FOLDERS["lm_eval"] / name).read_text() for name in ("_rows_yaml", "_choices_yaml"))
     functions = [line.rpartition("!function ")[2] for line in shared.splitlines() if "!function" in line]
-    assert len(functions) == 6
+    assert len(functions) == 9
     for function in functions:
         module, _, name = function.rpartition(".")
         assert callable(getattr(importlib.import_module(module), name))
