@@ -5,6 +5,9 @@ The programs are not among the requirements: without them these tests are skippe
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from mmcoconut.training.collator import CurriculumCollator
 from mmcoconut.training.curriculum import Curriculum
 
 
+ROOT = Path(__file__).parent.parent
 NUM_LATENTS = 2
 NEW_TOKENS = 8
 MAZES = {"cell_size": 8, "max_hops": 2, "num_rows": 6}
@@ -75,17 +79,27 @@ def options(tmp_path_factory) -> dict[str, dict]:
 @pytest.fixture(scope="module")
 def ours(checkpoint, options, tmp_path_factory) -> dict[str, tuple[float, list[str]]]:
     """Of each data set the score and the texts of `python -m mmcoconut.evaluation`."""
-    found = {}
-    for name in ASKED:
-        folder = tmp_path_factory.mktemp("ours")
-        words = ["--model", checkpoint, "--dataset", name, "--dataset_options", json.dumps(options[name])]
-        words += ["--max_new_tokens", NEW_TOKENS, "--batch_size", 4, "--output_dir", folder / "out"]
-        record = evaluate([str(word) for word in words])
-        found[name] = (
-            record["accuracy"]["mean"],
-            [line["output"] for line in read_lines(folder / "out/predictions.jsonl")],
-        )
-    return found
+    return {name: evaluated(checkpoint, name, options[name], tmp_path_factory.mktemp("ours")) for name in ASKED}
+
+
+def evaluated(checkpoint, name: str, options: dict, folder: Path) -> tuple[float, list[str]]:
+    """Return the score and the texts of our evaluation, written to `folder`/out_`name`."""
+    words = ["--model", checkpoint, "--dataset", name, "--dataset_options", json.dumps(options)]
+    words += ["--max_new_tokens", NEW_TOKENS, "--batch_size", 4, "--output_dir", folder / f"out_{name}"]
+    record = evaluate([str(word) for word in words])
+    return record["accuracy"]["mean"], [
+        line["output"] for line in read_lines(folder / f"out_{name}/predictions.jsonl")
+    ]
+
+
+def own_rows(folder: Path) -> dict:
+    """Write four rows without pictures, with choices; return the options that load them."""
+    rows = [
+        {"question": f"{color} or not?", "steps": ["It is."], "choices": ["red", "blue"], "answer": color}
+        for color in ("red", "blue", "blue", "red")
+    ]
+    (folder / "test.json").write_text(json.dumps(rows))
+    return {"file": str(folder / "{split}.json"), "images_required": False}
 
 
 # The task files and what they name
@@ -94,11 +108,11 @@ def ours(checkpoint, options, tmp_path_factory) -> dict[str, tuple[float, list[s
 def test_every_task_file_names_a_data_set_and_what_all_share():
     files = sorted(TASK_FOLDERS["lm_eval"].glob("*.yaml"))
     names = [yaml.safe_load(file.read_text())["dataset_kwargs"]["dataset"] for file in files]
-    assert [file.stem for file in files] == [f"mmcoconut_{name}" for name in names]
+    assert [file.stem.removesuffix("_likelihood") for file in files] == [f"mmcoconut_{name}" for name in names]
     assert {*names} <= DATASETS.keys() and {"blink", "m3cot", "mmstar", "mmvp", "scienceqa", "vstar"} <= {*names}
-    shared = (TASK_FOLDERS["lm_eval"] / "_rows_yaml").read_text()
+    shared = "".join((TASK_FOLDERS["lm_eval"] / name).read_text() for name in ("_rows_yaml", "_choices_yaml"))
     functions = [line.rpartition("!function ")[2] for line in shared.splitlines() if "!function" in line]
-    assert len(functions) == 6
+    assert len(functions) == 9
     for function in functions:
         module, _, name = function.rpartition(".")
         assert callable(getattr(importlib.import_module(module), name))
@@ -133,7 +147,61 @@ def test_options_say_where_rows_are_and_missing_ones_are_asked_for():
         tasks.load("mmvp", blink={"path": "x"})
 
 
+def test_choices_are_compared_as_they_were_trained_and_only_without_pictures(checkpoint, tmp_path):
+    rows = tasks.load_choices("json_steps", str(checkpoint), trust_remote_code=True, json_steps=own_rows(tmp_path))[
+        "test"
+    ]
+    end = rows[0]["end"]
+    assert tasks.choices_of(rows[0]) == [f"### red{end}", f"### blue{end}"]
+    chosen = [tasks.chosen_outcome_of(row, [(-2.0, False), (-1.0, True)])["score"] for row in rows]
+    assert [outcome["output"] for outcome in chosen] == ["### blue"] * len(rows)
+    assert tasks.mean_score(chosen) == 0.5
+    with pytest.raises(UsageError, match="row 0 has 1 pictures.*--score_by likelihood"):
+        tasks.load_choices("mmvp", str(checkpoint), mmvp=loader_of("mmvp").write_sample(tmp_path, num_rows=2, seed=0))
+    with pytest.raises(UsageError, match="row 0 has no choices.*mmcoconut_graph_paths"):
+        tasks.load_choices("graph_paths", str(checkpoint), graph_paths={"num_rows": 2})
+
+
 # The programs
+
+
+def run_program(words: list, folder: Path) -> dict:
+    """Run lm-eval's command in the new `folder`; return its results, with `samples` by task in the rows' order."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", *map(str, words), "--output_path", "out", "--log_samples"]
+    folder.mkdir()
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    [results] = (folder / "out").rglob("*results*.json")
+    found = json.loads(results.read_text())
+    for file in (folder / "out").rglob("*samples_*.jsonl"):
+        name = next(name for name in found["results"] if f"samples_{name}_20" in file.name)
+        found.setdefault("samples", {})[name] = sorted(read_lines(file), key=lambda sample: sample["doc_id"])
+    return found
+
+
+@pytest.mark.slow
+def test_the_command_of_lm_eval_writes_our_scores_and_texts_without_pictures_too(checkpoint, ours, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install lm_eval==0.4.13")
+    own = own_rows(tmp_path)
+    words = ["lm_eval", "run", "--model", "hf-multimodal", "--device", "cpu"]
+    words += ["--model_args", f"pretrained={checkpoint},trust_remote_code=True"]
+    words += ["--include_path", TASK_FOLDERS["lm_eval"], "--apply_chat_template", "--batch_size", 4]
+    words += ["--metadata", json.dumps({"arrow_mazes": MAZES, "json_steps": own})]
+    words += ["--gen_kwargs", f"max_gen_toks={NEW_TOKENS}", "--tasks"]
+    found = run_program([*words, "mmcoconut_arrow_mazes"], tmp_path / "images")
+    score, texts = ours["arrow_mazes"]
+    assert [sample["resps"][0][0] for sample in found["samples"]["mmcoconut_arrow_mazes"]] == texts
+    assert found["results"]["mmcoconut_arrow_mazes"]["score,none"] == score
+    found = run_program([*words, "mmcoconut_json_steps_likelihood"], tmp_path / "text")
+    words = ["--model", checkpoint, "--dataset", "json_steps", "--dataset_options", json.dumps(own)]
+    words += ["--score_by", "likelihood", "--output_dir", tmp_path / "likelihood"]
+    record = evaluate([str(word) for word in words])
+    samples = found["samples"]["mmcoconut_json_steps_likelihood"]
+    theirs = torch.tensor([[float(resp[0][0]) for resp in sample["resps"]] for sample in samples])
+    log_probs = [line["log_probs"] for line in read_lines(tmp_path / "likelihood/predictions.jsonl")]
+    torch.testing.assert_close(theirs, torch.tensor(log_probs), rtol=1e-4, atol=1e-4)
+    assert found["results"]["mmcoconut_json_steps_likelihood"]["score,none"] == record["accuracy"]["mean"]
 
 
 @pytest.mark.slow

@@ -9,9 +9,10 @@ from typing import Any
 
 from datasets import Dataset
 from PIL import Image
+from transformers import AutoTokenizer
 
-from mmcoconut.chat_template_mmcoconut import parse_answer
-from mmcoconut.data import load_examples, question_text
+from mmcoconut.chat_template_mmcoconut import ANSWER_MARKER, parse_answer
+from mmcoconut.data import image_counts, load_examples, question_text
 from mmcoconut.data.images import open_images
 from mmcoconut.data.scoring import default_metric, score
 from mmcoconut.errors import UsageError
@@ -19,7 +20,7 @@ from mmcoconut.errors import UsageError
 
 IMAGE_PLACEHOLDER = "<image>"  # lm-eval looks for it in a text, regardless of the model's own
 SPLIT = "test"
-NOT_SCORED = ("images", "boxes", "helper_image", "dataset")
+NOT_SCORED = ("images", "boxes", "helper_image", "dataset", "end")
 NEW_TOKENS = 64  # if a task sets no number
 # Other generation_kwargs of a task that are passed to `generate`; `until` is applied to the text.
 PASSED_ON = ("do_sample", "num_beams", "temperature", "top_p")
@@ -45,6 +46,28 @@ def load(dataset: str, **metadata: Any) -> dict[str, Dataset]:
     return {SPLIT: rows.add_column("dataset", [dataset] * len(rows))}
 
 
+def load_choices(dataset: str, pretrained: str, **metadata: Any) -> dict[str, Dataset]:
+    """Return the rows of `load` with the end-of-text token of a checkpoint in the column `end`, for likelihoods.
+
+    pretrained: folder or Hub id; lm-eval adds its `--model_args` to the metadata.
+
+    Raises:
+        UsageError: a row has pictures, for which lm-eval computes no likelihoods, or no choices.
+    """
+    rows = load(dataset, **metadata)[SPLIT]
+    for row_id, num_images, choices in zip(rows["row_id"], image_counts(rows), rows["choices"]):
+        if num_images:
+            raise UsageError(
+                f"{row_id} has {num_images} pictures, for which lm-eval computes no likelihoods: use "
+                "`mmcoconut eval --score_by likelihood`"
+            )
+        if not choices:
+            raise UsageError(f"{row_id} has no choices to compare: use the task mmcoconut_{dataset}, which generates")
+    loading = {name: metadata[name] for name in ("revision", "trust_remote_code") if name in metadata}
+    end = AutoTokenizer.from_pretrained(pretrained, **loading).eos_token
+    return {SPLIT: rows.add_column("end", [end] * len(rows))}
+
+
 def images_of(doc: Mapping) -> list[Image.Image]:
     """Return the pictures of a row, upright and RGB."""
     return open_images(doc)
@@ -58,6 +81,17 @@ def text_of(doc: Mapping) -> str:
 def target_of(doc: Mapping) -> str:
     """Return the first accepted answer, which is not shown to the model."""
     return doc["answers"][0]
+
+
+def choices_of(doc: Mapping) -> list[str]:
+    """Return the compared texts, one per choice, each ended as in training; for rows of `load_choices`."""
+    return [f"{ANSWER_MARKER} {choice}{doc['end']}" for choice in doc["choices"]]
+
+
+def chosen_outcome_of(doc: Mapping, results: Sequence[tuple[float, bool]]) -> dict[str, dict]:
+    """Return `outcome_of` the choice with the largest log-probability; each result begins with one."""
+    log_probs = [result[0] for result in results]
+    return outcome_of(doc, [f"{ANSWER_MARKER} {doc['choices'][log_probs.index(max(log_probs))]}"])
 
 
 def outcome_of(doc: Mapping, results: Sequence[str]) -> dict[str, dict]:
