@@ -94,7 +94,15 @@ SKIPPED = {
     "quickstart_short": "a shorter quickstart",
     "quickstart_stops": "97 weights of the quickstart's model",
     **dict.fromkeys(
-        ("smollm2_aokvqa_text", "smollm2_graphs", "smollm2_mazes", "smollm2_mazes_text", "smollm2_puzzlevqa"),
+        (
+            "smollm2_aokvqa_text",
+            "smollm2_graphs",
+            "smollm2_mazes",
+            "smollm2_mazes_text",
+            "smollm2_pointers",
+            "smollm2_pointers_from_cot",
+            "smollm2_puzzlevqa",
+        ),
         "its tower is one that was trained here, or too small to count; hours wait for finished runs",
     ),
 }

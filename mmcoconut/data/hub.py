@@ -9,7 +9,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetInfo, Features, Image, get_dataset_split_names, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetInfo,
+    Features,
+    Image,
+    get_dataset_config_names,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
 
 from mmcoconut.data import FEATURES, nearest, to_dataset
 from mmcoconut.data.arrow_mazes import png_bytes
@@ -36,6 +45,13 @@ def published_splits(path: str | os.PathLike, config: str | None = None) -> list
     except (FileNotFoundError, ConnectionError) as error:
         remedy = "correct the option path, or download the data set where there is a network and give its folder"
         raise UsageError(f"{path}: there is no such folder here, and the Hub does not give it; {remedy}") from error
+    except ValueError as error:
+        known = [] if config is None else get_dataset_config_names(path)
+        if config in (None, *known):
+            raise
+        raise UsageError(
+            f"{path}: has no configuration {config!r}: download it, or choose others. {nearest(config, known)}"
+        ) from error
 
 
 def _read(path: str | os.PathLike, name: str, config: str | None) -> Dataset:
