@@ -48,6 +48,7 @@ def test_the_position_of_a_pair_does_not_give_the_answer_away():
         ({"num_letters": 2}, "num_letters is 2; choose 3 to 26"),
         ({"num_letters": 4, "max_hops": 4}, "max_hops 4 and num_letters 4"),
         ({"min_hops": 3, "max_hops": 2}, "min_hops is 3, max_hops 2"),
+        ({"steps": "letter"}, "steps is 'letter'.*letters"),
         ({"num_letters": 3, "max_hops": 1, "num_rows": 10_000_000}, "lower num_rows"),
     ],
 )
@@ -55,6 +56,12 @@ def test_impossible_options_are_named(options, message, monkeypatch):
     monkeypatch.setattr("mmcoconut.data.pointer_chasing.MAX_DRAWS", 1e-5)
     with pytest.raises(UsageError, match=message):
         load(split="test", **options)
+
+
+def test_letters_alone_are_the_ends_of_the_pairs():
+    pairs, letters = (load(split="test", num_rows=20, steps=form) for form in ("pairs", "letters"))
+    assert letters["steps"] == [[step[-1] for step in row] for row in pairs["steps"]]
+    assert letters["question"] == pairs["question"]
 
 
 def test_it_is_a_data_set_by_name():

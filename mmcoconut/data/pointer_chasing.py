@@ -16,13 +16,14 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from mmcoconut.data import SPLITS, Example, rows_of_split, split_of, to_dataset
+from mmcoconut.data import SPLITS, Example, nearest, rows_of_split, split_of, to_dataset
 from mmcoconut.errors import UsageError
 
 
 NUM_ROWS = {"train": 15_000, "validation": 500, "test": 500}
 FRACTIONS = (0.8, 0.1, 0.1)  # of all possible cycles, by hash; rows are drawn within a split's part
 MAX_DRAWS = 100  # per row, before an error is raised
+STEP_FORMS = ("pairs", "letters")
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,14 @@ class Chase:
         pairs = [f"{self.cycle[at]}>{self.cycle[(at + 1) % len(self.cycle)]}" for at in self.order]
         return f"{' '.join(pairs)} From {self.cycle[0]} go {self.hops}."
 
-    def steps(self) -> list[str]:
-        """Return a step per hop.
+    def steps(self, form: str = "pairs") -> list[str]:
+        """Return a step per hop; forms: `pairs`, or `letters`, the reached letter alone.
 
         >>> Chase("GFCA", (1, 0, 3, 2), 3).steps()
         ['G>F', 'F>C', 'C>A']
         """
+        if form == "letters":
+            return [*self.path[1:]]
         return [f"{self.path[hop]}>{self.path[hop + 1]}" for hop in range(self.hops)]
 
 
@@ -130,12 +133,16 @@ def load(
     num_letters: int = 8,
     min_hops: int = 1,
     max_hops: int = 4,
+    steps: str = "pairs",
 ) -> Dataset:
     """Load the rows of a split: no picture, the pairs and the question, one hop per step, the letter that is reached.
 
     num_rows: for every split, or a mapping by split. num_letters: pairs of a row, drawn from the alphabet.
     min_hops, max_hops: range of the uniform number of hops.
+    steps: `pairs`, as `G>F`, or `letters`, the reached letter alone, `F`.
     """
+    if steps not in STEP_FORMS:
+        raise UsageError(f"steps is {steps!r}; {nearest(steps, STEP_FORMS)}")
     chases = generate(
         split, num_rows=num_rows, seed=seed, num_letters=num_letters, min_hops=min_hops, max_hops=max_hops
     )
@@ -144,7 +151,7 @@ def load(
             images=[],
             question=chase.question(),
             choices=[],
-            steps=chase.steps(),
+            steps=chase.steps(steps),
             answers=[chase.path[-1]],
             row_id=f"pointer_chasing {split} row {index}",
         )
