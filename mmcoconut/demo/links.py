@@ -23,9 +23,10 @@ KEYS = ("example", "question", "thoughts", "max_new_tokens", "others")
 
 @dataclass(frozen=True)
 class Settings:
-    """What one question is asked with. example: the name of the one whose picture it is about; None without one.
+    """The settings of one question.
 
-    thoughts, max_new_tokens: numbers of the sliders. others: ask again with other thoughts.
+    question: its text. example: name of the example whose picture is used; None without one. thoughts,
+    max_new_tokens: numbers of the sliders. others: ask again with other thoughts.
     """
 
     question: str
