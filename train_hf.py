@@ -426,6 +426,7 @@ def main(argv: list[str] | None = None) -> dict:
     arguments = parse_recipe(argv)
     if arguments[-1].smoke_test:
         arguments = smoke_arguments(*arguments)
+        logger.info("smoke test: a tiny model and made-up rows; files of the recipe's data are not read")
     arguments = settle(arguments, recipe=argv[0])
     if arguments[-1].compare is not None:
         return compare(*arguments, script=__file__, argv=argv)
