@@ -28,7 +28,7 @@ def _check_new_positions(limit: int | None, attention_mask: torch.Tensor | None,
     raise ValueError(
         f"The longest prompt has {length} tokens, images and latents included, and max_new_tokens={num_new} may "
         f"follow, but the language model has {limit} positions: {remedy}shorten the question, leave out earlier "
-        "turns, or take a language model with more positions."
+        "turns, ask with fewer thoughts (num_latents), or take a language model with more positions."
     )
 
 

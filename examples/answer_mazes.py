@@ -58,7 +58,10 @@ def main() -> None:
     for (maze, hops), answer in zip(mazes, answers):
         file = arguments.checkpoint / f"answer_{hops}_hops.png"
         picture_of(maze, hops, answer).save(file)
+        draw(maze).save(arguments.checkpoint / f"maze_{hops}_hops.png")
         print(f"{hops} hops, path {' '.join(map(cell_name, maze.path(hops)))}: model says {answer!r} -> {file}")
+    image = arguments.checkpoint / f"maze_{HOPS[1]}_hops.png"
+    print(f'Ask it yourself: mmcoconut ask {arguments.checkpoint} --image {image} "{question_of(HOPS[1])}"')
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def convert(file: str, text_model: str, *, num_latents: int):
 
 
 def parse_arguments(argv: list[str]) -> ConversionArguments:
-    usage = "python -m mmcoconut.convert_coconut --checkpoint … --text_model … --num_latents … --output_dir …"
+    usage = "mmcoconut convert coconut --checkpoint … --text_model … --num_latents … --output_dir …"
     arguments = read_arguments(argv, ConversionArguments, usage)
     problems = [(name, None, "give it") for name, value in vars(arguments).items() if value is None]
     if arguments.checkpoint is not None and not Path(arguments.checkpoint).is_file():

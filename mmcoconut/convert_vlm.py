@@ -194,7 +194,7 @@ def convert(source: str, *, to: str) -> tuple:
 
 
 def parse_arguments(argv: list[str]) -> ConversionArguments:
-    usage = "python -m mmcoconut.convert_vlm SOURCE TARGET --to own|composed"
+    usage = "mmcoconut convert vlm SOURCE TARGET --to own|composed"
     places = [*takewhile(lambda word: not word.startswith("-"), argv)]
     named = [word for pair in zip(("--source", "--target"), places) for word in pair]
     arguments = read_arguments([*named, *argv[min(2, len(places)) :]], ConversionArguments, usage)

@@ -1,5 +1,6 @@
 """User errors with complete messages: commands print them without a traceback, and end with status 2."""
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -53,6 +54,15 @@ def is_missing_folder(name) -> bool:
         return False
     parent = Path(name).parent
     return name.startswith((".", "/", "~")) or Path(name).is_file() or (parent != Path(".") and parent.is_dir())
+
+
+def folder_remedy(name: str) -> str:
+    """Return what to do about a missing folder: the folder beside it with the most similar name, if there is one."""
+    parent = Path(name).parent
+    beside = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(Path(name).name, beside, n=1)
+    hint = f"did you mean {str(parent / close[0])!r}? " if close else ""
+    return f"{hint}give an existing folder or a Hub id"
 
 
 def split_debug(words: list[str]) -> tuple[list[str], bool]:

@@ -16,7 +16,7 @@ from mmcoconut.build.gguf import find_gguf
 from mmcoconut.build.timm import MODEL_TYPE as TIMM_MODEL_TYPE
 from mmcoconut.build.timm import check_timm
 from mmcoconut.configuration_mmcoconut import THOUGHT_FIELDS, MMCoconutConfig
-from mmcoconut.errors import UsageError
+from mmcoconut.errors import UsageError, folder_remedy, is_missing_folder
 from mmcoconut.explanations import explain_causes, first_line
 from mmcoconut.modeling_mmcoconut import MMCoconutForConditionalGeneration
 from mmcoconut.processing_mmcoconut import MMCoconutProcessor
@@ -43,6 +43,8 @@ def _found(key: str, name: str, read: Callable):
     Raises:
         CheckpointError: the files are missing or cannot be reached.
     """
+    if is_missing_folder(name):
+        raise CheckpointError(f"{key} = {name!r}: no such folder: {folder_remedy(name)}")
     remedy = "Give an existing folder or a Hub id."
     if (Path(name) / "adapter_config.json").is_file():
         raise CheckpointError(

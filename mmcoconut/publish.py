@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> str:
     """Publish; return the address of the commit, or the folder of a dry run."""
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet_requests()
-    usage = "python -m mmcoconut.publish --model … --repo_id owner/name [--key value ...]"
+    usage = "mmcoconut publish MODEL --repo_id owner/name [--key value ...]"
     arguments = read_arguments(sys.argv[1:] if argv is None else argv, PublishArguments, usage)
     if arguments.dry_run is not None:
         assemble(Path(arguments.dry_run), arguments)

@@ -5,14 +5,13 @@ transformers; so the classes are added there, and its command is called. A visio
 loaded with its thoughts, which the server's Auto classes would omit. A request sets the number of thoughts with
 `"chat_template_kwargs": {"num_latents": 3}`, the server its default with `--chat-template-kwargs` and such JSON. A
 request without a length uses that of the checkpoint's recipe, and an invalid request is answered with status
-400 and an explanation.
+400 and an explanation. Files of the server's machine are read only with `--allow-local-files`.
 """
 
 import logging
 import re
-import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor, PreTrainedConf
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
+from mmcoconut.addresses import check_can_listen
 from mmcoconut.auto_classes import BOTH
 from mmcoconut.configuration_mmcoconut import THOUGHT_TOKENS
 from mmcoconut.errors import UsageError, explanation_of, run_command
@@ -40,6 +40,9 @@ MISTAKES = (ValueError, TypeError, KeyError, OSError, TemplateError, RuntimeErro
 # Absolute paths in a text: in quotes, before a colon, or up to a space; no part of a URL.
 QUOTED = r"""(?<=')[/~][^'\n]*(?=')|(?<=")[/~][^"\n]*(?=")"""
 ABSOLUTE = re.compile(QUOTED + r"|^(?:/|~/)[^:\n]*(?=: )|(?<![\w:/.])(?:/|~/)[\w.~/+@=-]+")
+MEDIA = {"image_url", "video_url", "audio_url"}
+REMOTE = ("http://", "https://", "data:")
+LOCAL_FILES = "--allow-local-files"
 INTERNAL = "The server failed to answer this request. Its log has the reason."
 DEFAULT_ADDRESS = ("localhost", 8000)  # default of `transformers serve`
 
@@ -59,21 +62,47 @@ def check_template_options(options) -> None:
         raise ValueError(f"markers={options['markers']!r}: the checkpoint decides its markers. Remove this option.")
 
 
+def urls_in(content) -> Iterator[str]:
+    """Yield the address of each picture, video and sound in a request's messages, which may be malformed."""
+    if isinstance(content, Mapping):
+        for key, value in content.items():
+            if key in MEDIA:
+                yield str(value.get("url", "")) if isinstance(value, Mapping) else str(value)
+            elif isinstance(value, list | Mapping):
+                yield from urls_in(value)
+    elif isinstance(content, list):
+        for part in content:
+            yield from urls_in(part)
+
+
+def check_urls(body: Mapping) -> None:
+    """Raise UsageError for a picture that is a file of the server's machine."""
+    for url in urls_in([body.get("messages"), body.get("input")]):
+        if not url.lower().startswith(REMOTE):
+            raise UsageError(
+                f"image {url[:60]!r}: this server reads no files of its machine. Send the picture itself, as "
+                f"data:image/png;base64,… or its http(s) address; or start the server with {LOCAL_FILES}."
+            )
+
+
 class CheckedHandler:
-    """A handler of `transformers serve` whose requests have a length, and no layout of their own.
+    """A handler of `transformers serve` whose requests have a length, no layout of their own and no local files.
 
     Args:
         handler: handler of chats, completions or responses.
         length: the field of its requests for the number of tokens.
         pinned: the model that the server was started with, if any.
+        local_files: whether a request may name files of the server's machine.
     """
 
-    def __init__(self, handler, length: str, pinned: str | None):
+    def __init__(self, handler, length: str, pinned: str | None, *, local_files: bool = False):
         check_template_options(handler.chat_template_kwargs)
-        self.handler, self.length, self.pinned = handler, length, pinned
+        self.handler, self.length, self.pinned, self.local_files = handler, length, pinned, local_files
 
     async def handle_request(self, body: dict, request_id: str):
         check_template_options(body.get("chat_template_kwargs", {}))
+        if not self.local_files:
+            check_urls(body)
         model = body.get("model") or self.pinned
         if model is not None and not body.keys() & ANY_LENGTH:
             body = {**body, self.length: new_tokens_of(model)}
@@ -110,15 +139,15 @@ def check_address(words: Sequence[str]) -> None:
         return
     given = dict(zip(words, words[1:])) | dict(word.split("=", 1) for word in words if "=" in word)
     host, port = given.get("--host", DEFAULT_ADDRESS[0]), given.get("--port", DEFAULT_ADDRESS[1])
-    try:
-        with socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
-    except (OSError, OverflowError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"No server at {host}, port {port} ({reason}). Set another --port or --host.") from error
+    check_can_listen(host, port, options="--port or --host")
 
 
-def with_clear_errors(build_server):
+def in_words_of_a_request(text: str) -> str:
+    """Return an explanation in which the options of `generate` have the names of a request's fields."""
+    return text.replace("max_new_tokens", "max_tokens")
+
+
+def with_clear_errors(build_server, *, local_files: bool = False):
     """Wrap `build_server` of `transformers serve` so that its application explains invalid requests."""
 
     def build(model_manager, chat_handler, **parts):
@@ -126,14 +155,18 @@ def with_clear_errors(build_server):
 
         async def answer(request, error: Exception) -> JSONResponse:
             status, message = refusal_of(error)
-            logger.warning("a request was answered with status %d", status, exc_info=error)
+            own = status >= 500  # a client's mistake needs no traceback
+            logger.warning("a request was answered with status %d: %s", status, error, exc_info=error if own else None)
             kind = "invalid_request_error" if status < 500 else "server_error"
-            body = {"message": message, "type": kind, "param": None, "code": None}
+            body = {"message": in_words_of_a_request(message), "type": kind, "param": None, "code": None}
             return JSONResponse({"error": body}, status_code=status)
 
         parts = {"chat_handler": chat_handler, **parts}
         pinned = model_manager.force_model
-        parts |= {name: CheckedHandler(parts[name], length, pinned) for name, length in LENGTH.items()}
+        parts |= {
+            name: CheckedHandler(parts[name], length, pinned, local_files=local_files)
+            for name, length in LENGTH.items()
+        }
         app = build_server(model_manager, **parts)
         for mistake in MISTAKES:
             app.add_exception_handler(mistake, answer)
@@ -194,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
         name, _, revision = argv[0].partition("@")
         read_config(name, revision=revision or None)
     check_address(argv)
+    local_files = LOCAL_FILES in argv
+    argv = [word for word in argv if word != LOCAL_FILES]
     for model_class in BOTH:
         setattr(transformers, model_class.__name__, model_class)
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_class.__name__] = model_class.__name__
@@ -201,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers.cli.serving import server  # needs the packages checked above
     from transformers.cli.transformers import app
 
-    server.build_server = with_clear_errors(server.build_server)
+    server.build_server = with_clear_errors(server.build_server, local_files=local_files)
     app(["serve", *argv])
 
 

@@ -31,6 +31,8 @@ EXTRAS = {
     "smolvlm": "SmolVLM's processor",
     "serve": "`mmcoconut serve`",
 }
+# A package in no extra, because its build has to belong to that of torch.
+TORCHVISION = "torchvision", "processors of Qwen-VL, SmolVLM and others that also read videos; timm's towers"
 GIB = 2**30
 LITTLE_SPACE = 5 * GIB
 
@@ -136,6 +138,9 @@ def optional_lines() -> Iterator[str]:
         lacking = [f"{check.name} ({check.found.split()[0]})" for check in checks if check.problem]
         state = f"lacks {', '.join(lacking)}: pip install 'mmcoconut[{extra}]'" if lacking else "installed"
         yield f"  {extra:13} {purpose}: {state}"
+    name, purpose = TORCHVISION
+    found = installed(name)
+    yield f"  {name:13} {purpose}: {f'installed ({found})' if found else f'missing: pip install {name}'}"
 
 
 def imported(name: str) -> tuple[object | None, Check]:

@@ -8,12 +8,14 @@ import pytest
 import torch
 import yaml
 
+from mmcoconut.arguments import conflicts
 from mmcoconut.arguments.choices import LIMITS
 from mmcoconut.arguments.coconut_recipes import translate_coconut_keys
 from mmcoconut.arguments.fields import CLASSES, RunArguments
 from mmcoconut.arguments.recipe_files import read_recipe_file
 from mmcoconut.arguments.recipes import parse_recipe, read_recipe, save_recipe
 from mmcoconut.arguments.variants import compared_modes
+from mmcoconut.data import options_of
 from mmcoconut.errors import RecipeError, run_command
 
 
@@ -24,6 +26,42 @@ text_config: {model_type: gpt2, hidden_size: 96, layer_norm_epsilon: 1e-5}
 tokenizer: train
 use_cpu: true
 """
+
+MADE_UP = ("noise", "rows", "names", "home", "images_required", "image_root", "file", "folder")
+
+
+@pytest.fixture(autouse=True)
+def options_of_a_data_set(request, monkeypatch):
+    """How values are merged is tested with options that no data set has."""
+    if "own_options" not in request.fixturenames:
+        monkeypatch.setattr(conflicts, "options_of", lambda name: dict.fromkeys(MADE_UP) | options_of(name))
+
+
+@pytest.fixture
+def own_options():
+    """The options of the data sets themselves."""
+
+
+def test_options_of_another_data_set_are_all_named_with_their_values_and_files(recipe, own_options):
+    recipe(f"{SCRATCH}\ndataset: arrow_mazes\ndataset_options: {{max_hops: 6, seed: 1}}", "a.yaml")
+    options = "dataset_options: {images_required: false, fraction: [1, 0, 0]}"
+    found = problems(recipe(f"base: a.yaml\ndataset: json_steps\n{options}"))
+    remedies = {(key, str(value)): remedy for key, value, remedy in found}
+    remedy = remedies["dataset_options.max_hops", "6"]
+    assert remedy.startswith("data set 'json_steps' has no such option: remove it, or set it to null where a `base`")
+    assert "valid are: file, image_root, images_required, fractions" in remedy and "a.yaml" in remedy
+    assert ("dataset_options.seed", "1") in remedies
+    assert "did you mean `fractions`?" in remedies["dataset_options.fraction", "[1, 0, 0]"]
+    nulls = "dataset_options: {max_hops: null, seed: null, images_required: false, fractions: [1, 0, 0]}"
+    parse_recipe([recipe(f"base: a.yaml\ndataset: json_steps\n{nulls}")])
+
+
+def test_a_base_may_be_a_recipe_of_the_package(recipe):
+    for base in ("quickstart.yaml", "quickstart"):
+        assert parse_recipe([recipe(f"base: {base}\nmax_latent_stage: 2")])[2].max_latent_stage == 2
+    recipe(f"{SCRATCH}\nseed: 5", "quickstart.yaml")  # a file beside the recipe comes first
+    assert parse_recipe([recipe("base: quickstart.yaml")])[-1].seed == 5
+
 
 # args/gsm_coconut.yaml of the original, with paths
 COCONUT = """
@@ -729,7 +767,11 @@ def test_a_base_that_cannot_be_read_is_refused_with_the_files_that_lead_to_it(re
 
     b, c = tmp_path / "b.yaml", tmp_path / "c.yaml"
     for text, value, words in (
-        ("base: a.yaml", str(tmp_path / "a.yaml"), "no such file: its path starts at the recipe's own folder"),
+        (
+            "base: a.yaml",
+            str(tmp_path / "a.yaml"),
+            "no such file: a path starts at the recipe's own folder; `mmcoconut recipes` lists the names",
+        ),
         ("just text", "just text", "expected lines of `key: value`"),
         ("a: [1", str(b), "not YAML"),
         ("base: [x]", ["x"], "expected the path of one recipe"),

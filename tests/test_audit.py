@@ -147,7 +147,10 @@ def test_probe_line_names_the_best_thought_of_each_target():
         "accuracy": [[0.5, None], [0.9, None]],
         "majority": [0.25, None],
     }
-    assert probe_line(probe) == "step 1: 90.0 % in thought 2 (majority 25.0 %)"
+    assert (
+        probe_line(probe)
+        == "step 1: 90.0 % in thought 2 (majority 25.0 %). Not probed: step 2 (3 held-out rows, fewer than 20)"
+    )
     assert probe_line({**probe, "reasons": ["few", "few"]}) is None
 
 

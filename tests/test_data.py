@@ -515,6 +515,8 @@ BAD_FIELDS = [
     ({"question": ...}, "question", "the field is missing among these; add it"),
     ({"steps": ...}, "steps", "the field is missing among these; add it"),
     ({"answer": ...}, "answer", "the field is missing among these; add it"),
+    ({"answer": ..., "anwser": "2"}, "answer", "did you mean 'anwser'? Rename it to 'answer'"),
+    ({"steps": ..., "step": []}, "steps", "did you mean 'step'? Rename it to 'steps'"),
     ({"answer": ..., "answers": []}, "answers", "write at least one answer"),
     ({"question": 3}, "question", "found 3; write a string, not int"),
     ({"question": " "}, "question", "found ' '; it is empty; write the text, or remove the row"),
@@ -554,6 +556,25 @@ def test_a_bad_field_is_refused_by_file_row_field_and_remedy(changes, field, fou
 def test_a_row_that_is_no_object_is_refused(load_rows):
     error_of(lambda: load_rows([ROW, ["a"]]), "train.json row 1", "found ['a']", "write an object with the fields")
     error_of(lambda: load_rows("17\n"), "train.json row 0", "found 17", "write an object with the fields")
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    "whole, said",
+    [
+        (
+            {"version": 1, "data": [ROW, ROW]},
+            ("keys ['data', 'version']", "rows in 'data'; write that list as the whole file"),
+        ),
+        ({"0": ROW, "1": ROW}, ("a row for each of '0', '1'", "write a list of its values")),
+    ],
+)
+def test_one_object_around_the_rows_is_refused_with_its_keys(whole, said, indent, load_rows):
+    error_of(lambda: load_rows(json.dumps(whole, indent=indent)), "train.json", *said)
+
+
+def test_one_row_may_be_the_whole_file(load_rows):
+    assert load_rows(json.dumps(ROW, indent=2))["answers"] == load_rows([ROW])["answers"]
 
 
 @pytest.mark.parametrize(

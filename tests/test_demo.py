@@ -298,7 +298,7 @@ def test_a_port_that_is_taken_is_named_with_the_remedy(checkpoint):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = str(other.getsockname()[1])
         words = ["--model", checkpoint, "--dataset_options.num_rows", "2", "--max_samples", "2", "--port", port]
-        with pytest.raises(ValueError, match=f"No page at 127.0.0.1, port {port} .*. Set another --port"):
+        with pytest.raises(ValueError, match=f"No server at 127.0.0.1, port {port} .*. Set another --port"):
             demo.main(words)
 
 

@@ -54,7 +54,7 @@ def test_it_shows_the_thoughts_of_a_maze_as_a_picture_with_their_figures(execute
 
 def test_it_fine_tunes_at_the_last_stage(executed):
     cells, _ = executed
-    assert "stage 4 begins, 3 latents" in printed(cells[-1])
+    assert "stage 4 begins, latents: 3" in printed(cells[-1])
     assert "before" in printed(cells[-1]) and "after" in printed(cells[-1])
 
 

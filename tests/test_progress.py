@@ -5,6 +5,7 @@ import logging
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from tqdm import auto
 
 from mmcoconut import progress as module
@@ -61,12 +62,34 @@ def run_of(**changes):
     return {"args": args, "max_steps": 50, "updates_per_epoch": 10, **changes}
 
 
+def rows_of(count: int) -> Dataset:
+    """Rows of 0 to 3 steps."""
+    return Dataset.from_dict({"steps": [["a step"] * (index % 4) for index in range(count)]})
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"max_latent_stage": 3}, None),
+        ({"max_latent_stage": 4}, "stage 4 replaces no further step and only add latents. Set max_latent_stage to 3"),
+        ({"max_latent_stage": 6, "mode": "icot"}, "stages 4 to 6 replace no further step"),
+        ({"max_latent_stage": 6, "pad_latent_to_max": False}, "stages 4 to 6 replace no further step. Set"),
+        ({"max_latent_stage": 6, "mode": "cot"}, None),
+        ({"max_latent_stage": 6, "thoughts_per_turn": 2}, None),
+    ],
+)
+def test_stages_after_the_last_step_are_warned_of(options, said, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("mmcoconut"), "propagate", True)
+    plan.warn_of_idle_stages(Curriculum(**options), 3)
+    assert [said] == [None, *[said for message in caplog.messages if said in message]][-1:]
+
+
 def test_the_table_says_what_a_run_will_do():
     counts = {"parameters": 4000, "trainable_parameters": 1000, "objective_parameters": 20}
     curriculum = Curriculum(c_thought=2, max_latent_stage=2, epochs_per_stage=(2, 1))
-    text = plan.plan_text(curriculum, {"eval": range(5), "train": range(1200)}, counts=counts, **run_of())
+    text = plan.plan_text(curriculum, {"eval": range(5), "train": rows_of(1200)}, counts=counts, **run_of())
     assert "| mode | coconut |" in text and "| rows | eval 5, train 1,200 |" in text
-    assert "| updates | 50, 10 per epoch, 48 rows each |" in text
+    assert "| updates | 50, 10 per epoch, 48 rows each |" in text and "| steps | 0 to 3 per training row |" in text
     assert "| parameters | 4,000, of which 1,000 are trained (25 %) |" in text and "| of objectives | 20 " in text
     assert text.endswith("| 0 | 1–2 | 0 |\n| 1 | 3 | 2 |\n| 2 | 4 | 4 |\n| 3 | 5 | 4 |")
 
@@ -76,7 +99,7 @@ def test_batches_of_answers_are_counted_in_rows():
     run = run_of()
     run["args"].num_generations = 6
     counts = {"parameters": 4000, "trainable_parameters": 1000}
-    text = plan.plan_text(Curriculum(max_latent_stage=1), {"train": range(120)}, counts=counts, **run)
+    text = plan.plan_text(Curriculum(max_latent_stage=1), {"train": rows_of(120)}, counts=counts, **run)
     assert "| updates | 50, 10 per epoch, 8 rows each, 6 answers per row |" in text
 
 

@@ -251,6 +251,9 @@ def test_a_mistake_in_a_request_is_answered_with_what_is_wrong(folders, server):
         ({**right, "max_tokens": "many"}, "many"),
         (with_picture(right, "data:image/png;base64,@@no-picture@@"), "image"),
         (with_picture(right, "data:image/png;base64,aGVsbG8="), "image"),
+        (with_picture(right, "/etc/hostname"), "this server reads no files of its machine"),
+        (with_picture(right, "file:///etc/hostname"), "or start the server with --allow-local-files"),
+        (with_picture(right, "maze.png"), "image 'maze.png'"),
         ({"model": right["model"], "max_tokens": 4}, "lacks 'messages'"),
     ):
         status, answer = posted(server, request)
@@ -276,7 +279,10 @@ def test_a_prompt_that_leaves_no_room_is_answered_with_the_numbers():
 
     from mmcoconut.serve import with_clear_errors
 
-    model, messages = tiny_model("gpt2"), "The longest prompt has 120 tokens.*max_new_tokens=64.* 128 positions"
+    model, messages = (
+        tiny_model("gpt2"),
+        "The longest prompt has 120 tokens.*max_tokens=64.* 128 positions.*fewer thoughts",
+    )
 
     class Handler:
         chat_template_kwargs = {}
@@ -307,4 +313,6 @@ def test_a_server_of_a_folder_that_is_not_there_says_so_in_one_line(tmp_path, ca
 
     with pytest.raises(SystemExit, match="2"):
         run_command(lambda _: serve.main([str(tmp_path / "nowhere"), "--port", "1"]))
-    assert re.fullmatch("model = .*nowhere.* Give an existing folder or a Hub id.\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        "model = .*nowhere': no such folder: give an existing folder or a Hub id\n", capsys.readouterr().err
+    )

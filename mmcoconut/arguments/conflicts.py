@@ -37,7 +37,8 @@ from mmcoconut.arguments.variants import (
 )
 from mmcoconut.arguments.without_effect import without_effect
 from mmcoconut.configuration_mmcoconut import PREFIX_PROJECTORS
-from mmcoconut.errors import is_missing_folder
+from mmcoconut.data import DATASETS, options_of
+from mmcoconut.errors import folder_remedy, is_missing_folder
 from mmcoconut.objectives.alignment import ALIGNMENT_TARGETS
 from mmcoconut.objectives.registry import make_objective, objective_problems, pair_problems
 
@@ -374,11 +375,26 @@ def _lora(values: dict):
         yield f"lora.{key}", lora[key], f"peft.LoraConfig has no such field{did_you_mean(key, lora_fields())}"
 
 
+def _dataset_options(values: dict):
+    """Yield options that the data set does not have, such as those that a `base` sets for another one."""
+    name = values["dataset"]
+    if name not in DATASETS:
+        return
+    known = options_of(name)
+    for key in sorted(values["dataset_options"].keys() - known.keys()):
+        remedy = "remove it, or set it to null where a `base` sets it"
+        yield (
+            f"dataset_options.{key}",
+            values["dataset_options"][key],
+            f"data set {name!r} has no such option{did_you_mean(key, known)}: {remedy}; valid are: {', '.join(known)}",
+        )
+
+
 def _missing(values: dict):
     """Yield paths that do not exist; Hub ids are not looked up."""
     for key in FOLDERS:
         if is_missing_folder(values.get(key)):
-            yield key, values[key], "no such folder: give an existing folder or a Hub id"
+            yield key, values[key], f"no such folder: {folder_remedy(values[key])}"
     splits = ("train", values["eval_split"]) if values.get("do_train", True) else (values["eval_split"],)
     for name in DATA_PATHS:
         option = values["dataset_options"].get(name) or {}
@@ -394,7 +410,7 @@ def problems_of(values: dict, wrong: Container[str]) -> list[tuple]:
     found += [*without_effect(values, DEFAULTS), *_layout(values), *_alignment(values)]
     found += [*_objective(values)] if "objective" not in wrong else []
     found += [*_objectives(values)] if not {"objective", "objectives"} & {*wrong} else []
-    found += [] if values.get("smoke_test") else _missing(values)
+    found += [] if values.get("smoke_test") else [*_missing(values), *_dataset_options(values)]
     return [problem for problem in found if problem[0] not in wrong]
 
 

@@ -22,7 +22,10 @@ VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 YAML_1_2_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 KEY_IN_A_REMEDY = re.compile(r"`(\w+)`")
 BASE = "base"
-WHERE_FILES_ARE = {"recipe": "the first argument is a YAML file", BASE: "its path starts at the recipe's own folder"}
+WHERE_FILES_ARE = {
+    "recipe": "the first argument is a YAML file",
+    BASE: "a path starts at the recipe's own folder; `mmcoconut recipes` lists the names",
+}
 
 
 class RecipeLoader(yaml.SafeLoader):
@@ -161,7 +164,7 @@ def _read_file(chain: tuple[str, ...]) -> tuple[dict, list[tuple]]:
 
 
 def _base_of(chain: tuple[str, ...], base) -> str:
-    """Return the file that the last file of the chain names as its base."""
+    """Return the file that the last file of the chain names as its base: next to it, or a recipe of this package."""
     problems = []
     path = expand(base, BASE, problems)
     if problems:
@@ -169,6 +172,8 @@ def _base_of(chain: tuple[str, ...], base) -> str:
     if not isinstance(path, str):
         raise _refused(chain, base, "expected the path of one recipe")
     file = str(Path(chain[-1]).parent / path)
+    if not Path(file).is_file() and Path(path).name == path:
+        file = str(installed_recipes().get(path.removesuffix(".yaml"), file))
     if Path(file).resolve() in [Path(earlier).resolve() for earlier in chain]:
         raise _refused((*chain, file), base, "a recipe cannot be a base of itself: remove one of these lines")
     return file

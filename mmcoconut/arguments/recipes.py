@@ -148,9 +148,12 @@ def _default(field) -> str:
 
 
 def help_text(usage: str, classes=CLASSES) -> str:
-    lines = [f"usage: {usage}", ""]
+    """Return the help of a command: each class's sentence and the options that it declares, each option once."""
+    lines, named = [f"usage: {usage}", ""], set()
     for cls in classes:
         own = [field for field in dataclasses.fields(cls) if field.name in vars(cls).get("__annotations__", {})]
+        own = [field for field in own if field.name not in named]
+        named |= {field.name for field in own}
         lines += [
             inspect.cleandoc(cls.__doc__),
             *(f"  --{field.name}: {field.metadata['help']}{_default(field)}" for field in own),
@@ -166,7 +169,7 @@ def read_arguments(argv: list[str], cls, usage: str):
         RecipeError: all problems of the command line.
     """
     if {"-h", "--help"} & {*argv}:
-        print(help_text(usage, [cls]))
+        print(help_text(usage, [each for each in cls.__mro__ if dataclasses.is_dataclass(each)]))
         raise SystemExit(0)
     problems, values = [], {}
     for key, value in read_overrides(argv, problems).items():

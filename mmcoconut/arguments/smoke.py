@@ -69,8 +69,9 @@ def write_smoke_vlm(folder: Path, model_type: str | None) -> None:
     """
     known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     if model_type not in known:
-        remedy = "set vlm_model_type to the model_type in the config.json of `vlm`"
-        raise UsageError(f"--smoke_test cannot make a tiny {model_type}: {remedy}{did_you_mean(model_type, known)}")
+        remedy = "set vlm_model_type to the model_type in the config.json of `vlm`, such as qwen2_5_vl"
+        what = "a tiny model of an unnamed architecture" if model_type is None else f"a tiny {model_type}"
+        raise UsageError(f"--smoke_test cannot make {what}: {remedy}{did_you_mean(str(model_type), known)}")
     write_tiny_vlm(folder, model_type)
 
 

@@ -358,7 +358,7 @@ def controls_of(arguments, rows, metric: str) -> list[Control]:
 
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
-    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, AuditArguments, "mmcoconut.audit")
+    arguments = parse_arguments(sys.argv[1:] if argv is None else argv, AuditArguments, "audit")
     state = join_processes()
     check_start(arguments, state)
     folder = Path(arguments.output_dir or default_folder(arguments, "audit"))

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def interventions_figure(outcomes: Mapping[str, Outcome], accuracy: Mapping, *, 
     axes.set_yticks(places, [outcome.description for outcome in outcomes.values()], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 102)
-    axes.set_xlabel(f"accuracy, % (95 % intervals, {num_rows} rows; orange: lower than untouched)")
+    axes.set_xlabel(f"accuracy, % (95 % intervals, {num_rows} rows)\norange: lower than untouched")
     axes.legend(fontsize=8)
     return rendered(figure)
 
@@ -51,6 +52,7 @@ def report_of(record: Mapping, pictures: Mapping[str, Image.Image], shown: Seque
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "percent": percent,
+        "quoted": lambda token: json.dumps(token, ensure_ascii=False),
         "estimate": lambda values: str(Estimate.of(values)),
         "points": lambda values: points(Estimate.of(values)),
     }
@@ -60,14 +62,18 @@ def report_of(record: Mapping, pictures: Mapping[str, Image.Image], shown: Seque
 
 
 def probe_line(probe: Mapping) -> str | None:
-    """Return in one line which thought predicts each target best; None if nothing could be probed."""
-    found = []
+    """Return in one line which thought predicts each target best, and what was not probed; None if nothing was."""
+    found, refused = [], []
     for k, name in enumerate(probe["targets"]):
         if probe["reasons"][k] is None:
             column, majority = [row[k] for row in probe["accuracy"]], percent(probe["majority"][k])
             best = max(column)
             found.append(f"{name}: {percent(best)} in thought {column.index(best) + 1} (majority {majority})")
-    return "; ".join(found) or None
+        else:
+            refused.append(f"{name} ({probe['reasons'][k]})")
+    if not found:
+        return None
+    return "; ".join(found) + (f". Not probed: {', '.join(refused)}" if refused else "")
 
 
 def said_of(record: Mapping) -> list[dict]:

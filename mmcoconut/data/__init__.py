@@ -252,17 +252,20 @@ def loader_of(name: str) -> ModuleType:
     return importlib.import_module(DATASETS[name])
 
 
+def options_of(name: str) -> dict[str, inspect.Parameter]:
+    """Return the options of data set `name`: the arguments of its `load`, without `split`."""
+    parameters = inspect.signature(loader_of(name).load).parameters
+    return {key: parameter for key, parameter in parameters.items() if key != "split"}
+
+
 def load_examples(name: str, *, split: str, **options) -> Dataset:
     """Load a split of data set `name`, with `FEATURES`; the options are those of the data set's `load`."""
-    load = loader_of(name).load
-    parameters = {key: value for key, value in inspect.signature(load).parameters.items() if key != "split"}
-    for option in options:
-        if option not in parameters:
-            raise UsageError(
-                f"data set {name!r} has no option {option!r}; {nearest(option, parameters)}; remove it, in a recipe "
-                "with a `base` that sets it by null"
-            )
+    parameters = options_of(name)
+    unknown = [option for option in options if option not in parameters]
+    if unknown:
+        hints = "; ".join(f"{option!r}: {nearest(option, parameters)}" for option in unknown)
+        raise UsageError(f"data set {name!r} has no option {hints}; remove it, or correct its name")
     for option, parameter in parameters.items():
         if parameter.default is parameter.empty and option not in options:
             raise UsageError(f"data set {name!r} needs the option {option!r}; found {sorted(options)}; add it")
-    return load(split=split, **options)
+    return loader_of(name).load(split=split, **options)

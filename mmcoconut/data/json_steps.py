@@ -65,18 +65,45 @@ def read_text(file: Path) -> str:
     return text
 
 
+def _whole_object(text: str) -> dict | None:
+    """Return the object that a whole file holds, over several lines or in one; None for anything else."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _check_is_no_table_of_rows(file: Path, rows: list) -> None:
+    """Refuse one object around the rows: `{"data": [...]}`, or `{"0": {...}, "1": {...}}`."""
+    if len(rows) != 1 or not isinstance(rows[0], dict) or rows[0].keys() & set(FIELDS):
+        return
+    lists = [key for key, value in rows[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists:
+        raise UsageError(
+            f"{file}: found one object with the keys {sorted(rows[0])}, and rows in {lists[0]!r}; write that list as "
+            "the whole file"
+        )
+    if all(isinstance(value, dict) for value in rows[0].values()):
+        keys = ", ".join(repr(key) for key in list(rows[0])[:3])
+        raise UsageError(f"{file}: found one object with a row for each of {keys} ...; write a list of its values")
+
+
 def read_rows(file: str | os.PathLike) -> list[dict]:
     """Read the objects of a JSON list or of JSON Lines, distinguished by the first character."""
     file = Path(file)
     text = read_text(file)
     if text.lstrip().startswith("["):
         rows = _parse(text, file, first_line=1, last=True)
+    elif (whole := _whole_object(text)) is not None:
+        rows = [whole]
     else:
         # Not splitlines(): it also splits at characters that may be inside a JSON string.
         lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
         rows = [_parse(line, file, first_line=number, last=number == lines[-1][0]) for number, line in lines]
     if not rows:
         raise UsageError(f"{file}: the list holds no rows; write at least one")
+    _check_is_no_table_of_rows(file, rows)
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UsageError(f"{file} row {index}: found {repr(row)[:100]}; write an object with the fields {FIELDS}")
@@ -85,7 +112,9 @@ def read_rows(file: str | os.PathLike) -> list[dict]:
 
 def field_of(row: Mapping[str, Any], field: str, row_id: str) -> Any:
     if field not in row:
-        raise field_error(row_id, field, sorted(row), "the field is missing among these; add it")
+        close = difflib.get_close_matches(field, row.keys() - set(FIELDS), n=1, cutoff=0.75)
+        remedy = f"did you mean {close[0]!r}? Rename it to {field!r}" if close else "add it"
+        raise field_error(row_id, field, sorted(row), f"the field is missing among these; {remedy}")
     return row[field]
 
 

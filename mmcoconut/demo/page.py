@@ -14,6 +14,7 @@ from pathlib import Path
 
 from transformers.hf_argparser import HfArg
 
+from mmcoconut.addresses import check_can_listen
 from mmcoconut.audit.step_reader import StepReader
 from mmcoconut.audit.thoughts import load_extra
 from mmcoconut.data.images import open_images
@@ -22,9 +23,10 @@ from mmcoconut.demo.links import KEYS, Limits, Settings, example_name, read_quer
 from mmcoconut.demo.one_question import Asker, read_examples, write_examples
 from mmcoconut.demo.panels import Responder, panels
 from mmcoconut.demo.spaces import push_demo
-from mmcoconut.errors import RecipeError
+from mmcoconut.errors import RecipeError, UsageError
 from mmcoconut.evaluation.answering import load_checkpoint
 from mmcoconut.evaluation.asking import complete_from_recipe, join_processes, read_asked, read_rows
+from mmcoconut.passes_mmcoconut import position_limit
 
 
 gr = load_extra("gradio", "demo")
@@ -290,12 +292,21 @@ def parse_demo_arguments(argv: list[str]) -> DemoArguments:
     Raises:
         RecipeError: all problems of the command line.
     """
-    arguments = read_asked(argv, DemoArguments, "mmcoconut.demo", data="")
+    arguments = read_asked(argv, DemoArguments, "demo")
     if arguments.push_space is None and arguments.package is not None:
         problem = ("package", arguments.package, "only a Space installs one: set `push_space` too")
         raise RecipeError("command line", [problem])
     complete_from_recipe(arguments)
     return arguments
+
+
+def check_thoughts_fit(model, num_latents: int) -> None:
+    """Raise UsageError if the thoughts alone fill the positions of the language model."""
+    limit = position_limit(model.get_decoder())
+    if limit is not None and num_latents >= limit:
+        raise UsageError(
+            f"num_latents is {num_latents}, and the language model has {limit} positions: ask with fewer thoughts"
+        )
 
 
 def serve(arguments: DemoArguments, rows: list[dict]) -> None:
@@ -304,10 +315,14 @@ def serve(arguments: DemoArguments, rows: list[dict]) -> None:
     Raises:
         ValueError: the address or the port is not available.
     """
+    host = arguments.server_name or "127.0.0.1"
+    if arguments.port is not None:
+        check_can_listen(host, arguments.port, options="--port or --server_name")
     device = join_processes().device
     model, processor = load_checkpoint(
         arguments.model, revision=arguments.revision, dtype=arguments.dtype, device=device
     )
+    check_thoughts_fit(model, processor.num_latents if arguments.num_latents is None else arguments.num_latents)
     with tempfile.TemporaryDirectory() as folder:
         write_examples(Path(folder), rows)
         asker = Asker(
@@ -323,8 +338,8 @@ def serve(arguments: DemoArguments, rows: list[dict]) -> None:
         try:
             launch(page, server_name=arguments.server_name, server_port=arguments.port, share=arguments.share)
         except OSError as error:
-            where = f"{arguments.server_name or '127.0.0.1'}, port {arguments.port or 'from 7860'}"
-            raise ValueError(f"No page at {where} ({error}). Set another --port or --server_name.") from error
+            port = arguments.port or "7860 and those after it"
+            raise UsageError(f"No page at {host}, port {port}. Set another --port or --server_name.") from error
 
 
 def main(argv: list[str] | None = None) -> None:

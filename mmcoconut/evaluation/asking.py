@@ -12,7 +12,7 @@ from transformers.hf_argparser import HfArg
 from mmcoconut.arguments.recipes import read_arguments, read_recipe
 from mmcoconut.data import drop_unreadable, load_examples
 from mmcoconut.data.conversations import LONG_ROWS, fit_rows
-from mmcoconut.errors import RecipeError, UsageError, is_missing_folder
+from mmcoconut.errors import RecipeError, UsageError, folder_remedy, is_missing_folder
 from mmcoconut.evaluation.answering import Answerer
 from mmcoconut.passes_mmcoconut import position_limit
 from mmcoconut.records import RECIPE_FILE, RESULTS_FILE, read_json
@@ -63,13 +63,13 @@ class EvaluationArguments:
     overwrite: bool = HfArg(default=False, help="Delete an earlier evaluation in output_dir.")
 
 
-def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …"):
-    """Parse the command line of a module that runs a checkpoint on rows.
+def read_asked(argv: list[str], cls, command: str):
+    """Parse the arguments of a command of `mmcoconut` that runs a checkpoint on rows.
 
     Raises:
         RecipeError: every argument that is unknown, of the wrong type or missing.
     """
-    arguments = read_arguments(argv, cls, f"python -m {module} --model …{data} [--key value ...]")
+    arguments = read_arguments(argv, cls, f"mmcoconut {command} MODEL [--key value ...]")
     problems = [
         (name, getattr(arguments, name), f"choose one of {', '.join(choices)}")
         for name, choices in CHOICES.items()
@@ -78,7 +78,7 @@ def read_asked(argv: list[str], cls, module: str, *, data: str = " --dataset …
     if arguments.model is None:
         problems.append(("model", None, "name a checkpoint: its folder or Hub id"))
     elif is_missing_folder(arguments.model):
-        problems.append(("model", arguments.model, "no such folder: give an existing folder or a Hub id"))
+        problems.append(("model", arguments.model, f"no such folder: {folder_remedy(arguments.model)}"))
     if problems:
         raise RecipeError("command line", problems)
     return arguments
@@ -117,13 +117,13 @@ def complete_from_recipe(arguments) -> None:
     arguments.num_beams = arguments.num_beams or 1
 
 
-def parse_arguments(argv: list[str], cls=EvaluationArguments, module: str = "mmcoconut.evaluation"):
+def parse_arguments(argv: list[str], cls=EvaluationArguments, command: str = "eval"):
     """Parse the command line, completed from the recipe named there or saved with the weights.
 
     Raises:
         RecipeError: every argument that is unknown, of the wrong type or missing.
     """
-    arguments = read_asked(argv, cls, module)
+    arguments = read_asked(argv, cls, command)
     complete_from_recipe(arguments)
     if arguments.dataset is None:
         raise RecipeError("command line", [("dataset", None, "name a data set, or a --recipe that does")])

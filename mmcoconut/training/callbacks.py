@@ -87,7 +87,7 @@ class CurriculumCallback(TrainerCallback):
         if begins and not resumed_inside:
             if state.is_world_process_zero:
                 num_latents = curriculum.num_latents(stage)
-                logger.info("epoch %d: stage %d begins, %d latents (%s)", epoch, stage, num_latents, curriculum.mode)
+                logger.info("epoch %d: stage %d begins, latents: %d (%s)", epoch, stage, num_latents, curriculum.mode)
             if self.reset_optimizer and epoch > 0:
                 getattr(optimizer, "optimizer", optimizer).state.clear()
 

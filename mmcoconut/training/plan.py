@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sized
 
 from transformers import TrainerCallback
 
+from mmcoconut.arguments.choices import STAGED_MODES
 from mmcoconut.progress import duration
 from mmcoconut.records import markdown_table
 from mmcoconut.training.results import count_parameters
@@ -28,11 +29,31 @@ def stage_lines(curriculum, num_epochs: float) -> list[list[str]]:
     ]
 
 
+def step_counts(rows) -> tuple[int, int]:
+    """Return the fewest and the most written steps of a row."""
+    counts = [len(steps) for steps in rows["steps"]]
+    return min(counts), max(counts)
+
+
+def warn_of_idle_stages(curriculum, most_steps: int) -> None:
+    """Log a warning if stages come after the last one that replaces a step of any training row."""
+    last = curriculum.max_latent_stage
+    if curriculum.mode not in STAGED_MODES or curriculum.thoughts_per_turn or last <= most_steps:
+        return
+    stages = f"stage {last}" if last == most_steps + 1 else f"stages {most_steps + 1} to {last}"
+    logger.warning(
+        "max_latent_stage is %d, and no training row has more than %d steps: %s replace%s no further step%s. Set "
+        "max_latent_stage to %d, unless that is what you want.",
+        *(last, most_steps, stages, "s" if last == most_steps + 1 else ""),
+        *(" and only add latents" if curriculum.pad_latent_to_max else "", most_steps),
+    )
+
+
 def plan_text(curriculum, splits: Mapping[str, Sized], *, args, max_steps: int, updates_per_epoch: int, counts) -> str:
     """Return the table of a run.
 
     Args:
-        splits: rows by `train`, `eval` and `test`.
+        splits: rows by `train`, `eval` and `test`, with the column `steps` of `train`.
         args: of the run.
         max_steps: number of updates.
         counts: result of `count_parameters`.
@@ -47,6 +68,9 @@ def plan_text(curriculum, splits: Mapping[str, Sized], *, args, max_steps: int, 
         ["updates", f"{max_steps:,}, {updates_per_epoch:,} per epoch, {each}"],
         ["parameters", f"{of_all:,}, of which {trained:,} are trained ({100 * trained / max(of_all, 1):.3g} %)"],
     ]
+    if "train" in splits:
+        fewest, most = step_counts(splits["train"])
+        lines.insert(1, ["steps", f"{fewest if fewest == most else f'{fewest} to {most}'} per training row"])
     if "objective_parameters" in counts:
         lines.append(["of objectives", f"{counts['objective_parameters']:,} parameters, in addition to the model's"])
     stages = stage_lines(curriculum, max_steps / updates_per_epoch)
@@ -78,6 +102,7 @@ class PlanCallback(TrainerCallback):
                 counts=count_parameters(self.trainer.model),
             )
             logger.info("\n%s\n", plan)
+            warn_of_idle_stages(self.trainer.curriculum_collator.curriculum, step_counts(self.splits["train"])[1])
 
     def on_step_end(self, args, state, control, **kwargs):
         """Estimate from the second update on, because the first one compiles and allocates."""
