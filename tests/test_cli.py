@@ -102,7 +102,9 @@ def test_optional_packages_that_are_missing_are_no_problem(monkeypatch):
     monkeypatch.setattr(doctor, "installed", lambda name: None if name == "peft" else real(name))
     lines = {line.split()[0]: line for line in doctor.optional_lines()}
     assert lines["lora"].endswith("lacks peft (missing): pip install 'mmcoconut[lora]'")
-    assert [*lines] == [*doctor.EXTRAS]
+    assert [*lines] == [*doctor.EXTRAS, "torchvision"]
+    monkeypatch.setattr(doctor, "installed", lambda name: {"torchvision": "0.28"}.get(name) or real(name))
+    assert [*doctor.optional_lines()][-1].endswith("installed (0.28)")
 
 
 @pytest.mark.slow

@@ -103,7 +103,6 @@ def read_rows(file: str | os.PathLike) -> list[dict]:
         rows = [_parse(line, file, first_line=number, last=number == lines[-1][0]) for number, line in lines]
     if not rows:
         raise UsageError(f"{file}: the list holds no rows; write at least one")
-    _check_is_no_table_of_rows(file, rows)
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
             raise UsageError(f"{file} row {index}: found {repr(row)[:100]}; write an object with the fields {FIELDS}")
@@ -322,6 +321,7 @@ def load(
         )
     file = _file_of_split(file, split, fractions)
     rows = read_rows(file)
+    _check_is_no_table_of_rows(file, rows)
     if image_root is not None:
         image_root = str(image_root).replace("{split}", split)
     if images_required and not any(row.get("image") for row in rows):
