@@ -502,7 +502,7 @@ def test_mazes_know_where_each_step_is_and_show_the_way_when_asked():
 
 def test_answers_alone_will_do(load_rows):
     row = {key: value for key, value in ROW.items() if key != "answer"}
-    assert load_rows([{**row, "answers": ["dog", "puppy", "dog"]}])["answers"][0] == ["dog", "puppy", "dog"]
+    assert load_rows([{**row, "answers": ["dog", "puppy", "dog"], "answer_id": 3}])["answers"][0] == ["dog", "puppy", "dog"]
 
 
 @pytest.mark.parametrize("metric", ["vqa_accuracy", "aokvqa_da"])
@@ -515,8 +515,8 @@ BAD_FIELDS = [
     ({"question": ...}, "question", "the field is missing among these; add it"),
     ({"steps": ...}, "steps", "the field is missing among these; add it"),
     ({"answer": ...}, "answer", "the field is missing among these; add it"),
-    ({"answer": ..., "anwser": "2"}, "answer", "did you mean 'anwser'? Rename it to 'answer'"),
-    ({"steps": ..., "step": []}, "steps", "did you mean 'step'? Rename it to 'steps'"),
+    ({"answer": ..., "anwser": "2"}, "anwser", "did you mean 'answer'? Rename it"),
+    ({"steps": ..., "step": []}, "step", "did you mean 'steps'? Rename it"),
     ({"answer": ..., "answers": []}, "answers", "write at least one answer"),
     ({"question": 3}, "question", "found 3; write a string, not int"),
     ({"question": " "}, "question", "found ' '; it is empty; write the text, or remove the row"),

@@ -111,9 +111,7 @@ def read_rows(file: str | os.PathLike) -> list[dict]:
 
 def field_of(row: Mapping[str, Any], field: str, row_id: str) -> Any:
     if field not in row:
-        close = difflib.get_close_matches(field, row.keys() - set(FIELDS), n=1, cutoff=0.75)
-        remedy = f"did you mean {close[0]!r}? Rename it to {field!r}" if close else "add it"
-        raise field_error(row_id, field, sorted(row), f"the field is missing among these; {remedy}")
+        raise field_error(row_id, field, sorted(row), "the field is missing among these; add it")
     return row[field]
 
 
@@ -161,10 +159,11 @@ def existing_image(image_root: str | os.PathLike, relative: Any, row_id: str, fi
 
 
 def _check_spelling(row: Mapping[str, Any], row_id: str) -> None:
-    """Refuse a misspelt optional field, which would otherwise be ignored: `images` for `image`."""
+    """Refuse a misspelt field, which would be ignored, or reported as missing: `images` for `image`."""
+    given = row.keys() | ({"answer"} if "answers" in row else set())  # `answers` alone will do
     for field in sorted(row.keys() - set(FIELDS)):
-        close = difflib.get_close_matches(field, OPTIONAL_FIELDS, n=1, cutoff=0.8)
-        if close and close[0] not in row:
+        close = difflib.get_close_matches(field, FIELDS, n=1, cutoff=0.8)
+        if close and close[0] not in given:
             raise field_error(row_id, field, row[field], f"no such field; did you mean {close[0]!r}? Rename it")
 
 
