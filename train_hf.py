@@ -7,6 +7,7 @@ import logging
 import math
 import sys
 import time
+import warnings
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -422,6 +423,7 @@ def check_reload(folder: str, rows) -> None:
 def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet_requests()
+    warnings.filterwarnings("ignore", "'pin_memory' argument is set as true but no accelerator is found")
     argv = sys.argv[1:] if argv is None else argv
     arguments = parse_recipe(argv)
     if arguments[-1].smoke_test:
