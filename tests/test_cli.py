@@ -46,6 +46,14 @@ def test_every_command_runs_what_it_names_and_shows_its_help(name, capsys):
     assert "usage: " in capsys.readouterr().out
 
 
+def test_help_lists_inherited_options_too_and_each_once(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        commands.main(["audit", "--help"])
+    said = capsys.readouterr().out
+    assert said.startswith("usage: mmcoconut audit MODEL")
+    assert all(said.count(f"  --{name}: ") == 1 for name in ("model", "split", "dtype", "max_samples", "parts"))
+
+
 def test_recipes_are_listed_by_name_and_found_by_it(capsys, tmp_path, monkeypatch):
     assert recipes.main([]) == 0
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line and line[0] != "T"]

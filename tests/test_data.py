@@ -502,7 +502,11 @@ def test_mazes_know_where_each_step_is_and_show_the_way_when_asked():
 
 def test_answers_alone_will_do(load_rows):
     row = {key: value for key, value in ROW.items() if key != "answer"}
-    assert load_rows([{**row, "answers": ["dog", "puppy", "dog"], "answer_id": 3}])["answers"][0] == ["dog", "puppy", "dog"]
+    assert load_rows([{**row, "answers": ["dog", "puppy", "dog"], "answer_id": 3}])["answers"][0] == [
+        "dog",
+        "puppy",
+        "dog",
+    ]
 
 
 @pytest.mark.parametrize("metric", ["vqa_accuracy", "aokvqa_da"])

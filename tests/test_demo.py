@@ -21,7 +21,7 @@ from mmcoconut.data.arrow_mazes import png_bytes
 from mmcoconut.demo import one_question
 from mmcoconut.demo.one_question import Asker, answer_with, read_examples, row_of, think, write_examples
 from mmcoconut.demo.panels import Responder
-from mmcoconut.errors import RecipeError
+from mmcoconut.errors import RecipeError, UsageError
 from mmcoconut.evaluation import answering, asking
 from mmcoconut.evaluation.answering import Answerer
 
@@ -292,6 +292,13 @@ def test_examples_that_are_not_here_name_others():
         ValueError, match="there is no such file.*\n.*use other examples, such as --dataset arrow_mazes"
     ):
         demo.read_example_rows(arguments)
+
+
+def test_more_thoughts_than_the_language_model_has_positions_are_refused():
+    demo.check_thoughts_fit(tiny_model("llama"), 10_000)  # rotary positions have no limit
+    demo.check_thoughts_fit(tiny_model("gpt2"), 127)
+    with pytest.raises(UsageError, match="num_latents is 128, and the language model has 128 positions: .* fewer"):
+        demo.check_thoughts_fit(tiny_model("gpt2"), 128)
 
 
 def test_a_port_that_is_taken_is_named_with_the_remedy(checkpoint):

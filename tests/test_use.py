@@ -271,6 +271,43 @@ def test_a_server_writes_as_much_as_the_checkpoints_recipe_says_where_a_request_
     assert (status, answer["usage"]["completion_tokens"]) == (200, 5)
 
 
+@pytest.mark.parametrize(
+    "part, reads",
+    [
+        ({"image_url": {"url": "https://hub.test/a.png"}}, True),
+        ({"image_url": {"url": "DATA:image/png;base64,aGk="}}, True),
+        ({"image_url": "http://hub.test/a.png"}, True),
+        ({"text": "/etc/hostname"}, True),
+        ({"image_url": {"url": "/etc/hostname"}}, False),
+        ({"image_url": "file:///etc/hostname"}, False),
+        ({"video_url": {"url": "a.mp4"}}, False),
+        ({"audio_url": {"url": "~/a.wav"}}, False),
+        ({"image_url": None}, False),
+    ],
+)
+@pytest.mark.parametrize("field", ["messages", "input"])
+def test_a_request_reads_files_of_the_server_only_where_the_server_was_started_so(part, reads, field):
+    import asyncio
+
+    from mmcoconut.serve import CheckedHandler
+
+    class Handler:
+        chat_template_kwargs = {}
+
+        async def handle_request(self, body, request_id):
+            return body
+
+    body = {"max_tokens": 4, field: [{"role": "user", "content": [part]}]}
+    asked = CheckedHandler(Handler(), "max_tokens", None, local_files=True).handle_request(body, "1")
+    assert asyncio.run(asked) == body
+    asked = CheckedHandler(Handler(), "max_tokens", None).handle_request(body, "1")
+    if reads:
+        assert asyncio.run(asked) == body
+    else:
+        with pytest.raises(ValueError, match="this server reads no files of its machine"):
+            asyncio.run(asked)
+
+
 def test_a_prompt_that_leaves_no_room_is_answered_with_the_numbers():
     """A decoder with a table of positions, through the handler, without a server of its own."""
     pytest.importorskip("fastapi")
