@@ -60,10 +60,15 @@ class CurriculumCallback(TrainerCallback):
             )
 
     def announce_last_stage(self, num_epochs: int) -> None:
-        """Log the stage that a run of num_epochs ends in; warn if it is not the last stage."""
+        """Log the stage that a run of num_epochs ends in; warn if thoughts are missing there."""
         curriculum = self.collator.curriculum
         stage, last = curriculum.stage_at(num_epochs - 1), curriculum.last_stage
-        if stage < last:
+        if stage == last - 1 == curriculum.max_latent_stage:
+            logger.info(
+                "The run ends in stage %d of %d. The last one would only drop written steps after the first %d.",
+                *(stage, last, stage),
+            )
+        elif stage < last:
             needed = curriculum.epochs_before_last_stage + 1 - curriculum.start_epoch
             logger.warning(
                 "The run ends in stage %d of %d, with %d of %d latents: the %d epochs of num_train_epochs, or of "
