@@ -14,7 +14,7 @@ import yaml
 from measuring import history_of
 
 
-SHOWN = ("markers", "thought_norm", "c_thought", "mode", "lora", "seed")  # of the recipe
+SHOWN = ("markers", "thought_norm", "c_thought", "mode", "lora", "learning_rate", "seed")  # of the recipe
 
 
 def rows_of(run: Path) -> list[dict]:
