@@ -22,6 +22,16 @@ SHAPES = {
         "encoder_ffn_dim": 3072,
         "decoder_ffn_dim": 3072,
     },
+    "weights/smollm2": {  # SmolLM2-135M-Instruct, of the package that examples/real_weights.py reads
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "OpenGVLab/InternVL3-1B-hf": {
         "model_type": "internvl",
         "text_config": {
