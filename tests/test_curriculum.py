@@ -203,7 +203,12 @@ def test_only_stages_of_the_run_are_measured(options, num_epochs, stages, proces
     [
         ({"epochs_per_stage": 5}, 2, "WARNING", "ends in stage 0 of 4, with 0 of 3 latents: .* Train for 21 epochs"),
         ({"epochs_per_stage": 1, "start_epoch": 2}, 1, "WARNING", "stage 2 of 4, with 2 of 3 .* Train for 3 epochs"),
-        ({"epochs_per_stage": 1, "start_epoch": 2}, 2, "INFO", "stage 3 of 4. The last .* written steps after the first 3"),
+        (
+            {"epochs_per_stage": 1, "start_epoch": 2},
+            2,
+            "INFO",
+            "stage 3 of 4. The last .* written steps after the first 3",
+        ),
         ({"epochs_per_stage": (4, 1)}, 8, "INFO", "ends in stage 4 of 4"),
     ],
 )
