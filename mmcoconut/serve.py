@@ -228,8 +228,9 @@ def main(argv: list[str] | None = None) -> None:
         read_config(name, revision=revision or None)
     check_address(argv)
     if {"-h", "--help"} & {*argv}:
-        print(f"usage: mmcoconut serve MODEL [{LOCAL_FILES}] [--key value ...]\n\n{LOCAL_FILES}: let requests name")
-        print("pictures by paths of this machine. The other options are those of `transformers serve`:\n")
+        print(f"usage: mmcoconut serve MODEL [{LOCAL_FILES}] [--key value ...]\n")
+        print(f"  {LOCAL_FILES}: let requests name pictures by paths of this machine.")
+        print("The other options are those of `transformers serve`:\n")
     local_files = LOCAL_FILES in argv
     argv = [word for word in argv if word != LOCAL_FILES]
     for model_class in BOTH:
