@@ -41,6 +41,7 @@ MISTAKES = (ValueError, TypeError, KeyError, OSError, TemplateError, RuntimeErro
 QUOTED = r"""(?<=')[/~][^'\n]*(?=')|(?<=")[/~][^"\n]*(?=")"""
 ABSOLUTE = re.compile(QUOTED + r"|^(?:/|~/)[^:\n]*(?=: )|(?<![\w:/.])(?:/|~/)[\w.~/+@=-]+")
 MEDIA = {"image_url", "video_url", "audio_url"}
+FILE_KEYS = ("url", "path", "file")
 REMOTE = ("http://", "https://", "data:")
 LOCAL_FILES = "--allow-local-files"
 INTERNAL = "The server failed to answer this request. Its log has the reason."
@@ -77,12 +78,27 @@ def urls_in(content) -> Iterator[str]:
 
 def check_urls(body: Mapping) -> None:
     """Raise UsageError for a picture that is a file of the server's machine."""
-    for url in urls_in([body.get("messages"), body.get("input")]):
+    assets = body.get("assets")  # of typed decisions: pictures by name
+    assets = [*assets.values()] if isinstance(assets, Mapping) else []
+    named = [asset[key] for asset in assets if isinstance(asset, Mapping) for key in FILE_KEYS if key in asset]
+    named += [asset for asset in assets if isinstance(asset, str)]
+    for url in [*map(str, named), *urls_in([body.get("messages"), body.get("input")])]:
         if not url.lower().startswith(REMOTE):
             raise UsageError(
                 f"image {url[:60]!r}: this server reads no files of its machine. Send the picture itself, as "
                 f"data:image/png;base64,… or its http(s) address; or start the server with {LOCAL_FILES}."
             )
+
+
+class CheckedDecisions:
+    """The handler of typed decisions of `transformers serve`, whose requests name no files of the server's machine."""
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    async def handle_request(self, body: dict, request_id: str):
+        check_urls(body)
+        return await self.handler.handle_request(body, request_id)
 
 
 class CheckedHandler:
@@ -167,6 +183,8 @@ def with_clear_errors(build_server, *, local_files: bool = False):
             name: CheckedHandler(parts[name], length, pinned, local_files=local_files)
             for name, length in LENGTH.items()
         }
+        if not local_files and "systemone_handler" in parts:
+            parts["systemone_handler"] = CheckedDecisions(parts["systemone_handler"])
         app = build_server(model_manager, **parts)
         for mistake in MISTAKES:
             app.add_exception_handler(mistake, answer)

@@ -272,6 +272,27 @@ def test_a_server_writes_as_much_as_the_checkpoints_recipe_says_where_a_request_
 
 
 @pytest.mark.parametrize(
+    "asset, reads", [({"data_base64": "aGk="}, True), ({"path": "/etc/x"}, False), ("a.png", False)]
+)
+def test_a_request_for_decisions_names_no_file_of_the_server(asset, reads):
+    import asyncio
+
+    from mmcoconut.serve import CheckedDecisions
+
+    class Handler:
+        async def handle_request(self, body, request_id):
+            return body
+
+    body = {"state": "x", "assets": {"a": asset}}
+    asked = CheckedDecisions(Handler()).handle_request(body, "1")
+    if reads:
+        assert asyncio.run(asked) == body
+    else:
+        with pytest.raises(ValueError, match="this server reads no files of its machine"):
+            asyncio.run(asked)
+
+
+@pytest.mark.parametrize(
     "part, reads",
     [
         ({"image_url": {"url": "https://hub.test/a.png"}}, True),
