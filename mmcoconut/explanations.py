@@ -47,6 +47,8 @@ EXTRA_OF = {"matplotlib": "audit", "sklearn": "audit", "gradio": "demo", "gguf":
 EXTRA_OF |= {"bitsandbytes": "quantization", "trl": "rl", "num2words": "smolvlm", "fastapi": "serve"}
 EXTRA_OF |= {"uvicorn": "serve", "openai": "serve", "pycocoevalcap": "captions", "rouge_score": "captions"}
 EXTRA_OF |= {"sacrebleu": "captions"}
+# What torch.save raises, on a full disk and whenever else a file cannot be written to its end.
+UNFINISHED_FILE = re.compile(r"inline_container\.cc.*unexpected pos|PytorchStreamWriter failed writing", re.DOTALL)
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
 # Types that our code raises on purpose, with a message for the user.
 OWN_KINDS = (ValueError, ImportError, OSError, RuntimeError)
@@ -162,6 +164,10 @@ def explain_file(error: BaseException) -> Explanation | None:
 def explain_system(error: BaseException) -> Explanation | None:
     """Explain an error of the operating system by its number; other OSErrors have complete messages."""
     in_text = OS_ERROR.search(str(error))
+    if isinstance(error, RuntimeError) and UNFINISHED_FILE.search(str(error)):
+        where = file_in_frames(error, ".pt") or file_in_frames(error, ".bin")
+        what = "could not be written to its end, as when the disk is full"
+        return Explanation(f"{where or 'A file'}: {what}. {NO_SPACE}", 507)
     if not isinstance(error, OSError) and not in_text:
         return None
     number = int(in_text[1]) if in_text else error.errno

@@ -47,6 +47,11 @@ ERRORS = {
     "forbidden": (lambda: answered(hub.HfHubHTTPError, 403), "has no permission.*hf auth login", 403),
     "no network": (lambda: httpx.ConnectError("Name or service not known"), "No answer from.*Check the network", 424),
     "offline": (lambda: hub.OfflineModeIsEnabled("offline mode is enabled."), "offline mode.*HF_HUB_OFFLINE", 404),
+    "full disk of torch": (
+        lambda: RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"),
+        "A file: could not be written to its end, as when the disk is full. Free",
+        507,
+    ),
     "full disk": (lambda: OSError(errno.ENOSPC, "No space", "run/a.bin"), "run/a.bin: the disk is full. Free", 507),
     "full disk in Rust": (
         lambda: SafetensorError("I/O error: No space left on device (os error 28)"),
@@ -158,6 +163,20 @@ def test_the_server_answers_what_a_request_lacks_and_keeps_its_own_errors_to_its
 
     given, text = refusal_of(kind("messages"))
     assert given == status and ("messages" in text) == (status < 500)
+
+
+def test_a_file_of_torch_that_cannot_be_written_to_its_end_is_named(tmp_path):
+    """torch.save into a full device, which reports no number of the system."""
+
+    def save(folder):
+        file = str(Path(folder) / "optimizer.pt")
+        os.symlink("/dev/full", file)
+        torch.save({"a": torch.zeros(100_000)}, file)
+
+    with pytest.raises(RuntimeError) as caught:
+        save(tmp_path)
+    explained = explanation_of(caught.value)
+    assert explained.status == 507 and explained.text.startswith(f"{tmp_path / 'optimizer.pt'}: could not be written")
 
 
 @pytest.mark.parametrize("number", BY_NUMBER)
