@@ -223,11 +223,21 @@ def shown(value) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def without_parents(name: str) -> str:
+    """Return the last part of an absolute path, whose folders are of no use to others; other names unchanged.
+
+    >>> without_parents("/home/me/outputs/cot"), without_parents("openai-community/gpt2")
+    ('cot', 'openai-community/gpt2')
+    """
+    return Path(name).name if Path(name).is_absolute() else name
+
+
 def settings_of(recipe: Mapping) -> dict[str, str]:
     """Return the recipe settings of a card; those of rewards only with rewards."""
     rewarded = recipe.get("objective") in REWARDED
     keys = [key for key in SETTINGS if rewarded or key not in OF_REWARDS]
-    return {key: shown(recipe[key]) for key in keys if recipe.get(key) not in (None, [], {})}
+    found = {key: shown(recipe[key]) for key in keys if recipe.get(key) not in (None, [], {})}
+    return {key: without_parents(value) if key in STARTS else value for key, value in found.items()}
 
 
 def parts(evidence: Evidence) -> dict:
