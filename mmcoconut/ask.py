@@ -6,6 +6,7 @@ and the time.
 
 import argparse
 import logging
+from difflib import get_close_matches
 from pathlib import Path
 
 from mmcoconut.audit.step_reader import StepReader
@@ -29,6 +30,11 @@ def parse_arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--max_new_tokens", type=int, help=f"maximum tokens; default: the recipe's, or {NEW_TOKENS}")
     parser.add_argument("--revision", help="branch, tag or commit on the Hub")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    known = [option for action in parser._actions for option in action.option_strings]
+    for word in words:
+        option = word.partition("=")[0]
+        if option.startswith("--") and option not in known and (near := get_close_matches(option, known, n=1)):
+            raise UsageError(f"{option}: no such option; did you mean {near[0]}? mmcoconut ask --help lists all")
     return parser.parse_args(words)
 
 

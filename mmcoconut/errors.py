@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from mmcoconut.explanations import Explanation, explain, explain_causes
+from mmcoconut.explanations import Explanation, explain, explain_causes, message_of_worker
 
 
 DEBUG = "--debug"
@@ -39,6 +39,9 @@ class RecipeError(UsageError):
 
 def explanation_of(error: BaseException) -> Explanation | None:
     """Return the explanation of an error for the user, with its HTTP status; None for a bug in the code."""
+    message = message_of_worker(error)
+    if message is not None:
+        return Explanation(message)
     if not isinstance(error, UsageError):
         return explain(error)
     cause = explain_causes(error)

@@ -49,6 +49,7 @@ EXTRA_OF |= {"uvicorn": "serve", "openai": "serve", "pycocoevalcap": "captions",
 EXTRA_OF |= {"sacrebleu": "captions"}
 # What torch.save raises, on a full disk and whenever else a file cannot be written to its end.
 UNFINISHED_FILE = re.compile(r"inline_container\.cc.*unexpected pos|PytorchStreamWriter failed writing", re.DOTALL)
+OF_A_WORKER = re.compile(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback")
 OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in messages of libraries written in Rust
 # Types that our code raises on purpose, with a message for the user.
 OWN_KINDS = (ValueError, ImportError, OSError, RuntimeError)
@@ -199,6 +200,17 @@ def is_raised_here(error: BaseException) -> bool:
     file = Path(traceback.tb_frame.f_code.co_filename)
     ours = OWN_FOLDER in file.resolve().parents or file.stem.endswith("_mmcoconut") or file.name in SCRIPTS
     return ours and linecache.getline(str(file), traceback.tb_lineno).lstrip().startswith("raise ")
+
+
+def message_of_worker(error: BaseException) -> str | None:
+    """Return the message of one of our errors that a worker of a DataLoader raised, without its traceback; else None.
+
+    torch raises such an error again with the worker's whole traceback as its message.
+    """
+    ours = type(error).__module__.partition(".")[0] == "mmcoconut" or type(error).__module__.endswith("_mmcoconut")
+    if not ours or not OF_A_WORKER.match(str(error)):
+        return None
+    return re.split(rf"^[\w.]*\b{type(error).__name__}: ", str(error), flags=re.MULTILINE)[-1].strip()
 
 
 def explain_causes(error: BaseException) -> Explanation | None:

@@ -56,6 +56,11 @@ def test_options_of_another_data_set_are_all_named_with_their_values_and_files(r
     parse_recipe([recipe(f"base: a.yaml\ndataset: json_steps\n{nulls}")])
 
 
+def test_a_misspelt_file_names_the_one_beside_it(recipe, tmp_path):
+    recipe(SCRATCH, "mine.yaml")
+    assert only_problem(str(tmp_path / "mien.yaml"))[2].endswith(f"did you mean `{tmp_path / 'mine.yaml'}`?")
+
+
 def test_a_base_may_be_a_recipe_of_the_package(recipe):
     for base in ("quickstart.yaml", "quickstart"):
         assert parse_recipe([recipe(f"base: {base}\nmax_latent_stage: 2")])[2].max_latent_stage == 2
@@ -581,7 +586,11 @@ def test_data_paths_must_exist_for_the_splits_in_use(recipe, tmp_path):
     (tmp_path / "images").mkdir()
     pattern, images = str(tmp_path / "{split}.json"), str(tmp_path / "images")
     path = recipe(SCRATCH + yaml.safe_dump({"dataset_options": {"file": pattern, "image_root": images}}))
-    missing = ("dataset_options.file", str(tmp_path / "validation.json"), "no such file or folder")
+    missing = (
+        "dataset_options.file",
+        str(tmp_path / "validation.json"),
+        "no such file or folder: a relative path starts where you run this",
+    )
     assert problems(path) == [missing]
     assert parse_recipe([path, "--eval_split", "train"])[1].dataset_options["image_root"] == images
     by_split = {"train": str(tmp_path / "none.json"), "validation": str(tmp_path / "train.json")}
@@ -812,7 +821,9 @@ def test_a_problem_inside_a_mapping_names_the_files_that_fill_it(recipe, tmp_pat
     assert all(f"set in {tmp_path}/a.yaml, {path}" in remedy for _, _, remedy in problems(path))
     (tmp_path / "here.json").write_text("[]")
     found = problems(path, "--dataset_options.file", f"{{train: ./x.json, validation: {tmp_path}/here.json}}")
-    assert found == [("dataset_options.file", "./x.json", "no such file or folder")]
+    assert found == [
+        ("dataset_options.file", "./x.json", "no such file or folder: a relative path starts where you run this")
+    ]
 
 
 def test_two_keys_that_exclude_each_other_name_the_base_that_sets_one(recipe, tmp_path):

@@ -46,6 +46,12 @@ def test_every_command_runs_what_it_names_and_shows_its_help(name, capsys):
     assert "usage: " in capsys.readouterr().out
 
 
+def test_a_misspelt_option_of_ask_names_the_one_that_is_meant(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        commands.main(["ask", "outputs/x", "--imgae", "a.png", "What is it?"])
+    assert "--imgae: no such option; did you mean --image?" in capsys.readouterr().err
+
+
 def test_help_lists_inherited_options_too_and_each_once(capsys):
     with pytest.raises(SystemExit, match="0"):
         commands.main(["audit", "--help"])

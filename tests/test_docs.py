@@ -129,7 +129,7 @@ def write_data(folder: Path) -> None:
     """Rows and a recipe of a user's own, benchmarks, and Flickr30k's captions and pictures."""
     json_steps.write_sample(folder / "data" / "mine", num_rows=8, seed=0)
     [recipe] = [block for block in BLOCKS if block.page.name == "data.md" and block.text.startswith(f"{BASE}: ")]
-    (folder / "mine.yaml").write_text(recipe.text)  # the page says so
+    (folder / "try.yaml").write_text(recipe.text)  # the page says so
     for name in TEST_ONLY:
         loader_of(name).write_sample(folder / "data" / name, num_rows=4, seed=0)
     pictures = folder / "flickr30k-images"
@@ -153,10 +153,10 @@ def scratch(tmp_path_factory):
     with contextlib.chdir(folder):
         for recipe in ("quickstart", "gpt2_clip_add_llava"):
             train_hf.main([f"recipes/{recipe}.yaml", *TINY])
-        train_hf.main(["mine.yaml", *TINY])
+        train_hf.main(["try.yaml", *TINY])
         steps = ["--objectives.step_decoder", "1.0", "--output_dir", "outputs/steps"]
         train_hf.main(["recipes/quickstart.yaml", *steps, *TINY])
-    for name in ("quickstart", "mine", "steps"):
+    for name in ("quickstart", "try", "steps"):
         (folder / f"outputs/{name}-smoke").rename(folder / "outputs" / name)
     return folder
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from mmcoconut import launching
 from mmcoconut.errors import RESUME, UsageError, explanation_of, run_command
 from mmcoconut.explanations import BY_NUMBER
+from mmcoconut.images_mmcoconut import UnreadableImageError
 from mmcoconut_cli import commands
 
 
@@ -163,6 +164,26 @@ def test_the_server_answers_what_a_request_lacks_and_keeps_its_own_errors_to_its
 
     given, text = refusal_of(kind("messages"))
     assert given == status and ("messages" in text) == (status < 500)
+
+
+class Unreadable(torch.utils.data.Dataset):
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+@pytest.mark.parametrize("kind, shown", [(UnreadableImageError, True), (UsageError, True), (KeyError, False)])
+def test_an_error_in_a_worker_of_the_data_loader_is_told_as_here(kind, shown):
+    message = "row 3: a.png is no image.\nReplace it, or set unreadable_images: skip"
+    with pytest.raises(kind) as caught:
+        list(torch.utils.data.DataLoader(Unreadable(kind(message)), num_workers=1))
+    explained = explanation_of(caught.value)
+    assert (explained.text == message) if shown else explained is None
 
 
 def test_a_file_of_torch_that_cannot_be_written_to_its_end_is_named(tmp_path):

@@ -395,13 +395,19 @@ def _missing(values: dict):
     for key in FOLDERS:
         if is_missing_folder(values.get(key)):
             yield key, values[key], f"no such folder: {folder_remedy(values[key])}"
-    splits = ("train", values["eval_split"]) if values.get("do_train", True) else (values["eval_split"],)
+    splits = (values["eval_split"],)
+    if values.get("do_train", True):
+        splits = ("train", *splits, *([values["test_split"]] if values.get("test_split") else []))
     for name in DATA_PATHS:
         option = values["dataset_options"].get(name) or {}
         paths = option if isinstance(option, dict) else dict.fromkeys(splits, option)
         for path in {str(paths[split]).replace("{split}", split): None for split in splits if paths.get(split)}:
             if not Path(path).exists():
-                yield f"dataset_options.{name}", path, "no such file or folder"
+                yield (
+                    f"dataset_options.{name}",
+                    path,
+                    "no such file or folder: a relative path starts where you run this",
+                )
 
 
 def problems_of(values: dict, wrong: Container[str]) -> list[tuple]:

@@ -151,7 +151,11 @@ def _read_file(chain: tuple[str, ...]) -> tuple[dict, list[tuple]]:
     """Return the values of the last file of the chain, and its duplicate keys."""
     file, key = chain[-1], BASE if chain[1:] else "recipe"
     if not Path(file).is_file():
-        raise _refused(chain, file, f"no such file: {WHERE_FILES_ARE[key]}", key)
+        folder = Path(file).parent
+        beside = [each.name for each in folder.glob("*.y*ml")] if folder.is_dir() else []
+        close = difflib.get_close_matches(Path(file).name, beside, n=1)
+        meant = f"; did you mean `{folder / close[0]}`?" if close else ""
+        raise _refused(chain, file, f"no such file: {WHERE_FILES_ARE[key]}{meant}", key)
     try:
         loader = RecipeLoader(Path(file).read_text(encoding="utf-8"))
         values = loader.get_single_data() or {}

@@ -52,7 +52,7 @@ def _parse(text: str, file: Path, *, first_line: int, last: bool) -> Any:
 
 def read_text(file: Path) -> str:
     if not file.is_file():
-        raise UsageError(f"{file}: there is no such file; correct the path in the data set's options")
+        raise UsageError(f"{file}: there is no such file; correct the path in the data set's options, or the split")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

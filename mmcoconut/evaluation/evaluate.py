@@ -334,6 +334,6 @@ def main(argv: list[str] | None = None) -> dict:
             write_results(folder, lines, record)
     if state.is_main_process:
         print(summary(record))
-        print(f"written to {folder}")
+        print(f"written to {folder}: each answer in {PREDICTIONS_FILE}")
     state.wait_for_everyone()
     return record
