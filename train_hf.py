@@ -36,10 +36,10 @@ from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_featur
 from mmcoconut.data.images import open_images
 from mmcoconut.data.scoring import REFERENCES, default_metric, figures_of, references_of, score
 from mmcoconut.data.tokenizer import train_tokenizer
-from mmcoconut.errors import UsageError, run_command
+from mmcoconut.errors import UsageError, explanation_of, run_command
 from mmcoconut.evaluation.compare import compare
 from mmcoconut.hub.uploads import quiet_requests
-from mmcoconut.images_mmcoconut import makes_tiles
+from mmcoconut.images_mmcoconut import UnreadableImageError, makes_tiles
 from mmcoconut.kernels import choose_attention
 from mmcoconut.models import load_model, load_processor
 from mmcoconut.objectives.alignment import Alignment
@@ -381,6 +381,22 @@ def train(trainer, checkpoint: Path | None) -> float:
     return time.perf_counter() - began
 
 
+def tested(trainer, rows) -> dict:
+    """Return the figures of the test split, or none without one.
+
+    Raises:
+        UsageError: a row that cannot be read; says that the model is saved.
+    """
+    try:
+        return {} if rows is None else trainer.evaluate(rows, metric_key_prefix="test")
+    except (UsageError, UnreadableImageError) as error:
+        folder, said = trainer.args.output_dir, explanation_of(error).text
+        raise UsageError(
+            f"{said}\nThis is a row of the test split. The model is trained and saved in {folder}; only its results "
+            f"are missing. Correct the row, then run: mmcoconut eval {folder} --split test"
+        ) from error
+
+
 def fix_stage(collator: CurriculumCollator) -> None:
     """Set the collator to the stage of the checkpoint.
 
@@ -461,7 +477,7 @@ def main(argv: list[str] | None = None) -> dict:
     prepare_output(arguments)
     train_seconds = train(trainer, checkpoint)
     trainer.save_model()
-    test = trainer.evaluate(splits["test"], metric_key_prefix="test") if "test" in splits else {}
+    test = tested(trainer, splits.get("test"))
     left_out = {"skipped": skipped, "cut": cut}
     results = save_results(trainer, arguments=arguments, test=test, train_seconds=train_seconds, **left_out)
     if trainer.is_world_process_zero():

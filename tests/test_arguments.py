@@ -593,6 +593,8 @@ def test_data_paths_must_exist_for_the_splits_in_use(recipe, tmp_path):
     )
     assert problems(path) == [missing]
     assert parse_recipe([path, "--eval_split", "train"])[1].dataset_options["image_root"] == images
+    words = ("--eval_split", "train", "--test_split", "test")
+    assert only_problem(path, *words)[2].endswith("It is read because test_split is 'test'; null goes without one")
     by_split = {"train": str(tmp_path / "none.json"), "validation": str(tmp_path / "train.json")}
     path = recipe(SCRATCH + yaml.safe_dump({"dataset_options": {"file": by_split}}))
     assert only_problem(path)[1] == by_split["train"]

@@ -22,6 +22,7 @@ from mmcoconut.arguments.fields import CurriculumArguments, DataArguments
 from mmcoconut.arguments.recipes import parse_recipe
 from mmcoconut.build.tiny_models import write_tiny_vlm
 from mmcoconut.data import json_steps
+from mmcoconut.errors import UsageError
 from mmcoconut.images_mmcoconut import UnreadableImageError
 from mmcoconut.kernels.latent import LATENT_WHERE_LEANER
 from mmcoconut.kernels.private import attention_of
@@ -319,6 +320,17 @@ def json_data(tmp_path):
 def test_unreadable_picture_ends_training_with_row_and_remedy(recipe, tmp_path, json_data):
     with pytest.raises(UnreadableImageError, match=r"train.* row \d"):
         train_hf.main([recipe, "--output_dir", str(tmp_path / "run"), *json_data, "--num_train_epochs", "1"])
+
+
+def test_an_unreadable_picture_of_the_test_split_is_told_with_where_the_model_is(recipe, tmp_path, json_data):
+    pictures = sorted((tmp_path / "data" / "images").glob("*.png"))
+    whole = max((picture.read_bytes() for picture in pictures), key=len)
+    for picture in pictures:
+        picture.write_bytes(b"no picture" if picture.name == "test_0000.png" else whole)
+    options = [*json_data, "--test_split", "test", "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"]
+    with pytest.raises(UsageError, match=r"test.json row 0.*\n.*saved in .*run; .* mmcoconut eval .*run --split test"):
+        train_hf.main([recipe, *options])
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_unreadable_picture_is_left_out_counted_and_reported_when_told(recipe, tmp_path, json_data):

@@ -401,13 +401,13 @@ def _missing(values: dict):
     for name in DATA_PATHS:
         option = values["dataset_options"].get(name) or {}
         paths = option if isinstance(option, dict) else dict.fromkeys(splits, option)
-        for path in {str(paths[split]).replace("{split}", split): None for split in splits if paths.get(split)}:
+        split_of = {str(paths[split]).replace("{split}", split): split for split in splits[::-1] if paths.get(split)}
+        for path, split in [*split_of.items()][::-1]:
+            asked = split == values.get("test_split") and split not in ("train", values["eval_split"])
+            why = f". It is read because test_split is {split!r}; null goes without one" if asked else ""
+            remedy = f"no such file or folder: a relative path starts where you run this{why}"
             if not Path(path).exists():
-                yield (
-                    f"dataset_options.{name}",
-                    path,
-                    "no such file or folder: a relative path starts where you run this",
-                )
+                yield f"dataset_options.{name}", path, remedy
 
 
 def problems_of(values: dict, wrong: Container[str]) -> list[tuple]:

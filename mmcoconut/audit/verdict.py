@@ -279,6 +279,7 @@ def positions_of(
     trained_fail = any(control.mode == "pause" for control in controls)
     trained_fail = trained_fail and all(falls(control, margin) for control in controls)
     label, start = CANNOT_TELL, "Whether extra positions alone would do cannot be told"
+    start += "" if controls else " without control runs (`--controls`)"
     enough = [change for change in (here, *controls) if is_kept(change, margin) and above_chance(change, baseline)]
     if any(change is here or change.mode == "pause" for change in enough):
         label, start = WOULD_DO, "Extra positions alone would do"

@@ -326,7 +326,8 @@ def main(argv: list[str] | None = None) -> dict:
     folder = Path(arguments.output_dir or default_folder(arguments, "evaluation"))
     prepare_folder(folder, settings, overwrite=arguments.overwrite)
     record = finished_record(folder, len(rows))
-    if record is None:
+    finished = record is not None
+    if not finished:
         lines = answer_all(answerer, rows, folder, batch_size=arguments.batch_size, score_by=arguments.score_by)
         details = add_scores(lines, rows, settings["metric"])
         record = record_of(lines, details, settings, model=model)
@@ -334,6 +335,8 @@ def main(argv: list[str] | None = None) -> dict:
             write_results(folder, lines, record)
     if state.is_main_process:
         print(summary(record))
-        print(f"written to {folder}: each answer in {PREDICTIONS_FILE}")
+        done = f"written to {folder}: each answer in {PREDICTIONS_FILE}"
+        again = "Nothing was answered again. If pictures behind the same paths changed, repeat with --overwrite true."
+        print(f"already in {folder}, of {record['date']}. {again}" if finished else done)
     state.wait_for_everyone()
     return record
