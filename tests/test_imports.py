@@ -14,7 +14,17 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "mmcoconut"
 # From the bottom to the top: sub-packages, and modules that stand directly in the package. The model files come before
 # them all, train_hf after.
-BASE = ("explanations", "errors", "records", "statistics", "provenance", "tables", "progress", "auto_classes")
+BASE = (
+    "explanations",
+    "errors",
+    "addresses",
+    "records",
+    "statistics",
+    "provenance",
+    "tables",
+    "progress",
+    "auto_classes",
+)
 BASE += ("models", "build")
 COMMANDS = ("launching", "ask", "publish", "serve", "convert_coconut", "convert_vlm", "prepare_flickr30k")
 ABOVE = ("data", "objectives", "arguments", "hub", "training", "evaluation", "harnesses", "rl", "audit", "demo")
