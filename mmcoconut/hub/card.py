@@ -226,7 +226,7 @@ def shown(value) -> str:
 def without_parents(name: str) -> str:
     """Return the last part of an absolute path, whose folders are of no use to others; other names unchanged.
 
-    >>> without_parents("/home/me/outputs/cot"), without_parents("openai-community/gpt2")
+    >>> without_parents("/data/outputs/cot"), without_parents("openai-community/gpt2")
     ('cot', 'openai-community/gpt2')
     """
     return Path(name).name if Path(name).is_absolute() else name
