@@ -36,8 +36,9 @@ from mmcoconut.data.image_features import DEFAULT_CACHE, precompute_image_featur
 from mmcoconut.data.images import open_images
 from mmcoconut.data.scoring import REFERENCES, default_metric, figures_of, references_of, score
 from mmcoconut.data.tokenizer import train_tokenizer
-from mmcoconut.errors import UsageError, explanation_of, run_command
+from mmcoconut.errors import UsageError, run_command
 from mmcoconut.evaluation.compare import compare
+from mmcoconut.explanations import message_of_worker
 from mmcoconut.hub.uploads import quiet_requests
 from mmcoconut.images_mmcoconut import UnreadableImageError, makes_tiles
 from mmcoconut.kernels import choose_attention
@@ -390,7 +391,7 @@ def tested(trainer, rows) -> dict:
     try:
         return {} if rows is None else trainer.evaluate(rows, metric_key_prefix="test")
     except (UsageError, UnreadableImageError) as error:
-        folder, said = trainer.args.output_dir, explanation_of(error).text
+        folder, said = trainer.args.output_dir, message_of_worker(error) or error
         raise UsageError(
             f"{said}\nThis is a row of the test split. The model is trained and saved in {folder}; only its results "
             f"are missing. Correct the row, then run: mmcoconut eval {folder} --split test"

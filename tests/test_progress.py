@@ -71,7 +71,7 @@ def rows_of(count: int) -> Dataset:
     "options, said",
     [
         ({"max_latent_stage": 3}, None),
-        ({"max_latent_stage": 4}, "stage 4 replaces no further step and only add latents. Set max_latent_stage to 3"),
+        ({"max_latent_stage": 4}, "stage 4 replaces no further step and only adds latents. Set max_latent_stage to 3"),
         ({"max_latent_stage": 6, "mode": "icot"}, "stages 4 to 6 replace no further step"),
         ({"max_latent_stage": 6, "pad_latent_to_max": False}, "stages 4 to 6 replace no further step. Set"),
         ({"max_latent_stage": 6, "mode": "cot"}, None),

@@ -76,7 +76,7 @@ def _whole_object(text: str) -> dict | None:
 
 def _check_is_no_table_of_rows(file: Path, rows: list) -> None:
     """Refuse one object around the rows: `{"data": [...]}`, or `{"0": {...}, "1": {...}}`."""
-    if len(rows) != 1 or not isinstance(rows[0], dict) or rows[0].keys() & set(FIELDS):
+    if len(rows) != 1 or rows[0].keys() & set(FIELDS):
         return
     lists = [key for key, value in rows[0].items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     if lists:

@@ -45,7 +45,12 @@ def warn_of_idle_stages(curriculum, most_steps: int) -> None:
         "max_latent_stage is %d, and no training row has more than %d steps: %s replace%s no further step%s. Set "
         "max_latent_stage to %d, unless that is what you want.",
         *(last, most_steps, stages, "s" if last == most_steps + 1 else ""),
-        *(" and only add latents" if curriculum.pad_latent_to_max else "", most_steps),
+        *(
+            (" and only adds latents" if last == most_steps + 1 else " and only add latents")
+            if curriculum.pad_latent_to_max
+            else "",
+            most_steps,
+        ),
     )
 
 
